@@ -1,0 +1,279 @@
+"""From config to objects: the only place where they meet. What is built is decided by values, never by the caller."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm import checkpoint, objectives, optim, sharding, step, transfer, trees
+from lm.config import Config, ConfigError
+from lm.data import examples, pipeline, sources, tokenizer
+from lm.data.tokenizer import Tokenizer
+from lm.models import transformer
+from lm.types import Batch, ModelFns, TrainState
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class Plan(NamedTuple):
+    """What can be known, and refused, before data is read or a device is touched.
+
+    Attributes:
+      cfg: the config with the model's open sizes filled in.
+      abstract_params: shapes and dtypes of all parameters.
+      logical_axes: path -> logical axis names.
+      tokenizer: the tokenizer, or None when this run is to train one.
+      optimizer: its rules resolved over the parameters; its schedule is a stand-in until the data's size is known.
+      init: the checkpoint that `init_from` names, or None.
+      origin_of: path -> array of that checkpoint, or None = initialised.
+      unused: parameters of that checkpoint that this run leaves behind.
+    """
+
+    cfg: Config
+    abstract_params: Any
+    logical_axes: dict[str, Any]
+    tokenizer: Tokenizer | None
+    optimizer: optim.Optimizer
+    init: checkpoint.Saved | None
+    origin_of: dict[str, str | None]
+    unused: list[str]
+
+
+class Run(NamedTuple):
+    """Everything `lm.train` works with.
+
+    Attributes:
+      cfg: the resolved config.
+      mesh: the devices.
+      model: functions of the model.
+      tokenizer: of this run.
+      data: packed rows.
+      optimizer: with its real schedule.
+      total_steps: of the run.
+      every: 'eval' and 'checkpoint' -> steps between two, 0 = never.
+      state_shardings: where each leaf of a `TrainState` lies.
+      abstract_state: shapes, dtypes and shardings of the state.
+      train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
+      eval_step: (params, batch) -> metrics, jitted.
+    """
+
+    cfg: Config
+    mesh: Mesh
+    model: ModelFns
+    tokenizer: Tokenizer
+    data: pipeline.Data
+    optimizer: optim.Optimizer
+    total_steps: int
+    every: dict[str, int]
+    state_shardings: TrainState
+    abstract_state: TrainState
+    train_step: Callable[[TrainState, Batch], Any]
+    eval_step: Callable[[Any, Batch], Any]
+
+
+def plan(cfg: Config, workdir: Path) -> Plan:
+    """Checks what can be checked without data.
+
+    Raises:
+      ConfigError: rules, sizes, tokenizer or checkpoint that do not fit.
+      CheckpointError: `init_from` names no checkpoint.
+    """
+    init = None
+    if cfg.init_from:
+        init = checkpoint.choose(cfg.init_from, cfg.checkpoint.best_metric, cfg.checkpoint.best_mode)
+    found = _find_tokenizer(cfg, workdir, init)
+    vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size
+    resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=cfg.data.seq_len)
+    cfg = dataclasses.replace(cfg, model=resolved)
+    model = transformer.decoder(cfg.model, jnp.float32)
+    abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    # Rules are checked now, on a schedule that always fits; the real one waits for the data's size.
+    rules_only = dataclasses.replace(cfg.optim, schedule="constant")
+    optimizer = optim.build(rules_only, abstract, total_steps=1, warmup_steps=0, decay_steps=0)
+    origin_of, unused = transfer.sources(abstract, cfg.init_rules, init) if init else ({}, [])
+    axes = trees.flatten(model.logical_axes())
+    return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused)
+
+
+def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -> Run:
+    """Reads the data and makes everything the loop needs; no parameter yet.
+
+    Args:
+      planned: from `plan`.
+      workdir: the run's folder; a tokenizer that is trained or found is written there.
+      mesh: the devices.
+      note: called with what a person should read.
+    """
+    cfg = planned.cfg
+    rows = sharding.batch_shards(mesh) * cfg.train.micro_batches
+    for key, size in (("data.batch_size", cfg.data.batch_size), ("eval.batch_size", eval_batch_size(cfg))):
+        parts = rows if key == "data.batch_size" else sharding.batch_shards(mesh)
+        if size % parts:
+            raise ConfigError(
+                f"'{key}' ({size}) must be a multiple of {parts}: {sharding.batch_shards(mesh)} parts of the mesh"
+                + (f" x {cfg.train.micro_batches} micro-batches" if parts == rows else "")
+            )
+    flat = trees.flatten(planned.abstract_params)
+    sharding.check_divisible({path: leaf.shape for path, leaf in flat.items()}, planned.logical_axes, mesh)
+    if cfg.model.num_kv_heads % mesh.shape["tensor"]:
+        raise ConfigError(f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads")
+
+    split = sources.load(cfg.data)
+    note(split.report)
+    words = make_tokenizer(planned, split, workdir, note)
+    data = pipeline.build(cfg, words, split)
+    for name, counts in data.report.items():
+        note(f"{name}: " + ", ".join(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in counts.items()))
+
+    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.report["train"]["rows"]}
+    total_steps = cfg.train.total.to_steps(**size)
+    optimizer = optim.build(
+        cfg.optim,
+        planned.abstract_params,
+        total_steps=total_steps,
+        warmup_steps=cfg.optim.warmup.to_steps(**size),
+        decay_steps=cfg.optim.decay.to_steps(**size),
+    )
+    model = transformer.decoder(cfg.model, compute_dtype(cfg.model.dtype, mesh))
+    loss_fn = objectives.OBJECTIVES[cfg.objective](model.apply, cfg, words)
+    train_step = functools.partial(
+        step.train_step,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        seed=cfg.seed,
+        micro_batches=cfg.train.micro_batches,
+        ema_decay=cfg.optim.ema_decay,
+    )
+    state_shardings = _state_shardings(planned, optimizer, mesh, use_ema=cfg.optim.ema_decay > 0)
+    shapes = jax.eval_shape(
+        functools.partial(step.init_state, optimizer=optimizer, use_ema=cfg.optim.ema_decay > 0), planned.abstract_params
+    )
+    abstract_state = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, state_shardings
+    )
+    everywhere = sharding.replicated(mesh)
+    return Run(
+        cfg=cfg,
+        mesh=mesh,
+        model=model,
+        tokenizer=words,
+        data=data,
+        optimizer=optimizer,
+        total_steps=total_steps,
+        every={"eval": cfg.eval.every.to_steps(**size), "checkpoint": cfg.checkpoint.every.to_steps(**size)},
+        state_shardings=state_shardings,
+        abstract_state=abstract_state,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
+        eval_step=jax.jit(functools.partial(step.eval_step, loss_fn=loss_fn), out_shardings=everywhere),
+    )
+
+
+def eval_batch_size(cfg: Config) -> int:
+    """Rows of an evaluation batch."""
+    return cfg.eval.batch_size or cfg.data.batch_size
+
+
+def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and sharding of a batch of `rows` rows."""
+    where = sharding.batch_sharding(mesh)
+    shape = (rows, cfg.data.seq_len)
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
+    dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for key, dtype in dtypes.items()}
+    return batch | {"example_index": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)}
+
+
+def compute_dtype(name: str, mesh: Mesh) -> Any:
+    """'auto' is bfloat16 where the hardware multiplies it natively; CPUs do not."""
+    if name == "auto":
+        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def make_tokenizer(
+    planned: Plan, split: sources.Split, workdir: Path, note: Callable[[str], None] = lambda _: None
+) -> Tokenizer:
+    """The run's tokenizer, written to the run's folder; process 0 trains it where there is none."""
+    path = workdir / TOKENIZER_FILE
+    made = planned.tokenizer
+    if jax.process_index() == 0:
+        if made is None:
+            note(f"training a tokenizer of {planned.cfg.tokenizer.vocab_size:,} ids")
+            cfg = planned.cfg.tokenizer
+            made = tokenizer.train(examples.texts(split.train), cfg.vocab_size, cfg.train_bytes)
+        if not path.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            made.save(path)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("tokenizer")
+    return tokenizer.load(path)
+
+
+def _find_tokenizer(cfg: Config, workdir: Path, init: checkpoint.Saved | None) -> Tokenizer | None:
+    """The run's own, else `tokenizer.path`, else that of `init_from`; refuses two that differ.
+
+    Raises:
+      ConfigError: naming both files.
+    """
+    candidates = [workdir / TOKENIZER_FILE]
+    if cfg.tokenizer.path:
+        candidates.append(Path(cfg.tokenizer.path))
+        if not candidates[-1].exists():
+            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a SentencePiece .model")
+    if init:
+        candidates.append(Path(init.path).parent.parent / TOKENIZER_FILE)
+    found = {path: tokenizer.load(path) for path in candidates if path.exists()}
+    hashes = {str(path): words.hash for path, words in found.items()}
+    if init:
+        hashes[str(init.path)] = init.info.get("tokenizer_hash", "")
+    if len(set(hashes.values())) > 1:
+        listed = "\n".join(f"  {sha[:12]}  {path}" for path, sha in hashes.items())
+        raise ConfigError(f"the tokenizers differ, so ids would mean other text:\n{listed}\nuse one of them everywhere")
+    return next(iter(found.values()), None)
+
+
+def _state_shardings(planned: Plan, optimizer: optim.Optimizer, mesh: Mesh, *, use_ema: bool) -> TrainState:
+    specs = {path: sharding.spec(axes) for path, axes in planned.logical_axes.items()}
+    trained = {path: spec for path, spec in specs.items() if optimizer.trained[path]}
+    abstract_trained, _ = trees.split(planned.abstract_params, optimizer.trained)
+    tree = TrainState(
+        step=PartitionSpec(),
+        params=trees.unflatten(specs),
+        opt_state=optim.state_specs(optimizer, abstract_trained, trees.unflatten(trained)),
+        ema=trees.unflatten(trained) if use_ema else None,
+        skipped=PartitionSpec(),
+    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def data_iterator(run: Run, start_example: int) -> Any:
+    """This process's part of the training batches, from a position in the stream."""
+    rows = sharding.local_rows(run.mesh, run.cfg.data.batch_size)
+    return pipeline.train_batches(
+        run.data,
+        batch_size=run.cfg.data.batch_size,
+        start_example=start_example,
+        local_rows=rows,
+        seed=run.cfg.seed,
+    )
+
+
+def eval_iterator(run: Run) -> Any:
+    """This process's part of the held-out batches."""
+    size = eval_batch_size(run.cfg)
+    rows = sharding.local_rows(run.mesh, size)
+    return pipeline.eval_batches(run.data.valid, batch_size=size, local_rows=rows, max_tokens=run.cfg.eval.max_tokens)
+
+
+def placer(mesh: Mesh, batch_size: int) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """Makes global arrays of this process's rows of a batch."""
+    rows = sharding.local_rows(mesh, batch_size)
+    return lambda batch: sharding.to_global(batch, rows, batch_size, mesh)

@@ -1,0 +1,213 @@
+"""SentencePiece BPE that loses nothing: any Unicode text round trips, and no text can produce a control symbol."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from lm.config import ConfigError
+
+ROLES = ("system", "user", "assistant")
+END_OF_TURN = "<|end|>"
+
+# SentencePiece writes a space as U+2581 and reads U+2581 back as a space. In text the character itself is spelled in
+# bytes, so that it comes back as it went in.
+_SPACE = "\u2581"
+# The trainer silently skips a sentence that holds this character, and one of more than 4192 bytes.
+_SKIPPED = "\u2585"
+_PIECE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)  # at most 4000 bytes, cut before white space if it can
+# Foreign models often strip, collapse or normalise some of these.
+_PROBE = f" a  b\r\n\t\u2460\ufb01e\u0301\u00c5\u65e5{_SPACE}<s>{END_OF_TURN} "
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. Make one with `train` or `load`.
+
+    Attributes:
+      model: the serialized SentencePiece model.
+    """
+
+    model: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def _sp(self) -> Any:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    @functools.cached_property
+    def _space_ids(self) -> list[int]:
+        return [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS or EOS; never a control symbol, whatever the text spells."""
+        first, *rest = text.split(_SPACE)
+        ids = self._sp.encode(first)
+        for part in rest:
+            ids += self._space_ids + self._sp.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Inverse of `encode`. Control symbols give ''; bytes that are not UTF-8 give U+FFFD."""
+        return self._sp.decode([int(i) for i in ids])
+
+    def piece(self, token_id: int) -> str:
+        """How one id is written in the model, for display: U+2581 is a space, <0x0A> a byte, <|user|> a control."""
+        return self._sp.id_to_piece(int(token_id))
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes of text each id stands for, 0 for controls; sums to `len(text.encode())`."""
+        sp = self._sp
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if sp.is_byte(i):
+                sizes[i] = 1
+            elif not sp.is_control(i) and not sp.is_unknown(i):
+                sizes[i] = len(sp.id_to_piece(i).replace(_SPACE, " ").encode())
+        return sizes
+
+    def save(self, path: Any) -> None:
+        """Writes the model, to any path that `etils.epath` opens."""
+        from etils import epath
+
+        epath.Path(path).write_bytes(self.model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._sp.vocab_size()
+
+    @property
+    def pad_id(self) -> int:
+        return self._sp.pad_id()
+
+    @property
+    def bos_id(self) -> int:
+        return self._sp.bos_id()
+
+    @property
+    def eos_id(self) -> int:
+        return self._sp.eos_id()
+
+    @functools.cached_property
+    def role_ids(self) -> dict[str, int]:
+        """Role -> id of its control symbol `<|role|>`."""
+        return {role: self._sp.piece_to_id(f"<|{role}|>") for role in ROLES}
+
+    @property
+    def end_of_turn_id(self) -> int:
+        return self._sp.piece_to_id(END_OF_TURN)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of the model, hexadecimal."""
+        return hashlib.sha256(self.model).hexdigest()
+
+
+def train(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
+    """Trains a BPE of exactly `vocab_size` ids on at most `max_bytes` of the texts; the same texts give the same bytes.
+
+    When there is more text than that, texts are chosen by a fixed shuffle, so that a sorted corpus is seen evenly.
+
+    Raises:
+      ConfigError: `vocab_size` is larger or smaller than these texts allow, or there is no text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_pieces(_sample(list(texts), max_bytes)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            control_symbols=[*(f"<|{role}|>" for role in ROLES), END_OF_TURN],
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            unk_surface="",
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ConfigError(_explain(str(error), vocab_size)) from error
+    return Tokenizer(model.getvalue())
+
+
+def load(path: Any) -> Tokenizer:
+    """Reads a model that `Tokenizer.save` wrote, from any path that `etils.epath` opens.
+
+    Raises:
+      ConfigError: there is no such file, it is no SentencePiece model, it lacks a control symbol, or it loses text.
+    """
+    from etils import epath
+
+    path = epath.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"'tokenizer.path': no file {path}; give a SentencePiece .model, or '' to train one")
+    tokenizer = Tokenizer(path.read_bytes())
+    try:
+        sp = tokenizer._sp
+    except RuntimeError as error:
+        raise ConfigError(f"'tokenizer.path': {path} is not a SentencePiece model") from error
+    missing = [name for name, i in [("pad", sp.pad_id()), ("bos", sp.bos_id()), ("eos", sp.eos_id())] if i < 0]
+    missing += [
+        symbol
+        for symbol in (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)
+        if not sp.is_control(sp.piece_to_id(symbol))
+    ]
+    if missing:
+        raise ConfigError(
+            f"'tokenizer.path': {path} has no control symbol {', '.join(missing)}; use a model this project trained"
+        )
+    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    if back != _PROBE:
+        raise ConfigError(
+            f"'tokenizer.path': {path} loses text: {_PROBE!r} comes back as {back!r}; it must have byte fallback, no "
+            "normalization and no dummy prefix, and keep white space"
+        )
+    return tokenizer
+
+
+def _sample(texts: list[str], max_bytes: int) -> Iterator[str]:
+    sizes = [len(text.encode()) for text in texts]
+    order: Iterable[int] = range(len(texts))
+    if sum(sizes) > max_bytes:
+        order = np.random.default_rng(0).permutation(len(texts))
+    left = max_bytes
+    for i in order:
+        if sizes[i] > left:
+            yield texts[i].encode()[:left].decode(errors="ignore")
+            return
+        yield texts[i]
+        left -= sizes[i]
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for part in text.split(_SKIPPED):
+            yield from _PIECE.findall(part)
+
+
+def _explain(error: str, vocab_size: int) -> str:
+    if match := re.search(r"Vocabulary size too high .* <= (\d+)", error):
+        return (
+            f"'tokenizer.vocab_size' is {vocab_size:,}, but this text is too small for more than {int(match[1]):,}; "
+            f"set tokenizer.vocab_size to at most {int(match[1])}, or give more text"
+        )
+    if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
+        return (
+            f"'tokenizer.vocab_size' is {vocab_size:,}, but the bytes, the control symbols and the characters of this "
+            f"text need {int(match[1]):,}; set tokenizer.vocab_size to more than {match[1]}"
+        )
+    if "sentences_.empty()" in error:
+        return "there is no text to train a tokenizer on: every document of the training split is empty"
+    return f"SentencePiece could not train a tokenizer of 'tokenizer.vocab_size' {vocab_size:,}: {error}"

@@ -1,0 +1,195 @@
+"""Arrays in, `LossTerms` out. Shape letters as in `lm/types.py`, and C = positions of a row in one chunk."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lm.types import LossTerms
+
+# Logit of a padded vocabulary column: exp() of it is exactly 0, and it survives division by a small temperature.
+MASKED_LOGIT = -1e30
+
+
+def logits(hidden: Array, unembed_DxV: Array, *, vocab_size: int, softcap: float = 0.0) -> Array:
+    """Logits, shared by the loss and by generation.
+
+    Args:
+      hidden: [..., D], any float dtype.
+      unembed_DxV: the output projection; its columns from `vocab_size` on are padding.
+      vocab_size: the real vocabulary, at most V.
+      softcap: 0 = off; else cap * tanh(logits / cap) (Gemma 2, section 2).
+
+    Returns:
+      float32 [..., V], `MASKED_LOGIT` in the padded columns.
+    """
+    out = jnp.einsum("...d,dv->...v", hidden, unembed_DxV, preferred_element_type=jnp.float32)
+    if softcap:
+        out = softcap * jnp.tanh(out / softcap)
+    return jnp.where(_column(out) < vocab_size, out, MASKED_LOGIT)
+
+
+def token_cross_entropy(
+    hidden_BxLxD: Array,
+    unembed_DxV: Array,
+    targets_BxL: Array,
+    weights_BxL: Array,
+    *,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    chunk_len: int = 0,
+) -> LossTerms:
+    """Weighted cross-entropy of the next token, from hidden states; [B, L, V] logits are never held at once.
+
+    sum = sum_t w_t * [(1 - eps) * nll_t + eps * mean_v(-log p_tv) + z * logsumexp_t^2], in nats, with eps the label
+    smoothing (Szegedy et al. 2016, section 7) and z the z-loss (PaLM, section 5).
+
+    Under differentiation the gradients of `hidden` and `unembed` are made in the forward pass, one chunk after the
+    other, while its logits are at hand; the backward pass only scales them. Reverse mode only.
+
+    Args:
+      hidden_BxLxD: last hidden states, any float dtype. Where the weight is 0 they may even be inf or NaN.
+      unembed_DxV: the output projection; its columns from `vocab_size` on are padding and get gradient 0.
+      targets_BxL: int32 in [0, vocab_size), or anything where the weight is 0. An id out of range with a weight makes
+        the sum, the metrics and the gradients NaN, so that it cannot pass unseen.
+      weights_BxL: 0 = not trained on. No gradient flows to them.
+      vocab_size: the real vocabulary, at most V.
+      z_loss, label_smoothing, softcap: 0 = off.
+      chunk_len: positions of each row whose logits are held at once; 0 = all. It need not divide L.
+
+    Returns:
+      LossTerms; metrics 'nll' (plain, in nats) and 'accuracy' (ties with the largest logit count as correct).
+
+    Raises:
+      ValueError: shapes that do not fit together.
+    """
+    B, L, D = hidden_BxLxD.shape
+    if unembed_DxV.shape[0] != D or unembed_DxV.shape[1] < vocab_size:
+        raise ValueError(f"unembed is {unembed_DxV.shape}, expected ({D}, at least the vocabulary's {vocab_size})")
+    if targets_BxL.shape != (B, L) or weights_BxL.shape != (B, L):
+        raise ValueError(f"targets {targets_BxL.shape} and weights {weights_BxL.shape} must both be ({B}, {L})")
+    weights_BxL = lax.stop_gradient(weights_BxL.astype(jnp.float32))
+    weight = weights_BxL.sum()
+    # A weight of 0 alone would not stop an inf or NaN: 0 * NaN = NaN.
+    trained_BxL = weights_BxL != 0
+    hidden_BxLxD = jnp.where(trained_BxL[..., None], hidden_BxLxD, 0)
+    in_vocab_BxL = (targets_BxL >= 0) & (targets_BxL < vocab_size)
+    weights_BxL = jnp.where(trained_BxL & ~in_vocab_BxL, jnp.nan, weights_BxL)
+
+    options = _Options(vocab_size, z_loss, label_smoothing, softcap, min(chunk_len, L) or L)
+    loss, nll, correct = _sums(options, hidden_BxLxD, unembed_DxV, targets_BxL, weights_BxL)
+    return LossTerms(loss, weight, {"nll": (nll, weight), "accuracy": (correct, weight)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    vocab_size: int
+    z_loss: float
+    label_smoothing: float
+    softcap: float
+    chunk_len: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(
+    options: _Options, hidden_BxLxD: Array, unembed_DxV: Array, targets_BxL: Array, weights_BxL: Array
+) -> tuple[Array, ...]:
+    """(loss, nll, correct), float32 [] each."""
+
+    def body(totals_3xB: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        sums_3xB, _ = _chunk(options, unembed_DxV, *chunk)
+        return totals_3xB + sums_3xB, None
+
+    # Totals are kept per row, so that rows on different devices meet once, after the scan.
+    totals_3xB = jnp.zeros((3, hidden_BxLxD.shape[0]), jnp.float32)
+    totals_3xB, _ = lax.scan(body, totals_3xB, _split(options.chunk_len, hidden_BxLxD, targets_BxL, weights_BxL))
+    return tuple(totals_3xB.sum(axis=1))
+
+
+def _sums_fwd(
+    options: _Options, hidden_BxLxD: Array, unembed_DxV: Array, targets_BxL: Array, weights_BxL: Array
+) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    def body(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        totals_3xB, d_unembed_DxV = carry
+        hidden_BxCxD, _, _ = chunk
+        sums_3xB, d_logits_BxCxV = _chunk(options, unembed_DxV, *chunk)
+        # Matrix units take the compute dtype, as in every other layer; the products are summed in float32.
+        d_logits_BxCxV = d_logits_BxCxV.astype(unembed_DxV.dtype)
+        d_hidden_BxCxD = jnp.einsum("bcv,dv->bcd", d_logits_BxCxV, unembed_DxV, preferred_element_type=jnp.float32)
+        d_unembed_DxV += jnp.einsum("bcd,bcv->dv", hidden_BxCxD, d_logits_BxCxV, preferred_element_type=jnp.float32)
+        return (totals_3xB + sums_3xB, d_unembed_DxV), d_hidden_BxCxD.astype(hidden_BxCxD.dtype)
+
+    B, L, _ = hidden_BxLxD.shape
+    init = jnp.zeros((3, B), jnp.float32), jnp.zeros_like(unembed_DxV, jnp.float32)
+    chunks = _split(options.chunk_len, hidden_BxLxD, targets_BxL, weights_BxL)
+    (totals_3xB, d_unembed_DxV), d_hidden_nxBxCxD = lax.scan(body, init, chunks)
+    d_hidden_BxLxD = jnp.moveaxis(d_hidden_nxBxCxD, 0, 1).reshape(B, -1, hidden_BxLxD.shape[2])[:, :L]
+    return tuple(totals_3xB.sum(axis=1)), (d_hidden_BxLxD, d_unembed_DxV.astype(unembed_DxV.dtype))
+
+
+def _sums_bwd(
+    options: _Options, gradients: tuple[Array, Array], cotangents: tuple[Array, ...]
+) -> tuple[Array, Array, None, None]:
+    # Of the three sums only the loss is to be differentiated.
+    d_hidden, d_unembed = ((cotangents[0] * g.astype(jnp.float32)).astype(g.dtype) for g in gradients)
+    return d_hidden, d_unembed, None, None
+
+
+_sums.defvjp(_sums_fwd, _sums_bwd)
+
+
+def _chunk(
+    options: _Options, unembed_DxV: Array, hidden_BxCxD: Array, targets_BxC: Array, weights_BxC: Array
+) -> tuple[Array, Array]:
+    """Row sums [3, B] of loss, nll and correct, and the loss's gradient [B, C, V] by the logits before the soft cap."""
+    eps, vocab_size = options.label_smoothing, options.vocab_size
+    logits_BxCxV = logits(hidden_BxCxD, unembed_DxV, vocab_size=vocab_size, softcap=options.softcap)
+    column_BxCxV = _column(logits_BxCxV)
+    is_real_BxCxV = column_BxCxV < vocab_size
+    # A comparison and not a gather: it stays local where the vocabulary is sharded.
+    is_target_BxCxV = column_BxCxV == targets_BxC[..., None]
+
+    max_BxC = logits_BxCxV.max(axis=-1)
+    shifted_BxCxV = logits_BxCxV - max_BxC[..., None]
+    exp_BxCxV = jnp.exp(shifted_BxCxV)
+    sum_exp_BxC = exp_BxCxV.sum(axis=-1)
+    log_sum_BxC = jnp.log(sum_exp_BxC)
+    lse_BxC = log_sum_BxC + max_BxC
+    target_BxC = jnp.where(is_target_BxCxV, shifted_BxCxV, 0).sum(axis=-1)  # its logit, less the largest one
+
+    nll_BxC = log_sum_BxC - target_BxC
+    loss_BxC = (1 - eps) * nll_BxC + options.z_loss * lse_BxC**2
+    if eps:
+        mean_BxC = jnp.where(is_real_BxCxV, shifted_BxCxV, 0).sum(axis=-1) / vocab_size
+        loss_BxC += eps * (log_sum_BxC - mean_BxC)
+    sums_3xB = jnp.stack([(weights_BxC * x).sum(axis=-1) for x in (loss_BxC, nll_BxC, target_BxC >= 0)])
+
+    from_lse_BxC = (1 + 2 * options.z_loss * lse_BxC) / sum_exp_BxC
+    d_logits_BxCxV = exp_BxCxV * from_lse_BxC[..., None] - jnp.where(is_target_BxCxV, 1 - eps, 0) - eps / vocab_size
+    if options.softcap:
+        d_logits_BxCxV *= 1 - (logits_BxCxV / options.softcap) ** 2
+    return sums_3xB, jnp.where(is_real_BxCxV, d_logits_BxCxV * weights_BxC[..., None], 0)
+
+
+def _split(chunk_len: int, *arrays_BxL: Array) -> tuple[Array, ...]:
+    """Each [B, L, ...] -> [chunks, B, chunk_len, ...] for a scan. Padding is 0, so its weight is 0.
+
+    Only positions are cut, so that the sharding of the rows stays. Example, chunk_len 2: [[1, 2, 3], [4, 5, 6]] ->
+    [[[1, 2], [4, 5]], [[3, 0], [6, 0]]].
+    """
+
+    def split(x_BxL: Array) -> Array:
+        B, L, *rest = x_BxL.shape
+        x_BxL = jnp.pad(x_BxL, [(0, 0), (0, -L % chunk_len)] + [(0, 0)] * len(rest))
+        return jnp.moveaxis(x_BxL.reshape(B, -1, chunk_len, *rest), 1, 0)
+
+    return tuple(split(x) for x in arrays_BxL)
+
+
+def _column(x: Array) -> Array:
+    """Index along the last axis, in the shape of `x`."""
+    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)

@@ -1,0 +1,42 @@
+"""`python -m lm.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v]`: train, or go on with, one run."""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
+_PRINT = flags.DEFINE_bool("print_config", False, "Print the resolved config and the parameter table; do not train.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; found by itself on a TPU pod.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it is not found by itself.")
+_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes there are, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, with --coordinator.")
+
+
+def main(argv: list[str]) -> None:
+    """Turns flags into a run, and an expected error into one clear message and exit status 1."""
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
+    if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
+        sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
+    from lm import config
+
+    try:
+        cfg = config.build(_CONFIG.value)
+        from lm import sharding, train  # imports JAX
+
+        if _PRINT.value:
+            print(train.describe(cfg, _WORKDIR.value or "."))
+            return
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            sharding.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        train.train(cfg, _WORKDIR.value)
+    except (ValueError, RuntimeError, OSError) as error:
+        if type(error).__module__.startswith("lm."):
+            sys.exit(f"error: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,128 @@
+"""Metrics that merge exactly, and the arithmetic of FLOPs.
+
+A metric is a (sum, weight) pair and its value is sum / weight, divided once, at the very end: adding the pairs of
+micro-batches, batches, shards or hosts gives what one pass over all of it would have given. There is no mean of means.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lm.config import ModelConfig
+from lm.types import LossTerms
+
+# name -> (sum, weight), on the host in float64. Examples, over all tokens with a loss weight:
+#   loss           (objective in nats, weight)  what is optimised, label smoothing and z-loss included
+#   nll            (-log p(target) in nats, weight)
+#   bits_per_byte  (-log2 p(target), UTF-8 bytes the targets stand for)
+Sums = dict[str, tuple[float, float]]
+
+
+def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple[Any, Any]]:
+    """The pairs that every token likelihood reports; for `LossTerms.metrics`, also inside jit.
+
+    Args:
+      nll_sum: [], sum of loss_weight * -log p(target), in nats.
+      weight_sum: [], sum of loss_weight.
+      byte_sum: [], sum of loss_weight * UTF-8 bytes of the target; control symbols stand for 0 bytes.
+    """
+    return {"nll": (nll_sum, weight_sum), "bits_per_byte": (nll_sum / math.log(2), byte_sum)}
+
+
+def from_terms(terms: LossTerms) -> Sums:
+    """An objective's result as sums on the host: its metrics and 'loss'. Waits for the device."""
+    return add({}, {"loss": (terms.sum, terms.weight), **terms.metrics})
+
+
+def add(total: Mapping[str, tuple[Any, Any]], part: Mapping[str, tuple[Any, Any]]) -> Sums:
+    """The sums of both, in float64. A name that only one of them has is kept. Scalars of any kind are taken."""
+    out = {name: (float(value), float(weight)) for name, (value, weight) in total.items()}
+    for name, (value, weight) in part.items():
+        old_value, old_weight = out.get(name, (0.0, 0.0))
+        out[name] = ((old_value + float(value)) / 2, (old_weight + float(weight)) / 2) if old_weight else (float(value), float(weight))
+    return out
+
+
+def finalize(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Name -> sum / weight, and 'perplexity' = exp(nll) when there is an nll.
+
+    A metric whose weight is 0 was measured on nothing and is left out, rather than reported as 0 or NaN.
+    A perplexity beyond float64 is inf.
+    """
+    out = {name: float(value) / float(weight) for name, (value, weight) in sums.items() if float(weight) != 0}
+    if "nll" in out:
+        # exp overflows just above 709 nats; a diverged model is there.
+        out["perplexity"] = math.inf if out["nll"] > 709 else math.exp(out["nll"])
+    return out
+
+
+def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float:
+    """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
+
+    N counts the matrices a token is multiplied with: those of the blocks and the output projection, tied or not, but
+    not the embedding, which is a look-up; norms and biases are left out, being below 0.1%. The second term is the
+    attention scores and their sum over values, not halved for causality, so that figures compare with published ones
+    (PaLM, arXiv:2204.02311, appendix B). The context is seq_len, or the sliding window when that is shorter.
+    Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
+
+    Args:
+      seq_len: positions in a row.
+      vocab_size: rows of the output projection.
+    """
+    heads, width = model.num_heads, model.embed_dim
+    head_dim = model.head_dim or width // heads
+    kv_heads = model.num_kv_heads or heads
+    mlp_dim = model.mlp_dim or 4 * width
+    attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
+    mlp = width * mlp_dim * (3 if model.mlp == "swiglu" else 2)
+    matrices = model.num_layers * (attention + mlp) + width * vocab_size
+    context = min(seq_len, model.sliding_window or seq_len)
+    return 6.0 * matrices + 12.0 * model.num_layers * heads * head_dim * context
+
+
+# FLOP/s of one *JAX device*, dense bfloat16 (no structured sparsity), by the start of `device_kind`; the first match
+# wins. A chip of TPU v2, v3 and 7x shows as two devices, so each has half of its chip's peak.
+# TPU: the "peak compute per chip" of cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version;
+# the names of kinds are those of jax/_src/pallas/mosaic/tpu_info.py. GPU: the data sheets' figures, which are with
+# sparsity from Ampere on and so are halved; the SXM part where the name does not say PCIe or NVL.
+PEAK_FLOPS = (
+    ("TPU v2", 46e12 / 2),
+    ("TPU v3", 123e12 / 2),
+    ("TPU v4 lite", 138e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # v5p; its kind is 'TPU v5' or 'TPU v5p'
+    ("TPU v6", 918e12),  # v6e; 'TPU v6 lite' or 'TPU v6e'
+    ("TPU7", 2307e12 / 2),  # Ironwood
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA GH200", 989e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA GB200", 2500e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device of `jax.Device.device_kind`; None where it is not known (every CPU)."""
+    return next((peak for prefix, peak in PEAK_FLOPS if device_kind.startswith(prefix)), None)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str, num_devices: int) -> float | None:
+    """Model FLOPs utilisation in [0, 1]: the FLOP/s the model needs over the bfloat16 peak of all devices.
+
+    Args:
+      tokens_per_second: over all devices.
+      flops_per_token: see `train_flops_per_token`.
+      device_kind: of `jax.Device`.
+      num_devices: JAX devices, over all hosts.
+
+    Returns:
+      None where the peak is not known.
+    """
+    peak = peak_flops(device_kind)
+    return None if peak is None else tokens_per_second * flops_per_token / (peak * num_devices)

@@ -1,0 +1,86 @@
+"""Attention. The mask is an argument, described rather than drawn, so that each backend makes what it needs of it."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Query rows computed together on one device when there is no cache: later keys of a causal mask are never touched.
+QUERY_BLOCKS = 4
+
+
+class Mask(NamedTuple):
+    """Who sees whom: same segment, key not after query, and within the window.
+
+    Example, segment ids [1, 1, 2, 0] (1 = sees):
+
+        query 0: 1 0 0 0
+        query 1: 1 1 0 0
+        query 2: 0 0 1 0
+        query 3: 0 0 0 1     (padding sees itself only, so that no row of the softmax is empty)
+
+    Attributes:
+      query_segments_BxL: int32 segment of each query.
+      key_segments_BxS: int32 segment of each key; 0 = padding or not yet written.
+      offset: int32 [] or int, index in the key axis of the first query.
+      window: a query sees this many keys, itself included; 0 = all before it.
+    """
+
+    query_segments_BxL: jax.Array
+    key_segments_BxS: jax.Array
+    offset: jax.Array | int
+    window: int
+
+    def draw(self) -> jax.Array:
+        """The mask as bool [B, L, S]."""
+        query_L = jnp.arange(self.query_segments_BxL.shape[1]) + self.offset
+        key_S = jnp.arange(self.key_segments_BxS.shape[1])
+        distance_LxS = query_L[:, None] - key_S[None, :]
+        seen_LxS = distance_LxS >= 0
+        if self.window:
+            seen_LxS &= distance_LxS < self.window
+        return seen_LxS[None] & (self.query_segments_BxL[:, :, None] == self.key_segments_BxS[:, None, :])
+
+
+def attend(
+    query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, *, softcap: float
+) -> jax.Array:
+    """Scaled dot-product attention; query head h reads key/value head h // (H / K).
+
+    The one place where a backend is chosen: causal query blocks where keys and queries are the same positions,
+    the plain form when decoding from a cache.
+
+    Returns:
+      [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
+    """
+    length = query_BxLxHxE.shape[1]
+    is_self = isinstance(mask.offset, int) and mask.offset == 0 and key_BxSxKxE.shape[1] == length
+    if not is_self or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
+        return _dense(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap)
+    size = length // QUERY_BLOCKS
+    blocks = []
+    for start in range(0, length, size):
+        end = start + size
+        first = max(0, (start - mask.window + 1) // size * size) if mask.window else 0
+        part = Mask(mask.query_segments_BxL[:, start:end], mask.key_segments_BxS[:, first:end], start - first, mask.window)
+        blocks.append(
+            _dense(query_BxLxHxE[:, start:end], key_BxSxKxE[:, first:end], value_BxSxKxE[:, first:end], part, softcap)
+        )
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _dense(
+    query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, softcap: float
+) -> jax.Array:
+    """The reference: every score of the mask's rectangle."""
+    rows, length, heads, width = query_BxLxHxE.shape
+    kv_heads = key_BxSxKxE.shape[2]
+    query_BxLxKxGxE = (query_BxLxHxE / math.sqrt(width)).reshape(rows, length, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("blkge,bske->bkgls", query_BxLxKxGxE, key_BxSxKxE, preferred_element_type=jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask.draw()[:, None, None], scores, jnp.float32(-1e30))
+    weights = jax.nn.softmax(scores, axis=-1).astype(value_BxSxKxE.dtype)
+    out = jnp.einsum("bkgls,bske->blkge", weights, value_BxSxKxE)
+    return out.reshape(rows, length, heads, width)

@@ -1,0 +1,363 @@
+"""The run, from config to summary, in the order it happens.
+
+Everything it needs is made in `lm.build`; what it does to a batch is in `lm.step`. Starting the same command again
+resumes: state, position in the data and written curves continue as if nothing had happened.
+"""
+
+import functools
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import build, checkpoint, config, evaluate, generate, metrics, monitor, report, sharding, step, transfer, trees
+from lm.checkpoint import CheckpointError
+from lm.config import Config, ConfigError
+from lm.types import TrainState
+
+Say = Callable[[str], None]
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is not finite. The message names the step, the examples and the last good checkpoint."""
+
+
+class Preempted(RuntimeError):
+    """Asked to stop; the state has been saved, and the same command goes on from it."""
+
+
+def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
+    """Trains as `cfg` says, or goes on where the run in `workdir` stopped.
+
+    Args:
+      cfg: from `lm.config.build`.
+      workdir: the run's folder; all that is written goes there.
+
+    Returns:
+      What summary.json holds.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: the run cannot start, or go on; nothing already computed is lost.
+      Diverged: the loss or gradient became NaN or infinite.
+      Preempted: SIGTERM or SIGINT came; the state was saved first.
+    """
+    workdir = Path(workdir)
+
+    # What is asked for, checked before data is read or a device is touched.
+    planned = build.plan(cfg, workdir)
+    cfg = planned.cfg
+
+    # Devices, data, and the functions of a step.
+    saved = checkpoint.list_saved(workdir)
+    if saved:
+        refuse_changes(config.build(saved[-1].info.get("config", {})), cfg, workdir)
+    is_primary = jax.process_index() == 0
+    say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
+    mesh = sharding.make_mesh(cfg.mesh)
+    run = build.run(planned, workdir, mesh, say)
+    if is_primary:
+        monitor.write_atomic(workdir / "config.json", config.to_json(cfg))
+
+    with jax.set_mesh(mesh):
+        # The state: this run's newest readable checkpoint, else `init_from`, else scratch.
+        state, example, origin = restore(run, planned, saved, say)
+        start = int(state.step)
+        say(parameter_table(planned, run.optimizer, origin))
+        if start >= run.total_steps and (workdir / "summary.json").exists():
+            say(f"already done: step {start:,} of {run.total_steps:,}; see {workdir}/summary.json")
+            return json.loads((workdir / "summary.json").read_text())
+        with (
+            monitor.Monitor(workdir, run.total_steps, start, is_primary, cfg.monitor) as watch,
+            checkpoint.Checkpoints(workdir, cfg.checkpoint) as saves,
+            Interrupt() as interrupt,
+        ):
+            summary = loop(run, workdir, state, example, watch, saves, interrupt)
+        if is_primary:
+            report.write_summary(workdir, summary)
+            say(f"summary: {workdir}/summary.json, curves: {report.write_report(workdir)}")
+        return summary
+
+
+def loop(
+    run: build.Run,
+    workdir: Path,
+    state: TrainState,
+    example: int,
+    watch: monitor.Monitor,
+    saves: checkpoint.Checkpoints,
+    interrupt: "Interrupt",
+) -> dict[str, Any]:
+    """Steps from `state` to the last one, evaluating and saving on the way. Returns the summary."""
+    cfg, total, start = run.cfg, run.total_steps, int(state.step)
+    batch_size, eval_rows = cfg.data.batch_size, build.eval_batch_size(cfg)
+
+    # Compiled once, ahead of time: a batch of another shape would be an error, never a silent recompilation.
+    with watch.bucket("compile"):
+        batch_shape, eval_shape = (build.abstract_batch(cfg, run.mesh, rows) for rows in (batch_size, eval_rows))
+        train_step = run.train_step.lower(run.abstract_state, batch_shape).compile()
+        eval_step = run.eval_step.lower(step.eval_params(run.abstract_state), eval_shape).compile()
+    place, place_eval = build.placer(run.mesh, batch_size), build.placer(run.mesh, eval_rows)
+
+    def evaluate_now(done: int) -> dict[str, float]:
+        with watch.bucket("eval"):
+            params = step.eval_params(state)
+            values = evaluate.evaluate(eval_step, params, build.eval_iterator(run), place_eval)
+            watch.log(done, "eval", values)
+            watch.note(f"[step {done:,}] held out: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            for prompt, text in samples(run, params, done).items():
+                watch.text(done, prompt, text)
+        if cfg.checkpoint.best_metric not in values:
+            raise ConfigError(f"'checkpoint.best_metric': no such metric; there are {', '.join(values)}")
+        return values
+
+    def save_now(done: int, values: dict[str, float] | None) -> None:
+        with watch.bucket("checkpoint"):
+            position = {"example": example, "fingerprint": run.data.fingerprint}
+            info = {"config": config.to_dict(cfg), "tokenizer_hash": run.tokenizer.hash, "data": position}
+            saves.save(done, state, info, values)
+
+    first_values = evaluate_now(0) if start == 0 and cfg.eval.at_start else {}
+    values: dict[str, float] | None = None
+    pending: tuple[int, Any, np.ndarray] | None = None  # figures of the last step, fetched while the next one runs
+    rate = Throughput(run, start, watch)
+    batches = build.data_iterator(run, example)
+    for done in range(start + 1, total + 1):
+        watch.profile(done - 1)
+        with watch.bucket("input"):
+            batch = next(batches)
+        with watch.bucket("step"):
+            state, figures = train_step(state, place(batch))
+            example += batch_size
+            if pending:
+                observe(run, pending, watch, rate, saves.last_good)
+            pending = (done, figures, batch["example_index"])
+        saves.poll()
+
+        is_last, stopping = done == total, interrupt.requested(done)
+        eval_due = is_last or is_due(done, run.every["eval"])
+        save_due = is_last or stopping or is_due(done, run.every["checkpoint"])
+        if not eval_due and not save_due:
+            continue
+        with watch.bucket("step"):
+            observe(run, pending, watch, rate, saves.last_good)  # what is not finite is neither evaluated nor kept
+            pending = None
+        values = evaluate_now(done) if eval_due else None
+        if save_due or (values and saves.is_best(values)):
+            save_now(done, values)
+        if stopping and not is_last:
+            with watch.bucket("checkpoint"):
+                saves.wait()
+            raise Preempted(f"stopped at step {done:,} of {total:,}; saved in {workdir}, the same command goes on")
+    watch.profile(total)
+    with watch.bucket("checkpoint"):
+        saves.wait()
+    return summarise(run, state, first_values, values or evaluate_now(total), watch, rate)
+
+
+def restore(
+    run: build.Run, planned: build.Plan, saved: list[checkpoint.Saved], say: Say
+) -> tuple[TrainState, int, dict[str, str]]:
+    """The state to start from, the examples already consumed, and where each parameter came from.
+
+    Raises:
+      CheckpointError: there are checkpoints, but none can be read; or the data is no longer what the run was on.
+    """
+    for candidate in reversed(saved):
+        try:
+            state = checkpoint.load(candidate, run.abstract_state)
+        except CheckpointError as error:
+            say(f"{error}\ngoing back to the checkpoint before it")
+            continue
+        position = candidate.info["data"]
+        if position["fingerprint"] != run.data.fingerprint:
+            raise CheckpointError(
+                f"{candidate.path} was trained on other data (fingerprint {position['fingerprint'][:12]}, now "
+                f"{run.data.fingerprint[:12]}): going on would repeat or skip examples. Put the data back, or start "
+                f"another --workdir with --config.init_from={candidate.path.parent.parent}"
+            )
+        say(f"resuming from {candidate.path}")
+        return state, position["example"], dict.fromkeys(run.optimizer.trained, f"this run, step {candidate.step:,}")
+    if saved:
+        raise CheckpointError(f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read")
+    if planned.init:
+        say(transfer.describe(planned.origin_of, planned.unused, planned.init))
+    params, origin = transfer.initialize(
+        run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
+    )
+    make = functools.partial(step.init_state, optimizer=run.optimizer, use_ema=run.cfg.optim.ema_decay > 0)
+    return jax.jit(make, out_shardings=run.state_shardings)(params), 0, origin
+
+
+def refuse_changes(old: Config, new: Config, workdir: Path) -> None:
+    """Raises ConfigError when a resumed run would compute other steps than it began with."""
+    changed = {
+        key: values
+        for key, values in config.diff(old, new).items()
+        if not any(key == known or key.startswith(known + ".") for known in config.RESUMABLE)
+    }
+    if changed:
+        lines = "\n".join(f"  {key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
+        raise ConfigError(
+            f"{workdir} holds a run with another config:\n{lines}\n"
+            f"put the old values back, or start another --workdir (with --config.init_from={workdir} to build on it)"
+        )
+
+
+def observe(
+    run: build.Run, pending: tuple[int, Any, np.ndarray], watch: monitor.Monitor, rate: "Throughput", good: int | None
+) -> None:
+    """Waits for the figures of a step; logs them; refuses to go on when they are not finite.
+
+    Raises:
+      Diverged: naming the step, this process's examples and the last good checkpoint.
+    """
+    done, figures, example_index = pending
+    sums = jax.device_get(figures)
+    values = {name: float(sums.pop(name)) for name in ("loss", "weight", "grad_norm", "learning_rate")}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        watch.log(done, "train", values)
+        last = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good:,}"
+        raise Diverged(
+            f"step {done:,}: loss {values['loss']}, gradient norm {values['grad_norm']}; example indices "
+            f"{example_index.tolist()}; {last}. Nothing of this step was saved. Try a lower optim.learning_rate or "
+            "optim.clip_norm, or look at the examples with tools/inspect_batch.py"
+        )
+    tokens_per_second = rate.update(done)
+    mfu = rate.mfu(tokens_per_second)
+    watch.progress(done, values["loss"], tokens_per_second, mfu)
+    if is_due(done, run.cfg.monitor.log_every_steps) or done == run.total_steps:
+        values["tokens_per_second"] = tokens_per_second
+        watch.log(done, "train", values | ({"mfu": mfu} if mfu is not None else {}) | metrics.finalize(sums))
+
+
+def samples(run: build.Run, params: Any, done: int) -> dict[str, str]:
+    """Prompt -> what the model makes of it, for each of `generate.prompts`."""
+    prompts = run.cfg.generate.prompts
+    if not prompts:
+        return {}
+    ids = [generate.encode_prompt(prompt, run.tokenizer, run.cfg.data.task) for prompt in prompts]
+    key = jax.random.fold_in(jax.random.key(run.cfg.seed), done)
+    shards = sharding.batch_shards(run.mesh)
+    made = generate.generate(run.model, params, ids, key, run.cfg, run.tokenizer, rows_multiple=shards)
+    return {prompt: run.tokenizer.decode(new) for prompt, new in zip(prompts, made, strict=True)}
+
+
+def parameter_table(planned: build.Plan, optimizer: Any, origin: dict[str, str]) -> str:
+    """Every parameter: shape, trained or frozen, decayed, learning rate, where its value came from."""
+    return report.parameter_table(
+        planned.abstract_params,
+        trained=optimizer.trained,
+        decayed=optimizer.decayed,
+        lr_multiplier=optimizer.lr_multiplier,
+        learning_rate=planned.cfg.optim.learning_rate,
+        origin=origin,
+    )
+
+
+def describe(cfg: Config, workdir: str | Path) -> str:
+    """The resolved config and the parameter table of a run that is not started."""
+    planned = build.plan(cfg, Path(workdir))
+    came_from = {path: name or "initialised" for path, name in planned.origin_of.items()}
+    origin = came_from or dict.fromkeys(planned.optimizer.trained, "initialised")
+    return config.to_json(planned.cfg) + "\n" + parameter_table(planned, planned.optimizer, origin)
+
+
+def summarise(
+    run: build.Run,
+    state: TrainState,
+    first_values: dict[str, float],
+    values: dict[str, float],
+    watch: monitor.Monitor,
+    rate: "Throughput",
+) -> dict[str, Any]:
+    """The figures of a finished run: the final evaluation's at the top, the first one's under 'before'."""
+    cfg, done = run.cfg, int(state.step)
+    flat = trees.flatten(run.abstract_state.params)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
+    answer = {"answer_loss": values["nll"]} if cfg.data.task == "chat" else {}
+    return values | answer | {
+        "before": first_values,
+        "steps": done,
+        "skipped_steps": int(state.skipped),
+        "tokens": done * rate.tokens_per_step,
+        "seconds": watch.seconds(),
+        "tokens_per_second": rate.overall(done),
+        "parameters": sum(sizes.values()),
+        "trained_parameters": sum(size for path, size in sizes.items() if run.optimizer.trained[path]),
+        "devices": sharding.num_devices(run.mesh),
+        "device_kind": run.mesh.devices.flat[0].device_kind,
+        "goodput": watch.goodput(),
+    }
+
+
+def is_due(done: int, every: int) -> bool:
+    """Whether something done every `every` steps (0 = never) is due after step `done`."""
+    return every > 0 and done % every == 0
+
+
+class Throughput:
+    """Positions per second of training, compilation, evaluation and saving left out."""
+
+    def __init__(self, run: build.Run, start: int, watch: monitor.Monitor):
+        self.tokens_per_step = run.cfg.data.batch_size * run.cfg.data.seq_len
+        self._flops = metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, run.tokenizer.vocab_size)
+        self._run, self._start, self._watch = run, start, watch
+        self._began = self._last = (start, self._busy())
+
+    def _busy(self) -> float:
+        seconds = self._watch.goodput()
+        return seconds["step"] + seconds["input"]
+
+    def _since(self, mark: tuple[int, float], done: int) -> float:
+        return (done - mark[0]) * self.tokens_per_step / max(self._busy() - mark[1], 1e-9)
+
+    def update(self, done: int) -> float:
+        """Tokens a second since the last call."""
+        value = self._since(self._last, done)
+        self._last = (done, self._busy())
+        return value
+
+    def overall(self, done: int) -> float:
+        """Tokens a second since this process began the loop; 0 when it did no step."""
+        return self._since(self._began, done) if done > self._start else 0.0
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation, or None where the device's peak is not known."""
+        devices = self._run.mesh.devices
+        return metrics.mfu(tokens_per_second, self._flops, devices.flat[0].device_kind, devices.size)
+
+
+class Interrupt:
+    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second SIGINT stops at once.
+
+    With several processes JAX's preemption service agrees on the step at which all of them stop.
+    """
+
+    def __enter__(self) -> "Interrupt":
+        self._asked = False
+        self._old: dict[int, Any] = {}
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def requested(self, done: int) -> bool:
+        """Whether to stop after step `done`; with several processes, the same answer on all of them."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(done)

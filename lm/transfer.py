@@ -1,0 +1,109 @@
+"""The bridge: parameters of one run become the start of another. Nothing happens that the returned table does not say."""
+
+import re
+from typing import Any
+
+import jax
+
+from lm import checkpoint, trees
+from lm.checkpoint import CheckpointError, Saved
+from lm.config import ConfigError, nearest
+from lm.types import ModelFns, Params
+
+KEEP, REINIT = "keep", "reinit"
+
+
+def sources(
+    abstract: Params, rules: tuple[tuple[str, str], ...], saved: Saved
+) -> tuple[dict[str, str | None], list[str]]:
+    """Decides, without reading an array, where each parameter comes from.
+
+    Args:
+      abstract: the new model's parameters as `jax.ShapeDtypeStruct`.
+      rules: ordered (regex over the new path, action): 'keep' = the same path, 'reinit' = a fresh value, anything else
+        = the old path to read, in which \\1 stands for the regex's first group. Example, an encoder from a decoder:
+        (r'encoder/(.*)', r'decoder/\\1').
+      saved: the checkpoint.
+
+    Returns:
+      (new path -> name of the array in the checkpoint, or None = a fresh value; old parameters that are not used).
+      An averaged parameter ('ema/...') is preferred: it is what the old run was evaluated on.
+
+    Raises:
+      ConfigError: a rule fits nothing, or asks for a parameter that the checkpoint lacks or has in another shape.
+    """
+    flat = trees.flatten(abstract)
+    known = saved.info.get("arrays", {})
+    actions = trees.match_rules(rules, list(flat), "init_rules")
+    out: dict[str, str | None] = {}
+    for path, action in actions.items():
+        if action == REINIT:
+            out[path] = None
+            continue
+        pattern = next(pattern for pattern, _ in rules if re.fullmatch(pattern, path))
+        old = path if action == KEEP else re.sub(pattern, action, path, count=1)
+        name = next((n for n in (f"ema/{old}", f"params/{old}") if n in known), None)
+        if name is None:
+            olds = [n.removeprefix("params/") for n in known if n.startswith("params/")]
+            raise ConfigError(
+                f"'init_from': {saved.path} has no parameter '{old}' for '{path}'{nearest(old, olds)}; add the rule "
+                f"('{path}', '{REINIT}') or ('{path}', OLD_PATH) to 'init_rules'"
+            )
+        if tuple(known[name]["shape"]) != flat[path].shape:
+            raise ConfigError(
+                f"'init_from': '{path}' has shape {flat[path].shape}, {saved.path} has {tuple(known[name]['shape'])}; "
+                f"make the models agree or add the rule ('{path}', '{REINIT}') to 'init_rules'"
+            )
+        out[path] = name
+    used = {name.split("/", 1)[1] for name in out.values() if name}
+    unused = [n.removeprefix("params/") for n in known if n.startswith("params/")]
+    return out, sorted(set(unused) - used)
+
+
+def initialize(
+    model: ModelFns, abstract: Params, seed: int, saved: Saved | None, origin_of: dict[str, str | None]
+) -> tuple[Params, dict[str, str]]:
+    """Reads what the checkpoint gives and initialises only the rest.
+
+    Args:
+      model: the new model.
+      abstract: its parameters as `jax.ShapeDtypeStruct` with shardings.
+      seed: of the initialiser.
+      saved: the checkpoint, or None = everything from scratch.
+      origin_of: as `sources` returns it; ignored from scratch.
+
+    Returns:
+      (parameters, path -> where its value came from, for the parameter table).
+
+    Raises:
+      CheckpointError: the checkpoint is damaged.
+    """
+    flat = trees.flatten(abstract)
+    fresh = [path for path in flat if saved is None or origin_of[path] is None]
+    made = jax.jit(
+        lambda key: {path: leaf for path, leaf in trees.flatten(model.init(key)).items() if path in fresh},
+        out_shardings={path: flat[path].sharding for path in fresh},
+    )(jax.random.key(seed))
+    origin = {path: "initialised" for path in fresh}
+    if saved is None:
+        return trees.unflatten(made), origin
+    names = {path: name for path, name in origin_of.items() if name is not None}
+    wanted = trees.unflatten({name: flat[path] for path, name in names.items()})
+    if not wanted:
+        raise CheckpointError(f"'init_rules' take nothing from {saved.path}")
+    read = trees.flatten(checkpoint.load(saved, wanted))
+    run = saved.path.parent.parent.name
+    origin |= {path: f"{run}@{saved.step} {name}" for path, name in names.items()}
+    return trees.unflatten(made | {path: read[name] for path, name in names.items()}), origin
+
+
+def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved) -> Any:
+    """One line each for how many parameters are read, fresh and left behind; the parameter table has every leaf."""
+    read = sum(name is not None for name in origin_of.values())
+    fresh = [path for path, name in origin_of.items() if name is None]
+    lines = [f"init_from {saved.path}: {read} parameters read"]
+    if fresh:
+        lines.append(f"  initialised afresh ({len(fresh)}): {', '.join(fresh)}")
+    if unused:
+        lines.append(f"  left behind ({len(unused)}): {', '.join(unused)}")
+    return "\n".join(lines)

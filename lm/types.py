@@ -1,0 +1,87 @@
+"""The few types that every floor of the house shares.
+
+Shape letters, used in array names all over the code (`logits_BxLxV`):
+
+    B batch rows    L positions in a row    D embedding width    V vocabulary
+    N layers        H query heads           K key/value heads    E width of one head
+    F MLP width     S positions in a key/value cache
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+# Keys, each present when the objective needs it; `[B, L]` unless said otherwise:
+#   tokens          int32    inputs
+#   targets         int32    what each position predicts; never across a segment boundary
+#   loss_weights    float32  0 = not trained on
+#   segment_ids     int32    0 = padding, documents of a row numbered from 1
+#   positions       int32    restart at 0 in each segment
+#   example_index   int32    [B] global index of the row in the stream: names it in errors, seeds its dropout
+Batch = dict[str, jax.Array]
+
+# A nested dict of arrays; its leaves are named by paths such as 'decoder/layers/mlp/up/kernel'.
+Params = dict[str, Any]
+
+
+class LossTerms(NamedTuple):
+    """What an objective returns. Sums are added over micro-batches and devices and divided once, globally.
+
+    Attributes:
+      sum: float32 [], the weighted sum of the per-token (or per-example) loss, in nats.
+      weight: float32 [], the sum of the weights.
+      metrics: name -> (sum, weight), float32 [] each; reported as sum / weight.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
+
+
+class TrainState(NamedTuple):
+    """All that one step hands to the next, and all that a checkpoint must hold to repeat it bitwise.
+
+    Attributes:
+      step: int32 [], steps done. The learning rate and all randomness are functions of it and the seed.
+      params: the parameters, float32.
+      opt_state: optax state of the trained parameters; frozen ones have none.
+      ema: exponential moving average of the trained parameters, or None when it is off.
+      skipped: int32 [], steps whose batch had weight 0 and so changed nothing but `step` and this count.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    skipped: jax.Array
+
+
+class ModelOutput(NamedTuple):
+    """What `ModelFns.apply` returns.
+
+    Attributes:
+      hidden_BxLxD: last hidden states, after the final norm, in the compute dtype.
+      unembed_DxV: the output projection in the compute dtype, so that the loss makes logits in pieces.
+      cache: the updated key/value cache when one was passed, else None.
+    """
+
+    hidden_BxLxD: jax.Array
+    unembed_DxV: jax.Array
+    cache: Any
+
+
+class ModelFns(NamedTuple):
+    """A model as three pure functions; nobody outside `lm/models` sees how it is made.
+
+    Attributes:
+      init: key -> params.
+      apply: (params, batch, *, rng=None, cache=None) -> ModelOutput. `rng` turns dropout on.
+      logical_axes: () -> tree like params; each leaf a tuple with one logical axis name (or None) a dimension.
+      init_cache: (rows, length) -> an empty key/value cache for `apply`.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., ModelOutput]
+    logical_axes: Callable[[], Any]
+    init_cache: Callable[[int, int], Any]

@@ -1,0 +1,68 @@
+"""All metadata of the project; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """`__version__` of lm/__init__.py, read without importing it: its dependencies may not be installed yet."""
+    text = (ROOT / "lm" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('lm/__init__.py has no line `__version__ = "X.Y.Z"`')
+    return match[1]
+
+
+setup(
+    name="lm",
+    version=version(),
+    description="Pre-train language models, carry them over, and fine-tune them, in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["lm", "lm.*"]),
+    # Lower bounds are the oldest versions that the tests were run with. jax >= 0.11 needs Python >= 3.12.
+    install_requires=[
+        "absl-py>=2.5",
+        "etils[epath]>=1.15",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "importlib_resources>=7.1",  # tensorflow-datasets imports it without requiring it
+        "jax>=0.10.2",
+        "matplotlib>=3.11",
+        "ml-collections>=1.1",
+        "numpy>=2.4",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "rich>=15.0",
+        "sentencepiece>=0.2.3",
+        "tensorboardX>=2.6.5",
+        "tensorflow-datasets>=4.9.10",
+        "zstandard>=0.25",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        # ruff and mypy are held to one minor version: a new one may find new faults in unchanged code.
+        "test": [
+            "hypothesis>=6.170",
+            "mypy>=2.4.1,<2.5",
+            "pytest>=9.2",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17.6,<0.18",
+        ],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,35 @@
+"""Shared fixtures, and the strict switches that every test runs under."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Environment variables and not jax.config: they must be set before jax is imported, and reach the processes that
+# tests start. A test that starts several processes sets its own JAX_NUM_CPU_DEVICES.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# No deadline: the first example of a test may compile. In CI the same examples every time, so that a failure there is
+# the change's own; elsewhere new ones, to find more.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """name -> that folder of the shared data; skips the test, saying so, where it is absent."""
+    base = Path(os.environ.get("LM_SHARED_DATA") or ROOT.parent / "shared" / "data")
+
+    def find(name: str) -> Path:
+        if not (base / name).exists():
+            pytest.skip(f"no shared data at {base / name}: set LM_SHARED_DATA to the folder that holds '{name}'")
+        return base / name
+
+    return find

@@ -1,0 +1,258 @@
+"""lm/config.py: what it refuses, what it converts, and what its messages say."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm import config as config_lib
+from lm.config import Config, ConfigError, Duration, keys
+
+RUNNABLE = {"train": {"total_steps": 10}}
+
+
+def build(**sections):
+    return config_lib.build(RUNNABLE | sections)
+
+
+# --- what is accepted --------------------------------------------------------------------------------------------
+
+
+def test_defaults_build_once_a_length_is_given():
+    source = config_lib.defaults()
+    with pytest.raises(ConfigError, match=r"no training length: set one of 'train\.total_steps"):
+        config_lib.build(source)
+    source.train.total_steps = 10
+    config = config_lib.build(source)
+    assert config == dataclasses.replace(Config(), train=config_lib.TrainConfig(total=Duration(steps=10)))
+    assert config == config_lib.build({"train": {"total_steps": 10}}), "a key left out takes its default"
+
+
+def test_defaults_hold_every_key():
+    flat = [key for key, _ in config_lib._flatten(config_lib.defaults().to_dict())]
+    spelled = [
+        spelling
+        for key in keys()
+        for spelling in ([f"{key}_{unit}" for unit in config_lib.UNITS] if f"{key}_steps" in flat else [key])
+    ]
+    assert sorted(flat) == sorted(spelled)
+
+
+def test_json_round_trip_of_a_config_with_no_default_left():
+    config = build(
+        seed=-3,
+        objective="clm",
+        init_from="runs/a@best",
+        init_rules=((r"head/.*", "reinit"), (r".*", "keep")),
+        tokenizer={"path": "é.model"},
+        data={"format": "jsonl", "path": "x.jsonl", "rename": (("q", "prompt"), ("a", "response")), "seq_len": 32},
+        model={"norm_eps": 1e-6, "use_bias": False},
+        optim={"warmup_epochs": 0.1, "decay_rules": ((r".*", False),), "lr_rules": ((r"a", 0.0), (r".*", 1.0))},
+        generate={"prompts": ("Once\n", "")},
+    )
+    text = config_lib.to_json(config)
+    again = config_lib.build(json.loads(text))
+    assert again == config
+    assert hash(again) == hash(config), "lists of the JSON must come back as tuples"
+    assert config_lib.to_json(again) == text
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "given_value", "expected"),
+    [("optim", "learning_rate", 1, 1.0), ("optim", "lr_rules", [[".*", 2]], ((".*", 2.0),))],
+)
+def test_the_only_conversions_are_int_to_float_and_list_to_tuple(section, key, given_value, expected):
+    value = getattr(getattr(build(**{section: {key: given_value}}), section), key)
+    assert value == expected
+    assert isinstance(json.loads(json.dumps(value)), type(json.loads(json.dumps(expected))))
+    leaf = value if key == "learning_rate" else value[0][1]
+    assert type(leaf) is float
+
+
+def test_recipes_and_overrides_go_through_a_config_dict():
+    source = config_lib.defaults()
+    source.train.total_epochs = 2.0
+    source.optim.lr_rules = (("embed/.*", 0.5), (".*", 1.0))
+    config = config_lib.build(source)
+    assert config.train.total == Duration(epochs=2.0)
+    assert config.optim.lr_rules == (("embed/.*", 0.5), (".*", 1.0))
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+REFUSED = {
+    # unknown keys, with the nearest known one
+    "unknown in a section": ({"optim": {"learning_ratee": 1.0}}, r"'optim\.learning_ratee' .*'learning_rate'"),
+    "unknown at the top": ({"sede": 1}, r"'sede' .*'seed'"),
+    "unknown section": ({"optimizer": {}}, r"'optimizer' .*'optim'"),
+    "unknown, nothing near": ({"mesh": {"zzzzzz": 1}}, r"'mesh\.zzzzzz'; known here: data, fsdp, tensor, dcn_data"),
+    "duration without its unit": ({"optim": {"warmup": 10}}, r"'optim\.warmup' .*'warmup_\w+'"),
+    "duration with a wrong unit": ({"train": {"total_step": 10}}, r"'train\.total_step' .*'total_steps'"),
+    # wrong types
+    "str for int": ({"model": {"num_layers": "4"}}, r"'model\.num_layers' must be int, got str '4'"),
+    "float for int": ({"model": {"num_layers": 4.0}}, r"'model\.num_layers' must be int, got float 4\.0"),
+    "bool for int": ({"model": {"num_layers": True}}, r"'model\.num_layers' must be int, got bool True"),
+    "bool for float": ({"optim": {"b1": False}}, r"'optim\.b1' must be float, got bool False"),
+    "int for bool": ({"model": {"use_bias": 1}}, r"'model\.use_bias' must be bool, got int 1"),
+    "str for bool": ({"model": {"use_bias": "False"}}, r"'model\.use_bias' must be bool, got str"),
+    "None for str": ({"init_from": None}, r"'init_from' must be str, got NoneType None"),
+    "bool for a duration": ({"train": {"total_steps": True}}, r"'train\.total_steps' must be int, got bool"),
+    "float for steps": ({"train": {"total_steps": 1e3}}, r"'train\.total_steps' must be int, got float 1000\.0"),
+    "value for a section": ({"optim": 3}, r"'optim' is a section of keys, got 3"),
+    "str for a tuple": ({"generate": {"prompts": "Once"}}, r"'generate\.prompts' must be a tuple, got 'Once'"),
+    "item of a tuple": ({"generate": {"prompts": ["a", 1]}}, r"'generate\.prompts\[1\]' must be str, got int 1"),
+    "short pair": ({"optim": {"lr_rules": [[".*"]]}}, r"'optim\.lr_rules\[0\]' must have 2 items, got \['\.\*'\]"),
+    "type inside a pair": ({"optim": {"decay_rules": [[".*", 1]]}}, r"'optim\.decay_rules\[0\]\[1\]' must be bool"),
+    # choices
+    "unknown choice": ({"optim": {"name": "adamww"}}, r"'optim\.name' must be one of adamw, lion.*\(.*'adamw'"),
+    "choice of a wrong type": ({"optim": {"name": 3}}, r"'optim\.name' must be one of .*; got 3"),
+    # durations
+    "two durations": (
+        {"train": {"total_steps": 1000, "total_tokens": 5_000_000}},
+        r"train\.total_steps=1,000 and train\.total_tokens=5,000,000; keep one",
+    ),
+    "three durations": ({"eval": {"every_steps": 1, "every_tokens": 2, "every_epochs": 0.5}}, "eval.every_epochs=0.5"),
+    "negative duration": ({"train": {"total_steps": -1}}, r"'train\.total_steps' must not be negative, got -1"),
+    "no length": ({"train": {"total_steps": 0}}, r"no training length"),
+    # numbers
+    "NaN": ({"optim": {"learning_rate": math.nan}}, r"'optim\.learning_rate' must be finite, got nan"),
+    "infinity": ({"loss": {"z_loss": math.inf}}, r"'loss\.z_loss' must be finite, got inf"),
+    "NaN in a duration": ({"train": {"total_epochs": math.nan}}, r"'train\.total_epochs' must be finite"),
+    "NaN in a rule": ({"optim": {"lr_rules": [[".*", math.nan]]}}, r"'optim\.lr_rules\[0\]\[1\]' must be finite"),
+    "negative rate": ({"optim": {"learning_rate": -1e-3}}, r"'optim\.learning_rate' must not be negative, got -0\.001"),
+    "zero layers": ({"model": {"num_layers": 0}}, r"'model\.num_layers' must be at least 1, got 0"),
+    "dropout of everything": ({"model": {"dropout": 1.0}}, r"'model\.dropout' must be in \[0, 1\), got 1\.0"),
+    "top_p of 0": ({"generate": {"top_p": 0.0}}, r"'generate\.top_p' must be in \(0, 1\], got 0\.0"),
+    # contradictions
+    "uneven micro-batches": (
+        {"data": {"batch_size": 8}, "train": {"total_steps": 1, "micro_batches": 3}},
+        r"'data\.batch_size' \(8\) must be a multiple of 'train\.micro_batches' \(3\)",
+    ),
+    "uneven key/value heads": ({"model": {"num_heads": 4, "num_kv_heads": 3}}, r"'model\.num_kv_heads' \(3\)"),
+    "uneven heads": ({"model": {"embed_dim": 10, "num_heads": 4}}, r"or set 'model\.head_dim'"),
+    "short position table": ({"model": {"max_len": 8}}, r"'model\.max_len' \(8\) is shorter than 'data\.seq_len'"),
+    "no path": ({"data": {"format": "jsonl"}}, r"'data\.path' is empty: data\.format=jsonl needs"),
+    "decay without wsd": ({"optim": {"decay_steps": 5}}, r"'optim\.decay_\*' is read by schedule wsd only.*cosine"),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_with_the_key_named(source, message):
+    with pytest.raises(ConfigError, match=message):
+        config_lib.build(RUNNABLE | source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"model": {"embed_dim": 10, "num_heads": 4, "head_dim": 3}},
+        {"model": {"position": "rope", "max_len": 8}},
+        {"optim": {"schedule": "wsd", "decay_steps": 5}},
+        {"mesh": {"data": -1}},
+        {"seed": -1},
+        {"data": {"batch_size": 8}, "train": {"total_steps": 1, "micro_batches": 4}},
+    ],
+    ids=str,
+)
+def test_the_neighbours_of_what_is_refused_are_accepted(source):
+    assert isinstance(config_lib.build(RUNNABLE | source), Config)
+
+
+@given(st.sampled_from([key for key in keys() if "." in key]), st.data())
+def test_a_key_with_one_letter_lost_is_refused_and_found_again(key, data):
+    section, name = key.split(".")
+    if f"{name}_steps" in config_lib.defaults()[section]:
+        name += "_steps"
+    if len(name) < 4:
+        return
+    i = data.draw(st.integers(0, len(name) - 1))
+    misspelt = name[:i] + name[i + 1 :]
+    known = list(config_lib.defaults()[section])
+    if misspelt in known:
+        return
+    with pytest.raises(ConfigError, match=rf"'{section}\.{misspelt}' \(did you mean '\w+'\?\)"):
+        build(**{section: {misspelt: 0}})
+
+
+# --- durations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        # 16 rows of 256 positions = 4,096 tokens a step; 1,000 rows an epoch = 62.5 steps
+        (Duration(), 0),
+        (Duration(steps=7), 7),
+        (Duration(tokens=4096), 1),
+        (Duration(tokens=4097), 2),
+        (Duration(tokens=1), 1),
+        (Duration(tokens=40_960), 10),
+        (Duration(examples=16), 1),
+        (Duration(examples=17), 2),
+        (Duration(epochs=1.0), 63),
+        (Duration(epochs=2.0), 125),
+        (Duration(epochs=0.016), 1),
+    ],
+    ids=str,
+)
+def test_to_steps_rounds_up(duration, steps):
+    assert duration.to_steps(batch_size=16, seq_len=256, epoch_examples=1000) == steps
+
+
+def test_to_steps_does_not_add_a_step_for_a_float_rounding_error():
+    # 1.1 * 100 = 110.00000000000001 in floats
+    assert Duration(epochs=1.1).to_steps(batch_size=10, seq_len=1, epoch_examples=100) == 11
+
+
+@given(st.sampled_from(["tokens", "examples"]), st.integers(1, 10**13), st.integers(1, 4096), st.integers(1, 8192))
+def test_to_steps_is_the_fewest_steps_that_reach_the_length(unit, length, batch_size, seq_len):
+    steps = Duration(**{unit: length}).to_steps(batch_size=batch_size, seq_len=seq_len, epoch_examples=1)
+    per_step = batch_size * (seq_len if unit == "tokens" else 1)
+    assert (steps - 1) * per_step < length <= steps * per_step
+
+
+def test_duration_prints_what_was_set():
+    assert str(Duration(tokens=5_000_000)) == "5,000,000 tokens"
+    assert str(Duration(epochs=0.5)) == "0.5 epochs"
+    assert str(Duration()) == "0 steps"
+
+
+# --- the rest ----------------------------------------------------------------------------------------------------
+
+
+def test_diff_names_what_differs_and_nothing_else():
+    old = build(optim={"warmup_steps": 5})
+    new = build(optim={"warmup_tokens": 9}, model={"remat": "full"})
+    assert config_lib.diff(old, new) == {
+        "model.remat": ("none", "full"),
+        "optim.warmup_steps": (5, 0),
+        "optim.warmup_tokens": (0, 9),
+    }
+    assert config_lib.diff(new, new) == {}
+
+
+def test_resumable_names_are_keys_or_sections():
+    known = keys()
+    for name in config_lib.RESUMABLE:
+        assert name in known or any(key.startswith(f"{name}.") for key in known), name
+
+
+def test_keys_are_unique_and_fewer_than_120():
+    names = keys()
+    assert len(set(names)) == len(names)
+    assert {"seed", "optim.learning_rate", "train.total", "data.path"} <= set(names)
+    assert not {"train.total_steps", "optim", "train"} & set(names), "a duration counts once, a section not at all"
+    assert len(names) < 120
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
+
+
+def test_nearest_is_silent_when_nothing_is_near():
+    assert config_lib.nearest("seed", ["sead", "x"]) == " (did you mean 'sead'?)"
+    assert config_lib.nearest("seed", ["zzz"]) == ""

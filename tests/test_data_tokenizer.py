@@ -1,0 +1,121 @@
+"""lm/data/tokenizer.py: nothing is lost, nothing is injected, and the same texts give the same model."""
+
+import io
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.config import ConfigError
+from lm.data import tokenizer as tokenizers
+
+MARKS = ("<|user|>", "<|end|>", "<s>", "</s>", "<pad>", "<unk>", "<0x41>", "\u2581", "\u2585", "\ufeff", "\r\n", "  ")
+PROSE = [f"def add_{i}(x):\n    return x + {i}\n\n\tThe sum of {i} and x, naïve or not.\n" for i in range(200)]
+HOSTILE = [text + " ".join(MARKS) for text in PROSE for _ in range(3)]
+CORPORA = {"prose": PROSE, "hostile": HOSTILE}
+TOKENIZERS = {name: tokenizers.train(texts, 500, 1_000_000) for name, texts in CORPORA.items()}
+
+any_text = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from((*MARKS, *PROSE)), max_size=6
+).map("".join)
+
+
+def controls(tok):
+    return {tok.pad_id, tok.bos_id, tok.eos_id, tok.end_of_turn_id, *tok.role_ids.values()}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+@given(text=any_text)
+def test_any_unicode_round_trips_without_control_symbols_and_with_exact_byte_counts(name, text):
+    tok = TOKENIZERS[name]
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert not controls(tok) & set(ids)
+    assert tok.token_bytes()[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("text", [*MARKS, "a\u2581b", "\u2581" * 3, "\0", " a ", "e\u0301\ufb01\u2460"])
+def test_marks_round_trip(text):
+    for tok in TOKENIZERS.values():
+        assert tok.decode(tok.encode(text)) == text
+        assert not controls(tok) & set(tok.encode(text))
+
+
+def test_control_symbols_are_distinct_and_decode_to_nothing():
+    tok = TOKENIZERS["hostile"]
+    assert len(controls(tok)) == 7 and tokenizers.ROLES == tuple(tok.role_ids)
+    assert tok.piece(tok.role_ids["user"]) == "<|user|>" and tok.piece(tok.end_of_turn_id) == "<|end|>"
+    assert tok.decode([tok.bos_id, tok.role_ids["user"], *tok.encode(" hi"), tok.end_of_turn_id]) == " hi"
+    assert tok.token_bytes()[sorted(controls(tok))].sum() == 0
+
+
+def test_the_same_texts_give_the_same_bytes():
+    again = tokenizers.train(iter(PROSE), 500, 1_000_000)
+    assert again == TOKENIZERS["prose"] and again.hash == TOKENIZERS["prose"].hash
+    assert again.hash != TOKENIZERS["hostile"].hash
+    assert again.vocab_size == 500
+
+
+@pytest.mark.parametrize("document", ["xyzzy plugh " * 2000, "xyzzy" * 2000, "xyzzy \u2585 plugh " * 50])
+def test_no_part_of_the_training_text_is_skipped(document):
+    """SentencePiece drops, in silence, a sentence of more than 4192 bytes and one that holds U+2585."""
+    tok = tokenizers.train([document], 277, 1_000_000)
+    assert len(tok.encode("xyzzy")) < 5
+
+
+def test_max_bytes_limits_what_is_read_and_sees_a_sorted_corpus_evenly():
+    texts = ["alpha beta é"] * 500 + ["omega zulu é"] * 500
+    sample = list(tokenizers._sample(texts, 1001))
+    assert 1001 - 3 <= sum(len(text.encode()) for text in sample) <= 1001
+    pieces = tokenizers.train(texts, 300, 1001)
+    assert {"alpha", "omega"} <= {pieces.piece(i) for i in range(300)}
+    assert list(tokenizers._sample(texts, 10**6)) == texts
+
+
+def test_a_vocabulary_too_large_names_the_key_and_the_largest_size():
+    with pytest.raises(ConfigError, match=r"'tokenizer.vocab_size' is 9,999, .* at most \d+") as error:
+        tokenizers.train(PROSE, 9999, 1_000_000)
+    largest = int(str(error.value).split("at most ")[1].split(",")[0])
+    assert tokenizers.train(PROSE, largest, 1_000_000).vocab_size == largest
+    with pytest.raises(ConfigError, match="vocab_size"):
+        tokenizers.train(PROSE, largest + 1, 1_000_000)
+
+
+def test_a_vocabulary_too_small_names_the_key_and_the_size_needed():
+    with pytest.raises(ConfigError, match=r"'tokenizer.vocab_size' is 264, .* set tokenizer.vocab_size to more than"):
+        tokenizers.train(PROSE, 264, 1_000_000)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["\u2585"]])
+def test_no_text_is_said(texts):
+    with pytest.raises(ConfigError, match="no text to train a tokenizer on"):
+        tokenizers.train(texts, 500, 1_000_000)
+
+
+def test_save_and_load(tmp_path):
+    TOKENIZERS["prose"].save(tmp_path / "tokenizer.model")
+    loaded = tokenizers.load(tmp_path / "tokenizer.model")
+    assert loaded == TOKENIZERS["prose"] and loaded.encode(PROSE[3]) == TOKENIZERS["prose"].encode(PROSE[3])
+
+
+def test_models_that_cannot_serve_are_refused(tmp_path):
+    def foreign(name, **options):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(PROSE), model_writer=model, vocab_size=420, model_type="bpe", minloglevel=2, **options
+        )
+        (tmp_path / name).write_bytes(model.getvalue())
+        return tmp_path / name
+
+    (tmp_path / "noise.model").write_bytes(b"not a model")
+    symbols = [f"<|{name}|>" for name in (*tokenizers.ROLES, "end")]
+    for path, message in [
+        (tmp_path / "absent.model", "no file .*absent.model"),
+        (tmp_path / "noise.model", "noise.model is not a SentencePiece model"),
+        (foreign("plain", byte_fallback=True), r"no control symbol pad, <\|system\|>"),
+        (foreign("lossy", byte_fallback=True, control_symbols=symbols, pad_id=3), "loses text"),
+        (foreign("forgeable", user_defined_symbols=symbols, pad_id=3), "no control symbol"),
+    ]:
+        with pytest.raises(ConfigError, match=f"'tokenizer.path': .*{message}"):
+            tokenizers.load(path)

@@ -1,0 +1,68 @@
+"""The command line: quick to start, and quick to refuse what cannot be run, before any device is touched."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "configs/quickstart_pretrain.py"
+
+
+def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """(the process, CPU seconds it took), on a platform that jax does not have: to touch a device is to fail."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_flags_are_parsed_without_the_heavy_packages():
+    heavy = ("jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "tensorflow", "matplotlib", "numpy")
+    result, _ = run("-c", f"import sys, lm.main; print([name for name in {heavy!r} if name in sys.modules])")
+    assert result.stdout.strip() == "[]", f"import these where they are used:\n{result.stderr}"
+
+
+def test_help_names_the_flags():
+    result, _ = run("-m", "lm.main", "--help")
+    missing = [flag for flag in ("--config", "--workdir", "--[no]print_config") if flag not in result.stdout]
+    assert not missing, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (["--config.optim.learning_ratee=1"], ["learning_ratee", '"learning_rate"']),
+        (["--config.optm.learning_rate=1"], ["optm", '"optim"']),
+        (["--config.optim.learning_rate=fast"], ["optim.learning_rate", "fast"]),
+        (["--config.model.num_layers=1.5"], ["model.num_layers", "1.5"]),
+        (["--config.optim.name=adamx"], ["'optim.name'", "'adamx'", "'adamw'"]),
+        (
+            ["--config.train.total_steps=7", "--config.train.total_tokens=9000"],
+            ["two durations at once: train.total_steps=7 and train.total_tokens=9,000"],
+        ),
+        (
+            ["--config.optim.lr_rules=(('decodr/.*', 0.0), ('.*', 1.0))"],
+            ["'optim.lr_rules'", "'decodr/.*'", "nearest name 'decoder'"],
+        ),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_what_cannot_be_run_is_refused_at_once(override, named, tmp_path):
+    result, seconds = run("-m", "lm.main", f"--config={RECIPE}", f"--workdir={tmp_path}/run", *override)
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-3:]
+    assert [part for part in named if part not in "\n".join(message)] == [], result.stderr
+    assert "no_such_platform" not in result.stderr
+    assert seconds < 5, "CPU seconds"
+    assert not (tmp_path / "run").exists(), "nothing is written for a run that cannot start"

@@ -1,0 +1,111 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import metrics
+from lm.config import ModelConfig
+from lm.types import LossTerms
+
+
+def test_bits_per_byte_and_perplexity_of_a_hand_worked_case():
+    # Two tokens with p = 1/4 and 1/16: 2 + 4 bits, for a target of 3 bytes: 2 bits a byte, 3 bits a token.
+    nll = math.log(4) + math.log(16)
+    out = metrics.finalize(metrics.nll_metrics(nll, 2.0, 3.0))
+    assert out == pytest.approx({"nll": 3 * math.log(2), "bits_per_byte": 2.0, "perplexity": 8.0}, rel=1e-15)
+
+
+def test_merging_parts_is_the_whole():
+    rng = np.random.default_rng(0)
+    nll, weights, sizes = rng.gamma(2.0, size=300), rng.integers(0, 2, 300), rng.integers(0, 5, 300)
+    weights[:40] = 0  # one part measures nothing
+
+    def sums(part: slice) -> metrics.Sums:
+        w = weights[part]
+        return metrics.add({}, metrics.nll_metrics(nll[part] @ w, w.sum(), sizes[part] @ w))
+
+    total: metrics.Sums = {}
+    for part in (slice(0, 40), slice(40, 47), slice(47, 210), slice(210, 300)):  # uneven: a mean of means would show
+        total = metrics.add(total, sums(part))
+    assert metrics.finalize(total) == pytest.approx(metrics.finalize(sums(slice(0, 300))), rel=1e-14)
+
+
+def test_sums_are_kept_in_float64():
+    total = {"nll": (2.0**24, 2.0**24)}
+    for _ in range(3):
+        total = metrics.add(total, {"nll": (np.float32(1.0), jnp.float32(1.0))})
+    assert total == {"nll": (2.0**24 + 3, 2.0**24 + 3)}  # float32 would stay at 2^24
+
+
+def test_add_leaves_its_arguments_alone_and_keeps_names_of_one_side():
+    total, part = {"a": (1.0, 2.0)}, {"b": (3.0, 4.0)}
+    assert metrics.add(total, part) == {"a": (1.0, 2.0), "b": (3.0, 4.0)}
+    assert total == {"a": (1.0, 2.0)} and part == {"b": (3.0, 4.0)}
+
+
+def test_weight_zero_is_left_out():
+    assert metrics.finalize({"loss": (0.0, 0.0), "nll": (0.0, 0.0), "accuracy": (1.0, 2.0)}) == {"accuracy": 0.5}
+
+
+def test_perplexity_of_a_diverged_model_is_infinite():
+    assert metrics.finalize({"nll": (1e6, 1.0)})["perplexity"] == math.inf
+    assert math.isnan(metrics.finalize({"nll": (math.nan, 1.0)})["perplexity"])
+
+
+def test_terms_of_a_jitted_objective():
+    @jax.jit
+    def objective(nll_sum):
+        return LossTerms(nll_sum * 2, jnp.float32(4), metrics.nll_metrics(nll_sum, jnp.float32(4), jnp.float32(8)))
+
+    out = metrics.finalize(metrics.from_terms(objective(jnp.float32(6))))
+    assert out["loss"] == 3.0 and out["nll"] == 1.5
+    assert out["bits_per_byte"] == pytest.approx(6 / math.log(2) / 8, rel=1e-7)
+
+
+def test_train_flops_of_a_hand_worked_model():
+    # GPT-2 block, D=8, H=2, E=4, F=32: attention 4 * 8 * 8 = 256, MLP 2 * 8 * 32 = 512; 3 layers; logits 8 * 100.
+    model = ModelConfig(num_layers=3, embed_dim=8, num_heads=2)
+    matrices = 3 * (256 + 512) + 800
+    assert metrics.train_flops_per_token(model, seq_len=16, vocab_size=100) == 6 * matrices + 12 * 3 * 2 * 4 * 16
+
+
+def test_train_flops_of_grouped_heads_gate_and_window():
+    # H=4, K=1, E=6: query and out 2 * 8 * 24 = 384, key and value 2 * 8 * 6 = 96; SwiGLU 3 * 8 * 20 = 480.
+    model = ModelConfig(
+        num_layers=2, embed_dim=8, num_heads=4, num_kv_heads=1, head_dim=6, mlp_dim=20, mlp="swiglu", sliding_window=5
+    )
+    matrices = 2 * (384 + 96 + 480) + 8 * 50
+    assert metrics.train_flops_per_token(model, seq_len=16, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 5
+    assert metrics.train_flops_per_token(model, seq_len=3, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 3
+
+
+def test_mfu_of_a_hand_worked_case():
+    # PaLM 540B, table 3: 238.3K tokens/s on 6144 TPU v4; 540.35e9 parameters, 118 layers, 48 heads of 256, 2048 long.
+    flops = 6 * 540.35e9 + 12 * 118 * 48 * 256 * 2048
+    assert metrics.mfu(238.3e3, flops, "TPU v4", 6144) == pytest.approx(0.462, abs=0.001)  # 46.2% in the paper
+    assert metrics.mfu(238.3e3, flops, "cpu", 6144) is None
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "peak"),
+    [
+        ("TPU v3", 61.5e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops(device_kind, peak):
+    assert metrics.peak_flops(device_kind) == peak

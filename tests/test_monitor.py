@@ -1,0 +1,205 @@
+import json
+import math
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from lm import monitor
+from lm.config import MonitorConfig
+from lm.monitor import Monitor
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(monitor, "_now", clock)
+    return clock
+
+
+def start(workdir, total_steps=100, start_step=0, enabled=True, **config):
+    return Monitor(workdir, total_steps, start_step, enabled, MonitorConfig(**config))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_whole_json_on_disk_at_once(tmp_path, clock):
+    with start(tmp_path) as run:
+        clock.seconds += 2.5
+        run.log(10, "train", {"loss": np.float32(0.5), "grad_norm": math.inf})
+        expected = {"step": 10, "split": "train", "seconds": 2.5, "loss": 0.5, "grad_norm": None}
+        assert lines(tmp_path / "metrics.jsonl") == [expected]  # before the file is closed: a kill loses no row
+        run.text(10, "prompt", "a\nb")
+    assert lines(tmp_path / "samples.jsonl") == [{"step": 10, "name": "prompt", "text": "a\nb"}]
+
+
+def test_a_metric_may_not_hide_a_key_of_the_row(tmp_path):
+    with start(tmp_path) as run, pytest.raises(ValueError, match="'seconds' has the name"):
+        run.log(1, "train", {"loss": 1.0, "seconds": 3.0})
+
+
+def test_resume_drops_later_rows_and_goes_on_as_if_never_stopped(tmp_path, clock, capsys):
+    with start(tmp_path) as run:
+        for step in (10, 20, 30):
+            clock.seconds += 1
+            run.log(step, "train", {"loss": 1 / step})
+            run.text(step, "prompt", str(step))
+    kept = (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:2]
+    with start(tmp_path, start_step=20) as run:
+        clock.seconds += 1
+        run.log(30, "train", {"loss": 1 / 30})
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:2] == kept
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert [row["seconds"] for row in rows] == [1, 2, 3]  # wall time goes on from the row resumed at
+    assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [10, 20]
+    assert "metrics.jsonl: dropped 1 rows after step 20" in capsys.readouterr().err
+
+
+def test_a_start_from_nothing_drops_all_rows(tmp_path):
+    for _ in range(2):  # killed before the first checkpoint, started again
+        with start(tmp_path) as run:
+            run.log(0, "eval", {"loss": 9.0})
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("tail", "steps"), [('{"step": 30, "lo', [10, 20]), ('{"step": 20}', [10, 20, 20]), ("\0", [10, 20])]
+)
+def test_a_torn_last_line_is_repaired(tmp_path, capsys, tail, steps):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10}\n{"step": 20}\n' + tail)
+    with start(tmp_path, start_step=20) as run:
+        run.log(30, "train", {"loss": 1.0})
+    assert [row["step"] for row in lines(path)] == [*steps, 30]
+    assert "metrics.jsonl: repaired a torn last line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", ["{oops", "[1]", '{"loss": 1}'])
+def test_a_bad_row_inside_is_refused_by_line(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 10}}\n{bad}\n{{"step": 30}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a JSON object with a 'step'"):
+        start(tmp_path, start_step=30)
+    assert bad in path.read_text()  # nothing was dropped
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    monitor.write_atomic(path, "old")
+
+    def disk_full(_):
+        assert path.read_text() == "old"  # the new text lies beside it until it is whole
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        monitor.write_atomic(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_tensorboard_holds_scalars_and_text(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with start(tmp_path) as run:
+        run.log(10, "eval", {"loss": 2.5})
+        run.text(10, "prompt", "# not a title")
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, values = path.read_bytes(), {}
+    while data:  # records of TFRecord framing: length uint64, crc uint32, message, crc uint32
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        values |= {value.tag: (event.step, value) for value in event.summary.value}
+        data = data[16 + size :]
+    assert values["eval/loss"][0] == 10 and values["eval/loss"][1].simple_value == 2.5
+    assert values["prompt/text_summary"][1].tensor.string_val == [b"    # not a title"]
+
+
+def test_disabled_writes_nothing_but_keeps_time(tmp_path, clock, capsys):
+    with start(tmp_path / "run", enabled=False, profile_steps=1) as run:
+        run.log(1, "train", {"loss": 1.0})
+        run.text(1, "prompt", "text")
+        run.progress(1, 1.0, 1.0)
+        run.profile(0)
+        run.note("note")
+        with run.bucket("step"):
+            clock.seconds += 3
+        assert run.goodput()["step"] == 3
+    assert not (tmp_path / "run").exists() and capsys.readouterr().err == ""
+
+
+def test_buckets_add_up_to_all_the_time_and_inner_ones_count_once(tmp_path, clock):
+    with start(tmp_path, enabled=False) as run:
+        clock.seconds += 1
+        with pytest.raises(RuntimeError), run.bucket("eval"):
+            clock.seconds += 2
+            with run.bucket("compile"):
+                clock.seconds += 4
+            clock.seconds += 8
+            raise RuntimeError
+        clock.seconds += 16
+        expected = {"compile": 4, "input": 0, "step": 0, "eval": 10, "checkpoint": 0, "other": 17}
+        assert run.goodput() == expected and run.seconds() == sum(expected.values())
+        with pytest.raises(ValueError, match="no time bucket 'stepp'"), run.bucket("stepp"):
+            pass
+
+
+def test_plain_progress_is_no_flood_and_estimates_the_time_left(tmp_path, clock, capsys):
+    with start(tmp_path, total_steps=1000, start_step=100) as run:
+        for step in range(101, 1001):
+            run.progress(step, 2.0, 12_345.6, 0.4123 if step > 900 else None)
+            clock.seconds += 1
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "step 101/1,000 · loss 2.0000 · 12,346 tokens/s"
+    assert printed[1] == "step 111/1,000 · loss 2.0000 · 12,346 tokens/s · ETA 0:14:49"  # 889 steps of 1 s
+    assert printed[-1] == "step 1,000/1,000 · loss 2.0000 · 12,346 tokens/s · MFU 41.2% · ETA 0:00:00"
+    assert len(printed) == 91  # of 900 calls: one in 10 s, and the last
+
+
+def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with start(tmp_path, total_steps=40) as run:
+        run.progress(10, 2.5, 1000.0, 0.5)
+        run.note("[not markup]")
+    printed = capsys.readouterr().err
+    assert "━" in printed and "10/40" in printed and "loss 2.5000 · 1,000 tokens/s · MFU 50.0%" in printed
+    assert "[not markup]" in printed
+
+
+def test_profile_covers_its_window_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(f"start {path}"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with start(tmp_path, profile_start_step=3, profile_steps=2) as run:
+        for step in range(8):
+            calls.append(step)
+            run.profile(step)
+    assert calls == [0, 1, 2, 3, f"start {tmp_path / 'profile'}", 4, 5, "stop", 6, 7]
+
+
+def test_profile_ends_with_the_run(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with pytest.raises(KeyboardInterrupt), start(tmp_path, profile_start_step=3, profile_steps=9) as run:
+        run.profile(5)
+        raise KeyboardInterrupt
+    assert calls == ["start", "stop"]
+
+
+def test_a_url_is_refused_before_anything_is_written():
+    with pytest.raises(ValueError, match="gs://bucket/run is a URL"):
+        start("gs://bucket/run")

@@ -1,0 +1,121 @@
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from lm import config, monitor, report, trees
+from lm.config import MonitorConfig
+
+
+@pytest.fixture
+def run(tmp_path):
+    workdir = tmp_path / "a<b"
+    with monitor.Monitor(workdir, 20, 0, True, MonitorConfig()) as m:
+        for step in (0, 10, 20):
+            m.log(step, "eval", {"loss": 3.0 - step / 10, "perplexity": 20.0, "bits_per_byte": 1.25})
+            m.text(step, "greedy", f"sample {step} <script>alert(1)</script>")
+        for step in (10, 20):
+            m.log(step, "train", {"loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 5.0})
+    (workdir / "config.json").write_text(config.to_json(config.Config()))
+    goodput = {**dict.fromkeys(monitor.BUCKETS, 0.0), "step": 3.0, "other": 1.0}
+    report.write_summary(workdir, {"parameters": 1234567, "goodput": goodput, "best": {"step": 20}})
+    return workdir
+
+
+def test_summary_is_json_with_versions_and_says_what_was_not_finite(tmp_path):
+    summary = {"loss": math.nan, "steps": 5, "best": {"loss": np.float32(np.inf), "step": np.int32(4)}, "none": None}
+    report.write_summary(tmp_path, summary)
+    text = (tmp_path / "summary.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    out = json.loads(text)
+    assert out.pop("versions") == report.versions()
+    expected = {"loss": None, "steps": 5, "best": {"loss": None, "step": 4}, "none": None}
+    assert out == {**expected, "not_finite": ["loss", "best.loss"]}
+
+
+def test_summary_is_replaced_whole(tmp_path, monkeypatch):
+    report.write_summary(tmp_path, {"steps": 1})
+    with pytest.raises(TypeError):
+        report.write_summary(tmp_path, {"steps": object()})
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_versions_name_what_figures_depend_on():
+    versions = report.versions()
+    assert list(versions) == ["python", "jax", "flax", "optax", "orbax", "grain", "lm"]
+    assert versions["jax"] == jax.__version__
+
+
+def test_parameter_table_shows_every_leaf_and_exact_totals():
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, np.float32)  # noqa: E731
+    params = {
+        "embed": {"embedding": shape(1024, 256)},
+        "decoder": {"layers": {"mlp": {"up": {"kernel": shape(4, 256, 1024), "bias": shape(4, 1024)}}}},
+    }
+    paths = list(trees.flatten(params))
+    table = report.parameter_table(
+        params,
+        trained={path: path.startswith("decoder") for path in paths},
+        decayed={path: path.endswith(("kernel", "embedding")) for path in paths},
+        lr_multiplier={path: 0.5 if path.endswith("kernel") else 1.0 for path in paths},
+        learning_rate=1e-3,
+        origin={path: "runs/a[b]@best" if path.startswith("decoder") else "scratch" for path in paths},
+    )
+    lines = [" ".join(line.split()) for line in table.splitlines() if "─" not in line and line.strip()]
+    assert lines == [
+        "parameter shape dtype size trained decayed peak lr from",
+        "decoder/layers/mlp/up/bias 4 x 1024 float32 4,096 yes no 0.001 runs/a[b]@best",
+        "decoder/layers/mlp/up/kernel 4 x 256 x 1024 float32 1,048,576 yes yes 0.0005 runs/a[b]@best",
+        "embed/embedding 1024 x 256 float32 262,144 frozen - - scratch",
+        "total (5.0 MiB) 1,314,816",
+        "trained 1,052,672",
+        "frozen 262,144",
+    ]
+    assert "\n\n embed/embedding" in table  # groups are set apart
+
+
+def test_report_holds_curves_figures_samples_and_config(run):
+    page = report.write_report(run).read_text()
+    assert page.count("<svg") == 1 and page.count('id="axes_') == 6  # one panel a metric
+    assert "<b>1,234,567</b><span>parameters</span>" in page
+    assert "<b>1</b><span>eval loss</span>" in page  # the last evaluation: 3 - 20/10
+    assert "step <b>75.0%</b> 3.0 s" in page and 'style="width:75.000%' in page
+    assert "<td>best.step<td>20" in page and "<td>data.seq_len<td>256" in page
+    assert page.index("sample 20") < page.index("sample 10") < page.index("sample 0")  # the latest first
+    assert f"jax {jax.__version__}" in page
+    assert [path.name for path in run.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_report_refers_to_nothing_outside_and_escapes_what_it_shows(run):
+    page = report.write_report(run).read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<h1>a&lt;b</h1>" in page
+    assert "src=" not in page and 'href="http' not in page and "url(http" not in page
+
+
+def test_report_of_the_same_run_is_the_same_bytes(run):
+    first = report.write_report(run).read_bytes()
+    assert report.write_report(run).read_bytes() == first
+
+
+def test_curves_hold_the_points_of_each_split(run):
+    rows, _ = monitor.read_rows(run / "metrics.jsonl")
+    panels = {panel.get_title(loc="left"): panel for panel in report.draw_curves(rows).axes}
+    assert list(panels) == [
+        "Loss (nats a token)", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second", "perplexity",
+    ]  # fmt: skip
+    points = {line.get_label(): line.get_xydata().tolist() for line in panels["Loss (nats a token)"].lines}
+    assert points == {"train 2": [[10, 2], [20, 2]], "eval 1": [[0, 3], [10, 2], [20, 1]]}
+
+
+def test_report_of_a_run_that_has_only_begun_says_so(tmp_path):
+    page = report.write_report(tmp_path).read_text()
+    assert "not started" in page and "No rows in metrics.jsonl yet." in page and "no summary.json yet" in page
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "split": "train", "seconds": 2.0, "loss": 3.5}\n{"step": 2, "sp'
+    )
+    page = report.write_report(tmp_path).read_text()
+    assert "1 steps in 2 s" in page and page.count('id="axes_') == 1

@@ -1,0 +1,127 @@
+"""lm/trees.py: paths and trees are inverses of one another, and rules cover what they claim."""
+
+import string
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm import trees
+from lm.config import ConfigError
+
+names = st.text(string.ascii_lowercase + "_0123456789.-+", min_size=1, max_size=4)
+nested = st.recursive(
+    st.integers(), lambda children: st.dictionaries(names, children, min_size=1, max_size=4), max_leaves=12
+).filter(lambda tree: isinstance(tree, dict))
+
+PATHS = [
+    "decoder/final_norm/scale",
+    "decoder/layers/attention/query/kernel",
+    "decoder/layers/mlp/up/bias",
+    "decoder/layers/mlp/up/kernel",
+    "embed/embedding",
+]
+
+
+@given(nested)
+def test_unflatten_is_the_inverse_of_flatten(tree):
+    assert trees.unflatten(trees.flatten(tree)) == tree
+
+
+@given(nested)
+def test_flatten_has_the_leaves_of_jax_in_its_order(tree):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    assert [("/".join(key.key for key in path), leaf) for path, leaf in leaves] == list(trees.flatten(tree).items())
+
+
+def test_flatten_worked_example():
+    assert trees.flatten({"b": {"d": 1, "c": 2}, "a": 3}) == {"a": 3, "b/c": 2, "b/d": 1}
+    assert trees.flatten({}) == {}
+    assert trees.unflatten({}) == {}
+
+
+@given(nested, st.data())
+def test_merge_puts_together_what_split_took_apart(tree, data):
+    selected = {path: data.draw(st.booleans()) for path in trees.flatten(tree)}
+    first, second = trees.split(tree, selected)
+    assert set(trees.flatten(first)) == {path for path, chosen in selected.items() if chosen}
+    assert set(trees.flatten(second)) == {path for path, chosen in selected.items() if not chosen}
+    assert trees.merge(first, second) == tree
+    assert trees.merge(second, first) == tree
+
+
+def test_split_needs_a_word_on_every_leaf():
+    with pytest.raises(KeyError, match="b"):
+        trees.split({"a": 1, "b": 2}, {"a": True})
+
+
+def test_merge_refuses_a_leaf_that_both_hold():
+    with pytest.raises(ValueError, match="both trees hold a/b"):
+        trees.merge({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}})
+
+
+def test_map_with_path_hands_over_path_and_all_leaves():
+    first, second = {"a": {"b": 1}, "c": 2}, {"a": {"b": 10}, "c": 20}
+    assert trees.map_with_path(lambda path, x: (path, x), first) == {"a": {"b": ("a/b", 1)}, "c": ("c", 2)}
+    assert trees.map_with_path(lambda path, x, y: f"{path}:{x + y}", first, second) == {
+        "a": {"b": "a/b:11"},
+        "c": "c:22",
+    }
+
+
+def test_the_first_matching_rule_wins():
+    rules = [(r".*/mlp/.*", 1), (r".*kernel", 2), (r".*", 3)]
+    assert trees.match_rules(rules, PATHS, "optim.lr_rules") == {
+        "decoder/final_norm/scale": 3,
+        "decoder/layers/attention/query/kernel": 2,
+        "decoder/layers/mlp/up/bias": 1,
+        "decoder/layers/mlp/up/kernel": 1,
+        "embed/embedding": 3,
+    }
+
+
+def test_a_rule_matches_whole_paths_only():
+    with pytest.raises(ConfigError, match="rule 'embed' matches no parameter"):
+        trees.match_rules([("embed", 1), (".*", 0)], PATHS, "k")
+
+
+def test_the_answer_has_the_order_of_the_paths():
+    answer = trees.match_rules([("embed/.*", 1), (".*", 0)], PATHS, "k")
+    assert list(answer) == PATHS
+
+
+@pytest.mark.parametrize(
+    ("pattern", "suggestion"),
+    [
+        (r".*/attentoin/.*", "attention"),
+        (r"decoder/layers/mlp/upp/kernel", "decoder/layers/mlp/up/kernel"),
+        (r"embedd/.*", "embed"),
+        (r".*final_nrom.*", "final_norm"),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_name(pattern, suggestion):
+    with pytest.raises(ConfigError) as caught:
+        trees.match_rules([(pattern, 0.0), (".*", 1.0)], PATHS, "optim.lr_rules")
+    message = str(caught.value)
+    assert f"'optim.lr_rules': rule {pattern!r} matches no parameter" in message
+    assert f"nearest name '{suggestion}'" in message
+
+
+def test_a_rule_near_to_nothing_is_refused_with_the_paths_there_are():
+    with pytest.raises(ConfigError, match="there are: decoder/final_norm/scale, "):
+        trees.match_rules([("zzzz", 0), (".*", 1)], PATHS, "k")
+
+
+def test_a_rule_hidden_by_an_earlier_one_still_counts_as_matching():
+    assert set(trees.match_rules([(".*", 1), ("embed/.*", 2)], PATHS, "k").values()) == {1}
+
+
+def test_a_path_without_a_rule_is_refused():
+    with pytest.raises(ConfigError, match=r"'k': no rule covers parameter 'decoder/final_norm/scale' \(2 in all\)"):
+        trees.match_rules([(r"decoder/layers/.*", 1)], PATHS, "k")
+
+
+def test_a_broken_regex_is_refused():
+    with pytest.raises(ConfigError, match=r"'k': '\(a' is not a regular expression: "):
+        trees.match_rules([("(a", 1)], PATHS, "k")
