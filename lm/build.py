@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import checkpoint, objectives, optim, sharding, step, transfer, trees
-from lm.config import Config, ConfigError
+from lm import checkpoint, config, objectives, optim, sharding, step, transfer, trees
+from lm.config import Config, ConfigError, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
 from lm.data.tokenizer import Tokenizer
 from lm.models import transformer
@@ -277,3 +277,27 @@ def placer(mesh: Mesh, batch_size: int) -> Callable[[dict[str, np.ndarray]], Bat
     """Makes global arrays of this process's rows of a batch."""
     rows = sharding.local_rows(mesh, batch_size)
     return lambda batch: sharding.to_global(batch, rows, batch_size, mesh)
+
+
+def load_run(name: str) -> tuple[Config, ModelFns, Any, Tokenizer]:
+    """A trained model to use: its config, functions, parameters (averaged where the run averaged) and tokenizer.
+
+    Args:
+      name: 'RUN', 'RUN@best' or 'RUN@STEP'.
+
+    Raises:
+      CheckpointError: no such checkpoint, or a damaged one.
+    """
+    saved = checkpoint.choose(name)
+    cfg = config.build(saved.info["config"])
+    planned = plan(dataclasses.replace(cfg, init_from=name, init_rules=((".*", transfer.KEEP),)), Path(name.partition("@")[0]))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    where = sharding.replicated(mesh)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), planned.abstract_params
+    )
+    model = transformer.decoder(cfg.model, compute_dtype(cfg.model.dtype, mesh))
+    params, _ = transfer.initialize(model, abstract, cfg.seed, saved, planned.origin_of)
+    if planned.tokenizer is None:
+        raise ConfigError(f"{name}: no {TOKENIZER_FILE} in the run's folder")
+    return cfg, model, params, planned.tokenizer

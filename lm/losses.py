@@ -100,7 +100,7 @@ def _sums(
 ) -> tuple[Array, ...]:
     """(loss, nll, correct), float32 [] each."""
 
-    def body(totals_3xB: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def body(totals_3xB: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         sums_3xB, _ = _chunk(options, unembed_DxV, *chunk)
         return totals_3xB + sums_3xB, None
 
@@ -113,7 +113,7 @@ def _sums(
 def _sums_fwd(
     options: _Options, hidden_BxLxD: Array, unembed_DxV: Array, targets_BxL: Array, weights_BxL: Array
 ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-    def body(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+    def body(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         totals_3xB, d_unembed_DxV = carry
         hidden_BxCxD, _, _ = chunk
         sums_3xB, d_logits_BxCxV = _chunk(options, unembed_DxV, *chunk)

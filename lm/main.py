@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
@@ -20,6 +20,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save at INFO
     from lm import config
 
     try:

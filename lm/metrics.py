@@ -39,7 +39,7 @@ def add(total: Mapping[str, tuple[Any, Any]], part: Mapping[str, tuple[Any, Any]
     out = {name: (float(value), float(weight)) for name, (value, weight) in total.items()}
     for name, (value, weight) in part.items():
         old_value, old_weight = out.get(name, (0.0, 0.0))
-        out[name] = ((old_value + float(value)) / 2, (old_weight + float(weight)) / 2) if old_weight else (float(value), float(weight))
+        out[name] = (old_value + float(value), old_weight + float(weight))
     return out
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lm.config import ConfigError, DataConfig
 from lm.data import examples, tokenizer
+from lm.data.records import DataError
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, EOS, END = TOK.bos_id, TOK.eos_id, TOK.end_of_turn_id
@@ -136,9 +137,9 @@ def test_a_prompt_is_how_its_conversation_begins():
 def test_wrong_records_are_named():
     with pytest.raises(ConfigError, match=r"f:1: 'data.task' is chat, which reads 'messages', .* has text; set data.t"):
         run([{"text": "hello"}])
-    with pytest.raises(ConfigError, match="set data.task=chat"):
+    with pytest.raises(ConfigError, match=r"set data\.task=chat"):
         run([conversation(("user", "hello"))], task="text")
-    with pytest.raises(ValueError, match="f:1: unknown role 'robot', expected one of system, user, assistant"):
+    with pytest.raises(DataError, match="f:1: unknown role 'robot', expected one of system, user, assistant"):
         run([conversation(("robot", "hello"))])
 
 

@@ -44,7 +44,7 @@ def test_marks_round_trip(text):
 
 def test_control_symbols_are_distinct_and_decode_to_nothing():
     tok = TOKENIZERS["hostile"]
-    assert len(controls(tok)) == 7 and tokenizers.ROLES == tuple(tok.role_ids)
+    assert len(controls(tok)) == 7 and tuple(tok.role_ids) == tokenizers.ROLES
     assert tok.piece(tok.role_ids["user"]) == "<|user|>" and tok.piece(tok.end_of_turn_id) == "<|end|>"
     assert tok.decode([tok.bos_id, tok.role_ids["user"], *tok.encode(" hi"), tok.end_of_turn_id]) == " hi"
     assert tok.token_bytes()[sorted(controls(tok))].sum() == 0
@@ -103,7 +103,12 @@ def test_models_that_cannot_serve_are_refused(tmp_path):
     def foreign(name, **options):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(PROSE), model_writer=model, vocab_size=420, model_type="bpe", minloglevel=2, **options
+            sentence_iterator=iter(PROSE),
+            model_writer=model,
+            vocab_size=420,
+            model_type="bpe",
+            minloglevel=2,
+            **options,
         )
         (tmp_path / name).write_bytes(model.getvalue())
         return tmp_path / name

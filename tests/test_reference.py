@@ -146,11 +146,12 @@ def test_rope_depends_on_relative_positions_only():
 
 def test_rotate_turns_the_pair_i_and_i_plus_half():
     x = np.zeros((1, 2, 1, 4))
-    x[0, :, 0, :] = [1, 0, 0, 2]  # pairs (0, 2) and (1, 3)
+    x[0, :, 0, :] = [1, 3, 0, 2]  # the pairs are (1, 0) and (3, 2)
     out = reference.rotate(x, np.array([[0, 3]]), theta=100.0)
     slow = 3 * 100 ** (-2 / 4)
-    np.testing.assert_allclose(out[0, 0, 0], [1, 0, 0, 2])
-    np.testing.assert_allclose(out[0, 1, 0], [np.cos(3), -2 * np.sin(slow), np.sin(3), 2 * np.cos(slow)])
+    np.testing.assert_allclose(out[0, 0, 0], [1, 3, 0, 2])
+    turned = (3 + 2j) * np.exp(1j * slow)
+    np.testing.assert_allclose(out[0, 1, 0], [np.cos(3), turned.real, np.sin(3), turned.imag])
 
 
 def test_attention_mask_example():
@@ -174,6 +175,27 @@ def test_attention_matches_jax_nn():
     query, key, value = ((x @ kernel).reshape(2, 6, -1, 4).astype(np.float32) for kernel in kernels.values())
     expected = jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=(2, 0))
     np.testing.assert_allclose(out, np.asarray(expected).reshape(2, 6, 16), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_norms_then_rotates_then_caps():
+    """One head and two positions, the second one written out."""
+    cfg = ModelConfig(embed_dim=4, num_heads=1, position="rope", rope_theta=9.0, qk_norm=True, attention_softcap=0.5)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 2, 4))
+    layer = {f"attention/{name}/kernel": (rng.normal(size=(4, 4)),) * 2 for name in ("query", "key", "value", "out")}
+    layer |= {f"attention/{name}_norm/scale": (rng.normal(size=4),) * 2 for name in ("query", "key")}
+    positions = np.array([[0, 1]])
+    out, _ = reference.attention(layer, x, np.tri(2, dtype=bool)[None, None], positions, cfg)
+
+    def head(name):
+        y = x @ layer[f"attention/{name}/kernel"][0]
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + cfg.norm_eps) * layer[f"attention/{name}_norm/scale"][0]
+        return reference.rotate(y[:, :, None], positions, 9.0)[0, :, 0]
+
+    scores = head("key") @ head("query")[1] / 2
+    p = np.exp(0.5 * np.tanh(scores / 0.5))
+    expected = p / p.sum() @ x[0] @ layer["attention/value/kernel"][0] @ layer["attention/out/kernel"][0]
+    np.testing.assert_allclose(out[0, 1], expected)
 
 
 def test_norms_and_mlps_match_jax_nn():

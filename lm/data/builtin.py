@@ -21,6 +21,7 @@ import sysconfig
 import tokenize
 import types
 import uuid
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -126,7 +127,9 @@ def _collect(read: Callable[[Any], Document], items: Iterable[Any]) -> tuple[lis
     documents, unread = [], []
     for item in items:
         try:
-            documents.append(read(item))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what old modules do wrong, or deprecate, is no business of ours
+                documents.append(read(item))
         except (ImportError, OSError, SyntaxError, UnicodeError, ValueError, tokenize.TokenError) as error:
             unread.append(f"{item if isinstance(item, str) else item[0]} ({type(error).__name__})")
     return documents, unread

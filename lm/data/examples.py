@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError, DataConfig
-from lm.data.records import Record
+from lm.data.records import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
 
 
@@ -35,6 +35,7 @@ def make(records: Iterable[Record], tokenizer: Tokenizer, cfg: DataConfig, count
 
     Raises:
       ConfigError: a record is not of the kind that the task reads.
+      DataError: a role is unknown.
     """
     for record in records:
         counts["documents"] += 1
@@ -124,7 +125,7 @@ def texts(records: Iterable[Record]) -> Iterator[str]:
 
 def _turn(message: Mapping[str, str], tokenizer: Tokenizer, source: str) -> list[int]:
     if message["role"] not in tokenizer.role_ids:
-        raise ValueError(f"{source}: unknown role {message['role']!r}, expected one of {', '.join(ROLES)}")
+        raise DataError(f"{source}: unknown role {message['role']!r}, expected one of {', '.join(ROLES)}")
     return [tokenizer.role_ids[message["role"]], *tokenizer.encode(message["content"]), tokenizer.end_of_turn_id]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from lm.config import Config
 from lm.data import examples, packing, sources
 from lm.data.packing import Rows
-from lm.data.records import Record
+from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
 
 HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
@@ -48,7 +48,7 @@ def build(cfg: Config, tokenizer: Tokenizer, split: sources.Split) -> Data:
     """Makes and packs the examples of both halves of `split`.
 
     Raises:
-      ValueError: a half has nothing to train on or to evaluate; the message gives the counts.
+      DataError: a half has nothing to train on or to evaluate; the message gives the counts.
     """
     train, train_report = _rows(split.train, "train", cfg, tokenizer)
     valid, valid_report = _rows(split.valid, "valid", cfg, tokenizer)
@@ -155,7 +155,7 @@ def _rows(records: Sequence[Record], name: str, cfg: Config, tokenizer: Tokenize
     if not report["targets"]:
         found = ", ".join(f"{key} {value:,}" for key, value in counts.items()) or "no documents"
         keys = "data.path" if name == "train" else "data.eval_path, data.eval_fraction"
-        raise ValueError(
+        raise DataError(
             f"the {name} data has no target: nothing in it counts for the loss ({found}); "
             f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )

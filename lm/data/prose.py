@@ -6,7 +6,6 @@ import io
 import itertools
 import re
 import tokenize
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,9 +41,7 @@ def read_source(name: str, path: Path) -> Document:
     """
     with tokenize.open(path) as file:  # the encoding that the file declares
         source = file.read()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in old modules are no business of ours
-        tree = ast.parse(source)
+    tree = ast.parse(source)
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     placed = list(_comment_blocks(source))
     functions = []
@@ -97,9 +94,7 @@ def is_prose(text: str, at_least: float = 0.75) -> bool:
 def _is_code(text: str) -> bool:
     """Whether Python can parse it: code that was commented out."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ast.parse(inspect.cleandoc(text))
+        ast.parse(inspect.cleandoc(text))
     except (SyntaxError, ValueError):
         return False
     return True

@@ -48,16 +48,16 @@ class _BadRecord(Exception):
 def read_text(path: epath.Path, separator: str) -> Iterator[Record | Fault]:
     """Documents of a text file: the whole file as it is, or the parts between `separator`s without outer newlines."""
     content = _without_bom(b"".join(_chunks(path))).replace(b"\r\n", b"\n")
-    if not content.strip():
-        yield _empty_file(path)
-        return
-    line = 1
+    line, empty = 1, True
     for part in content.split(separator.encode()) if separator else [content]:
         if part.strip():
+            empty = False
             start = len(part) - len(part.lstrip(b"\n")) if separator else 0
             document = part.strip(b"\n") if separator else part
             yield _record(_text, document, path, line + part[:start].count(b"\n"))
         line += part.count(b"\n") + separator.count("\n")
+    if empty:
+        yield _empty_file(path)
 
 
 def read_jsonl(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
@@ -247,7 +247,7 @@ def _normalise(value: Any, rename: Mapping[str, str]) -> Record:
         raise _BadRecord("wrong type", f"found {_shown(value)}; expected a JSON object")
     for old, new in rename.items():
         if old not in value:
-            raise _BadRecord("missing field", f"no field '{old}', which data.rename maps to '{new}'; {_found(value)}")
+            raise _BadRecord("missing field", f"{_found(value)}; expected '{old}', which data.rename maps to '{new}'")
     value = {k: v for k, v in value.items() if k not in rename} | {new: value[old] for old, new in rename.items()}
     form = next((form for form in _FORMS if all(field in value for field in form)), None)
     if form == ("text",):
@@ -272,7 +272,7 @@ def _messages(turns: Any) -> list[dict[str, str]]:
             raise _BadRecord("wrong type", f"'{where}' is {_shown(turn)}; expected an object of 'role' and 'content'")
         for field in ("role", "content"):
             if field not in turn:
-                raise _BadRecord("missing field", f"'{where}' has no '{field}'; {_found(turn)}")
+                raise _BadRecord("missing field", f"'{where}': {_found(turn)}; expected '{field}'")
         role = turn["role"]
         if role not in ROLES:
             hint = nearest(role, ROLES) if isinstance(role, str) else ""

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -71,9 +72,9 @@ def _text(cfg: DataConfig) -> Split:
 
 
 def _jsonl(cfg: DataConfig) -> Split:
-    for names, side in ((dict(cfg.rename), "field"), (dict(map(reversed, cfg.rename)), "name")):
-        if len(names) < len(cfg.rename):
-            raise ConfigError(f"'data.rename' gives one {side} twice: {cfg.rename}")
+    for names in zip(*cfg.rename, strict=True):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"'data.rename' names a field twice: {cfg.rename}")
     return _from_files(cfg, lambda path: read_jsonl(path, dict(cfg.rename)))
 
 
@@ -145,7 +146,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
             return _files_below(root, suffixes)
         first_magic = next((i for i, part in enumerate(root.parts) if set(part) & set("*?[")), None)
         if first_magic is None:
-            raise DataError(f"data path '{path}': no such file or folder (the working directory is {epath.Path.cwd()})")
+            raise DataError(f"data path '{path}': no such file or folder (the working directory is {os.getcwd()})")
         base = epath.Path(*root.parts[:first_magic])
         found = sorted((p for p in base.glob("/".join(root.parts[first_magic:])) if p.is_file()), key=str)
     except (KeyError, NotImplementedError, OSError) as error:  # unknown URL scheme; '**'; no access

@@ -1,0 +1,202 @@
+"""lm/data/pipeline.py: the stream is a pure function of an index, whatever the hosts and wherever it starts."""
+
+import dataclasses
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lm import config
+from lm.data import packing, pipeline, sources, tokenizer
+from lm.data.records import DataError
+
+TEXTS = [f"document {i} says hello {'and again ' * (i % 7)}now.\n" for i in range(60)]
+TOK = tokenizer.train(TEXTS, 330, 100_000)
+BATCH = 8
+
+
+def records(texts):
+    return [{"text": text, "source": f"f:{i}"} for i, text in enumerate(texts)]
+
+
+def make_split(train=tuple(TEXTS[:50]), valid=tuple(TEXTS[50:])):
+    return sources.Split(records(train), records(valid), "fingerprint", "")
+
+
+def make_config(seed=0, **data):
+    return dataclasses.replace(config.Config(seed=seed), data=config.DataConfig(**({"seq_len": 32} | data)))
+
+
+DATA = pipeline.build(make_config(), TOK, make_split())
+NUM_ROWS = len(DATA.train["tokens"])
+
+
+def take(count, *, start=0, local_rows=None, seed=0, data=DATA):
+    local_rows = np.arange(BATCH) if local_rows is None else local_rows
+    stream = pipeline.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local_rows, seed=seed)
+    batches = list(itertools.islice(stream, count))
+    stream.close()
+    return batches
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], strict=True)
+
+
+def pairs(batches):
+    used = [batch["segment_ids"] > 0 for batch in batches]
+    columns = [np.concatenate([b[k][u] for b, u in zip(batches, used, strict=True)]) for k in ("tokens", "targets")]
+    return Counter(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def test_each_epoch_is_another_permutation_and_each_seed_another_stream():
+    epochs = pipeline.train_row_ids(50, 0, 0, 150).reshape(3, 50)
+    assert (np.sort(epochs) == np.arange(50)).all()
+    other_seed = pipeline.train_row_ids(50, 1, 0, 150).reshape(3, 50)
+    orders = [tuple(order) for order in (*epochs, *other_seed)]
+    assert len(set(orders)) == 6 and tuple(range(50)) not in orders
+    assert pipeline.train_row_ids(50, 0, 37, 60).tolist() == epochs.ravel()[37:97].tolist()
+    assert pipeline.train_row_ids(50, 0, 50 * 10**12, 50).tolist() != epochs[0].tolist()
+
+
+def test_the_order_is_the_same_on_every_version_and_machine():
+    """A change here makes runs that are under way resume on other data."""
+    assert pipeline.train_row_ids(7, 0, 0, 14).tolist() == [5, 3, 6, 0, 4, 2, 1, 6, 5, 4, 1, 0, 2, 3]
+    assert pipeline.train_row_ids(1, -1, 0, 3).tolist() == [0, 0, 0]
+
+
+def test_batches_are_the_rows_that_the_index_names_in_the_dtypes_of_the_contract():
+    first, second = take(2)
+    ids = pipeline.train_row_ids(NUM_ROWS, 0, 0, 2 * BATCH)
+    for batch, rows in ((first, ids[:BATCH]), (second, ids[BATCH:])):
+        for key, dtype in packing.DTYPES.items():
+            assert batch[key].dtype == dtype
+            np.testing.assert_array_equal(batch[key], DATA.train[key][rows])
+    assert first["example_index"].dtype == np.int32
+    assert second["example_index"].tolist() == list(range(BATCH, 2 * BATCH))
+    start = 2**31 - 2
+    assert take(1, start=start)[0]["example_index"][:4].tolist() == [2**31 - 2, 2**31 - 1, 0, 1]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_together_hold_the_batch_of_one_host(hosts):
+    whole = take(5, start=3)
+    local = np.random.default_rng(0).permutation(BATCH).reshape(hosts, -1)
+    parts = [take(5, start=3, local_rows=rows) for rows in local]
+    together = [{key: np.concatenate([p[i][key] for p in parts]) for key in whole[0]} for i in range(5)]
+    assert_equal([{key: x[np.argsort(local.ravel())] for key, x in batch.items()} for batch in together], whole)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_a_restart_goes_on_as_if_there_had_been_none(steps):
+    assert_equal(take(4, start=steps * BATCH), take(steps + 4)[steps:])
+
+
+def test_an_epoch_holds_every_row_once():
+    batches = take(-(-2 * NUM_ROWS // BATCH))
+    index = np.concatenate([b["example_index"] for b in batches])
+    tokens = np.concatenate([b["tokens"] for b in batches])
+    assert index.tolist() == list(range(len(index)))
+    for epoch in range(2):
+        rows = tokens[epoch * NUM_ROWS : (epoch + 1) * NUM_ROWS]
+        assert sorted(rows.tolist()) == sorted(DATA.train["tokens"].tolist())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
+def test_evaluation_holds_every_row_once_and_pads_without_weight(batch_size):
+    def run(local_rows):
+        return list(pipeline.eval_batches(DATA.valid, batch_size=batch_size, local_rows=local_rows, max_tokens=0))
+
+    batches, num_rows = run(np.arange(batch_size)), len(DATA.valid["tokens"])
+    assert len(batches) == -(-num_rows // batch_size)
+    joined = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+    for key, dtype in packing.DTYPES.items():
+        assert joined[key].dtype == dtype and {b[key].shape for b in batches} == {(batch_size, 32)}
+        np.testing.assert_array_equal(joined[key][:num_rows], DATA.valid[key])
+        assert not joined[key][num_rows:].any()
+    assert joined["example_index"].tolist() == list(range(len(batches) * batch_size))
+    for rows in np.array_split(np.arange(batch_size), 2):
+        assert_equal(run(rows), [{key: x[rows] for key, x in batch.items()} for batch in batches])
+
+
+@pytest.mark.parametrize("max_tokens,rows", [(1, 1), (32, 1), (33, 2), (64, 2), (10**9, 0)])
+def test_evaluation_stops_at_its_budget(max_tokens, rows):
+    batches = pipeline.eval_batches(DATA.valid, batch_size=3, local_rows=np.arange(3), max_tokens=max_tokens)
+    used = np.concatenate([b["tokens"][b["segment_ids"].any(1)] for b in batches])
+    assert len(used) == (rows or len(DATA.valid["tokens"]))
+    assert len(np.unique(used, axis=0)) == len(used)
+
+
+def test_the_report_counts_what_the_batches_hold():
+    for half, texts in (("train", TEXTS[:50]), ("valid", TEXTS[50:])):
+        rows, report = getattr(DATA, half), DATA.report[half]
+        ids = sum(len(TOK.encode(text)) + 1 for text in texts)
+        assert report["documents"] == len(texts) and report["rows"] == len(rows["tokens"])
+        assert report["tokens"] == report["targets"] == ids
+        assert report["bytes"] == sum(len(text.encode()) for text in texts)
+        assert report["fill"] == pytest.approx(ids / (32 * len(rows["tokens"])))
+
+
+def test_packing_changes_neither_pairs_nor_counts():
+    reports, found = [], []
+    for mode in ("pad", "best_fit"):
+        data = pipeline.build(make_config(packing=mode), TOK, make_split())
+        reports.append({key: data.report["train"][key] for key in ("documents", "examples", "tokens", "bytes")})
+        rows = pipeline.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0)
+        found.append(pairs(list(rows)))
+    assert reports[0] == reports[1] and found[0] == found[1]
+
+
+@pytest.mark.parametrize("half", ["train", "valid"])
+def test_data_without_a_target_is_refused_with_its_counts(half):
+    def chat(*turns):
+        messages = [{"role": role, "content": "hello"} for role in turns]
+        return [{"messages": messages, "source": "f:1"}, {"messages": messages, "source": "f:2"}]
+
+    halves = {"train": chat("user", "assistant"), "valid": chat("user", "assistant")} | {half: chat("system", "user")}
+    split = sources.Split(halves["train"], halves["valid"], "", "")
+    with pytest.raises(DataError, match=f"the {half} data has no target.*documents 2, dropped_no_target 2"):
+        pipeline.build(make_config(task="chat"), TOK, split)
+    halves[half] = []
+    with pytest.raises(DataError, match=f"the {half} data has no target.*no documents"):
+        pipeline.build(make_config(task="chat"), TOK, sources.Split(halves["train"], halves["valid"], "", ""))
+
+
+def test_the_fingerprint_names_the_stream():
+    other_tokenizer = tokenizer.train(TEXTS, 340, 100_000)
+    changed = [
+        pipeline.build(make_config(), other_tokenizer, make_split()),
+        pipeline.build(make_config(), TOK, dataclasses.replace(make_split(), fingerprint="other")),
+        pipeline.build(make_config(), TOK, make_split(train=tuple(reversed(TEXTS[:50])))),
+        pipeline.build(make_config(seed=1), TOK, make_split()),
+        pipeline.build(make_config(seq_len=33), TOK, make_split()),
+        pipeline.build(make_config(packing="pad"), TOK, make_split()),
+        pipeline.build(make_config(mask_documents=False), TOK, make_split()),
+    ]
+    assert len({DATA.fingerprint, *(data.fingerprint for data in changed)}) == len(changed) + 1
+    assert pipeline.build(make_config(batch_size=4), TOK, make_split()).fingerprint == DATA.fingerprint
+
+
+def test_real_chat_data_packs_whole(shared_data):
+    data = config.DataConfig(
+        format="jsonl",
+        path=str(shared_data("gsm8k") / "train.jsonl"),
+        rename=(("question", "prompt"), ("answer", "response")),
+        task="chat",
+        max_records=300,
+    )
+    cfg = dataclasses.replace(config.Config(), data=data)
+    split = sources.load(data)
+    tok = tokenizer.train(TEXTS, 330, 100_000)
+    built = pipeline.build(cfg, tok, split)
+    report = built.report["train"]
+    answers = [m["content"] for r in split.train for m in r["messages"] if m["role"] == "assistant"]
+    assert report["documents"] == report["examples"] == 300
+    lost = sum(len(answer.encode()) for answer in answers) - report["bytes"]
+    assert lost == 0 if not report.get("answer_cut") else lost > 0
+    assert report["targets"] >= report["documents"]

@@ -1,0 +1,465 @@
+"""lm.data.sources and lm.data.records: every form and every fault of users' own files, and what is held out."""
+
+import gzip
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import zstandard
+from etils import epath
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lm.config import ConfigError, DataConfig
+from lm.data import builtin, records, sources
+from lm.data.records import DataError, Fault, read_jsonl, read_text
+
+GOOD = [json.dumps({"text": f"good {i}"}).encode() for i in range(8)]
+BOM = b"\xef\xbb\xbf"
+
+
+def write(path: Path, content: bytes) -> Path:
+    packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(packed)
+    return path
+
+
+def read(path: Path, **options) -> sources.Split:
+    options = {"format": "jsonl", "eval_fraction": 0.3} | options
+    return sources.load(DataConfig(path=str(path), **options))
+
+
+def contents(found: list[dict]) -> list:
+    return [record.get("text", record.get("messages")) for record in found]
+
+
+def everything(split: sources.Split) -> list:
+    return sorted(contents(split.train + split.valid), key=str)
+
+
+# Forms ----------------------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "rename", "expected"),
+    [
+        ({"text": "a\r\nb", "id": 3}, {}, {"text": "a\nb"}),
+        ({"messages": [{"role": "system", "content": "S", "x": 1}, *CHAT]}, {}, None),
+        ({"prompt": "Q", "response": "A"}, {}, {"messages": CHAT}),
+        ({"question": "Q", "answer": "A"}, {"question": "prompt", "answer": "response"}, {"messages": CHAT}),
+        ({"response": "Q", "prompt": "A"}, {"response": "prompt", "prompt": "response"}, {"messages": CHAT}),
+        ({"instruction": "Q", "output": "A"}, {}, {"messages": CHAT}),
+        ({"instruction": "Q", "input": "", "output": "A", "text": "all of it"}, {}, {"messages": CHAT}),
+        (
+            {"instruction": "Q", "input": "I", "output": "A"},
+            {},
+            {"messages": [{"role": "user", "content": "Q\n\nI"}, CHAT[1]]},
+        ),
+        ({"body": "t"}, {"body": "text"}, {"text": "t"}),
+    ],
+)
+def test_jsonl_forms(tmp_path, value, rename, expected):
+    path = write(tmp_path / "a.jsonl", json.dumps(value).encode())
+    expected = expected or {"messages": [{"role": "system", "content": "S"}, *CHAT]}
+    assert list(read_jsonl(epath.Path(path), rename)) == [{**expected, "source": f"{path}:1"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize("chunk_bytes", [3, 1 << 20])
+def test_packed_files_give_what_the_plain_one_gives(tmp_path, monkeypatch, name, chunk_bytes):
+    plain = write(tmp_path / "plain.jsonl", b"\n".join(GOOD))
+    content = b"[" + b" ,\n".join(GOOD) + b" ]\n" if ".json." in f"{name}." else BOM + b"\r\n".join(GOOD) + b"\r\n\r\n"
+    packed = write(tmp_path / name, content)
+    monkeypatch.setattr(records, "_CHUNK_BYTES", chunk_bytes)  # lines that span chunks, chunks that hold many lines
+    found, expected = (list(read_jsonl(epath.Path(p), {})) for p in (packed, plain))
+    assert contents(found) == contents(expected) == [f"good {i}" for i in range(8)]
+    assert [r["source"] for r in found] == [f"{packed}:{i + 1}" for i in range(8)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_concatenated_members_are_one_file(tmp_path, suffix):
+    one, two = write(tmp_path / f"1{suffix}", GOOD[0] + b"\n"), write(tmp_path / f"2{suffix}", GOOD[1])
+    both = tmp_path / f"both.jsonl{suffix}"
+    both.write_bytes(one.read_bytes() + two.read_bytes())
+    assert contents(read_jsonl(epath.Path(both), {})) == ["good 0", "good 1"]
+
+
+def test_text_without_separator_is_one_document_as_it_is(tmp_path):
+    path = write(tmp_path / "a.txt", BOM + "\nOne.\r\n\r\nZwölf.\n".encode())
+    assert list(read_text(epath.Path(path), "")) == [{"text": "\nOne.\n\nZwölf.\n", "source": f"{path}:1"}]
+
+
+def test_separator_splits_documents_and_sources_name_their_first_lines(tmp_path):
+    path = write(tmp_path / "a.txt", b"one\r\n1\r\n<|end|>\n\n  two\n<|end|>three<|end|>\n<|end|>\n")
+    found = list(read_text(epath.Path(path), "<|end|>"))
+    assert contents(found) == ["one\n1", "  two", "three"]
+    assert [r["source"] for r in found] == [f"{path}:1", f"{path}:5", f"{path}:6"]
+    blank_lines = list(read_text(epath.Path(write(tmp_path / "b.txt", b"one\n\n\n\ntwo\n\nthree")), "\n\n"))
+    assert [(r["text"], r["source"][-2:]) for r in blank_lines] == [("one", ":1"), ("two", ":5"), ("three", ":7")]
+
+
+def test_a_folder_is_read_recursively_in_sorted_order_and_a_glob_as_it_says(tmp_path):
+    for name in ("b.txt", "a/z.txt.gz", "a/y.md", "README", ".hidden.txt", ".git/c.txt"):
+        write(tmp_path / name, name.encode())
+    found = sources.find_files(str(tmp_path), sources.SUFFIXES["text"])
+    assert [str(p.relative_to(tmp_path)) for p in found] == ["a/y.md", "a/z.txt.gz", "b.txt"]
+    matches = sources.find_files(str(tmp_path / "*" / "[xy].*"), sources.SUFFIXES["text"])
+    assert [p.name for p in matches] == ["y.md"]
+    assert [p.name for p in sources.find_files(str(tmp_path / "README"), (".txt",))] == ["README"]
+    split = read(tmp_path, format="text", eval_path=str(tmp_path / "README"))
+    assert contents(split.train) == ["a/y.md", "a/z.txt.gz", "b.txt"]
+    assert contents(split.valid) == ["README"]
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+LINE_FAULTS = [
+    ("malformed JSON", b'{"text": "a"', "at column 13"),
+    ("malformed JSON", b'{"text": "a"} {"text": "b"}', "expected one JSON object a line"),
+    ("malformed JSON", b"[" * 100_000, "expected one JSON object a line"),
+    ("malformed JSON", b"1" * 5_000, "expected one JSON object a line"),
+    ("invalid UTF-8", b'{"text": "caf\xe9"}', "0xe9"),
+    ("invalid UTF-8", '{"text": "a"}'.encode("utf-16"), "0xff"),
+    ("byte order mark", BOM + b'{"text": "a"}', "U+FEFF"),
+    ("byte order mark", rb'{"text": "a\ufeffb"}', "'text'"),
+    ("NUL", b'{"text": "a\0b"}', "U+0000"),
+    ("NUL", rb'{"text": "a\u0000b"}', "'text'"),
+    ("lone surrogate", rb'{"text": "a\ud800b"}', "U+D800"),
+    ("wrong type", b'["text"]', "expected a JSON object"),
+    ("wrong type", b'{"text": 3}', "'text' is int 3; expected a string"),
+    ("wrong type", b'{"text": null}', "NoneType None; expected a string"),
+    ("wrong type", b'{"messages": {}}', "expected a list of at least one message"),
+    ("wrong type", b'{"messages": []}', "expected a list of at least one message"),
+    ("wrong type", b'{"messages": ["hi"]}', r"'messages[0]' is str 'hi'; expected an object"),
+    ("wrong type", b'{"messages": [{"role": "user", "content": ["hi"]}]}', "'messages[0].content' is list"),
+    ("wrong type", b'{"instruction": "a", "input": 1, "output": "b"}', "'input' is int 1"),
+    ("missing field", b"{}", "found no fields; expected 'text', 'messages'"),
+    ("missing field", b'{"txt": "a", "prompt": "b"}', "found 'txt', 'prompt'; expected 'text'"),
+    ("missing field", b'{"messages": [{"role": "user"}]}', "'messages[0]': found 'role'; expected 'content'"),
+    ("missing field", b'{"messages": [{"content": "a"}]}', "'messages[0]': found 'content'; expected 'role'"),
+    ("unknown role", b'{"messages": [{"role": "usr", "content": "a"}]}', "(did you mean 'user'?)"),
+    ("unknown role", b'{"messages": [{"role": ["user"], "content": "a"}]}', "expected one of system, user, assistant"),
+    ("empty text", b'{"text": ""}', "'text' is str ''; expected text"),
+    ("empty text", b'{"prompt": "a", "response": " \\n"}', "'response' is str"),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "says"), LINE_FAULTS)
+def test_a_bad_line_is_an_error_with_its_place_or_skipped_and_counted(tmp_path, kind, line, says):
+    path = write(tmp_path / "a.jsonl", b"\n".join([*GOOD[:2], b"", line, *GOOD[2:]]))
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:4: {kind}: ")
+    assert says in str(error.value)
+    assert "expected" in str(error.value)
+    split = read(path, on_bad_record="skip")
+    assert everything(split) == [f"good {i}" for i in range(8)]
+    assert f"skipped 1 bad records:\n  1 x {kind}\n    {path}:4: " in split.report
+    assert says in split.report
+
+
+@pytest.mark.parametrize(
+    ("kind", "document", "line"),
+    [("invalid UTF-8", b"two\ntw\xe9", 3), ("NUL", b"\n\nt\0", 4), ("byte order mark", b"x\ny\nz" + BOM, 4)],
+)
+def test_a_bad_document_is_placed_at_the_line_of_its_fault(tmp_path, kind, document, line):
+    path = write(tmp_path / "a.txt", b"one\n|" + document + b"|three")
+    with pytest.raises(DataError, match=f"{path}:{line}: {kind}: found .*; expected"):
+        read(path, format="text", separator="|")
+    split = read(path, format="text", separator="|", on_bad_record="skip")
+    assert everything(split) == ["one", "three"]
+    assert f"1 x {kind}\n    {path}:{line}: found" in split.report
+
+
+@pytest.mark.parametrize("name", ["e.txt", "e.jsonl", "e.json", "e.jsonl.gz", "e.txt.zst"])
+@pytest.mark.parametrize("content", [b"", b" \n\n", BOM])
+def test_an_empty_file_is_a_fault(tmp_path, name, content):
+    path = write(tmp_path / "data" / name, content)
+    options = {"format": "text" if ".txt" in name else "jsonl"}
+    with pytest.raises(DataError, match=f"{path}: empty file: found nothing, .*expected at least one record"):
+        read(path, **options)
+    for i in range(4):
+        write(
+            tmp_path / "data" / f"{i}{Path(name).suffixes[0]}", GOOD[i] if path.suffix != ".json" else b"[%s]" % GOOD[i]
+        )
+    split = read(tmp_path / "data", on_bad_record="skip", **options)
+    assert len(everything(split)) == 4
+    assert f"1 x empty file\n    {path}: found nothing" in split.report
+
+
+def test_an_empty_gzip_of_zero_bytes_is_an_empty_file(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="empty file"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("on_bad_record", ["error", "skip"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.json.gz"])
+@pytest.mark.parametrize("damage", ["cut in half", "last byte lost", "foreign", "trailing bytes"])
+def test_a_damaged_packed_file_is_an_error_that_names_it(tmp_path, name, damage, on_bad_record):
+    path = write(tmp_path / name, b"[" + b",\n".join(GOOD) + b"]" if ".json." in name else b"\n".join(GOOD * 50))
+    whole = path.read_bytes()
+    damaged = {
+        "cut in half": whole[: len(whole) // 2],
+        "last byte lost": whole[:-1],
+        "foreign": b"\n".join(GOOD),
+        "trailing bytes": whole + b"trailing",
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(DataError, match=rf"{path}: .*(truncated|damaged).*expected a whole .{path.suffix[1:]} file"):
+        read(path, format="text" if ".txt" in name else "jsonl", on_bad_record=on_bad_record)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        (b'{"text": "a"}', 1, "found '{'; expected a list of objects"),
+        (b'[{"text": "a"},\n{"text": }]', 2, "malformed JSON: Expecting value"),
+        (b'[{"text": "a"}\n{"text": "b"}]', 2, "expected ',' or the ']'"),
+        (b'[{"text": "a"},\n{"text": "b"}', 2, "found the end of the file; expected ',' or the ']'"),
+        (b'[{"text": "a"},\n]', 2, "malformed JSON: Expecting value"),
+        (b'[{"text": "a"}]\n[]', 1, "expected ',' or the ']' that ends the file"),
+        (b"[" * 100_000, 1, "malformed JSON"),
+        (b'[{"text": "a"},\n\xff]', 2, "0xff"),
+    ],
+)
+def test_a_broken_json_list_is_an_error_even_when_bad_records_are_skipped(tmp_path, content, line, says):
+    path = write(tmp_path / "a.json", content)
+    with pytest.raises(DataError) as error:
+        read(path, on_bad_record="skip")
+    assert str(error.value).startswith(f"{path}:{line}: ")
+    assert says in str(error.value)
+
+
+def test_a_bad_object_in_a_json_list_is_placed_at_its_line(tmp_path):
+    path = write(tmp_path / "a.json", b'[\n {"text":\n  "a"},\n {"text": 3}, {"text": "b"}]')
+    with pytest.raises(DataError, match=f"{path}:4: wrong type"):
+        read(path)
+    assert everything(read(path, on_bad_record="skip")) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("missing.jsonl", "no such file or folder"),
+        ("empty", "no file ends in .jsonl, .json .*; found 1 others"),
+        ("*.jsonl", "no file matches"),
+        ("**/*.jsonl", r"NotImplementedError"),
+        ("xyz://bucket/a.jsonl", "xyz"),
+    ],
+)
+def test_a_path_without_files_is_an_error(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "empty" / "README", b"x")
+    with pytest.raises(DataError, match=f"data path '.*{path.replace('*', '.')}': .*{says}"):
+        read(Path(path) if "://" not in path else path, on_bad_record="skip")
+
+
+def test_more_bad_records_than_allowed_is_an_error_and_the_report_is_capped(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"\n".join([*GOOD, *[b"{}"] * 5, b"{", b"{"]))
+    split = read(path, on_bad_record="skip", max_bad_records=7)
+    assert "read 8 records of 1 files\nskipped 7 bad records:\n  5 x missing field\n" in split.report
+    assert "2 x malformed JSON" in split.report
+    assert [f"{path}:{line}: " in split.report for line in range(9, 16)] == [True] * 3 + [False] * 2 + [True] * 2
+    with pytest.raises(DataError, match=r"more than data.max_bad_records=6: skipped 7 bad records:\n  5 x missing"):
+        read(path, on_bad_record="skip", max_bad_records=6)
+
+
+def test_without_zstandard_the_error_says_what_to_install(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl.zst", GOOD[0])
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(DataError, match=f"{path}: .*pip install zstandard"):
+        read(path)
+
+
+LINES = st.lists(
+    st.binary(max_size=40)
+    | st.sampled_from([*GOOD, *(line for _, line, _ in LINE_FAULTS if len(line) < 1000)])
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(st.sampled_from(["text", "messages", "role", "content", "prompt", "response"]), inner)
+        ),
+        max_leaves=6,
+    ).map(lambda value: json.dumps(value).encode()),
+    max_size=6,
+)
+
+
+@given(LINES, st.sampled_from([b"\n", b"\r\n"]))
+@example([BOM + b"\n", b""], b"\n")
+@example([b"\r", b"\x0b"], b"\n")
+@settings(max_examples=150)
+def test_whatever_the_bytes_of_a_jsonl_file_read_and_reported_make_the_total(lines, newline):
+    content = newline.join(lines)
+    total = sum(bool(line.strip()) for line in content.removeprefix(BOM).split(b"\n"))
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(read_jsonl(epath.Path(write(Path(folder) / "a.jsonl", content)), {}))
+    faults = [item for item in found if isinstance(item, Fault)]
+    assert len(found) == max(total, 1)
+    assert all(fault.kind and "expected" in fault.message for fault in faults)
+    for record in (item for item in found if not isinstance(item, Fault)):
+        texts = [record["text"]] if "text" in record else [turn["content"] for turn in record["messages"]]
+        assert all(text.strip() and text.encode() for text in texts)
+        assert not any(bad in text for text in texts for bad in ("\0", "\ufeff", "\r\n"))
+
+
+@given(LINES, st.sampled_from([b",", b"\n", b", "]))
+def test_whatever_the_bytes_of_a_json_list_only_data_errors(lines, comma):
+    with tempfile.TemporaryDirectory() as folder:
+        path = epath.Path(write(Path(folder) / "a.json", b"[" + comma.join(lines) + b"]"))
+        try:
+            found = list(read_jsonl(path, {}))
+        except DataError as error:
+            assert str(path) in str(error)
+        else:
+            assert found
+
+
+@given(st.lists(st.binary(max_size=20) | st.text(max_size=20).map(str.encode), max_size=5))
+def test_whatever_the_bytes_of_a_text_file_read_and_reported_make_the_total(documents):
+    content = b"<|end|>".join(documents)
+    parts = content.removeprefix(BOM).replace(b"\r\n", b"\n").split(b"<|end|>")
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(read_text(epath.Path(write(Path(folder) / "a.txt", content)), "<|end|>"))
+    assert len(found) == max(sum(bool(part.strip()) for part in parts), 1)
+
+
+# Holding out ----------------------------------------------------------------------------------------------------------
+
+TEXTS = [f"record {i}" for i in range(300)]
+
+
+def lines_of(texts: list[str]) -> bytes:
+    return b"\n".join(json.dumps({"text": text}).encode() for text in texts)
+
+
+def test_what_is_held_out_depends_on_content_alone(tmp_path):
+    forward = read(write(tmp_path / "a.jsonl", lines_of(TEXTS)))
+    backward = read(write(tmp_path / "b.jsonl", lines_of(TEXTS[::-1])))
+    assert contents(forward.valid) == contents(backward.valid)[::-1]
+    assert contents(forward.train) == contents(backward.train)[::-1]
+    assert contents(forward.train) == [t for t in TEXTS if t in contents(forward.train)]  # the order of the file
+    assert 60 < len(forward.valid) < 120
+    more = read(write(tmp_path / "c.jsonl", lines_of([f"new {i}" for i in range(50)] + TEXTS)))
+    assert set(contents(forward.valid)) < set(contents(more.valid))
+    wider = read(tmp_path / "a.jsonl", eval_fraction=0.5)
+    assert set(contents(forward.valid)) < set(contents(wider.valid))
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=1), st.floats(0.001, 0.999), st.randoms())
+def test_the_same_content_is_never_on_both_sides_and_no_side_is_empty(texts, fraction, random):
+    items = [{"text": text, "source": f"x:{i}"} for i, text in enumerate(texts)]
+    if len(set(texts)) < 2:
+        with pytest.raises(DataError, match=r"cannot hold records out: found .*, 1 distinct; expected two or more"):
+            sources.hold_out(items, fraction)
+        return
+    train, valid = sources.hold_out(items, fraction)
+    assert train and valid
+    assert not set(contents(train)) & set(contents(valid))
+    assert sorted(contents(train) + contents(valid)) == sorted(texts)
+    random.shuffle(items)
+    assert set(contents(sources.hold_out(items, fraction)[1])) == set(contents(valid))
+
+
+def test_eval_path_is_held_out_and_what_it_shares_with_train_is_told(tmp_path):
+    train = write(tmp_path / "train.jsonl", lines_of(TEXTS[:9]))
+    valid = write(tmp_path / "valid.jsonl", lines_of(TEXTS[7:12]))
+    split = read(train, eval_path=str(valid))
+    assert (contents(split.train), contents(split.valid)) == (TEXTS[:9], TEXTS[7:12])
+    assert "warning: 2 of 5 records of data.eval_path are trained on as well" in split.report
+    with pytest.raises(DataError, match=f"{valid}: named by both data.path and data.eval_path"):
+        read(tmp_path, eval_path=str(valid))
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        read(train, eval_fraction=0.0)
+    bad = write(tmp_path / "bad.jsonl", b"{}")
+    with pytest.raises(DataError, match="no valid record; expected at least one"):
+        read(train, eval_path=str(bad), on_bad_record="skip")
+
+
+def test_max_records_cuts_train_only_and_smaller_cuts_are_subsets(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines_of(TEXTS))
+    full, large, small = (read(path, max_records=n) for n in (0, 50, 20))
+    assert [len(s.train) for s in (large, small)] == [50, 20]
+    assert contents(full.valid) == contents(small.valid)
+    assert set(contents(small.train)) < set(contents(large.train)) < set(contents(full.train))
+    assert contents(small.train) == [t for t in TEXTS if t in contents(small.train)]
+    assert f"max_records=20 of {len(full.train)}" in small.report
+    assert read(path, max_records=1000).fingerprint == full.fingerprint
+
+
+def test_the_fingerprint_follows_contents_and_order_but_not_place_or_packing(tmp_path):
+    original = read(write(tmp_path / "a.jsonl", lines_of(TEXTS)))
+    moved = read(write(tmp_path / "other" / "b.jsonl.gz", lines_of(TEXTS).replace(b"\n", b"\r\n")))
+    assert original.fingerprint == moved.fingerprint
+    for texts in (TEXTS[::-1], TEXTS[:-1], [*TEXTS[:-1], "other"]):
+        changed = read(write(tmp_path / "c.jsonl", lines_of(texts)))
+        assert original.fingerprint != changed.fingerprint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "text", "rename": (("a", "text"),)},
+        {"format": "jsonl", "separator": "|"},
+        {"format": "builtin_text"},
+        {"format": "jsonl", "rename": (("a", "text"), ("b", "text"))},
+        {"format": "jsonl", "rename": (("a", "text"), ("a", "prompt"))},
+    ],
+)
+def test_a_key_that_would_be_ignored_is_refused(tmp_path, options):
+    with pytest.raises(ConfigError, match=r"'data.(rename|separator|path)'"):
+        read(write(tmp_path / "a.jsonl", lines_of(TEXTS)), **options)
+
+
+def test_builtin_formats_take_their_split_from_the_corpus(monkeypatch):
+    side = {"train": [{"text": "a", "source": "x"}, {"text": "b", "source": "y"}], "valid": [{"text": "c"}]}
+    corpus = builtin.Corpus({"text": side, "instructions": {**side, "valid": []}}, "0" * 64, "corpus report")
+    monkeypatch.setattr(builtin, "load", lambda: corpus)
+    split = sources.load(DataConfig(format="builtin_text", max_records=1))
+    assert len(split.train) == 1 and split.valid == side["valid"]
+    assert "corpus report\ntext: 2 train and 1 valid records, split by file" in split.report
+    with pytest.raises(DataError, match=r"data.format=builtin_instructions: no valid record"):
+        sources.load(DataConfig(format="builtin_instructions"))
+
+
+# Real files -----------------------------------------------------------------------------------------------------------
+
+
+def test_gsm8k(shared_data):
+    folder = shared_data("gsm8k")
+    rename = (("question", "prompt"), ("answer", "response"))
+    split = read(folder / "train.jsonl", eval_path=str(folder / "test.jsonl"), rename=rename)
+    assert (len(split.train), len(split.valid)) == (7473, 1319)
+    assert split.train[0]["messages"][0]["content"].startswith("Natalia sold clips to 48 of her friends")
+    assert split.train[0]["messages"][1]["content"].endswith("#### 72")
+    with pytest.raises(DataError, match=r"train.jsonl:1: missing field: found 'question', 'answer'; expected 'text'"):
+        read(folder / "train.jsonl")
+
+
+def test_tinystories(shared_data):
+    path = shared_data("tinystories") / "sample.txt"
+    split = read(path, format="text", separator="<|endoftext|>", eval_fraction=0.02)
+    parts = path.read_text().split("<|endoftext|>")
+    assert everything(split) == sorted(p.strip("\n") for p in parts if p.strip())
+    assert 20 < len(split.valid) < 90
+
+
+def test_instruction_list(shared_data):
+    split = read(shared_data("instr_rasbt") / "instruction-data.json", eval_fraction=0.1)
+    assert len(split.train) + len(split.valid) == 1100
+    assert split.train[0]["messages"][0]["content"].endswith("given.\n\nfreind --> friend")
+
+
+def test_gzipped_reviews(shared_data):
+    path = shared_data("imdb") / "imdb_test.jsonl.gz"
+    split = read(path, eval_fraction=0.02)
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        expected = sorted(json.loads(line)["text"].replace("\r\n", "\n") for line in file)
+    assert everything(split) == expected

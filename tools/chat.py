@@ -1,0 +1,81 @@
+"""Talk to a run: a chat model answers with its history; a text model continues what it is given.
+
+    python tools/chat.py --workdir=runs/quickstart/sft [--temperature=0.8] [--top_p=0.9] [--prompt="one question"]
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Loads the run's newest (or best, or a given) checkpoint and answers until the input ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="a run's folder; DIR@best or DIR@STEP for another checkpoint")
+    parser.add_argument("--prompt", help="answer this and end, instead of reading from the terminal")
+    parser.add_argument("--temperature", type=float, help="0 = always the most likely (default: the run's)")
+    parser.add_argument("--top_k", type=int, help="draw from the k most likely ids (default: the run's)")
+    parser.add_argument("--top_p", type=float, help="draw from the most likely ids that reach p (default: the run's)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    args = parser.parse_args()
+
+    from lm import config
+    from lm.checkpoint import CheckpointError
+
+    try:
+        talk(args)
+    except (CheckpointError, config.ConfigError) as error:
+        sys.exit(f"error: {error}")
+
+
+def talk(args: argparse.Namespace) -> None:
+    """Reads lines, prints answers."""
+    import jax
+
+    from lm import build, generate
+    from lm.data import examples
+
+    cfg, model, params, words = build.load_run(args.workdir)
+    keys = ("temperature", "top_k", "top_p", "max_new_tokens")
+    chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, **chosen))
+    key = jax.random.key(args.seed)
+    is_chat = cfg.data.task == "chat"
+    history: list[dict[str, str]] = []
+    print(f"{'chat' if is_chat else 'text continuation'} model, {args.workdir}; end with Ctrl-D", file=sys.stderr)
+    for turn, line in enumerate([args.prompt] if args.prompt else lines()):
+        history = [*history, {"role": "user", "content": line}] if is_chat else []
+        ids = examples.prompt_ids(history, words) if is_chat else generate.encode_prompt(line, words, "text")
+        ids = fit(ids, cfg)
+        made = generate.generate(model, params, [ids], jax.random.fold_in(key, turn), cfg, words)[0]
+        answer = words.decode(made)
+        history.append({"role": "assistant", "content": answer})
+        print(answer, flush=True)
+
+
+def fit(ids: list[int], cfg: Any) -> list[int]:
+    """Drops the oldest ids, but not the first (BOS), where they and the answer do not fit the training length."""
+    room = max(2, cfg.data.seq_len - cfg.generate.max_new_tokens)
+    if len(ids) > room:
+        print(f"(only the last {room - 1} ids of the conversation fit)", file=sys.stderr)
+        return [ids[0], *ids[-(room - 1) :]]
+    return ids
+
+
+def lines() -> Any:
+    """What is typed, without empty lines."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()

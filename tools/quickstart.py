@@ -1,0 +1,72 @@
+"""The main job in one command: pre-train on the built-in corpus, fine-tune from it and from scratch, compare.
+
+    python tools/quickstart.py [--workdir=runs/quickstart]
+
+Each part is a `python -m lm.main` of its own, and resumes if this is started again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Runs the three parts and prints the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="runs/quickstart", help="where the three runs go")
+    workdir = Path(parser.parse_args().workdir).absolute()
+    started = time.time()
+    pretrained, sft, scratch = (workdir / name for name in ("pretrain", "sft", "sft_scratch"))
+    run("quickstart_pretrain.py", pretrained)
+    run("quickstart_sft.py", sft, f"--config.init_from={pretrained}")
+    run("quickstart_sft.py:scratch", scratch, f"--config.tokenizer.path={pretrained / 'tokenizer.model'}")
+    show(pretrained, sft, scratch, time.time() - started)
+
+
+def run(recipe: str, workdir: Path, *overrides: str) -> None:
+    """One run of `lm.main`; stops here, with its exit status, if it fails."""
+    command = [sys.executable, "-m", "lm.main", f"--config=configs/{recipe}", f"--workdir={workdir}", *overrides]
+    print("\n$", *command, flush=True)
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status:
+        sys.exit(f"error: {recipe} ended with status {status}; fix what it says above and start again: it resumes")
+
+
+def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
+    """One table of what came out, the sampled answers, and where everything lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    before_after, tuned, untrained = (json.loads((path / "summary.json").read_text()) for path in (pretrained, sft, scratch))
+    table = Table(title="What pre-training was worth (held-out data)")
+    for column in ("run", "measured", "before", "after", "steps", "tokens/s", "parameters"):
+        table.add_column(column, justify="left" if column in ("run", "measured") else "right")
+
+    def row(name: str, measured: str, key: str, summary: dict[str, Any]) -> None:
+        figures = f"{summary['before'][key]:.3f}", f"{summary[key]:.3f}", f"{summary['steps']:,}"
+        table.add_row(name, measured, *figures, f"{summary['tokens_per_second']:,.0f}", f"{summary['parameters']:,}")
+
+    row("pretrain", "bits per byte", "bits_per_byte", before_after)
+    row("sft", "nats per answer token", "nll", tuned)
+    row("sft_scratch", "nats per answer token", "nll", untrained)
+    console.print(table)
+    gain = untrained["answer_loss"] - tuned["answer_loss"]
+    console.print(f"Fine-tuning from the checkpoint beats the same steps from scratch by {gain:.3f} nats a token.\n")
+    lines = (sft / "samples.jsonl").read_text().splitlines()
+    last = [sample for sample in map(json.loads, lines) if sample["step"] == tuned["steps"]]
+    for sample in last:
+        console.print(f"> {sample['name']}\n  {sample['text'].strip()}", markup=False)
+    console.print(f"\n{seconds:,.0f} s in all. Each folder has summary.json, metrics.jsonl, report.html, checkpoints/:")
+    for path in (pretrained, sft, scratch):
+        console.print(f"  {path}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
