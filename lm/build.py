@@ -86,7 +86,7 @@ def plan(cfg: Config, workdir: Path) -> Plan:
     """
     init = None
     if cfg.init_from:
-        init = checkpoint.choose(cfg.init_from, cfg.checkpoint.best_metric, cfg.checkpoint.best_mode)
+        init = checkpoint.choose(cfg.init_from)
     found = _find_tokenizer(cfg, workdir, init)
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=cfg.data.seq_len)
@@ -290,7 +290,8 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Tokenizer]:
     """
     saved = checkpoint.choose(name)
     cfg = config.build(saved.info["config"])
-    planned = plan(dataclasses.replace(cfg, init_from=name, init_rules=((".*", transfer.KEEP),)), Path(name.partition("@")[0]))
+    workdir = Path(saved.path).parent.parent
+    planned = plan(dataclasses.replace(cfg, init_from=name, init_rules=((".*", transfer.KEEP),)), workdir)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     where = sharding.replicated(mesh)
     abstract = jax.tree.map(

@@ -2,11 +2,14 @@
 
 A step holds the state's arrays and, as JSON, what is needed to read them alone: format version, config, tokenizer hash,
 data position, metrics, and a fingerprint of every array. Orbax writes and commits atomically; it does not notice a bit
-that flips on disk, which is what the fingerprints are for. Loading runs no code from the checkpoint.
+that flips on disk, which is what the fingerprints, and the JSON's own hash, are for. Loading runs no code from the
+checkpoint.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +32,8 @@ class Saved:
     Attributes:
       step: steps done.
       path: its folder.
-      info: the JSON beside the arrays: 'config', 'tokenizer_hash', 'data', 'arrays'.
+      info: the JSON beside the arrays: 'config', 'tokenizer_hash', 'data', 'arrays'; only 'unreadable', which says why,
+        when it is damaged.
       metrics: of the evaluation at this step; empty when there was none.
     """
 
@@ -40,11 +44,17 @@ class Saved:
 
 
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
-    """Path -> uint32 [] that changes with any flipped bit of the leaf, whatever its sharding.
+    """Path -> uint32 [] that changes with any bit of the leaf, whatever its sharding.
 
-    The sum, modulo 2^32, of each 32-bit pattern times an odd number made from its position: a flip of bit b changes
-    the sum by an odd multiple of 2^b. Integer sums do not depend on their order.
+    The sum, modulo 2^32, of a hash of each element's bits and its position. At one position no two elements have the
+    same hash, so a change of one element is always seen; a change of several escapes once in 2^32. Integer sums do not
+    depend on their order.
     """
+
+    def mix(x: jax.Array) -> jax.Array:  # the finalizer of MurmurHash3, a bijection
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
 
     def one(x: jax.Array) -> jax.Array:
         if x.dtype.itemsize not in (1, 2, 4):
@@ -54,7 +64,7 @@ def fingerprints(tree: Any) -> dict[str, jax.Array]:
         index = jnp.zeros(x.shape, jnp.uint32)
         for axis in range(x.ndim):
             index = index * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+        return jnp.sum(mix(bits ^ mix(index)), dtype=jnp.uint32)
 
     return {name: one(leaf) for name, leaf in named_leaves(tree).items()}
 
@@ -65,36 +75,52 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in with_path}
 
 
+@dataclasses.dataclass
+class _Retention:
+    """Orbax's preservation policy: the newest steps and the best. What cannot be read is neither counted nor deleted.
+
+    Attributes:
+      cfg: how many.
+      metrics: step -> its evaluation, for every step that can be read.
+    """
+
+    cfg: CheckpointConfig
+    metrics: dict[int, Mapping[str, float]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        counted = {c.step: self.metrics[c.step] for c in checkpoints if c.step in self.metrics}
+        kept = sorted(counted)[-self.cfg.keep_latest :]
+        kept += _best_first(counted, self.cfg.best_metric, self.cfg.best_mode)[: self.cfg.keep_best]
+        return [c.step in kept or c.step not in counted for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run, being written. Close it (or leave its `with`) before the process ends.
 
     At most one save is in flight. An error of a save surfaces at the next `poll`, `save` or `close`, never later.
     """
 
-    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
+    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig, resumed: int | None = None):
+        """
+        Args:
+          workdir: the run's folder.
+          cfg: when to save, what to keep.
+          resumed: the step that the run goes on from; later ones could not be read. None = trust all of them.
+        """
         from orbax.checkpoint import v1 as ocp
 
-        policies = ocp.training.preservation_policies
-        kept = [policies.LatestN(cfg.keep_latest)]
-        if cfg.keep_best:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[cfg.best_metric],
-                    reverse=cfg.best_mode == "min",
-                    n=cfg.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        readable = [saved for saved in list_saved(workdir) if "unreadable" not in saved.info]
+        trusted = {saved.step: saved.metrics for saved in readable if resumed is None or saved.step <= resumed}
+        self._retention = _Retention(cfg, trusted)
         self._manager = ocp.training.Checkpointer(
             epath.Path(workdir) / "checkpoints",
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=self._retention,
             cleanup_tmp_directories=True,
         )
-        self._cfg = cfg
         self._fingerprints = jax.jit(fingerprints)
         self._in_flight: tuple[int, Any] | None = None
-        self.last_good = max((c.step for c in self._manager.checkpoints), default=None)
+        self.last_good = max(trusted, default=None)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -118,7 +144,7 @@ class Checkpoints:
           metrics: of an evaluation of this very state, or None.
 
         Raises:
-          CheckpointError: the save before this one failed.
+          CheckpointError: the save before this one failed, or this one cannot begin.
         """
         self._finish()
         prints = jax.device_get(self._fingerprints(state))
@@ -126,14 +152,18 @@ class Checkpoints:
             name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": int(prints[name])}
             for name, leaf in named_leaves(state).items()
         }
-        response = self._manager.save_checkpointables_async(
-            step,
-            {"state": state},
-            force=True,
-            overwrite=any(c.step == step for c in self._manager.checkpoints),  # one that could not be read
-            metrics=dict(metrics) if metrics else None,
-            custom_metadata={"format": FORMAT, "arrays": arrays, **info},
-        )
+        about = {"format": FORMAT, "arrays": arrays, "metrics": dict(metrics or {}), **info}
+        self._retention.metrics[step] = dict(metrics or {})
+        try:
+            response = self._manager.save_checkpointables_async(
+                step,
+                {"state": state},
+                force=True,
+                overwrite=any(c.step == step for c in self._manager.checkpoints),  # one that could not be read
+                custom_metadata=about | {"sha256": _sha256(about)},
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
         self._in_flight = (step, response)
 
     def poll(self) -> None:
@@ -146,23 +176,26 @@ class Checkpoints:
             return
         step, response = self._in_flight
         self._in_flight = None
-        path = self._manager.directory / str(step)
         try:
             response.result()
         except Exception as error:
-            last = f"last good checkpoint: step {self.last_good}" if self.last_good is not None else "none before it"
-            raise CheckpointError(f"saving {path} failed: {error}; {last}. Free the disk and start again.") from error
+            raise self._failed(step, error) from error
         self.last_good = step
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        path = self._manager.directory / str(step)
+        last = f"last good checkpoint: step {self.last_good}" if self.last_good is not None else "none before it"
+        return CheckpointError(f"saving {path} failed: {_reason(error)}; {last}. Free the disk and start again.")
 
     def wait(self) -> None:
         """Waits until what was saved is on disk, and raises if it is not."""
         self._finish()
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is better than that of every checkpoint that is kept; always False when none is to be."""
-        name, sign = self._cfg.best_metric, 1 if self._cfg.best_mode == "max" else -1
-        kept = [c.metrics[name] for c in self._manager.checkpoints if c.metrics]
-        return self._cfg.keep_best > 0 and all(sign * metrics[name] > sign * value for value in kept)
+        """Whether an evaluation is better than that of every checkpoint kept; always False when none is to be."""
+        cfg = self._retention.cfg
+        ranked = _best_first({**self._retention.metrics, None: metrics}, cfg.best_metric, cfg.best_mode)
+        return cfg.keep_best > 0 and ranked[:1] == [None]
 
 
 def list_saved(workdir: epath.PathLike) -> list[Saved]:
@@ -177,32 +210,41 @@ def list_saved(workdir: epath.PathLike) -> list[Saved]:
         for saved in manager.checkpoints:
             try:
                 info = dict(manager.checkpointables_metadata(saved.step).custom_metadata or {})
+                if info.get("format", FORMAT) == FORMAT and info.pop("sha256", None) != _sha256(info):
+                    raise ValueError("its metadata changed since it was saved, or is missing")
             except Exception as error:  # whatever a damaged file makes Orbax raise; `load` then refuses this step
-                info = {"unreadable": str(error)}
-            out.append(Saved(saved.step, epath.Path(saved.path), info, dict(saved.metrics or {})))
+                info = {"unreadable": _reason(error)}
+            metrics = info.pop("metrics", {})
+            out.append(Saved(saved.step, epath.Path(saved.path), info, metrics))
     return out
 
 
-def choose(run: str, best_metric: str = "loss", best_mode: str = "min") -> Saved:
-    """The checkpoint that 'RUN', 'RUN@latest', 'RUN@best' or 'RUN@STEP' names.
+def choose(run: str) -> Saved:
+    """The checkpoint that 'RUN', 'RUN@latest', 'RUN@best' or 'RUN@STEP' names; the best by the run's own config.
 
     Raises:
-      CheckpointError: no such run or step; the message lists what there is.
+      CheckpointError: no such run or step, or it is damaged; the message lists what there is.
     """
-    workdir, _, which = run.partition("@")
+    workdir, at, which = run.rpartition("@")
+    if not at or "/" in which:  # an @ of the path
+        workdir, which = run, "latest"
     saved = list_saved(workdir)
     if not saved:
         raise CheckpointError(f"no checkpoint under '{workdir}/checkpoints': expected the --workdir of a finished run")
     steps = ", ".join(str(s.step) for s in saved)
-    if which in ("", "latest"):
-        return saved[-1]
-    if which == "best":
-        with_metric = [s for s in saved if best_metric in s.metrics]
-        if not with_metric:
-            raise CheckpointError(f"'{run}': no checkpoint was evaluated on '{best_metric}'; there are steps {steps}")
-        return (min if best_mode == "min" else max)(with_metric, key=lambda s: s.metrics[best_metric])
+    readable = [s for s in saved if "unreadable" not in s.info]
+    if which == "latest" or not readable:
+        which = str(saved[-1].step)
+    elif which == "best":
+        how = readable[-1].info["config"]["checkpoint"]
+        ranked = _best_first({s.step: s.metrics for s in readable}, how["best_metric"], how["best_mode"])
+        if not ranked:
+            raise CheckpointError(f"'{run}': no step was evaluated on '{how['best_metric']}'; there are steps {steps}")
+        which = str(ranked[0])
     for candidate in saved:
         if str(candidate.step) == which:
+            if "unreadable" in candidate.info:
+                raise CheckpointError(_damaged(candidate))
             return candidate
     raise CheckpointError(f"'{run}': expected latest, best or one of the steps {steps}")
 
@@ -221,7 +263,7 @@ def load(saved: Saved, abstract: Any) -> Any:
 
     version = saved.info.get("format")
     if "unreadable" in saved.info:
-        raise CheckpointError(f"{saved.path} is damaged: {saved.info['unreadable']}; use another step")
+        raise CheckpointError(_damaged(saved))
     if version != FORMAT:
         raise CheckpointError(f"{saved.path} has format {version}, this code reads {FORMAT}")
     known = saved.info["arrays"]
@@ -238,7 +280,7 @@ def load(saved: Saved, abstract: Any) -> Any:
         with context:
             state = ocp.load_checkpointables(saved.path, {"state": abstract})["state"]
     except Exception as error:
-        raise CheckpointError(f"{saved.path} cannot be read: {error}") from error
+        raise CheckpointError(f"{saved.path} cannot be read: {_reason(error)}; use another step") from error
     found = jax.device_get(jax.jit(fingerprints)(state))
     if changed := [name for name in wanted if int(found[name]) != known[name]["fingerprint"]]:
         raise CheckpointError(
@@ -246,3 +288,24 @@ def load(saved: Saved, abstract: Any) -> Any:
             "use another step"
         )
     return state
+
+
+def _best_first(metrics: Mapping[Any, Mapping[str, float]], name: str, mode: str) -> list[Any]:
+    """The keys whose metrics have `name`, the best first; of equals the first. NaN is no value."""
+    values = {key: m[name] for key, m in metrics.items() if name in m and m[name] == m[name]}
+    return sorted(values, key=lambda key: values[key], reverse=mode == "max")
+
+
+def _sha256(info: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(saved: Saved) -> str:
+    return f"{saved.path} is damaged: {saved.info['unreadable']}; use another step"
+
+
+def _reason(error: BaseException) -> str:
+    """The error that Orbax's own came from: those can hold the whole tree, and not what happened."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {str(error)[:300]}"

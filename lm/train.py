@@ -55,8 +55,8 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
     # Devices, data, and the functions of a step.
     saved = checkpoint.list_saved(workdir)
-    if saved:
-        refuse_changes(config.build(saved[-1].info.get("config", {})), cfg, workdir)
+    if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
+        refuse_changes(config.build(readable[-1].info["config"]), cfg, workdir)
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     mesh = sharding.make_mesh(cfg.mesh)
@@ -74,7 +74,7 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
             return json.loads((workdir / "summary.json").read_text())
         with (
             monitor.Monitor(workdir, run.total_steps, start, is_primary, cfg.monitor) as watch,
-            checkpoint.Checkpoints(workdir, cfg.checkpoint) as saves,
+            checkpoint.Checkpoints(workdir, cfg.checkpoint, start) as saves,
             Interrupt() as interrupt,
         ):
             summary = loop(run, workdir, state, example, watch, saves, interrupt)

@@ -40,8 +40,11 @@ def sources(
         if action == REINIT:
             out[path] = None
             continue
-        pattern = next(pattern for pattern, _ in rules if re.fullmatch(pattern, path))
-        old = path if action == KEEP else re.sub(pattern, action, path, count=1)
+        matched = next(found for pattern, _ in rules if (found := re.fullmatch(pattern, path)))
+        try:
+            old = path if action == KEEP else matched.expand(action)
+        except (re.error, IndexError) as error:
+            raise ConfigError(f"'init_rules': {action!r} is no path to read '{path}' from: {error}") from None
         name = next((n for n in (f"ema/{old}", f"params/{old}") if n in known), None)
         if name is None:
             olds = [n.removeprefix("params/") for n in known if n.startswith("params/")]

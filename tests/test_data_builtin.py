@@ -134,13 +134,15 @@ if x:
 '''
 
 
+SHARED_PARAGRAPH = "This paragraph stands in all of the modules of the library."
+
+
 def library(folder: Path, names: list[str]) -> Path:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f'"""Module {name} does a thing of its own, which this text describes.\n\n{"Shared words. " * 20}"""\n'
-        )
+        own = f"Module {name} does a thing of its own, which this text describes. " * 4
+        path.write_text(f'"""{own}\n\n{SHARED_PARAGRAPH}"""\n')
     return folder
 
 
@@ -169,9 +171,9 @@ def test_build_is_deterministic_and_skips_what_is_no_library(tmp_path, monkeypat
     two, _ = builtin.build(library(tmp_path / "two", (names + skipped)[::-1]))
     assert from_sources
     assert one == two
-    found = {name for split in ("train", "valid") for name in documents_of(one, split) if "topics" not in name}
-    shared = [r["source"] for s in one.parts["text"].values() for r in s if "Shared words." in r["text"]]
-    assert found == set(shared) == {"a.py"}  # the repeated paragraph stays in the first; the others are too short then
+    records = [record for split in one.parts["text"].values() for record in split]
+    assert [r["source"] for r in records if "topics" not in r["source"]] == sorted(names, key=builtin.is_valid)
+    assert [r["source"] for r in records if SHARED_PARAGRAPH in r["text"]] == ["a.py"]  # the first that has it
 
 
 def test_a_file_that_cannot_be_parsed_is_told(tmp_path, monkeypatch):
@@ -219,7 +221,8 @@ def test_without_sources_docstrings_are_imported_and_the_report_says_so(tmp_path
         ("Return the size\nof it without a stop", ""),
         ("Return one of the following:", ""),
         (">>> f(1)\n    2", ""),
-        ("Usage:: f(1) is the way. Yes.", ""),
+        ("Read all about it at https://example.org for now. Yes.", ""),
+        ("Convert every name -> number of the list. Yes.", ""),
         ("Too short.", ""),
         ("x[i] += a * b ** (c - d) for i, j in k.", ""),
         ("- a list of three things. Yes.", ""),

@@ -142,14 +142,22 @@ def test_the_report_counts_what_the_batches_hold():
         assert report["fill"] == pytest.approx(ids / (32 * len(rows["tokens"])))
 
 
+def test_bytes_are_those_of_the_answers():
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "na\u00efve \u2581 now"}]
+    chats = [{"messages": turns, "source": "f:1"}] * 3
+    report = pipeline.build(make_config(task="chat", seq_len=64), TOK, sources.Split(chats, chats, "", "")).report
+    assert report["train"]["bytes"] == 3 * len("na\u00efve \u2581 now".encode())
+    assert 0 < report["train"]["targets"] < report["train"]["tokens"]
+
+
 def test_packing_changes_neither_pairs_nor_counts():
     reports, found = [], []
-    for mode in ("pad", "best_fit"):
+    for mode in ("pad", "best_fit", "concat"):
         data = pipeline.build(make_config(packing=mode), TOK, make_split())
-        reports.append({key: data.report["train"][key] for key in ("documents", "examples", "tokens", "bytes")})
+        reports.append({key: data.report["train"][key] for key in ("documents", "tokens", "targets", "bytes")})
         rows = pipeline.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0)
         found.append(pairs(list(rows)))
-    assert reports[0] == reports[1] and found[0] == found[1]
+    assert reports[0] == reports[1] == reports[2] and found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("half", ["train", "valid"])
@@ -168,7 +176,8 @@ def test_data_without_a_target_is_refused_with_its_counts(half):
 
 
 def test_the_fingerprint_names_the_stream():
-    other_tokenizer = tokenizer.train(TEXTS, 340, 100_000)
+    other_tokenizer = tokenizer.Tokenizer(TOK.model)
+    other_tokenizer.__dict__["hash"] = "another tokenizer that gives the same ids"
     changed = [
         pipeline.build(make_config(), other_tokenizer, make_split()),
         pipeline.build(make_config(), TOK, dataclasses.replace(make_split(), fingerprint="other")),

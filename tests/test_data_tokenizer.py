@@ -68,6 +68,7 @@ def test_max_bytes_limits_what_is_read_and_sees_a_sorted_corpus_evenly():
     texts = ["alpha beta é"] * 500 + ["omega zulu é"] * 500
     sample = list(tokenizers._sample(texts, 1001))
     assert 1001 - 3 <= sum(len(text.encode()) for text in sample) <= 1001
+    assert sample == list(tokenizers._sample(texts, 1001))
     pieces = tokenizers.train(texts, 300, 1001)
     assert {"alpha", "omega"} <= {pieces.piece(i) for i in range(300)}
     assert list(tokenizers._sample(texts, 10**6)) == texts
@@ -83,8 +84,10 @@ def test_a_vocabulary_too_large_names_the_key_and_the_largest_size():
 
 
 def test_a_vocabulary_too_small_names_the_key_and_the_size_needed():
-    with pytest.raises(ConfigError, match=r"'tokenizer.vocab_size' is 264, .* set tokenizer.vocab_size to more than"):
+    with pytest.raises(ConfigError, match=r"'tokenizer.vocab_size' is 264, .* to at least \d+") as error:
         tokenizers.train(PROSE, 264, 1_000_000)
+    least = int(str(error.value).split("at least ")[1])
+    assert tokenizers.train(PROSE, least, 1_000_000).vocab_size == least
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\u2585"]])

@@ -4,6 +4,7 @@ python tools/inspect_batch.py --config=configs/NAME.py [--config.a.b=v] [--split
 """
 
 import html
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -51,12 +52,14 @@ def main(argv: list[str]) -> None:
     try:
         cfg = config.build(_CONFIG.value)
         tokenizer, data = load(cfg)
-        rows = list(read(first_batch(cfg, data), tokenizer))
+        rows = list(read(batch_from(cfg, data, _SPLIT.value, _EXAMPLE.value, _ROWS.value), tokenizer))
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("lm."):
             sys.exit(f"error: {error}")
         raise
-    report = f"{_SPLIT.value}: " + ", ".join(f"{key} {value:,.6g}" for key, value in data.report[_SPLIT.value].items())
+    report = f"{_SPLIT.value}: " + ", ".join(
+        f"{key} {round(value, 4):,}" for key, value in data.report[_SPLIT.value].items()
+    )
     print_rows(rows, report)
     if _HTML.value:
         Path(_HTML.value).write_text(to_html(rows, report), encoding="utf-8")
@@ -76,20 +79,22 @@ def load(cfg: Any) -> tuple[Any, Any]:
     return words, pipeline.build(cfg, words, split)
 
 
-def first_batch(cfg: Any, data: Any) -> dict[str, Any]:
-    """The first `--rows` rows that a run would be given, from example `--example` on."""
+def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:
+    """The rows that a run is given from the index `example` on, in training or in evaluation."""
     import numpy as np
 
     from lm.data import pipeline
 
-    size: dict[str, Any] = {"batch_size": _ROWS.value, "local_rows": np.arange(_ROWS.value)}
-    if _SPLIT.value == "valid":
-        return next(pipeline.eval_batches(data.valid, max_tokens=cfg.eval.max_tokens, **size))
-    stream: Any = pipeline.train_batches(data, start_example=_EXAMPLE.value, seed=cfg.seed, **size)
-    try:
-        return next(stream)
-    finally:
-        stream.close()
+    one: dict[str, Any] = {"batch_size": 1, "local_rows": np.arange(1)}
+    if split == "train":
+        stream = pipeline.train_batches(data, start_example=example, seed=cfg.seed, **one)
+    else:
+        evaluation = pipeline.eval_batches(data.valid, max_tokens=cfg.eval.max_tokens, **one)
+        stream = itertools.islice(evaluation, example, None)
+    found = list(itertools.islice(stream, rows))
+    if not found:
+        sys.exit(f"error: --example={example}: an evaluation has only {len(data.valid['tokens'])} examples")
+    return {key: np.concatenate([row[key] for row in found]) for key in found[0]}
 
 
 def read(batch: dict[str, Any], tokenizer: Any) -> Iterator[Row]:
@@ -150,7 +155,8 @@ def print_rows(rows: list[Row], report: str) -> None:
     for row in rows:
         console.print(Text(f"\n{title(row)}", "bold underline"))
         for s, segment in enumerate(row.segments):
-            line = Text(f"\u2502{s + 1} ", f"bold {SEGMENT_COLOURS[s % len(SEGMENT_COLOURS)]}")
+            line = Text()
+            line.append(f"\u2502{s + 1} ", f"bold {SEGMENT_COLOURS[s % len(SEGMENT_COLOURS)]}")
             for token in segment:
                 style = f"{'bold' if token.weight else 'dim'} {ROLE_COLOURS[token.role]}"
                 line.append(f"[{token.text}]" if plain and token.weight else token.text, style).append(" ")

@@ -63,6 +63,9 @@ def read_text(path: epath.Path, separator: str) -> Iterator[Record | Fault]:
 def read_jsonl(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
     """Records of a JSON lines file, one object a line; of a .json file, the objects of its one list.
 
+    An object that has the fields of several forms is read as `messages`, else as a prompt and response or an
+    instruction and output, else as `text`.
+
     Args:
       path: ends in .json or .json.gz or .json.zst for a list; any other name holds JSON lines.
       rename: field in the file -> field expected. Other fields are ignored.

@@ -206,7 +206,7 @@ def _explain(error: str, vocab_size: int) -> str:
     if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
         return (
             f"'tokenizer.vocab_size' is {vocab_size:,}, but the bytes, the control symbols and the characters of this "
-            f"text need {int(match[1]):,}; set tokenizer.vocab_size to more than {match[1]}"
+            f"text need {int(match[1]):,}; set tokenizer.vocab_size to at least {match[1]}"
         )
     if "sentences_.empty()" in error:
         return "there is no text to train a tokenizer on: every document of the training split is empty"

@@ -1,8 +1,8 @@
 """Attention. The mask is an argument, described rather than drawn, so that each backend makes what it needs of it."""
 
 import math
-from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 QUERY_BLOCKS = 4
 
 
-class Mask(NamedTuple):
+@flax.struct.dataclass
+class Mask:
     """Who sees whom: same segment, key not after query, and within the window.
 
     Example, segment ids [1, 1, 2, 0] (1 = sees):
@@ -23,18 +24,18 @@ class Mask(NamedTuple):
     Attributes:
       query_segments_BxL: int32 segment of each query.
       key_segments_BxS: int32 segment of each key; 0 = padding or not yet written.
-      offset: int32 [] or int, index in the key axis of the first query.
       window: a query sees this many keys, itself included; 0 = all before it.
+      offset: int32 [] or int, index in the key axis of the first query; None = queries and keys are the same positions.
     """
 
     query_segments_BxL: jax.Array
     key_segments_BxS: jax.Array
-    offset: jax.Array | int
-    window: int
+    window: int = flax.struct.field(pytree_node=False)
+    offset: jax.Array | int | None = None
 
     def draw(self) -> jax.Array:
         """The mask as bool [B, L, S]."""
-        query_L = jnp.arange(self.query_segments_BxL.shape[1]) + self.offset
+        query_L = jnp.arange(self.query_segments_BxL.shape[1]) + (0 if self.offset is None else self.offset)
         key_S = jnp.arange(self.key_segments_BxS.shape[1])
         distance_LxS = query_L[:, None] - key_S[None, :]
         seen_LxS = distance_LxS >= 0
@@ -55,15 +56,16 @@ def attend(
       [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
     """
     length = query_BxLxHxE.shape[1]
-    is_self = isinstance(mask.offset, int) and mask.offset == 0 and key_BxSxKxE.shape[1] == length
-    if not is_self or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
+    if mask.offset is not None or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
         return _dense(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap)
     size = length // QUERY_BLOCKS
     blocks = []
     for start in range(0, length, size):
         end = start + size
-        first = max(0, (start - mask.window + 1) // size * size) if mask.window else 0
-        part = Mask(mask.query_segments_BxL[:, start:end], mask.key_segments_BxS[:, first:end], start - first, mask.window)
+        first = max(0, start - mask.window + 1) if mask.window else 0
+        part = Mask(
+            mask.query_segments_BxL[:, start:end], mask.key_segments_BxS[:, first:end], mask.window, start - first
+        )
         blocks.append(
             _dense(query_BxLxHxE[:, start:end], key_BxSxKxE[:, first:end], value_BxSxKxE[:, first:end], part, softcap)
         )

@@ -101,11 +101,11 @@ class Decoder(nn.Module):
         x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, _fold(keys_B, cfg.num_layers))
         x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
         segments_BxL = batch["segment_ids"]
-        mask, cache_kv, new_cache = Mask(segments_BxL, segments_BxL, 0, cfg.sliding_window), None, None
+        mask, cache_kv, new_cache = Mask(segments_BxL, segments_BxL, cfg.sliding_window), None, None
         if cache is not None:
             start = cache["index"]
             key_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BxL, (0, start))
-            mask = Mask(segments_BxL, key_segments, start, cfg.sliding_window)
+            mask = Mask(segments_BxL, key_segments, cfg.sliding_window, start)
             cache_kv = (cache["key"], cache["value"])
             new_cache = {"segment_ids": key_segments, "index": start + segments_BxL.shape[1]}
         stack = DecoderStack(cfg, self.dtype, name="decoder")

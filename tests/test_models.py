@@ -1,0 +1,177 @@
+"""Properties of the decoder: nothing leaks from later positions or other documents, in any of its forms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import losses, trees
+from lm.config import ConfigError
+from lm.models import attention, layers, transformer
+from tests import toys
+
+SEQ_LEN = 12
+
+
+def logits_of(cfg, model, params, batch, cache=None):
+    out = model.apply(params, batch, cache=cache)
+    return losses.logits(
+        out.hidden_BxLxD, out.unembed_DxV, vocab_size=toys.VOCAB, softcap=cfg.logit_softcap
+    ), out.cache
+
+
+def one_document(rows: int, seq_len: int) -> dict[str, np.ndarray]:
+    batch = toys.batch(rows, seq_len)
+    positions = np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1))
+    return batch | {"segment_ids": np.ones((rows, seq_len), np.int32), "positions": positions}
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+@pytest.mark.parametrize("seq_len", [SEQ_LEN, 128], ids=["dense", "blocks"])
+def test_causal_by_gradient(style, seq_len):
+    """The hidden state at a position has gradient exactly 0 by every later embedding, and not by its own."""
+    cfg, model, params = toys.decoder(dataclasses.replace(toys.STYLES[style], sliding_window=0), seq_len)
+    batch = one_document(1, seq_len)
+    batch["tokens"] = np.arange(seq_len, dtype=np.int32)[None] % 50
+    if seq_len > 50:
+        pytest.skip("needs one embedding row a position") if cfg.vocab_size < seq_len else None
+        batch["tokens"] = np.arange(seq_len, dtype=np.int32)[None]
+    at = seq_len // 2
+
+    def of_embedding(embedding):
+        tree = params | {"embed": params["embed"] | {"embedding": embedding}}
+        return model.apply(tree, batch).hidden_BxLxD[0, at].sum()
+
+    # Hidden states, not logits: tied logits would read every row of the embedding.
+    grad_VxD = np.asarray(jax.jit(jax.grad(lambda e: of_embedding(e)))(params["embed"]["embedding"]))
+    assert (grad_VxD[at + 1 : seq_len] == 0).all()
+    assert (np.abs(grad_VxD[: at + 1]).max(axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+@pytest.mark.parametrize("seq_len", [SEQ_LEN, 128], ids=["dense", "blocks"])
+def test_another_document_changes_nothing_bitwise(style, seq_len):
+    """Perturbing document A leaves the logits of B, and the gradients of B's loss, as they were in every bit."""
+    cfg, model, params = toys.decoder(toys.STYLES[style], seq_len)
+    batch = toys.batch(2, seq_len)
+    cut = seq_len // 2 - 1
+    segments = np.where(np.arange(seq_len) < cut, 1, 2).astype(np.int32)
+    batch["segment_ids"] = np.stack([segments, segments])
+    is_b = batch["segment_ids"] == 2
+    batch["loss_weights"] = is_b.astype(np.float32)
+    other = batch | {"tokens": np.where(is_b, batch["tokens"], (batch["tokens"] + 7) % toys.VOCAB)}
+
+    @jax.jit
+    def run(params, batch):
+        def loss(params):
+            out, _ = logits_of(cfg, model, params, batch)
+            log_probs = jax.nn.log_softmax(out)
+            taken = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+            return -(taken * batch["loss_weights"]).sum(), out
+
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return out, grads
+
+    (logits, grads), (other_logits, other_grads) = run(params, batch), run(params, other)
+    assert not np.array_equal(logits[~is_b], other_logits[~is_b])
+    np.testing.assert_array_equal(np.asarray(logits)[is_b], np.asarray(other_logits)[is_b])
+    tied_rows = np.unique(np.concatenate([batch["tokens"][~is_b], other["tokens"][~is_b]]))
+    for path, grad in trees.flatten(grads).items():
+        theirs = trees.flatten(other_grads)[path]
+        np.testing.assert_array_equal(np.asarray(grad), np.asarray(theirs), err_msg=path)
+    assert len(tied_rows)
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_packed_equals_unpacked(style):
+    """Three documents in one row have the logits they have alone in a row each."""
+    cfg, model, params = toys.decoder(toys.STYLES[style], SEQ_LEN)
+    lengths = [3, 5, 4]
+    rng = np.random.default_rng(1)
+    documents = [rng.integers(0, toys.VOCAB, n).astype(np.int32) for n in lengths]
+    packed = {
+        "tokens": np.concatenate(documents)[None],
+        "segment_ids": np.repeat([1, 2, 3], lengths)[None].astype(np.int32),
+        "positions": np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32),
+    }
+    together, _ = logits_of(cfg, model, params, packed)
+    alone = []
+    for document in documents:
+        n = len(document)
+        batch = {"tokens": document[None], "segment_ids": np.ones((1, n), np.int32)}
+        alone.append(logits_of(cfg, model, params, batch | {"positions": np.arange(n, dtype=np.int32)[None]})[0][0])
+    np.testing.assert_allclose(together[0, :, : toys.VOCAB], np.concatenate(alone)[:, : toys.VOCAB], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_cached_decoding_equals_the_full_forward(style):
+    cfg, model, params = toys.decoder(toys.STYLES[style], SEQ_LEN)
+    batch = one_document(2, SEQ_LEN)
+    full, _ = logits_of(cfg, model, params, batch)
+    cache = model.init_cache(2, SEQ_LEN + 3)
+    pieces = []
+    for start, stop in [(0, 5), (5, 6), (6, 7), (7, 10), (10, SEQ_LEN)]:  # a prompt, then one or several at a time
+        part = {key: value[:, start:stop] for key, value in batch.items() if value.ndim == 2}
+        logits, cache = logits_of(cfg, model, params, part, cache)
+        pieces.append(logits)
+    got = np.concatenate(pieces, axis=1)[..., : toys.VOCAB]
+    np.testing.assert_allclose(got, full[..., : toys.VOCAB], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("window", [0, 1, 40, 70, 200])
+def test_query_blocks_equal_the_dense_form(window):
+    rng = jax.random.key(0)
+    query, key, value = (jax.random.normal(k, (2, 256, 4, 8)) for k in jax.random.split(rng, 3))
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (2, 256)), axis=1), jnp.int32)
+    mask = attention.Mask(segments, segments, window)
+    blocks = attention.attend(query, key[:, :, :2], value[:, :, :2], mask, softcap=5.0)
+    dense = attention._dense(query, key[:, :, :2], value[:, :, :2], mask, 5.0)
+    np.testing.assert_allclose(blocks, dense, rtol=0, atol=2e-6)
+
+
+def test_mask_worked_example():
+    segments = jnp.asarray([[1, 1, 2, 2, 0]], jnp.int32)
+    want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(attention.Mask(segments, segments, 0).draw()[0], np.array(want, bool))
+    ones = jnp.ones((1, 4), jnp.int32)
+    want = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(attention.Mask(ones, ones, 2).draw()[0], np.array(want, bool))
+
+
+def test_rope_depends_on_differences_of_positions_only():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(query_at, key_at):
+        turned = [layers.rope(x, jnp.full((1, 1), p), 10_000.0) for x, p in ((query, query_at), (key, key_at))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
+
+
+def test_dropout_of_a_row_is_its_own():
+    """A row's mask is the same in another batch and at another place; its rate and scale are right."""
+    x = jnp.ones((4, 1000))
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))
+    out = np.asarray(layers.dropout(x, 0.25, keys_B))
+    np.testing.assert_array_equal(layers.dropout(x[:2], 0.25, keys_B[::-1][:2]), out[::-1][:2])
+    assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((out == 0).mean() - 0.25) < 0.03
+
+
+def test_resolve_refuses_what_does_not_fit():
+    with pytest.raises(ConfigError, match=r"model.vocab_size.*40"):
+        transformer.resolve(dataclasses.replace(toys.GPT2, vocab_size=40), vocab_size=50, seq_len=8)
+    with pytest.raises(ConfigError, match=r"even for rope"):
+        transformer.resolve(dataclasses.replace(toys.LLAMA, head_dim=5), vocab_size=50, seq_len=8)
+
+
+def test_bfloat16_stays_close_to_float32():
+    cfg, _, params = toys.decoder(toys.LLAMA, SEQ_LEN)
+    batch = one_document(2, SEQ_LEN)
+    full = transformer.decoder(cfg, jnp.float32).apply(params, batch).hidden_BxLxD
+    half = transformer.decoder(cfg, jnp.bfloat16).apply(params, batch).hidden_BxLxD
+    assert half.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(half, np.float32) - full).max() < 0.1 * np.abs(full).max()

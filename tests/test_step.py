@@ -1,0 +1,207 @@
+"""The training step against a float64 reference, and what must not change its result: splitting, sharding, packing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import losses, optim, sharding, step, trees
+from lm.config import LossConfig, MeshConfig, OptimConfig
+from lm.models import transformer
+from tests import reference, toys
+
+LOSS = LossConfig(z_loss=1e-3, label_smoothing=0.1, chunk_len=5)
+SEQ_LEN = 12
+
+
+def loss_of(model, cfg, loss: LossConfig = LOSS):
+    """What `objectives.clm` does, without a tokenizer."""
+
+    def loss_fn(params, batch, rng):
+        out = model.apply(params, batch, rng=rng)
+        return losses.token_cross_entropy(
+            out.hidden_BxLxD,
+            out.unembed_DxV,
+            batch["targets"],
+            batch["loss_weights"],
+            vocab_size=toys.VOCAB,
+            z_loss=loss.z_loss,
+            label_smoothing=loss.label_smoothing,
+            softcap=cfg.logit_softcap,
+            chunk_len=loss.chunk_len,
+        )
+
+    return loss_fn
+
+
+def gradient_as_parameters(params) -> optim.Optimizer:
+    """An optimizer whose 'new parameters' are the gradients, to read them off the real step."""
+    paths = list(trees.flatten(params))
+    return optim.Optimizer(
+        init=lambda params: (),
+        update=lambda grads, state, params, step: (grads, state, {}),
+        learning_rate=lambda step: jnp.float32(0),
+        trained=dict.fromkeys(paths, True),
+        lr_multiplier=dict.fromkeys(paths, 1.0),
+        decayed=dict.fromkeys(paths, False),
+    )
+
+
+def adamw(params, **changes) -> optim.Optimizer:
+    cfg = OptimConfig(schedule="constant", learning_rate=1e-2, **changes)
+    return optim.build(cfg, params, total_steps=10, warmup_steps=0, decay_steps=0)
+
+
+def take_step(params, batch, optimizer, loss_fn, mesh_cfg, devices, *, micro_batches=1, axes=None, steps=1, ema=0.9):
+    """Steps on a mesh; returns the state with host arrays and the last step's metrics."""
+    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:devices])
+    rows = batch["tokens"].shape[0]
+    with jax.set_mesh(mesh):
+        state = step.init_state(params, optimizer, use_ema=ema > 0)
+        if axes is not None:
+            specs = trees.map_with_path(lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), axes)
+            state = state._replace(params=jax.device_put(state.params, specs))
+        placed = sharding.to_global(batch, sharding.local_rows(mesh, rows), rows, mesh)
+        one = functools.partial(
+            step.train_step, loss_fn=loss_fn, optimizer=optimizer, seed=3, micro_batches=micro_batches, ema_decay=ema
+        )
+        jitted = jax.jit(one)
+        for _ in range(steps):
+            state, metrics = jitted(state, placed)
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def assert_close(got, want, tolerance: float) -> None:
+    """Each leaf within `tolerance` of the reference, relative to the reference's largest entry.
+
+    A bias of the keys adds the same to all scores of a query, so its exact gradient is 0: what rounding leaves of it is
+    held against the bias of the queries.
+    """
+    got, want = trees.flatten(got), trees.flatten(want)
+    assert got.keys() == want.keys()
+    for path in want:
+        scale = np.abs(want[path.replace("key/bias", "query/bias")]).max()
+        assert scale > 1e-9, path
+        assert np.abs(got[path] - want[path]).max() <= tolerance * scale, path
+
+
+@functools.cache
+def expected(style: str):
+    cfg, model, params = toys.decoder(toys.STYLES[style], SEQ_LEN)
+    batch = toys.batch(8, SEQ_LEN)
+    params = jax.device_get(params)
+    return cfg, model, params, batch, reference.loss_and_grads(params, batch, cfg, LOSS, toys.VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("style", "shards", "micro_batches"),
+    [("llama", shards, micro) for shards in (1, 2, 8) for micro in (1, 2, 4)] + [("gpt2", 1, 1), ("gpt2", 8, 4)],
+)
+def test_loss_and_every_gradient_leaf_equal_the_float64_reference(style, shards, micro_batches):
+    """Accumulation x data shards x uneven masks; with 8 shards, row 3 makes one of them empty."""
+    cfg, model, params, batch, (total, weight, grads) = expected(style)
+    state, metrics = take_step(
+        params,
+        batch,
+        gradient_as_parameters(params),
+        loss_of(model, cfg),
+        MeshConfig(data=shards),
+        shards,
+        micro_batches=micro_batches,
+    )
+    assert not batch["loss_weights"][3].any()
+    assert metrics["weight"] == weight
+    assert metrics["loss"] == pytest.approx(total / weight, rel=1e-6)
+    assert_close(state.params, jax.tree.map(lambda g: g / weight, grads), 1e-5)
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("full", 0), ("dots", 1), ("none", 0)])
+def test_remat_and_unrolling_change_no_gradient(remat, unroll):
+    cfg, _, params, batch, (_, weight, grads) = expected("llama")
+    other = dataclasses.replace(cfg, remat=remat, unroll=unroll)
+    model = transformer.decoder(other, jnp.float32)
+    optimizer = gradient_as_parameters(params)
+    state, _ = take_step(params, batch, optimizer, loss_of(model, other), MeshConfig(data=1), 1)
+    assert_close(state.params, jax.tree.map(lambda g: g / weight, grads), 1e-5)
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_mesh_2x2x2_takes_the_steps_of_one_device(style):
+    """Dropout on: its masks depend on seed, step and example, never on where a row lies."""
+    cfg, model, params, batch, _ = expected(style)
+    cfg = dataclasses.replace(cfg, dropout=0.2)
+    model = transformer.decoder(cfg, jnp.float32)
+    # Adam divides by the gradient's size: where that is rounding noise its direction is too. eps keeps it out.
+    optimizer = adamw(params, eps=1e-3)
+    axes = model.logical_axes()
+    args = (params, batch, optimizer, loss_of(model, cfg))
+    one, one_metrics = take_step(*args, MeshConfig(data=1), 1, steps=3)
+    many, many_metrics = take_step(*args, MeshConfig(data=2, fsdp=2, tensor=2), 8, axes=axes, steps=3)
+    split, _ = take_step(*args, MeshConfig(data=2, fsdp=2, tensor=2), 8, axes=axes, steps=3, micro_batches=2)
+    assert many_metrics["loss"] == pytest.approx(one_metrics["loss"], rel=1e-6)
+    for other in (many, split):
+        assert_close(other.params, one.params, 1e-5)
+        assert_close(other.ema, one.ema, 1e-5)
+        assert_close(other.opt_state[1].mu, one.opt_state[1].mu, 1e-5)
+
+
+def test_zero3_gathers_weights_and_keeps_them_split():
+    """On an fsdp mesh no parameter of more than one dimension but norms is held whole."""
+    cfg, model, params, batch, _ = expected("llama")
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
+    axes = trees.flatten(model.logical_axes())
+    for path, leaf in trees.flatten(params).items():
+        split = jax.NamedSharding(mesh, sharding.spec(axes[path])).shard_shape(leaf.shape)
+        assert np.prod(split) == (leaf.size if "norm" in path else leaf.size / 8), path
+
+
+def test_a_batch_of_weight_0_changes_no_parameter_moment_or_average():
+    cfg, model, params, batch, _ = expected("gpt2")
+    optimizer = adamw(params)
+    args = (optimizer, loss_of(model, cfg), MeshConfig(data=1), 1)
+    empty = batch | {"loss_weights": np.zeros_like(batch["loss_weights"])}
+    state = step.init_state(params, optimizer, use_ema=True)
+    one = functools.partial(
+        step.train_step, loss_fn=args[1], optimizer=optimizer, seed=3, micro_batches=2, ema_decay=0.9
+    )
+    state, _ = jax.jit(one)(state, batch)
+    after, metrics = jax.jit(one)(state, empty)
+    assert metrics["loss"] == 0.0 and metrics["weight"] == 0.0 and metrics["grad_norm"] == 0.0
+    assert (int(after.step), int(after.skipped)) == (2, 1)
+    before = (state.params, state.opt_state, state.ema)
+    jax.tree.map(np.testing.assert_array_equal, before, (after.params, after.opt_state, after.ema))
+
+
+def test_frozen_parameters_stay_bitwise_and_hold_no_state():
+    cfg, model, params, batch, _ = expected("gpt2")
+    optimizer = adamw(params, lr_rules=((r"decoder/layers/mlp/.*", 1.0), (r".*", 0.0)))
+    state, _ = take_step(params, batch, optimizer, loss_of(model, cfg), MeshConfig(data=1), 1)
+    new, old = trees.flatten(state.params), trees.flatten(params)
+    for path in old:
+        assert np.array_equal(new[path], old[path]) != path.startswith("decoder/layers/mlp/"), path
+    held = trees.flatten(state.opt_state[1].mu)
+    assert set(held) == {path for path in old if path.startswith("decoder/layers/mlp/")}
+
+
+def test_ema_follows_its_formula():
+    cfg, model, params, batch, _ = expected("gpt2")
+    state, _ = take_step(params, batch, adamw(params), loss_of(model, cfg), MeshConfig(data=1), 1, ema=0.75)
+    for path, average in trees.flatten(state.ema).items():
+        want = 0.75 * trees.flatten(params)[path] + 0.25 * trees.flatten(state.params)[path]
+        np.testing.assert_allclose(average, want, rtol=1e-6, atol=1e-7)
+
+
+def test_dropout_depends_on_the_step_and_the_seed():
+    cfg, _, params, batch, _ = expected("gpt2")
+    cfg = dataclasses.replace(cfg, dropout=0.3)
+    model = transformer.decoder(cfg, jnp.float32)
+    loss_fn = jax.jit(loss_of(model, cfg))
+
+    def loss(seed, at_step):
+        return float(loss_fn(params, batch, jax.random.fold_in(jax.random.key(seed), at_step)).sum)
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(0, 1), loss(1, 0), float(loss_fn(params, batch, None).sum)}) == 4

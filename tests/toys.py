@@ -1,0 +1,114 @@
+"""Small models, batches and runs that several tests use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import config
+from lm.config import Config, ModelConfig
+from lm.models import transformer
+from lm.types import ModelFns, Params
+
+VOCAB = 50  # rows of the embedding are 128: the rest is padding
+
+GPT2 = ModelConfig(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24)
+LLAMA = ModelConfig(
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=24,
+    position="rope",
+    norm="rmsnorm",
+    mlp="swiglu",
+    use_bias=False,
+    tie_embeddings=False,
+    qk_norm=True,
+    logit_softcap=30.0,
+    attention_softcap=20.0,
+    sliding_window=5,
+)
+STYLES = {"gpt2": GPT2, "llama": LLAMA}
+
+
+def decoder(cfg: ModelConfig, seq_len: int, seed: int = 0) -> tuple[ModelConfig, ModelFns, Params]:
+    """A resolved config, its functions, and parameters whose zeros and ones are perturbed, so that each one matters."""
+    cfg = transformer.resolve(cfg, vocab_size=VOCAB, seq_len=seq_len)
+    model = transformer.decoder(cfg, jnp.float32)
+    params = model.init(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return cfg, model, jax.tree.unflatten(tree, moved)
+
+
+def batch(rows: int, seq_len: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Packed rows: two to four documents each, some padding, and very uneven loss weights; row 3 has none at all."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB, (rows, seq_len)).astype(np.int32)
+    segments = np.zeros((rows, seq_len), np.int32)
+    positions = np.zeros((rows, seq_len), np.int32)
+    for row in range(rows):
+        end = seq_len - int(rng.integers(0, seq_len // 4))
+        cuts = sorted(rng.choice(np.arange(1, end), size=int(rng.integers(1, 4)), replace=False))
+        for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, end], strict=True), 1):
+            segments[row, start:stop] = number
+            positions[row, start:stop] = np.arange(stop - start)
+    density = rng.random((rows, 1)) ** 2
+    weights = ((rng.random((rows, seq_len)) < density) & (segments > 0)).astype(np.float32)
+    weights[0, 0] = 1.0  # never empty as a whole
+    if rows > 3:
+        weights[3] = 0.0
+    return {
+        "tokens": tokens,
+        "targets": rng.integers(0, VOCAB, (rows, seq_len)).astype(np.int32),
+        "loss_weights": weights,
+        "segment_ids": segments,
+        "positions": positions,
+        "example_index": np.arange(rows, dtype=np.int32),
+    }
+
+
+def write_texts(folder: Path, documents: int = 60) -> Path:
+    """A folder of small made-up text files to train on."""
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "of", "the", "a", "run", "step", "loss", "is", "not", "model", "data"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        text = " ".join(rng.choice(words, int(rng.integers(5, 60))))
+        (folder / f"{number:03}.txt").write_text(text.capitalize() + ".\n")
+    return folder
+
+
+def write_chats(path: Path, rows: int = 40) -> Path:
+    """A jsonl file of small made-up question and answer pairs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = [{"prompt": f"What is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(rows)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+def recipe(data: Path, **changes: Any) -> Config:
+    """A run of a few seconds on a folder of text or a jsonl file; `changes` are keys with '__' for '.'."""
+    c = config.defaults()
+    c.tokenizer.vocab_size = 300
+    is_chat = data.suffix == ".jsonl"
+    c.data.format, c.data.task = ("jsonl", "chat") if is_chat else ("text", "text")
+    c.data.path = str(data)
+    c.data.eval_fraction = 0.1
+    c.data.seq_len, c.data.batch_size = 32, 8
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 2, 16, 2, 32
+    c.model.dropout = 0.1
+    c.optim.warmup_steps = 3
+    c.optim.ema_decay = 0.9
+    c.train.total_steps = 12
+    c.monitor.log_every_steps = 1
+    c.mesh.data = 1
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        setattr(c[section] if section else c, name, value)
+    return config.build(c)
