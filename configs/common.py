@@ -1,11 +1,8 @@
 """What several recipes share."""
 
-from typing import Any
-
-from lm import config
+import os
 
 
-def get_config(arg: str | None = None) -> Any:
-    """The defaults: every key there is. Not a recipe by itself: it sets no training length."""
-    del arg
-    return config.defaults()
+def shared_data(name: str) -> str:
+    """Path of a data set under LM_SHARED_DATA, or ../shared/data when that is not set."""
+    return os.path.join(os.environ.get("LM_SHARED_DATA", "../shared/data"), name)

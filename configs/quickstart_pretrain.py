@@ -1,6 +1,6 @@
 """Pre-train a small GPT on the built-in corpus: English technical prose that comes with Python.
 
-    python -m lm.main --config=configs/quickstart_pretrain.py --workdir=runs/quickstart/pretrain
+python -m lm.main --config=configs/quickstart_pretrain.py --workdir=runs/quickstart/pretrain
 """
 
 from typing import Any

@@ -71,10 +71,10 @@ class Run(NamedTuple):
     optimizer: optim.Optimizer
     total_steps: int
     every: dict[str, int]
-    state_shardings: TrainState
+    state_shardings: Any
     abstract_state: TrainState
-    train_step: Callable[[TrainState, Batch], Any]
-    eval_step: Callable[[Any, Batch], Any]
+    train_step: Any
+    eval_step: Any
 
 
 def plan(cfg: Config, workdir: Path) -> Plan:
@@ -111,27 +111,16 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
       note: called with what a person should read.
     """
     cfg = planned.cfg
-    rows = sharding.batch_shards(mesh) * cfg.train.micro_batches
-    for key, size in (("data.batch_size", cfg.data.batch_size), ("eval.batch_size", eval_batch_size(cfg))):
-        parts = rows if key == "data.batch_size" else sharding.batch_shards(mesh)
-        if size % parts:
-            raise ConfigError(
-                f"'{key}' ({size}) must be a multiple of {parts}: {sharding.batch_shards(mesh)} parts of the mesh"
-                + (f" x {cfg.train.micro_batches} micro-batches" if parts == rows else "")
-            )
-    flat = trees.flatten(planned.abstract_params)
-    sharding.check_divisible({path: leaf.shape for path, leaf in flat.items()}, planned.logical_axes, mesh)
-    if cfg.model.num_kv_heads % mesh.shape["tensor"]:
-        raise ConfigError(f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads")
-
+    check_mesh(planned, mesh)
     split = sources.load(cfg.data)
     note(split.report)
     words = make_tokenizer(planned, split, workdir, note)
     data = pipeline.build(cfg, words, split)
     for name, counts in data.report.items():
-        note(f"{name}: " + ", ".join(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in counts.items()))
+        note(f"{name}: " + ", ".join(f"{key} {value:,.4g}" for key, value in counts.items()))
 
-    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.report["train"]["rows"]}
+    size: dict[str, Any] = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len}
+    size["epoch_examples"] = len(data.train["tokens"])
     total_steps = cfg.train.total.to_steps(**size)
     optimizer = optim.build(
         cfg.optim,
@@ -152,7 +141,8 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     )
     state_shardings = _state_shardings(planned, optimizer, mesh, use_ema=cfg.optim.ema_decay > 0)
     shapes = jax.eval_shape(
-        functools.partial(step.init_state, optimizer=optimizer, use_ema=cfg.optim.ema_decay > 0), planned.abstract_params
+        functools.partial(step.init_state, optimizer=optimizer, use_ema=cfg.optim.ema_decay > 0),
+        planned.abstract_params,
     )
     abstract_state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, state_shardings
@@ -172,6 +162,31 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
         eval_step=jax.jit(functools.partial(step.eval_step, loss_fn=loss_fn), out_shardings=everywhere),
     )
+
+
+def check_mesh(planned: Plan, mesh: Mesh) -> None:
+    """Refuses a mesh that the batch or the model cannot be split over.
+
+    Raises:
+      ConfigError: naming the key and the number that it must be a multiple of.
+    """
+    cfg, shards = planned.cfg, sharding.batch_shards(mesh)
+    parts = shards * cfg.train.micro_batches
+    if cfg.data.batch_size % parts:
+        raise ConfigError(
+            f"'data.batch_size' ({cfg.data.batch_size}) must be a multiple of {parts}: {shards} parts of the mesh x "
+            f"train.micro_batches={cfg.train.micro_batches}"
+        )
+    if eval_batch_size(cfg) % shards:
+        raise ConfigError(
+            f"'eval.batch_size' ({eval_batch_size(cfg)}) must be a multiple of {shards}, as the mesh splits"
+        )
+    if cfg.model.num_kv_heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads"
+        )
+    flat = trees.flatten(planned.abstract_params)
+    sharding.check_divisible({path: leaf.shape for path, leaf in flat.items()}, planned.logical_axes, mesh)
 
 
 def eval_batch_size(cfg: Config) -> int:
@@ -240,16 +255,17 @@ def _find_tokenizer(cfg: Config, workdir: Path, init: checkpoint.Saved | None) -
     return next(iter(found.values()), None)
 
 
-def _state_shardings(planned: Plan, optimizer: optim.Optimizer, mesh: Mesh, *, use_ema: bool) -> TrainState:
+def _state_shardings(planned: Plan, optimizer: optim.Optimizer, mesh: Mesh, *, use_ema: bool) -> Any:
     specs = {path: sharding.spec(axes) for path, axes in planned.logical_axes.items()}
     trained = {path: spec for path, spec in specs.items() if optimizer.trained[path]}
     abstract_trained, _ = trees.split(planned.abstract_params, optimizer.trained)
+    whole: Any = PartitionSpec()
     tree = TrainState(
-        step=PartitionSpec(),
+        step=whole,
         params=trees.unflatten(specs),
         opt_state=optim.state_specs(optimizer, abstract_trained, trees.unflatten(trained)),
         ema=trees.unflatten(trained) if use_ema else None,
-        skipped=PartitionSpec(),
+        skipped=whole,
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

@@ -6,6 +6,7 @@ that flips on disk, which is what the fingerprints, and the JSON's own hash, are
 checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -112,8 +113,11 @@ class Checkpoints:
         readable = [saved for saved in list_saved(workdir) if "unreadable" not in saved.info]
         trusted = {saved.step: saved.metrics for saved in readable if resumed is None or saved.step <= resumed}
         self._retention = _Retention(cfg, trusted)
+        context = ocp.Context()
+        context.asynchronous.create_directories_asynchronously = False  # else an error takes 5 min to show
         self._manager = ocp.training.Checkpointer(
             epath.Path(workdir) / "checkpoints",
+            context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self._retention,
             cleanup_tmp_directories=True,
@@ -132,7 +136,8 @@ class Checkpoints:
             if kind is None:
                 raise  # otherwise the error that is already on its way is the one to show
         finally:
-            self._manager.close()
+            with contextlib.suppress(Exception):  # raises the error of a failed save once more
+                self._manager.close()
 
     def save(self, step: int, state: Any, info: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
         """Starts saving `state` in the background; waits only for the save before it.

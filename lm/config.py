@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 UNITS = ("steps", "tokens", "examples", "epochs")
@@ -37,9 +37,6 @@ class Duration:
         # Rounded: 1.1 epochs of 100 examples are 110.00000000000001 in floats, and would be a step too long.
         examples = self.examples or round(self.epochs * epoch_examples, 6) or self.tokens / seq_len
         return math.ceil(examples / batch_size)
-
-    def __str__(self) -> str:
-        return next((f"{getattr(self, u):,} {u}" for u in UNITS if getattr(self, u)), "0 steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +218,17 @@ def defaults() -> Any:
     return ConfigDict(to_dict(Config()))
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """For `absl.app.run(flags_parser=...)`: a misspelt --config.a.b ends in one line, not in a traceback."""
+    from absl import app
+
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
+        said = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
+        raise SystemExit(f"error: unknown config key {said}") from None
+
+
 def build(source: Mapping[str, Any]) -> Config:
     """Builds a `Config` from a `ConfigDict` or nested dict, strictly.
 
@@ -239,7 +247,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, Duration):
-            out |= {f"{field.name}_{unit}": getattr(value, unit) for unit in UNITS}
+            out |= dict(zip(spelled(field.name), dataclasses.astuple(value), strict=True))
         else:
             out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
     return out
@@ -265,7 +273,12 @@ def keys(cls: type = Config, prefix: str = "") -> list[str]:
     return out
 
 
-def nearest(name: str, known: Iterator[str] | list[str] | tuple[str, ...], what: str = "did you mean") -> str:
+def spelled(name: str) -> list[str]:
+    """The keys that a duration may be spelled as: 'total' -> 'total_steps', 'total_tokens', …"""
+    return [f"{name}_{unit}" for unit in UNITS]
+
+
+def nearest(name: str, known: Iterable[str], what: str = "did you mean") -> str:
     """' (did you mean X?)' for the closest of `known`, or '' when nothing is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" ({what} '{match[0]}'?)" if match else ""
@@ -281,7 +294,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _build(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
-    known = list(_flatten_names(hints))
+    known = [key for name, hint in hints.items() for key in (spelled(name) if hint is Duration else [name])]
     for key in source:
         if key not in known:
             hint = nearest(key, known) or f"; known here: {', '.join(known)}"
@@ -301,25 +314,16 @@ def _build(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
     return cls(**values)
 
 
-def _flatten_names(hints: Mapping[str, Any]) -> Iterator[str]:
-    for name, hint in hints.items():
-        yield from [f"{name}_{unit}" for unit in UNITS] if hint is Duration else [name]
-
-
 def _duration(name: str, source: Mapping[str, Any], prefix: str) -> Duration:
-    values = {
-        unit: _convert(source[f"{name}_{unit}"], get_type_hints(Duration)[unit], f"{prefix}{name}_{unit}")
-        for unit in UNITS
-        if f"{name}_{unit}" in source
-    }
-    given = {unit: value for unit, value in values.items() if value}
+    hints = get_type_hints(Duration)
+    given = {}
+    for unit, key in zip(UNITS, spelled(name), strict=True):
+        if value := _convert(source.get(key, 0), hints[unit], prefix + key):
+            given[unit] = value
     if len(given) > 1:
-        spelled = " and ".join(f"{prefix}{name}_{unit}={value:,}" for unit, value in given.items())
-        raise ConfigError(f"two durations at once: {spelled}; keep one and set the others to 0")
-    for unit, value in given.items():
-        if value < 0:
-            raise ConfigError(f"'{prefix}{name}_{unit}' must not be negative, got {value:,}")
-    return Duration(**values)
+        listed = " and ".join(f"{prefix}{name}_{unit}={value:,}" for unit, value in given.items())
+        raise ConfigError(f"two durations at once: {listed}; keep one and set the others to 0")
+    return Duration(**given)
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
@@ -327,7 +331,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"'{key}' must be one of {', '.join(map(str, args))}; got {value!r}{_close(value, args)}")
+            raise ConfigError(
+                f"'{key}' must be one of {', '.join(map(str, args))}; got {value!r}{nearest(str(value), args)}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -346,8 +352,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
-def _close(value: Any, choices: tuple[Any, ...]) -> str:
-    return nearest(value, [str(c) for c in choices]) if isinstance(value, str) else ""
+_AT_LEAST_ONE = {
+    *("model.num_layers", "model.embed_dim", "model.num_heads", "data.seq_len", "data.batch_size"),
+    *("train.micro_batches", "checkpoint.keep_latest", "monitor.log_every_steps", "generate.max_new_tokens"),
+}
+_BELOW_ONE = {"model.dropout", "loss.label_smoothing", "data.eval_fraction", "optim.b1", "optim.b2", "optim.ema_decay"}
 
 
 def _check(config: Config) -> None:
@@ -358,33 +367,19 @@ def _check(config: Config) -> None:
         if not ok:
             raise ConfigError(message)
 
-    for key, value in [
-        ("model.num_layers", model.num_layers),
-        ("model.embed_dim", model.embed_dim),
-        ("model.num_heads", model.num_heads),
-        ("data.seq_len", data.seq_len),
-        ("data.batch_size", data.batch_size),
-        ("train.micro_batches", train.micro_batches),
-        ("checkpoint.keep_latest", config.checkpoint.keep_latest),
-        ("monitor.log_every_steps", config.monitor.log_every_steps),
-    ]:
-        require(value >= 1, f"'{key}' must be at least 1, got {value}")
     for key, value in _flatten(to_dict(config)):
         if isinstance(value, int | float) and key not in ("mesh.data", "seed"):
-            require(value >= 0, f"'{key}' must not be negative, got {value}")
-    for key, rate in [
-        ("model.dropout", model.dropout),
-        ("loss.label_smoothing", config.loss.label_smoothing),
-        ("optim.ema_decay", optim.ema_decay),
-        ("data.eval_fraction", data.eval_fraction),
-        ("optim.b1", optim.b1),
-        ("optim.b2", optim.b2),
-    ]:
-        require(0 <= rate < 1, f"'{key}' must be in [0, 1), got {rate}")
+            require(
+                value >= (key in _AT_LEAST_ONE), f"'{key}' must be at least {int(key in _AT_LEAST_ONE)}, got {value}"
+            )
+            require(value < 1 or key not in _BELOW_ONE, f"'{key}' must be in [0, 1), got {value}")
+    require(optim.eps > 0, "'optim.eps' must be greater than 0")
     require(0 < config.generate.top_p <= 1, f"'generate.top_p' must be in (0, 1], got {config.generate.top_p}")
     require(
-        data.batch_size % train.micro_batches == 0,
-        f"'data.batch_size' ({data.batch_size}) must be a multiple of 'train.micro_batches' ({train.micro_batches})",
+        data.batch_size % config.train.micro_batches == 0,
+        f"'data.batch_size' ({data.batch_size}) must be a multiple of {config.train.micro_batches=}".replace(
+            "config.", ""
+        ),
     )
     require(
         model.num_heads % (model.num_kv_heads or model.num_heads) == 0,

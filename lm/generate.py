@@ -71,7 +71,15 @@ def generate(
         segments_BxP[row, padded - len(prompt) :] = 1
     stop_ids = (tokenizer.eos_id, tokenizer.end_of_turn_id)
     sampled_BxT = _sample(
-        model, cfg.generate, tokenizer.vocab_size, cfg.model.logit_softcap, stop_ids, params, tokens_BxP, segments_BxP, key
+        model,
+        cfg.generate,
+        tokenizer.vocab_size,
+        cfg.model.logit_softcap,
+        stop_ids,
+        params,
+        tokens_BxP,
+        segments_BxP,
+        key,
     )
     out = []
     for row in np.asarray(jax.device_get(sampled_BxT))[: len(prompts)]:

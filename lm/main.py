@@ -5,6 +5,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from lm import config
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
 _PRINT = flags.DEFINE_bool("print_config", False, "Print the resolved config and the parameter table; do not train.")
@@ -15,14 +17,12 @@ _PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, wi
 
 
 def main(argv: list[str]) -> None:
-    """Turns flags into a run, and an expected error into one clear message and exit status 1."""
+    """Turns flags into a run, and an expected error into one clear message and its exit status."""
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save at INFO
-    from lm import config
-
     try:
         cfg = config.build(_CONFIG.value)
         from lm import sharding, train  # imports JAX
@@ -32,12 +32,13 @@ def main(argv: list[str]) -> None:
             return
         if _DISTRIBUTED.value or _COORDINATOR.value:
             sharding.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train.train(cfg, _WORKDIR.value)
+        train.train(cfg, _WORKDIR.value or "")
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("lm."):
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(getattr(error, "exit_status", 1))
         raise
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=config.parse_flags)

@@ -31,6 +31,8 @@ class Diverged(RuntimeError):
 class Preempted(RuntimeError):
     """Asked to stop; the state has been saved, and the same command goes on from it."""
 
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: start again
+
 
 def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Trains as `cfg` says, or goes on where the run in `workdir` stopped.
@@ -281,7 +283,9 @@ def summarise(
     flat = trees.flatten(run.abstract_state.params)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
     answer = {"answer_loss": values["nll"]} if cfg.data.task == "chat" else {}
-    return values | answer | {
+    return {
+        **values,
+        **answer,
         "before": first_values,
         "steps": done,
         "skipped_steps": int(state.skipped),

@@ -1,4 +1,4 @@
-"""The bridge: parameters of one run become the start of another. Nothing happens that the returned table does not say."""
+"""The bridge: parameters of one run start another. Nothing happens that the returned tables do not say."""
 
 import re
 from typing import Any

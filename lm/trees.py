@@ -74,7 +74,9 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Sequence[str], key: str) 
         for path in matched:
             out.setdefault(path, value)
     if missing := [path for path in paths if path not in out]:
-        raise ConfigError(f"'{key}': no rule covers parameter '{missing[0]}' ({len(missing)} in all); end with ('.*', …)")
+        raise ConfigError(
+            f"'{key}': no rule covers parameter '{missing[0]}' ({len(missing)} in all); end with ('.*', …)"
+        )
     return {path: out[path] for path in paths}
 
 

@@ -12,6 +12,9 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Tests compile far more than they compute: unoptimised code halves the suite's time. The quickstart, which CI runs too,
+# is compiled as users compile.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 ROOT = Path(__file__).resolve().parents[1]
 

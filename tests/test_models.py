@@ -1,6 +1,7 @@
 """Properties of the decoder: nothing leaks from later positions or other documents, in any of its forms."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,10 @@ from tests import toys
 SEQ_LEN = 12
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def logits_of(cfg, model, params, batch, cache=None):
     out = model.apply(params, batch, cache=cache)
-    return losses.logits(
-        out.hidden_BxLxD, out.unembed_DxV, vocab_size=toys.VOCAB, softcap=cfg.logit_softcap
-    ), out.cache
+    return losses.logits(out.hidden_BxLxD, out.unembed_DxV, vocab_size=toys.VOCAB, softcap=cfg.logit_softcap), out.cache
 
 
 def one_document(rows: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -34,10 +34,7 @@ def test_causal_by_gradient(style, seq_len):
     """The hidden state at a position has gradient exactly 0 by every later embedding, and not by its own."""
     cfg, model, params = toys.decoder(dataclasses.replace(toys.STYLES[style], sliding_window=0), seq_len)
     batch = one_document(1, seq_len)
-    batch["tokens"] = np.arange(seq_len, dtype=np.int32)[None] % 50
-    if seq_len > 50:
-        pytest.skip("needs one embedding row a position") if cfg.vocab_size < seq_len else None
-        batch["tokens"] = np.arange(seq_len, dtype=np.int32)[None]
+    batch["tokens"] = np.arange(seq_len, dtype=np.int32)[None]  # an embedding row of its own for each position
     at = seq_len // 2
 
     def of_embedding(embedding):
@@ -77,11 +74,9 @@ def test_another_document_changes_nothing_bitwise(style, seq_len):
     (logits, grads), (other_logits, other_grads) = run(params, batch), run(params, other)
     assert not np.array_equal(logits[~is_b], other_logits[~is_b])
     np.testing.assert_array_equal(np.asarray(logits)[is_b], np.asarray(other_logits)[is_b])
-    tied_rows = np.unique(np.concatenate([batch["tokens"][~is_b], other["tokens"][~is_b]]))
     for path, grad in trees.flatten(grads).items():
         theirs = trees.flatten(other_grads)[path]
         np.testing.assert_array_equal(np.asarray(grad), np.asarray(theirs), err_msg=path)
-    assert len(tied_rows)
 
 
 @pytest.mark.parametrize("style", toys.STYLES)

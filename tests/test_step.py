@@ -150,7 +150,7 @@ def test_mesh_2x2x2_takes_the_steps_of_one_device(style):
 
 def test_zero3_gathers_weights_and_keeps_them_split():
     """On an fsdp mesh no parameter of more than one dimension but norms is held whole."""
-    cfg, model, params, batch, _ = expected("llama")
+    _, model, params, _, _ = expected("llama")
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
     axes = trees.flatten(model.logical_axes())
     for path, leaf in trees.flatten(params).items():

@@ -1,5 +1,6 @@
 """Small models, batches and runs that several tests use."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,15 @@ LLAMA = ModelConfig(
 STYLES = {"gpt2": GPT2, "llama": LLAMA}
 
 
+@functools.cache
 def decoder(cfg: ModelConfig, seq_len: int, seed: int = 0) -> tuple[ModelConfig, ModelFns, Params]:
     """A resolved config, its functions, and parameters whose zeros and ones are perturbed, so that each one matters."""
     cfg = transformer.resolve(cfg, vocab_size=VOCAB, seq_len=seq_len)
     model = transformer.decoder(cfg, jnp.float32)
-    params = model.init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return cfg, model, jax.tree.unflatten(tree, moved)
+    rng = np.random.default_rng(seed)
+    params = jax.jit(model.init)(jax.random.key(seed))
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), params)
+    return cfg, model, moved
 
 
 def batch(rows: int, seq_len: int, seed: int = 0) -> dict[str, np.ndarray]:

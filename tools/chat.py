@@ -1,6 +1,6 @@
 """Talk to a run: a chat model answers with its history; a text model continues what it is given.
 
-    python tools/chat.py --workdir=runs/quickstart/sft [--temperature=0.8] [--top_p=0.9] [--prompt="one question"]
+python tools/chat.py --workdir=runs/quickstart/sft [--temperature=0.8] [--top_p=0.9] [--prompt="one question"]
 """
 
 import argparse

@@ -44,7 +44,7 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
     from rich.table import Table
 
     console = Console()
-    before_after, tuned, untrained = (json.loads((path / "summary.json").read_text()) for path in (pretrained, sft, scratch))
+    first, tuned, untrained = (json.loads((path / "summary.json").read_text()) for path in (pretrained, sft, scratch))
     table = Table(title="What pre-training was worth (held-out data)")
     for column in ("run", "measured", "before", "after", "steps", "tokens/s", "parameters"):
         table.add_column(column, justify="left" if column in ("run", "measured") else "right")
@@ -53,7 +53,7 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
         figures = f"{summary['before'][key]:.3f}", f"{summary[key]:.3f}", f"{summary['steps']:,}"
         table.add_row(name, measured, *figures, f"{summary['tokens_per_second']:,.0f}", f"{summary['parameters']:,}")
 
-    row("pretrain", "bits per byte", "bits_per_byte", before_after)
+    row("pretrain", "bits per byte", "bits_per_byte", first)
     row("sft", "nats per answer token", "nll", tuned)
     row("sft_scratch", "nats per answer token", "nll", untrained)
     console.print(table)

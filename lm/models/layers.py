@@ -18,7 +18,8 @@ Init = Callable[..., jax.Array]
 
 def weight(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
     """A float32 parameter of `module` that carries its logical axes; not yet cast, not yet gathered."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value
 
 
 def fan_in_normal(scale: float = 1.0) -> Init:
@@ -34,18 +35,18 @@ class Dense(nn.Module):
       axes: logical axes of the kernel, (input, output).
       use_bias: whether there is a bias.
       dtype: compute dtype.
-      init: initialiser of the kernel.
+      kernel_init: initialiser of the kernel.
     """
 
     features: int
     axes: tuple[str, str]
     use_bias: bool
     dtype: Any
-    init: Init = fan_in_normal()
+    kernel_init: Init = fan_in_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = weight(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)
+        kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         y = matmul(x, sharding.gather(kernel.astype(self.dtype), *self.axes))
         if self.use_bias:
             bias = weight(self, "bias", nn.initializers.zeros, (self.features,), (self.axes[1],))

@@ -69,7 +69,8 @@ def decoder(cfg: ModelConfig, dtype: Any) -> ModelFns:
         keys_B = None
         if rng is not None and cfg.dropout:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["example_index"])
-        return module.apply({"params": params}, batch, keys_B, cache)
+        out: Any = module.apply({"params": params}, batch, keys_B, cache)
+        return out
 
     def logical_axes() -> Any:
         specs = nn.get_partition_spec(jax.eval_shape(boxed_init, jax.eval_shape(lambda: jax.random.key(0))))
@@ -101,22 +102,22 @@ class Decoder(nn.Module):
         x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, _fold(keys_B, cfg.num_layers))
         x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
         segments_BxL = batch["segment_ids"]
-        mask, cache_kv, new_cache = Mask(segments_BxL, segments_BxL, cfg.sliding_window), None, None
+        mask, cache_kv = Mask(segments_BxL, segments_BxL, cfg.sliding_window), None
         if cache is not None:
             start = cache["index"]
             key_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BxL, (0, start))
             mask = Mask(segments_BxL, key_segments, cfg.sliding_window, start)
             cache_kv = (cache["key"], cache["value"])
-            new_cache = {"segment_ids": key_segments, "index": start + segments_BxL.shape[1]}
+            cache = {"segment_ids": key_segments, "index": start + segments_BxL.shape[1]}
         stack = DecoderStack(cfg, self.dtype, name="decoder")
         hidden_BxLxD, cache_kv = stack(x_BxLxD, mask, batch["positions"], keys_B, cache_kv)
         if cache is not None:
-            new_cache |= {"key": cache_kv[0], "value": cache_kv[1]}
+            cache |= {"key": cache_kv[0], "value": cache_kv[1]}
         if cfg.tie_embeddings:
             unembed_DxV = embedding_VxD.T
         else:
             unembed_DxV = Unembed(cfg, self.dtype, name="lm_head")()
-        return ModelOutput(hidden_BxLxD, unembed_DxV, new_cache)
+        return ModelOutput(hidden_BxLxD, unembed_DxV, cache)
 
 
 class Embed(nn.Module):
@@ -132,7 +133,9 @@ class Embed(nn.Module):
 
         def table(name: str, rows: int, axis: str) -> jax.Array:
             axes = (axis, "embed")
-            return sharding.gather(layers.weight(self, name, init, (rows, cfg.embed_dim), axes).astype(self.dtype), *axes)
+            return sharding.gather(
+                layers.weight(self, name, init, (rows, cfg.embed_dim), axes).astype(self.dtype), *axes
+            )
 
         embedding_VxD = table("embedding", cfg.vocab_size, "vocab")
         x_BxLxD = jnp.take(embedding_VxD, tokens_BxL, axis=0)
@@ -238,16 +241,15 @@ class Attention(nn.Module):
             key_BxLxKxE = layers.rope(key_BxLxKxE, positions_BxL, cfg.rope_theta)
         key, value = key_BxLxKxE, value_BxLxKxE
         if cache_kv is not None:
+            at: Any = (0, mask.offset, 0, 0)
             key, value = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, mask.offset, 0, 0))
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
                 for old, new in zip(cache_kv, (key, value), strict=True)
             )
             cache_kv = (key, value)
         y_BxLxHxE = attend(query_BxLxHxE, key, value, mask, softcap=cfg.attention_softcap)
         y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*x_BxLxD.shape[:2], -1), "batch", "length", "heads")
-        out = layers.Dense(
-            cfg.embed_dim, ("heads", "embed"), cfg.use_bias, self.dtype, _residual_init(cfg), name="out"
-        )
+        out = layers.Dense(cfg.embed_dim, ("heads", "embed"), cfg.use_bias, self.dtype, _residual_init(cfg), name="out")
         return out(y_BxLxHE), cache_kv
 
 
