@@ -362,44 +362,36 @@ _BELOW_ONE = {"model.dropout", "loss.label_smoothing", "data.eval_fraction", "op
 def _check(config: Config) -> None:
     """Refuses values that no run could use, whatever the data."""
     model, data, optim, train = config.model, config.data, config.optim, config.train
-
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise ConfigError(message)
-
     for key, value in _flatten(to_dict(config)):
-        if isinstance(value, int | float) and key not in ("mesh.data", "seed"):
-            require(
-                value >= (key in _AT_LEAST_ONE), f"'{key}' must be at least {int(key in _AT_LEAST_ONE)}, got {value}"
-            )
-            require(value < 1 or key not in _BELOW_ONE, f"'{key}' must be in [0, 1), got {value}")
-    require(optim.eps > 0, "'optim.eps' must be greater than 0")
-    require(0 < config.generate.top_p <= 1, f"'generate.top_p' must be in (0, 1], got {config.generate.top_p}")
-    require(
-        data.batch_size % config.train.micro_batches == 0,
-        f"'data.batch_size' ({data.batch_size}) must be a multiple of {config.train.micro_batches=}".replace(
-            "config.", ""
+        if not isinstance(value, int | float) or key in ("mesh.data", "seed"):
+            continue
+        least = 1 if key in _AT_LEAST_ONE else 0
+        if value < least:
+            raise ConfigError(f"'{key}' must {f'be at least {least}' if least else 'not be negative'}, got {value}")
+        if key in _BELOW_ONE and value >= 1:
+            raise ConfigError(f"'{key}' must be in [0, 1), got {value}")
+    needs = {
+        "'optim.eps' must be greater than 0": optim.eps > 0,
+        f"'generate.top_p' must be in (0, 1], got {config.generate.top_p}": 0 < config.generate.top_p <= 1,
+        f"'data.batch_size' ({data.batch_size}) must be a multiple of 'train.micro_batches' ({train.micro_batches})": (
+            data.batch_size % train.micro_batches == 0
         ),
-    )
-    require(
-        model.num_heads % (model.num_kv_heads or model.num_heads) == 0,
-        f"'model.num_heads' ({model.num_heads}) must be a multiple of 'model.num_kv_heads' ({model.num_kv_heads})",
-    )
-    require(
-        bool(model.head_dim) or model.embed_dim % model.num_heads == 0,
-        f"'model.embed_dim' ({model.embed_dim}) must be a multiple of 'model.num_heads' ({model.num_heads}), "
-        "or set 'model.head_dim'",
-    )
-    require(
-        model.position == "rope" or not model.max_len or model.max_len >= data.seq_len,
-        f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len})",
-    )
-    require(
-        data.format.startswith("builtin") or bool(data.path),
-        f"'data.path' is empty: data.format={data.format} needs a file, folder or glob",
-    )
-    require(
-        optim.schedule == "wsd" or optim.decay == Duration(),
-        f"'optim.decay_*' is read by schedule wsd only; 'optim.schedule' is {optim.schedule}",
-    )
-    require(train.total != Duration(), "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'")
+        f"'model.num_heads' ({model.num_heads}) must be a multiple of 'model.num_kv_heads' ({model.num_kv_heads})": (
+            model.num_heads % (model.num_kv_heads or model.num_heads) == 0
+        ),
+        f"'model.embed_dim' ({model.embed_dim}) must be a multiple of 'model.num_heads' ({model.num_heads}), or set "
+        "'model.head_dim'": bool(model.head_dim) or model.embed_dim % model.num_heads == 0,
+        f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len})": (
+            model.position == "rope" or not model.max_len or model.max_len >= data.seq_len
+        ),
+        f"'data.path' is empty: data.format={data.format} needs a file, folder or glob": (
+            data.format.startswith("builtin") or bool(data.path)
+        ),
+        f"'optim.decay_*' is read by schedule wsd only; 'optim.schedule' is {optim.schedule}": (
+            optim.schedule == "wsd" or optim.decay == Duration()
+        ),
+        "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != Duration(),
+    }
+    for message, holds in needs.items():
+        if not holds:
+            raise ConfigError(message)

@@ -1,6 +1,9 @@
 """Shared fixtures, and the strict switches that every test runs under."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,14 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# From host to device is not guarded everywhere: even jnp.ones would be refused. A test of a loop guards its steps.
+os.environ["JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE"] = "disallow"
+# Most of the tests' time is compilation, of the same few programs. The cache lives as long as the session, and is
+# shared by its workers, who find it set, and by the processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lm-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # Tests compile far more than they compute: unoptimised code halves the suite's time. The quickstart, which CI runs too,
 # is compiled as users compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

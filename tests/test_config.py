@@ -214,12 +214,6 @@ def test_to_steps_is_the_fewest_steps_that_reach_the_length(unit, length, batch_
     assert (steps - 1) * per_step < length <= steps * per_step
 
 
-def test_duration_prints_what_was_set():
-    assert str(Duration(tokens=5_000_000)) == "5,000,000 tokens"
-    assert str(Duration(epochs=0.5)) == "0.5 epochs"
-    assert str(Duration()) == "0 steps"
-
-
 # --- the rest ----------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def one_document(rows: int, seq_len: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("seq_len", [SEQ_LEN, 128], ids=["dense", "blocks"])
 def test_causal_by_gradient(style, seq_len):
     """The hidden state at a position has gradient exactly 0 by every later embedding, and not by its own."""
-    cfg, model, params = toys.decoder(dataclasses.replace(toys.STYLES[style], sliding_window=0), seq_len)
+    _, model, params = toys.decoder(dataclasses.replace(toys.STYLES[style], sliding_window=0), seq_len)
     batch = one_document(1, seq_len)
     batch["tokens"] = np.arange(seq_len, dtype=np.int32)[None]  # an embedding row of its own for each position
     at = seq_len // 2
@@ -42,7 +42,7 @@ def test_causal_by_gradient(style, seq_len):
         return model.apply(tree, batch).hidden_BxLxD[0, at].sum()
 
     # Hidden states, not logits: tied logits would read every row of the embedding.
-    grad_VxD = np.asarray(jax.jit(jax.grad(lambda e: of_embedding(e)))(params["embed"]["embedding"]))
+    grad_VxD = np.asarray(jax.jit(jax.grad(of_embedding))(params["embed"]["embedding"]))
     assert (grad_VxD[at + 1 : seq_len] == 0).all()
     assert (np.abs(grad_VxD[: at + 1]).max(axis=1) > 0).all()
 

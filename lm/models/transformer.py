@@ -113,10 +113,7 @@ class Decoder(nn.Module):
         hidden_BxLxD, cache_kv = stack(x_BxLxD, mask, batch["positions"], keys_B, cache_kv)
         if cache is not None:
             cache |= {"key": cache_kv[0], "value": cache_kv[1]}
-        if cfg.tie_embeddings:
-            unembed_DxV = embedding_VxD.T
-        else:
-            unembed_DxV = Unembed(cfg, self.dtype, name="lm_head")()
+        unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, self.dtype, name="lm_head")()
         return ModelOutput(hidden_BxLxD, unembed_DxV, cache)
 
 
