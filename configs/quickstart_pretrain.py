@@ -1,4 +1,4 @@
-"""Pre-train a small GPT on the built-in corpus: English technical prose that comes with Python.
+"""Pre-train a small Llama-like model on the built-in corpus: English technical prose that comes with Python.
 
 python -m lm.main --config=configs/quickstart_pretrain.py --workdir=runs/quickstart/pretrain
 """
@@ -12,25 +12,31 @@ def get_config(arg: str | None = None) -> Any:
     """The quickstart's pre-training; `arg` is not used."""
     del arg
     c = config.defaults()
-    c.tokenizer.vocab_size = 4096
+    c.tokenizer.vocab_size = 2048
     c.data.format = "builtin_text"
     c.data.packing = "best_fit"
     c.data.seq_len = 256
-    c.data.batch_size = 16
+    c.data.batch_size = 8
 
     c.model.num_layers = 4
-    c.model.embed_dim = 256
-    c.model.num_heads = 4
+    c.model.embed_dim = 192
+    c.model.num_heads = 3
+    c.model.mlp_dim = 512  # 8/3 x 192
+    c.model.position = "rope"
+    c.model.norm = "rmsnorm"
+    c.model.mlp = "swiglu"
+    c.model.use_bias = False
+    c.model.tie_embeddings = False
+    c.model.qk_norm = True
     c.model.unroll = 0  # all layers: faster on CPU
+    c.loss.chunk_len = 64  # 8 rows x 64 positions x 2,048 ids x 4 bytes = 4 MiB of logits at once
 
-    c.loss.chunk_len = 32  # 16 rows x 32 positions x 4,096 ids x 4 bytes = 8 MiB of logits at once
-
-    c.optim.learning_rate = 2e-3
-    c.optim.warmup_steps = 20
+    c.optim.learning_rate = 3e-3
     c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 20
     c.optim.end_lr_ratio = 0.05
 
-    c.train.total_steps = 60
+    c.train.total_steps = 150
     c.eval.max_tokens = 32_768
     c.generate.prompts = ("The function returns", "If the argument is")
     c.generate.max_new_tokens = 40

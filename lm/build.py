@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import checkpoint, config, objectives, optim, sharding, step, transfer, trees
+from lm import checkpoint, config, generate, objectives, optim, sharding, step, transfer, trees
 from lm.config import Config, ConfigError, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
 from lm.data.tokenizer import Tokenizer
@@ -53,6 +53,7 @@ class Run(NamedTuple):
       mesh: the devices.
       model: functions of the model.
       tokenizer: of this run.
+      prompts: text of `generate.prompts` -> its ids.
       data: packed rows.
       optimizer: with its real schedule.
       total_steps: of the run.
@@ -67,6 +68,7 @@ class Run(NamedTuple):
     mesh: Mesh
     model: ModelFns
     tokenizer: Tokenizer
+    prompts: dict[str, list[int]]
     data: pipeline.Data
     optimizer: optim.Optimizer
     total_steps: int
@@ -115,6 +117,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     split = sources.load(cfg.data)
     note(split.report)
     words = make_tokenizer(planned, split, workdir, note)
+    prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts}
     data = pipeline.build(cfg, words, split)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {value:,.4g}" for key, value in counts.items()))
@@ -153,6 +156,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         mesh=mesh,
         model=model,
         tokenizer=words,
+        prompts=prompts,
         data=data,
         optimizer=optimizer,
         total_steps=total_steps,
@@ -307,7 +311,9 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Tokenizer]:
     saved = checkpoint.choose(name)
     cfg = config.build(saved.info["config"])
     workdir = Path(saved.path).parent.parent
-    planned = plan(dataclasses.replace(cfg, init_from=name, init_rules=((".*", transfer.KEEP),)), workdir)
+    own = dataclasses.replace(cfg.tokenizer, path="")  # it has been copied to the run's folder
+    changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", transfer.KEEP),), "tokenizer": own}
+    planned = plan(dataclasses.replace(cfg, **changes), workdir)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     where = sharding.replicated(mesh)
     abstract = jax.tree.map(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import losses
-from lm.config import Config, GenerateConfig
+from lm.config import Config, ConfigError, GenerateConfig
 from lm.data import examples
 from lm.data.tokenizer import Tokenizer
 from lm.types import ModelFns, Params
@@ -18,11 +18,27 @@ from lm.types import ModelFns, Params
 PROMPT_STEP = 32
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, task: str) -> list[int]:
-    """Ids of a prompt as the run's task would see it: a user's turn for 'chat', the start of a document for 'text'."""
-    if task == "chat":
-        return examples.prompt_ids([{"role": "user", "content": text}], tokenizer)
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
+    """Ids of a prompt as the run's task would see it: a user's turn for 'chat', the start of a document for 'text'.
+
+    Raises:
+      ConfigError: it and `generate.max_new_tokens` do not fit the learned positions.
+    """
+    if cfg.data.task == "chat":
+        ids = examples.prompt_ids([{"role": "user", "content": text}], tokenizer)
+    else:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    check_room(len(ids), cfg)
+    return ids
+
+
+def check_room(prompt_len: int, cfg: Config) -> None:
+    """Raises ConfigError when a prompt of so many ids and its continuation do not fit the learned positions."""
+    new, max_len = cfg.generate.max_new_tokens, cfg.model.max_len
+    if cfg.model.position == "learned" and prompt_len + new > max_len:
+        raise ConfigError(
+            f"a prompt of {prompt_len} ids and 'generate.max_new_tokens' ({new}) do not fit 'model.max_len' ({max_len})"
+        )
 
 
 def generate(
@@ -50,17 +66,14 @@ def generate(
       The new ids of each prompt, without the one that ended it.
 
     Raises:
-      ValueError: an empty prompt, or a prompt that leaves no room in the learned positions.
+      ValueError: an empty prompt.
+      ConfigError: a prompt that leaves no room in the learned positions.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one id")
     longest = max(map(len, prompts))
     padded = -(-longest // PROMPT_STEP) * PROMPT_STEP
-    new = cfg.generate.max_new_tokens
-    if cfg.model.position == "learned" and longest + new > cfg.model.max_len:
-        raise ValueError(
-            f"a prompt of {longest} ids and generate.max_new_tokens={new} do not fit model.max_len={cfg.model.max_len}"
-        )
+    check_room(longest, cfg)
     rows = -(-len(prompts) // rows_multiple) * rows_multiple
     filled = [*prompts, *[prompts[0]] * (rows - len(prompts))]
     # Prompts end at the same column, so that every row writes its next key at the same place of the cache.

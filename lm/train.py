@@ -240,14 +240,14 @@ def observe(
 
 def samples(run: build.Run, params: Any, done: int) -> dict[str, str]:
     """Prompt -> what the model makes of it, for each of `generate.prompts`."""
-    prompts = run.cfg.generate.prompts
-    if not prompts:
+    if not run.prompts:
         return {}
-    ids = [generate.encode_prompt(prompt, run.tokenizer, run.cfg.data.task) for prompt in prompts]
     key = jax.random.fold_in(jax.random.key(run.cfg.seed), done)
     shards = sharding.batch_shards(run.mesh)
-    made = generate.generate(run.model, params, ids, key, run.cfg, run.tokenizer, rows_multiple=shards)
-    return {prompt: run.tokenizer.decode(new) for prompt, new in zip(prompts, made, strict=True)}
+    made = generate.generate(
+        run.model, params, list(run.prompts.values()), key, run.cfg, run.tokenizer, rows_multiple=shards
+    )
+    return {prompt: run.tokenizer.decode(new) for prompt, new in zip(run.prompts, made, strict=True)}
 
 
 def parameter_table(planned: build.Plan, optimizer: Any, origin: dict[str, str]) -> str:

@@ -101,14 +101,15 @@ def recipe(data: Path, **changes: Any) -> Config:
     c.data.format, c.data.task = ("jsonl", "chat") if is_chat else ("text", "text")
     c.data.path = str(data)
     c.data.eval_fraction = 0.1
-    c.data.seq_len, c.data.batch_size = 32, 8
+    c.data.seq_len, c.data.batch_size = 32, 16
     c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 2, 16, 2, 32
     c.model.dropout = 0.1
-    c.optim.warmup_steps = 3
+    c.optim.warmup_steps = 1
     c.optim.ema_decay = 0.9
     c.train.total_steps = 12
+    c.generate.max_new_tokens = 8
     c.monitor.log_every_steps = 1
-    c.mesh.data = 1
+
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         setattr(c[section] if section else c, name, value)

@@ -4,7 +4,6 @@ python tools/chat.py --workdir=runs/quickstart/sft [--temperature=0.8] [--top_p=
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,26 @@ def talk(args: argparse.Namespace) -> None:
     """Reads lines, prints answers."""
     import jax
 
-    from lm import build, generate
+    from lm import build, config, generate
     from lm.data import examples
 
     cfg, model, params, words = build.load_run(args.workdir)
     keys = ("temperature", "top_k", "top_p", "max_new_tokens")
     chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
-    cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, **chosen))
+    values = config.to_dict(cfg)
+    cfg = config.build(values | {"generate": values["generate"] | chosen})
+    if cfg.generate.max_new_tokens > cfg.data.seq_len - 2:
+        raise config.ConfigError(
+            f"--max_new_tokens={cfg.generate.max_new_tokens} leaves no room for a prompt in the {cfg.data.seq_len} "
+            "positions that this run was trained on"
+        )
     key = jax.random.key(args.seed)
     is_chat = cfg.data.task == "chat"
     history: list[dict[str, str]] = []
     print(f"{'chat' if is_chat else 'text continuation'} model, {args.workdir}; end with Ctrl-D", file=sys.stderr)
     for turn, line in enumerate([args.prompt] if args.prompt else lines()):
         history = [*history, {"role": "user", "content": line}] if is_chat else []
-        ids = examples.prompt_ids(history, words) if is_chat else generate.encode_prompt(line, words, "text")
+        ids = examples.prompt_ids(history, words) if is_chat else generate.encode_prompt(line, words, cfg)
         ids = fit(ids, cfg)
         made = generate.generate(model, params, [ids], jax.random.fold_in(key, turn), cfg, words)[0]
         answer = words.decode(made)

@@ -126,18 +126,18 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
-        init = nn.initializers.normal(0.02)
 
-        def table(name: str, rows: int, axis: str) -> jax.Array:
-            axes = (axis, "embed")
-            return sharding.gather(
-                layers.weight(self, name, init, (rows, cfg.embed_dim), axes).astype(self.dtype), *axes
-            )
+        def table(name: str, rows: int, axis: str, std: float) -> jax.Array:
+            axes, init = (axis, "embed"), nn.initializers.normal(std)
+            rows_xD = layers.weight(self, name, init, (rows, cfg.embed_dim), axes)
+            return sharding.gather(rows_xD.astype(self.dtype), *axes)
 
-        embedding_VxD = table("embedding", cfg.vocab_size, "vocab")
+        # The residual stream starts with entries of size 1, unless the table makes the logits too: then they do.
+        std = cfg.embed_dim**-0.5 if cfg.tie_embeddings else 1.0
+        embedding_VxD = table("embedding", cfg.vocab_size, "vocab", std)
         x_BxLxD = jnp.take(embedding_VxD, tokens_BxL, axis=0)
         if cfg.position == "learned":
-            x_BxLxD += jnp.take(table("position_embedding", cfg.max_len, "position"), positions_BxL, axis=0)
+            x_BxLxD += jnp.take(table("position_embedding", cfg.max_len, "position", 0.02), positions_BxL, axis=0)
         return x_BxLxD, embedding_VxD
 
 

@@ -1,0 +1,201 @@
+"""What cannot be run is refused by name, before data is read or a device touched; a finished run can be used again."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from lm import build, checkpoint, config, sharding, step, trees
+from lm.checkpoint import CheckpointError
+from lm.config import ConfigError, MeshConfig
+from lm.data import tokenizer
+from lm.models import transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"model__num_layers": 1, "model__embed_dim": 8, "model__mlp_dim": 16, "data__seq_len": 16, "mesh__data": -1}
+
+
+def mesh(**sizes):
+    return sharding.make_mesh(MeshConfig(**sizes), jax.devices())
+
+
+def write_run(folder: Path, scores: dict[int, float], **changes):
+    """A finished run: its tokenizer, and a checkpoint of random parameters for each step -> metric."""
+    folder.mkdir()
+    words = tokenizer.train(["alpha beta gamma delta of the a run"] * 9, 285, 10_000)
+    words.save(folder / build.TOKENIZER_FILE)
+    cfg = toys.recipe(folder / "no_data", **TINY | changes)
+    cfg = dataclasses.replace(cfg, model=transformer.resolve(cfg.model, vocab_size=285, seq_len=16))
+    model = transformer.decoder(cfg.model, jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    info = {"config": config.to_dict(cfg), "tokenizer_hash": words.hash, "data": {}}
+    states = {}
+    with checkpoint.Checkpoints(folder, dataclasses.replace(cfg.checkpoint, keep_latest=9)) as saves:
+        for number, score in scores.items():
+            rng = np.random.default_rng(number)
+            states[number] = jax.tree.map(lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+            saves.save(number, {"params": states[number]}, info, {cfg.checkpoint.best_metric: score})
+    return cfg, states
+
+
+def test_plan_touches_no_device_and_names_what_a_rule_may_have_meant(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import pathlib, toys, jax
+from lm import build, config
+folder = pathlib.Path({str(tmp_path)!r})
+tiny = {TINY}
+planned = build.plan(toys.recipe(folder, **tiny), folder / "new")
+assert planned.tokenizer is None and planned.cfg.model.vocab_size == 384  # of 300 ids, rounded up
+try:
+    build.plan(toys.recipe(folder, **tiny, optim__lr_rules=(("decodr/.*", 0.0), (".*", 1.0))), folder / "new")
+except config.ConfigError as error:
+    print(error)
+print("devices touched:", jax._src.xla_bridge.backends_are_initialized())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    refused, touched = result.stdout.splitlines()
+    assert refused.startswith("'optim.lr_rules': rule 'decodr/.*' matches no parameter") and "'decoder'" in refused
+    assert touched == "devices touched: False"
+    assert not (tmp_path / "new").exists()
+
+
+def test_plan_takes_the_tokenizer_and_the_parameters_of_the_run_it_starts_from(tmp_path):
+    write_run(tmp_path / "old", {1: 0.5})
+    old = str(tmp_path / "old")
+    planned = build.plan(toys.recipe(tmp_path / "no_data", init_from=old, **TINY), tmp_path / "new")
+    assert planned.tokenizer.vocab_size == 285 and planned.unused == []
+    assert planned.origin_of == {path: f"params/{path}" for path in trees.flatten(planned.abstract_params)}
+
+
+def test_plan_refuses_what_does_not_fit(tmp_path):
+    write_run(tmp_path / "old", {1: 0.5})
+
+    def refusal(error_type=ConfigError, **changes) -> str:
+        with pytest.raises(error_type) as error:
+            build.plan(toys.recipe(tmp_path / "no_data", **TINY | changes), tmp_path / "new")
+        return str(error.value)
+
+    old = str(tmp_path / "old")
+    gone = refusal(tokenizer__path="gone.model")
+    assert gone == "'tokenizer.path': no file gone.model; expected a SentencePiece .model"
+    assert (
+        refusal(init_from=old, model__vocab_size=128) == "'model.vocab_size' (128) is less than the tokenizer's 285 ids"
+    )
+    assert "'embed/position_embedding' has shape (32, 8)" in refusal(init_from=old, data__seq_len=32)
+    assert "expected latest, best or one of the steps 1" in refusal(CheckpointError, init_from=old + "@2")
+    assert "no checkpoint under" in refusal(CheckpointError, init_from=old + "er")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "message"),
+    [
+        ({"data__batch_size": 12}, {}, "'data.batch_size' (12) must be a multiple of 8: 8 parts of the mesh"),
+        (
+            {"train__micro_batches": 2},
+            {},
+            "'data.batch_size' (8) must be a multiple of 16: 8 parts of the mesh x train.micro_batches=2",
+        ),
+        (
+            {"train__micro_batches": 4},
+            {"fsdp": 2, "tensor": 2},
+            "must be a multiple of 16: 4 parts of the mesh x train.micro_batches=4",
+        ),
+        ({"eval__batch_size": 9}, {}, "'eval.batch_size' (9) must be a multiple of 8"),
+        (
+            {"model__num_heads": 8, "model__num_kv_heads": 2},
+            {"tensor": 4},
+            "mesh.tensor=4 does not divide 2 key/value heads",
+        ),
+        ({"model__mlp_dim": 18}, {"tensor": 4}, "mesh.tensor=4 does not divide"),
+        (
+            {"model__embed_dim": 12, "model__num_heads": 2},
+            {"fsdp": 8},
+            "mesh.fsdp=8 does not divide 'embed' (12) of parameter",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_data_is_read(changes, sizes, message, tmp_path):
+    changes = TINY | {"model__num_heads": 4} | changes
+    planned = build.plan(toys.recipe(tmp_path / "no_data", **changes), tmp_path / "new")
+    with pytest.raises(ConfigError) as error:
+        build.run(planned, tmp_path / "new", mesh(**sizes), lambda _: None)
+    assert message in str(error.value)
+
+
+def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_path):
+    data = toys.write_texts(tmp_path / "data", 20)
+    changes = {"data__batch_size": 16, "train__total_steps": 0, "train__total_epochs": 2.5, "eval__every_examples": 40}
+    cfg = toys.recipe(data, **TINY | changes | {"optim__lr_rules": (("embed/.*", 0.0), (".*", 1.0))})
+    notes = []
+    run = build.run(build.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(fsdp=4), notes.append)
+    rows = len(run.data.train["tokens"])
+    assert run.total_steps == -(-5 * rows // 32) and run.every == {"eval": 3, "checkpoint": 0}
+    assert any(f"rows {rows}" in note for note in notes)
+    assert (tmp_path / "run" / build.TOKENIZER_FILE).exists()
+    params = trees.flatten(run.abstract_state.params)
+    for tree in (run.abstract_state.opt_state[1].mu, run.abstract_state.opt_state[1].nu, run.abstract_state.ema):
+        flat = trees.flatten(tree)
+        assert flat.keys() == {path for path in params if not path.startswith("embed/")}, "what is frozen has no state"
+        for path, leaf in flat.items():
+            assert (leaf.shape, leaf.sharding) == (params[path].shape, params[path].sharding), path
+    kernel = params["decoder/layers/mlp/up/kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (1, 2, 16)
+    shape = jax.eval_shape(lambda p: step.init_state(p, run.optimizer, use_ema=True), run.abstract_state.params)
+    assert jax.tree.structure(shape) == jax.tree.structure(run.abstract_state)
+    got, batches = build.abstract_batch(run.cfg, run.mesh, 16), build.data_iterator(run, 0)
+    batch = build.placer(run.mesh, 16)(next(batches))
+    batches.close()
+    assert {key: (x.shape, x.dtype, x.sharding) for key, x in batch.items()} == {
+        key: (x.shape, x.dtype, x.sharding) for key, x in got.items()
+    }
+
+
+def test_the_compute_dtype_is_float32_on_cpus_unless_asked():
+    assert [build.compute_dtype(name, mesh()) for name in ("auto", "float32", "bfloat16")] == [
+        jnp.float32,
+        jnp.float32,
+        jnp.bfloat16,
+    ]
+
+
+def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path):
+    """Also where the tokenizer that it was started with is gone: it has its own copy."""
+    scores = {1: 0.1, 2: 0.9, 3: 0.2}
+    _, states = write_run(
+        tmp_path / "run",
+        scores,
+        checkpoint__best_metric="accuracy",
+        checkpoint__best_mode="max",
+        tokenizer__path="gone.model",
+    )
+    for name, number in {"": 3, "@best": 2, "@1": 1}.items():
+        cfg, model, params, words = build.load_run(f"{tmp_path}/run{name}")
+        assert trees.flatten(params).keys() == trees.flatten(states[number]).keys()
+        jax.tree.map(np.testing.assert_array_equal, params, states[number])
+    assert words.vocab_size == 285 and cfg.model.max_len == 16
+    batch = {key: jnp.ones((1, 4), jnp.int32) for key in ("tokens", "positions", "segment_ids")}
+    assert jax.eval_shape(model.apply, params, batch).hidden_BxLxD.shape == (1, 4, 8)
+
+
+def test_a_run_without_its_tokenizer_is_refused(tmp_path):
+    write_run(tmp_path / "run", {1: 0.1})
+    (tmp_path / "run" / build.TOKENIZER_FILE).unlink()
+    with pytest.raises(ConfigError, match=f"{tmp_path}/run: no tokenizer.model in the run's folder"):
+        build.load_run(str(tmp_path / "run"))

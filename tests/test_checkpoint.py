@@ -1,0 +1,535 @@
+"""Checkpoints come back bitwise on any mesh; damage is never passed on silently; retention keeps what it promises."""
+
+import dataclasses
+import functools
+import json
+import random
+import resource
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import toys
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm import build, checkpoint, config, optim, sharding, step, train, trees
+from lm.checkpoint import CheckpointError
+from lm.config import CheckpointConfig, Config, ConfigError, MeshConfig, OptimConfig
+from lm.types import TrainState
+
+# What Orbax leaves behind when it stops at a damaged file or a full disk.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+AXES = {
+    "decoder/layers/mlp/up/kernel": ("layers", "embed", "mlp"),
+    "decoder/layers/mlp_norm/scale": ("layers", None),
+    "embed/embedding": ("vocab", "embed"),
+}
+SHAPES = {
+    "decoder/layers/mlp/up/kernel": (2, 128, 144),  # large enough for Adafactor to factor
+    "decoder/layers/mlp_norm/scale": (2, 128),
+    "embed/embedding": (128, 128),
+}
+ABSTRACT = trees.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()})
+MESHES = {
+    8: MeshConfig(data=2, fsdp=2, tensor=2),
+    4: MeshConfig(data=1, fsdp=4),
+    1: MeshConfig(data=1),
+}
+
+
+def abstract_state(name: str, *, use_ema: bool, devices: int) -> TrainState:
+    """A state of one optimizer as `lm.build` lays it out, on some of the fake devices."""
+    mesh = sharding.make_mesh(MESHES[devices], jax.devices()[:devices])
+    optimizer = optim.build(
+        OptimConfig(name=name, schedule="constant"), ABSTRACT, total_steps=1, warmup_steps=0, decay_steps=0
+    )
+    specs = trees.unflatten({path: sharding.spec(axes) for path, axes in AXES.items()})
+    shapes = jax.eval_shape(functools.partial(step.init_state, optimizer=optimizer, use_ema=use_ema), ABSTRACT)
+    where = TrainState(
+        step=jax.P(),
+        params=specs,
+        opt_state=optim.state_specs(optimizer, ABSTRACT, specs),
+        ema=specs if use_ema else None,
+        skipped=jax.P(),
+    )
+    where = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), where, is_leaf=lambda x: isinstance(x, jax.P))
+    return jax.tree.map(lambda a, w: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=w), shapes, where)
+
+
+def filled(abstract, seed: int = 0):
+    """Random arrays, on its devices."""
+    rng = np.random.default_rng(seed)
+
+    def make(leaf):
+        value = rng.integers(0, 1000, leaf.shape) if leaf.dtype == jnp.int32 else rng.normal(size=leaf.shape)
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(make, abstract)
+
+
+def assert_same(got, want) -> None:
+    """Same structure, dtypes and bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def small(value: float = 0.0):
+    """A state of two arrays, and its abstract form."""
+    state = {"a": jnp.arange(1000, dtype=jnp.float32) + value, "b": {"c": jnp.full((3, 4), value, jnp.bfloat16)}}
+    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def info(**changes):
+    """What a run writes beside the arrays."""
+    cfg = dataclasses.replace(Config(), checkpoint=CheckpointConfig(**changes))
+    return {"config": config.to_dict(cfg), "tokenizer_hash": "abc", "data": {"example": 8, "fingerprint": "f"}}
+
+
+def save(workdir, metrics: dict[int, float | None], name: str = "loss", **changes) -> None:
+    """One small checkpoint a step, each holding its own step in its arrays."""
+    with checkpoint.Checkpoints(workdir, CheckpointConfig(**changes)) as saves:
+        for number, value in metrics.items():
+            saves.save(number, small(number)[0], info(**changes), None if value is None else {name: value})
+
+
+def steps(workdir) -> list[int]:
+    return [saved.step for saved in checkpoint.list_saved(workdir)]
+
+
+@pytest.mark.parametrize(("name", "use_ema"), [("adamw", False), ("adafactor", True), ("muon", True)])
+def test_a_state_moves_from_8_to_4_to_1_devices_bitwise(name, use_ema, tmp_path):
+    original = state = filled(abstract_state(name, use_ema=use_ema, devices=8))
+    assert len(jax.tree.leaves(state.opt_state)) > 3
+    for number, devices in enumerate((4, 1)):
+        with checkpoint.Checkpoints(tmp_path / str(devices), CheckpointConfig()) as saves:
+            saves.save(number, state, info(), None)
+        wanted = abstract_state(name, use_ema=use_ema, devices=devices)
+        state = checkpoint.load(checkpoint.choose(str(tmp_path / str(devices))), wanted)
+        assert_same(state, original)
+        assert (state.ema is None) != use_ema
+        jax.tree.map(lambda leaf, want: None if leaf.sharding == want.sharding else pytest.fail(), state, wanted)
+
+
+def test_a_part_of_a_state_is_read_alone(tmp_path):
+    save(tmp_path, {3: None})
+    state, abstract = small(3)
+    got = checkpoint.load(checkpoint.choose(str(tmp_path)), {"b": abstract["b"]})
+    assert_same(got, {"b": state["b"]})
+
+
+def test_a_save_is_not_disturbed_by_the_next_step_taking_the_buffers_of_the_state(tmp_path):
+    state = {"a": jnp.arange(3_000_000, dtype=jnp.float32)}
+    abstract = {"a": jax.ShapeDtypeStruct((3_000_000,), jnp.float32, sharding=state["a"].sharding)}
+    next_step = jax.jit(lambda s: {"a": s["a"] * 0}, donate_argnums=0)
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
+        saves.save(1, state, info(), None)
+        state = next_step(state)
+        state["a"].block_until_ready()
+    got = checkpoint.load(checkpoint.choose(str(tmp_path)), abstract)
+    assert np.array_equal(got["a"], np.arange(3_000_000, dtype=np.float32))
+
+
+@given(
+    st.sampled_from([np.float32, ml_dtypes.bfloat16, np.int32]),
+    st.integers(0, 14),
+    st.integers(0, 31),
+    st.integers(0, 9),
+)
+def test_any_flipped_bit_changes_the_fingerprint(dtype, element, bit, seed):
+    before = np.random.default_rng(seed).normal(scale=100, size=(3, 5)).astype(dtype)
+    after = before.copy()
+    unsigned = {2: np.uint16, 4: np.uint32}[after.itemsize]
+    after.reshape(-1).view(unsigned)[element] ^= unsigned(1 << bit % (8 * after.itemsize))
+    assert fingerprint(before) != fingerprint(after)
+
+
+def fingerprint(x) -> int:
+    return int(FINGERPRINTS({"x": jnp.asarray(x)})["x"])
+
+
+FINGERPRINTS = jax.jit(checkpoint.fingerprints)
+
+
+def test_the_fingerprint_sees_zeros_swaps_and_places():
+    """A lost chunk is read as zeros; that of a fresh scale, all ones, has to differ."""
+    ones, zeros = np.ones((2, 128), np.float32), np.zeros((2, 128), np.float32)
+    half = ones.copy()
+    half[1] = 0
+    swapped = np.arange(256, dtype=np.float32).reshape(2, 128)
+    rows = swapped[::-1].copy()
+    found = [fingerprint(x) for x in (ones, zeros, half, half[::-1].copy(), swapped, rows, -zeros)]
+    assert len(set(found)) == len(found)
+
+
+def test_the_fingerprint_does_not_depend_on_the_sharding():
+    one, eight = (filled(abstract_state("adamw", use_ema=False, devices=devices)) for devices in (1, 8))
+    first, second = (jax.device_get(FINGERPRINTS(state)) for state in (one, eight))
+    assert first == second
+    assert len({int(value) for value in first.values()}) == len(first), "and differs from leaf to leaf"
+
+
+def files_of(saved: checkpoint.Saved) -> list[Path]:
+    return sorted(path for path in Path(saved.path).rglob("*") if path.is_file())
+
+
+def test_flipped_bits_never_give_a_wrong_value(tmp_path):
+    """In any file of a step, its JSON too: either all is right, or it is refused."""
+    save(tmp_path / "run", {1: 0.5, 2: 0.25})
+    good = checkpoint.choose(str(tmp_path / "run"))
+    state, abstract = small(2)
+    rng = random.Random(0)
+    files = files_of(good)
+    data = [path for path in files if "/d/" in str(path)]
+    refused = 0
+    for number in range(44):
+        path = rng.choice(data if number % 2 else files)
+        content = path.read_bytes()
+        bit = rng.randrange(8 * len(content))
+        path.write_bytes(flip(content, bit))
+        try:
+            found = checkpoint.list_saved(tmp_path / "run")[-1]
+            got = checkpoint.load(found, abstract)
+            assert_same(got, state)
+            assert (found.info, found.metrics) == (good.info, good.metrics), (path, bit)
+        except CheckpointError as error:
+            refused += 1
+            assert str(good.path) in str(error) and len(str(error)) < 1000
+        path.write_bytes(content)
+    assert refused > 20
+    assert_same(checkpoint.load(checkpoint.choose(str(tmp_path / "run")), abstract), state)
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    out = bytearray(content)
+    out[bit // 8] ^= 1 << bit % 8
+    return bytes(out)
+
+
+@pytest.mark.parametrize("damage", ["delete", "empty", "half"])
+def test_lost_and_truncated_files_are_refused_by_name_or_do_no_harm(damage, tmp_path):
+    save(tmp_path / "run", {1: 0.5, 2: 0.25})
+    good = checkpoint.choose(str(tmp_path / "run"))
+    state, abstract = small(2)
+    refused = set()
+    for path in files_of(good):
+        content = path.read_bytes()
+        path.unlink() if damage == "delete" else path.write_bytes(content[: len(content) // 2 * (damage == "half")])
+        try:
+            found = checkpoint.list_saved(tmp_path / "run")[-1]
+            assert_same(checkpoint.load(found, abstract), state)
+        except CheckpointError as error:
+            assert str(good.path) in str(error) and "use another step" in str(error)
+            refused.add(path.relative_to(good.path).parts[-2] if "d" in path.parts else path.name)
+        with checkpoint.Checkpoints(tmp_path / "run", CheckpointConfig()) as saves:  # it can be gone on from step 1
+            assert saves.last_good in (1, 2)
+        path.write_bytes(content)
+    assert {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "d"} <= refused
+
+
+def test_what_does_not_fit_is_refused_with_its_name(tmp_path):
+    save(tmp_path, {1: None})
+    saved = checkpoint.choose(str(tmp_path))
+    _, abstract = small()
+
+    def refusal(changed) -> str:
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.load(saved, changed)
+        return str(error.value)
+
+    def leaf(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=abstract["a"].sharding)
+
+    shape = refusal(abstract | {"a": leaf((10, 100), jnp.float32)})
+    assert "'a' is ((1000,), 'float32'), expected ((10, 100), 'float32')" in shape and str(saved.path) in shape
+    dtype = refusal(abstract | {"b": {"c": leaf((3, 4), jnp.float32)}})
+    assert "'b/c' is ((3, 4), 'bfloat16'), expected ((3, 4), 'float32')" in dtype
+    assert "lacks 'b/d' (1 of 3 arrays missing)" in refusal(
+        abstract | {"b": abstract["b"] | {"d": leaf((1,), jnp.int32)}}
+    )
+
+
+def test_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 7)
+    save(tmp_path, {1: None})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"checkpoints/1 has format 7, this code reads 1$"):
+        checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "losses", "kept"),
+    [
+        ("min", {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
+        ("max", {1: 3.0, 2: 9.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
+        ("min", {1: None, 2: None, 3: None, 4: None}, [3, 4]),
+        ("min", {1: 1.0, 2: None, 3: None, 4: None}, [1, 3, 4]),
+        ("min", {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, [3, 4]),
+        ("max", {1: float("nan"), 2: 2.0, 3: None, 4: float("nan"), 5: None}, [2, 4, 5]),
+    ],
+)
+def test_the_latest_two_and_the_best_one_are_kept(mode, losses, kept, tmp_path):
+    save(tmp_path, losses, keep_latest=2, keep_best=1, best_mode=mode)
+    assert steps(tmp_path) == kept
+    if any(losses.values()):
+        assert checkpoint.choose(f"{tmp_path}@best").step == kept[0 if len(kept) == 3 else -1]
+
+
+def test_retention_goes_on_over_restarts_and_can_keep_no_best(tmp_path):
+    for number, loss in {1: 1.0, 2: 3.0, 3: 2.0, 4: 5.0}.items():
+        save(tmp_path / "best", {number: loss}, keep_latest=1, keep_best=2)
+        save(tmp_path / "none", {number: loss}, keep_latest=1, keep_best=0)
+    assert steps(tmp_path / "best") == [1, 3, 4]
+    assert steps(tmp_path / "none") == [4]
+
+
+def test_is_best_compares_with_every_kept_step(tmp_path):
+    answers = []
+    for cfg in (CheckpointConfig(), CheckpointConfig(best_mode="max"), CheckpointConfig(keep_best=0)):
+        workdir = tmp_path / f"{cfg.best_mode}{cfg.keep_best}"
+        with checkpoint.Checkpoints(workdir, cfg) as saves:
+            first = saves.is_best({"loss": 9.0})
+            saves.save(1, small()[0], info(), {"loss": 2.0})
+            saves.save(2, small()[0], info(), {"loss": float("nan")})
+            saves.save(3, small()[0], info(), None)
+        with checkpoint.Checkpoints(workdir, cfg) as saves:
+            answers.append([first, *(saves.is_best({"loss": value}) for value in (1.0, 2.0, 3.0, float("nan")))])
+    assert answers == [[True, True, False, False, False], [True, False, False, True, False], [False] * 5]
+
+
+def test_choose_names_one_step(tmp_path):
+    run = tmp_path / "a@b" / "run"  # an @ in the path is not the one before the step
+    save(run, {1: 3.0, 2: 1.0, 3: 2.0, 10: None}, keep_latest=9)
+    found = {name: checkpoint.choose(f"{run}{name}").step for name in ("", "@latest", "@best", "@3", "@10")}
+    assert found == {"": 10, "@latest": 10, "@best": 2, "@3": 3, "@10": 10}
+    for which in ("@4", "@bets", "@"):
+        with pytest.raises(CheckpointError, match=f"{which}': expected latest, best or one of the steps 1, 2, 3, 10$"):
+            checkpoint.choose(f"{run}{which}")
+    with pytest.raises(CheckpointError, match=r"no checkpoint under '.*/nowhere/checkpoints'.*--workdir"):
+        checkpoint.choose(str(tmp_path / "nowhere@best"))
+
+
+def test_the_best_is_the_best_by_the_runs_own_metric(tmp_path):
+    run = tmp_path / "run"
+    changes = {"keep_latest": 9, "best_metric": "accuracy", "best_mode": "max"}
+    save(run, {1: 0.1, 2: 0.3, 3: 0.2}, name="accuracy", **changes)
+    assert checkpoint.choose(f"{run}@best").step == 2
+    save(tmp_path / "other", {1: None, 2: None}, **changes)
+    with pytest.raises(CheckpointError, match="no step was evaluated on 'accuracy'; there are steps 1, 2"):
+        checkpoint.choose(f"{tmp_path}/other@best")
+
+
+def test_choose_refuses_a_damaged_step_and_best_looks_among_the_others(tmp_path):
+    save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0}, keep_latest=9)
+    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
+    assert checkpoint.choose(f"{tmp_path}@best").step == 3
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: .*; use another step"):
+        checkpoint.choose(f"{tmp_path}@2")
+    for number in (1, 3):
+        (tmp_path / f"checkpoints/{number}/_CHECKPOINT_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 is damaged"):
+        checkpoint.choose(f"{tmp_path}@best")
+
+
+@pytest.fixture
+def full_disk():
+    """() -> None, from which on no file can grow beyond 64 kB (EFBIG; Python ignores SIGXFSZ)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("surfaces_at", ["poll", "save", "wait", "exit"])
+def test_a_full_disk_surfaces_at_the_next_call_and_the_last_good_step_stays(surfaces_at, tmp_path, full_disk):
+    rng = np.random.default_rng(0)
+    large = {"a": jnp.asarray(rng.normal(size=100_000), jnp.float32)}
+    message = r"saving .*/checkpoints/2 failed: .*; last good checkpoint: step 1\. Free the disk and start again\."
+    with (
+        pytest.raises(CheckpointError, match=message),
+        checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1)) as saves,
+    ):
+        saves.save(1, large, info(), None)
+        saves.wait()
+        assert saves.last_good == 1
+        full_disk()
+        saves.save(2, large, info(), None)
+        assert saves.last_good == 1
+        if surfaces_at == "poll":
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                saves.poll()
+                time.sleep(0.01)
+        if surfaces_at == "save":
+            saves.save(3, large, info(), None)
+        if surfaces_at == "wait":
+            saves.wait()
+        assert surfaces_at == "exit", "not told"
+    assert saves.last_good == 1
+    assert steps(tmp_path) == [1], "neither is step 2 there, nor was step 1 collected for it"
+    abstract = {"a": jax.ShapeDtypeStruct((100_000,), jnp.float32, sharding=large["a"].sharding)}
+    assert_same(checkpoint.load(checkpoint.choose(str(tmp_path)), abstract), large)
+
+
+def test_a_save_that_cannot_begin_names_its_path(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "checkpoints").write_text("a file in place of the folder")
+        with pytest.raises(CheckpointError, match=r"saving .*/checkpoints/5 failed: .*; none before it\."):
+            saves.save(5, small()[0], info(), None)
+            saves.wait()
+        assert saves.last_good is None
+
+
+def test_the_error_on_its_way_is_not_replaced_by_that_of_a_save(tmp_path, full_disk):
+    large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=100_000), jnp.float32)}
+    with pytest.raises(KeyError, match="first"), checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
+        full_disk()
+        saves.save(2, large, info(), None)
+        raise KeyError("first")
+
+
+def test_last_good_is_a_committed_step(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=9)) as saves:
+        assert saves.last_good is None
+        for number in (1, 2, 3):
+            saves.save(number, small()[0], info(), None)
+            assert saves.last_good == (number - 1 or None)
+        saves.wait()
+        assert saves.last_good == 3
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
+        assert saves.last_good == 3
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(), resumed=2) as saves:
+        assert saves.last_good == 2, "what could not be read is not good"
+
+
+def test_the_folder_of_a_killed_save_is_ignored_and_removed(tmp_path):
+    save(tmp_path, {1: None})
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "1", left)
+    assert steps(tmp_path) == [1] and checkpoint.choose(str(tmp_path)).step == 1
+    save(tmp_path, {2: None})
+    assert steps(tmp_path) == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert_same(checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1]), small(2)[0])
+
+
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
+def test_a_damaged_step_is_saved_again_and_never_crowds_out_good_ones(file, tmp_path):
+    """Steps 2 and 4, of which 4 is damaged; the run goes on from 2 and saves every step, keeping one."""
+    save(tmp_path, {2: None, 4: None}, keep_latest=2)
+    (tmp_path / "checkpoints/4" / file).write_bytes(b"{")
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1), resumed=2) as saves:
+        saves.save(3, small(3)[0], info(), None)
+        saves.wait()
+        assert steps(tmp_path) == [3, 4], "not collected, for it is the only one to be read"
+        saves.save(4, small(44)[0], info(), None)
+        saves.wait()
+    assert steps(tmp_path) == [4]
+    assert_same(checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1]), small(44)[0])
+
+
+def test_a_step_holds_nothing_but_arrays_and_json(tmp_path):
+    save(tmp_path, {1: 0.5})
+    saved = checkpoint.choose(str(tmp_path))
+    assert saved.info["config"] == json.loads(json.dumps(info()["config"]))
+    assert (saved.info["tokenizer_hash"], saved.info["data"]["example"], saved.metrics) == ("abc", 8, {"loss": 0.5})
+    for path in files_of(saved):
+        assert not path.read_bytes().startswith(b"\x80"), f"{path}: a pickle"
+
+
+def run_of(abstract, fingerprint: str = "f"):
+    """As much of a `build.Run` as `lm.train.restore` reads when there are checkpoints."""
+    return SimpleNamespace(
+        abstract_state=abstract,
+        data=SimpleNamespace(fingerprint=fingerprint),
+        optimizer=SimpleNamespace(trained={"a": 1}),
+    )
+
+
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0/d"])
+def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tmp_path):
+    save(tmp_path, {2: None, 4: None})
+    path = tmp_path / "checkpoints/4" / file
+    if path.is_dir():  # one bit of an array
+        path = max(path.iterdir(), key=lambda p: p.stat().st_size)
+        path.write_bytes(flip(path.read_bytes(), 8 * 200))
+    else:
+        path.write_bytes(b"{")
+    said = []
+    state, example, origin = train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), said.append)
+    assert_same(state, small(2)[0])
+    assert example == 8 and origin == {"a": "this run, step 2"}
+    assert "checkpoints/4 " in said[0] and "going back to the checkpoint before it" in said[0]
+    assert said[1:] == [f"resuming from {tmp_path}/checkpoints/2"]
+
+
+def test_restore_fails_when_no_step_can_be_read_rather_than_start_again(tmp_path):
+    save(tmp_path, {2: None, 4: None})
+    for number in (2, 4):
+        (tmp_path / f"checkpoints/{number}/state/manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .*/checkpoints can be read"):
+        train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), lambda _: None)
+
+
+def test_restore_refuses_other_data(tmp_path):
+    save(tmp_path, {2: None})
+    match = r"checkpoints/2 was trained on other data \(fingerprint f, now g\).*--config.init_from="
+    with pytest.raises(CheckpointError, match=match):
+        train.restore(run_of(small()[1], "g"), None, checkpoint.list_saved(tmp_path), lambda _: None)
+
+
+def test_a_resumed_run_may_change_only_what_changes_no_step():
+    old = Config()
+    train.refuse_changes(old, old, Path("run"))
+    free = {
+        "mesh": MeshConfig(fsdp=4),
+        "eval": dataclasses.replace(old.eval, max_tokens=9),
+        "checkpoint": CheckpointConfig(keep_best=3),
+        "generate": dataclasses.replace(old.generate, temperature=0.0),
+        "monitor": dataclasses.replace(old.monitor, log_every_steps=1),
+        "model": dataclasses.replace(old.model, remat="full", unroll=0),
+        "loss": dataclasses.replace(old.loss, chunk_len=16),
+    }
+    train.refuse_changes(old, dataclasses.replace(old, **free), Path("run"))
+    for name, value in {
+        "seed": 1,
+        "optim": OptimConfig(b2=0.9),
+        "model": dataclasses.replace(old.model, unroll=2, dropout=0.1),
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            train.refuse_changes(old, dataclasses.replace(old, **{name: value}), Path("run"))
+        key = {"seed": "seed: 0 -> 1", "optim": "optim.b2: 0.95 -> 0.9", "model": "model.dropout: 0.0 -> 0.1"}[name]
+        assert str(error.value).splitlines()[:2] == ["run holds a run with another config:", f"  {key}"]
+        assert "unroll" not in str(error.value)
+
+
+def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, monkeypatch):
+    """The config to compare with is that of the newest step that tells it."""
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_):
+        raise Reached
+
+    monkeypatch.setattr(train.sharding, "make_mesh", stop)
+    cfg = toys.recipe(tmp_path / "no_data", tokenizer__vocab_size=300)
+    resolved = build.plan(cfg, tmp_path).cfg
+    with checkpoint.Checkpoints(tmp_path, resolved.checkpoint) as saves:
+        for number in (1, 2):
+            saves.save(number, small()[0], info() | {"config": config.to_dict(resolved)}, None)
+    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
+    with pytest.raises(Reached):
+        train.train(cfg, tmp_path)
+    with pytest.raises(ConfigError, match="seed: 0 -> 5"):
+        train.train(dataclasses.replace(cfg, seed=5), tmp_path)

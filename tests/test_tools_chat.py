@@ -1,0 +1,125 @@
+"""Talking to a run: one prompt and out, a conversation, and one line when that cannot be."""
+
+import dataclasses
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import toys
+
+from lm import build, generate, sharding, train
+from lm.config import MeshConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTION = "What is 2 and 2?"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A chat model trained for two steps."""
+    folder = tmp_path_factory.mktemp("chat")
+    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    cfg = toys.recipe(
+        toys.write_chats(folder / "chats.jsonl"),
+        train__total_steps=2,
+        optim__warmup_steps=0,
+        model__num_layers=1,
+        data__seq_len=48,
+        generate__max_new_tokens=8,
+        eval__at_start=False,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda *_: one_device)
+        train.train(cfg, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def chat():
+    spec = importlib.util.spec_from_file_location("chat", ROOT / "tools" / "chat.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def talk(chat, monkeypatch, capsys):
+    """(*arguments, typed=lines) -> (exit status or message, standard output, standard error)."""
+
+    def call(*arguments, typed=""):
+        monkeypatch.setattr(sys, "argv", ["chat.py", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        status = 0
+        try:
+            chat.main()
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def greedy(run, *, turns, new: int = 8) -> str:
+    """What the model answers to a conversation, by `lm.generate` alone."""
+    cfg, model, params, words = build.load_run(str(run))
+    ids = [words.bos_id]
+    for number, text in enumerate(turns):
+        role = "assistant" if number % 2 else "user"
+        ids += [words.role_ids[role], *words.encode(text), words.end_of_turn_id]
+    prompt = [*ids, words.role_ids["assistant"]]
+    chosen = {"temperature": 0.0, "max_new_tokens": new}
+    cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, **chosen))
+    return words.decode(generate.generate(model, params, [prompt], jax.random.key(0), cfg, words)[0])
+
+
+def test_a_prompt_is_answered_and_the_program_ends(run):
+    result = subprocess.run(
+        [sys.executable, "tools/chat.py", f"--workdir={run}", f"--prompt={QUESTION}", "--temperature=0"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == greedy(run, turns=[QUESTION]) + "\n"
+    assert f"chat model, {run}" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_conversation_has_a_history(run, talk):
+    arguments = (f"--workdir={run}", "--temperature=0", "--max_new_tokens=2")
+    status, out, _ = talk(*arguments, typed=f"{QUESTION}\n\nand 3?\n")
+    first = greedy(run, turns=[QUESTION], new=2)
+    second = greedy(run, turns=[QUESTION, first, "and 3?"], new=2)
+    assert (status, out) == (0, f"{first}\n{second}\n")
+
+
+def test_a_conversation_longer_than_the_model_loses_its_oldest_part(run, talk):
+    status, out, err = talk(f"--workdir={run}", f"--prompt={'a long question ' * 20}")
+    assert status == 0 and out.endswith("\n") and "(only the last 39 ids of the conversation fit)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir={run}er"], "no checkpoint under '{run}er/checkpoints': expected the --workdir of a finished run"),
+        (["--workdir={run}@7"], "'{run}@7': expected latest, best or one of the steps 2"),
+        (["--workdir={run}", "--top_p=0"], "'generate.top_p' must be in (0, 1], got 0.0"),
+        (["--workdir={run}", "--temperature=-1"], "'generate.temperature' must not be negative, got -1.0"),
+        (["--workdir={run}", "--max_new_tokens=0"], "'generate.max_new_tokens' must be at least 1, got 0"),
+        (
+            ["--workdir={run}", "--max_new_tokens=47"],
+            "--max_new_tokens=47 leaves no room for a prompt in the 48 positions",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(run, talk, arguments, message):
+    status, out, err = talk(*[text.format(run=run) for text in arguments], f"--prompt={QUESTION}")
+    assert isinstance(status, str) and status.startswith("error: " + message.format(run=run))
+    assert "\n" not in status and out == "" and "Traceback" not in err

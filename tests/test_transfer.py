@@ -1,0 +1,207 @@
+"""The bridge from one run to the next: each parameter's origin is decided by rules, and nothing else comes along."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from lm import build, checkpoint, config, optim, step, train, transfer, trees
+from lm.checkpoint import CheckpointError
+from lm.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimConfig
+from lm.data import tokenizer
+from lm.models import transformer
+from lm.types import TrainState
+
+SMALL = ModelConfig(num_layers=1, embed_dim=8, num_heads=2, mlp_dim=12)
+SEED = 5
+
+
+@functools.cache
+def model_of(cfg: ModelConfig = SMALL, seq_len: int = 8):
+    """(functions, abstract parameters on one device, what `init` makes of `SEED`)."""
+    model = transformer.decoder(transformer.resolve(cfg, vocab_size=toys.VOCAB, seq_len=seq_len), jnp.float32)
+    fresh = jax.jit(model.init)(jax.random.key(SEED))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+    return model, abstract, fresh
+
+
+def random_like(abstract, seed: int):
+    """Other values than any initialiser makes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
+
+
+def save(workdir, params, ema=None, number: int = 7) -> checkpoint.Saved:
+    """A run's checkpoint with a step and an optimizer's state beside the parameters."""
+    moments = {"mu": random_like(params, 99)}
+    state = TrainState(jnp.int32(number), params, moments, ema, jnp.int32(2))
+    with checkpoint.Checkpoints(workdir, CheckpointConfig()) as saves:
+        saves.save(number, state, {"config": config.to_dict(Config()), "data": {}, "tokenizer_hash": "abc"}, None)
+    return checkpoint.choose(str(workdir))
+
+
+def initialize(saved, rules, cfg: ModelConfig = SMALL):
+    """(flat parameters, origins, unused) of a new run."""
+    model, abstract, _ = model_of(cfg)
+    origin_of, unused = transfer.sources(abstract, rules, saved)
+    params, origin = transfer.initialize(model, abstract, SEED, saved, origin_of)
+    assert jax.tree.structure(params) == jax.tree.structure(abstract)
+    return trees.flatten(params), origin, unused
+
+
+def same(a, b) -> bool:
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_keep_takes_every_parameter(tmp_path):
+    old = random_like(model_of()[1], 0)
+    got, origin, unused = initialize(save(tmp_path / "old", old), ((".*", "keep"),))
+    for path, leaf in trees.flatten(old).items():
+        assert same(got[path], leaf) and origin[path] == f"old@7 params/{path}"
+    assert got.keys() == origin.keys() and unused == []
+
+
+def test_only_what_the_rules_say_is_initialised_and_as_the_models_init_would(tmp_path):
+    old = random_like(model_of()[1], 0)
+    rules = ((r"decoder/layers/mlp/.*|embed/embedding", "reinit"), (".*", "keep"))
+    got, origin, unused = initialize(save(tmp_path, old), rules)
+    fresh, kept = trees.flatten(model_of()[2]), trees.flatten(old)
+    anew = {path for path in got if "/mlp/" in path or path == "embed/embedding"}
+    assert len(anew) == 5 and {path for path, text in origin.items() if text == "initialised"} == anew
+    for path, leaf in got.items():
+        assert same(leaf, fresh[path] if path in anew else kept[path]), path
+    assert unused == sorted(anew)
+
+
+def test_the_average_is_preferred_where_there_is_one(tmp_path):
+    """It holds the trained parameters only: of frozen ones there is just the parameter."""
+    old, average = random_like(model_of()[1], 0), random_like(model_of()[1], 1)
+    ema, _ = trees.split(average, {path: "/mlp/" in path for path in trees.flatten(old)})
+    got, origin, _ = initialize(save(tmp_path / "old", old, ema), ((".*", "keep"),))
+    for path, leaf in got.items():
+        tree, name = (average, "ema") if "/mlp/" in path else (old, "params")
+        assert same(leaf, trees.flatten(tree)[path]) and origin[path] == f"old@7 {name}/{path}"
+
+
+def test_renamed_parameters_are_read_from_the_path_that_the_groups_make(tmp_path):
+    old = random_like(model_of()[1], 0)
+    flat = trees.flatten(old)
+    moved = {path.replace("decoder/layers/", "encoder/stack/"): leaf for path, leaf in flat.items()}
+    moved["table"] = moved.pop("embed/embedding")
+    moved["extra/kernel"] = jnp.ones(3)
+    rules = (
+        (r"decoder/layers/(\w+)/(.*)", r"encoder/stack/\1/\2"),
+        (r"embed|embed/embedding", "table"),  # the whole path is replaced, whichever alternative is tried first
+        (".*", "keep"),
+    )
+    got, _, unused = initialize(save(tmp_path, trees.unflatten(moved)), rules)
+    assert unused == ["extra/kernel"]
+    for path, leaf in flat.items():
+        assert same(got[path], leaf), path
+
+
+def refusal(saved, rules, cfg: ModelConfig = SMALL, seq_len: int = 8) -> str:
+    with pytest.raises(ConfigError) as error:
+        transfer.sources(model_of(cfg, seq_len)[1], rules, saved)
+    return str(error.value)
+
+
+def test_what_cannot_be_transferred_is_refused_with_advice(tmp_path):
+    old = trees.flatten(random_like(model_of()[1], 0))
+    old["decoder/final_norm/scales"] = old.pop("decoder/final_norm/scale")
+    saved = save(tmp_path, trees.unflatten(old))
+    keep = ((".*", "keep"),)
+    missing = refusal(saved, keep)
+    assert "has no parameter 'decoder/final_norm/scale'" in missing and str(saved.path) in missing
+    assert "'decoder/final_norm/scales'" in missing, "the nearest name"
+    assert "add the rule ('decoder/final_norm/scale', 'reinit')" in missing
+    reinit = (("decoder/final_norm/scale", "reinit"), (".*", "keep"))
+    longer = refusal(saved, reinit, seq_len=16)
+    assert "'embed/position_embedding' has shape (16, 8)" in longer and "has (8, 8)" in longer
+    assert "rule ('embed/position_embedding', 'reinit')" in longer
+    assert "'init_rules': rule 'embde/.*' matches no parameter" in refusal(saved, (("embde/.*", "reinit"), *keep))
+    assert "no rule covers parameter" in refusal(saved, reinit[:1])
+    bad_group = refusal(saved, ((r"decoder/(.*)", r"old/\2"), *keep))
+    assert "'init_rules': 'old/\\\\2' is no path to read 'decoder/final_norm/bias' from" in bad_group
+    with pytest.raises(CheckpointError, match=r"'init_rules' take nothing from .*checkpoints/7"):
+        initialize(saved, ((".*", "reinit"),))
+
+
+def test_what_is_left_behind_is_named(tmp_path):
+    untied = dataclasses.replace(SMALL, tie_embeddings=False)
+    saved = save(tmp_path, random_like(model_of(untied)[1], 0))
+    origin_of, unused = transfer.sources(model_of()[1], (("embed/position.*", "reinit"), (".*", "keep")), saved)
+    assert unused == ["embed/position_embedding", "lm_head/kernel"]
+    assert transfer.describe(origin_of, unused, saved).splitlines() == [
+        f"init_from {saved.path}: {len(origin_of) - 1} parameters read",
+        "  initialised afresh (1): embed/position_embedding",
+        "  left behind (2): embed/position_embedding, lm_head/kernel",
+    ]
+
+
+def test_a_fine_tuned_run_can_be_fine_tuned_again(tmp_path):
+    rules = ((r"embed/position_embedding", "reinit"), (".*", "keep"))
+    first = random_like(model_of()[1], 0)
+    second, _, _ = initialize(save(tmp_path / "a", first), rules)
+    saved = save(tmp_path / "b", trees.unflatten(second), ema=trees.unflatten(second), number=3)
+    third, origin, _ = initialize(saved, ((".*", "keep"),))
+    assert all(same(third[path], second[path]) for path in second)
+    assert set(origin.values()) == {f"b@3 ema/{path}" for path in second}
+
+
+def test_nothing_but_parameters_is_transferred(tmp_path):
+    """Step, moments and skipped steps begin anew, and so does the average, at the parameters."""
+    model, abstract, _ = model_of()
+    old = random_like(abstract, 0)
+    saved = save(tmp_path, old)
+    optimizer = optim.build(OptimConfig(schedule="constant"), abstract, total_steps=1, warmup_steps=0, decay_steps=0)
+    cfg = dataclasses.replace(Config(seed=SEED), optim=OptimConfig(ema_decay=0.9))
+    run = SimpleNamespace(
+        model=model,
+        cfg=cfg,
+        optimizer=optimizer,
+        abstract_state=SimpleNamespace(params=abstract),
+        state_shardings=jax.tree.leaves(abstract)[0].sharding,
+    )
+    origin_of, unused = transfer.sources(abstract, ((".*", "keep"),), saved)
+    planned = SimpleNamespace(init=saved, origin_of=origin_of, unused=unused)
+    said = []
+    state, example, _ = train.restore(run, planned, [], said.append)
+    assert (int(state.step), int(state.skipped), example) == (0, 0, 0)
+    want = step.init_state(old, optimizer, use_ema=True)
+    jax.tree.map(np.testing.assert_array_equal, state, want)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    assert said[0].startswith(f"init_from {saved.path}: ")
+
+
+def test_from_scratch_is_the_models_init():
+    model, abstract, fresh = model_of()
+    params, origin = transfer.initialize(model, abstract, SEED, None, {})
+    assert set(origin.values()) == {"initialised"}
+    jax.tree.map(lambda a, b: None if same(a, b) else pytest.fail(), params, fresh)
+
+
+def test_fine_tuning_with_another_tokenizer_is_refused_before_data_is_read(tmp_path):
+    words = {}
+    for name, text in {"old": "some words and more of them", "other": "some other words, more of those"}.items():
+        words[name] = tokenizer.train([text] * 20, 285, 10_000)
+        (tmp_path / name).mkdir()
+        words[name].save(tmp_path / name / build.TOKENIZER_FILE)
+    info = {"config": config.to_dict(Config()), "data": {}, "tokenizer_hash": words["old"].hash}
+    with checkpoint.Checkpoints(tmp_path / "old", CheckpointConfig()) as saves:
+        saves.save(1, {"params": {"embed": jnp.ones(3)}}, info, None)
+    files = [str(tmp_path / name / build.TOKENIZER_FILE) for name in ("other", "old")]
+    cfg = toys.recipe(tmp_path / "no_data", init_from=str(tmp_path / "old"), tokenizer__path=files[0])
+    with pytest.raises(ConfigError, match="the tokenizers differ, so ids would mean other text") as error:
+        build.plan(cfg, tmp_path / "new")
+    for file, name in zip(files, ("other", "old"), strict=True):
+        assert f"{words[name].hash[:12]}  {file}" in str(error.value)
+    # The same where the file in the old run's folder is no longer the one it was trained with.
+    words["other"].save(files[1])
+    with pytest.raises(ConfigError, match=f"{words['old'].hash[:12]}  {tmp_path}/old/checkpoints/1"):
+        build.plan(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path="")), tmp_path / "new")
