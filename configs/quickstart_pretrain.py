@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> Any:
     c.optim.warmup_steps = 20
     c.optim.end_lr_ratio = 0.05
 
-    c.train.total_steps = 150
+    c.train.total_steps = 200
     c.eval.max_tokens = 32_768
     c.generate.prompts = ("The function returns", "If the argument is")
     c.generate.max_new_tokens = 40

@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> Any:
 
     c.optim.learning_rate = 1e-3
     c.optim.warmup_steps = 10
-    c.train.total_steps = 40
+    c.train.total_steps = 50
     c.eval.max_tokens = 0
     c.generate.prompts = (
         "Summarise this function: queue.Stack.is_empty(self)",

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from ml_collections import config_flags
 
+from lm import config
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows to show.", lower_bound=1)
 _EXAMPLE = flags.DEFINE_integer("example", 0, "First example to show, by the index that errors name.", lower_bound=0)
@@ -47,8 +49,6 @@ def main(argv: list[str]) -> None:
     """Turns flags into text, and an expected error into one clear message and exit status 1."""
     if len(argv) > 1 or _CONFIG.value is None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
-    from lm import config
-
     try:
         cfg = config.build(_CONFIG.value)
         tokenizer, data = load(cfg)
@@ -197,4 +197,4 @@ def to_html(rows: list[Row], report: str) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=config.parse_flags)
