@@ -220,8 +220,9 @@ def defaults() -> Any:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """For `absl.app.run(flags_parser=...)`: a misspelt --config.a.b ends in one line, not in a traceback."""
-    from absl import app
+    from absl import app, logging
 
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save at INFO
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks

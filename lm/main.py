@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from lm import config
@@ -22,7 +22,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save at INFO
     try:
         cfg = config.build(_CONFIG.value)
         from lm import sharding, train  # imports JAX
