@@ -111,7 +111,9 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         readable = [saved for saved in list_saved(workdir) if "unreadable" not in saved.info]
-        trusted = {saved.step: saved.metrics for saved in readable if resumed is None or saved.step <= resumed}
+        trusted: dict[int, Mapping[str, float]] = {
+            saved.step: saved.metrics for saved in readable if resumed is None or saved.step <= resumed
+        }
         self._retention = _Retention(cfg, trusted)
         context = ocp.Context()
         context.asynchronous.create_directories_asynchronously = False  # else an error takes 5 min to show

@@ -152,7 +152,7 @@ def check_divisible(shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, Lo
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Rows of a global batch that this process's devices hold: int64 [n], ascending."""
-    index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    index_map: Mapping[Any, Any] = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(*index[0].indices(batch_size)) for index in index_map.values()]))
 
 
@@ -168,7 +168,7 @@ def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
     sharding = batch_sharding(mesh)
 
     def make(local: np.ndarray) -> jax.Array:
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))
             return local[first : first + stop - start]
