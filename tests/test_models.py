@@ -170,3 +170,16 @@ def test_bfloat16_stays_close_to_float32():
     half = transformer.decoder(cfg, jnp.bfloat16).apply(params, batch).hidden_BxLxD
     assert half.dtype == jnp.bfloat16
     assert np.abs(np.asarray(half, np.float32) - full).max() < 0.1 * np.abs(full).max()
+
+
+def test_bfloat16_gradients_of_tables_and_biases_are_summed_in_float32():
+    """1,000 uses of one row, or positions of one bias: adding ones in bfloat16 would stop at 256."""
+    table = jnp.zeros((3, 2), jnp.bfloat16)
+    ids = jnp.ones((1, 1000), jnp.int32)
+    grad = jax.grad(lambda t: layers.lookup(t, ids).sum().astype(jnp.float32))(table)
+    np.testing.assert_array_equal(np.asarray(grad, np.float32), [[0, 0], [1000, 1000], [0, 0]])
+    dense = layers.Dense(2, ("embed", "mlp"), True, jnp.bfloat16)
+    params = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}
+    x = jnp.ones((1, 1000, 4), jnp.bfloat16)
+    grads = jax.grad(lambda p: dense.apply({"params": p}, x).sum().astype(jnp.float32))(params)
+    np.testing.assert_array_equal(grads["bias"], [1000, 1000])

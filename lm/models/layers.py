@@ -50,7 +50,9 @@ class Dense(nn.Module):
         y = matmul(x, sharding.gather(kernel.astype(self.dtype), *self.axes))
         if self.use_bias:
             bias = weight(self, "bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
-            y += _row(sharding.gather(bias.astype(self.dtype), self.axes[1]), y)
+            # Cast after broadcasting, so that the gradient is summed over positions in float32.
+            row = _row(sharding.gather(bias, self.axes[1]), y)
+            y += jnp.broadcast_to(row, y.shape).astype(self.dtype)
         return y
 
 
@@ -63,6 +65,28 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if sharding.is_distributed_trace():
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def lookup(table_VxD: jax.Array, ids_BxL: jax.Array) -> jax.Array:
+    """Rows of a table: [B, L, D]. Its gradient sums what a row's many uses give in float32, whatever the table's dtype.
+
+    A plain indexing would add in the table's dtype; in bfloat16 a row used 300 times counts as used 256 times.
+    """
+    return jnp.take(table_VxD, ids_BxL, axis=0)
+
+
+def _lookup_fwd(table_VxD: jax.Array, ids_BxL: jax.Array) -> Any:
+    return lookup(table_VxD, ids_BxL), (table_VxD, ids_BxL)
+
+
+def _lookup_bwd(saved: Any, d_BxLxD: jax.Array) -> Any:
+    table_VxD, ids_BxL = saved
+    d_table_VxD = jnp.zeros_like(table_VxD, jnp.float32).at[ids_BxL].add(d_BxLxD.astype(jnp.float32))
+    return d_table_VxD.astype(table_VxD.dtype), None
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 class Norm(nn.Module):

@@ -135,9 +135,9 @@ class Embed(nn.Module):
         # The residual stream starts with entries of size 1, unless the table makes the logits too: then they do.
         std = cfg.embed_dim**-0.5 if cfg.tie_embeddings else 1.0
         embedding_VxD = table("embedding", cfg.vocab_size, "vocab", std)
-        x_BxLxD = jnp.take(embedding_VxD, tokens_BxL, axis=0)
+        x_BxLxD = layers.lookup(embedding_VxD, tokens_BxL)
         if cfg.position == "learned":
-            x_BxLxD += jnp.take(table("position_embedding", cfg.max_len, "position", 0.02), positions_BxL, axis=0)
+            x_BxLxD += layers.lookup(table("position_embedding", cfg.max_len, "position", 0.02), positions_BxL)
         return x_BxLxD, embedding_VxD
 
 
