@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import checkpoint, config, generate, objectives, optim, sharding, step, transfer, trees
+from lm import checkpoint, config, generate, metrics, objectives, optim, sharding, step, transfer, trees
 from lm.config import Config, ConfigError, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
 from lm.data.tokenizer import Tokenizer
@@ -116,11 +117,12 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     check_mesh(planned, mesh)
     split = sources.load(cfg.data)
     note(split.report)
+    examples.check_task([*split.train, *split.valid], cfg.data)
     words = make_tokenizer(planned, split, workdir, note)
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts}
     data = pipeline.build(cfg, words, split)
     for name, counts in data.report.items():
-        note(f"{name}: " + ", ".join(f"{key} {value:,.4g}" for key, value in counts.items()))
+        note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
 
     size: dict[str, Any] = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len}
     size["epoch_examples"] = len(data.train["tokens"])
@@ -151,6 +153,8 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, state_shardings
     )
     everywhere = sharding.replicated(mesh)
+    eval_step = functools.partial(step.eval_step, loss_fn=loss_fn)
+    check_metric(cfg, eval_step, planned.abstract_params, abstract_batch(cfg, mesh, eval_batch_size(cfg)))
     return Run(
         cfg=cfg,
         mesh=mesh,
@@ -164,8 +168,18 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         state_shardings=state_shardings,
         abstract_state=abstract_state,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
-        eval_step=jax.jit(functools.partial(step.eval_step, loss_fn=loss_fn), out_shardings=everywhere),
+        eval_step=jax.jit(eval_step, out_shardings=everywhere),
     )
+
+
+def check_metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any) -> None:
+    """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
+    measured = jax.eval_shape(eval_step, params, batch)
+    names = sorted(metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))))
+    if cfg.checkpoint.best_metric not in names:
+        wanted = cfg.checkpoint.best_metric
+        hint = config.nearest(wanted, names)
+        raise ConfigError(f"'checkpoint.best_metric': no metric '{wanted}'{hint}; there are {', '.join(names)}")
 
 
 def check_mesh(planned: Plan, mesh: Mesh) -> None:
@@ -222,13 +236,14 @@ def make_tokenizer(
     path = workdir / TOKENIZER_FILE
     made = planned.tokenizer
     if jax.process_index() == 0:
-        if made is None:
+        if made is not None:
+            note(f"tokenizer of {made.vocab_size:,} ids, {made.hash[:12]}")
+        else:
             note(f"training a tokenizer of {planned.cfg.tokenizer.vocab_size:,} ids")
             cfg = planned.cfg.tokenizer
             made = tokenizer.train(examples.texts(split.train), cfg.vocab_size, cfg.train_bytes)
-        if not path.exists():
-            workdir.mkdir(parents=True, exist_ok=True)
-            made.save(path)
+        workdir.mkdir(parents=True, exist_ok=True)
+        made.save(path)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -239,16 +254,19 @@ def make_tokenizer(
 def _find_tokenizer(cfg: Config, workdir: Path, init: checkpoint.Saved | None) -> Tokenizer | None:
     """The run's own, else `tokenizer.path`, else that of `init_from`; refuses two that differ.
 
+    A file that a start without a checkpoint left behind is not the run's own yet: its config may have been another.
+
     Raises:
       ConfigError: naming both files.
     """
-    candidates = [workdir / TOKENIZER_FILE]
+    has_begun = any((workdir / "checkpoints").glob("[0-9]*"))
+    candidates: list[Any] = [workdir / TOKENIZER_FILE] if has_begun else []
     if cfg.tokenizer.path:
-        candidates.append(Path(cfg.tokenizer.path))
+        candidates.append(epath.Path(cfg.tokenizer.path))
         if not candidates[-1].exists():
             raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a SentencePiece .model")
     if init:
-        candidates.append(Path(init.path).parent.parent / TOKENIZER_FILE)
+        candidates.append(init.path.parent.parent / TOKENIZER_FILE)
     found = {path: tokenizer.load(path) for path in candidates if path.exists()}
     hashes = {str(path): words.hash for path, words in found.items()}
     if init:

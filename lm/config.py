@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import json
 import math
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -227,7 +226,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
         said = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
-        raise SystemExit(f"error: unknown config key {said}") from None
+        flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and said.split("'")[0] in arg), "")
+        raise SystemExit(f"error: unknown config key{flag}: {said}") from None
 
 
 def build(source: Mapping[str, Any]) -> Config:
@@ -236,7 +236,10 @@ def build(source: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: unknown key, wrong type, unknown choice, two durations at once, or values that contradict each other.
     """
-    source = source.to_dict() if hasattr(source, "to_dict") else source
+    try:
+        source = source.to_dict() if hasattr(source, "to_dict") else source
+    except OSError as error:  # so late does ml_collections tell that it could not load the recipe
+        raise ConfigError(f"no recipe to load: {str(error).strip().splitlines()[-1].strip()}") from None
     config = _build(Config, source, "")
     _check(config)
     return config
@@ -346,7 +349,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return tuple(_convert(item, arg, f"{key}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint or isinstance(value, types.NoneType):
+    if type(value) is not hint:
         raise ConfigError(f"'{key}' must be {hint.__name__}, got {type(value).__name__} {value!r}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"'{key}' must be finite, got {value!r}")
@@ -393,6 +396,5 @@ def _check(config: Config) -> None:
         ),
         "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != Duration(),
     }
-    for message, holds in needs.items():
-        if not holds:
-            raise ConfigError(message)
+    if broken := [message for message, holds in needs.items() if not holds]:
+        raise ConfigError(broken[0])

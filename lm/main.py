@@ -32,11 +32,14 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value or _COORDINATOR.value:
             sharding.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "")
+    except KeyboardInterrupt:
+        sys.exit("stopped before the first step of this start; what was saved before is kept")
     except (ValueError, RuntimeError, OSError) as error:
-        if type(error).__module__.startswith("lm."):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(getattr(error, "exit_status", 1))
-        raise
+        if not type(error).__module__.startswith("lm."):
+            raise
+        status = getattr(error, "exit_status", 1)
+        print(f"error: {error}" if status == 1 else error, file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,6 @@ def loop(
             watch.note(f"[step {done:,}] held out: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
             for prompt, text in samples(run, params, done).items():
                 watch.text(done, prompt, text)
-        if cfg.checkpoint.best_metric not in values:
-            raise ConfigError(f"'checkpoint.best_metric': no such metric; there are {', '.join(values)}")
         return values
 
     def save_now(done: int, values: dict[str, float] | None) -> None:
@@ -322,9 +320,10 @@ class Throughput:
         return (done - mark[0]) * self.tokens_per_step / max(self._busy() - mark[1], 1e-9)
 
     def update(self, done: int) -> float:
-        """Tokens a second since the last call."""
+        """Tokens a second over the last steps: enough of them to fill 5 seconds, where there are."""
         value = self._since(self._last, done)
-        self._last = (done, self._busy())
+        if self._busy() - self._last[1] > 5:
+            self._last = (done, self._busy())
         return value
 
     def overall(self, done: int) -> float:

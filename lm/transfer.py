@@ -96,7 +96,9 @@ def initialize(
         raise CheckpointError(f"'init_rules' take nothing from {saved.path}")
     read = trees.flatten(checkpoint.load(saved, wanted))
     run = saved.path.parent.parent.name
-    origin |= {path: f"{run}@{saved.step} {name}" for path, name in names.items()}
+    for path, name in names.items():
+        kind, old = name.split("/", 1)
+        origin[path] = f"{run}@{saved.step}" + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
     return trees.unflatten(made | {path: read[name] for path, name in names.items()}), origin
 
 

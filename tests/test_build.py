@@ -19,7 +19,14 @@ from lm.data import tokenizer
 from lm.models import transformer
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = {"model__num_layers": 1, "model__embed_dim": 8, "model__mlp_dim": 16, "data__seq_len": 16, "mesh__data": -1}
+TINY = {
+    "data__batch_size": 8,
+    "model__num_layers": 1,
+    "model__embed_dim": 8,
+    "model__mlp_dim": 16,
+    "data__seq_len": 16,
+    "mesh__data": -1,
+}
 
 
 def mesh(**sizes):
@@ -141,12 +148,12 @@ def test_a_mesh_that_does_not_fit_is_refused_before_data_is_read(changes, sizes,
 
 def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_path):
     data = toys.write_texts(tmp_path / "data", 20)
-    changes = {"data__batch_size": 16, "train__total_steps": 0, "train__total_epochs": 2.5, "eval__every_examples": 40}
+    changes = {"data__batch_size": 16, "train__total_steps": 0, "train__total_epochs": 16.0, "eval__every_examples": 40}
     cfg = toys.recipe(data, **TINY | changes | {"optim__lr_rules": (("embed/.*", 0.0), (".*", 1.0))})
     notes = []
     run = build.run(build.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(fsdp=4), notes.append)
     rows = len(run.data.train["tokens"])
-    assert run.total_steps == -(-5 * rows // 32) and run.every == {"eval": 3, "checkpoint": 0}
+    assert run.total_steps == rows and run.every == {"eval": 3, "checkpoint": 0}
     assert any(f"rows {rows}" in note for note in notes)
     assert (tmp_path / "run" / build.TOKENIZER_FILE).exists()
     params = trees.flatten(run.abstract_state.params)

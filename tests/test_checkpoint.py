@@ -170,6 +170,8 @@ def test_the_fingerprint_sees_zeros_swaps_and_places():
     rows = swapped[::-1].copy()
     found = [fingerprint(x) for x in (ones, zeros, half, half[::-1].copy(), swapped, rows, -zeros)]
     assert len(set(found)) == len(found)
+    square = swapped.reshape(16, 16)
+    assert fingerprint(square) != fingerprint(square.T.copy())
 
 
 def test_the_fingerprint_does_not_depend_on_the_sharding():
@@ -414,7 +416,7 @@ def test_last_good_is_a_committed_step(tmp_path, monkeypatch):
 
 def test_the_folder_of_a_killed_save_is_ignored_and_removed(tmp_path):
     save(tmp_path, {1: None})
-    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "1", left)
     assert steps(tmp_path) == [1] and checkpoint.choose(str(tmp_path)).step == 1
     save(tmp_path, {2: None})

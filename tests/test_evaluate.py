@@ -67,7 +67,7 @@ def test_the_loss_is_the_same_for_every_batch_size_and_number_of_shards():
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     total, weight = eval_step(params, toys.batch(ROWS, SEQ_LEN))["loss"]  # all rows at once
     want = float(total) / float(weight)
-    found = {sizes: run(eval_step, params, *sizes) for sizes in [(1, 1), (3, 1), (8, 1), (8, 8)]}
+    found = {sizes: run(eval_step, params, *sizes) for sizes in [(1, 1), (3, 1), (8, 8)]}
     for sizes, values in found.items():
         assert values["loss"] == pytest.approx(want, rel=2e-6), sizes
         assert values["accuracy"] == found[8, 8]["accuracy"], sizes

@@ -1,6 +1,8 @@
 """Sampling from the cache equals the model without a cache, and draws from the distribution that was asked for."""
 
+import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 import toys
 
 from lm import generate, losses, trees
-from lm.config import Config, GenerateConfig
+from lm.config import Config, ConfigError, DataConfig, GenerateConfig
 
 NEW = 6
 PROMPTS = ((7,), (5, 11, 4), (30, 2, 9, 41, 17, 8, 25, 13, 6))  # one shorter, one longer than the sliding window
@@ -66,12 +68,16 @@ def test_a_batch_of_prompts_is_each_prompt_alone():
 
 def test_a_row_ends_at_either_stop_id_and_the_others_go_on():
     want = greedy("llama")
-    stops = (want[0][2], want[2][1])
-    ends = [next((n for n, token in enumerate(row) if token in stops), NEW) for row in want]
-    assert len(set(ends)) > 1 and min(ends) < NEW
-    for eos, end_of_turn in (stops, stops[::-1]):
-        words = SimpleNamespace(vocab_size=toys.VOCAB, eos_id=eos, end_of_turn_id=end_of_turn)
-        assert make("llama", PROMPTS, tokenizer=words) == [row[:end] for row, end in zip(want, ends, strict=True)]
+
+    def ends_of(stops) -> list[int]:
+        return [next((n for n, token in enumerate(row) if token in stops), NEW) for row in want]
+
+    # Row 1 ends at one of them, row 2 at the other and not together, row 0 never.
+    pairs = ((a, b) for a in want[1] for b in want[2] if a not in want[2] and b not in want[1])
+    stops = next(pair for pair in pairs if len(set(ends_of(pair))) == 3 and ends_of(pair)[0] == NEW)
+    ends = ends_of(stops)
+    words = SimpleNamespace(vocab_size=toys.VOCAB, eos_id=stops[0], end_of_turn_id=stops[1])
+    assert make("llama", PROMPTS, tokenizer=words) == [row[:end] for row, end in zip(want, ends, strict=True)]
 
 
 def test_one_new_token():
@@ -87,12 +93,31 @@ def test_samples_are_a_function_of_the_key_and_the_row():
     assert same_prompt[1] != same_prompt[0] and same_prompt[2] != same_prompt[1]
 
 
+def with_head(scale: float):
+    flat = trees.flatten(model_of("llama")[2])
+    return trees.unflatten(flat | {"lm_head/kernel": scale * flat["lm_head/kernel"]})
+
+
+def test_each_step_draws_anew():
+    """From a model to which all ids are alike at every step."""
+    for row in make("llama", PROMPTS, temperature=1.0, params=with_head(0.0)):
+        assert len(set(row)) > 1
+
+
+def test_the_models_soft_cap_holds_in_sampling_too():
+    """At a cap of 30 and huge logits, about half of all ids are equally likely; without it, one is certain."""
+    cfg = model_of("llama")[0]
+    assert cfg.logit_softcap == 30
+    made = make("llama", [PROMPTS[0]] * 3, temperature=1.0, params=with_head(1e5))
+    assert len({row[0] for row in made}) > 1
+
+
 def test_rows_are_filled_up_for_the_mesh_and_change_nothing():
     sampled = make("llama", PROMPTS, temperature=1.0)
     assert make("llama", PROMPTS[:2], temperature=1.0, rows_multiple=3) == sampled[:2]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 50.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padded_rows_of_the_vocabulary_are_never_produced(temperature):
     """Even where the model would make them by far the most likely."""
     cfg, _, params = model_of("llama")
@@ -108,8 +133,8 @@ def test_prompts_that_cannot_be_continued_are_refused():
     for prompts in ([], [[]], [[1], []]):
         with pytest.raises(ValueError, match="every prompt needs at least one id"):
             make("gpt2", prompts)
-    match = rf"a prompt of 10 ids and generate.max_new_tokens={NEW} do not fit model.max_len={MAX_LEN}"
-    with pytest.raises(ValueError, match=match):
+    message = f"a prompt of 10 ids and 'generate.max_new_tokens' ({NEW}) do not fit 'model.max_len' ({MAX_LEN})"
+    with pytest.raises(ConfigError, match=re.escape(message)):
         make("gpt2", [[1], [1] * 10])
 
 
@@ -164,7 +189,7 @@ def test_ties_at_the_border_are_kept():
 
 
 def test_rows_are_filtered_each_by_itself():
-    logits = jnp.log(jnp.asarray([PROBS, PROBS[::-1], [0.97, 0.01, 0.01, 0.01]], jnp.float32))
+    logits = jnp.log(jnp.asarray([PROBS, PROBS[::-1], [0.58, 0.14, 0.14, 0.14]], jnp.float32))
     seen = [set(), set(), set()]
     for seed in range(40):
         for row, token in enumerate(
@@ -173,12 +198,16 @@ def test_rows_are_filtered_each_by_itself():
             )
         ):
             seen[row].add(int(token))
-    assert seen == [{1, 3}, {0, 2}, {0}]
+    assert seen == [{1, 3}, {0, 2}, {0, 1, 2, 3}]
 
 
 def test_prompts_are_encoded_as_the_task_sees_them():
     words = SimpleNamespace(
         bos_id=1, encode=lambda text: [ord(c) for c in text], role_ids={"user": 4, "assistant": 5}, end_of_turn_id=6
     )
-    assert generate.encode_prompt("ab", words, "text") == [1, 97, 98]
-    assert generate.encode_prompt("ab", words, "chat") == [1, 4, 97, 98, 6, 5]
+    text = Config(model=model_of("gpt2")[0], generate=GenerateConfig(max_new_tokens=MAX_LEN - 3))
+    chat = dataclasses.replace(text, data=DataConfig(task="chat"), generate=GenerateConfig(max_new_tokens=NEW))
+    assert generate.encode_prompt("ab", words, text) == [1, 97, 98]
+    assert generate.encode_prompt("ab", words, chat) == [1, 4, 97, 98, 6, 5]
+    with pytest.raises(ConfigError, match=f"a prompt of 4 ids .* do not fit 'model.max_len' .{MAX_LEN}"):
+        generate.encode_prompt("abc", words, text)

@@ -1,6 +1,7 @@
 """Talking to a run: one prompt and out, a conversation, and one line when that cannot be."""
 
 import dataclasses
+import functools
 import importlib.util
 import io
 import os
@@ -31,6 +32,8 @@ def run(tmp_path_factory):
         model__num_layers=1,
         data__seq_len=48,
         generate__max_new_tokens=8,
+        model__dropout=0.0,
+        optim__ema_decay=0.0,
         eval__at_start=False,
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -64,9 +67,14 @@ def talk(chat, monkeypatch, capsys):
     return call
 
 
+@functools.cache
+def loaded(run: Path):
+    return build.load_run(str(run))
+
+
 def greedy(run, *, turns, new: int = 8) -> str:
     """What the model answers to a conversation, by `lm.generate` alone."""
-    cfg, model, params, words = build.load_run(str(run))
+    cfg, model, params, words = loaded(run)
     ids = [words.bos_id]
     for number, text in enumerate(turns):
         role = "assistant" if number % 2 else "user"

@@ -175,7 +175,7 @@ def test_fine_tuning_starts_from_the_checkpoint_and_reports_answers(texts, tmp_p
         summary = train.train(cfg, tmp_path / name)
         assert summary["answer_loss"] == summary["nll"] > 0
         said = capsys.readouterr().out
-        assert f"init_from {source}/checkpoints/" in said and "ema/embed/embedding" in said
+        assert f"init_from {source}/checkpoints/" in said and f"{source.name}@" in said and " ema " in said
         assert (tmp_path / name / "tokenizer.model").read_bytes() == (pretrain / "tokenizer.model").read_bytes()
         assert json.loads((tmp_path / name / "samples.jsonl").read_text().splitlines()[-1])["step"] == 2
     wanted = {"seconds", "tokens_per_second", "parameters", "bits_per_byte", "before", "steps", "tokens", "versions"}

@@ -133,6 +133,12 @@ def _example(ids: list[int], trained: list[bool]) -> Example:
     return Example(np.array(ids[:-1], np.int32), np.array(ids[1:], np.int32), np.array(trained[1:], np.float32))
 
 
+def check_task(records: Iterable[Record], cfg: DataConfig) -> None:
+    """Raises ConfigError, naming the first record that `data.task` cannot read."""
+    for record in records:
+        _field(record, {"text": "text", "chat": "messages"}[cfg.task], cfg)
+
+
 def _field(record: Record, name: str, cfg: DataConfig) -> Any:
     if name not in record:
         other = "chat" if cfg.task == "text" else "text"

@@ -229,7 +229,11 @@ def _skip_space(text: str, at: int) -> int:
 
 def _reason(error: Exception) -> str:
     """What the parser says, without the line number that it counts from its own start."""
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return (
+        f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+    )
 
 
 def _parse(value: Any) -> Any:

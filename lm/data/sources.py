@@ -212,7 +212,10 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
     smallest, largest = min(digests, default=b""), max(digests, default=b"")
     if smallest == largest:
         found = f"{len(records)} records, {len(set(digests))} distinct"
-        raise DataError(f"cannot hold records out: found {found}; expected two or more, or set data.eval_path")
+        raise DataError(
+            f"cannot hold records out: found {found}; expected two or more distinct ones. Set "
+            "data.eval_path or, with data.format=text, data.separator: '' makes one document of each file"
+        )
     bound = int(fraction * 2**64)
     held = [d == smallest or (int.from_bytes(d[:8]) < bound and d != largest) for d in digests]
     pairs = list(zip(records, held, strict=True))
