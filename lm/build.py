@@ -80,17 +80,23 @@ class Run(NamedTuple):
     eval_step: Any
 
 
-def plan(cfg: Config, workdir: Path) -> Plan:
+def plan(cfg: Config, workdir: Path | None) -> Plan:
     """Checks what can be checked without data.
+
+    Args:
+      cfg: from `lm.config.build`.
+      workdir: the run's folder; None = a run that is only looked at.
 
     Raises:
       ConfigError: rules, sizes, tokenizer or checkpoint that do not fit.
       CheckpointError: `init_from` names no checkpoint.
     """
-    init = None
-    if cfg.init_from:
-        init = checkpoint.choose(cfg.init_from)
-    found = _find_tokenizer(cfg, workdir, init)
+    if workdir and (":/" in str(workdir) or workdir.is_file()):
+        raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
+    # A run that has begun no longer needs the one it came from.
+    has_begun = workdir and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    init = checkpoint.choose(cfg.init_from) if cfg.init_from and not has_begun else None
+    found = _find_tokenizer(cfg, workdir if has_begun else None, init)
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=cfg.data.seq_len)
     cfg = dataclasses.replace(cfg, model=resolved)
@@ -99,6 +105,7 @@ def plan(cfg: Config, workdir: Path) -> Plan:
     # Rules are checked now, on a schedule that always fits; the real one waits for the data's size.
     rules_only = dataclasses.replace(cfg.optim, schedule="constant")
     optimizer = optim.build(rules_only, abstract, total_steps=1, warmup_steps=0, decay_steps=0)
+    trees.match_rules(cfg.init_rules, list(trees.flatten(abstract)), "init_rules")
     origin_of, unused = transfer.sources(abstract, cfg.init_rules, init) if init else ({}, [])
     axes = trees.flatten(model.logical_axes())
     return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused)
@@ -121,6 +128,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     words = make_tokenizer(planned, split, workdir, note)
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts}
     data = pipeline.build(cfg, words, split)
+    check_same_data(data)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
 
@@ -232,35 +240,41 @@ def compute_dtype(name: str, mesh: Mesh) -> Any:
 def make_tokenizer(
     planned: Plan, split: sources.Split, workdir: Path, note: Callable[[str], None] = lambda _: None
 ) -> Tokenizer:
-    """The run's tokenizer, written to the run's folder; process 0 trains it where there is none."""
-    path = workdir / TOKENIZER_FILE
+    """The run's tokenizer, written to the run's folder. Every process trains it where there is none: an error is then
+    every process's, and the result, a function of the texts, is the same."""
     made = planned.tokenizer
+    if made is None:
+        note(f"training a tokenizer of {planned.cfg.tokenizer.vocab_size:,} ids")
+        cfg = planned.cfg.tokenizer
+        made = tokenizer.train(examples.texts(split.train), cfg.vocab_size, cfg.train_bytes)
+    note(f"tokenizer of {made.vocab_size:,} ids, {made.hash[:12]}")
     if jax.process_index() == 0:
-        if made is not None:
-            note(f"tokenizer of {made.vocab_size:,} ids, {made.hash[:12]}")
-        else:
-            note(f"training a tokenizer of {planned.cfg.tokenizer.vocab_size:,} ids")
-            cfg = planned.cfg.tokenizer
-            made = tokenizer.train(examples.texts(split.train), cfg.vocab_size, cfg.train_bytes)
         workdir.mkdir(parents=True, exist_ok=True)
-        made.save(path)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("tokenizer")
-    return tokenizer.load(path)
+        made.save(workdir / TOKENIZER_FILE)
+    return made
 
 
-def _find_tokenizer(cfg: Config, workdir: Path, init: checkpoint.Saved | None) -> Tokenizer | None:
+def check_same_data(data: pipeline.Data) -> None:
+    """With several processes: raises ConfigError on all of them unless all have packed the same rows."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(bytes.fromhex(data.fingerprint), np.uint8)
+    everyones = np.asarray(multihost_utils.process_allgather(mine))
+    if different := [i for i, theirs in enumerate(everyones) if not np.array_equal(theirs, everyones[0])]:
+        raise ConfigError(f"processes {different} have other data, or another tokenizer, than process 0; see data.path")
+
+
+def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | None) -> Tokenizer | None:
     """The run's own, else `tokenizer.path`, else that of `init_from`; refuses two that differ.
 
-    A file that a start without a checkpoint left behind is not the run's own yet: its config may have been another.
+    `workdir` is None before the first checkpoint: a file that such a start left behind may be of another config.
 
     Raises:
-      ConfigError: naming both files.
+      ConfigError: naming both files, or the run whose tokenizer is gone.
     """
-    has_begun = any((workdir / "checkpoints").glob("[0-9]*"))
-    candidates: list[Any] = [workdir / TOKENIZER_FILE] if has_begun else []
+    candidates: list[Any] = [workdir / TOKENIZER_FILE] if workdir else []
     if cfg.tokenizer.path:
         candidates.append(epath.Path(cfg.tokenizer.path))
         if not candidates[-1].exists():
@@ -268,6 +282,8 @@ def _find_tokenizer(cfg: Config, workdir: Path, init: checkpoint.Saved | None) -
     if init:
         candidates.append(init.path.parent.parent / TOKENIZER_FILE)
     found = {path: tokenizer.load(path) for path in candidates if path.exists()}
+    if (init or workdir) and not found:
+        raise ConfigError(f"no {candidates[-1]}: what the ids of the checkpoint mean is lost; put it back")
     hashes = {str(path): words.hash for path, words in found.items()}
     if init:
         hashes[str(init.path)] = init.info.get("tokenizer_hash", "")
@@ -328,10 +344,9 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Tokenizer]:
     """
     saved = checkpoint.choose(name)
     cfg = config.build(saved.info["config"])
-    workdir = Path(saved.path).parent.parent
     own = dataclasses.replace(cfg.tokenizer, path="")  # it has been copied to the run's folder
     changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", transfer.KEEP),), "tokenizer": own}
-    planned = plan(dataclasses.replace(cfg, **changes), workdir)
+    planned = plan(dataclasses.replace(cfg, **changes), None)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     where = sharding.replicated(mesh)
     abstract = jax.tree.map(
@@ -339,6 +354,5 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Tokenizer]:
     )
     model = transformer.decoder(cfg.model, compute_dtype(cfg.model.dtype, mesh))
     params, _ = transfer.initialize(model, abstract, cfg.seed, saved, planned.origin_of)
-    if planned.tokenizer is None:
-        raise ConfigError(f"{name}: no {TOKENIZER_FILE} in the run's folder")
+    assert planned.tokenizer is not None  # a checkpoint without one has been refused
     return cfg, model, params, planned.tokenizer

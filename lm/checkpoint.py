@@ -101,16 +101,25 @@ class Checkpoints:
     At most one save is in flight. An error of a save surfaces at the next `poll`, `save` or `close`, never later.
     """
 
-    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig, resumed: int | None = None):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        cfg: CheckpointConfig,
+        saved: Sequence[Saved] | None = None,
+        resumed: int | None = None,
+    ):
         """
         Args:
           workdir: the run's folder.
           cfg: when to save, what to keep.
+          saved: what `list_saved` found when the processes began; None = look now, which needs all of them at once.
           resumed: the step that the run goes on from; later ones could not be read. None = trust all of them.
         """
         from orbax.checkpoint import v1 as ocp
 
-        readable = [saved for saved in list_saved(workdir) if "unreadable" not in saved.info]
+        readable = [
+            saved for saved in (list_saved(workdir) if saved is None else saved) if "unreadable" not in saved.info
+        ]
         trusted: dict[int, Mapping[str, float]] = {
             saved.step: saved.metrics for saved in readable if resumed is None or saved.step <= resumed
         }

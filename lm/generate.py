@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import losses
+from lm import losses, sharding
 from lm.config import Config, ConfigError, GenerateConfig
 from lm.data import examples
 from lm.data.tokenizer import Tokenizer
@@ -147,7 +147,8 @@ def _sample(
         return step + 1, new_B, cache, out_BxT.at[:, step].set(new_B), done_B | is_stop(new_B)
 
     carry = (jnp.int32(1), token_B, cache, out_BxT, is_stop(token_B))
-    return jax.lax.while_loop(running, body, carry)[3]
+    out_BxT = jax.lax.while_loop(running, body, carry)[3]
+    return sharding.constrain(out_BxT, None, None)  # every process reads all of it
 
 
 def choose(logits_BxV: jax.Array, keys_B: jax.Array, cfg: GenerateConfig) -> jax.Array:

@@ -24,7 +24,7 @@ def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple
     Args:
       nll_sum: [], sum of loss_weight * -log p(target), in nats.
       weight_sum: [], sum of loss_weight.
-      byte_sum: [], sum of loss_weight * UTF-8 bytes of the target; control symbols stand for 0 bytes.
+      byte_sum: [], sum of the UTF-8 bytes of the targets that have a weight; control symbols stand for 0 bytes.
     """
     return {"nll": (nll_sum, weight_sum), "bits_per_byte": (nll_sum / math.log(2), byte_sum)}
 

@@ -49,7 +49,7 @@ def train_step(
       optimizer: see `lm.optim`.
       seed: of the run. Dropout is a function of it, the step and the row's example index.
       micro_batches: how many parts of the batch are computed one after the other.
-      ema_decay: 0 = no average.
+      ema_decay: 0 = no average; at most (1 + step) / (10 + step), so that a short run's average forgets its start.
 
     Returns:
       The next state, and metrics: 'loss', 'weight', 'grad_norm', 'learning_rate' as float32 [], and those of the
@@ -82,7 +82,8 @@ def train_step(
     new_trained, new_opt_state, info = optimizer.update(grads, state.opt_state, trained, state.step)
     new_ema = state.ema
     if state.ema is not None:
-        new_ema = jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, state.ema, new_trained)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        new_ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, new_trained)
     old, new = (trained, state.opt_state, state.ema), (new_trained, new_opt_state, new_ema)
     trained, opt_state, ema = jax.tree.map(lambda o, n: jnp.where(has_weight, n, o), old, new)
     skipped = state.skipped + jnp.where(has_weight, 0, 1)

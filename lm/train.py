@@ -76,11 +76,12 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
             return json.loads((workdir / "summary.json").read_text())
         with (
             monitor.Monitor(workdir, run.total_steps, start, is_primary, cfg.monitor) as watch,
-            checkpoint.Checkpoints(workdir, cfg.checkpoint, start) as saves,
+            checkpoint.Checkpoints(workdir, cfg.checkpoint, saved, start) as saves,
             Interrupt() as interrupt,
         ):
             summary = loop(run, workdir, state, example, watch, saves, interrupt)
         if is_primary:
+            summary |= history(workdir, cfg)
             report.write_summary(workdir, summary)
             say(f"summary: {workdir}/summary.json, curves: {report.write_report(workdir)}")
         return summary
@@ -122,7 +123,8 @@ def loop(
             info = {"config": config.to_dict(cfg), "tokenizer_hash": run.tokenizer.hash, "data": position}
             saves.save(done, state, info, values)
 
-    first_values = evaluate_now(0) if start == 0 and cfg.eval.at_start else {}
+    if start == 0 and cfg.eval.at_start:
+        evaluate_now(0)
     values: dict[str, float] | None = None
     pending: tuple[int, Any, np.ndarray] | None = None  # figures of the last step, fetched while the next one runs
     rate = Throughput(run, start, watch)
@@ -157,7 +159,7 @@ def loop(
     watch.profile(total)
     with watch.bucket("checkpoint"):
         saves.wait()
-    return summarise(run, state, first_values, values or evaluate_now(total), watch, rate)
+    return summarise(run, state, values or evaluate_now(total), watch, rate)
 
 
 def restore(
@@ -186,7 +188,7 @@ def restore(
     if saved:
         raise CheckpointError(f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read")
     if planned.init:
-        say(transfer.describe(planned.origin_of, planned.unused, planned.init))
+        say(transfer.describe(planned.origin_of, planned.unused, planned.init, run.cfg.model))
     params, origin = transfer.initialize(
         run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
     )
@@ -268,15 +270,20 @@ def describe(cfg: Config, workdir: str | Path) -> str:
     return config.to_json(planned.cfg) + "\n" + parameter_table(planned, planned.optimizer, origin)
 
 
+def history(workdir: Path, cfg: Config) -> dict[str, Any]:
+    """'before' = the evaluation at step 0, 'best' = the best one, by `checkpoint.best_metric`; also of resumed runs."""
+    rows, _ = monitor.read_rows(workdir / "metrics.jsonl")
+    evaluations = [row for row in rows if row.pop("split") == "eval"]
+    sign, name = (1 if cfg.checkpoint.best_mode == "max" else -1), cfg.checkpoint.best_metric
+    measured = [row for row in evaluations if row.get(name) is not None]
+    best = max(measured, key=lambda row: sign * row[name], default={})
+    return {"before": next((row for row in evaluations if row["step"] == 0), {}), "best": best}
+
+
 def summarise(
-    run: build.Run,
-    state: TrainState,
-    first_values: dict[str, float],
-    values: dict[str, float],
-    watch: monitor.Monitor,
-    rate: "Throughput",
+    run: build.Run, state: TrainState, values: dict[str, float], watch: monitor.Monitor, rate: "Throughput"
 ) -> dict[str, Any]:
-    """The figures of a finished run: the final evaluation's at the top, the first one's under 'before'."""
+    """The figures of a finished run, the final evaluation's among them."""
     cfg, done = run.cfg, int(state.step)
     flat = trees.flatten(run.abstract_state.params)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
@@ -284,7 +291,6 @@ def summarise(
     return {
         **values,
         **answer,
-        "before": first_values,
         "steps": done,
         "skipped_steps": int(state.skipped),
         "tokens": done * rate.tokens_per_step,

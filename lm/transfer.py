@@ -1,13 +1,12 @@
 """The bridge: parameters of one run start another. Nothing happens that the returned tables do not say."""
 
 import re
-from typing import Any
 
 import jax
 
-from lm import checkpoint, trees
+from lm import checkpoint, config, trees
 from lm.checkpoint import CheckpointError, Saved
-from lm.config import ConfigError, nearest
+from lm.config import ConfigError, ModelConfig, nearest
 from lm.types import ModelFns, Params
 
 KEEP, REINIT = "keep", "reinit"
@@ -102,8 +101,11 @@ def initialize(
     return trees.unflatten(made | {path: read[name] for path, name in names.items()}), origin
 
 
-def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved) -> Any:
-    """One line each for how many parameters are read, fresh and left behind; the parameter table has every leaf."""
+def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved, model: ModelConfig) -> str:
+    """How many parameters are read, fresh and left behind, and in what else the models differ.
+
+    Models of the same shapes may compute different functions, so each key of `model` that changes is named.
+    """
     read = sum(name is not None for name in origin_of.values())
     fresh = [path for path, name in origin_of.items() if name is None]
     lines = [f"init_from {saved.path}: {read} parameters read"]
@@ -111,4 +113,8 @@ def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved) 
         lines.append(f"  initialised afresh ({len(fresh)}): {', '.join(fresh)}")
     if unused:
         lines.append(f"  left behind ({len(unused)}): {', '.join(unused)}")
+    old = saved.info["config"].get("model", {})
+    for key, now in config.to_dict(model).items():
+        if old.get(key, now) != now:
+            lines.append(f"  model.{key}: {old[key]!r} there, {now!r} here")
     return "\n".join(lines)

@@ -190,7 +190,7 @@ def test_ema_follows_its_formula():
     cfg, model, params, batch, _ = expected("gpt2")
     state, _ = take_step(params, batch, adamw(params), loss_of(model, cfg), MeshConfig(data=1), 1, ema=0.75)
     for path, average in trees.flatten(state.ema).items():
-        want = 0.75 * trees.flatten(params)[path] + 0.25 * trees.flatten(state.params)[path]
+        want = 0.1 * trees.flatten(params)[path] + 0.9 * trees.flatten(state.params)[path]  # 0.1 = (1 + 0) / (10 + 0)
         np.testing.assert_allclose(average, want, rtol=1e-6, atol=1e-7)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # its place here. A package's __init__.py imports nothing of lm, so that it needs none.
 MODULES = (
     # 0: types and trees
-    *("lm.types", "lm.config", "lm.trees"),
+    *("lm.types", "lm.config", "lm.trees", "lm.flags"),
     # 1: arrays, optimizer, data
     *("lm.sharding", "lm.losses", "lm.metrics", "lm.optim"),
     *("lm.data.tokenizer", "lm.data.records", "lm.data.prose", "lm.data.builtin", "lm.data.sources"),

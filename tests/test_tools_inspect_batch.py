@@ -34,7 +34,7 @@ def run(*arguments, code=0):
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env=os.environ | {"COLUMNS": "200"},
         cwd=ROOT,
     )
     assert result.returncode == code, result.stderr

@@ -113,7 +113,13 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
 def test_two_processes_of_four_devices_equal_one_of_eight(texts, tmp_path):
     """Each process reads and holds only its rows; losses, learning rates and the final parameters agree."""
     cfg = toys.recipe(
-        texts, train__total_steps=6, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, checkpoint__every_steps=3
+        texts,
+        train__total_steps=6,
+        mesh__data=2,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+        checkpoint__every_steps=3,
+        generate__prompts=("the model",),
     )
     one, two = tmp_path / "one", tmp_path / "two"
     train.train(cfg, one)
@@ -139,6 +145,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(texts, tmp_path):
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (one, two))
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
     assert theirs["devices"] == ours["devices"] == 8
+    assert len((two / "samples.jsonl").read_text().splitlines()) == 2
     # Rows that every process reads as one array must be the same on all: a resume in one process goes on from there.
     longer = dataclasses.replace(cfg, mesh=config.MeshConfig(data=1))
     abstract = checkpoint.list_saved(two)[-1]
@@ -175,7 +182,7 @@ def test_fine_tuning_starts_from_the_checkpoint_and_reports_answers(texts, tmp_p
         summary = train.train(cfg, tmp_path / name)
         assert summary["answer_loss"] == summary["nll"] > 0
         said = capsys.readouterr().out
-        assert f"init_from {source}/checkpoints/" in said and f"{source.name}@" in said and " ema " in said
+        assert f"init_from {source}/checkpoints/" in said and f"{source.name}@" in said and " ema\n" in said
         assert (tmp_path / name / "tokenizer.model").read_bytes() == (pretrain / "tokenizer.model").read_bytes()
         assert json.loads((tmp_path / name / "samples.jsonl").read_text().splitlines()[-1])["step"] == 2
     wanted = {"seconds", "tokens_per_second", "parameters", "bits_per_byte", "before", "steps", "tokens", "versions"}

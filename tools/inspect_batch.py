@@ -6,7 +6,6 @@ python tools/inspect_batch.py --config=configs/NAME.py [--config.a.b=v] [--split
 import html
 import itertools
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,10 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from ml_collections import config_flags
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
+
 from lm import config
+from lm import flags as lm_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows to show.", lower_bound=1)
@@ -71,8 +73,7 @@ def load(cfg: Any) -> tuple[Any, Any]:
     from lm import build
     from lm.data import examples, pipeline, sources, tokenizer
 
-    with tempfile.TemporaryDirectory() as nothing:
-        words = build.plan(cfg, Path(nothing)).tokenizer
+    words = build.plan(cfg, None).tokenizer
     split = sources.load(cfg.data)
     if words is None:
         words = tokenizer.train(examples.texts(split.train), cfg.tokenizer.vocab_size, cfg.tokenizer.train_bytes)
@@ -197,4 +198,4 @@ def to_html(rows: list[Row], report: str) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=config.parse_flags)
+    app.run(main, flags_parser=lm_flags.parse)

@@ -7,6 +7,7 @@ Each part is a `python -m lm.main` of its own, and resumes if this is started ag
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
         table.add_column(column, justify="left" if column in ("run", "measured") else "right")
 
     def row(name: str, measured: str, key: str, summary: dict[str, Any]) -> None:
-        figures = f"{summary['before'][key]:.3f}", f"{summary[key]:.3f}", f"{summary['steps']:,}"
+        figures = f"{summary['before'].get(key, math.nan):.3f}", f"{summary[key]:.3f}", f"{summary['steps']:,}"
         table.add_row(name, measured, *figures, f"{summary['tokens_per_second']:,.0f}", f"{summary['parameters']:,}")
 
     row("pretrain", "bits per byte", "bits_per_byte", first)

@@ -72,10 +72,12 @@ class Tokenizer:
         return sizes
 
     def save(self, path: Any) -> None:
-        """Writes the model, to any path that `etils.epath` opens."""
+        """Writes the model whole or not at all, to any path that `etils.epath` opens."""
         from etils import epath
 
-        epath.Path(path).write_bytes(self.model)
+        scratch = epath.Path(f"{path}.tmp")
+        scratch.write_bytes(self.model)
+        scratch.replace(path)
 
     @property
     def vocab_size(self) -> int:
