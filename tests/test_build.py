@@ -204,7 +204,5 @@ def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path
 def test_a_run_without_its_tokenizer_is_refused(tmp_path):
     write_run(tmp_path / "run", {1: 0.1})
     (tmp_path / "run" / build.TOKENIZER_FILE).unlink()
-    with pytest.raises(
-        ConfigError, match=f"no {tmp_path}/run/tokenizer.model: what the ids of the checkpoint mean is lost"
-    ):
+    with pytest.raises(ConfigError, match=f"no {tmp_path}/run/tokenizer.model: what the ids"):
         build.load_run(str(tmp_path / "run"))

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from lm import build, checkpoint, config, optim, sharding, step, train, trees
 from lm.checkpoint import CheckpointError
 from lm.config import CheckpointConfig, Config, ConfigError, MeshConfig, OptimConfig
+from lm.data import tokenizer
 from lm.types import TrainState
 
 # What Orbax leaves behind when it stops at a damaged file or a full disk.

@@ -143,10 +143,13 @@ def test_what_is_left_behind_is_named(tmp_path):
     saved = save(tmp_path, random_like(model_of(untied)[1], 0))
     origin_of, unused = transfer.sources(model_of()[1], (("embed/position.*", "reinit"), (".*", "keep")), saved)
     assert unused == ["embed/position_embedding", "lm_head/kernel"]
-    assert transfer.describe(origin_of, unused, saved, toys.GPT2).splitlines() == [
+    saved.info["config"] = {"model": to_dict(ModelConfig(num_heads=2))}
+    config = ModelConfig(num_heads=4)
+    assert transfer.describe(origin_of, unused, saved, config).splitlines() == [
         f"init_from {saved.path}: {len(origin_of) - 1} parameters read",
         "  initialised afresh (1): embed/position_embedding",
         "  left behind (2): embed/position_embedding, lm_head/kernel",
+        "  model.num_heads: 2 there, 4 here",
     ]
 
 
