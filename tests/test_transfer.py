@@ -12,7 +12,7 @@ import toys
 
 from lm import build, checkpoint, config, optim, step, train, transfer, trees
 from lm.checkpoint import CheckpointError
-from lm.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimConfig
+from lm.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimConfig, to_dict
 from lm.data import tokenizer
 from lm.models import transformer
 from lm.types import TrainState
