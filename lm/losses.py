@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lm import sharding
 from lm.types import LossTerms
 
 # Logit of a padded vocabulary column: exp() of it is exactly 0, and it survives division by a small temperature.
@@ -114,21 +116,28 @@ def _sums_fwd(
     options: _Options, hidden_BxLxD: Array, unembed_DxV: Array, targets_BxL: Array, weights_BxL: Array
 ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
     def body(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        totals_3xB, d_unembed_DxV = carry
+        totals_3xB, d_unembed_GxDxV = carry
         hidden_BxCxD, _, _ = chunk
         sums_3xB, d_logits_BxCxV = _chunk(options, unembed_DxV, *chunk)
         # Matrix units take the compute dtype, as in every other layer; the products are summed in float32.
         d_logits_BxCxV = d_logits_BxCxV.astype(unembed_DxV.dtype)
         d_hidden_BxCxD = jnp.einsum("bcv,dv->bcd", d_logits_BxCxV, unembed_DxV, preferred_element_type=jnp.float32)
-        d_unembed_DxV += jnp.einsum("bcd,bcv->dv", hidden_BxCxD, d_logits_BxCxV, preferred_element_type=jnp.float32)
-        return (totals_3xB + sums_3xB, d_unembed_DxV), d_hidden_BxCxD.astype(hidden_BxCxD.dtype)
+        by_group = ((groups, -1, *x.shape[1:]) for x in (hidden_BxCxD, d_logits_BxCxV))
+        hidden_GxbxCxD, d_logits_GxbxCxV = map(jnp.reshape, (hidden_BxCxD, d_logits_BxCxV), by_group)
+        d_unembed_GxDxV += jnp.einsum(
+            "gbcd,gbcv->gdv", hidden_GxbxCxD, d_logits_GxbxCxV, preferred_element_type=jnp.float32
+        )
+        return (totals_3xB + sums_3xB, d_unembed_GxDxV), d_hidden_BxCxD.astype(hidden_BxCxD.dtype)
 
     B, L, _ = hidden_BxLxD.shape
-    init = jnp.zeros((3, B), jnp.float32), jnp.zeros_like(unembed_DxV, jnp.float32)
+    # One sum for each group of rows that lie together, so that devices add theirs up once, not once a chunk.
+    groups = math.gcd(sharding.row_groups(), B)
+    d_unembed_GxDxV = jnp.zeros((groups, *unembed_DxV.shape), jnp.float32)
+    init = jnp.zeros((3, B), jnp.float32), sharding.constrain(d_unembed_GxDxV, "batch", None, "vocab")
     chunks = _split(options.chunk_len, hidden_BxLxD, targets_BxL, weights_BxL)
-    (totals_3xB, d_unembed_DxV), d_hidden_nxBxCxD = lax.scan(body, init, chunks)
+    (totals_3xB, d_unembed_GxDxV), d_hidden_nxBxCxD = lax.scan(body, init, chunks)
     d_hidden_BxLxD = jnp.moveaxis(d_hidden_nxBxCxD, 0, 1).reshape(B, -1, hidden_BxLxD.shape[2])[:, :L]
-    return tuple(totals_3xB.sum(axis=1)), (d_hidden_BxLxD, d_unembed_DxV.astype(unembed_DxV.dtype))
+    return tuple(totals_3xB.sum(axis=1)), (d_hidden_BxLxD, d_unembed_GxDxV.sum(axis=0).astype(unembed_DxV.dtype))
 
 
 def _sums_bwd(

@@ -115,6 +115,12 @@ def is_distributed_trace() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def row_groups() -> int:
+    """In how many parts the mesh set by `jax.set_mesh` splits the rows of a batch; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_shards(mesh: Mesh) -> int:
     """In how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

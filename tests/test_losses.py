@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from lm import losses
+from lm import losses, sharding
+from lm.config import MeshConfig
 from tests import reference
 
 B, L, D, V, VOCAB = 8, 7, 16, 24, 21
@@ -255,9 +256,10 @@ def test_sharded_and_in_a_scan_of_micro_batches_is_the_same():
         (total, d_unembed), d_hidden = jax.lax.scan(body, (0.0, jnp.zeros_like(unembed)), micro)
         return total, d_hidden.reshape(hidden.shape), d_unembed
 
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        specs = [PartitionSpec("data"), PartitionSpec(None, "tensor"), PartitionSpec("data"), PartitionSpec("data")]
+        rows = PartitionSpec(("data", "fsdp"))
+        specs = [rows, PartitionSpec(None, "tensor"), rows, rows]
         placed = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip(inputs, specs, strict=True)]
         total, d_hidden, d_unembed = step(*placed)
     np.testing.assert_allclose(total, expected[0], rtol=1e-6)

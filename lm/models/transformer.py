@@ -20,6 +20,8 @@ from lm.types import Batch, ModelFns, ModelOutput, Params
 
 # What is kept of a layer's forward pass for its backward pass; the rest is computed again.
 REMAT_POLICIES = {
+    # All but what only moves: a weight gathered over 'fsdp' is gathered again, or every layer's would be held (ZeRO-3).
+    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of weight matmuls
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
 }
@@ -168,7 +170,7 @@ class DecoderStack(nn.Module):
         cfg = self.cfg
         unroll = cfg.unroll or cfg.num_layers
         block: Any = Block
-        if cfg.remat != "none":
+        if cfg.remat != "none" or sharding.is_distributed_trace():
             # Inside a loop XLA cannot merge the recomputation with the forward pass, so nothing must prevent it.
             block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=unroll > 1)
         scanned = nn.scan(
