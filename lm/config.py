@@ -251,7 +251,7 @@ def to_json(config: Config) -> str:
 
 def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Key -> (old value, new value), for the keys whose values differ."""
-    old_flat, new_flat = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
+    old_flat, new_flat = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
     return {key: (old_flat[key], new_flat[key]) for key in old_flat if old_flat[key] != new_flat[key]}
 
 
@@ -275,10 +275,11 @@ def nearest(name: str, known: Iterable[str], what: str = "did you mean") -> str:
     return f" ({what} '{match[0]}'?)" if match else ""
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of the leaves of nested dicts. Example: {'a': {'b': 1}} -> ('a.b', 1)."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -354,7 +355,7 @@ _BELOW_ONE = {"model.dropout", "loss.label_smoothing", "data.eval_fraction", "op
 def _check(config: Config) -> None:
     """Refuses values that no run could use, whatever the data."""
     model, data, optim, train = config.model, config.data, config.optim, config.train
-    for key, value in _flatten(to_dict(config)):
+    for key, value in flatten(to_dict(config)):
         if not isinstance(value, int | float) or key in ("mesh.data", "seed"):
             continue
         least = 1 if key in _AT_LEAST_ONE else 0

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ModelConfig
-from lm.types import LossTerms
 
 # name -> (sum, weight), on the host in float64. Examples, over all tokens with a loss weight:
 #   loss           (objective in nats, weight)  what is optimised, label smoothing and z-loss included
@@ -27,11 +26,6 @@ def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple
       byte_sum: [], sum of the UTF-8 bytes of the targets that have a weight; control symbols stand for 0 bytes.
     """
     return {"nll": (nll_sum, weight_sum), "bits_per_byte": (nll_sum / math.log(2), byte_sum)}
-
-
-def from_terms(terms: LossTerms) -> Sums:
-    """An objective's result as sums on the host: its metrics and 'loss'. Waits for the device."""
-    return add({}, {"loss": (terms.sum, terms.weight), **terms.metrics})
 
 
 def add(total: Mapping[str, tuple[Any, Any]], part: Mapping[str, tuple[Any, Any]]) -> Sums:

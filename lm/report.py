@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lm
-from lm import trees
+from lm import config, trees
 from lm.monitor import finite, read_rows, write_atomic
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
@@ -51,7 +51,7 @@ def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
 
     NaN and infinity become null; the keys they stood at are listed under 'not_finite'.
     """
-    given, written = dict(_flatten(summary)), dict(_flatten(finite(summary)))
+    given, written = dict(config.flatten(summary)), dict(config.flatten(finite(summary)))
     lost = [key for key, value in written.items() if value is None and given[key] is not None]
     out = {**summary, **({"not_finite": lost} if lost else {}), "versions": versions()}
     write_atomic(Path(workdir) / "summary.json", json.dumps(finite(out), indent=2, allow_nan=False) + "\n")
@@ -122,7 +122,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     workdir = Path(workdir)
     rows, _ = read_rows(workdir / "metrics.jsonl")
     samples, _ = read_rows(workdir / "samples.jsonl")
-    summary, config = _read_json(workdir / "summary.json"), _read_json(workdir / "config.json")
+    summary, resolved = _read_json(workdir / "summary.json"), _read_json(workdir / "config.json")
     figures = {key: value for key, value in summary.items() if key not in ("versions", "goodput")}
     body = [
         f"<h1>{html.escape(workdir.resolve().name)}</h1>",
@@ -133,11 +133,11 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         "<h2>Where the time went</h2>",
         _goodput_bar(summary.get("goodput", {})),
         "<h2>Figures</h2>",
-        _table(_flatten(figures)),
+        _table(config.flatten(figures)),
         "<h2>Samples</h2>",
         _samples(samples),
         "<h2>Config</h2>",
-        _table(_flatten(config)),
+        _table(config.flatten(resolved)),
     ]
     title = html.escape(workdir.resolve().name)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
@@ -268,14 +268,6 @@ def _number(value: Any) -> str:
     if isinstance(value, int) or (abs(value) >= 10_000 and value == round(value)):
         return f"{value:,.0f}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Arrays name their dimensions by logical axes ('batch', 'embed', …); `RULES` sa
 Axes are Auto: the compiler places what is not constrained, and a mesh of one device needs no second code path.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,8 +181,3 @@ def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, piece)
 
     return {key: make(value) for key, value in batch.items()}
-
-
-def num_devices(mesh: Mesh) -> int:
-    """Devices in the mesh, over all processes."""
-    return math.prod(mesh.shape.values())

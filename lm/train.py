@@ -298,7 +298,7 @@ def summarise(
         "tokens_per_second": rate.overall(done),
         "parameters": sum(sizes.values()),
         "trained_parameters": sum(size for path, size in sizes.items() if run.optimizer.trained[path]),
-        "devices": sharding.num_devices(run.mesh),
+        "devices": run.mesh.devices.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": watch.goodput(),
     }
