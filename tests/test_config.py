@@ -32,7 +32,7 @@ def test_defaults_build_once_a_length_is_given():
 
 
 def test_defaults_hold_every_key():
-    flat = [key for key, _ in config_lib._flatten(config_lib.defaults().to_dict())]
+    flat = [key for key, _ in config_lib.flatten(config_lib.defaults().to_dict())]
     spelled = [
         spelling
         for key in keys()

@@ -48,7 +48,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
 def test_the_mesh_names_its_axes():
     made = mesh(fsdp=4)
     assert dict(made.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert sharding.num_devices(made) == 8 and sharding.batch_shards(made) == 8
+    assert made.devices.size == 8 and sharding.batch_shards(made) == 8
     assert sharding.batch_shards(mesh(fsdp=2, tensor=2)) == 4
 
 
