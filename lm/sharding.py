@@ -117,10 +117,10 @@ def is_distributed_trace() -> bool:
 def row_groups() -> int:
     """In how many parts the mesh set by `jax.set_mesh` splits the rows of a batch; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh.empty else batch_shards(mesh)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Any) -> int:
     """In how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -149,7 +149,11 @@ def loop(
         with watch.bucket("step"):
             observe(run, pending, watch, rate, saves.last_good)  # what is not finite is neither evaluated nor kept
             pending = None
-        values = evaluate_now(done) if eval_due else None
+        try:
+            values = evaluate_now(done) if eval_due else None
+        except Exception:  # out of memory in evaluation only, say: the steps are not lost with it
+            save_now(done, None)
+            raise
         if save_due or (values and saves.is_best(values)):
             save_now(done, values)
         if stopping and not is_last:

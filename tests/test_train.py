@@ -111,7 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
 
 
 def test_two_processes_of_four_devices_equal_one_of_eight(texts, tmp_path):
-    """Each process reads and holds only its rows; losses, learning rates and the final parameters agree."""
+    """Losses, gradient norms, learning rates and the final evaluation agree; samples reach the one that writes."""
     cfg = toys.recipe(
         texts,
         train__total_steps=6,
@@ -203,6 +203,21 @@ def test_divergence_names_step_examples_and_last_good_checkpoint(texts, tmp_path
     )
     last = json.loads((tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["loss"] is None and last["step"] == 2
+
+
+def test_a_failing_evaluation_does_not_lose_the_steps(texts, tmp_path, monkeypatch):
+    cfg = toys.recipe(texts, train__total_steps=2, eval__at_start=False)
+    whole = train.train(cfg, tmp_path / "whole")
+
+    def fail(*_):
+        raise MemoryError("no room to evaluate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluate, "evaluate", fail)
+        with pytest.raises(MemoryError):
+            train.train(cfg, tmp_path / "run")
+    assert arrays(tmp_path / "run", 2) == arrays(tmp_path / "whole", 2)
+    assert train.train(cfg, tmp_path / "run")["loss"] == whole["loss"]
 
 
 def test_a_changed_config_or_changed_data_is_refused_with_what_changed(texts, tmp_path):
