@@ -12,11 +12,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import checkpoint, config, generate, metrics, objectives, optim, sharding, step, transfer, trees
-from lm.config import Config, ConfigError, MeshConfig
+from lm import checkpoint, config, generate, metrics, objectives, optim, schema, sharding, step, transfer, trees
+from lm.config import Config, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
 from lm.data.tokenizer import Tokenizer
 from lm.models import transformer
+from lm.schema import ConfigError
 from lm.types import Batch, ModelFns, TrainState
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -186,7 +187,7 @@ def check_metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch:
     names = sorted(metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))))
     if cfg.checkpoint.best_metric not in names:
         wanted = cfg.checkpoint.best_metric
-        hint = config.nearest(wanted, names)
+        hint = schema.nearest(wanted, names)
         raise ConfigError(f"'checkpoint.best_metric': no metric '{wanted}'{hint}; there are {', '.join(names)}")
 
 

@@ -1,41 +1,17 @@
-"""The schema of a run: frozen dataclasses, built strictly from an `ml_collections.ConfigDict`.
+"""The sections of a config and their checks: every key has one owner here, and its default here.
 
-Every key has one owner here and its default here. A recipe in `configs/` starts from `defaults()`, changes what it
-means to change, and `build` turns the result into a `Config`: an unknown key, a wrong type, an unknown choice or two
-durations at once is refused with the key named and the nearest known name suggested.
+A recipe in `configs/` starts from `defaults()`, changes what it means to change, and `build` turns the result into a
+`Config`: an unknown key, a wrong type, an unknown choice or two durations at once is refused with the key named and the
+nearest known name suggested.
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import typing
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any, Literal
 
-UNITS = ("steps", "tokens", "examples", "epochs")
-
-
-class ConfigError(ValueError):
-    """The config cannot be run. The message names the key, what was found, and what was expected."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Duration:
-    """A length of training, spelled in the config as one of `NAME_steps|_tokens|_examples|_epochs`; all 0 = none."""
-
-    steps: int = 0
-    tokens: int = 0
-    examples: int = 0
-    epochs: float = 0.0
-
-    def to_steps(self, *, batch_size: int, seq_len: int, epoch_examples: int) -> int:
-        """Rounds up to whole steps. A token is one position of a batch, padding included; an example is one row."""
-        if self.steps:
-            return self.steps
-        # Rounded: 1.1 epochs of 100 examples are 110.00000000000001 in floats, and would be a step too long.
-        examples = self.examples or round(self.epochs * epoch_examples, 6) or self.tokens / seq_len
-        return math.ceil(examples / batch_size)
+from lm import schema
+from lm.schema import NEVER, ConfigError, Duration, flatten, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +20,7 @@ class TokenizerConfig:
 
     path: str = ""  # a .model file; '' = the one of init_from's run, else train one on the training text
     vocab_size: int = 8192  # ids, when training one
+    extra_ids: int = 0  # ids after those of the model: the mask (the first one) and the sentinels of span corruption
     train_bytes: int = 10_000_000  # at most this much text is read to train one
 
 
@@ -51,14 +28,32 @@ class TokenizerConfig:
 class DataConfig:
     """Where records come from and how they become rows of a batch."""
 
-    format: Literal["builtin_text", "builtin_instructions", "text", "jsonl"] = "builtin_text"
-    path: str = ""  # a file, a folder or a glob, local or any URL that etils.epath opens
+    format: Literal[
+        Literal["builtin_text", "builtin_instructions", "text", "jsonl", "table", "conll", "squad", "parallel"],
+        Literal["images", "interactions"],
+    ] = "builtin_text"
+    path: str = ""  # a file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}
     eval_path: str = ""  # '' = hold out eval_fraction of the records of `path`, chosen by hash
     eval_fraction: float = 0.02
     separator: str = ""  # text only: splits one file into documents; '' = one document a file
-    rename: tuple[tuple[str, str], ...] = ()  # jsonl only: (field in the file, field expected) pairs
-    task: Literal["text", "chat"] = "text"  # which function of lm.data.examples makes examples
-    seq_len: int = 256  # positions in a row
+    # jsonl, table and conll only: (field in the file, field expected) pairs. Numbers, from 1, name the columns of a
+    # table that has no header.
+    rename: tuple[tuple[str, str], ...] = ()
+    task: Literal[
+        Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
+        Literal["sentences", "tagging", "span_qa", "images", "items", "masked_items"],
+    ] = "text"  # which entry of lm.data.tasks makes examples
+    labels: tuple[str, ...] = ()  # classification and tagging: all there are; a label's place here is its index
+    image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
+    templates: tuple[str, ...] = ()  # sentences only: '{text} It was {label}.'; which one, the example's index decides
+    shots: int = 0  # chat only: this many examples of the training data are put before each held-out prompt
+    augment: tuple[tuple[str, float], ...] = ()  # (entry of lm.data.augment, strength) pairs, training only
+    synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
+    replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
+    curriculum: Literal["none", "length"] = "none"  # order of the examples in the first epochs, easy ones first
+    curriculum_length: Duration = NEVER  # until when
+    seq_len: int = 256  # positions in a row; of the encoder's input, where there is an encoder and a decoder
+    target_len: int = 0  # positions of a row of the decoder, where there is an encoder too; 0 = seq_len
     batch_size: int = 16  # rows in a step, over all devices
     packing: Literal["pad", "best_fit", "concat"] = "best_fit"
     mask_documents: bool = True  # False: documents packed in one row see the ones before them
@@ -69,10 +64,36 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A decoder of pre-norm blocks. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
+class CorruptConfig:
+    """What self-supervised tasks hide of an example."""
 
-    num_layers: int = 4
+    rate: float = 0.15  # share of the tokens, or of an image's patches
+    mean_span: float = 3.0  # span_corruption only: mean length of a hidden span, in tokens
+    whole_words: bool = False  # masked_text: all pieces of a word or none
+    pairs: Literal["next", "order"] = (
+        "next"  # masked_pairs only: is B what follows A (BERT); are A and B swapped (ALBERT)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Small trained additions to a model that is otherwise frozen, see `lm.models.adapters`."""
+
+    kind: Literal["none", "lora", "houlsby", "pfeiffer"] = "none"
+    rank: int = 8  # of LoRA; width of a bottleneck
+    alpha: float = 16.0  # LoRA only: the product of its two matrices is scaled by alpha / rank
+    dropout: float = 0.0  # LoRA only: on its input
+    targets: str = r".*(query|value)"  # LoRA only: a regular expression over the paths of the Dense layers
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Pre-norm blocks. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
+
+    kind: Literal["decoder", "prefix_decoder", "encoder", "encoder_decoder", "vit", "mae"] = "decoder"
+    num_layers: int = 4  # of the encoder, where there is an encoder and a decoder
+    decoder_layers: int = 0  # encoder_decoder and mae; 0 = num_layers
+    decoder_dim: int = 0  # mae only: width of its decoder; 0 = embed_dim
     embed_dim: int = 256
     num_heads: int = 4
     num_kv_heads: int = 0  # 0 = num_heads
@@ -80,7 +101,8 @@ class ModelConfig:
     mlp_dim: int = 0  # 0 = 4 * embed_dim
     vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's, rounded up to a multiple of 128
     max_len: int = 0  # rows of the learned position table; 0 = data.seq_len
-    position: Literal["learned", "rope"] = "learned"  # rope
+    patch_size: int = 4  # vit and mae: an image is cut in squares of this many pixels a side
+    position: Literal["learned", "rope", "relative"] = "learned"  # rope; relative is T5's bias
     rope_theta: float = 10_000.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
     norm_eps: float = 1e-5
@@ -91,7 +113,10 @@ class ModelConfig:
     logit_softcap: float = 0.0  # 0 = off; else logits = cap * tanh(logits / cap)
     attention_softcap: float = 0.0  # the same, on attention scores
     sliding_window: int = 0  # 0 = off; else a position sees itself and the window - 1 before it
+    pool: Literal["first", "mean", "last"] = "first"  # what a head on a row reads: [CLS], the mean, the last token
+    projection_dim: int = 128  # contrastive only: width of the projection head's output
     dropout: float = 0.0
+    embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto = bfloat16, but float32 on CPU
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again, see lm.models.transformer
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
@@ -99,10 +124,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Options of the token cross-entropy."""
+    """Options of the losses."""
 
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 (PaLM, section 5)
     label_smoothing: float = 0.0
+    temperature: float = 0.05  # contrastive only: similarities are divided by it
+    r_drop: float = 0.0  # classification only: weight of the divergence between two dropout masks (R-Drop); 0 = off
     chunk_len: int = 128  # positions of each row whose logits are held at once; 0 = all
 
 
@@ -113,8 +140,8 @@ class OptimConfig:
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3  # the peak
     schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "cosine"
-    warmup: Duration = Duration()
-    decay: Duration = Duration()  # wsd only: the final linear decay
+    warmup: Duration = NEVER
+    decay: Duration = NEVER  # wsd only: the final linear decay
     end_lr_ratio: float = 0.0  # learning rate at the end / peak; linear, cosine and wsd
     b1: float = 0.9
     b2: float = 0.95
@@ -122,6 +149,9 @@ class OptimConfig:
     weight_decay: float = 0.1  # per step: lr * weight_decay * parameter
     decay_rules: tuple[tuple[str, bool], ...] = ((r".*(kernel|embedding)", True), (r".*", False))
     lr_rules: tuple[tuple[str, float], ...] = ((r".*", 1.0),)  # multiplies the learning rate; 0 = frozen
+    unfreeze_rules: tuple[tuple[str, float], ...] = ((r".*", 0.0),)  # share of the run after which a parameter learns
+    to_init: float = 0.0  # weight of L2 towards the values at the start, as weight_decay is towards 0 (L2-SP)
+    mixout: float = 0.0  # probability that an entry is replaced by its value at the start while training
     clip_norm: float = 1.0  # of the global gradient norm; 0 = off
     ema_decay: float = 0.0  # 0 = off; else evaluation uses the average; less at the start, see lm.step
 
@@ -140,7 +170,9 @@ class MeshConfig:
 class TrainConfig:
     """How long, and in how many pieces a step is computed."""
 
-    total: Duration = Duration()
+    total: Duration = NEVER
+    patience: int = 0  # evaluations without a better checkpoint.best_metric before stopping early; 0 = never
+    min_delta: float = 0.0  # a change of that metric by less is not better
     micro_batches: int = 1  # the batch is split in this many, their gradients summed: less memory, the same result
 
 
@@ -148,7 +180,7 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation on held-out data."""
 
-    every: Duration = Duration()  # none = only at the start and the end
+    every: Duration = NEVER  # none = only at the start and the end
     at_start: bool = True
     batch_size: int = 0  # 0 = data.batch_size
     max_tokens: int = 0  # evaluate on at most this many positions; 0 = all held-out rows
@@ -158,7 +190,7 @@ class EvalConfig:
 class CheckpointConfig:
     """When the state is saved and what is kept."""
 
-    every: Duration = Duration()  # none = only at the end and when an evaluation is the best so far
+    every: Duration = NEVER  # none = only at the end and when an evaluation is the best so far
     keep_latest: int = 2
     keep_best: int = 1
     best_metric: str = "loss"  # a key of the evaluation's metrics
@@ -190,12 +222,16 @@ class Config:
     """One run."""
 
     seed: int = 0
-    objective: Literal["clm"] = "clm"
+    objective: Literal[
+        Literal["clm", "mlm", "seq2seq", "mae", "contrastive", "classification", "regression", "tagging", "span_qa"]
+    ] = "clm"
     init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
     init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or a path to read from instead
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
+    corrupt: CorruptConfig = CorruptConfig()
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
@@ -227,21 +263,9 @@ def build(source: Mapping[str, Any]) -> Config:
         source = source.to_dict() if hasattr(source, "to_dict") else source
     except OSError as error:  # so late does ml_collections tell that it could not load the recipe
         raise ConfigError(f"no recipe to load: {str(error).strip().splitlines()[-1].strip()}") from None
-    config = _build(Config, source, "")
+    config = schema.build_section(Config, source, "")
     _check(config)
     return config
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dict of a config dataclass; a duration becomes its four keys."""
-    out: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, Duration):
-            out |= dict(zip(spelled(field.name), dataclasses.astuple(value), strict=True))
-        else:
-            out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return out
 
 
 def to_json(config: Config) -> str:
@@ -255,101 +279,24 @@ def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (old_flat[key], new_flat[key]) for key in old_flat if old_flat[key] != new_flat[key]}
 
 
-def keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every config key, as 'a.b'. A duration counts once: only one of its four spellings can be set."""
-    out = []
-    for name, hint in get_type_hints(cls).items():
-        is_section = dataclasses.is_dataclass(hint) and hint is not Duration
-        out += keys(hint, f"{prefix}{name}.") if is_section else [prefix + name]
-    return out
-
-
-def spelled(name: str) -> list[str]:
-    """The keys that a duration may be spelled as: 'total' -> 'total_steps', 'total_tokens', …"""
-    return [f"{name}_{unit}" for unit in UNITS]
-
-
-def nearest(name: str, known: Iterable[str], what: str = "did you mean") -> str:
-    """' (did you mean X?)' for the closest of `known`, or '' when nothing is close."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" ({what} '{match[0]}'?)" if match else ""
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of the leaves of nested dicts. Example: {'a': {'b': 1}} -> ('a.b', 1)."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _build(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(cls)
-    known = [key for name, hint in hints.items() for key in (spelled(name) if hint is Duration else [name])]
-    for key in source:
-        if key not in known:
-            hint = nearest(key, known) or f"; known here: {', '.join(known)}"
-            raise ConfigError(f"unknown config key '{prefix}{key}'{hint}")
-    values = {}
-    for name, hint in hints.items():
-        if hint is Duration:
-            values[name] = _duration(name, source, prefix)
-        elif name in source:
-            value = source[name]
-            if dataclasses.is_dataclass(hint):
-                if not isinstance(value, Mapping):
-                    raise ConfigError(f"'{prefix}{name}' is a section of keys, got {value!r}")
-                values[name] = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
-            else:
-                values[name] = _convert(value, hint, prefix + name)
-    return cls(**values)
-
-
-def _duration(name: str, source: Mapping[str, Any], prefix: str) -> Duration:
-    hints = get_type_hints(Duration)
-    given = {}
-    for unit, key in zip(UNITS, spelled(name), strict=True):
-        if value := _convert(source.get(key, 0), hints[unit], prefix + key):
-            given[unit] = value
-    if len(given) > 1:
-        listed = " and ".join(f"{prefix}{name}_{unit}={value:,}" for unit, value in given.items())
-        raise ConfigError(f"two durations at once: {listed}; keep one and set the others to 0")
-    return Duration(**given)
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """Checks `value` against a type hint; the only conversions are int -> float and list -> tuple."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(
-                f"'{key}' must be one of {', '.join(map(str, args))}; got {value!r}{nearest(str(value), args)}"
-            )
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"'{key}' must be a tuple, got {value!r}")
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_convert(item, args[0], f"{key}[{i}]") for i, item in enumerate(value))
-        if len(value) != len(args):
-            raise ConfigError(f"'{key}' must have {len(args)} items, got {value!r}")
-        return tuple(_convert(item, arg, f"{key}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"'{key}' must be {hint.__name__}, got {type(value).__name__} {value!r}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"'{key}' must be finite, got {value!r}")
-    return value
-
+# Ways to pack the examples of a task; those of any other task are padded, one to a row.
+TASK_PACKINGS = {
+    "text": ("pad", "best_fit", "concat"),
+    "masked_text": ("pad", "best_fit", "concat"),
+    "span_corruption": ("pad", "concat"),
+    "chat": ("pad", "best_fit"),
+}
 
 _AT_LEAST_ONE = {
-    *("model.num_layers", "model.embed_dim", "model.num_heads", "data.seq_len", "data.batch_size"),
+    *("model.num_layers", "model.embed_dim", "model.num_heads", "model.patch_size", "model.projection_dim"),
+    *("data.seq_len", "data.batch_size", "adapter.rank", "corrupt.mean_span"),
     *("train.micro_batches", "checkpoint.keep_latest", "monitor.log_every_steps", "generate.max_new_tokens"),
     *("mesh.fsdp", "mesh.tensor", "mesh.dcn_data"),
 }
-_BELOW_ONE = {"model.dropout", "loss.label_smoothing", "data.eval_fraction", "optim.b1", "optim.b2", "optim.ema_decay"}
+_BELOW_ONE = {
+    *("model.dropout", "adapter.dropout", "loss.label_smoothing", "data.eval_fraction", "data.replay", "corrupt.rate"),
+    *("optim.b1", "optim.b2", "optim.ema_decay", "optim.mixout"),
+}
 
 
 def _check(config: Config) -> None:
@@ -381,19 +328,25 @@ def _check(config: Config) -> None:
             data.format.startswith("builtin") or bool(data.path)
         ),
         f"'optim.decay_*' is read by schedule wsd only; 'optim.schedule' is {optim.schedule}": (
-            optim.schedule == "wsd" or optim.decay == Duration()
+            optim.schedule == "wsd" or optim.decay == NEVER
         ),
         f"'optim.schedule' is {optim.schedule}, but no 'optim.decay_steps|_tokens|_examples|_epochs' is set": (
-            optim.schedule != "wsd" or optim.decay != Duration()
+            optim.schedule != "wsd" or optim.decay != NEVER
         ),
         f"'data.task' is {data.task}, which does not fit 'data.format' ({data.format})": (
             (data.format, data.task) not in (("builtin_text", "chat"), ("builtin_instructions", "text"))
         ),
-        "'data.packing' concat would cut answers from their questions; with 'data.task' chat use best_fit or pad": (
-            (data.task, data.packing) != ("chat", "concat")
+        f"'data.packing' is {data.packing}, but 'data.task' {data.task} has more than tokens in a row; use pad": (
+            data.packing in TASK_PACKINGS.get(data.task, ("pad",))
+        ),
+        f"'data.labels' names a label twice: {data.labels}": len(set(data.labels)) == len(data.labels),
+        "'data.image_shape' must be of three numbers above 0": min(data.image_shape) > 0,
+        "'loss.temperature' must be greater than 0": config.loss.temperature > 0,
+        "'train.patience' counts evaluations, but no 'eval.every_*' is set": (
+            not train.patience or config.eval.every != NEVER
         ),
         f"'seed' must be in [-2^31, 2^31), got {config.seed}": -(2**31) <= config.seed < 2**31,
-        "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != Duration(),
+        "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != NEVER,
     }
     if broken := [message for message, holds in needs.items() if not holds]:
         raise ConfigError(broken[0])

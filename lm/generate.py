@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import losses, sharding
-from lm.config import Config, ConfigError, GenerateConfig
+from lm.config import Config, GenerateConfig
 from lm.data import examples
 from lm.data.tokenizer import Tokenizer
+from lm.schema import ConfigError
 from lm.types import ModelFns, Params
 
 # Prompts are padded to a multiple of this, so that prompts of like length share a compilation.

@@ -29,7 +29,8 @@ import optax.contrib
 from jax.sharding import PartitionSpec
 
 from lm import trees
-from lm.config import ConfigError, OptimConfig
+from lm.config import OptimConfig
+from lm.schema import ConfigError
 from lm.types import Params
 
 Schedule = Callable[[jax.Array], jax.Array]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lm
-from lm import config, trees
+from lm import schema, trees
 from lm.monitor import finite, read_rows, write_atomic
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
@@ -51,7 +51,7 @@ def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
 
     NaN and infinity become null; the keys they stood at are listed under 'not_finite'.
     """
-    given, written = dict(config.flatten(summary)), dict(config.flatten(finite(summary)))
+    given, written = dict(schema.flatten(summary)), dict(schema.flatten(finite(summary)))
     lost = [key for key, value in written.items() if value is None and given[key] is not None]
     out = {**summary, **({"not_finite": lost} if lost else {}), "versions": versions()}
     write_atomic(Path(workdir) / "summary.json", json.dumps(finite(out), indent=2, allow_nan=False) + "\n")
@@ -133,11 +133,11 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         "<h2>Where the time went</h2>",
         _goodput_bar(summary.get("goodput", {})),
         "<h2>Figures</h2>",
-        _table(config.flatten(figures)),
+        _table(schema.flatten(figures)),
         "<h2>Samples</h2>",
         _samples(samples),
         "<h2>Config</h2>",
-        _table(config.flatten(resolved)),
+        _table(schema.flatten(resolved)),
     ]
     title = html.escape(workdir.resolve().name)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm.config import ConfigError, MeshConfig
+from lm.config import MeshConfig
+from lm.schema import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -16,9 +16,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import build, checkpoint, config, evaluate, generate, metrics, monitor, report, sharding, step, transfer, trees
+from lm import (
+    build,
+    checkpoint,
+    config,
+    evaluate,
+    generate,
+    metrics,
+    monitor,
+    report,
+    schema,
+    sharding,
+    step,
+    transfer,
+    trees,
+)
 from lm.checkpoint import CheckpointError
-from lm.config import Config, ConfigError
+from lm.config import Config
+from lm.schema import ConfigError
 from lm.types import TrainState
 
 Say = Callable[[str], None]
@@ -120,7 +135,7 @@ def loop(
     def save_now(done: int, values: dict[str, float] | None) -> None:
         with watch.bucket("checkpoint"):
             position = {"example": example, "fingerprint": run.data.fingerprint}
-            info = {"config": config.to_dict(cfg), "tokenizer_hash": run.tokenizer.hash, "data": position}
+            info = {"config": schema.to_dict(cfg), "tokenizer_hash": run.tokenizer.hash, "data": position}
             saves.save(done, state, info, values)
 
     if start == 0 and cfg.eval.at_start:

@@ -4,9 +4,10 @@ import re
 
 import jax
 
-from lm import checkpoint, config, trees
+from lm import checkpoint, schema, trees
 from lm.checkpoint import CheckpointError, Saved
-from lm.config import ConfigError, ModelConfig, nearest
+from lm.config import ModelConfig
+from lm.schema import ConfigError, nearest
 from lm.types import ModelFns, Params
 
 KEEP, REINIT = "keep", "reinit"
@@ -114,7 +115,7 @@ def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved, 
     if unused:
         lines.append(f"  left behind ({len(unused)}): {', '.join(unused)}")
     old = saved.info["config"].get("model", {})
-    for key, now in config.to_dict(model).items():
+    for key, now in schema.to_dict(model).items():
         if old.get(key, now) != now:
             lines.append(f"  model.{key}: {old[key]!r} there, {now!r} here")
     return "\n".join(lines)

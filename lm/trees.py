@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lm.config import ConfigError, nearest
+from lm.schema import ConfigError, nearest
 
 T = TypeVar("T")
 

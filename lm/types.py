@@ -8,7 +8,7 @@ Shape letters, used in array names all over the code (`logits_BxLxV`):
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -19,6 +19,13 @@ import jax
 #   segment_ids     int32    0 = padding, documents of a row numbered from 1
 #   positions       int32    restart at 0 in each segment
 #   example_index   int32    [B] global index of the row in the stream: names it in errors, seeds its dropout
+#   row_weights     float32  [B] 0 = a row that only fills up the last batch of an evaluation
+#   labels          int32    [B] class; [B, L] tag of each position, -1 = none; float32 [B] where a number is predicted
+#   type_ids        int32    0 = first sentence, 1 = second one (encoders)
+#   is_prefix       int32    1 = every position of the segment sees it (prefix LM)
+#   inputs, input_segment_ids, input_positions  int32 [B, S] of the encoder, where there is a decoder for the others
+#   images          uint8    [B, H, W, C], or [B, 2, H, W, C]: two views
+#   visible_patches, masked_patches  int32 [B, n] indices of patches
 Batch = dict[str, jax.Array]
 
 # A nested dict of arrays; its leaves are named by paths such as 'decoder/layers/mlp/up/kernel'.
@@ -32,11 +39,13 @@ class LossTerms(NamedTuple):
       sum: float32 [], the weighted sum of the per-token (or per-example) loss, in nats.
       weight: float32 [], the sum of the weights.
       metrics: name -> (sum, weight), float32 [] each; reported as sum / weight.
+      outputs: name -> [B, ...], what an evaluation collects of each row to score all of them at once.
     """
 
     sum: jax.Array
     weight: jax.Array
     metrics: dict[str, tuple[jax.Array, jax.Array]]
+    outputs: dict[str, jax.Array] = {}  # noqa: RUF012, never written to
 
 
 class TrainState(NamedTuple):
@@ -62,13 +71,30 @@ class ModelOutput(NamedTuple):
 
     Attributes:
       hidden_BxLxD: last hidden states, after the final norm, in the compute dtype.
-      unembed_DxV: the output projection in the compute dtype, so that the loss makes logits in pieces.
+      unembed_DxV: the output projection in the compute dtype, so that the loss makes logits in pieces; None in a model
+        that has another head instead.
       cache: the updated key/value cache when one was passed, else None.
+      head: float32, what the model's `Head` gives, or None when it has none.
     """
 
     hidden_BxLxD: jax.Array
-    unembed_DxV: jax.Array
-    cache: Any
+    unembed_DxV: Any
+    cache: Any = None
+    head: jax.Array | None = None
+
+
+class Head(NamedTuple):
+    """An output layer for a task, on top of the last hidden states; its parameters are 'head/...'.
+
+    Attributes:
+      kind: 'pooled' = [B, size] from one vector a row; 'token' = [B, L, size]; 'projection' = [B, size] by an MLP.
+      size: width of the output.
+      keeps_unembed: whether the model also predicts tokens.
+    """
+
+    kind: Literal["pooled", "token", "projection"]
+    size: int
+    keeps_unembed: bool = False
 
 
 class ModelFns(NamedTuple):

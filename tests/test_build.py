@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, checkpoint, config, sharding, step, trees
+from lm import build, checkpoint, schema, sharding, step, trees
 from lm.checkpoint import CheckpointError
-from lm.config import ConfigError, MeshConfig
+from lm.config import MeshConfig
 from lm.data import tokenizer
 from lm.models import transformer
+from lm.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -42,7 +43,7 @@ def write_run(folder: Path, scores: dict[int, float], **changes):
     cfg = dataclasses.replace(cfg, model=transformer.resolve(cfg.model, vocab_size=285, seq_len=16))
     model = transformer.decoder(cfg.model, jnp.float32)
     shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
-    info = {"config": config.to_dict(cfg), "tokenizer_hash": words.hash, "data": {}}
+    info = {"config": schema.to_dict(cfg), "tokenizer_hash": words.hash, "data": {}}
     states = {}
     with checkpoint.Checkpoints(folder, dataclasses.replace(cfg.checkpoint, keep_latest=9)) as saves:
         for number, score in scores.items():
@@ -64,7 +65,7 @@ planned = build.plan(toys.recipe(folder, **tiny), folder / "new")
 assert planned.tokenizer is None and planned.cfg.model.vocab_size == 384  # of 300 ids, rounded up
 try:
     build.plan(toys.recipe(folder, **tiny, optim__lr_rules=(("decodr/.*", 0.0), (".*", 1.0))), folder / "new")
-except config.ConfigError as error:
+except schema.ConfigError as error:
     print(error)
 print("devices touched:", jax._src.xla_bridge.backends_are_initialized())
 """

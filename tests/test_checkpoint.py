@@ -19,10 +19,11 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import build, checkpoint, config, optim, sharding, step, train, trees
+from lm import build, checkpoint, optim, schema, sharding, step, train, trees
 from lm.checkpoint import CheckpointError
-from lm.config import CheckpointConfig, Config, ConfigError, MeshConfig, OptimConfig
+from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
 from lm.data import tokenizer
+from lm.schema import ConfigError
 from lm.types import TrainState
 
 # What Orbax leaves behind when it stops at a damaged file or a full disk.
@@ -94,7 +95,7 @@ def small(value: float = 0.0):
 def info(**changes):
     """What a run writes beside the arrays."""
     cfg = dataclasses.replace(Config(), checkpoint=CheckpointConfig(**changes))
-    return {"config": config.to_dict(cfg), "tokenizer_hash": "abc", "data": {"example": 8, "fingerprint": "f"}}
+    return {"config": schema.to_dict(cfg), "tokenizer_hash": "abc", "data": {"example": 8, "fingerprint": "f"}}
 
 
 def save(workdir, metrics: dict[int, float | None], name: str = "loss", **changes) -> None:
@@ -531,7 +532,7 @@ def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, mon
     tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / build.TOKENIZER_FILE)
     with checkpoint.Checkpoints(tmp_path, resolved.checkpoint) as saves:
         for number in (1, 2):
-            saves.save(number, small()[0], info() | {"config": config.to_dict(resolved)}, None)
+            saves.save(number, small()[0], info() | {"config": schema.to_dict(resolved)}, None)
     (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
     with pytest.raises(Reached):
         train.train(cfg, tmp_path)

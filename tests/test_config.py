@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import config as config_lib
-from lm.config import Config, ConfigError, Duration, keys
+from lm import schema
+from lm.config import Config
+from lm.schema import ConfigError, Duration, keys
 
 RUNNABLE = {"train": {"total_steps": 10}}
 
@@ -35,8 +37,8 @@ def test_defaults_hold_every_key():
     flat = [key for key, _ in config_lib.flatten(config_lib.defaults().to_dict())]
     spelled = [
         spelling
-        for key in keys()
-        for spelling in ([f"{key}_{unit}" for unit in config_lib.UNITS] if f"{key}_steps" in flat else [key])
+        for key in keys(Config)
+        for spelling in ([f"{key}_{unit}" for unit in schema.UNITS] if f"{key}_steps" in flat else [key])
     ]
     assert sorted(flat) == sorted(spelled)
 
@@ -161,7 +163,7 @@ def test_the_neighbours_of_what_is_refused_are_accepted(source):
     assert isinstance(config_lib.build(RUNNABLE | source), Config)
 
 
-@given(st.sampled_from([key for key in keys() if "." in key]), st.data())
+@given(st.sampled_from([key for key in keys(Config) if "." in key]), st.data())
 def test_a_key_with_one_letter_lost_is_refused_and_found_again(key, data):
     section, name = key.split(".")
     if f"{name}_steps" in config_lib.defaults()[section]:
@@ -229,13 +231,13 @@ def test_diff_names_what_differs_and_nothing_else():
 
 
 def test_resumable_names_are_keys_or_sections():
-    known = keys()
+    known = keys(Config)
     for name in config_lib.RESUMABLE:
         assert name in known or any(key.startswith(f"{name}.") for key in known), name
 
 
 def test_keys_are_unique_and_fewer_than_120():
-    names = keys()
+    names = keys(Config)
     assert len(set(names)) == len(names)
     assert {"seed", "optim.learning_rate", "train.total", "data.path"} <= set(names)
     assert not {"train.total_steps", "optim", "train"} & set(names), "a duration counts once, a section not at all"
@@ -248,5 +250,5 @@ def test_a_config_is_frozen():
 
 
 def test_nearest_is_silent_when_nothing_is_near():
-    assert config_lib.nearest("seed", ["sead", "x"]) == " (did you mean 'sead'?)"
-    assert config_lib.nearest("seed", ["zzz"]) == ""
+    assert schema.nearest("seed", ["sead", "x"]) == " (did you mean 'sead'?)"
+    assert schema.nearest("seed", ["zzz"]) == ""

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import ConfigError, DataConfig
+from lm.config import DataConfig
 from lm.data import examples, tokenizer
 from lm.data.records import DataError
+from lm.schema import ConfigError
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, EOS, END = TOK.bos_id, TOK.eos_id, TOK.end_of_turn_id

@@ -12,9 +12,10 @@ from etils import epath
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lm.config import ConfigError, DataConfig
+from lm.config import DataConfig
 from lm.data import builtin, records, sources
 from lm.data.records import DataError, Fault, read_jsonl, read_text
+from lm.schema import ConfigError
 
 GOOD = [json.dumps({"text": f"good {i}"}).encode() for i in range(8)]
 BOM = b"\xef\xbb\xbf"

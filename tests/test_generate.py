@@ -12,7 +12,8 @@ import pytest
 import toys
 
 from lm import generate, losses, trees
-from lm.config import Config, ConfigError, DataConfig, GenerateConfig
+from lm.config import Config, DataConfig, GenerateConfig
+from lm.schema import ConfigError
 
 NEW = 6
 PROMPTS = ((7,), (5, 11, 4), (30, 2, 9, 41, 17, 8, 25, 13, 6))  # one shorter, one longer than the sliding window

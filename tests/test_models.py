@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lm import losses, trees
-from lm.config import ConfigError
 from lm.models import attention, layers, transformer
+from lm.schema import ConfigError
 from tests import toys
 
 SEQ_LEN = 12

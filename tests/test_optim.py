@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import optim, trees
-from lm.config import ConfigError, OptimConfig
+from lm.config import OptimConfig
+from lm.schema import ConfigError
 
 NAMES = ("adamw", "lion", "adafactor", "muon")
 SHAPES = {

@@ -10,8 +10,9 @@ import toys
 from jax import P
 
 from lm import sharding, trees
-from lm.config import ConfigError, MeshConfig
+from lm.config import MeshConfig
 from lm.models import transformer
+from lm.schema import ConfigError
 
 
 def mesh(devices: int = 8, **sizes):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lm import config as config_lib
-from lm.config import keys
+from lm.schema import keys as keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # its place here. A package's __init__.py imports nothing of lm, so that it needs none.
 MODULES = (
     # 0: types and trees
-    *("lm.types", "lm.config", "lm.trees", "lm.flags"),
+    *("lm.types", "lm.schema", "lm.config", "lm.trees", "lm.flags"),
     # 1: arrays, optimizer, data
     *("lm.sharding", "lm.losses", "lm.metrics", "lm.optim"),
     *("lm.data.tokenizer", "lm.data.records", "lm.data.prose", "lm.data.builtin", "lm.data.sources"),
@@ -161,7 +161,7 @@ def test_main_is_flags_only():
 
 
 def test_fewer_than_120_config_keys():
-    assert len(keys()) < 120
+    assert len(keys_of(config_lib.Config)) < 120
 
 
 def config_reads() -> set[tuple[str, str]]:
@@ -178,7 +178,7 @@ def config_reads() -> set[tuple[str, str]]:
 def test_every_config_key_is_read():
     reads = config_reads()
     dead = []
-    for key in keys():
+    for key in keys_of(config_lib.Config):
         section, _, name = key.rpartition(".")
         if not reads & {(owner, name) for owner in (section, "cfg", "config", f"{section}_cfg")}:
             dead.append(key)
@@ -187,7 +187,7 @@ def test_every_config_key_is_read():
 
 def test_defaults_live_in_config_only():
     """No cfg.get(key, default) and no getattr(cfg, key, default) outside config.py."""
-    sections = {key.rpartition(".")[0] for key in keys()} - {""}
+    sections = {key.rpartition(".")[0] for key in keys_of(config_lib.Config)} - {""}
     owners = {"cfg", "config", *sections}
     found = []
     for path in python_files("lm"):

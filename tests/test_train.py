@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, config, optim, train
+from lm import checkpoint, config, optim, schema, train
 from lm.checkpoint import CheckpointError
-from lm.config import ConfigError
+from lm.schema import ConfigError
 from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def command(cfg: config.Config, workdir: Path, *flags: str) -> list[str]:
     recipe = workdir.parent / f"{workdir.name}_recipe.py"
     recipe.write_text(
         "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
-        f"    return ConfigDict({config.to_dict(cfg)!r})\n"
+        f"    return ConfigDict({schema.to_dict(cfg)!r})\n"
     )
     return [sys.executable, "-m", "lm.main", f"--config={recipe}", f"--workdir={workdir}", *flags]
 
@@ -193,7 +193,7 @@ def test_fine_tuning_starts_from_the_checkpoint_and_reports_answers(texts, tmp_p
 
 def test_divergence_names_step_examples_and_last_good_checkpoint(texts, tmp_path):
     cfg = toys.recipe(texts, checkpoint__every_steps=1, optim__learning_rate=1e-3)
-    train.train(dataclasses.replace(cfg, train=config.TrainConfig(config.Duration(steps=2))), tmp_path)
+    train.train(dataclasses.replace(cfg, train=config.TrainConfig(schema.Duration(steps=2))), tmp_path)
     bad = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, learning_rate=1e30))
     with pytest.raises(train.Diverged, match=r"step 2: loss nan.*example indices \[16, 17, .*no checkpoint yet"):
         train.train(bad, tmp_path / "bad")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, checkpoint, config, optim, step, train, transfer, trees
+from lm import build, checkpoint, optim, schema, step, train, transfer, trees
 from lm.checkpoint import CheckpointError
-from lm.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimConfig, to_dict
+from lm.config import CheckpointConfig, Config, ModelConfig, OptimConfig
 from lm.data import tokenizer
 from lm.models import transformer
+from lm.schema import ConfigError, to_dict
 from lm.types import TrainState
 
 SMALL = ModelConfig(num_layers=1, embed_dim=8, num_heads=2, mlp_dim=12)
@@ -47,7 +48,7 @@ def save(workdir, params, ema=None, number: int = 7) -> checkpoint.Saved:
     moments = {"mu": random_like(params, 99)}
     state = TrainState(jnp.int32(number), params, moments, ema, jnp.int32(2))
     with checkpoint.Checkpoints(workdir, CheckpointConfig()) as saves:
-        saves.save(number, state, {"config": config.to_dict(Config()), "data": {}, "tokenizer_hash": "abc"}, None)
+        saves.save(number, state, {"config": schema.to_dict(Config()), "data": {}, "tokenizer_hash": "abc"}, None)
     return checkpoint.choose(str(workdir))
 
 
@@ -201,7 +202,7 @@ def test_fine_tuning_with_another_tokenizer_is_refused_before_data_is_read(tmp_p
         words[name] = tokenizer.train([text] * 20, 285, 10_000)
         (tmp_path / name).mkdir()
         words[name].save(tmp_path / name / build.TOKENIZER_FILE)
-    info = {"config": config.to_dict(Config()), "data": {}, "tokenizer_hash": words["old"].hash}
+    info = {"config": schema.to_dict(Config()), "data": {}, "tokenizer_hash": words["old"].hash}
     with checkpoint.Checkpoints(tmp_path / "old", CheckpointConfig()) as saves:
         saves.save(1, {"params": {"embed": jnp.ones(3)}}, info, None)
     files = [str(tmp_path / name / build.TOKENIZER_FILE) for name in ("other", "old")]

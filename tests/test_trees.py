@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import trees
-from lm.config import ConfigError
+from lm.schema import ConfigError
 
 names = st.text(string.ascii_lowercase + "_0123456789.-+", min_size=1, max_size=4)
 nested = st.recursive(

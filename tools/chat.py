@@ -21,12 +21,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     args = parser.parse_args()
 
-    from lm import config
+    from lm import schema
     from lm.checkpoint import CheckpointError
 
     try:
         talk(args)
-    except (CheckpointError, config.ConfigError) as error:
+    except (CheckpointError, schema.ConfigError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -34,16 +34,16 @@ def talk(args: argparse.Namespace) -> None:
     """Reads lines, prints answers."""
     import jax
 
-    from lm import build, config, generate
+    from lm import build, config, generate, schema
     from lm.data import examples
 
     cfg, model, params, words = build.load_run(args.workdir)
     keys = ("temperature", "top_k", "top_p", "max_new_tokens")
     chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
-    values = config.to_dict(cfg)
+    values = schema.to_dict(cfg)
     cfg = config.build(values | {"generate": values["generate"] | chosen})
     if cfg.generate.max_new_tokens > cfg.data.seq_len - 2:
-        raise config.ConfigError(
+        raise schema.ConfigError(
             f"--max_new_tokens={cfg.generate.max_new_tokens} leaves no room for a prompt in the {cfg.data.seq_len} "
             "positions that this run was trained on"
         )

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import ConfigError, DataConfig
+from lm.config import DataConfig
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
+from lm.schema import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm.config import nearest
 from lm.data.tokenizer import ROLES
+from lm.schema import nearest
 
 # {"text": str} or {"messages": [{"role": str, "content": str}, ...]}, and always "source": "file:line" (or "file").
 Record = dict[str, Any]

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
-from lm.config import ConfigError, DataConfig
+from lm.config import DataConfig
 from lm.data import builtin
 from lm.data.records import DataError, Fault, Record, read_jsonl, read_text
+from lm.schema import ConfigError
 
 # Names that a folder is searched for; a file named in full, or by a glob, is read whatever its name.
 SUFFIXES = {"text": (".txt", ".text", ".md"), "jsonl": (".jsonl", ".json")}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from lm.config import ConfigError
+from lm.schema import ConfigError
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"

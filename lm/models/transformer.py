@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
-from lm.config import ConfigError, ModelConfig
+from lm.config import ModelConfig
 from lm.models import layers
 from lm.models.attention import Mask, attend
+from lm.schema import ConfigError
 from lm.types import Batch, ModelFns, ModelOutput, Params
 
 # What is kept of a layer's forward pass for its backward pass; the rest is computed again.

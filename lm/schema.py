@@ -1,0 +1,140 @@
+"""Frozen dataclasses as a config schema: strict building from nested dicts, durations, names of keys.
+
+`lm.config` says which sections and keys there are; this module knows none of them.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+UNITS = ("steps", "tokens", "examples", "epochs")
+
+
+class ConfigError(ValueError):
+    """The config cannot be run. The message names the key, what was found, and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training, spelled in the config as one of `NAME_steps|_tokens|_examples|_epochs`; all 0 = none."""
+
+    steps: int = 0
+    tokens: int = 0
+    examples: int = 0
+    epochs: float = 0.0
+
+    def to_steps(self, *, batch_size: int, seq_len: int, epoch_examples: int) -> int:
+        """Rounds up to whole steps. A token is one position of a batch, padding included; an example is one row."""
+        if self.steps:
+            return self.steps
+        # Rounded: 1.1 epochs of 100 examples are 110.00000000000001 in floats, and would be a step too long.
+        examples = self.examples or round(self.epochs * epoch_examples, 6) or self.tokens / seq_len
+        return math.ceil(examples / batch_size)
+
+
+NEVER = Duration()  # a duration that is not set
+
+
+def build_section(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
+    """An instance of the dataclass `cls` from nested dicts, strictly; `prefix` is what its keys begin with."""
+    hints = get_type_hints(cls)
+    known = [key for name, hint in hints.items() for key in (spelled(name) if hint is Duration else [name])]
+    for key in source:
+        if key not in known:
+            hint = nearest(key, known) or f"; known here: {', '.join(known)}"
+            raise ConfigError(f"unknown config key '{prefix}{key}'{hint}")
+    values = {}
+    for name, hint in hints.items():
+        if hint is Duration:
+            values[name] = _duration(name, source, prefix)
+        elif name in source:
+            value = source[name]
+            if dataclasses.is_dataclass(hint):
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"'{prefix}{name}' is a section of keys, got {value!r}")
+                values[name] = build_section(typing.cast(type, hint), value, f"{prefix}{name}.")
+            else:
+                values[name] = _convert(value, hint, prefix + name)
+    return cls(**values)
+
+
+def _duration(name: str, source: Mapping[str, Any], prefix: str) -> Duration:
+    hints = get_type_hints(Duration)
+    given = {}
+    for unit, key in zip(UNITS, spelled(name), strict=True):
+        if value := _convert(source.get(key, 0), hints[unit], prefix + key):
+            given[unit] = value
+    if len(given) > 1:
+        listed = " and ".join(f"{prefix}{name}_{unit}={value:,}" for unit, value in given.items())
+        raise ConfigError(f"two durations at once: {listed}; keep one and set the others to 0")
+    return Duration(**given)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """Checks `value` against a type hint; the only conversions are int -> float and list -> tuple."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(
+                f"'{key}' must be one of {', '.join(map(str, args))}; got {value!r}{nearest(str(value), args)}"
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"'{key}' must be a tuple, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(item, args[0], f"{key}[{i}]") for i, item in enumerate(value))
+        if len(value) != len(args):
+            raise ConfigError(f"'{key}' must have {len(args)} items, got {value!r}")
+        return tuple(_convert(item, arg, f"{key}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"'{key}' must be {hint.__name__}, got {type(value).__name__} {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"'{key}' must be finite, got {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dict of a config dataclass; a duration becomes its four keys."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Duration):
+            out |= dict(zip(spelled(field.name), dataclasses.astuple(value), strict=True))
+        else:
+            out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
+def keys(cls: type, prefix: str = "") -> list[str]:
+    """Every config key, as 'a.b'. A duration counts once: only one of its four spellings can be set."""
+    out = []
+    for name, hint in get_type_hints(cls).items():
+        is_section = dataclasses.is_dataclass(hint) and hint is not Duration
+        out += keys(hint, f"{prefix}{name}.") if is_section else [prefix + name]
+    return out
+
+
+def spelled(name: str) -> list[str]:
+    """The keys that a duration may be spelled as: 'total' -> 'total_steps', 'total_tokens', …"""
+    return [f"{name}_{unit}" for unit in UNITS]
+
+
+def nearest(name: str, known: Iterable[str], what: str = "did you mean") -> str:
+    """' (did you mean X?)' for the closest of `known`, or '' when nothing is close."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" ({what} '{match[0]}'?)" if match else ""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of the leaves of nested dicts. Example: {'a': {'b': 1}} -> ('a.b', 1)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
