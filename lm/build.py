@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import checkpoint, config, generate, metrics, objectives, optim, schema, sharding, step, transfer, trees
+from lm import checkpoint, checks, config, generate, objectives, optim, sharding, step, transfer, trees
 from lm.config import Config, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
+from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
-from lm.models import transformer
+from lm.models import families, transformer
 from lm.schema import ConfigError
 from lm.types import Batch, ModelFns, TrainState
 
@@ -54,7 +56,7 @@ class Run(NamedTuple):
       cfg: the resolved config.
       mesh: the devices.
       model: functions of the model.
-      tokenizer: of this run.
+      tokenizer: of this run; None where the task reads no text.
       prompts: text of `generate.prompts` -> its ids.
       data: packed rows.
       optimizer: with its real schedule.
@@ -63,13 +65,14 @@ class Run(NamedTuple):
       state_shardings: where each leaf of a `TrainState` lies.
       abstract_state: shapes, dtypes and shardings of the state.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
-      eval_step: (params, batch) -> metrics, jitted.
+      eval_step: (params, batch) -> (metrics, outputs), jitted.
+      score: see `lm.objectives.Objective`.
     """
 
     cfg: Config
     mesh: Mesh
     model: ModelFns
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     prompts: dict[str, list[int]]
     data: pipeline.Data
     optimizer: optim.Optimizer
@@ -79,6 +82,7 @@ class Run(NamedTuple):
     abstract_state: TrainState
     train_step: Any
     eval_step: Any
+    score: Callable[[objectives.Outputs, list[Any], Config], dict[str, float]] | None
 
 
 def plan(cfg: Config, workdir: Path | None) -> Plan:
@@ -97,11 +101,12 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     # A run that has begun no longer needs the one it came from.
     has_begun = workdir and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
     init = checkpoint.choose(cfg.init_from) if cfg.init_from and not has_begun else None
-    found = _find_tokenizer(cfg, workdir if has_begun else None, init)
-    vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size
+    checks.fit(cfg)
+    found = _find_tokenizer(cfg, workdir if has_begun else None, init) if TASKS[cfg.data.task].texts else None
+    vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=cfg.data.seq_len)
     cfg = dataclasses.replace(cfg, model=resolved)
-    model = transformer.decoder(cfg.model, jnp.float32)
+    model = make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     # Rules are checked now, on a schedule that always fits; the real one waits for the data's size.
     rules_only = dataclasses.replace(cfg.optim, schedule="constant")
@@ -110,6 +115,11 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     origin_of, unused = transfer.sources(abstract, cfg.init_rules, init) if init else ({}, [])
     axes = trees.flatten(model.logical_axes())
     return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused)
+
+
+def make_model(cfg: Config, dtype: Any) -> ModelFns:
+    """The functions of the model that `model.kind` names, with the head that the objective needs."""
+    return families.MODELS[cfg.model.kind](cfg, objectives.OBJECTIVES[cfg.objective].head(cfg), dtype)
 
 
 def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -> Run:
@@ -122,19 +132,24 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
       note: called with what a person should read.
     """
     cfg = planned.cfg
-    check_mesh(planned, mesh)
+    checks.mesh_divides(cfg, mesh, planned.abstract_params, planned.logical_axes)
     split = sources.load(cfg.data)
     note(split.report)
-    examples.check_task([*split.train, *split.valid], cfg.data)
-    words = make_tokenizer(planned, split, workdir, note)
-    prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts}
+    examples.check_fields(TASKS[cfg.data.task], [*split.train, *split.valid], cfg.data, TASKS)
+    words = tokenizer_for(planned, split, note)
+    if words:
+        note(f"tokenizer of {words.vocab_size:,} ids, {words.hash[:12]}")
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            words.save(workdir / TOKENIZER_FILE)
+    prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
     data = pipeline.build(cfg, words, split)
     check_same_data(data)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
 
     size: dict[str, Any] = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len}
-    size["epoch_examples"] = len(data.train["tokens"])
+    size["epoch_examples"] = len(data.train)
     total_steps = cfg.train.total.to_steps(**size)
     optimizer = optim.build(
         cfg.optim,
@@ -143,8 +158,9 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         warmup_steps=cfg.optim.warmup.to_steps(**size),
         decay_steps=cfg.optim.decay.to_steps(**size),
     )
-    model = transformer.decoder(cfg.model, compute_dtype(cfg.model.dtype, mesh))
-    loss_fn = objectives.OBJECTIVES[cfg.objective](model.apply, cfg, words)
+    model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
+    objective = objectives.OBJECTIVES[cfg.objective]
+    loss_fn = objective.loss(model.apply, cfg, words)
     train_step = functools.partial(
         step.train_step,
         loss_fn=loss_fn,
@@ -163,7 +179,8 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     )
     everywhere = sharding.replicated(mesh)
     eval_step = functools.partial(step.eval_step, loss_fn=loss_fn)
-    check_metric(cfg, eval_step, planned.abstract_params, abstract_batch(cfg, mesh, eval_batch_size(cfg)))
+    batch = abstract_batch(cfg, mesh, checks.eval_batch_size(cfg))
+    checks.metric(cfg, eval_step, planned.abstract_params, batch, objective.scores)
     return Run(
         cfg=cfg,
         mesh=mesh,
@@ -178,57 +195,15 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         abstract_state=abstract_state,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
         eval_step=jax.jit(eval_step, out_shardings=everywhere),
+        score=objective.score,
     )
-
-
-def check_metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any) -> None:
-    """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
-    measured = jax.eval_shape(eval_step, params, batch)
-    names = sorted(metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))))
-    if cfg.checkpoint.best_metric not in names:
-        wanted = cfg.checkpoint.best_metric
-        hint = schema.nearest(wanted, names)
-        raise ConfigError(f"'checkpoint.best_metric': no metric '{wanted}'{hint}; there are {', '.join(names)}")
-
-
-def check_mesh(planned: Plan, mesh: Mesh) -> None:
-    """Refuses a mesh that the batch or the model cannot be split over.
-
-    Raises:
-      ConfigError: naming the key and the number that it must be a multiple of.
-    """
-    cfg, shards = planned.cfg, sharding.batch_shards(mesh)
-    parts = shards * cfg.train.micro_batches
-    if cfg.data.batch_size % parts:
-        raise ConfigError(
-            f"'data.batch_size' ({cfg.data.batch_size}) must be a multiple of {parts}: {shards} parts of the mesh x "
-            f"train.micro_batches={cfg.train.micro_batches}"
-        )
-    if eval_batch_size(cfg) % shards:
-        raise ConfigError(
-            f"'eval.batch_size' ({eval_batch_size(cfg)}) must be a multiple of {shards}, as the mesh splits"
-        )
-    if cfg.model.num_kv_heads % mesh.shape["tensor"]:
-        raise ConfigError(
-            f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads"
-        )
-    flat = trees.flatten(planned.abstract_params)
-    sharding.check_divisible({path: leaf.shape for path, leaf in flat.items()}, planned.logical_axes, mesh)
-
-
-def eval_batch_size(cfg: Config) -> int:
-    """Rows of an evaluation batch."""
-    return cfg.eval.batch_size or cfg.data.batch_size
 
 
 def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `rows` rows."""
-    where = sharding.batch_sharding(mesh)
-    shape = (rows, cfg.data.seq_len)
-    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
-    dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
-    batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for key, dtype in dtypes.items()}
-    return batch | {"example_index": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)}
+    task, where = TASKS[cfg.data.task], sharding.batch_sharding(mesh)
+    columns = (task.batch or task.columns)(cfg) | {"row_weights": ((), jnp.float32), "example_index": ((), jnp.int32)}
+    return {key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where) for key, (shape, dtype) in columns.items()}
 
 
 def compute_dtype(name: str, mesh: Mesh) -> Any:
@@ -238,21 +213,17 @@ def compute_dtype(name: str, mesh: Mesh) -> Any:
     return jnp.dtype(name)
 
 
-def make_tokenizer(
-    planned: Plan, split: sources.Split, workdir: Path, note: Callable[[str], None] = lambda _: None
-) -> Tokenizer:
-    """The run's tokenizer, written to the run's folder. Every process trains it where there is none: an error is then
-    every process's, and the result, a function of the texts, is the same."""
-    made = planned.tokenizer
-    if made is None:
-        note(f"training a tokenizer of {planned.cfg.tokenizer.vocab_size:,} ids")
-        cfg = planned.cfg.tokenizer
-        made = tokenizer.train(examples.texts(split.train), cfg.vocab_size, cfg.train_bytes)
-    note(f"tokenizer of {made.vocab_size:,} ids, {made.hash[:12]}")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        made.save(workdir / TOKENIZER_FILE)
-    return made
+def tokenizer_for(
+    planned: Plan, split: sources.Split, note: Callable[[str], None] = lambda _: None
+) -> Tokenizer | None:
+    """The run's tokenizer, trained where there is none yet; None where the task reads no text. Every process trains it:
+    an error is then every process's, and the result, a function of the texts, is the same."""
+    texts_of, cfg = TASKS[planned.cfg.data.task].texts, planned.cfg.tokenizer
+    if texts_of is None or planned.tokenizer:
+        return planned.tokenizer
+    note(f"training a tokenizer of {cfg.vocab_size:,} ids")
+    texts = itertools.chain.from_iterable(map(texts_of, split.train))
+    return dataclasses.replace(tokenizer.train(texts, cfg.vocab_size, cfg.train_bytes), extra_ids=cfg.extra_ids)
 
 
 def check_same_data(data: pipeline.Data) -> None:
@@ -291,7 +262,8 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
     if len(set(hashes.values())) > 1:
         listed = "\n".join(f"  {sha[:12]}  {path}" for path, sha in hashes.items())
         raise ConfigError(f"the tokenizers differ, so ids would mean other text:\n{listed}\nuse one of them everywhere")
-    return next(iter(found.values()), None)
+    chosen = next(iter(found.values()), None)
+    return chosen and dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
 
 
 def _state_shardings(planned: Plan, optimizer: optim.Optimizer, mesh: Mesh, *, use_ema: bool) -> Any:
@@ -323,9 +295,20 @@ def data_iterator(run: Run, start_example: int) -> Any:
 
 def eval_iterator(run: Run) -> Any:
     """This process's part of the held-out batches."""
-    size = eval_batch_size(run.cfg)
+    size = checks.eval_batch_size(run.cfg)
     rows = sharding.local_rows(run.mesh, size)
-    return pipeline.eval_batches(run.data.valid, batch_size=size, local_rows=rows, max_tokens=run.cfg.eval.max_tokens)
+    limits = {"max_tokens": run.cfg.eval.max_tokens, "seq_len": run.cfg.data.seq_len}
+    return pipeline.eval_batches(run.data.valid, batch_size=size, local_rows=rows, **limits)
+
+
+def eval_row_ids(run: Run) -> np.ndarray:
+    """The held-out rows that `eval_iterator` gives, in order."""
+    return pipeline.eval_row_ids(run.data.valid, run.cfg.eval.max_tokens, run.cfg.data.seq_len)
+
+
+def tokenizer_hash(run: Run) -> str:
+    """What a checkpoint keeps of the tokenizer, to refuse another one; '' without one."""
+    return run.tokenizer.hash if run.tokenizer else ""
 
 
 def placer(mesh: Mesh, batch_size: int) -> Callable[[dict[str, np.ndarray]], Batch]:
@@ -334,8 +317,9 @@ def placer(mesh: Mesh, batch_size: int) -> Callable[[dict[str, np.ndarray]], Bat
     return lambda batch: sharding.to_global(batch, rows, batch_size, mesh)
 
 
-def load_run(name: str) -> tuple[Config, ModelFns, Any, Tokenizer]:
-    """A trained model to use: its config, functions, parameters (averaged where the run averaged) and tokenizer.
+def load_run(name: str) -> tuple[Config, ModelFns, Any, Any]:
+    """A trained model to use: its config, functions, parameters (averaged where the run averaged) and tokenizer
+    (None where its task reads no text).
 
     Args:
       name: 'RUN', 'RUN@best' or 'RUN@STEP'.
@@ -353,7 +337,6 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Tokenizer]:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), planned.abstract_params
     )
-    model = transformer.decoder(cfg.model, compute_dtype(cfg.model.dtype, mesh))
+    model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
     params, _ = transfer.initialize(model, abstract, cfg.seed, saved, planned.origin_of)
-    assert planned.tokenizer is not None  # a checkpoint without one has been refused
     return cfg, model, params, planned.tokenizer

@@ -41,7 +41,8 @@ class DataConfig:
     rename: tuple[tuple[str, str], ...] = ()
     task: Literal[
         Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
-        Literal["sentences", "tagging", "span_qa", "images", "items", "masked_items"],
+        Literal["sentences", "scored_sentences", "sentence_pairs", "tagging", "span_qa", "images"],
+        Literal["items", "masked_items"],
     ] = "text"  # which entry of lm.data.tasks makes examples
     labels: tuple[str, ...] = ()  # classification and tagging: all there are; a label's place here is its index
     image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels

@@ -87,6 +87,59 @@ def token_cross_entropy(
     return LossTerms(loss, weight, {"nll": (nll, weight), "accuracy": (correct, weight)})
 
 
+def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_smoothing: float = 0.0) -> LossTerms:
+    """Weighted cross-entropy over classes, of rows or of positions.
+
+    sum = sum_i w_i * [(1 - eps) * nll_i + eps * mean_c(-log p_ic)], in nats, with eps the label smoothing.
+
+    Args:
+      logits: float32 [..., C].
+      labels: int32 [...] in [0, C), or anything where the weight is 0. A label out of range with a weight makes the sum
+        NaN, so that it cannot pass unseen.
+      weights: float32 [...], 0 = does not count. No gradient flows to them.
+      label_smoothing: 0 = off.
+
+    Returns:
+      LossTerms; metrics 'nll' (plain, in nats) and 'accuracy'; outputs 'prediction', int32 [...].
+    """
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    classes = logits.shape[-1]
+    in_range = (labels >= 0) & (labels < classes)
+    weights = jnp.where((weights != 0) & ~in_range, jnp.nan, weights)
+    # Where the weight is 0, not even an inf or NaN may pass.
+    log_probs = jax.nn.log_softmax(jnp.where(weights[..., None] != 0, logits, 0))
+    nll = -jnp.where(_column(logits) == labels[..., None], log_probs, 0).sum(axis=-1)
+    loss = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(axis=-1)
+    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    weight = weights.sum()
+    sums = [(weights * value).sum() for value in (loss, nll, prediction == labels)]
+    metrics = {"nll": (sums[1], weight), "accuracy": (sums[2], weight)}
+    return LossTerms(sums[0], weight, metrics, {"prediction": prediction})
+
+
+def squared_error(predictions_B: Array, labels_B: Array, weights_B: Array) -> LossTerms:
+    """Weighted squared error: sum_i w_i * (prediction_i - label_i)^2, float32.
+
+    Args:
+      predictions_B: float32.
+      labels_B: float32.
+      weights_B: float32, 0 = does not count.
+
+    Returns:
+      LossTerms; outputs 'prediction', float32 [B].
+    """
+    weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
+    error_B = jnp.where(weights_B != 0, predictions_B - labels_B, 0)
+    return LossTerms((weights_B * error_B**2).sum(), weights_B.sum(), {}, {"prediction": predictions_B})
+
+
+def symmetric_divergence(logits_BxC: Array, other_BxC: Array, weights_B: Array) -> Array:
+    """Weighted sum over rows of (KL(p || q) + KL(q || p)) / 2, float32 [], in nats (R-Drop, Liang et al. 2021)."""
+    p_BxC, q_BxC = jax.nn.log_softmax(logits_BxC), jax.nn.log_softmax(other_BxC)
+    both_B = ((jnp.exp(p_BxC) - jnp.exp(q_BxC)) * (p_BxC - q_BxC)).sum(axis=-1) / 2
+    return (lax.stop_gradient(weights_B) * both_B).sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Options:
     vocab_size: int

@@ -1,21 +1,46 @@
 """What is learnt: each objective turns a model and a config into one function of (params, batch, rng).
 
-An objective calls `apply` once and a function of `lm.losses` once; everything about devices, accumulation and the
-optimizer is elsewhere.
+An objective calls `apply` once and functions of `lm.losses`; everything about devices, accumulation and the optimizer
+is elsewhere.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lm import losses, metrics
+from lm import losses, metrics, scores
 from lm.config import Config
 from lm.data.tokenizer import Tokenizer
-from lm.types import Batch, LossTerms, ModelOutput, Params
+from lm.types import Batch, Head, LossTerms, ModelOutput, Params
 
 Apply = Callable[..., ModelOutput]
 LossFn = Callable[[Params, Batch, jax.Array | None], LossTerms]
+Outputs = dict[str, np.ndarray]  # name -> [R, ...], of every held-out row
+
+
+class Objective(NamedTuple):
+    """An objective and what it asks of the rest.
+
+    Attributes:
+      loss: (apply, config, tokenizer) -> loss function.
+      kinds: values of `model.kind` that fit.
+      tasks: values of `data.task` that fit.
+      head: config -> the output layer it needs; None = the model predicts tokens.
+      score: (outputs, meta of the rows, config) -> metrics of all held-out rows together.
+      scores: names of those metrics.
+      couples_rows: the loss of a row depends on the others, so that a batch cannot be computed in parts.
+    """
+
+    loss: Callable[[Apply, Config, Any], LossFn]
+    kinds: tuple[str, ...]
+    tasks: tuple[str, ...]
+    head: Callable[[Config], Head | None] = lambda cfg: None
+    score: Callable[[Outputs, list[Any], Config], dict[str, float]] | None = None
+    scores: tuple[str, ...] = ()
+    couples_rows: bool = False
 
 
 def clm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
@@ -27,10 +52,28 @@ def clm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
       bits_per_byte: bits to code the trained tokens (ends of documents included) / UTF-8 bytes they stand for.
     """
     bytes_of_id_V = jnp.asarray(tokenizer.token_bytes(), jnp.float32)
+    token_loss = mlm(apply, cfg, tokenizer)
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        terms = token_loss(params, batch, rng)
+        bytes_BxL = jnp.where(batch["loss_weights"] > 0, bytes_of_id_V[batch["targets"]], 0.0)
+        likelihood = metrics.nll_metrics(*terms.metrics["nll"], jnp.sum(bytes_BxL))
+        return terms._replace(metrics=terms.metrics | likelihood)
+
+    return loss_fn
+
+
+def mlm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """Prediction of the tokens that `loss_weights` names: of those that the task has hidden (Devlin et al. 2019).
+
+    Metrics:
+      nll: nats a predicted token.
+      accuracy: of the most likely token.
+    """
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         out = apply(params, batch, rng=rng)
-        terms = losses.token_cross_entropy(
+        return losses.token_cross_entropy(
             out.hidden_BxLxD,
             out.unembed_DxV,
             batch["targets"],
@@ -41,11 +84,80 @@ def clm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
             softcap=cfg.model.logit_softcap,
             chunk_len=cfg.loss.chunk_len,
         )
-        bytes_BxL = jnp.where(batch["loss_weights"] > 0, bytes_of_id_V[batch["targets"]], 0.0)
-        likelihood = metrics.nll_metrics(*terms.metrics["nll"], jnp.sum(bytes_BxL))
-        return terms._replace(metrics=terms.metrics | likelihood)
 
     return loss_fn
 
 
-OBJECTIVES: dict[str, Callable[[Apply, Config, Tokenizer], LossFn]] = {"clm": clm}
+def classification(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """One of `data.labels` for a row. With `loss.r_drop` each row is seen under two dropout masks while training."""
+    del tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        twice = rng is not None and cfg.loss.r_drop > 0
+        if twice:
+            batch = two_views(batch)
+        logits_BxC = apply(params, batch, rng=rng).head
+        labels_B, weights_B = batch["labels"], batch["row_weights"]
+        terms = losses.class_cross_entropy(logits_BxC, labels_B, weights_B, label_smoothing=cfg.loss.label_smoothing)
+        if twice:
+            divergence = losses.symmetric_divergence(logits_BxC[::2], logits_BxC[1::2], weights_B[::2])
+            # Two views of a row weigh 2, so the divergence of the pair counts twice too.
+            terms = terms._replace(sum=terms.sum + 2 * cfg.loss.r_drop * divergence)
+        return terms._replace(outputs=terms.outputs | {"label": labels_B})
+
+    return loss_fn
+
+
+def two_views(batch: Batch) -> Batch:
+    """Every row twice, side by side, with example indices of their own: other dropout. [a, b] -> [a, a, b, b]."""
+    doubled = {key: jnp.repeat(x, 2, axis=0) for key, x in batch.items()}
+    index_B = doubled["example_index"]
+    # Bit 30 tells the views apart; indices of more than 2^30 examples may then share dropout, which does no harm.
+    second_B = jnp.arange(index_B.shape[0], dtype=jnp.int32) % 2
+    return doubled | {"example_index": index_B ^ (second_B << 30)}
+
+
+def regression(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """A number for a row, by squared error."""
+    del cfg, tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        head_Bx1 = apply(params, batch, rng=rng).head
+        terms = losses.squared_error(head_Bx1[:, 0], batch["labels"], batch["row_weights"])
+        return terms._replace(outputs=terms.outputs | {"label": batch["labels"]})
+
+    return loss_fn
+
+
+def _score_classes(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    del meta
+    return scores.classification(outputs["label"], outputs["prediction"], len(cfg.data.labels))
+
+
+def _score_numbers(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    del meta, cfg
+    return scores.regression(outputs["label"], outputs["prediction"])
+
+
+TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
+
+OBJECTIVES: dict[str, Objective] = {
+    "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text", "items")),
+    "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_items")),
+    "classification": Objective(
+        classification,
+        (*TEXT_MODELS, "vit"),
+        ("sentences", "images"),
+        head=lambda cfg: Head("pooled", len(cfg.data.labels)),
+        score=_score_classes,
+        scores=("f1", "matthews"),
+    ),
+    "regression": Objective(
+        regression,
+        TEXT_MODELS,
+        ("scored_sentences",),
+        head=lambda cfg: Head("pooled", 1),
+        score=_score_numbers,
+        scores=("pearson", "spearman"),
+    ),
+}

@@ -60,7 +60,7 @@ def train_step(
 
     def terms_and_grads(micro: Batch) -> tuple[LossTerms, Params]:
         def total(trained: Params) -> tuple[jax.Array, LossTerms]:
-            terms = loss_fn(trees.merge(trained, frozen), micro, rng)
+            terms = loss_fn(trees.merge(trained, frozen), micro, rng)._replace(outputs={})
             return terms.sum, terms
 
         grads, terms = jax.grad(total, has_aux=True)(trained)
@@ -91,10 +91,17 @@ def train_step(
     return state, {"loss": terms.sum / divisor, "weight": terms.weight, **info, **terms.metrics}
 
 
-def eval_step(params: Params, batch: Batch, *, loss_fn: LossFn) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Metric name -> (sum, weight) of one batch, 'loss' among them; the caller adds them up and divides at the end."""
+def eval_step(
+    params: Params, batch: Batch, *, loss_fn: LossFn
+) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, jax.Array]]:
+    """One batch of an evaluation.
+
+    Returns:
+      Metric name -> (sum, weight), 'loss' among them: the caller adds them up and divides at the end. And the
+      objective's outputs, name -> [B, ...].
+    """
     terms = loss_fn(params, batch, None)
-    return {"loss": (terms.sum, terms.weight), **terms.metrics}
+    return {"loss": (terms.sum, terms.weight), **terms.metrics}, terms.outputs
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:

@@ -19,6 +19,7 @@ import numpy as np
 from lm import (
     build,
     checkpoint,
+    checks,
     config,
     evaluate,
     generate,
@@ -113,7 +114,7 @@ def loop(
 ) -> dict[str, Any]:
     """Steps from `state` to the last one, evaluating and saving on the way. Returns the summary."""
     cfg, total, start = run.cfg, run.total_steps, int(state.step)
-    batch_size, eval_rows = cfg.data.batch_size, build.eval_batch_size(cfg)
+    batch_size, eval_rows = cfg.data.batch_size, checks.eval_batch_size(cfg)
 
     # Compiled once, ahead of time: a batch of another shape would be an error, never a silent recompilation.
     with watch.bucket("compile"):
@@ -125,7 +126,11 @@ def loop(
     def evaluate_now(done: int) -> dict[str, float]:
         with watch.bucket("eval"):
             params = step.eval_params(state)
-            values = evaluate.evaluate(eval_step, params, build.eval_iterator(run), place_eval)
+            row_ids = build.eval_row_ids(run)
+            batches = build.eval_iterator(run)
+            values, outputs = evaluate.evaluate(eval_step, params, batches, place_eval, len(row_ids))
+            if run.score:
+                values |= run.score(outputs, [run.data.valid.meta[i] for i in row_ids], cfg)
             watch.log(done, "eval", values)
             watch.note(f"[step {done:,}] held out: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
             for prompt, text in samples(run, params, done).items():
@@ -135,7 +140,7 @@ def loop(
     def save_now(done: int, values: dict[str, float] | None) -> None:
         with watch.bucket("checkpoint"):
             position = {"example": example, "fingerprint": run.data.fingerprint}
-            info = {"config": schema.to_dict(cfg), "tokenizer_hash": run.tokenizer.hash, "data": position}
+            info = {"config": schema.to_dict(cfg), "tokenizer_hash": build.tokenizer_hash(run), "data": position}
             saves.save(done, state, info, values)
 
     if start == 0 and cfg.eval.at_start:
@@ -259,7 +264,7 @@ def observe(
 
 def samples(run: build.Run, params: Any, done: int) -> dict[str, str]:
     """Prompt -> what the model makes of it, for each of `generate.prompts`."""
-    if not run.prompts:
+    if not run.prompts or run.tokenizer is None:
         return {}
     key = jax.random.fold_in(jax.random.key(run.cfg.seed), done)
     shards = sharding.batch_shards(run.mesh)
@@ -333,7 +338,8 @@ class Throughput:
 
     def __init__(self, run: build.Run, start: int, watch: monitor.Monitor):
         self.tokens_per_step = run.cfg.data.batch_size * run.cfg.data.seq_len
-        self._flops = metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, run.tokenizer.vocab_size)
+        vocab_size = run.tokenizer.vocab_size if run.tokenizer else 0
+        self._flops = metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, vocab_size)
         self._run, self._start, self._watch = run, start, watch
         self._began = self._last = (start, self._busy())
 

@@ -80,7 +80,7 @@ class ModelOutput(NamedTuple):
     hidden_BxLxD: jax.Array
     unembed_DxV: Any
     cache: Any = None
-    head: jax.Array | None = None
+    head: Any = None
 
 
 class Head(NamedTuple):

@@ -41,7 +41,7 @@ def write_run(folder: Path, scores: dict[int, float], **changes):
     words.save(folder / build.TOKENIZER_FILE)
     cfg = toys.recipe(folder / "no_data", **TINY | changes)
     cfg = dataclasses.replace(cfg, model=transformer.resolve(cfg.model, vocab_size=285, seq_len=16))
-    model = transformer.decoder(cfg.model, jnp.float32)
+    model = transformer.text_model(cfg.model, jnp.float32)
     shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     info = {"config": schema.to_dict(cfg), "tokenizer_hash": words.hash, "data": {}}
     states = {}
@@ -65,7 +65,7 @@ planned = build.plan(toys.recipe(folder, **tiny), folder / "new")
 assert planned.tokenizer is None and planned.cfg.model.vocab_size == 384  # of 300 ids, rounded up
 try:
     build.plan(toys.recipe(folder, **tiny, optim__lr_rules=(("decodr/.*", 0.0), (".*", 1.0))), folder / "new")
-except schema.ConfigError as error:
+except config.ConfigError as error:
     print(error)
 print("devices touched:", jax._src.xla_bridge.backends_are_initialized())
 """
@@ -153,7 +153,7 @@ def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_pat
     cfg = toys.recipe(data, **TINY | changes | {"optim__lr_rules": (("embed/.*", 0.0), (".*", 1.0))})
     notes = []
     run = build.run(build.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(fsdp=4), notes.append)
-    rows = len(run.data.train["tokens"])
+    rows = len(run.data.train)
     assert run.total_steps == rows and run.every == {"eval": 3, "checkpoint": 0}
     assert any(f"rows {rows}" in note for note in notes)
     assert (tmp_path / "run" / build.TOKENIZER_FILE).exists()

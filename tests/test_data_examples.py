@@ -1,5 +1,6 @@
 """lm/data/examples.py: what is trained on, position by position, and what is cut or dropped and counted."""
 
+import types
 from collections import Counter
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import DataConfig
+from lm.config import Config, DataConfig
 from lm.data import examples, tokenizer
+from lm.data.examples import check_fields
 from lm.data.records import DataError
+from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
@@ -19,8 +22,10 @@ SYSTEM, USER, ASSISTANT = (TOK.role_ids[role] for role in ("system", "user", "as
 
 def run(records, **options):
     counts = Counter()
-    cfg = DataConfig(**({"task": "chat"} | options))
-    made = list(examples.make([{"source": "f:1"} | record for record in records], TOK, cfg, counts))
+    cfg = Config(data=DataConfig(**({"task": "chat"} | options)))
+    check_fields(TASKS[cfg.data.task], [{"source": "f:1"} | record for record in records], cfg.data, TASKS)
+    sourced = [{"source": "f:1"} | record for record in records]
+    made = [types.SimpleNamespace(**e.columns) for e in examples.make(TASKS[cfg.data.task], sourced, TOK, cfg, counts)]
     assert counts["examples"] == len(made) and counts["documents"] == len(records)
     for example in made:
         assert example.tokens.dtype == example.targets.dtype == np.int32 and example.loss_weights.dtype == np.float32
@@ -138,12 +143,14 @@ def test_a_prompt_is_how_its_conversation_begins():
 def test_wrong_records_are_named():
     with pytest.raises(ConfigError, match=r"f:1: 'data.task' is chat, which reads 'messages', .* has text; set data.t"):
         run([{"text": "hello"}])
-    with pytest.raises(ConfigError, match=r"set data\.task=chat"):
+    with pytest.raises(ConfigError, match=r"set data\.task=.*chat"):
         run([conversation(("user", "hello"))], task="text")
     with pytest.raises(DataError, match="f:1: unknown role 'robot', expected one of system, user, assistant"):
         run([conversation(("robot", "hello"))])
 
 
 def test_texts_are_all_that_a_tokenizer_may_learn_from():
-    records = [{"text": "one", "source": "f"}, conversation(("user", "two"), ("assistant", "three"))]
-    assert list(examples.texts(records)) == ["one", "two", "three"]
+    assert list(TASKS["text"].texts({"text": "one", "source": "f"})) == ["one"]
+    assert list(TASKS["chat"].texts(conversation(("user", "two"), ("assistant", "three")))) == ["two", "three"]
+    pair = {"text": "one", "text_pair": "two", "label": "no"}
+    assert list(TASKS["sentences"].texts(pair)) == ["one", "two"]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import DataConfig
+from lm.config import Config, DataConfig
 from lm.data import packing
-from lm.data.examples import Example
+from lm.data.examples import Example, shifted_columns
 
 MODES = ("pad", "best_fit", "concat")
 
@@ -18,13 +18,14 @@ def example(doc, length, weights=None):
     """Tokens tell document and position: 1000 * doc + position; position i predicts position i + 1."""
     tokens = 1000 * doc + np.arange(length, dtype=np.int32)
     weights = np.ones(length) if weights is None else weights
-    return Example(tokens, tokens + 1, np.asarray(weights, np.float32))
+    return Example({"tokens": tokens, "targets": tokens + 1, "loss_weights": np.asarray(weights, np.float32)})
 
 
 def pack(examples, **options):
     cfg = DataConfig(**options)
-    rows = packing.pack(iter(examples), cfg)
-    assert list(rows) == list(packing.DTYPES)
+    columns = shifted_columns(Config(data=cfg))
+    rows, metas = packing.pack(iter(examples), columns, cfg)
+    assert list(rows) == list(columns) and len(metas) == len(rows["tokens"])
     assert {array.shape for array in rows.values()} == {(len(rows["tokens"]), cfg.seq_len)}
     return rows
 
@@ -87,7 +88,7 @@ def test_every_pair_is_in_exactly_one_row_and_inside_its_segment(mode, mask_docu
         patch.setattr(packing, "_WINDOW_EXAMPLES", 7)
         patch.setattr(packing, "_CHUNK", 3)
         rows = pack(made, seq_len=8, packing=mode, mask_documents=mask_documents)
-    unpacked = Counter(p for e in made for p in zip(e.tokens, e.targets, e.loss_weights, strict=True))
+    unpacked = Counter(p for e in made for p in zip(*e.columns.values(), strict=True))
     assert pairs(rows) == unpacked
     for tokens, segment_ids, positions in zip(rows["tokens"], rows["segment_ids"], rows["positions"], strict=True):
         used = int((segment_ids > 0).sum())
@@ -105,7 +106,8 @@ def test_every_pair_is_in_exactly_one_row_and_inside_its_segment(mode, mask_docu
 
 def test_compact_dtypes_lose_nothing():
     weights = np.array([0.25, 0, 1], np.float32)
-    wide = Example(np.array([70_000, 3, 255], np.int32), np.array([3, 65_536, 1], np.int32), weights)
+    tokens, targets = np.array([70_000, 3, 255], np.int32), np.array([3, 65_536, 1], np.int32)
+    wide = Example({"tokens": tokens, "targets": targets, "loss_weights": weights})
     rows = pack([wide, example(0, 4)], seq_len=4, packing="pad")
     assert rows["tokens"].tolist() == [[70_000, 3, 255, 0], [0, 1, 2, 3]]
     assert rows["targets"].tolist() == [[3, 65_536, 1, 0], [1, 2, 3, 4]]
@@ -122,7 +124,7 @@ def test_best_fit_fills_rows_well():
 
 @pytest.mark.parametrize("mode", ["pad", "best_fit"])
 def test_an_example_too_long_for_a_row_is_refused(mode):
-    with pytest.raises(ValueError, match="5"):
+    with pytest.raises(ValueError, match=r"5|does not fit"):
         pack([example(1, 5)], seq_len=4, packing=mode)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm import config
-from lm.data import packing, pipeline, sources, tokenizer
+from lm.data import pipeline, sources, tokenizer
 from lm.data.records import DataError
 
 TEXTS = [f"document {i} says hello {'and again ' * (i % 7)}now.\n" for i in range(60)]
@@ -29,7 +29,7 @@ def make_config(seed=0, **data):
 
 
 DATA = pipeline.build(make_config(), TOK, make_split())
-NUM_ROWS = len(DATA.train["tokens"])
+NUM_ROWS = len(DATA.train)
 
 
 def take(count, *, start=0, local_rows=None, seed=0, data=DATA):
@@ -74,9 +74,9 @@ def test_batches_are_the_rows_that_the_index_names_in_the_dtypes_of_the_contract
     first, second = take(2)
     ids = pipeline.train_row_ids(NUM_ROWS, 0, 0, 2 * BATCH)
     for batch, rows in ((first, ids[:BATCH]), (second, ids[BATCH:])):
-        for key, dtype in packing.DTYPES.items():
+        for key, (_, dtype) in DATA.valid.columns.items():
             assert batch[key].dtype == dtype
-            np.testing.assert_array_equal(batch[key], DATA.train[key][rows])
+            np.testing.assert_array_equal(batch[key], DATA.train.rows[key][rows])
     assert first["example_index"].dtype == np.int32
     assert second["example_index"].tolist() == list(range(BATCH, 2 * BATCH))
     start = 2**31 - 2
@@ -104,20 +104,22 @@ def test_an_epoch_holds_every_row_once():
     assert index.tolist() == list(range(len(index)))
     for epoch in range(2):
         rows = tokens[epoch * NUM_ROWS : (epoch + 1) * NUM_ROWS]
-        assert sorted(rows.tolist()) == sorted(DATA.train["tokens"].tolist())
+        assert sorted(rows.tolist()) == sorted(DATA.train.rows["tokens"].tolist())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
 def test_evaluation_holds_every_row_once_and_pads_without_weight(batch_size):
     def run(local_rows):
-        return list(pipeline.eval_batches(DATA.valid, batch_size=batch_size, local_rows=local_rows, max_tokens=0))
+        return list(
+            pipeline.eval_batches(DATA.valid, batch_size=batch_size, local_rows=local_rows, max_tokens=0, seq_len=32)
+        )
 
-    batches, num_rows = run(np.arange(batch_size)), len(DATA.valid["tokens"])
+    batches, num_rows = run(np.arange(batch_size)), len(DATA.valid)
     assert len(batches) == -(-num_rows // batch_size)
     joined = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
-    for key, dtype in packing.DTYPES.items():
+    for key, (_, dtype) in DATA.valid.columns.items():
         assert joined[key].dtype == dtype and {b[key].shape for b in batches} == {(batch_size, 32)}
-        np.testing.assert_array_equal(joined[key][:num_rows], DATA.valid[key])
+        np.testing.assert_array_equal(joined[key][:num_rows], DATA.valid.rows[key])
         assert not joined[key][num_rows:].any()
     assert joined["example_index"].tolist() == list(range(len(batches) * batch_size))
     for rows in np.array_split(np.arange(batch_size), 2):
@@ -126,15 +128,17 @@ def test_evaluation_holds_every_row_once_and_pads_without_weight(batch_size):
 
 @pytest.mark.parametrize("max_tokens,rows", [(1, 1), (32, 1), (33, 2), (64, 2), (10**9, 0)])
 def test_evaluation_stops_at_its_budget(max_tokens, rows):
-    batches = pipeline.eval_batches(DATA.valid, batch_size=3, local_rows=np.arange(3), max_tokens=max_tokens)
+    batches = pipeline.eval_batches(
+        DATA.valid, batch_size=3, local_rows=np.arange(3), max_tokens=max_tokens, seq_len=32
+    )
     used = np.concatenate([b["tokens"][b["segment_ids"].any(1)] for b in batches])
-    assert len(used) == (rows or len(DATA.valid["tokens"]))
+    assert len(used) == (rows or len(DATA.valid))
     assert len(np.unique(used, axis=0)) == len(used)
 
 
 def test_the_report_counts_what_the_batches_hold():
     for half, texts in (("train", TEXTS[:50]), ("valid", TEXTS[50:])):
-        rows, report = getattr(DATA, half), DATA.report[half]
+        rows, report = getattr(DATA, half).rows, DATA.report[half]
         ids = sum(len(TOK.encode(text)) + 1 for text in texts)
         assert report["documents"] == len(texts) and report["rows"] == len(rows["tokens"])
         assert report["tokens"] == report["targets"] == ids
@@ -155,7 +159,7 @@ def test_packing_changes_neither_pairs_nor_counts():
     for mode in ("pad", "best_fit", "concat"):
         data = pipeline.build(make_config(packing=mode), TOK, make_split())
         reports.append({key: data.report["train"][key] for key in ("documents", "tokens", "targets", "bytes")})
-        rows = pipeline.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0)
+        rows = pipeline.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=32)
         found.append(pairs(list(rows)))
     assert reports[0] == reports[1] == reports[2] and found[0] == found[1] == found[2]
 

@@ -22,20 +22,25 @@ def run(eval_step, params, batch_size: int, shards: int, rows=None, max_tokens: 
     rows = toys.batch(ROWS, SEQ_LEN) if rows is None else rows
     mesh = sharding.make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
     local = sharding.local_rows(mesh, batch_size)
-    batches = pipeline.eval_batches(rows, batch_size=batch_size, local_rows=local, max_tokens=max_tokens)
+    columns = {key: (x.shape[1:], x.dtype) for key, x in rows.items() if key != "example_index"}
+    part = pipeline.Part({key: rows[key] for key in columns}, [None] * len(rows["tokens"]), columns, columns)
+    batches = pipeline.eval_batches(
+        part, batch_size=batch_size, local_rows=local, max_tokens=max_tokens, seq_len=rows["tokens"].shape[1]
+    )
     with jax.set_mesh(mesh):
-        return evaluate.evaluate(eval_step, params, batches, build.placer(mesh, batch_size))
+        return evaluate.evaluate(eval_step, params, batches, build.placer(mesh, batch_size), len(part))
 
 
 def count(_, batch):
     """Sums of small integers, so that they are exact in any order."""
     weights = batch["loss_weights"]
     per_row = jnp.sum(batch["tokens"] * weights, axis=1)
-    return {
+    sums = {
         "tokens": (jnp.sum(per_row), jnp.sum(weights)),
         "squares": (jnp.sum(per_row**2), jnp.sum(weights)),
         "targets": (jnp.sum(batch["targets"] * weights), jnp.sum(weights)),
     }
+    return sums, {"first": batch["tokens"][:, 0]}
 
 
 @pytest.mark.parametrize(("batch_size", "shards"), [(1, 1), (3, 1), (8, 1), (8, 8), (16, 8)])
@@ -44,13 +49,14 @@ def test_each_row_counts_once(batch_size, shards):
     weights = rows["loss_weights"].astype(np.float64)
     per_row = (rows["tokens"] * weights).sum(axis=1)
     sums = {"tokens": per_row.sum(), "squares": (per_row**2).sum(), "targets": (rows["targets"] * weights).sum()}
-    got = run(jax.jit(count), None, batch_size, shards)
+    got, outputs = run(jax.jit(count), None, batch_size, shards)
+    assert outputs["first"].tolist() == rows["tokens"][:, 0].tolist()
     assert got == {name: value / weights.sum() for name, value in sums.items()}
 
 
 def test_the_loss_is_the_same_for_every_batch_size_and_number_of_shards():
     cfg = transformer.resolve(dataclasses.replace(toys.LLAMA, num_layers=1), vocab_size=toys.VOCAB, seq_len=SEQ_LEN)
-    model = transformer.decoder(cfg, jnp.float32)
+    model = transformer.text_model(cfg, jnp.float32)
 
     def loss_fn(params, batch, rng):
         out = model.apply(params, batch, rng=rng)
@@ -65,9 +71,9 @@ def test_the_loss_is_the_same_for_every_batch_size_and_number_of_shards():
 
     eval_step = jax.jit(functools.partial(step.eval_step, loss_fn=loss_fn))
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
-    total, weight = eval_step(params, toys.batch(ROWS, SEQ_LEN))["loss"]  # all rows at once
+    total, weight = eval_step(params, toys.batch(ROWS, SEQ_LEN))[0]["loss"]  # all rows at once
     want = float(total) / float(weight)
-    found = {sizes: run(eval_step, params, *sizes) for sizes in [(1, 1), (3, 1), (8, 8)]}
+    found = {sizes: run(eval_step, params, *sizes)[0] for sizes in [(1, 1), (3, 1), (8, 8)]}
     for sizes, values in found.items():
         assert values["loss"] == pytest.approx(want, rel=2e-6), sizes
         assert values["accuracy"] == found[8, 8]["accuracy"], sizes
@@ -79,8 +85,8 @@ def test_a_long_batch_cannot_be_drowned_by_short_ones():
     rows = {key: np.zeros((11, 100), x.dtype) for key, x in toys.batch(1, 100).items()}
     rows["loss_weights"][0], rows["tokens"][0] = 1, 1
     rows["loss_weights"][1:, 0] = 1
-    assert run(jax.jit(count), None, 1, 1, rows)["tokens"] == 100 / 110
+    assert run(jax.jit(count), None, 1, 1, rows)[0]["tokens"] == 100 / 110
 
 
 def test_no_batch_gives_no_metric():
-    assert evaluate.evaluate(count, None, [], dict) == {}
+    assert evaluate.evaluate(count, None, [], dict, 0) == ({}, {})

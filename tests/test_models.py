@@ -166,8 +166,8 @@ def test_resolve_refuses_what_does_not_fit():
 def test_bfloat16_stays_close_to_float32():
     cfg, _, params = toys.decoder(toys.LLAMA, SEQ_LEN)
     batch = one_document(2, SEQ_LEN)
-    full = transformer.decoder(cfg, jnp.float32).apply(params, batch).hidden_BxLxD
-    half = transformer.decoder(cfg, jnp.bfloat16).apply(params, batch).hidden_BxLxD
+    full = transformer.text_model(cfg, jnp.float32).apply(params, batch).hidden_BxLxD
+    half = transformer.text_model(cfg, jnp.bfloat16).apply(params, batch).hidden_BxLxD
     assert half.dtype == jnp.bfloat16
     assert np.abs(np.asarray(half, np.float32) - full).max() < 0.1 * np.abs(full).max()
 

@@ -117,7 +117,7 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_refused_by_name():
 def test_every_large_parameter_is_split_over_fsdp_and_over_tensor(style):
     cfg = dataclasses.replace(toys.STYLES[style], embed_dim=64, num_heads=8, num_kv_heads=8, mlp_dim=128)
     cfg = transformer.resolve(cfg, vocab_size=toys.VOCAB, seq_len=32)
-    model = transformer.decoder(cfg, jnp.float32)
+    model = transformer.text_model(cfg, jnp.float32)
     axes = trees.flatten(model.logical_axes())
     shapes = trees.flatten(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
     large = {path: leaf.shape for path, leaf in shapes.items() if leaf.size >= 64 * 64}

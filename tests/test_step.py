@@ -122,7 +122,7 @@ def test_loss_and_every_gradient_leaf_equal_the_float64_reference(style, shards,
 def test_remat_and_unrolling_change_no_gradient(remat, unroll):
     cfg, _, params, batch, (_, weight, grads) = expected("llama")
     other = dataclasses.replace(cfg, remat=remat, unroll=unroll)
-    model = transformer.decoder(other, jnp.float32)
+    model = transformer.text_model(other, jnp.float32)
     optimizer = gradient_as_parameters(params)
     state, _ = take_step(params, batch, optimizer, loss_of(model, other), MeshConfig(data=1), 1)
     assert_close(state.params, jax.tree.map(lambda g: g / weight, grads), 1e-5)
@@ -133,7 +133,7 @@ def test_mesh_2x2x2_takes_the_steps_of_one_device(style):
     """Dropout on: its masks depend on seed, step and example, never on where a row lies."""
     cfg, model, params, batch, _ = expected(style)
     cfg = dataclasses.replace(cfg, dropout=0.2)
-    model = transformer.decoder(cfg, jnp.float32)
+    model = transformer.text_model(cfg, jnp.float32)
     # Adam divides by the gradient's size: where that is rounding noise its direction is too. eps keeps it out.
     optimizer = adamw(params, eps=1e-3)
     axes = model.logical_axes()
@@ -197,7 +197,7 @@ def test_ema_follows_its_formula():
 def test_dropout_depends_on_the_step_and_the_seed():
     cfg, _, params, batch, _ = expected("gpt2")
     cfg = dataclasses.replace(cfg, dropout=0.3)
-    model = transformer.decoder(cfg, jnp.float32)
+    model = transformer.text_model(cfg, jnp.float32)
     loss_fn = jax.jit(loss_of(model, cfg))
 
     def loss(seed, at_step):
@@ -211,7 +211,7 @@ def test_zero3_holds_one_layer_gathered_and_reduces_the_output_projection_once()
     """On fsdp 8: temporaries take less than the layers' kernels would whole, and no loop reduces [D, V] gradients."""
     wide = dataclasses.replace(toys.LLAMA, num_layers=8, embed_dim=256, mlp_dim=1024, qk_norm=False)
     cfg = transformer.resolve(wide, vocab_size=512, seq_len=32)
-    model = transformer.decoder(cfg, jnp.float32)
+    model = transformer.text_model(cfg, jnp.float32)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     where = trees.map_with_path(lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), model.logical_axes())

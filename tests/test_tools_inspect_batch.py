@@ -119,12 +119,12 @@ def test_colours_tell_trained_from_masked_and_the_roles_apart(monkeypatch, capsy
 def test_the_rows_are_those_of_the_run(recipe):
     cfg = config.build(runpy.run_path(str(recipe))["get_config"]())
     tok, data = inspect_batch.load(cfg)
-    ids = pipeline.train_row_ids(len(data.train["tokens"]), cfg.seed, 3, 4)
+    ids = pipeline.train_row_ids(len(data.train), cfg.seed, 3, 4)
     batch = inspect_batch.batch_from(cfg, data, "train", example=3, rows=4)
-    np.testing.assert_array_equal(batch["tokens"], data.train["tokens"][ids])
+    np.testing.assert_array_equal(batch["tokens"], data.train.rows["tokens"][ids])
     assert batch["example_index"].tolist() == [3, 4, 5, 6]
     valid = inspect_batch.batch_from(cfg, data, "valid", example=1, rows=2)
-    np.testing.assert_array_equal(valid["tokens"], data.valid["tokens"][1:3])
+    np.testing.assert_array_equal(valid["tokens"], data.valid.rows["tokens"][1:3])
     assert [row.example_index for row in inspect_batch.read(valid, tok)] == [1, 2]
     with pytest.raises(SystemExit, match="an evaluation has only"):
         inspect_batch.batch_from(cfg, data, "valid", example=999, rows=2)

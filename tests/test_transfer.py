@@ -25,7 +25,7 @@ SEED = 5
 @functools.cache
 def model_of(cfg: ModelConfig = SMALL, seq_len: int = 8):
     """(functions, abstract parameters on one device)."""
-    model = transformer.decoder(transformer.resolve(cfg, vocab_size=toys.VOCAB, seq_len=seq_len), jnp.float32)
+    model = transformer.text_model(transformer.resolve(cfg, vocab_size=toys.VOCAB, seq_len=seq_len), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)

@@ -40,7 +40,7 @@ STYLES = {"gpt2": GPT2, "llama": LLAMA}
 def decoder(cfg: ModelConfig, seq_len: int, seed: int = 0) -> tuple[ModelConfig, ModelFns, Params]:
     """A resolved config, its functions, and parameters whose zeros and ones are perturbed, so that each one matters."""
     cfg = transformer.resolve(cfg, vocab_size=VOCAB, seq_len=seq_len)
-    model = transformer.decoder(cfg, jnp.float32)
+    model = transformer.text_model(cfg, jnp.float32)
     rng = np.random.default_rng(seed)
     params = jax.jit(model.init)(jax.random.key(seed))
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), params)

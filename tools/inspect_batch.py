@@ -71,12 +71,11 @@ def main(argv: list[str]) -> None:
 def load(cfg: Any) -> tuple[Any, Any]:
     """(tokenizer, packed data) of a run of this config that has not begun."""
     from lm import build
-    from lm.data import examples, pipeline, sources, tokenizer
+    from lm.data import pipeline, sources
 
-    words = build.plan(cfg, None).tokenizer
+    planned = build.plan(cfg, None)
     split = sources.load(cfg.data)
-    if words is None:
-        words = tokenizer.train(examples.texts(split.train), cfg.tokenizer.vocab_size, cfg.tokenizer.train_bytes)
+    words = build.tokenizer_for(planned, split)
     return words, pipeline.build(cfg, words, split)
 
 
@@ -90,11 +89,12 @@ def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict
     if split == "train":
         stream = pipeline.train_batches(data, start_example=example, seed=cfg.seed, **one)
     else:
-        evaluation = pipeline.eval_batches(data.valid, max_tokens=cfg.eval.max_tokens, **one)
+        limits = {"max_tokens": cfg.eval.max_tokens, "seq_len": cfg.data.seq_len}
+        evaluation = pipeline.eval_batches(data.valid, **limits, **one)
         stream = itertools.islice(evaluation, example, None)
     found = list(itertools.islice(stream, rows))
     if not found:
-        sys.exit(f"error: --example={example}: an evaluation has only {len(data.valid['tokens'])} examples")
+        sys.exit(f"error: --example={example}: an evaluation has only {len(data.valid)} examples")
     return {key: np.concatenate([row[key] for row in found]) for key in found[0]}
 
 

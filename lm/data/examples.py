@@ -1,74 +1,119 @@
 """Raw records to model examples: one function a task, each counting what it cut or left out."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm.config import DataConfig
+from lm.config import Config, DataConfig
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
 from lm.schema import ConfigError
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One sequence, already shifted: position i reads `tokens[i]` and predicts `targets[i]`.
+class Example(NamedTuple):
+    """What one record, or a part of it, becomes.
 
     Attributes:
-      tokens: int32 [n].
-      targets: int32 [n].
-      loss_weights: float32 [n], 0 = not trained on.
+      columns: batch key -> array. One that is shorter than its row is filled up with 0 at its end.
+      meta: what scoring needs of it on the host (texts, character offsets); never goes to a device.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    loss_weights: np.ndarray
+    columns: dict[str, np.ndarray]
+    meta: Any = None
 
 
-def make(records: Iterable[Record], tokenizer: Tokenizer, cfg: DataConfig, counts: Counter[str]) -> Iterator[Example]:
-    """Yields the examples of `records` by the task `cfg.task`, adding to `counts` what became of them.
+Row = dict[str, np.ndarray]  # one row of a batch
+Columns = dict[str, tuple[tuple[int, ...], Any]]  # batch key -> (shape of a row, dtype)
+
+
+class Task(NamedTuple):
+    """How records become rows.
+
+    Attributes:
+      fields: what a record must have.
+      make: (record, tokenizer, config, counts) -> its examples.
+      columns: config -> the columns that `make` and packing give.
+      texts: record -> the texts in it, to train a tokenizer on; None = the task reads no text and has no tokenizer.
+      corrupt: (row, rng, tokenizer, config) -> row: what is drawn anew each time that a row is used.
+      batch: config -> the columns after `corrupt`; None = the same.
+    """
+
+    fields: tuple[str, ...]
+    make: Callable[[Record, Any, Config, Counter[str]], list[Example]]
+    columns: Callable[[Config], Columns]
+    texts: Callable[[Record], Iterator[str]] | None
+    corrupt: Callable[[Row, np.random.Generator, Any, Config], Row] | None = None
+    batch: Callable[[Config], Columns] | None = None
+
+
+def make(
+    task: Task, records: Iterable[Record], tokenizer: Tokenizer | None, cfg: Config, counts: Counter[str]
+) -> Iterator[Example]:
+    """Yields the examples of `records`, adding to `counts` what became of them.
 
     Counted: documents, examples; cut_in_pieces (text longer than seq_len); prompt_cut, answer_cut (chat longer than
-    seq_len, by data.overlong); dropped_overlong, dropped_empty, dropped_no_target (nothing in it to train on).
+    seq_len, by data.overlong); dropped_overlong, dropped_empty, dropped_no_target (nothing in it to train on); and what
+    a task adds.
 
     Raises:
-      ConfigError: a record is not of the kind that the task reads.
-      DataError: a role is unknown.
+      DataError: a record has a role or a label that is not known.
     """
     for record in records:
         counts["documents"] += 1
-        for example in TASKS[cfg.task](record, tokenizer, cfg, counts):
-            if not example.loss_weights.any():
+        for example in task.make(record, tokenizer, cfg, counts):
+            if "loss_weights" in example.columns and not example.columns["loss_weights"].any():
                 counts["dropped_no_target"] += 1
                 continue
             counts["examples"] += 1
             yield example
 
 
-def text(record: Record, tokenizer: Tokenizer, cfg: DataConfig, counts: Counter[str]) -> list[Example]:
+def sequence_columns(names: tuple[str, ...], length: int) -> Columns:
+    """Columns of `length` positions, with the segment ids and positions that packing adds."""
+    dtypes = {"loss_weights": np.float32}
+    return {name: ((length,), dtypes.get(name, np.int32)) for name in (*names, "segment_ids", "positions")}
+
+
+def shifted_columns(cfg: Config) -> Columns:
+    """Columns of a task that predicts the next token."""
+    return sequence_columns(("tokens", "targets", "loss_weights"), cfg.data.seq_len)
+
+
+def text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """BOS, the text, EOS, all trained on. Worked: ids a b -> tokens [BOS a b], targets [a b EOS].
 
     Longer than seq_len: pieces that go on where the last one stopped, so that no target is lost. Packing `concat`
     splits by itself, at the ends of rows.
     """
-    ids = tokenizer.encode(_field(record, "text", cfg))
+    ids = tokenizer.encode(record["text"])
     if not ids:
         counts["dropped_empty"] += 1
         return []
-    whole = _example([tokenizer.bos_id, *ids, tokenizer.eos_id], [True] * (len(ids) + 2))
-    if len(whole.tokens) <= cfg.seq_len or cfg.packing == "concat":
-        return [whole]
+    whole = _shifted([tokenizer.bos_id, *ids, tokenizer.eos_id], [True] * (len(ids) + 2))
+    return _pieces(whole, cfg, counts)
+
+
+def whole_text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """BOS, the text, EOS, with nothing to predict yet: what a task that hides tokens starts from. Cut as in `text`."""
+    ids = tokenizer.encode(record["text"])
+    if not ids:
+        counts["dropped_empty"] += 1
+        return []
+    return _pieces({"tokens": np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)}, cfg, counts)
+
+
+def _pieces(columns: dict[str, np.ndarray], cfg: Config, counts: Counter[str]) -> list[Example]:
+    length, limit = len(columns["tokens"]), cfg.data.seq_len
+    if length <= limit or cfg.data.packing == "concat":
+        return [Example(columns)]
     counts["cut_in_pieces"] += 1
-    return [
-        Example(*(array[start : start + cfg.seq_len] for array in (whole.tokens, whole.targets, whole.loss_weights)))
-        for start in range(0, len(whole.tokens), cfg.seq_len)
-    ]
+    starts = range(0, length, limit)
+    return [Example({name: array[start : start + limit] for name, array in columns.items()}) for start in starts]
 
 
-def chat(record: Record, tokenizer: Tokenizer, cfg: DataConfig, counts: Counter[str]) -> list[Example]:
+def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """BOS, then for each turn: role symbol, content, end of turn. Trained on: assistant content and its end of turn.
 
     Worked, <u> <a> role symbols and . the end of turn, for user 'hi', assistant 'yo':
@@ -82,7 +127,7 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: DataConfig, counts: Counter[
     """
     ids, trained, answer_start = [tokenizer.bos_id], [False], 1
     length = 1  # up to the end of the last assistant turn
-    for message in _field(record, "messages", cfg):
+    for message in record["messages"]:
         turn = _turn(message, tokenizer, str(record["source"]))
         is_answer = message["role"] == "assistant"
         if is_answer:
@@ -91,20 +136,16 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: DataConfig, counts: Counter[
         trained += [False] + [is_answer] * (len(turn) - 1)
         length = len(ids) if is_answer else length
     ids, trained = ids[:length], trained[:length]
-    excess = len(ids) - 1 - cfg.seq_len
-    if excess > 0 and cfg.overlong == "drop":
+    excess = len(ids) - 1 - cfg.data.seq_len
+    if excess > 0 and cfg.data.overlong == "drop":
         counts["dropped_overlong"] += 1
         return []
     if excess > 0:
         cut = min(excess, answer_start - 1)
         counts["prompt_cut" if cut == excess else "answer_cut"] += 1
-        keep = slice(1 + cut, 1 + cut + cfg.seq_len)
+        keep = slice(1 + cut, 1 + cut + cfg.data.seq_len)
         ids, trained = ids[:1] + ids[keep], trained[:1] + trained[keep]
-    return [_example(ids, trained)]
-
-
-# data.task -> (record, tokenizer, config, counts) -> its examples, each at most seq_len long (`concat` apart).
-TASKS: dict[str, Callable[[Record, Tokenizer, DataConfig, Counter[str]], list[Example]]] = {"text": text, "chat": chat}
+    return [Example(_shifted(ids, trained))]
 
 
 def prompt_ids(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[int]:
@@ -115,13 +156,25 @@ def prompt_ids(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> l
     return [*ids, tokenizer.role_ids["assistant"]]
 
 
-def texts(records: Iterable[Record]) -> Iterator[str]:
-    """Every text in the records, to train a tokenizer on."""
+def field_texts(*names: str) -> Callable[[Record], Iterator[str]]:
+    """The texts in those fields of a record that it has."""
+    return lambda record: (record[name] for name in names if name in record)
+
+
+def message_texts(record: Record) -> Iterator[str]:
+    """The texts of a conversation."""
+    return (message["content"] for message in record["messages"])
+
+
+def check_fields(task: Task, records: Iterable[Record], cfg: DataConfig, known: Mapping[str, Task]) -> None:
+    """Raises ConfigError, naming the first record that `data.task` cannot read."""
     for record in records:
-        if "text" in record:
-            yield record["text"]
-        else:
-            yield from (message["content"] for message in record["messages"])
+        if missing := [name for name in task.fields if name not in record]:
+            fits = [name for name, other in known.items() if all(field in record for field in other.fields)]
+            raise ConfigError(
+                f"{record['source']}: 'data.task' is {cfg.task}, which reads '{missing[0]}', but the record has "
+                f"{', '.join(sorted(set(record) - {'source'}))}; set data.task={' or '.join(fits)}, or other data"
+            )
 
 
 def _turn(message: Mapping[str, str], tokenizer: Tokenizer, source: str) -> list[int]:
@@ -130,21 +183,13 @@ def _turn(message: Mapping[str, str], tokenizer: Tokenizer, source: str) -> list
     return [tokenizer.role_ids[message["role"]], *tokenizer.encode(message["content"]), tokenizer.end_of_turn_id]
 
 
-def _example(ids: list[int], trained: list[bool]) -> Example:
-    return Example(np.array(ids[:-1], np.int32), np.array(ids[1:], np.int32), np.array(trained[1:], np.float32))
+def _shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
+    return {
+        "tokens": np.array(ids[:-1], np.int32),
+        "targets": np.array(ids[1:], np.int32),
+        "loss_weights": np.array(trained[1:], np.float32),
+    }
 
 
-def check_task(records: Iterable[Record], cfg: DataConfig) -> None:
-    """Raises ConfigError, naming the first record that `data.task` cannot read."""
-    for record in records:
-        _field(record, {"text": "text", "chat": "messages"}[cfg.task], cfg)
-
-
-def _field(record: Record, name: str, cfg: DataConfig) -> Any:
-    if name not in record:
-        other = "chat" if cfg.task == "text" else "text"
-        raise ConfigError(
-            f"{record['source']}: 'data.task' is {cfg.task}, which reads '{name}', but the record has "
-            f"{', '.join(sorted(set(record) - {'source'}))}; set data.task={other} or other data"
-        )
-    return record[name]
+TEXT = Task(("text",), text, shifted_columns, field_texts("text"))
+CHAT = Task(("messages",), chat, shifted_columns, message_texts)

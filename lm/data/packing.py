@@ -9,27 +9,18 @@ import numpy as np
 from grain import experimental
 
 from lm.config import DataConfig
-from lm.data.examples import Example
+from lm.data.examples import Columns, Example, Row
 
-# tokens, targets, loss_weights, segment_ids, positions: [R, seq_len] each, in the smallest dtype that holds the values.
-Rows = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]  # batch key -> [R, ...], in the smallest dtype that holds the values
 
-DTYPES = {
-    "tokens": np.int32,
-    "targets": np.int32,
-    "loss_weights": np.float32,
-    "segment_ids": np.int32,
-    "positions": np.int32,
-}
-_FEATURES = ("tokens", "targets", "loss_weights")
 # Best fit packs this many examples (or positions) at a time, longest first: Grain closes all open rows when one example
 # fits nowhere, so each window gets as many rows as examples and none is closed early.
 _WINDOW_EXAMPLES, _WINDOW_POSITIONS = 1024, 2**22
 _CHUNK = 1024  # rows made compact at a time, so that wide ones are never all held
 
 
-def pack(examples: Iterable[Example], cfg: DataConfig) -> Rows:
-    """Puts every (token, target) pair of every example in exactly one row, by `cfg.packing`.
+def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tuple[Rows, list[Any]]:
+    """Puts every position of every example in exactly one row, by `cfg.packing`.
 
     Worked, seq_len 4, best_fit, examples of tokens [a b c], [d], [e f]:
 
@@ -39,67 +30,85 @@ def pack(examples: Iterable[Example], cfg: DataConfig) -> Rows:
 
     and with mask_documents=False the first row has segment_ids 1 1 1 1 and positions 0 1 2 3. Padding is 0 everywhere.
 
+    Args:
+      examples: each has the columns but segment_ids and positions, which are made here.
+      columns: batch key -> (shape of a row, dtype).
+      cfg: how.
+
+    Returns:
+      The rows, and each row's `Example.meta`; packed rows, which may hold several examples, have none.
+
     Raises:
-      ValueError: an example is longer than seq_len, and packing is not `concat`.
+      ValueError: an example is longer than its row, and packing is not `concat`.
     """
     chunks: list[Rows] = []
-    rows: list[dict[str, np.ndarray]] = []
-    for row in _rows(examples, cfg):
+    rows: list[Row] = []
+    metas: list[Any] = []
+    for row, meta in _rows(examples, columns, cfg):
         if not cfg.mask_documents:
             row["segment_ids"] = np.minimum(row["segment_ids"], 1)
             row["positions"] = np.arange(cfg.seq_len) * row["segment_ids"]
         rows.append(row)
+        metas.append(meta)
         if len(rows) == _CHUNK:
-            chunks.append(_stack(rows))
+            chunks.append(_stack(rows, columns))
             rows = []
     if rows:
-        chunks.append(_stack(rows))
+        chunks.append(_stack(rows, columns))
     if not chunks:
-        return {key: np.zeros((0, cfg.seq_len), dtype) for key, dtype in DTYPES.items()}
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in DTYPES}
+        return {key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in columns.items()}, []
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in columns}, metas
 
 
-def _rows(examples: Iterable[Example], cfg: DataConfig) -> Iterator[dict[str, np.ndarray]]:
+def _rows(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> Iterator[tuple[Row, Any]]:
     if cfg.packing == "pad":
-        yield from (_padded(example, cfg.seq_len) for example in examples)
+        yield from ((_padded(example.columns, columns), example.meta) for example in examples)
         return
-    for packed in _packers(examples, cfg):
+    names = [name for name in columns if name not in ("segment_ids", "positions")]
+    for packed in _packers(examples, dict.fromkeys(names, cfg.seq_len), cfg):
         for row in packed:
-            yield {name: row[name] for name in _FEATURES} | {
-                "segment_ids": row["tokens_segment_ids"],
-                "positions": row["tokens_positions"],
-            }
+            yield (
+                {name: row[name] for name in names}
+                | {"segment_ids": row["tokens_segment_ids"], "positions": row["tokens_positions"]},
+                None,
+            )
 
 
-def _packers(examples: Iterable[Example], cfg: DataConfig) -> Iterator[grain.IterDataset[Any]]:
-    lengths = dict.fromkeys(_FEATURES, cfg.seq_len)
+def _packers(examples: Iterable[Example], lengths: dict[str, int], cfg: DataConfig) -> Iterator[grain.IterDataset[Any]]:
     if cfg.packing == "concat":
         yield experimental.ConcatThenSplitIterDataset(_Stream(examples), length_struct=lengths)
         return
     examples = iter(examples)
     size = max(1, min(_WINDOW_EXAMPLES, _WINDOW_POSITIONS // cfg.seq_len))
     while window := list(itertools.islice(examples, size)):
-        window.sort(key=lambda example: -len(example.tokens))
+        window.sort(key=lambda example: -len(example.columns["tokens"]))
         yield experimental.BestFitPackIterDataset(
             _Stream(window), length_struct=lengths, num_packing_bins=len(window), shuffle_bins=False
         )
 
 
-def _padded(example: Example, seq_len: int) -> dict[str, np.ndarray]:
-    length = len(example.tokens)
-    if length > seq_len:
-        raise ValueError(f"an example of {length} tokens does not fit in a row of data.seq_len={seq_len}")
-    columns = vars(example) | {"segment_ids": np.ones(length, np.int32), "positions": np.arange(length, dtype=np.int32)}
-    return {name: np.pad(column, (0, seq_len - length)) for name, column in columns.items()}
+def _padded(given: Row, columns: Columns) -> Row:
+    if "segment_ids" in columns and "segment_ids" not in given:
+        length = given["tokens"].shape[-1]
+        given = given | {"segment_ids": np.ones(length, np.int32), "positions": np.arange(length, dtype=np.int32)}
+    row = {}
+    for name, (shape, _) in columns.items():
+        missing = [full - found for full, found in zip(shape, given[name].shape, strict=True)]
+        if min(missing, default=0) < 0:
+            raise ValueError(f"an example's '{name}' of shape {given[name].shape} does not fit in a row of {shape}")
+        row[name] = np.pad(given[name], [(0, n) for n in missing]) if any(missing) else given[name]
+    return row
 
 
-def _stack(rows: list[dict[str, np.ndarray]]) -> Rows:
-    return {key: _compact(np.stack([row[key] for row in rows])) for key in DTYPES}
+def _stack(rows: list[Row], columns: Columns) -> Rows:
+    return {key: _compact(np.stack([row[key] for row in rows])) for key in columns}
 
 
 def _compact(array: np.ndarray) -> np.ndarray:
-    """The same values (not negative) in the smallest unsigned dtype, or as they are if they are not whole numbers."""
-    small = array.astype(np.min_scalar_type(int(array.max())))
+    """The same values in the smallest unsigned dtype, or as they are if they are not whole numbers from 0 on."""
+    if array.dtype.itemsize == 1:
+        return array
+    small = array.astype(np.min_scalar_type(int(max(0, array.max()))))
     return small if np.array_equal(small, array) else array
 
 
@@ -120,7 +129,7 @@ class _StreamIterator(grain.DatasetIterator[Any]):
         self._examples = examples
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return vars(next(self._examples))
+        return next(self._examples).columns
 
     def get_state(self) -> dict[str, Any]:
         return {}

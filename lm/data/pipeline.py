@@ -1,6 +1,7 @@
 """From records to batches. The training stream is a pure function: global example index -> row."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -8,52 +9,87 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from lm import schema
 from lm.config import Config
-from lm.data import examples, packing, sources
+from lm.data import augment, examples, packing, sources
+from lm.data.examples import Columns, Row, Task
 from lm.data.packing import Rows
 from lm.data.records import DataError, Record
+from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 
 HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
 
-_SHAPES_ROWS = ("task", "seq_len", "packing", "mask_documents", "overlong")  # keys of DataConfig
+# Keys of DataConfig that decide what the rows of given records are.
+_SHAPES_ROWS = (
+    *("task", "labels", "image_shape", "templates", "augment", "curriculum", "replay"),
+    *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
+)
+_EVAL_SEED = 0
 _QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
 
 
+Finish = Callable[[Row, np.random.Generator], Row]
+
+
+class Part(NamedTuple):
+    """The rows of one half of the data, packed and in memory.
+
+    Attributes:
+      rows: as packed.
+      meta: what scoring needs of each row, see `examples.Example`.
+      stored: the columns of `rows` before they were made compact: batch key -> (shape of a row, dtype).
+      columns: the columns of a batch.
+      finish: (row, rng) -> row of a batch: what is drawn anew for each global example; None = nothing is.
+    """
+
+    rows: Rows
+    meta: list[Any]
+    stored: Columns
+    columns: Columns
+    finish: Finish | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+
 class Data(NamedTuple):
-    """All rows of a run, packed and in memory.
+    """All rows of a run.
 
     Attributes:
       train: training rows.
       valid: held-out rows.
       fingerprint: sha256 over all that decides which row is which example of the stream: records, tokenizer, settings,
-        seed and the training tokens as packed.
+        seed and the training rows as packed.
       report: 'train' and 'valid' -> counts: documents, examples, what was cut or dropped (see `examples.make`),
-        rows, tokens (positions filled), targets (positions trained on), bytes (UTF-8, of the targets), fill.
+        rows and, of tokens: tokens (positions filled), targets (positions trained on), bytes (UTF-8, of the targets),
+        fill.
     """
 
-    train: Rows
-    valid: Rows
+    train: Part
+    valid: Part
     fingerprint: str
     report: dict[str, dict[str, float]]
 
 
-def build(cfg: Config, tokenizer: Tokenizer, split: sources.Split) -> Data:
+def build(cfg: Config, tokenizer: Tokenizer | None, split: sources.Split) -> Data:
     """Makes and packs the examples of both halves of `split`.
 
     Raises:
       DataError: a half has nothing to train on or to evaluate; the message gives the counts.
     """
-    train, train_report = _rows(split.train, "train", cfg, tokenizer)
-    valid, valid_report = _rows(split.valid, "valid", cfg, tokenizer)
+    train, train_report = _part(split.train, "train", cfg, tokenizer)
+    valid, valid_report = _part(split.valid, "valid", cfg, tokenizer)
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
-    parts = [split.fingerprint, tokenizer.hash, settings, zlib.crc32(train["tokens"].tobytes())]
+    settings |= {"corrupt": schema.to_dict(cfg.corrupt)}
+    checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(train.rows.items())}
+    parts = [split.fingerprint, tokenizer.hash if tokenizer else "", settings, checksums]
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Data(train, valid, fingerprint, {"train": train_report, "valid": valid_report})
 
@@ -81,51 +117,73 @@ def train_batches(
       seed: of the shuffle.
 
     Yields:
-      The keys of `lm.types.Batch`: int32 and float32 [b, seq_len], example_index int32 [b] (modulo 2^31).
+      The columns of the task as [b, ...], row_weights float32 [b] and example_index int32 [b] (modulo 2^31).
     """
-    order = _order(len(data.train["tokens"]), seed)
-    source = _Batches(data.train, order, batch_size, start_example, np.asarray(local_rows, np.int64))
+    order = _order(len(data.train), seed)
+    source = _Batches(data.train, order, batch_size, start_example, np.asarray(local_rows, np.int64), seed)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def eval_batches(rows: Rows, *, batch_size: int, local_rows: np.ndarray, max_tokens: int) -> Iterator[HostBatch]:
+def eval_batches(
+    part: Part, *, batch_size: int, local_rows: np.ndarray, max_tokens: int, seq_len: int
+) -> Iterator[HostBatch]:
     """Each row once, in batches of one shape: the last one is filled up with rows of zeros, which have no weight.
 
+    What `Part.finish` draws is the same in every evaluation, whatever the seed of the run.
+
     Args:
-      rows: held-out rows.
+      part: held-out rows.
       batch_size: rows of a batch over all hosts.
       local_rows: int [b], as in `train_batches`.
-      max_tokens: at most this many positions, rounded up to whole rows, evenly spaced over all of them; 0 = all rows.
+      max_tokens: see `eval_row_ids`.
+      seq_len: see `eval_row_ids`.
 
     Yields:
       As `train_batches`; example_index counts on over the rows of zeros.
     """
-    num_rows, seq_len = rows["tokens"].shape
-    count = min(num_rows, math.ceil(max_tokens / seq_len)) if max_tokens else num_rows
-    for start in range(0, count, batch_size):
+    row_ids = eval_row_ids(part, max_tokens, seq_len)
+    for start in range(0, len(row_ids), batch_size):
         index = start + np.asarray(local_rows, np.int64)
-        is_row = index < count
-        batch = _gather(rows, np.where(is_row, index, 0) * num_rows // count, index)
-        yield {key: np.where(is_row[:, None], x, 0).astype(x.dtype) if x.ndim == 2 else x for key, x in batch.items()}
+        is_row = index < len(row_ids)
+        batch = _gather(part, row_ids[np.where(is_row, index, 0)], index, seed=_EVAL_SEED)
+        yield {
+            key: x
+            if key == "example_index"
+            else np.where(is_row.reshape(-1, *[1] * (x.ndim - 1)), x, 0).astype(x.dtype)
+            for key, x in batch.items()
+        }
+
+
+def eval_row_ids(part: Part, max_tokens: int, seq_len: int) -> np.ndarray:
+    """The rows that an evaluation reads, in order: int64 [n].
+
+    Args:
+      part: held-out rows.
+      max_tokens: at most this many positions, rounded up to whole rows, evenly spaced over all of them; 0 = all rows.
+      seq_len: positions in a row.
+    """
+    count = min(len(part), math.ceil(max_tokens / seq_len)) if max_tokens else len(part)
+    return np.arange(count, dtype=np.int64) * len(part) // max(1, count)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """Random access to the batches of the training stream: what Grain calls a data source."""
 
-    rows: Rows
+    part: Part
     order: "grain.MapDataset[int]"
     batch_size: int
     start: int
     local_rows: np.ndarray
+    seed: int
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, k: int) -> HostBatch:
         index = self.start + int(k) * self.batch_size + self.local_rows
-        return _gather(self.rows, [self.order[int(g)] for g in index], index)
+        return _gather(self.part, np.array([self.order[int(g)] for g in index]), index, self.seed)
 
 
 def _order(num_rows: int, seed: int) -> "grain.MapDataset[int]":
@@ -134,32 +192,65 @@ def _order(num_rows: int, seed: int) -> "grain.MapDataset[int]":
     return grain.MapDataset.range(num_rows).shuffle(hashed).repeat(None)
 
 
-def _gather(rows: Rows, row_ids: Sequence[int] | np.ndarray, index: np.ndarray) -> HostBatch:
-    batch = {key: rows[key][row_ids].astype(dtype) for key, dtype in packing.DTYPES.items()}
-    return batch | {"example_index": (index % 2**31).astype(np.int32)}
+def _gather(part: Part, row_ids: np.ndarray, index: np.ndarray, seed: int) -> HostBatch:
+    """Rows `row_ids` as the global examples `index`: what is drawn for a row depends on (seed, its index) alone."""
+    if part.finish is None:
+        batch = {key: part.rows[key][row_ids] for key in part.columns}
+    else:
+        finished = []
+        for row_id, g in zip(row_ids, index, strict=True):
+            rng = np.random.default_rng([seed % 2**32, int(g)])
+            row = {key: part.rows[key][row_id].astype(dtype) for key, (_, dtype) in part.stored.items()}
+            finished.append(part.finish(row, rng))
+        batch = {key: np.stack([row[key] for row in finished]) for key in part.columns}
+    batch = {key: x.astype(part.columns[key][1]) for key, x in batch.items()}
+    indices = {"example_index": (index % 2**31).astype(np.int32)}
+    return batch | {"row_weights": np.ones(len(index), np.float32)} | indices
 
 
-def _rows(records: Sequence[Record], name: str, cfg: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, float]]:
-    counts: Counter[str] = Counter()
-    made = examples.make(_progress(records, f"packing {name} rows"), tokenizer, cfg.data, counts)
-    rows = packing.pack(made, cfg.data)
-    is_target = rows["loss_weights"] > 0
-    filled = int(np.count_nonzero(rows["segment_ids"]))
-    report: dict[str, float] = dict(counts) | {
-        "rows": len(rows["tokens"]),
-        "tokens": filled,
-        "targets": int(np.count_nonzero(is_target)),
-        "bytes": int(tokenizer.token_bytes()[rows["targets"][is_target]].sum()),
-        "fill": filled / max(1, rows["tokens"].size),
-    }
-    if not report["targets"]:
+def _part(
+    records: Sequence[Record], name: str, cfg: Config, tokenizer: Tokenizer | None
+) -> tuple[Part, dict[str, float]]:
+    task, counts = TASKS[cfg.data.task], Counter[str]()
+    made = examples.make(task, _progress(records, f"packing {name} rows"), tokenizer, cfg, counts)
+    stored = task.columns(cfg)
+    rows, meta = packing.pack(made, stored, cfg.data)
+    report: dict[str, float] = {**counts, "rows": len(next(iter(rows.values())))}
+    if "segment_ids" in rows:
+        filled = int(np.count_nonzero(rows["segment_ids"]))
+        report |= {"tokens": filled, "fill": filled / max(1, rows["segment_ids"].size)}
+    if "targets" in rows and tokenizer:
+        is_target = rows["loss_weights"] > 0
+        report["targets"] = int(np.count_nonzero(is_target))
+        report["bytes"] = int(tokenizer.token_bytes()[rows["targets"][is_target]].sum())
+    if not report.get("targets", report["rows"]):
         found = ", ".join(f"{key} {value:,}" for key, value in counts.items()) or "no documents"
         keys = "data.path" if name == "train" else "data.eval_path, data.eval_fraction"
         raise DataError(
             f"the {name} data has no target: nothing in it counts for the loss ({found}); "
             f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )
-    return rows, report
+    finish = _finish(task, name == "train", cfg, tokenizer)
+    return Part(rows, meta, stored, (task.batch or task.columns)(cfg), finish), report
+
+
+def _finish(task: Task, is_train: bool, cfg: Config, tokenizer: Tokenizer | None) -> Finish | None:
+    """What is done to a row each time it is used: augmentation while training, then the task's corruption."""
+    steps: list[Finish] = []
+    if is_train:
+        steps += [functools.partial(_augment, name, strength, cfg, tokenizer) for name, strength in cfg.data.augment]
+    if task.corrupt is not None:
+        corrupt = task.corrupt
+        steps.append(lambda row, rng: corrupt(row, rng, tokenizer, cfg))
+    if not steps:
+        return None
+    return lambda row, rng: functools.reduce(lambda row, step: step(row, rng), steps, row)
+
+
+def _augment(
+    name: str, strength: float, cfg: Config, tokenizer: Tokenizer | None, row: Row, rng: np.random.Generator
+) -> Row:
+    return augment.AUGMENTATIONS[name](row, rng, strength, tokenizer, cfg)
 
 
 def _progress(records: Sequence[Record], what: str) -> Iterator[Record]:

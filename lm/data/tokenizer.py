@@ -32,9 +32,11 @@ class Tokenizer:
 
     Attributes:
       model: the serialized SentencePiece model.
+      extra_ids: ids after the model's own, that no text can produce: first the mask, then the sentinels.
     """
 
     model: bytes = dataclasses.field(repr=False)
+    extra_ids: int = 0
 
     @functools.cached_property
     def _sp(self) -> Any:
@@ -54,17 +56,20 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Inverse of `encode`. Control symbols give ''; bytes that are not UTF-8 give U+FFFD."""
-        return self._sp.decode([int(i) for i in ids])
+        return self._sp.decode([int(i) for i in ids if i < self._sp.vocab_size()])
 
     def piece(self, token_id: int) -> str:
         """How one id is written in the model, for display: U+2581 is a space, <0x0A> a byte, <|user|> a control."""
+        extra = int(token_id) - self._sp.vocab_size()
+        if extra >= 0:
+            return f"<|extra_{extra}|>" if extra else "<|mask|>"
         return self._sp.id_to_piece(int(token_id))
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes of text each id stands for, 0 for controls; sums to `len(text.encode())`."""
         sp = self._sp
         sizes = np.zeros(self.vocab_size, np.int32)
-        for i in range(self.vocab_size):
+        for i in range(sp.vocab_size()):
             if sp.is_byte(i):
                 sizes[i] = 1
             elif not sp.is_control(i) and not sp.is_unknown(i):
@@ -81,7 +86,26 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        return self._sp.vocab_size() + self.extra_ids
+
+    @property
+    def mask_id(self) -> int:
+        """What stands for a token to be guessed; also BERT's [MASK]."""
+        if not self.extra_ids:
+            raise ConfigError("this task hides tokens behind a mask, which needs 'tokenizer.extra_ids' of at least 1")
         return self._sp.vocab_size()
+
+    @property
+    def sentinel_ids(self) -> np.ndarray:
+        """int32: what stands for a hidden span, one after the other; as many as 'tokenizer.extra_ids' leaves."""
+        return np.arange(self._sp.vocab_size() + 1, self.vocab_size, dtype=np.int32)
+
+    @functools.cached_property
+    def is_control_V(self) -> np.ndarray:
+        """bool [vocab_size]: ids that stand for no text, the extra ones among them."""
+        sp = self._sp
+        own = [sp.is_control(i) or sp.is_unknown(i) for i in range(sp.vocab_size())]
+        return np.array([*own, *[True] * self.extra_ids])
 
     @property
     def pad_id(self) -> int:

@@ -12,7 +12,7 @@ QUERY_BLOCKS = 4
 
 @flax.struct.dataclass
 class Mask:
-    """Who sees whom: same segment, key not after query, and within the window.
+    """Who sees whom: same segment, key not after query (if causal), and within the window.
 
     Example, segment ids [1, 1, 2, 0] (1 = sees):
 
@@ -24,23 +24,25 @@ class Mask:
     Attributes:
       query_segments_BxL: int32 segment of each query.
       key_segments_BxS: int32 segment of each key; 0 = padding or not yet written.
-      window: a query sees this many keys, itself included; 0 = all before it.
+      window: a query sees this many keys before it, itself included; 0 = all.
       offset: int32 [] or int, index in the key axis of the first query; None = queries and keys are the same positions.
+      causal: whether a key after the query is hidden from it.
     """
 
     query_segments_BxL: jax.Array
     key_segments_BxS: jax.Array
     window: int = flax.struct.field(pytree_node=False)
     offset: jax.Array | int | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=True)
 
     def draw(self) -> jax.Array:
         """The mask as bool [B, L, S]."""
         query_L = jnp.arange(self.query_segments_BxL.shape[1]) + (0 if self.offset is None else self.offset)
         key_S = jnp.arange(self.key_segments_BxS.shape[1])
         distance_LxS = query_L[:, None] - key_S[None, :]
-        seen_LxS = distance_LxS >= 0
+        seen_LxS = distance_LxS >= 0 if self.causal else jnp.ones_like(distance_LxS, bool)
         if self.window:
-            seen_LxS &= distance_LxS < self.window
+            seen_LxS &= jnp.abs(distance_LxS) < self.window
         return seen_LxS[None] & (self.query_segments_BxL[:, :, None] == self.key_segments_BxS[:, None, :])
 
 
@@ -56,7 +58,7 @@ def attend(
       [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
     """
     length = query_BxLxHxE.shape[1]
-    if mask.offset is not None or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
+    if not mask.causal or mask.offset is not None or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
         return _dense(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap)
     size = length // QUERY_BLOCKS
     blocks = []

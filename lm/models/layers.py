@@ -131,6 +131,16 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+def embed_noise(x_BxLxD: jax.Array, segments_BxL: jax.Array, alpha: float, keys_B: jax.Array | None) -> jax.Array:
+    """Adds uniform noise of size alpha / sqrt(n D) to embeddings of n real positions (NEFTune, Jain et al. 2023)."""
+    if alpha == 0.0 or keys_B is None:
+        return x_BxLxD
+    draw = jax.vmap(lambda key: jax.random.uniform(key, x_BxLxD.shape[1:], jnp.float32, -1.0, 1.0))
+    real_B = jnp.maximum((segments_BxL > 0).sum(axis=1), 1).astype(jnp.float32)
+    size_B = alpha * jax.lax.rsqrt(real_B * x_BxLxD.shape[-1])
+    return x_BxLxD + (size_B[:, None, None] * draw(keys_B)).astype(x_BxLxD.dtype)
+
+
 def rope(x_BxLxHxE: jax.Array, positions_BxL: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding (Su et al. 2021), rotating the pairs (i, i + E/2) as Llama does.
 

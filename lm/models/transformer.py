@@ -1,7 +1,8 @@
-"""The decoder: GPT-2 and Llama-like models are the same block with other values of `ModelConfig`.
+"""Models of text: GPT-2, Llama and BERT are the same block with other values of `ModelConfig`.
 
-Shape letters: see `lm.types`. Parameters of the layers are always stacked [N, ...] under 'decoder/layers', whether the
-layers run as a scan or unrolled: a checkpoint of one is a checkpoint of the other.
+Shape letters: see `lm.types`. Parameters of the layers are always stacked [N, ...] under 'decoder/layers' (causal) or
+'encoder/layers' (bidirectional), whether the layers run as a scan or unrolled: a checkpoint of one is a checkpoint of
+the other.
 """
 
 import dataclasses
@@ -16,8 +17,9 @@ from lm import sharding
 from lm.config import ModelConfig
 from lm.models import layers
 from lm.models.attention import Mask, attend
+from lm.models.heads import HeadLayer
 from lm.schema import ConfigError
-from lm.types import Batch, ModelFns, ModelOutput, Params
+from lm.types import Batch, Head, ModelFns, ModelOutput, Params
 
 # What is kept of a layer's forward pass for its backward pass; the rest is computed again.
 REMAT_POLICIES = {
@@ -54,14 +56,15 @@ def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:
     )
 
 
-def decoder(cfg: ModelConfig, dtype: Any) -> ModelFns:
-    """The decoder-only language model as pure functions.
+def text_model(cfg: ModelConfig, dtype: Any, head: Head | None = None) -> ModelFns:
+    """A decoder or an encoder as pure functions.
 
     Args:
       cfg: as `resolve` returns it.
       dtype: compute dtype of activations, float32 or bfloat16.
+      head: output layer of a task; None = the model predicts tokens.
     """
-    module = Decoder(cfg, dtype)
+    module = TextModel(cfg, dtype, head)
 
     def boxed_init(key: jax.Array) -> Any:
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -70,7 +73,7 @@ def decoder(cfg: ModelConfig, dtype: Any) -> ModelFns:
 
     def apply(params: Params, batch: Batch, *, rng: jax.Array | None = None, cache: Any = None) -> ModelOutput:
         keys_B = None
-        if rng is not None and cfg.dropout:
+        if rng is not None:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["example_index"])
         out: Any = module.apply({"params": params}, batch, keys_B, cache)
         return out
@@ -91,43 +94,53 @@ def decoder(cfg: ModelConfig, dtype: Any) -> ModelFns:
     return ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes, init_cache)
 
 
-class Decoder(nn.Module):
-    """Embedding, stacked blocks, final norm, output projection."""
+class TextModel(nn.Module):
+    """Embedding, stacked blocks, final norm, and the output projection or a task's head."""
 
     cfg: ModelConfig
     dtype: Any
+    head: Head | None
 
     @nn.compact
     def __call__(self, batch: Batch, keys_B: jax.Array | None, cache: Any) -> ModelOutput:
         cfg = self.cfg
+        causal = cfg.kind != "encoder"
         embed = Embed(cfg, self.dtype, name="embed")
-        x_BxLxD, embedding_VxD = embed(batch["tokens"], batch["positions"])
+        x_BxLxD, embedding_VxD = embed(batch["tokens"], batch["positions"], batch.get("type_ids"))
         x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, _fold(keys_B, cfg.num_layers))
-        x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
         segments_BxL = batch["segment_ids"]
-        mask, cache_kv = Mask(segments_BxL, segments_BxL, cfg.sliding_window), None
+        x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, _fold(keys_B, cfg.num_layers + 2))
+        x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
+        mask, cache_kv = Mask(segments_BxL, segments_BxL, cfg.sliding_window, causal=causal), None
         if cache is not None:
             start = cache["index"]
             key_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BxL, (0, start))
             mask = Mask(segments_BxL, key_segments, cfg.sliding_window, start)
             cache_kv = (cache["key"], cache["value"])
             cache = {"segment_ids": key_segments, "index": start + segments_BxL.shape[1]}
-        stack = DecoderStack(cfg, self.dtype, name="decoder")
+        stack = Stack(cfg, self.dtype, name="decoder" if causal else "encoder")
         hidden_BxLxD, cache_kv = stack(x_BxLxD, mask, batch["positions"], keys_B, cache_kv)
         if cache is not None:
             cache |= {"key": cache_kv[0], "value": cache_kv[1]}
-        unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, self.dtype, name="lm_head")()
-        return ModelOutput(hidden_BxLxD, unembed_DxV, cache)
+        out, unembed_DxV = None, None
+        if self.head is not None:
+            layer = HeadLayer(cfg, self.head, name="head")
+            out = layer(hidden_BxLxD, segments_BxL, _fold(keys_B, cfg.num_layers + 1))
+        if self.head is None or self.head.keeps_unembed:
+            unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, self.dtype, name="lm_head")()
+        return ModelOutput(hidden_BxLxD, unembed_DxV, cache, out)
 
 
 class Embed(nn.Module):
-    """Token embedding, plus a learned position embedding where the config says so."""
+    """Token embedding, plus a learned position embedding where the config says so, plus an encoder's of the type."""
 
     cfg: ModelConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, tokens_BxL: jax.Array, positions_BxL: jax.Array, types_BxL: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
 
         def table(name: str, rows: int, axis: str, std: float) -> jax.Array:
@@ -141,6 +154,9 @@ class Embed(nn.Module):
         x_BxLxD = layers.lookup(embedding_VxD, tokens_BxL)
         if cfg.position == "learned":
             x_BxLxD += layers.lookup(table("position_embedding", cfg.max_len, "position", 0.02), positions_BxL)
+        if cfg.kind == "encoder":
+            types_BxL = jnp.zeros_like(tokens_BxL) if types_BxL is None else types_BxL
+            x_BxLxD += layers.lookup(table("type_embedding", 2, "type", 0.02), types_BxL)
         return x_BxLxD, embedding_VxD
 
 
@@ -158,7 +174,7 @@ class Unembed(nn.Module):
         return sharding.gather(kernel_DxV.astype(self.dtype), *axes)
 
 
-class DecoderStack(nn.Module):
+class Stack(nn.Module):
     """N blocks by `nn.scan`, then the final norm."""
 
     cfg: ModelConfig

@@ -1,0 +1,73 @@
+"""What is refused before anything is computed: parts of a config that are each right and do not fit together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lm import metrics, objectives, schema, sharding, trees
+from lm.config import Config
+from lm.data.tasks import TASKS
+from lm.schema import ConfigError
+
+
+def fit(cfg: Config) -> None:
+    """Refuses an objective, a task and a model that do not fit together, by what the objective says of itself.
+
+    Raises:
+      ConfigError: naming the two keys, and what would fit.
+    """
+    objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
+    for key, value, fitting in (
+        ("model.kind", cfg.model.kind, objective.kinds),
+        ("data.task", cfg.data.task, objective.tasks),
+    ):
+        if value not in fitting:
+            raise ConfigError(f"'objective' {cfg.objective} does not fit '{key}' {value}; use {', '.join(fitting)}")
+    if objective.couples_rows and cfg.train.micro_batches > 1:
+        raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
+    if (head := objective.head(cfg)) and head.size < 1:
+        raise ConfigError(f"'data.labels' is empty, but 'objective' {cfg.objective} needs to know all labels")
+    if cfg.generate.prompts and (task.texts is None or head or cfg.model.kind == "encoder"):
+        raise ConfigError("'generate.prompts' is set, but this model does not generate text; set it to ()")
+
+
+def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, names: tuple[str, ...]) -> None:
+    """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
+    measured, _ = jax.eval_shape(eval_step, params, batch)
+    known = sorted([*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))), *names])
+    if cfg.checkpoint.best_metric not in known:
+        wanted = cfg.checkpoint.best_metric
+        hint = schema.nearest(wanted, known)
+        raise ConfigError(f"'checkpoint.best_metric': no metric '{wanted}'{hint}; there are {', '.join(known)}")
+
+
+def mesh_divides(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: dict[str, Any]) -> None:
+    """Refuses a mesh that the batch or the model cannot be split over.
+
+    Raises:
+      ConfigError: naming the key and the number that it must be a multiple of.
+    """
+    shards = sharding.batch_shards(mesh)
+    parts = shards * cfg.train.micro_batches
+    if cfg.data.batch_size % parts:
+        raise ConfigError(
+            f"'data.batch_size' ({cfg.data.batch_size}) must be a multiple of {parts}: {shards} parts of the mesh x "
+            f"train.micro_batches={cfg.train.micro_batches}"
+        )
+    if eval_batch_size(cfg) % shards:
+        raise ConfigError(
+            f"'eval.batch_size' ({eval_batch_size(cfg)}) must be a multiple of {shards}, as the mesh splits"
+        )
+    if cfg.model.num_kv_heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads"
+        )
+    flat = trees.flatten(abstract_params)
+    sharding.check_divisible({path: leaf.shape for path, leaf in flat.items()}, logical_axes, mesh)
+
+
+def eval_batch_size(cfg: Config) -> int:
+    """Rows of an evaluation batch."""
+    return cfg.eval.batch_size or cfg.data.batch_size

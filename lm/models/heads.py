@@ -1,0 +1,62 @@
+"""Output layers for tasks, on top of the last hidden states. Computed in float32: they are small and decide.
+
+Shape letters: see `lm.types`; C is the size of the head's output.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.config import ModelConfig
+from lm.models import layers
+from lm.types import Head
+
+
+class HeadLayer(nn.Module):
+    """What `lm.types.Head` describes.
+
+    Attributes:
+      cfg: `pool` and `dropout` are read.
+      head: kind and size.
+    """
+
+    cfg: ModelConfig
+    head: Head
+
+    @nn.compact
+    def __call__(self, hidden_BxLxD: jax.Array, segments_BxL: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        hidden_BxLxD = hidden_BxLxD.astype(jnp.float32)
+        if self.head.kind == "token":
+            return self._dense(self.head.size, "classifier")(layers.dropout(hidden_BxLxD, self.cfg.dropout, keys_B))
+        pooled_BxD = pool(hidden_BxLxD, segments_BxL, self.cfg.pool)
+        width = pooled_BxD.shape[-1]
+        if self.head.kind == "projection":
+            return self._dense(self.head.size, "out")(jax.nn.gelu(self._dense(width, "hidden")(pooled_BxD)))
+        if self.cfg.pool == "first":
+            pooled_BxD = jnp.tanh(self._dense(width, "pooler")(pooled_BxD))  # Devlin et al. 2019
+        return self._dense(self.head.size, "classifier")(layers.dropout(pooled_BxD, self.cfg.dropout, keys_B))
+
+    def _dense(self, features: int, name: str) -> Any:
+        return layers.Dense(features, ("head_in", "head_out"), use_bias=True, dtype=jnp.float32, name=name)
+
+
+def pool(hidden_BxLxD: jax.Array, segments_BxL: jax.Array, how: str) -> jax.Array:
+    """One vector a row: float32 [B, D]. Padding (segment 0) never counts; a row of padding alone gives zeros by 'mean'.
+
+    Args:
+      hidden_BxLxD: float32.
+      segments_BxL: int32, one segment a row.
+      how: 'first' position, 'mean' over the real ones, or the 'last' real one.
+    """
+    is_real_BxL = segments_BxL > 0
+    if how == "first":
+        return hidden_BxLxD[:, 0]
+    if how == "mean":
+        count_B = jnp.maximum(is_real_BxL.sum(axis=1), 1).astype(jnp.float32)
+        return jnp.where(is_real_BxL[..., None], hidden_BxLxD, 0).sum(axis=1) / count_B[:, None]
+    place_L = jnp.arange(hidden_BxLxD.shape[1])
+    last_B = jnp.where(is_real_BxL, place_L[None], 0).max(axis=1)
+    # A product and not a gather: it stays local where the rows are split over devices.
+    return jnp.where((place_L[None] == last_B[:, None])[..., None], hidden_BxLxD, 0).sum(axis=1)
