@@ -20,7 +20,7 @@ MODULES = (
     # 1: arrays, optimizer, data
     *("lm.sharding", "lm.losses", "lm.metrics", "lm.optim"),
     *("lm.data.tokenizer", "lm.data.records", "lm.data.prose", "lm.data.builtin", "lm.data.sources"),
-    *("lm.data.examples", "lm.data.packing", "lm.data.pipeline"),
+    *("lm.data.corrupt", "lm.data.examples", "lm.data.packing", "lm.data.pipeline"),
     # 2: models, checkpoints
     *("lm.models.layers", "lm.models.attention", "lm.models.transformer", "lm.checkpoint"),
     # 3: what is learnt, from what, and what is written about it
