@@ -24,8 +24,9 @@ class Pieces:
     eos_id: int = 2
 
     @property
-    def control_ids(self) -> frozenset[int]:
-        return frozenset({0, 1, 2, 3, self.mask_id, *self.sentinel_ids.tolist()})
+    def is_control_V(self) -> np.ndarray:
+        ids = np.arange(self.vocab_size)
+        return (ids < 4) | (ids >= self.mask_id)
 
     @property
     def mask_id(self) -> int:

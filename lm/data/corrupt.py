@@ -66,7 +66,7 @@ def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config)
     Args:
       row: tokens and segment_ids, int [L].
       rng: generator of this row.
-      tokenizer: its `mask_id`, `control_ids`, `vocab_size` and `piece`.
+      tokenizer: its `mask_id`, `is_control_V`, `vocab_size` and `piece`.
       cfg: `corrupt.rate` and `corrupt.whole_words`.
 
     Returns:
@@ -107,8 +107,7 @@ class _Vocabulary(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _vocabulary(tokenizer: Any) -> _Vocabulary:
-    is_special = np.zeros(tokenizer.vocab_size, bool)
-    is_special[[*tokenizer.control_ids, tokenizer.mask_id, *tokenizer.sentinel_ids]] = True
+    is_special = tokenizer.is_control_V
     pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
     white_bytes = {f"<0x{byte:02X}>" for byte in b" \t\n\v\f\r"}
     is_space = np.array([piece in white_bytes or not piece.replace(_SPACE, " ").strip() for piece in pieces])
