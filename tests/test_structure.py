@@ -16,29 +16,51 @@ ROOT = Path(__file__).resolve().parents[1]
 # its place here. A package's __init__.py imports nothing of lm, so that it needs none.
 MODULES = (
     # 0: types and trees
-    *("lm.types", "lm.schema", "lm.config", "lm.trees", "lm.flags"),
+    "lm.types",
+    "lm.schema",
+    "lm.config",
+    "lm.trees",
+    "lm.flags",
     # 1: arrays, optimizer, data
-    *("lm.sharding", "lm.losses", "lm.metrics", "lm.scores", "lm.optim"),
-    *("lm.data.tokenizer", "lm.data.records", "lm.data.prose", "lm.data.builtin", "lm.data.sources"),
-    *("lm.data.examples", "lm.data.labelled", "lm.data.tasks", "lm.data.augment"),
-    *("lm.data.packing", "lm.data.pipeline"),
+    "lm.sharding",
+    "lm.losses",
+    "lm.metrics",
+    "lm.scores",
+    "lm.optim",
+    "lm.data.tokenizer",
+    "lm.data.records",
+    "lm.data.prose",
+    "lm.data.builtin",
+    "lm.data.sources",
+    "lm.data.examples",
+    "lm.data.labelled",
+    "lm.data.corrupt",
+    "lm.data.augment",
+    "lm.data.tasks",
+    "lm.data.packing",
+    "lm.data.pipeline",
     # 2: models, checkpoints
-    *(
-        "lm.models.layers",
-        "lm.models.attention",
-        "lm.models.heads",
-        "lm.models.transformer",
-        "lm.models.families",
-        "lm.checkpoint",
-    ),
+    "lm.models.layers",
+    "lm.models.attention",
+    "lm.models.heads",
+    "lm.models.transformer",
+    "lm.models.families",
+    "lm.checkpoint",
     # 3: what is learnt, from what, and what is written about it
-    *("lm.objectives", "lm.transfer", "lm.monitor", "lm.report"),
+    "lm.objectives",
+    "lm.transfer",
+    "lm.monitor",
+    "lm.report",
     # 4: one step
     "lm.step",
     # 5: loops over steps; config becomes objects
-    *("lm.evaluate", "lm.generate", "lm.checks", "lm.build"),
+    "lm.evaluate",
+    "lm.generate",
+    "lm.checks",
+    "lm.build",
     # 6 and 7: the run and its flags
-    *("lm.train", "lm.main"),
+    "lm.train",
+    "lm.main",
 )
 PACKAGES = ("lm", "lm.data", "lm.models")
 OUTSIDE = ("configs", "experiments", "tools", "tests")
