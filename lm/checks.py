@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
 from lm.config import Config
+from lm.data import corrupt
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
@@ -18,6 +19,7 @@ def fit(cfg: Config) -> None:
     Raises:
       ConfigError: naming the two keys, and what would fit.
     """
+    corrupt.check(cfg)
     objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
     for key, value, fitting in (
         ("model.kind", cfg.model.kind, objective.kinds),

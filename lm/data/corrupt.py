@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.config import Config
+from lm.data.examples import Row
 from lm.schema import ConfigError
-
-Row = dict[str, np.ndarray]
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _MASKED, _REPLACED = 0.8, 0.1  # of the chosen tokens; the rest keep theirs (Devlin et al. 2019, section 3.1)
