@@ -4,7 +4,7 @@ import io
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm.data import tokenizer as tokenizers
@@ -33,6 +33,39 @@ def test_any_unicode_round_trips_without_control_symbols_and_with_exact_byte_cou
     assert tok.decode(ids) == text
     assert not controls(tok) & set(ids)
     assert tok.token_bytes()[ids].sum() == len(text.encode())
+
+
+def characters_of(tok, text):
+    """Brute force: the ranges from the spelling of each piece alone, byte by byte through the text."""
+    characters = [i for i, character in enumerate(text) for _ in character.encode()]
+    ranges, at = [], 0
+    for token_id in tok.encode(text):
+        size = len(tok.piece(token_id).replace("\u2581", " ").encode())
+        size = 1 if tok.piece(token_id).startswith("<0x") and len(tok.piece(token_id)) == 6 else size
+        ranges.append((characters[at], characters[at + size - 1] + 1))
+        at += size
+    return ranges
+
+
+@pytest.mark.parametrize("name", CORPORA)
+@given(text=any_text)
+@example(text="a\u2581é\U0001f600\u2581 b")
+def test_offsets_are_the_characters_that_each_id_stands_for(name, text):
+    tok = TOKENIZERS[name]
+    ids, offsets = tok.encode_with_offsets(text)
+    assert ids == tok.encode(text)
+    assert offsets == characters_of(tok, text)
+    for token_id, (start, end) in zip(ids, offsets, strict=True):
+        if "\ufffd" not in tok.decode([token_id]):  # a whole piece, no byte of a longer character
+            assert tok.decode([token_id]) == text[start:end]
+
+
+def test_offsets_of_characters_that_have_no_piece():
+    tok = TOKENIZERS["prose"]
+    text = "x\u2581\U0001f600y"
+    ids, offsets = tok.encode_with_offsets(text)
+    assert offsets == [(0, 1), *[(1, 2)] * 3, *[(2, 3)] * 4, (3, 4)] and tok.decode(ids) == text
+    assert tok.encode_with_offsets("") == ([], [])
 
 
 @pytest.mark.parametrize("text", [*MARKS, "a\u2581b", "\u2581" * 3, "\0", " a ", "e\u0301\ufb01\u2460"])

@@ -54,6 +54,26 @@ class Tokenizer:
             ids += self._space_ids + self._sp.encode(part)
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and for each the characters [start, end) of `text` that it stands for.
+
+        A character spelled in several bytes has several ids, all of its one range. Worked, with pieces 'ab' and ' c'
+        and no piece for 'é', whose UTF-8 is the bytes c3 a9:
+
+            text 'abé c'   ids  ab  <0xC3>  <0xA9>  ' c'   ranges  (0, 2) (2, 3) (2, 3) (3, 5)
+
+        Raises:
+          ValueError: the ids stand for other text than this, as the model of another project's tokenizer may do.
+        """
+        ids = self.encode(text)
+        raw_n = np.frombuffer(text.encode(), np.uint8)
+        character_n = np.cumsum((raw_n & 0xC0) != 0x80) - 1  # of each byte: only the first of a character is not 10xxxxxx
+        ends = np.cumsum(self._byte_sizes[ids])
+        starts = ends - self._byte_sizes[ids]
+        if ends[-1:].sum() != len(raw_n):
+            raise ValueError(f"ids stand for {ends[-1:].sum()} bytes of a text of {len(raw_n)}: {text[:60]!r}")
+        return ids, list(zip(character_n[starts].tolist(), (character_n[ends - 1] + 1).tolist(), strict=True))
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Inverse of `encode`. Control symbols give ''; bytes that are not UTF-8 give U+FFFD."""
         return self._sp.decode([int(i) for i in ids if i < self._sp.vocab_size()])
@@ -67,6 +87,10 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes of text each id stands for, 0 for controls; sums to `len(text.encode())`."""
+        return self._byte_sizes.copy()
+
+    @functools.cached_property
+    def _byte_sizes(self) -> np.ndarray:
         sp = self._sp
         sizes = np.zeros(self.vocab_size, np.int32)
         for i in range(sp.vocab_size()):
