@@ -5,17 +5,23 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from etils import epath
 
 from lm.config import DataConfig
-from lm.data import builtin
+from lm.data import builtin, tables
 from lm.data.records import DataError, Fault, Record, read_jsonl, read_text
 from lm.schema import ConfigError
 
 # Names that a folder is searched for; a file named in full, or by a glob, is read whatever its name.
-SUFFIXES = {"text": (".txt", ".text", ".md"), "jsonl": (".jsonl", ".json")}
+SUFFIXES = {
+    "text": (".txt", ".text", ".md"),
+    "jsonl": (".jsonl", ".json"),
+    "table": (".tsv", ".csv"),
+    "conll": (".conll", ".conllu", ".iob", ".tsv"),
+    "squad": (".json",),
+}
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
 
 
@@ -72,24 +78,39 @@ def _text(cfg: DataConfig) -> Split:
     return _from_files(cfg, lambda path: read_text(path, cfg.separator))
 
 
-def _jsonl(cfg: DataConfig) -> Split:
-    for names in zip(*cfg.rename, strict=True):
-        if len(set(names)) < len(names):
-            raise ConfigError(f"'data.rename' names a field twice: {cfg.rename}")
-    return _from_files(cfg, lambda path: read_jsonl(path, dict(cfg.rename)))
+def _renamed(
+    read: Callable[[epath.Path, Mapping[str, str]], Iterable[Record | Fault]],
+) -> Callable[[DataConfig], Split]:
+    def load_renamed(cfg: DataConfig) -> Split:
+        for names in zip(*cfg.rename, strict=True):
+            if len(set(names)) < len(names):
+                raise ConfigError(f"'data.rename' names a field twice: {cfg.rename}")
+        return _from_files(cfg, lambda path: read(path, dict(cfg.rename)))
+
+    return load_renamed
+
+
+def _squad(cfg: DataConfig) -> Split:
+    return _from_files(cfg, tables.read_squad)
 
 
 FORMATS: dict[str, Callable[[DataConfig], Split]] = {
     "builtin_text": _builtin_text,
     "builtin_instructions": _builtin_instructions,
     "text": _text,
-    "jsonl": _jsonl,
+    "jsonl": _renamed(read_jsonl),
+    "table": _renamed(tables.read_table),
+    "conll": _renamed(tables.read_conll),
+    "squad": _squad,
 }
 _UNREAD = {
     "builtin_text": ("path", "eval_path", "separator", "rename"),
     "builtin_instructions": ("path", "eval_path", "separator", "rename"),
     "text": ("rename",),
     "jsonl": ("separator",),
+    "table": ("separator",),
+    "conll": ("separator",),
+    "squad": ("separator", "rename"),
 }
 
 

@@ -1,0 +1,199 @@
+"""Fields of one record, checked: text, conversations, labels, tags, entities, answers.
+
+Every text is cleaned alike (see `clean`). Where that takes characters away, offsets into the text are moved with it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lm.data.tokenizer import ROLES
+from lm.schema import nearest
+
+
+class BadRecord(Exception):
+    """Raised with (kind, message), or (kind, message, byte offset of the fault), while one record is parsed."""
+
+
+def clean(text: str, what: str) -> str:
+    """Text with CRLF as LF. Raises BadRecord on NUL, a byte order mark, or a surrogate that UTF-8 cannot write."""
+    for character, kind in (("\0", "NUL"), ("\ufeff", "byte order mark")):
+        at = text.find(character)
+        if at >= 0:
+            found = f"found {kind} (U+{ord(character):04X}) inside {what}; expected text without it"
+            raise BadRecord(kind, found, len(text[:at].encode(errors="replace")))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"found the lone surrogate U+{ord(text[error.start]):04X} in {what}; expected valid Unicode"
+        raise BadRecord("lone surrogate", found) from None
+    return text.replace("\r\n", "\n")
+
+
+def string(value: Mapping[str, Any], field: str, name: str = "") -> str:
+    """A field that holds text, cleaned; `name` is what messages call it. Raises BadRecord."""
+    text = value[field]
+    if not isinstance(text, str):
+        raise BadRecord("wrong type", f"'{name or field}' is {_shown(text)}; expected a string")
+    if not text.strip():
+        raise BadRecord("empty text", f"'{name or field}' is {_shown(text)}; expected text")
+    return clean(text, f"'{name or field}'")
+
+
+def normalise(value: Any, rename: Mapping[str, str]) -> dict[str, Any]:
+    """An object as the record of the first of `FORMS` of which it has all fields. Raises BadRecord.
+
+    Args:
+      value: anything.
+      rename: field it has -> field expected. Other fields are ignored.
+    """
+    if not isinstance(value, dict):
+        raise BadRecord("wrong type", f"found {_shown(value)}; expected a JSON object")
+    for old, new in rename.items():
+        if old not in value:
+            raise BadRecord("missing field", f"{_found(value)}; expected '{old}', which data.rename maps to '{new}'")
+    value = {k: v for k, v in value.items() if k not in rename} | {new: value[old] for old, new in rename.items()}
+    for fields, parse in FORMS.items():
+        if all(field in value for field in fields):
+            return parse(value)
+    raise BadRecord("missing field", f"{_found(value)}; expected {_EXPECTED}")
+
+
+def _conversation(value: dict[str, Any]) -> dict[str, Any]:
+    turns = value["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord("wrong type", f"'messages' is {_shown(turns)}; expected a list of at least one message")
+    messages = []
+    for i, turn in enumerate(turns):
+        where = f"messages[{i}]"
+        if not isinstance(turn, dict):
+            raise BadRecord("wrong type", f"'{where}' is {_shown(turn)}; expected an object of 'role' and 'content'")
+        for field in ("role", "content"):
+            if field not in turn:
+                raise BadRecord("missing field", f"'{where}': {_found(turn)}; expected '{field}'")
+        role = turn["role"]
+        if role not in ROLES:
+            hint = nearest(role, ROLES) if isinstance(role, str) else ""
+            expected = ", ".join(ROLES)
+            raise BadRecord("unknown role", f"'{where}.role' is {_shown(role)}; expected one of {expected}{hint}")
+        messages.append({"role": role, "content": string(turn, "content", f"{where}.content")})
+    return {"messages": messages}
+
+
+def _prompt(value: dict[str, Any]) -> dict[str, Any]:
+    return _one_turn(string(value, "prompt"), string(value, "response"))
+
+
+def _instruction(value: dict[str, Any]) -> dict[str, Any]:
+    request, answer = string(value, "instruction"), string(value, "output")
+    return _one_turn(request + ("\n\n" + string(value, "input") if value.get("input", "") != "" else ""), answer)
+
+
+def _one_turn(request: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
+
+
+def question(value: Any) -> dict[str, Any]:
+    """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord."""
+    if not isinstance(value, dict):
+        raise BadRecord("wrong type", f"found {_shown(value)}; expected a question, an object")
+    if missing := [field for field in ("question", "context", "answers") if field not in value]:
+        raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
+    raw, answers = value["context"], []
+    record = {"question": string(value, "question"), "context": string(value, "context")}
+    for name, answer in _objects(value, "answers", ("text", "answer_start")):
+        text, start = string(answer, "text", f"{name}.text"), _moved(answer, "answer_start", raw, name)
+        if record["context"][start : start + len(text)] != text:
+            found = f"at {answer['answer_start']} 'context' has {_shown(raw[answer['answer_start'] :][: len(text)])}"
+            raise BadRecord("misplaced answer", f"'{name}': {found}; expected the answer {_shown(text)}")
+        answers.append({"text": text, "answer_start": start})
+    return {**({"id": str(value["id"])} if "id" in value else {}), **record, "answers": answers}
+
+
+def _entities(value: dict[str, Any]) -> dict[str, Any]:
+    raw, entities = value["text"], []
+    text = string(value, "text")
+    for name, entity in _objects(value, "entities", ("start", "end", "label"), least=0):
+        start, end = (_moved(entity, field, raw, name) for field in ("start", "end"))
+        if start >= end:
+            found = f"'{name}' is from {entity['start']} to {entity['end']}"
+            raise BadRecord("misplaced entity", f"{found}; expected its end, exclusive, behind its start")
+        entities.append({"start": start, "end": end, "label": _label(entity["label"], f"{name}.label")})
+    return {"text": text, "entities": entities}
+
+
+def _tagged_words(value: dict[str, Any]) -> dict[str, Any]:
+    for field in ("words", "tags"):
+        if not isinstance(value[field], list) or not value[field]:
+            raise BadRecord("wrong type", f"'{field}' is {_shown(value[field])}; expected a list of at least one")
+    words = [string({"word": word}, "word", f"words[{i}]") for i, word in enumerate(value["words"])]
+    tags = [_label(tag, f"tags[{i}]") for i, tag in enumerate(value["tags"])]
+    if len(words) != len(tags):
+        raise BadRecord("wrong length", f"found {len(words)} words and {len(tags)} tags; expected one tag a word")
+    return {"words": words, "tags": tags}
+
+
+def _text(value: dict[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {field: string(value, field) for field in ("text", "text_pair") if field in value}
+    if value.get("label") is not None:
+        record["label"] = _label(value["label"], "label")
+    return record
+
+
+# The fields that tell a kind of record -> how it is read. An object that has those of several is of the first kind.
+FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
+    ("messages",): _conversation,
+    ("prompt", "response"): _prompt,
+    ("instruction", "output"): _instruction,
+    ("question", "context", "answers"): question,
+    ("words", "tags"): _tagged_words,
+    ("text", "entities"): _entities,
+    ("text",): _text,  # and 'text_pair' and 'label', where it has them
+}
+_EXPECTED = (
+    "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "
+    "'words' and 'tags', or 'text' and 'entities' (data.rename maps other names)"
+)
+
+
+def _label(value: Any, name: str) -> str:
+    """A class, a tag or a number as text."""
+    if isinstance(value, str):
+        return string({"label": value}, "label", name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRecord("wrong type", f"'{name}' is {_shown(value)}; expected a string or a number")
+    return str(value)
+
+
+def _objects(
+    value: dict[str, Any], field: str, needed: tuple[str, ...], least: int = 1
+) -> list[tuple[str, dict[str, Any]]]:
+    """(name, object) of a list of objects that have the fields `needed`."""
+    found = value[field]
+    if not isinstance(found, list) or len(found) < least:
+        raise BadRecord("wrong type", f"'{field}' is {_shown(found)}; expected a list of objects, at least {least}")
+    for i, item in enumerate(found):
+        if not isinstance(item, dict):
+            raise BadRecord("wrong type", f"'{field}[{i}]' is {_shown(item)}; expected an object")
+        if missing := [name for name in needed if name not in item]:
+            raise BadRecord("missing field", f"'{field}[{i}]': {_found(item)}; expected '{missing[0]}'")
+    return [(f"{field}[{i}]", item) for i, item in enumerate(found)]
+
+
+def _moved(value: dict[str, Any], field: str, raw: str, name: str) -> int:
+    """An offset into the text as it came, as one into the cleaned text. Raises BadRecord outside of it."""
+    offset = value[field]
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise BadRecord("wrong type", f"'{name}.{field}' is {_shown(offset)}; expected a whole number")
+    if not 0 <= offset <= len(raw):
+        raise BadRecord("offset outside", f"'{name}.{field}' is {offset}; expected one in the text's 0 to {len(raw)}")
+    return offset - raw.count("\r\n", 0, offset)
+
+
+def _found(value: Mapping[str, Any]) -> str:
+    return f"found {', '.join(map(repr, list(value)[:10])) or 'no fields'}"
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return f"{type(value).__name__} {shown[:60]}{'...' if len(shown) > 60 else ''}"
