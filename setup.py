@@ -7,6 +7,12 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+SCORES = [
+    "sacrebleu>=2.6",  # BLEU and chrF of translations
+    "scikit-learn>=1.9",  # seqeval's own
+    "seqeval>=1.2.2",  # F1 of named entities
+]
+
 
 def version() -> str:
     """`__version__` of lm/__init__.py, read without importing it: its dependencies may not be installed yet."""
@@ -49,8 +55,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
+        "scores": SCORES,
         # ruff and mypy are held to one minor version: a new one may find new faults in unchanged code.
         "test": [
+            *SCORES,
             "hypothesis>=6.170",
             "mypy>=2.4.1,<2.5",
             "pytest>=9.2",

@@ -41,7 +41,7 @@ class DataConfig:
     rename: tuple[tuple[str, str], ...] = ()
     task: Literal[
         Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
-        Literal["sentences", "scored_sentences", "sentence_pairs", "tagging", "span_qa", "images"],
+        Literal["sentences", "scored_sentences", "sentence_pairs", "tagging", "entities", "span_qa", "images"],
         Literal["items", "masked_items"],
     ] = "text"  # which entry of lm.data.tasks makes examples
     labels: tuple[str, ...] = ()  # classification and tagging: all there are; a label's place here is its index

@@ -133,6 +133,36 @@ def squared_error(predictions_B: Array, labels_B: Array, weights_B: Array) -> Lo
     return LossTerms((weights_B * error_B**2).sum(), weights_B.sum(), {}, {"prediction": predictions_B})
 
 
+def span_cross_entropy(logits_BxLx2: Array, labels_Bx2: Array, allowed_BxL: Array, weights_B: Array) -> LossTerms:
+    """Weighted cross-entropy of where a span begins and ends, each a softmax over the allowed positions of its row.
+
+    sum = sum_i w_i * (nll_i,start + nll_i,end) / 2, in nats (Devlin et al. 2019, section 4.2, whose mean it is).
+
+    Args:
+      logits_BxLx2: float32; [..., 0] of the start, [..., 1] of the end.
+      labels_Bx2: int32, allowed positions, or anything where the weight is 0. Another one with a weight makes the sum
+        NaN, so that it cannot pass unseen.
+      allowed_BxL: bool.
+      weights_B: float32, 0 = does not count. No gradient flows to them.
+
+    Returns:
+      LossTerms; metrics 'nll' and 'accuracy' (start and end both right); outputs 'span_logits', float32 [B, L, 2],
+      which are `MASKED_LOGIT` where not allowed.
+    """
+    weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
+    masked_BxLx2 = jnp.where(allowed_BxL[..., None], logits_BxLx2, MASKED_LOGIT)
+    # Where the weight is 0, not even an inf or NaN may pass.
+    log_probs_BxLx2 = jax.nn.log_softmax(jnp.where(weights_B[:, None, None] != 0, masked_BxLx2, 0), axis=1)
+    is_label_BxLx2 = lax.broadcasted_iota(jnp.int32, logits_BxLx2.shape, 1) == labels_Bx2[:, None, :]
+    is_found_B = (is_label_BxLx2 & allowed_BxL[..., None]).any(axis=1).all(axis=1)
+    nll_B = -jnp.where(is_label_BxLx2, log_probs_BxLx2, 0).sum(axis=(1, 2)) / 2
+    weights_B = jnp.where((weights_B != 0) & ~is_found_B, jnp.nan, weights_B)
+    correct_B = (jnp.argmax(masked_BxLx2, axis=1) == labels_Bx2).all(axis=1)
+    loss, correct, weight = (weights_B * nll_B).sum(), (weights_B * correct_B).sum(), weights_B.sum()
+    metrics = {"nll": (loss, weight), "accuracy": (correct, weight)}
+    return LossTerms(loss, weight, metrics, {"span_logits": masked_BxLx2})
+
+
 def symmetric_divergence(logits_BxC: Array, other_BxC: Array, weights_B: Array) -> Array:
     """Weighted sum over rows of (KL(p || q) + KL(q || p)) / 2, float32 [], in nats (R-Drop, Liang et al. 2021)."""
     p_BxC, q_BxC = jax.nn.log_softmax(logits_BxC), jax.nn.log_softmax(other_BxC)

@@ -13,6 +13,8 @@ import numpy as np
 
 from lm import losses, metrics, scores
 from lm.config import Config
+from lm.data import span_qa as data_span_qa
+from lm.data import tagging as data_tagging
 from lm.data.tokenizer import Tokenizer
 from lm.types import Batch, Head, LossTerms, ModelOutput, Params
 
@@ -129,6 +131,37 @@ def regression(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
     return loss_fn
 
 
+def tagging(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """One of `data.labels` for each position that has one: for each word, where it begins."""
+    del tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        logits_BxLxC = apply(params, batch, rng=rng).head
+        labels_BxL = batch["labels"]
+        is_word_BxL = (labels_BxL >= 0) & (batch["segment_ids"] > 0)
+        weights_BxL = jnp.where(is_word_BxL, batch["row_weights"][:, None], 0.0)
+        smoothing = cfg.loss.label_smoothing
+        terms = losses.class_cross_entropy(logits_BxLxC, labels_BxL, weights_BxL, label_smoothing=smoothing)
+        return terms._replace(outputs=terms.outputs | {"label": labels_BxL})
+
+    return loss_fn
+
+
+def span_qa(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """Where the answer to a question begins and ends in a context, or [CLS] for both where it is not in this window."""
+    del cfg
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        logits_BxLx2 = apply(params, batch, rng=rng).head
+        is_context_BxL = (batch["type_ids"] == 1) & (batch["tokens"] != tokenizer.eos_id)
+        is_first_BxL = jax.lax.broadcasted_iota(jnp.int32, is_context_BxL.shape, 1) == 0
+        return losses.span_cross_entropy(
+            logits_BxLx2, batch["labels"], is_context_BxL | is_first_BxL, batch["row_weights"]
+        )
+
+    return loss_fn
+
+
 def _score_classes(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
     del meta
     return scores.classification(outputs["label"], outputs["prediction"], len(cfg.data.labels))
@@ -159,5 +192,21 @@ OBJECTIVES: dict[str, Objective] = {
         head=lambda cfg: Head("pooled", 1),
         score=_score_numbers,
         scores=("pearson", "spearman"),
+    ),
+    "tagging": Objective(
+        tagging,
+        ("encoder",),
+        ("tagging", "entities"),
+        head=lambda cfg: Head("token", len(cfg.data.labels)),
+        score=data_tagging.score,
+        scores=("token_accuracy", "entity_f1", "entity_precision", "entity_recall"),
+    ),
+    "span_qa": Objective(
+        span_qa,
+        ("encoder",),
+        ("span_qa",),
+        head=lambda cfg: Head("token", 2),
+        score=data_span_qa.score,
+        scores=("exact_match", "f1"),
     ),
 }

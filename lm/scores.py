@@ -1,8 +1,21 @@
-"""Scores of all held-out rows together, by well-kept libraries. Arrays of numpy in, name -> value out."""
+"""Scores of all held-out rows together, by well-kept libraries. Arrays or texts in, name -> value out, never NaN."""
 
+import importlib
+import re
+import string
 import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from lm.schema import ConfigError
+
+
+def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Share of equal entries of two arrays of one shape, 0 where there are none."""
+    return float(np.mean(labels == predictions)) if labels.size else 0.0
 
 
 def classification(labels_R: np.ndarray, predictions_R: np.ndarray, num_classes: int) -> dict[str, float]:
@@ -24,9 +37,11 @@ def classification(labels_R: np.ndarray, predictions_R: np.ndarray, num_classes:
 
 
 def regression(labels_R: np.ndarray, predictions_R: np.ndarray) -> dict[str, float]:
-    """'pearson' and 'spearman' correlation, 0 where one side is constant."""
+    """'pearson' and 'spearman' correlation, 0 where one side is constant or of one row."""
     from scipy import stats
 
+    if len(labels_R) < 2:
+        return {"pearson": 0.0, "spearman": 0.0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         found = {
@@ -34,3 +49,67 @@ def regression(labels_R: np.ndarray, predictions_R: np.ndarray) -> dict[str, flo
             "spearman": stats.spearmanr(labels_R, predictions_R),
         }
     return {name: float(np.nan_to_num(result.statistic)) for name, result in found.items()}
+
+
+def entities(expected: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """'entity_precision', 'entity_recall' and 'entity_f1' over all entities, by exact span and type; 0 where undefined.
+
+    As conlleval counts (seqeval's default): an I- tag that continues no entity of its type begins one.
+
+    Args:
+      expected, predicted: BIO tags of each sentence.
+
+    Raises:
+      ConfigError: seqeval is not installed.
+    """
+    seqeval = _library("seqeval.metrics")
+    values = seqeval.precision_recall_fscore_support(expected, predicted, average="micro", zero_division=0)
+    return dict(zip(("entity_precision", "entity_recall", "entity_f1"), map(float, values), strict=False))
+
+
+def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """'exact_match' and 'f1' over words, of 0 to 1, as the evaluation of SQuAD v1.1 (Rajpurkar et al. 2016) has them.
+
+    Args:
+      predictions: one text a question.
+      references: the accepted answers of each question, the best of which counts.
+    """
+    best = [
+        np.max([(_normal(said) == _normal(text), _overlap_f1(said, text)) for text in texts], axis=0)
+        for said, texts in zip(predictions, references, strict=True)
+    ]
+    exact_match, f1 = np.mean(best, axis=0) if best else (0.0, 0.0)
+    return {"exact_match": float(exact_match), "f1": float(f1)}
+
+
+def _normal(text: str) -> str:
+    """Lower case, without punctuation (ASCII), English articles and surplus white space."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _overlap_f1(said: str, text: str) -> float:
+    said_words, words = _normal(said).split(), _normal(text).split()
+    common = sum((Counter(said_words) & Counter(words)).values())
+    return 2 * common / (len(said_words) + len(words)) if common else 0.0
+
+
+def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """'bleu' and 'chrf' of a corpus, of 0 to 100, by sacrebleu with its defaults (Post 2018); 0 for no sentences.
+
+    Raises:
+      ConfigError: sacrebleu is not installed.
+    """
+    sacrebleu = _library("sacrebleu")
+    if not predictions:
+        return {"bleu": 0.0, "chrf": 0.0}
+    both = list(predictions), [list(references)]
+    return {"bleu": float(sacrebleu.corpus_bleu(*both).score), "chrf": float(sacrebleu.corpus_chrf(*both).score)}
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ConfigError(f"this score needs the package {package} ({error}): pip install 'lm[scores]'") from None

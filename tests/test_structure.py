@@ -36,6 +36,8 @@ MODULES = (
     "lm.data.sources",
     "lm.data.examples",
     "lm.data.labelled",
+    "lm.data.tagging",
+    "lm.data.span_qa",
     "lm.data.corrupt",
     "lm.data.augment",
     "lm.data.tasks",

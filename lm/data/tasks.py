@@ -1,7 +1,7 @@
 """Every task by its name in `data.task`: how records become the rows that an objective reads."""
 
 from lm.config import Config
-from lm.data import corrupt, examples, labelled
+from lm.data import corrupt, examples, labelled, span_qa, tagging
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -17,4 +17,7 @@ TASKS: dict[str, Task] = {
     ),
     "sentences": labelled.LABELLED,
     "scored_sentences": labelled.SCORED,
+    "tagging": tagging.TAGGING,
+    "entities": tagging.ENTITIES,
+    "span_qa": span_qa.SPAN_QA,
 }

@@ -67,9 +67,7 @@ class Tokenizer:
         """
         ids = self.encode(text)
         raw_n = np.frombuffer(text.encode(), np.uint8)
-        character_n = (
-            np.cumsum((raw_n & 0xC0) != 0x80) - 1
-        )  # of each byte: only the first of a character is not 10xxxxxx
+        character_n = np.cumsum((raw_n & 0xC0) != 0x80) - 1  # only the first byte of a character is not 10xxxxxx
         ends = np.cumsum(self._byte_sizes[ids])
         starts = ends - self._byte_sizes[ids]
         if ends[-1:].sum() != len(raw_n):

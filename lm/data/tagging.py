@@ -1,0 +1,134 @@
+"""Words with a tag each: parts of speech, and named entities in BIO (Ramshaw and Marcus 1995)."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lm import scores
+from lm.config import Config
+from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns
+from lm.data.labelled import label_index
+from lm.data.records import DataError, Record
+from lm.data.tokenizer import Tokenizer
+
+OUTSIDE = "O"
+_WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters and digits, or one other character
+
+
+def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """[CLS], the words joined by spaces, [SEP]; the token in which a word begins has the label of the word, others -1.
+
+    Worked, for pieces 'Par', 'kinson', "'", ' s', seq_len 8, labels (O, B, I):
+
+        words    Parkinson  '  s      tags  B  I  I
+        tokens   [CLS] Par kinson ' s [SEP]
+        labels     -1   1    -1   2 2  -1   -1 -1
+
+    Longer than seq_len: parts, cut before a word, so that each word is in one of them (counted: 'sentence_cut'). A word
+    that is longer than a whole row loses its end ('word_cut'). An I- tag that continues nothing is kept as it is and
+    counted ('tag_continues_nothing').
+
+    Raises:
+      DataError: a tag that `data.labels` does not have, or two words that begin in one token.
+    """
+    words, room = record["words"], cfg.data.seq_len - 2
+    label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
+    if strays := sum(map(_continues_nothing, [OUTSIDE, *record["tags"]], record["tags"])):
+        counts["tag_continues_nothing"] += strays
+    ids, offsets = tokenizer.encode_with_offsets(" ".join(words))
+    word_start_W = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
+    token_W = np.searchsorted(np.array([end for _, end in offsets]), word_start_W, side="right")
+    if (clash := np.flatnonzero(np.diff(token_W) == 0)).size:
+        both = " and ".join(map(repr, words[clash[0] : clash[0] + 2]))
+        raise DataError(f"{record['source']}: the words {both} begin in one token, which can have one tag only")
+
+    examples, first = [], 0
+    end_W = np.append(token_W[1:], len(ids))  # where the tokens of each word end
+    while first < len(words):
+        start = token_W[first]
+        behind = max(first + 1, int(np.searchsorted(end_W, start + room, side="right")))
+        end = min(end_W[behind - 1], start + room)
+        if end < end_W[behind - 1]:
+            counts["word_cut"] += 1
+        label_L = np.full(cfg.data.seq_len, -1, np.int32)
+        label_L[1 + token_W[first:behind] - start] = label_W[first:behind]
+        tokens = np.array([tokenizer.bos_id, *ids[start:end], tokenizer.eos_id], np.int32)
+        examples.append(Example({"tokens": tokens, "labels": label_L}, record["source"]))
+        first = behind
+    if len(examples) > 1:
+        counts["sentence_cut"] += 1
+    return examples
+
+
+def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """A text with character spans, as words (runs of letters and digits; any other character) with BIO tags.
+
+    A word has the tag of a span that holds any of its characters; a span that begins or ends inside of a word grows to
+    whole words ('entity_grown'). Of spans that share a word the first one counts, and the longest of those that begin
+    together ('entity_dropped', which also counts spans of white space alone).
+
+    Raises:
+      DataError: as `tagging`, of the tags 'B-label' and 'I-label'.
+    """
+    matches = list(_WORD.finditer(record["text"]))
+    if not matches:
+        counts["dropped_empty"] += 1
+        return []
+    start_W, end_W = (np.array([place(match) for match in matches]) for place in (re.Match.start, re.Match.end))
+    tags = [OUTSIDE] * len(matches)
+    for entity in sorted(record["entities"], key=lambda entity: (entity["start"], -entity["end"])):
+        first = int(np.searchsorted(end_W, entity["start"], side="right"))
+        last = int(np.searchsorted(start_W, entity["end"], side="left"))  # exclusive
+        if first >= last or tags[first:last] != [OUTSIDE] * (last - first):
+            counts["entity_dropped"] += 1
+            continue
+        covered = record["text"][start_W[first] : end_W[last - 1]]
+        if len(covered) > len(record["text"][entity["start"] : entity["end"]].strip()):
+            counts["entity_grown"] += 1
+        tags[first:last] = [f"B-{entity['label']}", *[f"I-{entity['label']}"] * (last - first - 1)]
+    words = [match.group() for match in matches]
+    return tagging({"words": words, "tags": tags, "source": record["source"]}, tokenizer, cfg, counts)
+
+
+def _continues_nothing(before: str, tag: str) -> bool:
+    return tag.startswith("I-") and before not in (tag, f"B-{tag[2:]}")
+
+
+def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[str, float]:
+    """'token_accuracy' over words and, where the labels are BIO tags, those of `scores.entities`.
+
+    Args:
+      outputs: 'label' and 'prediction', int32 [R, L]; a label of -1 is none.
+      meta: of each row the source of its record; rows of one record are put together again, in order.
+      cfg: whose data.labels the numbers are indices of.
+    """
+    is_word_RxL = outputs["label"] >= 0
+    found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
+    if not is_bio(cfg.data.labels):
+        return found
+    sentences: dict[str, tuple[list[str], list[str]]] = {}
+    for source, is_word_L, *rows in zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True):
+        for tags, index_L in zip(sentences.setdefault(source, ([], [])), rows, strict=True):
+            tags += [cfg.data.labels[i] for i in index_L[is_word_L]]
+    expected, predicted = map(list, zip(*sentences.values(), strict=True))
+    return found | scores.entities(expected, predicted)
+
+
+def is_bio(labels: tuple[str, ...]) -> bool:
+    """Whether labels are BIO tags: 'O', and others that all begin with 'B-' or 'I-'."""
+    return OUTSIDE in labels and all(label == OUTSIDE or label[:2] in ("B-", "I-") for label in labels)
+
+
+def _columns(cfg: Config) -> Columns:
+    return sequence_columns(("tokens", "labels"), cfg.data.seq_len)
+
+
+def _word_texts(record: Record) -> Iterator[str]:
+    yield " ".join(record["words"])
+
+
+TAGGING = Task(("words", "tags"), tagging, _columns, _word_texts)
+ENTITIES = Task(("text", "entities"), entities, _columns, field_texts("text"))
