@@ -238,17 +238,22 @@ def list_saved(workdir: epath.PathLike) -> list[Saved]:
 def choose(run: str) -> Saved:
     """The checkpoint that 'RUN', 'RUN@latest', 'RUN@best' or 'RUN@STEP' names; the best by the run's own config.
 
+    'RUN' alone is the latest, but the best of a run with early stopping: what came after it was not wanted.
+
     Raises:
       CheckpointError: no such run or step, or it is damaged; the message lists what there is.
     """
     workdir, at, which = run.rpartition("@")
     if not at or "/" in which:  # an @ of the path
-        workdir, which = run, "latest"
+        workdir, which = run, ""
     saved = list_saved(workdir)
     if not saved:
         raise CheckpointError(f"no checkpoint under '{workdir}/checkpoints': expected the --workdir of a finished run")
     steps = ", ".join(str(s.step) for s in saved)
     readable = [s for s in saved if "unreadable" not in s.info]
+    if not which:
+        stops_early = readable and readable[-1].info["config"].get("train", {}).get("patience", 0) > 0
+        which = "best" if stops_early else "latest"
     if which == "latest" or not readable:
         which = str(saved[-1].step)
     elif which == "best":

@@ -346,6 +346,9 @@ def _check(config: Config) -> None:
         "'train.patience' counts evaluations, but no 'eval.every_*' is set": (
             not train.patience or config.eval.every != NEVER
         ),
+        "'train.patience' goes back to the best checkpoint, but 'checkpoint.keep_best' is 0": (
+            not train.patience or config.checkpoint.keep_best > 0
+        ),
         f"'seed' must be in [-2^31, 2^31), got {config.seed}": -(2**31) <= config.seed < 2**31,
         "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != NEVER,
     }

@@ -1,16 +1,47 @@
 """Evaluation: one compiled step over every held-out batch, summed exactly, divided once."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lm import metrics
+from lm.config import Config, TrainConfig
 from lm.objectives import Outputs
 from lm.types import Batch, Params
 
+# What counts as better than the best so far, by `checkpoint.best_mode`.
+_SIGN = {"min": -1.0, "max": 1.0}
+
 EvalStep = Callable[[Params, Batch], Any]
+
+
+class Waiting(NamedTuple):
+    """The state of early stopping, kept in checkpoints.
+
+    Attributes:
+      best: value of `checkpoint.best_metric` that counted as better than all before it; None = no evaluation yet.
+      evaluations: how many there were since.
+    """
+
+    best: float | None = None
+    evaluations: int = 0
+
+    def is_over(self, cfg: TrainConfig) -> bool:
+        """Whether to stop: `train.patience` evaluations brought nothing better; never, where it is 0."""
+        return 0 < cfg.patience <= self.evaluations
+
+
+def wait(waiting: Waiting, values: dict[str, float], cfg: Config) -> Waiting:
+    """The state after an evaluation. Better = better by more than `train.min_delta`; NaN never is.
+
+    Example, patience 2, losses 3.0 2.0 2.1 1.99 with min_delta 0.1: stops after the fourth, 1.99 being no better.
+    """
+    value, sign = values[cfg.checkpoint.best_metric], _SIGN[cfg.checkpoint.best_mode]
+    if waiting.best is None or sign * (value - waiting.best) > cfg.train.min_delta:
+        return Waiting(value, 0)
+    return Waiting(waiting.best, waiting.evaluations + 1)
 
 
 def evaluate(

@@ -7,11 +7,9 @@ resumes: state, position in the data and written curves continue as if nothing h
 import functools
 import json
 import math
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +32,7 @@ from lm import (
 )
 from lm.checkpoint import CheckpointError
 from lm.config import Config
+from lm.interrupt import Interrupt, Preempted
 from lm.schema import ConfigError
 from lm.types import TrainState
 
@@ -44,10 +43,11 @@ class Diverged(RuntimeError):
     """The loss or the gradient is not finite. The message names the step, the examples and the last good checkpoint."""
 
 
-class Preempted(RuntimeError):
-    """Asked to stop; the state has been saved, and the same command goes on from it."""
+class Position(NamedTuple):
+    """Where in a run a state is, beside its step: examples consumed, and how long no evaluation was better."""
 
-    exit_status = 75  # EX_TEMPFAIL of sysexits.h: start again
+    example: int
+    waiting: evaluate.Waiting
 
 
 def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
@@ -84,10 +84,11 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         # The state: this run's newest readable checkpoint, else `init_from`, else scratch.
-        state, example, origin = restore(run, planned, saved, say)
+        state, position, origin = restore(run, planned, saved, say)
         start = int(state.step)
         say(parameter_table(planned, run.optimizer, origin))
-        if start >= run.total_steps and (workdir / "summary.json").exists():
+        is_over = start >= run.total_steps or position.waiting.is_over(cfg.train)
+        if is_over and (workdir / "summary.json").exists():
             say(f"already done: step {start:,} of {run.total_steps:,}; see {workdir}/summary.json")
             return json.loads((workdir / "summary.json").read_text())
         with (
@@ -95,9 +96,11 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
             checkpoint.Checkpoints(workdir, cfg.checkpoint, saved, start) as saves,
             Interrupt() as interrupt,
         ):
-            summary = loop(run, workdir, state, example, watch, saves, interrupt)
+            summary = loop(run, workdir, state, position, watch, saves, interrupt)
         if is_primary:
-            summary |= history(workdir, cfg)
+            summary |= (told := history(workdir, cfg))
+            if cfg.train.patience:  # such a run is its best checkpoint, see `checkpoint.choose`
+                summary |= {key: value for key, value in told["best"].items() if key in summary and key != "steps"}
             report.write_summary(workdir, summary)
             say(f"summary: {workdir}/summary.json, curves: {report.write_report(workdir)}")
         return summary
@@ -107,13 +110,14 @@ def loop(
     run: build.Run,
     workdir: Path,
     state: TrainState,
-    example: int,
+    position: Position,
     watch: monitor.Monitor,
     saves: checkpoint.Checkpoints,
-    interrupt: "Interrupt",
+    interrupt: Interrupt,
 ) -> dict[str, Any]:
     """Steps from `state` to the last one, evaluating and saving on the way. Returns the summary."""
     cfg, total, start = run.cfg, run.total_steps, int(state.step)
+    example, waiting = position
     batch_size, eval_rows = cfg.data.batch_size, checks.eval_batch_size(cfg)
 
     # Compiled once, ahead of time: a batch of another shape would be an error, never a silent recompilation.
@@ -139,8 +143,9 @@ def loop(
 
     def save_now(done: int, values: dict[str, float] | None) -> None:
         with watch.bucket("checkpoint"):
-            position = {"example": example, "fingerprint": run.data.fingerprint}
-            info = {"config": schema.to_dict(cfg), "tokenizer_hash": build.tokenizer_hash(run), "data": position}
+            info = {"config": schema.to_dict(cfg), "tokenizer_hash": build.tokenizer_hash(run)}
+            info["data"] = {"example": example, "fingerprint": run.data.fingerprint}
+            info["waiting"] = waiting._asdict()
             saves.save(done, state, info, values)
 
     if start == 0 and cfg.eval.at_start:
@@ -149,7 +154,7 @@ def loop(
     pending: tuple[int, Any, np.ndarray] | None = None  # figures of the last step, fetched while the next one runs
     rate = Throughput(run, start, watch)
     batches = build.data_iterator(run, example)
-    for done in range(start + 1, total + 1):
+    for done in range(start + 1, 1 + (start if waiting.is_over(cfg.train) else total)):
         watch.profile(done - 1)
         with watch.bucket("input"):
             batch = next(batches)
@@ -174,22 +179,27 @@ def loop(
         except Exception:  # out of memory in evaluation only, say: the steps are not lost with it
             save_now(done, None)
             raise
-        if save_due or (values and saves.is_best(values)):
+        if values:
+            waiting = evaluate.wait(waiting, values, cfg)
+            is_last |= waiting.is_over(cfg.train)
+        if is_last or save_due or (values and saves.is_best(values)):
             save_now(done, values)
         if stopping and not is_last:
             with watch.bucket("checkpoint"):
                 saves.wait()
             raise Preempted(f"stopped at step {done:,} of {total:,}; saved in {workdir}, the same command goes on")
+        if is_last:
+            break
     watch.profile(total)
     with watch.bucket("checkpoint"):
         saves.wait()
-    return summarise(run, state, values or evaluate_now(total), watch, rate)
+    return summarise(run, state, values or evaluate_now(int(state.step)), watch, rate)
 
 
 def restore(
     run: build.Run, planned: build.Plan, saved: list[checkpoint.Saved], say: Say
-) -> tuple[TrainState, int, dict[str, str]]:
-    """The state to start from, the examples already consumed, and where each parameter came from.
+) -> tuple[TrainState, Position, dict[str, str]]:
+    """The state to start from, where in the run that is, and where each parameter came from.
 
     Raises:
       CheckpointError: there are checkpoints, but none can be read; or the data is no longer what the run was on.
@@ -208,7 +218,8 @@ def restore(
                 f"another --workdir with --config.init_from={candidate.path.parent.parent}"
             )
         say(f"resuming from {candidate.path}")
-        return state, position["example"], dict.fromkeys(run.optimizer.trained, f"this run, step {candidate.step:,}")
+        at = Position(position["example"], evaluate.Waiting(**candidate.info["waiting"]))
+        return state, at, dict.fromkeys(run.optimizer.trained, f"this run, step {candidate.step:,}")
     if saved:
         raise CheckpointError(f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read")
     if planned.init:
@@ -217,7 +228,7 @@ def restore(
         run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
     )
     make = functools.partial(step.init_state, optimizer=run.optimizer, use_ema=run.cfg.optim.ema_decay > 0)
-    return jax.jit(make, out_shardings=run.state_shardings)(params), 0, origin
+    return jax.jit(make, out_shardings=run.state_shardings)(params), Position(0, evaluate.Waiting()), origin
 
 
 def refuse_changes(old: Config, new: Config, workdir: Path) -> None:
@@ -365,33 +376,3 @@ class Throughput:
         """Model FLOPs utilisation, or None where the device's peak is not known."""
         devices = self._run.mesh.devices
         return metrics.mfu(tokens_per_second, self._flops, devices.flat[0].device_kind, devices.size)
-
-
-class Interrupt:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second SIGINT stops at once.
-
-    With several processes JAX's preemption service agrees on the step at which all of them stop.
-    """
-
-    def __enter__(self) -> "Interrupt":
-        self._asked = False
-        self._old: dict[int, Any] = {}
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def requested(self, done: int) -> bool:
-        """Whether to stop after step `done`; with several processes, the same answer on all of them."""
-        if jax.process_count() == 1:
-            return self._asked
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(done)

@@ -54,6 +54,7 @@ MODULES = (
     "lm.objectives",
     "lm.transfer",
     "lm.monitor",
+    "lm.interrupt",
     "lm.report",
     # 4: one step
     "lm.step",

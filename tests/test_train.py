@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, config, optim, schema, train
+from lm import checkpoint, config, evaluate, interrupt, optim, schema, train
 from lm.checkpoint import CheckpointError
 from lm.schema import ConfigError
 from tests import toys
@@ -92,7 +92,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
         process.send_signal(how)
         _, errors = process.communicate(timeout=120)
         ends.append((process.returncode, errors))
-    assert [status for status, _ in ends] == [-signal.SIGKILL, train.Preempted.exit_status, -signal.SIGKILL], ends
+    assert [status for status, _ in ends] == [-signal.SIGKILL, interrupt.Preempted.exit_status, -signal.SIGKILL], ends
     assert "the same command goes on" in ends[1][1]
     subprocess.run(start, cwd=ROOT, env=environment(8), check=True, capture_output=True)
 
@@ -108,6 +108,54 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
     ]
     evals = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in evals if row["split"] == "eval"] == [0, 10, 20]
+
+
+def test_early_stopping_goes_back_to_the_best_and_a_resume_stops_at_the_same_step(texts, tmp_path):
+    """A rate at which nothing improves by min_delta: the third evaluation is the second without a better one."""
+    cfg = toys.recipe(
+        texts,
+        train__total_steps=40,
+        train__patience=2,
+        train__min_delta=1.0,
+        optim__learning_rate=1e-2,
+        eval__every_steps=2,
+        checkpoint__every_steps=1,
+        checkpoint__keep_latest=9,
+    )
+    whole = train.train(cfg, tmp_path / "whole")
+    assert whole["steps"] == 6 and whole["best"]["step"] == 6, "every evaluation was a little better"
+    assert whole["loss"] == whole["best"]["loss"]
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(command(cfg, broken), cwd=ROOT, env=environment(8), stderr=subprocess.PIPE, text=True)
+    wait_for_step(process, broken, 4)
+    process.kill()
+    process.communicate(timeout=120)
+    assert train.train(cfg, broken)["steps"] == 6
+    assert arrays(broken) == arrays(tmp_path / "whole")
+    assert train.train(cfg, broken)["steps"] == 6, "a run that stopped early is done"
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "stops_after"),
+    [
+        ("min", [3.0, 2.0, 2.1, 1.99, 0.0], 4),
+        ("max", [0.5, 0.4, 0.7, 0.7, 0.75], 5),
+        ("min", [3.0, 2.0, 1.0, 0.5, 0.2], None),
+        ("max", [0.5, float("nan"), float("nan"), 0.9], 3),
+    ],
+)
+def test_patience_counts_what_is_not_better_by_min_delta(mode, values, stops_after):
+    cfg = dataclasses.replace(
+        config.Config(),
+        train=config.TrainConfig(patience=2, min_delta=0.1),
+        checkpoint=config.CheckpointConfig(best_mode=mode),
+    )
+    waiting, stopped = evaluate.Waiting(), None
+    for number, value in enumerate(values, 1):
+        waiting = evaluate.wait(waiting, {"loss": value}, cfg)
+        if stopped is None and waiting.is_over(cfg.train):
+            stopped = number
+    assert stopped == stops_after
 
 
 def test_two_processes_of_four_devices_equal_one_of_eight(texts, tmp_path):
