@@ -1,0 +1,26 @@
+"""Is a sentence acceptable English: CoLA (Warstadt et al. 2019).
+
+    python -m lm.main --config=configs/cola.py --workdir=runs/cola
+    python -m lm.main --config=configs/cola.py:clm,lora --workdir=runs/cola_lora
+
+Two CPU cores, minutes. Matthews correlation: see experiments/objectives/results.md.
+The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, bias, lora, adapters); the
+first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
+Reads ../shared/data/cola/{train,dev}.tsv (LM_SHARED_DATA names another place).
+"""
+
+from typing import Any
+
+from configs import common, reviews_clm
+
+
+def get_config(arg: str | None = None) -> Any:
+    """See above for `arg`."""
+    c = reviews_clm.for_sentences(arg)
+    c.data.rename = (("2", "label"), ("4", "text"))  # a table without a header
+    c.data.path = common.shared_data("cola/train.tsv")
+    c.data.eval_path = common.shared_data("cola/dev.tsv")
+    c.data.labels = ("0", "1")
+    c.data.seq_len = 32
+    c.checkpoint.best_metric = "matthews"
+    return c

@@ -1,0 +1,81 @@
+"""Pre-train a small Llama-like model on the text of IMDB's film reviews (Maas et al. 2011); their labels are not read.
+
+python -m lm.main --config=configs/reviews_clm.py --workdir=runs/reviews_clm
+
+Two CPU cores, minutes. Held-out bits per byte: not run.
+Reads ../shared/data/imdb/imdb_train.jsonl.gz; LM_SHARED_DATA or --config.data.path=FILE names another place.
+"""
+
+from typing import Any
+
+from configs import common
+from lm import config
+
+
+def get_config(arg: str | None = None) -> Any:
+    """Causal language modelling; `arg` is not used."""
+    del arg
+    c = config.defaults()
+    c.tokenizer.vocab_size = 4096
+    c.tokenizer.extra_ids = 1  # the mask of reviews_mlm.py, so that both have one tokenizer
+    c.tokenizer.train_bytes = 4_000_000
+    c.data.format = "jsonl"
+    c.data.path = common.shared_data("imdb/imdb_train.jsonl.gz")
+    c.data.packing = "concat"
+    c.data.seq_len = 128
+    c.data.batch_size = 32
+
+    c.model.num_layers = 4
+    c.model.embed_dim = 128
+    c.model.num_heads = 4
+    c.model.mlp_dim = 344  # 8/3 x 128, rounded up to a multiple of 8
+    c.model.position = "rope"
+    c.model.norm = "rmsnorm"
+    c.model.mlp = "swiglu"
+    c.model.use_bias = False
+    c.model.tie_embeddings = False
+    c.model.qk_norm = True
+    c.model.unroll = 0  # all layers: faster on CPU
+    c.loss.chunk_len = 32  # 32 rows x 32 positions x 4,096 ids x 4 bytes = 16 MiB of logits at once
+
+    c.optim.learning_rate = 3e-3
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 30
+    c.optim.end_lr_ratio = 0.05
+
+    c.train.total_tokens = 3_000_000
+    c.eval.max_tokens = 32_768
+    return c
+
+
+def for_sentences(arg: str | None) -> Any:
+    """The model of this run, or of configs/reviews_mlm.py, with a head for labelled sentences.
+
+    Args:
+      arg: as `common.fine_tune` takes it; 'clm' and 'clm,scratch' make a decoder, all else an encoder.
+    """
+    c = get_config()
+    words = (arg or "mlm").split(",")
+    is_decoder = "clm" in words
+    common.fine_tune(
+        c,
+        ",".join(word for word in words if word != "clm" or "scratch" not in words),
+        {"clm": "runs/reviews_clm"} if is_decoder else {"mlm": "runs/reviews_mlm"},
+    )
+    c.objective = "classification"
+    c.model.kind = "decoder" if is_decoder else "encoder"
+    c.model.pool = "last" if is_decoder else "mean"
+    c.model.dropout = 0.1
+    c.data.format = "table"
+    c.data.task = "sentences"
+    c.data.packing = "pad"
+    c.optim.learning_rate = 1e-3
+    c.optim.schedule = "linear"
+    c.optim.warmup_steps = 20
+    c.train.total_tokens = 0
+    c.train.total_epochs = 3.0
+    c.eval.every_epochs = 1.0
+    c.eval.max_tokens = 0
+    c.checkpoint.best_metric = "accuracy"
+    c.checkpoint.best_mode = "max"
+    return c

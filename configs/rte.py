@@ -1,0 +1,25 @@
+"""Does one sentence follow from another: RTE (Dagan et al. 2006), as in GLUE; MNLI has the same form.
+
+    python -m lm.main --config=configs/rte.py --workdir=runs/rte
+    python -m lm.main --config=configs/rte.py:clm,lora --workdir=runs/rte_lora
+
+Two CPU cores, minutes. Held-out accuracy: see experiments/objectives/results.md.
+The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, bias, lora, adapters); the
+first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
+Reads ../shared/data/rte/{train,dev}.tsv (LM_SHARED_DATA names another place).
+"""
+
+from typing import Any
+
+from configs import common, reviews_clm
+
+
+def get_config(arg: str | None = None) -> Any:
+    """See above for `arg`."""
+    c = reviews_clm.for_sentences(arg)
+    c.data.rename = (("sentence1", "text"), ("sentence2", "text_pair"), ("label", "label"))
+    c.data.path = common.shared_data("rte/train.tsv")
+    c.data.eval_path = common.shared_data("rte/dev.tsv")
+    c.data.labels = ("0", "1")
+    c.data.seq_len = 128
+    return c

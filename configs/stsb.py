@@ -1,0 +1,28 @@
+"""How alike are two sentences, from 0 to 5: STS-B (Cer et al. 2017).
+
+    python -m lm.main --config=configs/stsb.py --workdir=runs/stsb
+    python -m lm.main --config=configs/stsb.py:clm,lora --workdir=runs/stsb_lora
+
+Two CPU cores, minutes. Pearson and Spearman correlation: see experiments/objectives/results.md.
+The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, bias, lora, adapters); the
+first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
+Reads ../shared/data/stsb/stsb-en-{train,dev}.csv (LM_SHARED_DATA names another place).
+"""
+
+from typing import Any
+
+from configs import common, reviews_clm
+
+
+def get_config(arg: str | None = None) -> Any:
+    """See above for `arg`."""
+    c = reviews_clm.for_sentences(arg)
+    c.objective = "regression"
+    c.data.task = "scored_sentences"
+    c.data.rename = (("1", "text"), ("2", "text_pair"), ("3", "label"))  # a table without a header
+    c.data.path = common.shared_data("stsb/stsb-en-train.csv")
+    c.data.eval_path = common.shared_data("stsb/stsb-en-dev.csv")
+    c.data.labels = ()
+    c.data.seq_len = 64
+    c.checkpoint.best_metric = "pearson"
+    return c
