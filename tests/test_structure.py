@@ -26,6 +26,7 @@ MODULES = (
     "lm.losses",
     "lm.metrics",
     "lm.scores",
+    "lm.selection",
     "lm.optim",
     "lm.data.tokenizer",
     "lm.data.fields",
