@@ -62,10 +62,12 @@ def overlay(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
       KeyError: `part` has a leaf that `tree` lacks.
     """
     flat = flatten(tree)
-    for path, new in flatten(part).items():
-        kept = flat[path].shape[0] - new.shape[0] if flat[path].ndim else 0
-        flat[path] = jnp.concatenate([flat[path][:kept], new]) if kept else new
-    return unflatten(flat)
+    return unflatten(flat | {path: replace_last(flat[path], new) for path, new in flatten(part).items()})
+
+
+def replace_last(old: Any, new: Any) -> Any:
+    """`old` [N, …] with its last n entries replaced by `new` [n, …]; `new` itself where n = N."""
+    return new if new.shape == old.shape else jnp.concatenate([old[: old.shape[0] - new.shape[0]], new])
 
 
 def match_rules(rules: Sequence[tuple[str, T]], paths: Sequence[str], key: str) -> dict[str, T]:
