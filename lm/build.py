@@ -18,7 +18,7 @@ from lm.config import Config, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
-from lm.models import families, transformer
+from lm.models import adapters, families, transformer
 from lm.schema import ConfigError
 from lm.types import Batch, ModelFns, TrainState
 
@@ -112,6 +112,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     cfg = dataclasses.replace(cfg, model=resolved)
     model = make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    adapters.check(cfg.adapter, trees.flatten(abstract))
     # Rules are checked now, on a schedule that always fits; the real one waits for the data's size.
     rules_only = dataclasses.replace(cfg.optim, schedule="constant")
     optimizer = optim.build(rules_only, abstract, total_steps=1, warmup_steps=0, decay_steps=0)

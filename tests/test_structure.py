@@ -46,6 +46,7 @@ MODULES = (
     "lm.data.pipeline",
     # 2: models, checkpoints
     "lm.models.layers",
+    "lm.models.adapters",
     "lm.models.attention",
     "lm.models.heads",
     "lm.models.transformer",
