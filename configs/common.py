@@ -1,8 +1,70 @@
-"""What several recipes share."""
+"""What several recipes share: where data lies, and the rules of the usual ways to fine-tune.
+
+Rules are for `optim.lr_rules` unless they say otherwise; 0 freezes. What a model may lack (a head, say) never stands
+in a rule of its own: a rule that matches nothing is refused.
+"""
 
 import os
+
+from lm.schema import ConfigError
+
+Rates = tuple[tuple[str, float], ...]
 
 
 def shared_data(name: str) -> str:
     """Path of a data set under LM_SHARED_DATA, or ../shared/data when that is not set."""
     return os.path.join(os.environ.get("LM_SHARED_DATA", "../shared/data"), name)
+
+
+def head_only() -> Rates:
+    """The task's head learns (linear probing)."""
+    return ((r"head/.*", 1.0), (r".*", 0.0))
+
+
+def last_layers(n: int, num_layers: int) -> Rates:
+    """The last n of num_layers layers learn, and what comes after them: final norm, output projection, head."""
+    if not 0 <= n <= num_layers:
+        raise ConfigError(f"last_layers: {n} of {num_layers} layers")
+    numbers = "|".join(map(str, range(num_layers - n, num_layers)))
+    return ((rf".*/layers/({numbers})/.*|.*final_norm/.*|(lm_)?head/.*", 1.0), (r".*", 0.0))
+
+
+def bias_only() -> Rates:
+    """Biases and the head learn (BitFit, Ben Zaken et al. 2022)."""
+    return ((r".*bias|head/.*", 1.0), (r".*", 0.0))
+
+
+def layer_decay(rate: float, num_layers: int) -> Rates:
+    """Each layer learns `rate` times as fast as the one after it, the head at 1 (ULMFiT; Clark et al. 2020, table 7).
+
+    Of N layers the last has rate^1, the first rate^N, embeddings rate^(N + 1); the final norm 1.
+    """
+    layers = tuple((rf".*/layers/{i}/.*", rate ** (num_layers - i)) for i in range(num_layers))
+    return (*layers, (r"[^/]*embed[^/]*/.*", rate ** (num_layers + 1)), (r".*", 1.0))
+
+
+def gradual_unfreezing(num_layers: int, until: float) -> Rates:
+    """For `optim.unfreeze_rules`: first the head, then layer after layer from the last (ULMFiT, section 3.3).
+
+    Args:
+      num_layers: N; the last one begins at until / (N + 1) of the run, the first at until * N / (N + 1).
+      until: share of the run after which the embeddings, and so all parameters, learn.
+    """
+    part = until / (num_layers + 1)
+    layers = tuple((rf".*/layers/{i}/.*", part * (num_layers - i)) for i in range(num_layers))
+    return (*layers, (r"[^/]*embed[^/]*/.*", until), (r".*", 0.0))
+
+
+def lora_rules() -> Rates:
+    """LoRA's matrices and the head learn."""
+    return ((r".*/lora_.*|head/.*", 1.0), (r".*", 0.0))
+
+
+def adapter_rules() -> Rates:
+    """Bottleneck adapters and the head learn."""
+    return ((r".*/adapter_.*|head/.*", 1.0), (r".*", 0.0))
+
+
+def fresh_adapters() -> tuple[tuple[str, str], ...]:
+    """For `init_rules`: adapters and the head are new, all else comes from `init_from`."""
+    return ((r".*/lora_.*|.*/adapter_.*|head/.*", "reinit"), (r".*", "keep"))

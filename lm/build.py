@@ -13,12 +13,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import checkpoint, checks, config, generate, objectives, optim, sharding, step, transfer, trees
+from lm import checkpoint, checks, config, generate, objectives, optim, selection, sharding, step, transfer, trees
 from lm.config import Config, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
-from lm.models import families, transformer
+from lm.models import adapters, families, transformer
 from lm.schema import ConfigError
 from lm.types import Batch, ModelFns, TrainState
 
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
       init: the checkpoint that `init_from` names, or None.
       origin_of: path -> array of that checkpoint, or None = initialised.
       unused: parameters of that checkpoint that this run leaves behind.
+      anchored: path -> whether the optimizer draws it to the value it starts with; None = `optim` asks for none.
     """
 
     cfg: Config
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     init: checkpoint.Saved | None
     origin_of: dict[str, str | None]
     unused: list[str]
+    anchored: dict[str, bool] | None
 
 
 class Run(NamedTuple):
@@ -64,6 +66,7 @@ class Run(NamedTuple):
       every: 'eval' and 'checkpoint' -> steps between two, 0 = never.
       state_shardings: where each leaf of a `TrainState` lies.
       abstract_state: shapes, dtypes and shardings of the state.
+      init_state: params -> the state before the first step.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> (metrics, outputs), jitted.
       score: see `lm.objectives.Objective`.
@@ -80,6 +83,7 @@ class Run(NamedTuple):
     every: dict[str, int]
     state_shardings: Any
     abstract_state: TrainState
+    init_state: Callable[[Any], TrainState]
     train_step: Any
     eval_step: Any
     score: Callable[[objectives.Outputs, list[Any], Config], dict[str, float]] | None
@@ -108,13 +112,14 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     cfg = dataclasses.replace(cfg, model=resolved)
     model = make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    adapters.check(cfg.adapter, trees.flatten(abstract))
     # Rules are checked now, on a schedule that always fits; the real one waits for the data's size.
     rules_only = dataclasses.replace(cfg.optim, schedule="constant")
     optimizer = optim.build(rules_only, abstract, total_steps=1, warmup_steps=0, decay_steps=0)
-    trees.match_rules(cfg.init_rules, list(trees.flatten(abstract)), "init_rules")
+    anchored = _anchored(cfg, abstract)
     origin_of, unused = transfer.sources(abstract, cfg.init_rules, init) if init else ({}, [])
     axes = trees.flatten(model.logical_axes())
-    return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused)
+    return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused, anchored)
 
 
 def make_model(cfg: Config, dtype: Any) -> ModelFns:
@@ -168,12 +173,13 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         seed=cfg.seed,
         micro_batches=cfg.train.micro_batches,
         ema_decay=cfg.optim.ema_decay,
+        mixout=cfg.optim.mixout,
     )
     state_shardings = _state_shardings(planned, optimizer, mesh, use_ema=cfg.optim.ema_decay > 0)
-    shapes = jax.eval_shape(
-        functools.partial(step.init_state, optimizer=optimizer, use_ema=cfg.optim.ema_decay > 0),
-        planned.abstract_params,
+    init_state = functools.partial(
+        step.init_state, optimizer=optimizer, use_ema=cfg.optim.ema_decay > 0, anchored=planned.anchored
     )
+    shapes = jax.eval_shape(init_state, planned.abstract_params)
     abstract_state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, state_shardings
     )
@@ -193,6 +199,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         every={"eval": cfg.eval.every.to_steps(**size), "checkpoint": cfg.checkpoint.every.to_steps(**size)},
         state_shardings=state_shardings,
         abstract_state=abstract_state,
+        init_state=init_state,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
         eval_step=jax.jit(eval_step, out_shardings=everywhere),
         score=objective.score,
@@ -266,17 +273,38 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
     return chosen and dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
 
 
+def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
+    """Which parameters `to_init` and `mixout` draw back: those that came from `init_from`; a new head starts nowhere.
+
+    A function of the config alone, so that a resumed run, which no longer looks at `init_from`, agrees.
+
+    Raises:
+      ConfigError: `init_rules` that do not fit; nothing to be drawn to.
+    """
+    actions = trees.match_rules(cfg.init_rules, list(trees.flatten(abstract_params)), "init_rules")
+    wanted = [
+        f"'optim.{name}'" for name, value in (("to_init", cfg.optim.to_init), ("mixout", cfg.optim.mixout)) if value
+    ]
+    if not wanted:
+        return None
+    anchored = {path: bool(cfg.init_from) and action != transfer.REINIT for path, action in actions.items()}
+    if not any(anchored.values()):
+        raise ConfigError(f"{wanted[0]} draws parameters to where 'init_from' had them, but nothing comes from one")
+    return anchored
+
+
 def _state_shardings(planned: Plan, optimizer: optim.Optimizer, mesh: Mesh, *, use_ema: bool) -> Any:
     specs = {path: sharding.spec(axes) for path, axes in planned.logical_axes.items()}
-    trained = {path: spec for path, spec in specs.items() if optimizer.trained[path]}
-    abstract_trained, _ = trees.split(planned.abstract_params, optimizer.trained)
+    abstract_trained = selection.trained_part(optimizer.selection, planned.abstract_params)
+    trained = trees.map_with_path(lambda path, _: specs[path], abstract_trained)
     whole: Any = PartitionSpec()
     tree = TrainState(
         step=whole,
         params=trees.unflatten(specs),
-        opt_state=optim.state_specs(optimizer, abstract_trained, trees.unflatten(trained)),
-        ema=trees.unflatten(trained) if use_ema else None,
+        opt_state=optim.state_specs(optimizer, abstract_trained, trained),
+        ema=trained if use_ema else None,
         skipped=whole,
+        start=trees.select(trained, planned.anchored) if planned.anchored else None,
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

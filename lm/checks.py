@@ -1,5 +1,6 @@
 """What is refused before anything is computed: parts of a config that are each right and do not fit together."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ def fit(cfg: Config) -> None:
       ConfigError: naming the two keys, and what would fit.
     """
     corrupt.check(cfg)
+    try:
+        re.compile(cfg.adapter.targets)
+    except re.error as error:
+        raise ConfigError(f"'adapter.targets': {cfg.adapter.targets!r} is not a regular expression: {error}") from None
     objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
     for key, value, fitting in (
         ("model.kind", cfg.model.kind, objective.kinds),

@@ -1,9 +1,14 @@
-"""Schedules and optimizers: which parameters learn, how fast, and how they decay, all from rules over their paths.
+"""Schedules and optimizers: how the parameters move that `lm.selection` lets learn.
 
 One step, on the trained parameters only:
 
     gradients -> clip by global norm -> direction (adamw | lion | adafactor | muon)
-    parameter -= learning_rate(step) * lr_multiplier[path] * (direction + weight_decay * parameter  if decayed[path])
+    parameter -= learning_rate(step) * lr_multiplier[path] * (
+        direction + weight_decay * parameter (if decayed[path]) + to_init * (parameter - where it started)
+    )
+
+`to_init` is L2-SP (Li et al., arXiv:1802.01483), decoupled from the direction as weight decay is. A parameter that
+`unfreeze_rules` hold back has a gradient of 0 until its time comes, and its direction then begins as at a first step.
 
 What the keys of `OptimConfig` mean for each direction; all moments are float32:
 
@@ -13,7 +18,7 @@ What the keys of `OptimConfig` mean for each direction; all moments are float32:
                eps**2 is added to the squared gradient. Not relative to the parameter's scale, so that adamw's
                learning rates fit (Shazeer & Stern, arXiv:1804.04235, in the form of Zhai et al., arXiv:2106.04560)
     muon       b1: decay of the Nesterov momentum; for the layers' kernels (Liu et al., arXiv:2502.16982). Embeddings,
-               output head, norms and biases go to adamw with b1, b2, eps
+               output head, norms, biases and LoRA's matrices go to adamw with b1, b2, eps
 
 Weights of layers are stacked on axis 0, `[N, in, out]`: muon and adafactor treat each of the N as a weight of its own.
 """
@@ -24,13 +29,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import PartitionSpec
 
-from lm import trees
+from lm import selection, trees
 from lm.config import OptimConfig
 from lm.schema import ConfigError
+from lm.selection import Selection
 from lm.types import Params
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -41,26 +48,21 @@ MUON_RMS = 0.2  # RMS of adamw's updates in practice (arXiv:2502.16982, section 
 
 
 class Optimizer(NamedTuple):
-    """An optimizer as pure functions, and what it does to each parameter.
-
-    `params` and `grads` hold the trained leaves only: `trees.split(params, optimizer.trained)[0]`.
+    """An optimizer as pure functions. `params` and `grads` are the trained part only: `selection.trained_part`.
 
     Attributes:
-      init: params -> opt_state; frozen parameters have no part in it.
-      update: (grads, opt_state, params, step) -> (new params, new opt_state, info). `step` is int32 [], the steps done
-        before this one. `info` has `learning_rate` and `grad_norm` (global, before clipping), float32 [].
+      init: params -> opt_state; what is frozen has no part in it.
+      update: (grads, opt_state, params, step, start_params) -> (new params, new opt_state, info). `step` is int32 [],
+        the steps done before this one. `start_params` are the values that `to_init` draws to, a part of `params`, or
+        None. `info` has `learning_rate` and `grad_norm` (global, before clipping), float32 [].
       learning_rate: step -> float32 [], before multipliers.
-      trained: path -> False where the learning rate's multiplier is 0; every parameter is named here and below.
-      lr_multiplier: path -> multiplier of the learning rate.
-      decayed: path -> whether weight decay is applied.
+      selection: what is trained, and how.
     """
 
     init: Callable[[Params], Any]
-    update: Callable[[Params, Any, Params, jax.Array], tuple[Params, Any, dict[str, jax.Array]]]
+    update: Callable[[Params, Any, Params, jax.Array, Params | None], tuple[Params, Any, dict[str, jax.Array]]]
     learning_rate: Schedule
-    trained: dict[str, bool]
-    lr_multiplier: dict[str, float]
-    decayed: dict[str, bool]
+    selection: Selection
 
 
 def schedule(cfg: OptimConfig, *, total_steps: int, warmup_steps: int, decay_steps: int) -> Schedule:
@@ -138,44 +140,43 @@ def build(
       total_steps, warmup_steps, decay_steps: as in `schedule`.
 
     Raises:
-      ConfigError: a rule that matches nothing or is negative, a parameter no rule covers, nothing trained at all, or a
-        schedule that does not fit.
-      ValueError: a trained parameter is not float32.
+      ConfigError, ValueError: as `selection.resolve` and `schedule`.
     """
-    flat = trees.flatten(abstract_params)
-    decayed = trees.match_rules(cfg.decay_rules, list(flat), "optim.decay_rules")
-    multiplier = trees.match_rules(cfg.lr_rules, list(flat), "optim.lr_rules")
-    for pattern, value in cfg.lr_rules:
-        if value < 0:
-            raise ConfigError(f"'optim.lr_rules': {pattern!r} has the negative multiplier {value}; 0 freezes")
-    trained = {path: value != 0 for path, value in multiplier.items()}
-    if not any(trained.values()):
-        raise ConfigError("'optim.lr_rules' freezes every parameter (all multipliers are 0): nothing would be trained")
-    if wrong := [path for path in flat if trained[path] and flat[path].dtype != jnp.float32]:
-        raise ValueError(f"trained parameter '{wrong[0]}' is {flat[wrong[0]].dtype}; master weights must be float32")
-
+    chosen = selection.resolve(cfg, abstract_params, total_steps)
     learning_rate = schedule(cfg, total_steps=total_steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
-    transform = optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        _direction(cfg, {path: leaf for path, leaf in flat.items() if trained[path]}),
-    )
+    abstract = trees.flatten(selection.trained_part(chosen, abstract_params))
+
+    def resolved(values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        return {path: selection.of_trained(chosen, path, values[path], leaf.ndim) for path, leaf in abstract.items()}
+
+    decayed, multiplier, start = resolved(chosen.decayed), resolved(chosen.lr_multiplier), resolved(chosen.start)
+    starts = {path: chosen.start[path][chosen.frozen_layers.get(path, 0) :] for path in abstract}
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    transform = optax.chain(clip, _staged(cfg, abstract, starts))
 
     def update(
-        grads: Params, opt_state: Any, params: Params, step: jax.Array
+        grads: Params, opt_state: Any, params: Params, step: jax.Array, start_params: Params | None = None
     ) -> tuple[Params, Any, dict[str, jax.Array]]:
-        if different := trees.flatten(params).keys() ^ {path for path in trained if trained[path]}:
+        if different := trees.flatten(params).keys() ^ abstract.keys():
             raise ValueError(f"update takes exactly the trained parameters; differing: {sorted(different)}")
-        lr = learning_rate(step)
-        directions, new_opt_state = transform.update(grads, opt_state, params)
+
+        def once_begun(path: str, value: jax.Array) -> jax.Array:
+            return value if np.all(start[path] == 0) else jnp.where(step >= start[path], value, 0.0)
+
+        grads = trees.map_with_path(once_begun, grads)
+        directions, new_opt_state = transform.update(grads, opt_state, params, step=step)
+        lr, anchors = learning_rate(step), trees.flatten(start_params or {})
 
         def move(path: str, param: jax.Array, direction: jax.Array) -> jax.Array:
-            decay = cfg.weight_decay if decayed[path] else 0.0
-            return param - lr * multiplier[path] * (direction + decay * param)
+            change = direction + cfg.weight_decay * decayed[path] * param
+            if path in anchors:
+                change += cfg.to_init * (param - anchors[path])
+            return param - once_begun(path, lr * multiplier[path] * change)
 
         info = {"learning_rate": lr, "grad_norm": optax.tree.norm(grads)}
         return trees.map_with_path(move, params, directions), new_opt_state, info
 
-    return Optimizer(transform.init, update, learning_rate, trained, multiplier, decayed)
+    return Optimizer(transform.init, update, learning_rate, chosen)
 
 
 def state_specs(optimizer: Optimizer, abstract_params: Params, param_specs: Params) -> Any:
@@ -183,28 +184,69 @@ def state_specs(optimizer: Optimizer, abstract_params: Params, param_specs: Para
 
     Args:
       optimizer: what `build` returned.
-      abstract_params: the trained parameters' shapes.
+      abstract_params: the trained part's shapes.
       param_specs: their `PartitionSpec`s, in a tree of the same structure.
 
     Returns:
-      A tree like `optimizer.init(params)`: the parameter's spec for state of its shape (moments); `PartitionSpec()`,
-      replicated, for all other state (counts, factored second moments).
+      A tree like `optimizer.init(params)`: the parameter's spec for state of its shape (moments), or of the shape of
+      some of its layers; `PartitionSpec()`, replicated, for all other state (counts, factored second moments).
     """
+    shapes, specs = trees.flatten(abstract_params), trees.flatten(param_specs)
 
-    def spec(leaf: Any, param: Any, param_spec: PartitionSpec) -> Any:
-        if isinstance(leaf, optax.MaskedNode):  # a parameter that another part of an optax.partition takes care of
-            return leaf
-        return param_spec if leaf.shape == param.shape else PartitionSpec()
+    def spec(keys: Any, leaf: Any) -> PartitionSpec:
+        names = [entry.key for entry in keys if isinstance(entry, jax.tree_util.DictKey)]
+        path = next((p for i in range(len(names)) if (p := "/".join(names[i:])) in shapes), None)
+        if path is None:
+            return PartitionSpec()
+        own = 1 if trees.num_layers(path, shapes[path]) else 0
+        is_like = leaf.ndim == shapes[path].ndim and leaf.shape[own:] == shapes[path].shape[own:]
+        return specs[path] if is_like else PartitionSpec()
 
-    return optax.tree_map_params(
-        optimizer.init,
-        spec,
-        jax.eval_shape(optimizer.init, abstract_params),
-        abstract_params,
-        param_specs,
-        transform_non_params=lambda _: PartitionSpec(),
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-    )
+    return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(optimizer.init, abstract_params))
+
+
+def _staged(
+    cfg: OptimConfig, abstract: Mapping[str, Any], starts: Mapping[str, tuple[int, ...]]
+) -> optax.GradientTransformationExtraArgs:
+    """Directions of parameters that begin at different steps: each group is a run of its own that begins at its step.
+
+    Args:
+      cfg: of the direction.
+      abstract: path -> trained parameter.
+      starts: path -> the step at which each of its layers begins, or its only one.
+
+    Returns:
+      A transformation whose update takes `step`; before a group's first step its state stands still. Its state is a
+      tuple with one a group, each over the layers of that group alone.
+    """
+    groups = sorted({start for steps in starts.values() for start in steps})
+    if groups == [0]:
+        return optax.with_extra_args_support(_direction(cfg, abstract))
+    layers = {group: {path: np.flatnonzero(np.equal(starts[path], group)) for path in starts} for group in groups}
+    members = {group: {path: leaf for path, leaf in abstract.items() if group in starts[path]} for group in groups}
+    transforms = {group: _direction(cfg, members[group]) for group in groups}
+
+    def take(tree: Params, group: int) -> Params:
+        flat = trees.flatten(tree)
+        whole = {path: len(layers[group][path]) == len(starts[path]) for path in members[group]}
+        return trees.unflatten({p: flat[p] if whole[p] else flat[p][layers[group][p]] for p in members[group]})
+
+    def init(params: Params) -> tuple[Any, ...]:
+        return tuple(transforms[group].init(take(params, group)) for group in groups)
+
+    def update(grads: Params, states: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[Params, Any]:
+        out = {path: jnp.zeros_like(leaf) for path, leaf in trees.flatten(grads).items()}
+        after = []
+        for group, state in zip(groups, states, strict=True):
+            part, new = transforms[group].update(take(grads, group), state, take(params, group))
+            has_begun = step >= group
+            after.append(jax.tree.map(lambda old, new, on=has_begun: jnp.where(on, new, old), state, new))
+            for path, leaf in trees.flatten(part).items():
+                leaf = jnp.where(has_begun, leaf, 0.0)
+                out[path] = leaf if leaf.shape == out[path].shape else out[path].at[layers[group][path]].set(leaf)
+        return trees.unflatten(out), tuple(after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _direction(cfg: OptimConfig, trained: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -227,7 +269,7 @@ def _is_stacked(path: str, _: Any) -> bool:
 
 
 def _is_stacked_kernel(path: str, leaf: Any) -> bool:
-    return _is_stacked(path, leaf) and leaf.ndim == 3
+    return _is_stacked(path, leaf) and leaf.ndim == 3 and path.endswith("/kernel")
 
 
 def _partition(

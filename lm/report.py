@@ -11,9 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import lm
 from lm import schema, trees
 from lm.monitor import finite, read_rows, write_atomic
+from lm.selection import Selection, trained_part
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
 
@@ -60,9 +63,7 @@ def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
 def parameter_table(
     params: Mapping[str, Any],
     *,
-    trained: Mapping[str, bool],
-    decayed: Mapping[str, bool],
-    lr_multiplier: Mapping[str, float],
+    selection: Selection,
     learning_rate: float,
     origin: Mapping[str, str],
 ) -> str:
@@ -70,7 +71,8 @@ def parameter_table(
 
     Args:
       params: nested dict of arrays or `jax.ShapeDtypeStruct`.
-      trained, decayed, lr_multiplier: by path. A frozen parameter's decay and learning rate are shown as '-'.
+      selection: what is trained, and how. A frozen parameter's decay and learning rate are shown as '-'; of one whose
+        layers differ the table names the layers that are trained and decayed, and the lowest and highest rate.
       learning_rate: the peak; the table shows it times the multiplier.
       origin: by path, where the value came from.
     """
@@ -81,14 +83,14 @@ def parameter_table(
     leaves = trees.flatten(params)
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
-    learnt = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if trained[path])
+    learnt = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained_part(selection, dict(params))))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     table.add_column("parameter", f"total ({size / 2**20:,.1f} MiB)\n  trained\n  frozen", no_wrap=True)
     table.add_column("shape")
     table.add_column("dtype")
     table.add_column("size", f"{total:,}\n{learnt:,}\n{total - learnt:,}", justify="right", no_wrap=True)
     for name in ("trained", "decayed"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     table.add_column("peak lr", justify="right", no_wrap=True)
     table.add_column("from", overflow="fold")
     group = None
@@ -100,14 +102,36 @@ def parameter_table(
             " x ".join(map(str, leaf.shape)),
             str(leaf.dtype),
             f"{math.prod(leaf.shape):,}",
-            "yes" if trained[path] else "frozen",
-            ("yes" if decayed[path] else "no") if trained[path] else "-",
-            f"{learning_rate * lr_multiplier[path]:.3g}" if trained[path] else "-",
+            *_how(path, selection, learning_rate),
             origin[path],
         )
     text = io.StringIO()
-    Console(file=text, width=140, color_system=None).print(table, markup=False, highlight=False)
+    Console(file=text, width=160, color_system=None).print(table, markup=False, highlight=False)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+
+
+def _how(path: str, selection: Selection, learning_rate: float) -> tuple[str, str, str]:
+    """The cells 'trained', 'decayed' and 'peak lr' of a parameter, over its trained layers."""
+    if not selection.trained[path]:
+        return "frozen", "-", "-"
+    multipliers = selection.lr_multiplier[path]
+    learning = [value != 0 for value in multipliers]
+    decayed = [d and on for d, on in zip(selection.decayed[path], learning, strict=True)]
+    rates = sorted({learning_rate * value for value in multipliers if value})
+    shown = " to ".join(f"{rate:.3g}" for rate in dict.fromkeys((rates[0], rates[-1])))
+    if last := max(start for start, on in zip(selection.start[path], learning, strict=True) if on):
+        shown += f", all from step {last:,}"
+    return _layers(learning, len(learning)), _layers(decayed, sum(learning)), shown
+
+
+def _layers(on: Sequence[bool], number: int) -> str:
+    """[0, 0, 1, 1], 4 -> 'layers 2-3 of 4'. 'yes' where `number`, which is all of those that matter, are on."""
+    if sum(on) in (0, number):
+        return "yes" if any(on) else "no"
+    numbers = [i for i, value in enumerate(on) if value]
+    is_run = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1
+    listed = f"{numbers[0]}-{numbers[-1]}" if is_run else ", ".join(map(str, numbers))
+    return f"layer{'s' if len(numbers) > 1 else ''} {listed} of {len(on)}"
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:

@@ -1,5 +1,7 @@
 """One training step and one evaluation step: pure functions, the same for every model, objective and mesh."""
 
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,23 +10,38 @@ import jax.numpy as jnp
 from lm import trees
 from lm.objectives import LossFn
 from lm.optim import Optimizer
+from lm.selection import trained_part
 from lm.types import Batch, LossTerms, Params, TrainState
 
 Metrics = dict[str, Any]
 
+MIXOUT = 2**32 - 1  # folded into a step's key; dropout folds in example indices, which are below 2^31
 
-def init_state(params: Params, optimizer: Optimizer, *, use_ema: bool) -> TrainState:
-    """The state before the first step; the average starts at the parameters."""
-    trained, _ = trees.split(params, optimizer.trained)
+
+def init_state(
+    params: Params, optimizer: Optimizer, *, use_ema: bool, anchored: Mapping[str, bool] | None = None
+) -> TrainState:
+    """The state before the first step; the average starts at the parameters.
+
+    Args:
+      params: all of them.
+      optimizer: see `lm.optim`.
+      use_ema: whether there is an average.
+      anchored: path -> whether the value at the start is kept, for `to_init` and `mixout`; None = none is.
+    """
+    trained = trained_part(optimizer.selection, params)
     ema = jax.tree.map(jnp.copy, trained) if use_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained), ema, jnp.zeros((), jnp.int32))
+    start = jax.tree.map(jnp.copy, trees.select(trained, anchored)) if anchored else None
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(trained), ema, jnp.copy(zero), start)
 
 
 def eval_params(state: TrainState) -> Params:
-    """The parameters to evaluate: the average of the trained ones where there is one."""
+    """The parameters to evaluate: the average of the trained ones where there is one; each where `params` has it."""
     if state.ema is None:
         return state.params
-    return trees.unflatten(trees.flatten(state.params) | trees.flatten(state.ema))
+    whole = trees.overlay(state.params, state.ema)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), whole, state.params)
 
 
 def train_step(
@@ -36,6 +53,7 @@ def train_step(
     seed: int,
     micro_batches: int,
     ema_decay: float,
+    mixout: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """One step on one global batch.
 
@@ -50,20 +68,23 @@ def train_step(
       seed: of the run. Dropout is a function of it, the step and the row's example index.
       micro_batches: how many parts of the batch are computed one after the other.
       ema_decay: 0 = no average; at most (1 + step) / (10 + step), so that a short run's average forgets its start.
+      mixout: see `mix`; 0 = off.
 
     Returns:
       The next state, and metrics: 'loss', 'weight', 'grad_norm', 'learning_rate' as float32 [], and those of the
       objective as (sum, weight).
     """
-    trained, frozen = trees.split(state.params, optimizer.trained)
+    trained = trained_part(optimizer.selection, state.params)
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    # Mixed once, and differentiated once, however many micro-batches see the mixture.
+    mixed, grads_before_mixing = jax.vjp(lambda tree: mix(tree, state.start, mixout, rng), trained)
 
     def terms_and_grads(micro: Batch) -> tuple[LossTerms, Params]:
-        def total(trained: Params) -> tuple[jax.Array, LossTerms]:
-            terms = loss_fn(trees.merge(trained, frozen), micro, rng)._replace(outputs={})
+        def total(mixed: Params) -> tuple[jax.Array, LossTerms]:
+            terms = loss_fn(trees.overlay(state.params, mixed), micro, rng)._replace(outputs={})
             return terms.sum, terms
 
-        grads, terms = jax.grad(total, has_aux=True)(trained)
+        grads, terms = jax.grad(total, has_aux=True)(mixed)
         return terms, grads
 
     if micro_batches == 1:
@@ -78,8 +99,8 @@ def train_step(
 
     has_weight = terms.weight > 0
     divisor = jnp.where(has_weight, terms.weight, 1.0)
-    grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
-    new_trained, new_opt_state, info = optimizer.update(grads, state.opt_state, trained, state.step)
+    (grads,) = grads_before_mixing(jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads))
+    new_trained, new_opt_state, info = optimizer.update(grads, state.opt_state, trained, state.step, state.start)
     new_ema = state.ema
     if state.ema is not None:
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -87,8 +108,28 @@ def train_step(
     old, new = (trained, state.opt_state, state.ema), (new_trained, new_opt_state, new_ema)
     trained, opt_state, ema = jax.tree.map(lambda o, n: jnp.where(has_weight, n, o), old, new)
     skipped = state.skipped + jnp.where(has_weight, 0, 1)
-    state = TrainState(state.step + 1, trees.merge(trained, frozen), opt_state, ema, skipped)
+    state = TrainState(state.step + 1, trees.overlay(state.params, trained), opt_state, ema, skipped, state.start)
     return state, {"loss": terms.sum / divisor, "weight": terms.weight, **info, **terms.metrics}
+
+
+def mix(trained: Params, start: Params | None, rate: float, rng: jax.Array) -> Params:
+    """Mixout (Lee et al., arXiv:1909.11299): entries of kernels replaced by their values at the start, at `rate`.
+
+    u at the start, w now, m = 1 where w is kept: ((1 - m) u + m w - rate u) / (1 - rate), whose mean is w. As in the
+    authors' code only kernels are mixed. The mask is a function of `rng` and the parameter's path alone.
+    """
+    if rate == 0.0:
+        return trained
+    anchors = trees.flatten(start or {})
+
+    def one(path: str, w: jax.Array) -> jax.Array:
+        if path not in anchors or not path.endswith("kernel"):
+            return w
+        u, key = anchors[path], jax.random.fold_in(jax.random.fold_in(rng, MIXOUT), zlib.crc32(path.encode()))
+        kept = jax.random.bernoulli(key, 1.0 - rate, w.shape)
+        return u + jnp.where(kept, (w - u) / (1.0 - rate), 0.0)
+
+    return trees.map_with_path(one, trained)
 
 
 def eval_step(

@@ -25,10 +25,10 @@ from lm import (
     monitor,
     report,
     schema,
+    selection,
     sharding,
     step,
     transfer,
-    trees,
 )
 from lm.checkpoint import CheckpointError
 from lm.config import Config
@@ -124,7 +124,7 @@ def loop(
     with watch.bucket("compile"):
         batch_shape, eval_shape = (build.abstract_batch(cfg, run.mesh, rows) for rows in (batch_size, eval_rows))
         train_step = run.train_step.lower(run.abstract_state, batch_shape).compile()
-        eval_step = run.eval_step.lower(step.eval_params(run.abstract_state), eval_shape).compile()
+        eval_step = run.eval_step.lower(run.abstract_state.params, eval_shape).compile()
     place, place_eval = build.placer(run.mesh, batch_size), build.placer(run.mesh, eval_rows)
 
     def evaluate_now(done: int) -> dict[str, float]:
@@ -219,7 +219,7 @@ def restore(
             )
         say(f"resuming from {candidate.path}")
         at = Position(position["example"], evaluate.Waiting(**candidate.info["waiting"]))
-        return state, at, dict.fromkeys(run.optimizer.trained, f"this run, step {candidate.step:,}")
+        return state, at, dict.fromkeys(run.optimizer.selection.trained, f"this run, step {candidate.step:,}")
     if saved:
         raise CheckpointError(f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read")
     if planned.init:
@@ -227,8 +227,8 @@ def restore(
     params, origin = transfer.initialize(
         run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
     )
-    make = functools.partial(step.init_state, optimizer=run.optimizer, use_ema=run.cfg.optim.ema_decay > 0)
-    return jax.jit(make, out_shardings=run.state_shardings)(params), Position(0, evaluate.Waiting()), origin
+    state = jax.jit(run.init_state, out_shardings=run.state_shardings)(params)
+    return state, Position(0, evaluate.Waiting()), origin
 
 
 def refuse_changes(old: Config, new: Config, workdir: Path) -> None:
@@ -289,9 +289,7 @@ def parameter_table(planned: build.Plan, optimizer: Any, origin: dict[str, str])
     """Every parameter: shape, trained or frozen, decayed, learning rate, where its value came from."""
     return report.parameter_table(
         planned.abstract_params,
-        trained=optimizer.trained,
-        decayed=optimizer.decayed,
-        lr_multiplier=optimizer.lr_multiplier,
+        selection=optimizer.selection,
         learning_rate=planned.cfg.optim.learning_rate,
         origin=origin,
     )
@@ -301,7 +299,7 @@ def describe(cfg: Config, workdir: str | Path) -> str:
     """The resolved config and the parameter table of a run that is not started."""
     planned = build.plan(cfg, Path(workdir))
     came_from = {path: name or "initialised" for path, name in planned.origin_of.items()}
-    origin = came_from or dict.fromkeys(planned.optimizer.trained, "initialised")
+    origin = came_from or dict.fromkeys(planned.logical_axes, "initialised")
     return config.to_json(planned.cfg) + "\n" + parameter_table(planned, planned.optimizer, origin)
 
 
@@ -320,8 +318,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of a finished run, the final evaluation's among them."""
     cfg, done = run.cfg, int(state.step)
-    flat = trees.flatten(run.abstract_state.params)
-    sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
+    whole = run.abstract_state.params
+    trained = selection.trained_part(run.optimizer.selection, whole)
     answer = {"answer_loss": values["nll"]} if cfg.data.task == "chat" else {}
     return {
         **values,
@@ -331,8 +329,8 @@ def summarise(
         "tokens": done * rate.tokens_per_step,
         "seconds": watch.seconds(),
         "tokens_per_second": rate.overall(done),
-        "parameters": sum(sizes.values()),
-        "trained_parameters": sum(size for path, size in sizes.items() if run.optimizer.trained[path]),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(whole)),
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(trained)),
         "devices": run.mesh.devices.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": watch.goodput(),

@@ -27,7 +27,7 @@ def sources(
 
     Returns:
       (new path -> name of the array in the checkpoint, or None = a fresh value; old parameters that are not used).
-      An averaged parameter ('ema/...') is preferred: it is what the old run was evaluated on.
+      An averaged parameter ('ema/...', perhaps of the last layers only) is preferred: the old run was evaluated on it.
 
     Raises:
       ConfigError: a rule fits nothing, or asks for a parameter that the checkpoint lacks or has in another shape.
@@ -45,19 +45,19 @@ def sources(
             old = path if action == KEEP else matched.expand(action)
         except (re.error, IndexError) as error:
             raise ConfigError(f"'init_rules': {action!r} is no path to read '{path}' from: {error}") from None
-        name = next((n for n in (f"ema/{old}", f"params/{old}") if n in known), None)
-        if name is None:
+        whole = f"params/{old}"
+        if whole not in known:
             olds = [n.removeprefix("params/") for n in known if n.startswith("params/")]
             raise ConfigError(
                 f"'init_from': {saved.path} has no parameter '{old}' for '{path}'{nearest(old, olds)}; add the rule "
                 f"('{path}', '{REINIT}') or ('{path}', OLD_PATH) to 'init_rules'"
             )
-        if tuple(known[name]["shape"]) != flat[path].shape:
+        if tuple(known[whole]["shape"]) != flat[path].shape:
             raise ConfigError(
-                f"'init_from': '{path}' has shape {flat[path].shape}, {saved.path} has {tuple(known[name]['shape'])}; "
+                f"'init_from': '{path}' has shape {flat[path].shape}, {saved.path} has {tuple(known[whole]['shape'])}; "
                 f"make the models agree or add the rule ('{path}', '{REINIT}') to 'init_rules'"
             )
-        out[path] = name
+        out[path] = f"ema/{old}" if f"ema/{old}" in known else whole
     used = {name.split("/", 1)[1] for name in out.values() if name}
     unused = [n.removeprefix("params/") for n in known if n.startswith("params/")]
     return out, sorted(set(unused) - used)
@@ -91,15 +91,27 @@ def initialize(
     if saved is None:
         return trees.unflatten(made), origin
     names = {path: name for path, name in origin_of.items() if name is not None}
-    wanted = trees.unflatten({name: flat[path] for path, name in names.items()})
-    if not wanted:
+    if not names:
         raise CheckpointError(f"'init_rules' take nothing from {saved.path}")
-    read = trees.flatten(checkpoint.load(saved, wanted))
+    known, wanted = saved.info["arrays"], {}
+    for path, name in names.items():
+        shape, like = tuple(known[name]["shape"]), flat[path]
+        wanted[name] = jax.ShapeDtypeStruct(shape, like.dtype, sharding=like.sharding)
+        if shape != like.shape:  # the average is of the last layers only
+            wanted[name.replace("ema/", "params/", 1)] = like
+    read = trees.flatten(checkpoint.load(saved, trees.unflatten(wanted)))
+
+    def value(path: str, name: str) -> jax.Array:
+        if read[name].shape == flat[path].shape:
+            return read[name]
+        whole = trees.replace_last(read[name.replace("ema/", "params/", 1)], read[name])
+        return jax.device_put(whole, flat[path].sharding)
+
     run = saved.path.parent.parent.name
     for path, name in names.items():
         kind, old = name.split("/", 1)
         origin[path] = f"{run}@{saved.step}" + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
-    return trees.unflatten(made | {path: read[name] for path, name in names.items()}), origin
+    return trees.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
 
 
 def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved, model: ModelConfig) -> str:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
+
 from lm.schema import ConfigError, nearest
 
 T = TypeVar("T")
@@ -36,19 +38,36 @@ def map_with_path(fn: Callable[..., Any], tree: Mapping[str, Any], *rest: Mappin
     return unflatten({path: fn(path, leaf, *(o[path] for o in flat_rest)) for path, leaf in flatten(tree).items()})
 
 
-def split(tree: Mapping[str, Any], selected: Mapping[str, bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(leaves whose path is selected, the others), as two trees that `merge` puts together again."""
+def num_layers(path: str, leaf: Any) -> int:
+    """How many layers a leaf stacks on axis 0 ('…/layers/…'); 0 = it belongs to no layer."""
+    return leaf.shape[0] if "layers" in path.split("/") else 0
+
+
+def select(
+    tree: Mapping[str, Any], selected: Mapping[str, bool], skip: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The leaves whose path is selected. `skip`: path -> how many entries of axis 0 are left out at the start.
+
+    Example: {'a': 1, 'b': [[4], [5], [6]]}, {'a': False, 'b': True}, {'b': 1} -> {'b': [[5], [6]]}.
+    """
+    skip = skip or {}
+    chosen = {path: leaf for path, leaf in flatten(tree).items() if selected[path]}
+    return unflatten({path: leaf[skip[path] :] if path in skip else leaf for path, leaf in chosen.items()})
+
+
+def overlay(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with what `select` took from it replaced by `part`: whole leaves, or the last entries of axis 0.
+
+    Raises:
+      KeyError: `part` has a leaf that `tree` lacks.
+    """
     flat = flatten(tree)
-    chosen = {path: leaf for path, leaf in flat.items() if selected[path]}
-    return unflatten(chosen), unflatten({path: leaf for path, leaf in flat.items() if not selected[path]})
+    return unflatten(flat | {path: replace_last(flat[path], new) for path, new in flatten(part).items()})
 
 
-def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """One tree with the leaves of two that share none."""
-    flat_first, flat_second = flatten(first), flatten(second)
-    if shared := sorted(flat_first.keys() & flat_second.keys()):
-        raise ValueError(f"both trees hold {shared[0]}")
-    return unflatten(flat_first | flat_second)
+def replace_last(old: Any, new: Any) -> Any:
+    """`old` [N, …] with its last n entries replaced by `new` [n, …]; `new` itself where n = N."""
+    return new if new.shape == old.shape else jnp.concatenate([old[: old.shape[0] - new.shape[0]], new])
 
 
 def match_rules(rules: Sequence[tuple[str, T]], paths: Sequence[str], key: str) -> dict[str, T]:
@@ -62,22 +81,50 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Sequence[str], key: str) 
     Raises:
       ConfigError: a regex that does not compile, a rule that matches no path, or a path that no rule covers.
     """
+    return _first_match(rules, {path: path for path in paths}, key)
+
+
+def match_layers(rules: Sequence[tuple[str, T]], tree: Mapping[str, Any], key: str) -> dict[str, tuple[T, ...]]:
+    """Path -> the value of each of its layers; of one value alone where there are no layers.
+
+    A rule matches a layer by the leaf's path, or by that path with the layer's number after 'layers': for
+    'decoder/layers/mlp/up/kernel' [2, …], `decoder/layers/1/.*` gives its value to the last layer alone.
+
+    Args:
+      rules: ordered (regex, value) pairs; the first that matches wins.
+      tree: arrays or `jax.ShapeDtypeStruct`.
+      key: config key of the rules, for messages.
+
+    Raises:
+      ConfigError: as `match_rules`.
+    """
+    names: dict[str, list[str]] = {}
+    for path, leaf in flatten(tree).items():
+        before, _, after = path.rpartition("layers/")
+        layers = num_layers(path, leaf)
+        names[path] = [f"{before}layers/{layer}/{after}" for layer in range(layers)] if layers else [path]
+    found = _first_match(rules, {name: path for path, own in names.items() for name in own}, key)
+    return {path: tuple(found[name] for name in own) for path, own in names.items()}
+
+
+def _first_match(rules: Sequence[tuple[str, T]], path_of: Mapping[str, str], key: str) -> dict[str, T]:
+    """Name -> value of the first rule that matches it or the path it belongs to, `path_of[name]`."""
     out: dict[str, T] = {}
     for pattern, value in rules:
         try:
             regex = re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"'{key}': {pattern!r} is not a regular expression: {error}") from None
-        matched = [path for path in paths if regex.fullmatch(path)]
+        matched = [name for name, path in path_of.items() if regex.fullmatch(path) or regex.fullmatch(name)]
         if not matched:
-            raise ConfigError(f"'{key}': rule {pattern!r} matches no parameter{_closest(pattern, paths)}")
-        for path in matched:
-            out.setdefault(path, value)
-    if missing := [path for path in paths if path not in out]:
+            raise ConfigError(f"'{key}': rule {pattern!r} matches no parameter{_closest(pattern, list(path_of))}")
+        for name in matched:
+            out.setdefault(name, value)
+    if missing := [name for name in path_of if name not in out]:
         raise ConfigError(
             f"'{key}': no rule covers parameter '{missing[0]}' ({len(missing)} in all); end with ('.*', …)"
         )
-    return {path: out[path] for path in paths}
+    return {name: out[name] for name in path_of}
 
 
 def _closest(pattern: str, paths: Sequence[str]) -> str:

@@ -54,9 +54,10 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 [], steps done. The learning rate and all randomness are functions of it and the seed.
       params: the parameters, float32.
-      opt_state: optax state of the trained parameters; frozen ones have none.
-      ema: exponential moving average of the trained parameters, or None when it is off.
+      opt_state: optax state of the trained part of the parameters; frozen ones have none.
+      ema: exponential moving average of the trained part, or None when it is off.
       skipped: int32 [], steps whose batch had weight 0 and so changed nothing but `step` and this count.
+      start: where trained parameters started that `optim.to_init` or `optim.mixout` draws back to, or None.
     """
 
     step: jax.Array
@@ -64,6 +65,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema: Params | None
     skipped: jax.Array
+    start: Params | None = None
 
 
 class ModelOutput(NamedTuple):

@@ -456,7 +456,7 @@ def run_of(abstract, fingerprint: str = "f"):
     return SimpleNamespace(
         abstract_state=abstract,
         data=SimpleNamespace(fingerprint=fingerprint),
-        optimizer=SimpleNamespace(trained={"a": 1}),
+        optimizer=SimpleNamespace(selection=SimpleNamespace(trained={"a": True})),
     )
 
 

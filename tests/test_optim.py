@@ -12,7 +12,7 @@ import optax.contrib
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import optim, trees
+from lm import optim, selection, trees
 from lm.config import OptimConfig
 from lm.schema import ConfigError
 
@@ -211,7 +211,7 @@ def test_decay_rules_choose_what_decays():
     params = random_tree(0)
     cfg = dataclasses.replace(UNIT, weight_decay=0.5, decay_rules=(("lm_head/.*", True), (".*", False)))
     optimizer = build(cfg, params)
-    assert [path for path, decayed in optimizer.decayed.items() if decayed] == ["lm_head/kernel"]
+    assert [path for path, decayed in optimizer.selection.decayed.items() if any(decayed)] == ["lm_head/kernel"]
     zeros = jax.tree.map(jnp.zeros_like, params)
     moved, _, _ = one_step(optimizer, zeros, params)
     for path, leaf in trees.flatten(moved).items():
@@ -244,9 +244,9 @@ def test_gradient_of_zero_moves_nothing(name):
 def test_frozen_parameters_hold_no_state(name):
     params = random_tree(0)
     optimizer = build(OptimConfig(name=name, lr_rules=FREEZE_EMBED), params)
-    assert [path for path, trained in optimizer.trained.items() if not trained] == ["embed/embedding"]
-    assert optimizer.lr_multiplier["embed/embedding"] == 0
-    trained, _ = trees.split(params, optimizer.trained)
+    assert [path for path, trained in optimizer.selection.trained.items() if not trained] == ["embed/embedding"]
+    assert optimizer.selection.lr_multiplier["embed/embedding"] == (0,)
+    trained = selection.trained_part(optimizer.selection, params)
     state = jax.eval_shape(optimizer.init, trained)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert any("lm_head" in name for name in names)
@@ -255,8 +255,8 @@ def test_frozen_parameters_hold_no_state(name):
 
 def test_grad_norm_and_new_parameters_are_of_the_trained_ones_alone():
     optimizer = build(OptimConfig(lr_rules=FREEZE_EMBED), random_tree(0))
-    trained, _ = trees.split(random_tree(0), optimizer.trained)
-    grads, _ = trees.split(random_tree(1), optimizer.trained)
+    trained = selection.trained_part(optimizer.selection, random_tree(0))
+    grads = selection.trained_part(optimizer.selection, random_tree(1))
     moved, _, info = one_step(optimizer, grads, trained)
     assert trees.flatten(moved).keys() == SHAPES.keys() - {"embed/embedding"}
     squares = [(np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(grads)]
@@ -268,7 +268,7 @@ def test_grad_norm_and_new_parameters_are_of_the_trained_ones_alone():
 def test_one_trained_parameter_is_enough(name, only):
     params = random_tree(0)
     optimizer = build(OptimConfig(name=name, lr_rules=((only, 1.0), (".*", 0.0))), params)
-    trained, _ = trees.split(params, optimizer.trained)
+    trained = selection.trained_part(optimizer.selection, params)
     state = jax.eval_shape(optimizer.init, trained)
     moved, after, _ = jax.eval_shape(optimizer.update, trained, state, trained, jnp.int32(0))
     assert jax.tree.structure(moved) == jax.tree.structure(trained) and len(jax.tree.leaves(moved)) == 1
@@ -296,7 +296,7 @@ def test_trained_parameters_must_be_float32_and_frozen_ones_need_not():
     params["embed"]["embedding"] = params["embed"]["embedding"].astype(jnp.bfloat16)
     with pytest.raises(ValueError, match=r"'embed/embedding' is bfloat16"):
         build(OptimConfig(), params)
-    assert not build(OptimConfig(lr_rules=FREEZE_EMBED), params).trained["embed/embedding"]
+    assert not build(OptimConfig(lr_rules=FREEZE_EMBED), params).selection.trained["embed/embedding"]
 
 
 def test_update_refuses_frozen_parameters():
@@ -400,7 +400,7 @@ def test_state_specs_follow_the_parameters(name, monkeypatch):
     monkeypatch.setattr(optim, "ADAFACTOR_MIN_DIM", 8)
     params = random_tree(0)
     optimizer = build(OptimConfig(name=name, lr_rules=FREEZE_EMBED), params)
-    trained, _ = trees.split(params, optimizer.trained)
+    trained = selection.trained_part(optimizer.selection, params)
     specs = trees.map_with_path(lambda path, leaf: PartitionSpec(*[None] * (leaf.ndim - 1), "fsdp"), trained)
     abstract = jax.eval_shape(lambda: trained)
     got = optim.state_specs(optimizer, abstract, specs)

@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config, monitor, report, trees
-from lm.config import MonitorConfig
+from lm import config, monitor, report, selection, trees
+from lm.config import MonitorConfig, OptimConfig
 
 
 @pytest.fixture
@@ -53,26 +53,46 @@ def test_parameter_table_shows_every_leaf_and_exact_totals():
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, np.float32)  # noqa: E731
     params = {
         "embed": {"embedding": shape(1024, 256)},
-        "decoder": {"layers": {"mlp": {"up": {"kernel": shape(4, 256, 1024), "bias": shape(4, 1024)}}}},
+        "decoder": {
+            "layers": {
+                "mlp": {
+                    "up": {"kernel": shape(4, 256, 1024), "bias": shape(4, 1024)},
+                    "down": {"kernel": shape(4, 1024, 256)},
+                }
+            },
+            "final_norm": {"scale": shape(256)},
+        },
     }
-    paths = list(trees.flatten(params))
+    cfg = OptimConfig(
+        lr_rules=(
+            (r".*/[23]/.*kernel", 0.5),
+            (r".*/[01]/.*kernel", 0.0),
+            (r".*/3/.*", 0.25),
+            ("decoder/.*", 1.0),
+            (".*", 0.0),
+        ),
+        decay_rules=((".*/3/.*kernel", True), (".*/down/.*", True), (".*/0/.*bias", True), (".*", False)),
+        unfreeze_rules=((r".*/2/.*kernel", 0.5), (".*", 0.0)),
+    )
     table = report.parameter_table(
         params,
-        trained={path: path.startswith("decoder") for path in paths},
-        decayed={path: path.endswith(("kernel", "embedding")) for path in paths},
-        lr_multiplier={path: 0.5 if path.endswith("kernel") else 1.0 for path in paths},
+        selection=selection.resolve(cfg, params, total_steps=3000),
         learning_rate=1e-3,
-        origin={path: "runs/a[b]@best" if path.startswith("decoder") else "scratch" for path in paths},
+        origin={path: "runs/a[b]@best" if path.startswith("decoder") else "scratch" for path in trees.flatten(params)},
     )
     lines = [" ".join(line.split()) for line in table.splitlines() if "─" not in line and line.strip()]
     assert lines == [
         "parameter shape dtype size trained decayed peak lr from",
-        "decoder/layers/mlp/up/bias 4 x 1024 float32 4,096 yes no 0.001 runs/a[b]@best",
-        "decoder/layers/mlp/up/kernel 4 x 256 x 1024 float32 1,048,576 yes yes 0.0005 runs/a[b]@best",
+        "decoder/final_norm/scale 256 float32 256 yes no 0.001 runs/a[b]@best",
+        "decoder/layers/mlp/down/kernel 4 x 1024 x 256 float32 1,048,576 layers 2-3 of 4 yes "
+        "0.0005, all from step 1,500 runs/a[b]@best",
+        "decoder/layers/mlp/up/bias 4 x 1024 float32 4,096 yes layer 0 of 4 0.00025 to 0.001 runs/a[b]@best",
+        "decoder/layers/mlp/up/kernel 4 x 256 x 1024 float32 1,048,576 layers 2-3 of 4 layer 3 of 4 "
+        "0.0005, all from step 1,500 runs/a[b]@best",
         "embed/embedding 1024 x 256 float32 262,144 frozen - - scratch",
-        "total (5.0 MiB) 1,314,816",
-        "trained 1,052,672",
-        "frozen 262,144",
+        "total (9.0 MiB) 2,363,648",
+        "trained 1,052,928",
+        "frozen 1,310,720",
     ]
     assert "\n\n embed/embedding" in table  # groups are set apart
 

@@ -39,14 +39,8 @@ def loss_of(model, cfg, loss: LossConfig = LOSS):
 
 def gradient_as_parameters(params) -> optim.Optimizer:
     """An optimizer whose 'new parameters' are the gradients, to read them off the real step."""
-    paths = list(trees.flatten(params))
-    return optim.Optimizer(
-        init=lambda params: (),
-        update=lambda grads, state, params, step: (grads, state, {}),
-        learning_rate=lambda step: jnp.float32(0),
-        trained=dict.fromkeys(paths, True),
-        lr_multiplier=dict.fromkeys(paths, 1.0),
-        decayed=dict.fromkeys(paths, False),
+    return adamw(params)._replace(
+        init=lambda params: (), update=lambda grads, state, params, step, start: (grads, state, {})
     )
 
 

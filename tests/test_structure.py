@@ -26,6 +26,7 @@ MODULES = (
     "lm.losses",
     "lm.metrics",
     "lm.scores",
+    "lm.selection",
     "lm.optim",
     "lm.data.tokenizer",
     "lm.data.fields",
@@ -45,6 +46,7 @@ MODULES = (
     "lm.data.pipeline",
     # 2: models, checkpoints
     "lm.models.layers",
+    "lm.models.adapters",
     "lm.models.attention",
     "lm.models.heads",
     "lm.models.transformer",

@@ -88,7 +88,7 @@ def test_only_what_the_rules_say_is_initialised_and_as_the_models_init_would(tmp
 def test_the_average_is_preferred_where_there_is_one(tmp_path):
     """It holds the trained parameters only: of frozen ones there is just the parameter."""
     old, average = random_like(model_of()[1], 0), random_like(model_of()[1], 1)
-    ema, _ = trees.split(average, {path: "/mlp/" in path for path in trees.flatten(old)})
+    ema = trees.select(average, {path: "/mlp/" in path for path in trees.flatten(old)})
     got, origin, _ = initialize(save(tmp_path / "old", old, ema), ((".*", "keep"),))
     for path, leaf in got.items():
         tree, name = (average, "old@7 ema") if "/mlp/" in path else (old, "old@7")
@@ -174,7 +174,7 @@ def test_nothing_but_parameters_is_transferred(tmp_path):
     run = SimpleNamespace(
         model=model,
         cfg=cfg,
-        optimizer=optimizer,
+        init_state=functools.partial(step.init_state, optimizer=optimizer, use_ema=True),
         abstract_state=SimpleNamespace(params=abstract),
         state_shardings=jax.tree.leaves(abstract)[0].sharding,
     )

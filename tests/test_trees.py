@@ -3,6 +3,7 @@
 import string
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,24 +42,31 @@ def test_flatten_worked_example():
     assert trees.unflatten({}) == {}
 
 
-@given(nested, st.data())
-def test_merge_puts_together_what_split_took_apart(tree, data):
-    selected = {path: data.draw(st.booleans()) for path in trees.flatten(tree)}
-    first, second = trees.split(tree, selected)
-    assert set(trees.flatten(first)) == {path for path, chosen in selected.items() if chosen}
-    assert set(trees.flatten(second)) == {path for path, chosen in selected.items() if not chosen}
-    assert trees.merge(first, second) == tree
-    assert trees.merge(second, first) == tree
+@given(st.dictionaries(names, st.tuples(st.integers(1, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=5))
+def test_overlay_puts_back_what_select_took(leaves):
+    rng = np.random.default_rng(0)
+    tree = {name: {"x": rng.normal(size=(n, 2)).astype(np.float32)} for name, (n, _, _) in leaves.items()}
+    selected = {f"{name}/x": chosen for name, (_, chosen, _) in leaves.items()}
+    skip = {f"{name}/x": k for name, (n, chosen, k) in leaves.items() if chosen and 0 < k < n}
+    part = trees.select(tree, selected, skip)
+    expected = {path: tree[path[:-2]]["x"][skip.get(path, 0) :] for path, chosen in selected.items() if chosen}
+    jax.tree.map(np.testing.assert_array_equal, trees.flatten(part), expected)
+    jax.tree.map(np.testing.assert_array_equal, trees.overlay(tree, part), tree)
+    doubled = trees.flatten(trees.overlay(tree, jax.tree.map(lambda x: 2 * x, part)))
+    for path, leaf in trees.flatten(tree).items():
+        new = np.array(leaf)
+        new[skip.get(path, 0) if selected[path] else len(leaf) :] *= 2
+        np.testing.assert_array_equal(doubled[path], new)
 
 
-def test_split_needs_a_word_on_every_leaf():
+def test_select_needs_a_word_on_every_leaf():
     with pytest.raises(KeyError, match="b"):
-        trees.split({"a": 1, "b": 2}, {"a": True})
+        trees.select({"a": 1, "b": 2}, {"a": True})
 
 
-def test_merge_refuses_a_leaf_that_both_hold():
-    with pytest.raises(ValueError, match="both trees hold a/b"):
-        trees.merge({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}})
+def test_overlay_refuses_a_leaf_that_the_tree_lacks():
+    with pytest.raises(KeyError, match="a/c"):
+        trees.overlay({"a": {"b": np.ones(2)}}, {"a": {"c": np.ones(2)}})
 
 
 def test_map_with_path_hands_over_path_and_all_leaves():
@@ -125,3 +133,42 @@ def test_a_path_without_a_rule_is_refused():
 def test_a_broken_regex_is_refused():
     with pytest.raises(ConfigError, match=r"'k': '\(a' is not a regular expression: "):
         trees.match_rules([("(a", 1)], PATHS, "k")
+
+
+# --- rules over layers ---
+
+STACKED = {
+    "decoder": {
+        "layers": {"mlp": {"up": {"kernel": np.zeros((3, 2, 4)), "bias": np.zeros((3, 4))}}},
+        "final_norm": {"scale": np.zeros(3)},
+    },
+    "embed": {"embedding": np.zeros((9, 2))},
+}
+
+
+def test_a_rule_may_name_one_layer():
+    rules = [(r"decoder/layers/2/.*", 2), (r"decoder/layers/.*kernel", 1), (r".*/0/.*", 5), (r".*", 0)]
+    assert trees.match_layers(rules, STACKED, "k") == {
+        "decoder/final_norm/scale": (0,),
+        "decoder/layers/mlp/up/bias": (5, 0, 2),
+        "decoder/layers/mlp/up/kernel": (1, 1, 2),
+        "embed/embedding": (0,),
+    }
+
+
+@given(st.lists(st.sampled_from([".*", ".*kernel", ".*/1/.*", ".*/[12]/.*bias", "embed/.*", ".*/mlp/.*"]), max_size=4))
+def test_rules_over_layers_are_rules_over_a_tree_of_single_layers(patterns):
+    """Against the same rules on a tree in which every layer has leaves of its own."""
+    rules = [(pattern, number) for number, pattern in enumerate([*patterns, ".*"])]
+    apart = {}
+    for path, leaf in trees.flatten(STACKED).items():
+        single = [path.replace("layers/", f"layers/{i}/") for i in range(len(leaf))] if "layers" in path else [path]
+        apart[path] = single
+    one_by_one = trees.match_rules(rules, [name for own in apart.values() for name in own], "k")
+    expected = {path: tuple(one_by_one[name] for name in own) for path, own in apart.items()}
+    assert trees.match_layers(rules, STACKED, "k") == expected
+
+
+def test_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"'k': rule 'decoder/layers/3/\.\*' matches no parameter.*'decoder/layers/"):
+        trees.match_layers([("decoder/layers/3/.*", 1), (".*", 0)], STACKED, "k")

@@ -9,7 +9,7 @@ from lm.types import Head, ModelFns
 
 
 def _text(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
-    return transformer.text_model(cfg.model, dtype, head)
+    return transformer.text_model(cfg.model, dtype, head, cfg.adapter)
 
 
 # model.kind -> (config with the model's sizes resolved, head, compute dtype) -> the model's functions.

@@ -4,6 +4,8 @@ Shape letters: see `lm.types`.
 """
 
 import math
+import re
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
+from lm.config import AdapterConfig
 
 Init = Callable[..., jax.Array]
+NO_ADAPTER = AdapterConfig()
 
 
 def weight(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
@@ -28,7 +32,7 @@ def fan_in_normal(scale: float = 1.0) -> Init:
 
 
 class Dense(nn.Module):
-    """y = x @ kernel + bias, over the last axis.
+    """y = x @ kernel + bias, over the last axis; where the adapter is a LoRA for this layer, + its branch.
 
     Attributes:
       features: width of the output.
@@ -36,16 +40,19 @@ class Dense(nn.Module):
       use_bias: whether there is a bias.
       dtype: compute dtype.
       kernel_init: initialiser of the kernel.
+      adapter: of the model; its targets are matched against this layer's path.
     """
 
     features: int
-    axes: tuple[str, str]
+    axes: tuple[str | None, str | None]
     use_bias: bool
     dtype: Any
     kernel_init: Init = fan_in_normal()
+    adapter: AdapterConfig = NO_ADAPTER
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., features]; `keys_B`, a key a row, turns the adapter's dropout on."""
         kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         y = matmul(x, sharding.gather(kernel.astype(self.dtype), *self.axes))
         if self.use_bias:
@@ -53,7 +60,20 @@ class Dense(nn.Module):
             # Cast after broadcasting, so that the gradient is summed over positions in float32.
             row = _row(sharding.gather(bias, self.axes[1]), y)
             y += jnp.broadcast_to(row, y.shape).astype(self.dtype)
+        if self.adapter.kind == "lora" and re.fullmatch(self.adapter.targets, "/".join(self.path)):
+            y += self._lora(x, keys_B)
         return y
+
+    def _lora(self, x: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        """alpha / rank * dropout(x) @ A @ B, with B = 0 at the start (Hu et al. 2021)."""
+        cfg, (axis_in, axis_out) = self.adapter, self.axes
+        a = weight(self, "lora_a", fan_in_normal(), (x.shape[-1], cfg.rank), (axis_in, None))
+        b = weight(self, "lora_b", nn.initializers.zeros, (cfg.rank, self.features), (None, axis_out))
+        if keys_B is not None and cfg.dropout:
+            own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(str(self.name).encode()))
+            x = dropout(x, cfg.dropout, own_B)
+        low = matmul(x, sharding.gather(a.astype(self.dtype), axis_in, None))
+        return cfg.alpha / cfg.rank * matmul(low, sharding.gather(b.astype(self.dtype), None, axis_out))
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

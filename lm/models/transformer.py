@@ -6,6 +6,7 @@ the other.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
-from lm.config import ModelConfig
-from lm.models import layers
+from lm.config import AdapterConfig, ModelConfig
+from lm.models import adapters, layers
 from lm.models.attention import Mask, attend
 from lm.models.heads import HeadLayer
 from lm.schema import ConfigError
@@ -56,15 +57,18 @@ def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:
     )
 
 
-def text_model(cfg: ModelConfig, dtype: Any, head: Head | None = None) -> ModelFns:
+def text_model(
+    cfg: ModelConfig, dtype: Any, head: Head | None = None, adapter: AdapterConfig = layers.NO_ADAPTER
+) -> ModelFns:
     """A decoder or an encoder as pure functions.
 
     Args:
       cfg: as `resolve` returns it.
       dtype: compute dtype of activations, float32 or bfloat16.
       head: output layer of a task; None = the model predicts tokens.
+      adapter: what is added to the blocks.
     """
-    module = TextModel(cfg, dtype, head)
+    module = TextModel(cfg, dtype, head, adapter)
 
     def boxed_init(key: jax.Array) -> Any:
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -100,6 +104,7 @@ class TextModel(nn.Module):
     cfg: ModelConfig
     dtype: Any
     head: Head | None
+    adapter: AdapterConfig
 
     @nn.compact
     def __call__(self, batch: Batch, keys_B: jax.Array | None, cache: Any) -> ModelOutput:
@@ -118,7 +123,7 @@ class TextModel(nn.Module):
             mask = Mask(segments_BxL, key_segments, cfg.sliding_window, start)
             cache_kv = (cache["key"], cache["value"])
             cache = {"segment_ids": key_segments, "index": start + segments_BxL.shape[1]}
-        stack = Stack(cfg, self.dtype, name="decoder" if causal else "encoder")
+        stack = Stack(cfg, self.dtype, self.adapter, name="decoder" if causal else "encoder")
         hidden_BxLxD, cache_kv = stack(x_BxLxD, mask, batch["positions"], keys_B, cache_kv)
         if cache is not None:
             cache |= {"key": cache_kv[0], "value": cache_kv[1]}
@@ -179,6 +184,7 @@ class Stack(nn.Module):
 
     cfg: ModelConfig
     dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
 
     @nn.compact
     def __call__(
@@ -199,7 +205,7 @@ class Stack(nn.Module):
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BxLxD, cache_kv = scanned(cfg, self.dtype, name="layers")(
+        x_BxLxD, cache_kv = scanned(cfg, self.dtype, self.adapter, name="layers")(
             x_BxLxD, mask, positions_BxL, keys_B, jnp.arange(cfg.num_layers), cache_kv
         )
         return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD), cache_kv
@@ -210,6 +216,7 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
 
     @nn.compact
     def __call__(
@@ -221,11 +228,16 @@ class Block(nn.Module):
             return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x)
 
         keys_B = _fold(keys_B, layer)
-        attention = Attention(cfg, self.dtype, name="attention")
-        y_BxLxD, cache_kv = attention(norm("attention_norm", x_BxLxD), mask, positions_BxL, cache_kv)
-        x_BxLxD += layers.dropout(y_BxLxD, cfg.dropout, _fold(keys_B, 0))
-        y_BxLxD = Mlp(cfg, self.dtype, name="mlp")(norm("mlp_norm", x_BxLxD))
-        x_BxLxD += layers.dropout(y_BxLxD, cfg.dropout, _fold(keys_B, 1))
+
+        def dropped(name: str, y: jax.Array, number: int) -> jax.Array:
+            return adapters.adapt(self.adapter, name, layers.dropout(y, cfg.dropout, _fold(keys_B, number)), self.dtype)
+
+        attention = Attention(cfg, self.dtype, self.adapter, name="attention")
+        normed_BxLxD = norm("attention_norm", x_BxLxD)
+        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, cache_kv, _fold(keys_B, 2))
+        x_BxLxD += dropped("adapter_attention", y_BxLxD, 0)
+        y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(norm("mlp_norm", x_BxLxD), _fold(keys_B, 3))
+        x_BxLxD += dropped("adapter_mlp", y_BxLxD, 1)
         return sharding.constrain(x_BxLxD, "batch", "length", None), cache_kv
 
 
@@ -234,15 +246,17 @@ class Attention(nn.Module):
 
     cfg: ModelConfig
     dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, cache_kv: Any
+        self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, cache_kv: Any, keys_B: Any = None
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
+        dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=self.dtype, adapter=self.adapter)
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
-            y = layers.Dense(heads * cfg.head_dim, ("embed", axis), cfg.use_bias, self.dtype, name=name)(x_BxLxD)
+            y = dense(heads * cfg.head_dim, ("embed", axis), name=name)(x_BxLxD, keys_B)
             y = sharding.constrain(y, "batch", "length", axis)
             return y.reshape(*y.shape[:2], heads, cfg.head_dim)
 
@@ -265,8 +279,8 @@ class Attention(nn.Module):
             cache_kv = (key, value)
         y_BxLxHxE = attend(query_BxLxHxE, key, value, mask, softcap=cfg.attention_softcap)
         y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*x_BxLxD.shape[:2], -1), "batch", "length", "heads")
-        out = layers.Dense(cfg.embed_dim, ("heads", "embed"), cfg.use_bias, self.dtype, _residual_init(cfg), name="out")
-        return out(y_BxLxHE), cache_kv
+        out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=_residual_init(cfg), name="out")
+        return out(y_BxLxHE, keys_B), cache_kv
 
 
 class Mlp(nn.Module):
@@ -274,18 +288,20 @@ class Mlp(nn.Module):
 
     cfg: ModelConfig
     dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         cfg = self.cfg
+        dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=self.dtype, adapter=self.adapter)
 
         def widen(name: str) -> jax.Array:
-            y = layers.Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.use_bias, self.dtype, name=name)(x_BxLxD)
+            y = dense(cfg.mlp_dim, ("embed", "mlp"), name=name)(x_BxLxD, keys_B)
             return sharding.constrain(y, "batch", "length", "mlp")
 
         y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
-        down = layers.Dense(cfg.embed_dim, ("mlp", "embed"), cfg.use_bias, self.dtype, _residual_init(cfg), name="down")
-        return down(y_BxLxF)
+        down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=_residual_init(cfg), name="down")
+        return down(y_BxLxF, keys_B)
 
 
 def _residual_init(cfg: ModelConfig) -> layers.Init:

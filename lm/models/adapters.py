@@ -1,0 +1,91 @@
+"""Small trained additions to a frozen model: bottlenecks after sublayers, and LoRA's weights put into the kernels.
+
+LoRA's branch itself is in `layers.Dense`: `<dense>/lora_a` [in, r] and `<dense>/lora_b` [r, out]. What is trained is
+said by rules, see `configs/common.py`; at the start every adapter adds exactly nothing.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm import trees
+from lm.config import AdapterConfig
+from lm.models import layers
+from lm.schema import ConfigError, nearest
+from lm.types import Params
+
+# adapter.kind -> the bottlenecks of a block.
+BOTTLENECKS = {
+    "houlsby": ("adapter_attention", "adapter_mlp"),  # Houlsby et al. 2019, figure 2
+    "pfeiffer": ("adapter_mlp",),  # Pfeiffer et al. 2021, section 3.2.1
+}
+
+
+class Bottleneck(nn.Module):
+    """x + up(gelu(down(x))), `up` zero at the start (Houlsby et al. 2019)."""
+
+    rank: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        down = layers.Dense(self.rank, ("embed", None), True, self.dtype, name="down")
+        up = layers.Dense(x_BxLxD.shape[-1], (None, "embed"), True, self.dtype, nn.initializers.zeros, name="up")
+        return x_BxLxD + up(jax.nn.gelu(down(x_BxLxD)))
+
+
+def adapt(cfg: AdapterConfig, name: str, x_BxLxD: jax.Array, dtype: Any) -> jax.Array:
+    """A sublayer's output through the bottleneck `name` of the module that calls this, where `cfg` has one there."""
+    return Bottleneck(cfg.rank, dtype, name=name)(x_BxLxD) if name in BOTTLENECKS.get(cfg.kind, ()) else x_BxLxD
+
+
+def check(cfg: AdapterConfig, paths: Iterable[str]) -> None:
+    """Refuses adapters that are nowhere in the model.
+
+    Args:
+      cfg: the adapter.
+      paths: of all parameters of the model that was made with it.
+
+    Raises:
+      ConfigError: LoRA's targets name no Dense layer of a block, or the model has no place for bottlenecks.
+    """
+    paths = list(paths)
+    if cfg.kind == "none" or any(re.search("/lora_|/adapter_", path) for path in paths):
+        return
+    if cfg.kind == "lora":
+        dense = [path.removesuffix("/kernel") for path in paths if "/layers/" in path and path.endswith("/kernel")]
+        hint = nearest(re.sub(r"\W*[*+?]\W*", "", cfg.targets), dense) or f"; there are {', '.join(dense)}"
+        raise ConfigError(f"'adapter.targets': {cfg.targets!r} matches no Dense layer{hint}")
+    raise ConfigError(f"'adapter.kind' {cfg.kind}: this kind of model has no place for it")
+
+
+def merge(params: Params, cfg: AdapterConfig) -> Params:
+    """The parameters of the model without LoRA that computes the same: kernel + alpha / rank * A @ B, in float32.
+
+    Raises:
+      ConfigError: the adapter is not LoRA. A bottleneck is not linear, no kernel can take it in.
+    """
+    if cfg.kind != "lora":
+        raise ConfigError(f"'adapter.kind' is {cfg.kind}: only lora can be merged into the kernels")
+    flat = trees.flatten(params)
+    return trees.unflatten({p: _shifted(flat, p, cfg, 1.0) for p in flat if not p.endswith(("/lora_a", "/lora_b"))})
+
+
+def unmerge(merged: Params, adapters: Params, cfg: AdapterConfig) -> Params:
+    """Inverse of `merge`, up to rounding: the kernels without, and beside them, the LoRA leaves of `adapters`."""
+    lora = {path: leaf for path, leaf in trees.flatten(adapters).items() if path.endswith(("/lora_a", "/lora_b"))}
+    flat = trees.flatten(merged) | lora
+    return trees.unflatten({path: _shifted(flat, path, cfg, -1.0) for path in flat})
+
+
+def _shifted(flat: dict[str, Any], path: str, cfg: AdapterConfig, sign: float) -> Any:
+    """A kernel moved by sign * alpha / rank * A @ B where it has them; any other leaf as it is."""
+    dense, _, name = path.rpartition("/")
+    if name != "kernel" or f"{dense}/lora_a" not in flat:
+        return flat[path]
+    a, b = flat[f"{dense}/lora_a"], flat[f"{dense}/lora_b"]
+    return flat[path] + sign * cfg.alpha / cfg.rank * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
