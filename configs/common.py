@@ -5,6 +5,7 @@ in a rule of its own: a rule that matches nothing is refused.
 """
 
 import os
+from typing import Any
 
 from lm.schema import ConfigError
 
@@ -68,3 +69,46 @@ def adapter_rules() -> Rates:
 def fresh_adapters() -> tuple[tuple[str, str], ...]:
     """For `init_rules`: adapters and the head are new, all else comes from `init_from`."""
     return ((r".*/lora_.*|.*/adapter_.*|head/.*", "reinit"), (r".*", "keep"))
+
+
+HOWS = ("full", "head", "last2", "bias", "lora", "adapters")
+
+
+def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
+    """Starts a recipe from a pre-trained run, or from scratch beside it, and says what of it learns.
+
+    Args:
+      c: the recipe, with the model of the run it starts from.
+      arg: 'START,HOW', each with a default: a key of `runs` (the first one) or 'scratch', and one of `HOWS` ('full').
+        From scratch everything is new but the tokenizer, which is that of the first run.
+      runs: name -> its folder.
+    """
+    words = [word for word in (arg or "").split(",") if word]
+    starts = [word for word in words if word in (*runs, "scratch")] or [next(iter(runs))]
+    hows = [word for word in words if word in HOWS] or ["full"]
+    if unknown := [word for word in words if word not in (*runs, "scratch", *HOWS)]:
+        raise ConfigError(
+            f"recipe argument '{unknown[0]}': expected {', '.join((*runs, 'scratch'))}, {', '.join(HOWS)}"
+        )
+    if starts[0] == "scratch":
+        c.tokenizer.path = f"{next(iter(runs.values()))}/tokenizer.model"
+    else:
+        c.init_from = runs[starts[0]]
+        c.init_rules = (
+            fresh_adapters() if hows[0] in ("lora", "adapters") else ((r"head/.*", "reinit"), (r".*", "keep"))
+        )
+    match hows[0]:
+        case "head":
+            c.optim.lr_rules = head_only()
+        case "last2":
+            c.optim.lr_rules = last_layers(2, c.model.num_layers)
+        case "bias":
+            c.optim.lr_rules = bias_only()
+        case "lora":
+            c.adapter.kind = "lora"
+            c.adapter.targets = r".*/(query|key|value|out|gate|up|down)"
+            c.optim.lr_rules = lora_rules()
+        case "adapters":
+            c.adapter.kind = "pfeiffer"
+            c.adapter.rank = 16
+            c.optim.lr_rules = adapter_rules()
