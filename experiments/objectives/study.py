@@ -135,8 +135,8 @@ def results(seeds: int) -> str:
         "# Every objective and task: results",
         "",
         f"Written by `python experiments/objectives/study.py`; mean and standard deviation over {seeds} seeds. "
-        f"'beyond' = the difference to the row's baseline, its last line or the 'scratch' of the same kind, is more than "
-        f"{SPREAD}. Minutes are of all runs of the line, on the machine that ran it.",
+        "'beyond' = the difference to the baseline (the row's last line, or the 'scratch' of the same kind), and whether "
+        f"it is more than {SPREAD}. Minutes are of all runs of the line, on the machine that ran it.",
         "",
         "| task | how | metric | before | score | beyond | trained parameters | minutes |",
         "|---|---|---|---|---|---|---|---|",
