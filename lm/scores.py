@@ -62,7 +62,7 @@ def entities(expected: list[list[str]], predicted: list[list[str]]) -> dict[str,
     Raises:
       ConfigError: seqeval is not installed.
     """
-    seqeval = _library("seqeval.metrics")
+    seqeval = _library("seqeval.metrics.sequence_labeling")
     values = seqeval.precision_recall_fscore_support(expected, predicted, average="micro", zero_division=0)
     return dict(zip(("entity_precision", "entity_recall", "entity_f1"), map(float, values), strict=False))
 

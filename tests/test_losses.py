@@ -273,3 +273,47 @@ def test_shapes_that_do_not_fit_are_refused():
         losses.token_cross_entropy(hidden, unembed, targets, weights, vocab_size=V + 1)
     with pytest.raises(ValueError, match=r"targets \(8, 6\) and weights \(8, 7\) must both be \(8, 7\)"):
         losses.token_cross_entropy(hidden, unembed, targets[:, 1:], weights, vocab_size=VOCAB)
+
+
+def test_span_cross_entropy_is_that_of_float64_numpy():
+    """Row by row over the allowed positions alone; rows of weight 0 may hold anything, and get no gradient."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(B, L, 2)).astype(np.float32) * 3
+    allowed = rng.random((B, L)) < 0.6
+    allowed[:, :2] = True
+    labels = np.array([rng.choice(np.flatnonzero(row), 2) for row in allowed], np.int32)
+    weights = rng.random(B).astype(np.float32)
+    weights[[2, 5]] = 0
+    logits[2], labels[2], allowed[5] = np.nan, 99, False
+
+    def total(logits):
+        terms = losses.span_cross_entropy(logits, labels, allowed, weights)
+        return terms.sum, terms
+
+    (_, terms), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(logits)
+    expected, correct, expected_grads = 0.0, 0.0, np.zeros(logits.shape)
+    for row in np.flatnonzero(weights):
+        places, both = np.flatnonzero(allowed[row]), []
+        for side in range(2):
+            x = logits[row, places, side].astype(np.float64)
+            p = np.exp(x) / np.exp(x).sum()
+            expected -= weights[row] * np.log(p[places == labels[row, side]])[0] / 2
+            expected_grads[row, places, side] = weights[row] * (p - (places == labels[row, side])) / 2
+            both.append(places[x.argmax()] == labels[row, side])
+        correct += weights[row] * all(both)
+    np.testing.assert_allclose(terms.sum, expected, rtol=1e-5)
+    np.testing.assert_allclose(terms.weight, weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(terms.metrics["accuracy"][0], correct, rtol=1e-6)
+    assert_leaf_close(grads, expected_grads)
+    real = terms.outputs["span_logits"][0]
+    np.testing.assert_array_equal(real, np.where(allowed[0, :, None], logits[0], np.float32(losses.MASKED_LOGIT)))
+
+
+@pytest.mark.parametrize("label", [-1, L, 3])
+def test_a_span_that_is_not_allowed_cannot_pass_unseen(label):
+    allowed = np.ones((2, L), bool)
+    allowed[:, 3] = False
+    labels = np.array([[1, 1], [1, label]], np.int32)
+    logits = jnp.zeros((2, L, 2))
+    assert np.isnan(losses.span_cross_entropy(logits, labels, allowed, np.ones(2, np.float32)).sum)
+    assert np.isfinite(losses.span_cross_entropy(logits, labels, allowed, np.array([1.0, 0.0], np.float32)).sum)

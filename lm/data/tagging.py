@@ -39,14 +39,16 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     if strays := sum(map(_continues_nothing, [OUTSIDE, *record["tags"]], record["tags"])):
         counts["tag_continues_nothing"] += strays
     ids, offsets = tokenizer.encode_with_offsets(" ".join(words))
-    word_start_W = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
-    token_W = np.searchsorted(np.array([end for _, end in offsets]), word_start_W, side="right")
+    size_W = np.array([len(word) for word in words])
+    place_W = np.cumsum(size_W + 1) - size_W - 1
+    starts, ends = np.array(offsets).T
+    token_W = np.searchsorted(ends, place_W, side="right")  # the first token that holds a character of the word
+    end_W = np.searchsorted(starts, place_W + size_W, side="left")  # behind the last one
     if (clash := np.flatnonzero(np.diff(token_W) == 0)).size:
         both = " and ".join(map(repr, words[clash[0] : clash[0] + 2]))
         raise DataError(f"{record['source']}: the words {both} begin in one token, which can have one tag only")
 
     examples, first = [], 0
-    end_W = np.append(token_W[1:], len(ids))  # where the tokens of each word end
     while first < len(words):
         start = token_W[first]
         behind = max(first + 1, int(np.searchsorted(end_W, start + room, side="right")))

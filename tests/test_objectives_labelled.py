@@ -1,0 +1,147 @@
+"""Tagging and span question answering end to end: what is reported is what the saved model does, row by row."""
+
+import json
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import build, objectives, train
+from lm.config import Config, DataConfig
+from lm.data import sources, span_qa, tagging
+from lm.types import ModelOutput
+from tests import toys
+
+DRUGS, PLACES = ("aspirin", "selegiline", "naloxone"), ("Rome", "New Delhi", "Kraków")
+
+
+def write_sentences(path, count=60):
+    """Sentences of ten words and more, so that rows of 32 positions cut some; the tag of a word follows from it."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for _ in range(count):
+        for _ in range(int(rng.integers(3, 8))):
+            drug, place = rng.choice(DRUGS), rng.choice(PLACES)
+            lines += [f"{drug}\tB-Drug", "was\tO", "in\tO"]
+            lines += [f"{word}\t{'I' if i else 'B'}-Place" for i, word in enumerate(place.split())]
+        lines.append("")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def write_questions(path, count=60):
+    rng = np.random.default_rng(0)
+    asked = []
+    for number in range(count):
+        filler = " ".join(rng.choice(["so", "it", "was", "not"], int(rng.integers(2, 25))))
+        context = f"{filler} in {rng.choice(PLACES)} {filler}"
+        answer = next(place for place in PLACES if place in context)
+        answers = [{"text": answer, "answer_start": context.index(answer)}]
+        asked.append({"context": context, "qas": [{"id": str(number), "question": "Where?", "answers": answers}]})
+    path.write_text(json.dumps({"data": [{"paragraphs": asked}]}))
+    return path
+
+
+def run(tmp_path, data, objective, **changes):
+    cfg = toys.recipe(
+        data,
+        objective=objective,
+        model__kind="encoder",
+        model__dropout=0.0,
+        data__packing="pad",
+        data__eval_fraction=0.3,
+        eval__every_steps=40,
+        checkpoint__every_steps=40,
+        train__total_steps=40,
+        train__micro_batches=2,
+        optim__learning_rate=2e-2,
+        optim__ema_decay=0.0,
+        **changes,
+    )
+    train.train(cfg, tmp_path / "run")
+    trained, model, params, words = build.load_run(str(tmp_path / "run"))
+    valid = sources.load(cfg.data).valid
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    reported = [line for line in lines if line["split"] == "eval"][-1]
+
+    apply = jax.jit(lambda row: model.apply(params, row).head[0])
+
+    def head(columns):
+        """Of one row alone, so without anything that a batch could add."""
+        real = np.arange(cfg.data.seq_len) < len(columns["tokens"])
+        row = {key: np.resize(columns[key], real.shape) * real for key in ("tokens", "type_ids") if key in columns}
+        row |= {"segment_ids": real.astype(np.int32), "positions": np.arange(len(real), dtype=np.int32) * real}
+        row["example_index"] = np.int32(0)
+        return np.asarray(apply({key: jnp.asarray(x)[None] for key, x in row.items()}), np.float64)
+
+    return trained, valid, words, head, reported
+
+
+def test_tagging(tmp_path):
+    pytest.importorskip("seqeval")
+    labels = ("O", "B-Drug", "I-Drug", "B-Place", "I-Place")
+    rename = (("1", "token"), ("2", "tag"))
+    changes = {"data__format": "conll", "data__task": "tagging", "data__labels": labels, "data__rename": rename}
+    data = write_sentences(tmp_path / "a.tsv")
+    cfg, valid, words, head, reported = run(tmp_path, data, "tagging", **changes)
+    right, nll, total, whole = 0, 0.0, 0, []
+    counts: Counter[str] = Counter()
+    for record in valid:
+        said = []
+        for example in tagging.tagging(record, words, cfg, counts):
+            logits = head(example.columns)
+            for position in np.flatnonzero(example.columns["labels"] >= 0):
+                said.append(labels[logits[position].argmax()])
+                nll += np.log(np.exp(logits[position]).sum()) - logits[position, example.columns["labels"][position]]
+        right, total = right + sum(map(str.__eq__, said, record["tags"])), total + len(said)
+        whole.append((record["tags"], said))
+    assert counts["sentence_cut"] > 0 and total == sum(len(record["words"]) for record in valid)
+    assert reported["token_accuracy"] == pytest.approx(right / total) == pytest.approx(reported["accuracy"])
+    assert reported["loss"] == pytest.approx(nll / total, rel=1e-3)
+    from seqeval.metrics import f1_score
+
+    assert reported["entity_f1"] == pytest.approx(f1_score(*map(list, zip(*whole, strict=True))))
+    assert reported["entity_f1"] > 0.9, "the tag follows from the word: this can be learnt"
+
+
+def test_span_qa(tmp_path):
+    changes = {"data__format": "squad", "data__task": "span_qa", "model__pool": "mean"}
+    data = write_questions(tmp_path / "a.json")
+    cfg, valid, words, head, reported = run(tmp_path, data, "span_qa", **changes)
+    exact, nll, rows = 0, 0.0, 0
+    for record in valid:
+        best = (-np.inf, "")
+        for example in span_qa.span_qa(record, words, cfg, Counter()):
+            logits, columns = head(example.columns), example.columns
+            offsets = example.meta.offsets_Lx2
+            context = np.flatnonzero(offsets[:, 1])
+            allowed = [0, *context]
+            for side in range(2):
+                x = logits[allowed, side]
+                nll += (np.log(np.exp(x).sum()) - logits[columns["labels"][side], side]) / 2
+            rows += 1
+            for i in context:
+                for j in context[(context >= i) & (context < i + 30)]:
+                    text = record["context"][offsets[i, 0] : offsets[j, 1]].strip()
+                    best = max(best, (logits[i, 0] + logits[j, 1], text)) if text else best
+        exact += best[1] == record["answers"][0]["text"]
+    assert rows > len(valid) and reported["loss"] == pytest.approx(nll / rows, rel=1e-3)
+    assert reported["exact_match"] == pytest.approx(exact / len(valid)) and reported["f1"] >= reported["exact_match"]
+    assert reported["f1"] > 0.2
+
+
+def test_padding_and_rows_that_fill_up_a_batch_count_nothing():
+    """Their labels are 0, as is all that fills up; a model that is right elsewhere must have loss 0."""
+    labels = np.array([[-1, 2, -1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
+    logits = 1e3 * np.eye(3, dtype=np.float32)[np.where(labels > 0, labels, 2)]
+    batch = {
+        "labels": labels,
+        "segment_ids": np.array([[1, 1, 1, 1, 0, 0], [0] * 6], np.int32),
+        "row_weights": np.array([1.0, 0.0], np.float32),
+    }
+    cfg = Config(data=DataConfig(labels=("a", "b", "c")))
+    apply = lambda params, batch, rng=None: ModelOutput(jnp.zeros(()), None, None, jnp.asarray(logits))  # noqa: E731
+    terms = objectives.tagging(apply, cfg, None)({}, jax.tree.map(jnp.asarray, batch), None)
+    assert (float(terms.sum), float(terms.weight)) == (0.0, 2.0)
