@@ -48,6 +48,7 @@ MODULES = (
     "lm.models.attention",
     "lm.models.heads",
     "lm.models.transformer",
+    "lm.models.encoder_decoder",
     "lm.models.families",
     "lm.checkpoint",
     # 3: what is learnt, from what, and what is written about it

@@ -6,12 +6,15 @@ the other.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm import sharding
 from lm.config import ModelConfig
@@ -66,9 +69,20 @@ def text_model(cfg: ModelConfig, dtype: Any, head: Head | None = None) -> ModelF
     """
     module = TextModel(cfg, dtype, head)
 
+    tokens = np.zeros((1, 1), np.int32)
+    return functions(module, {"tokens": tokens, "positions": tokens, "segment_ids": tokens}, cfg)
+
+
+def functions(module: Any, batch: dict[str, np.ndarray], cfg: ModelConfig) -> ModelFns:
+    """The functions of a module with `cfg.num_layers` layers to cache.
+
+    Args:
+      module: called with (batch, keys_B, cache), it gives a `ModelOutput`; has a `dtype`.
+      batch: the smallest one, to initialise from.
+      cfg: of the layers that are cached.
+    """
+
     def boxed_init(key: jax.Array) -> Any:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        batch = {"tokens": tokens, "positions": tokens, "segment_ids": tokens}
         return module.init(key, batch, None, None)["params"]
 
     def apply(params: Params, batch: Batch, *, rng: jax.Array | None = None, cache: Any = None) -> ModelOutput:
@@ -82,16 +96,32 @@ def text_model(cfg: ModelConfig, dtype: Any, head: Head | None = None) -> ModelF
         specs = nn.get_partition_spec(jax.eval_shape(boxed_init, jax.eval_shape(lambda: jax.random.key(0))))
         return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.P))
 
-    def init_cache(rows: int, length: int) -> Any:
-        shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
-        return {
-            "key": jnp.zeros(shape, dtype),
-            "value": jnp.zeros(shape, dtype),
-            "segment_ids": jnp.zeros((rows, length), jnp.int32),
-            "index": jnp.zeros((), jnp.int32),
-        }
+    cache = functools.partial(init_cache, cfg, module.dtype)
+    return ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes, cache)
 
-    return ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes, init_cache)
+
+def init_cache(cfg: ModelConfig, dtype: Any, rows: int, length: int) -> Any:
+    """An empty cache for `cfg.num_layers` layers: see `lm.types.ModelFns`."""
+    shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
+    return {
+        "layers": (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+        "segment_ids": jnp.zeros((rows, length), jnp.int32),
+        "index": jnp.zeros((), jnp.int32),
+    }
+
+
+def extend(cache: Any, batch: Batch, window: int) -> tuple[Mask, Any]:
+    """(mask, cache) for the positions of `batch`, which come after those in the cache; its layers are still the old."""
+    start, segments_BxL = cache["index"], batch["segment_ids"]
+
+    def write(old_BxS: jax.Array, new_BxL: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old_BxS, new_BxL, (0, start))
+
+    key_segments_BxS = write(cache["segment_ids"], segments_BxL)
+    mask = Mask(segments_BxL, key_segments_BxS, window, start)
+    if "is_prefix" in batch:  # what is cached already is seen anyway: it comes before
+        mask = dataclasses.replace(mask, is_prefix_BxS=write(jnp.zeros_like(key_segments_BxS), batch["is_prefix"]))
+    return mask, cache | {"segment_ids": key_segments_BxS, "index": start + segments_BxL.shape[1]}
 
 
 class TextModel(nn.Module):
@@ -106,29 +136,32 @@ class TextModel(nn.Module):
         cfg = self.cfg
         causal = cfg.kind != "encoder"
         embed = Embed(cfg, self.dtype, name="embed")
-        x_BxLxD, embedding_VxD = embed(batch["tokens"], batch["positions"], batch.get("type_ids"))
-        x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, _fold(keys_B, cfg.num_layers))
-        segments_BxL = batch["segment_ids"]
-        x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, _fold(keys_B, cfg.num_layers + 2))
-        x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
-        mask, cache_kv = Mask(segments_BxL, segments_BxL, cfg.sliding_window, causal=causal), None
-        if cache is not None:
-            start = cache["index"]
-            key_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BxL, (0, start))
-            mask = Mask(segments_BxL, key_segments, cfg.sliding_window, start)
-            cache_kv = (cache["key"], cache["value"])
-            cache = {"segment_ids": key_segments, "index": start + segments_BxL.shape[1]}
+        segments_BxL, positions_BxL = batch["segment_ids"], batch["positions"]
+        x_BxLxD, embedding_VxD = embed(batch["tokens"], positions_BxL, batch.get("type_ids"))
+        x_BxLxD = disturb(cfg, x_BxLxD, segments_BxL, keys_B)
         stack = Stack(cfg, self.dtype, name="decoder" if causal else "encoder")
-        hidden_BxLxD, cache_kv = stack(x_BxLxD, mask, batch["positions"], keys_B, cache_kv)
-        if cache is not None:
-            cache |= {"key": cache_kv[0], "value": cache_kv[1]}
+        if cache is None:
+            mask = Mask(
+                segments_BxL, segments_BxL, cfg.sliding_window, causal=causal, is_prefix_BxS=batch.get("is_prefix")
+            )
+            hidden_BxLxD, _ = stack(x_BxLxD, mask, positions_BxL, keys_B, None)
+        else:
+            mask, cache = extend(cache, batch, cfg.sliding_window)
+            hidden_BxLxD, cache["layers"] = stack(x_BxLxD, mask, positions_BxL, keys_B, cache["layers"])
         out, unembed_DxV = None, None
         if self.head is not None:
             layer = HeadLayer(cfg, self.head, name="head")
-            out = layer(hidden_BxLxD, segments_BxL, _fold(keys_B, cfg.num_layers + 1))
+            out = layer(hidden_BxLxD, segments_BxL, fold(keys_B, cfg.num_layers + 1))
         if self.head is None or self.head.keeps_unembed:
             unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, self.dtype, name="lm_head")()
         return ModelOutput(hidden_BxLxD, unembed_DxV, cache, out)
+
+
+def disturb(cfg: ModelConfig, x_BxLxD: jax.Array, segments_BxL: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """Embeddings as they enter the first block: with dropout and noise while training."""
+    x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, fold(keys_B, cfg.num_layers))
+    x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, fold(keys_B, cfg.num_layers + 2))
+    return sharding.constrain(x_BxLxD, "batch", "length", None)
 
 
 class Embed(nn.Module):
@@ -174,6 +207,19 @@ class Unembed(nn.Module):
         return sharding.gather(kernel_DxV.astype(self.dtype), *axes)
 
 
+@flax.struct.dataclass
+class Memory:
+    """What a decoder's blocks read of an encoder.
+
+    Attributes:
+      mask: which of its positions each query sees.
+      hidden_BxSxD: its output; None = keys and values of it are in the cache.
+    """
+
+    mask: Mask
+    hidden_BxSxD: jax.Array | None
+
+
 class Stack(nn.Module):
     """N blocks by `nn.scan`, then the final norm."""
 
@@ -182,9 +228,20 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, keys_B: jax.Array | None, cache_kv: Any
+        self,
+        x_BxLxD: jax.Array,
+        mask: Mask,
+        positions_BxL: jax.Array,
+        keys_B: jax.Array | None,
+        cache_kv: Any,
+        memory: Memory | None = None,
     ) -> tuple[jax.Array, Any]:
+        """(output, what `cache_kv` becomes). Both are None without a cache."""
         cfg = self.cfg
+        if cfg.position == "relative":
+            bias = layers.RelativeBias(cfg.num_heads, not mask.causal, name="relative_bias")
+            sizes = (mask.query_segments_BxL.shape[1], mask.key_segments_BxS.shape[1])
+            mask = dataclasses.replace(mask, bias_HxLxS=bias(*sizes, 0 if mask.offset is None else mask.offset))
         unroll = cfg.unroll or cfg.num_layers
         block: Any = Block
         if cfg.remat != "none" or sharding.is_distributed_trace():
@@ -194,38 +251,51 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=cfg.num_layers,
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x_BxLxD, cache_kv = scanned(cfg, self.dtype, name="layers")(
-            x_BxLxD, mask, positions_BxL, keys_B, jnp.arange(cfg.num_layers), cache_kv
+            x_BxLxD, mask, positions_BxL, keys_B, memory, jnp.arange(cfg.num_layers), cache_kv
         )
         return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD), cache_kv
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then (with a memory) x + cross_attention(norm(x)), then x + mlp(norm(x))."""
 
     cfg: ModelConfig
     dtype: Any
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, keys_B: Any, layer: jax.Array, cache_kv: Any
+        self,
+        x_BxLxD: jax.Array,
+        mask: Mask,
+        positions_BxL: jax.Array,
+        keys_B: Any,
+        memory: Memory | None,
+        layer: jax.Array,
+        cache_kv: Any,
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x)
 
-        keys_B = _fold(keys_B, layer)
+        keys_B = fold(keys_B, layer)
+        self_kv, cross_kv = (None, None) if cache_kv is None else (cache_kv[:2], cache_kv[2:])
         attention = Attention(cfg, self.dtype, name="attention")
-        y_BxLxD, cache_kv = attention(norm("attention_norm", x_BxLxD), mask, positions_BxL, cache_kv)
-        x_BxLxD += layers.dropout(y_BxLxD, cfg.dropout, _fold(keys_B, 0))
+        y_BxLxD, cache_kv = attention(norm("attention_norm", x_BxLxD), mask, positions_BxL, self_kv)
+        x_BxLxD += layers.dropout(y_BxLxD, cfg.dropout, fold(keys_B, 0))
+        if memory is not None:
+            cross = CrossAttention(cfg, self.dtype, name="cross_attention")
+            y_BxLxD, cross_kv = cross(norm("cross_attention_norm", x_BxLxD), memory, cross_kv)
+            cache_kv = None if cache_kv is None else (*cache_kv, *cross_kv)
+            x_BxLxD += layers.dropout(y_BxLxD, cfg.dropout, fold(keys_B, 2))
         y_BxLxD = Mlp(cfg, self.dtype, name="mlp")(norm("mlp_norm", x_BxLxD))
-        x_BxLxD += layers.dropout(y_BxLxD, cfg.dropout, _fold(keys_B, 1))
+        x_BxLxD += layers.dropout(y_BxLxD, cfg.dropout, fold(keys_B, 1))
         return sharding.constrain(x_BxLxD, "batch", "length", None), cache_kv
 
 
@@ -240,22 +310,11 @@ class Attention(nn.Module):
         self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, cache_kv: Any
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
-
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            y = layers.Dense(heads * cfg.head_dim, ("embed", axis), cfg.use_bias, self.dtype, name=name)(x_BxLxD)
-            y = sharding.constrain(y, "batch", "length", axis)
-            return y.reshape(*y.shape[:2], heads, cfg.head_dim)
-
-        query_BxLxHxE = project("query", cfg.num_heads, "heads")
-        key_BxLxKxE = project("key", cfg.num_kv_heads, "kv_heads")
-        value_BxLxKxE = project("value", cfg.num_kv_heads, "kv_heads")
-        if cfg.qk_norm:
-            query_BxLxHxE = layers.Norm("rmsnorm", cfg.norm_eps, name="query_norm")(query_BxLxHxE)
-            key_BxLxKxE = layers.Norm("rmsnorm", cfg.norm_eps, name="key_norm")(key_BxLxKxE)
+        query_BxLxHxE = _heads(self, "query", cfg.num_heads, x_BxLxD)
+        key, value = (_heads(self, name, cfg.num_kv_heads, x_BxLxD) for name in ("key", "value"))
         if cfg.position == "rope":
             query_BxLxHxE = layers.rope(query_BxLxHxE, positions_BxL, cfg.rope_theta)
-            key_BxLxKxE = layers.rope(key_BxLxKxE, positions_BxL, cfg.rope_theta)
-        key, value = key_BxLxKxE, value_BxLxKxE
+            key = layers.rope(key, positions_BxL, cfg.rope_theta)
         if cache_kv is not None:
             at: Any = (0, mask.offset, 0, 0)
             key, value = (
@@ -263,10 +322,41 @@ class Attention(nn.Module):
                 for old, new in zip(cache_kv, (key, value), strict=True)
             )
             cache_kv = (key, value)
-        y_BxLxHxE = attend(query_BxLxHxE, key, value, mask, softcap=cfg.attention_softcap)
-        y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*x_BxLxD.shape[:2], -1), "batch", "length", "heads")
-        out = layers.Dense(cfg.embed_dim, ("heads", "embed"), cfg.use_bias, self.dtype, _residual_init(cfg), name="out")
-        return out(y_BxLxHE), cache_kv
+        return _output(self, attend(query_BxLxHxE, key, value, mask, softcap=cfg.attention_softcap)), cache_kv
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder to an encoder's output (Vaswani et al. 2017), whose keys and values it makes only once."""
+
+    cfg: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, memory: Memory, cache_kv: Any) -> tuple[jax.Array, Any]:
+        cfg, hidden_BxSxD = self.cfg, memory.hidden_BxSxD
+        query_BxLxHxE = _heads(self, "query", cfg.num_heads, x_BxLxD)
+        if hidden_BxSxD is not None:
+            cache_kv = tuple(_heads(self, name, cfg.num_kv_heads, hidden_BxSxD) for name in ("key", "value"))
+        key, value = cache_kv
+        return _output(self, attend(query_BxLxHxE, key, value, memory.mask, softcap=cfg.attention_softcap)), cache_kv
+
+
+def _heads(module: Any, name: str, heads: int, x_BxLxD: jax.Array) -> jax.Array:
+    """The query, key or value of each head, [B, L, heads, E]; inside the call of an attention `module`."""
+    cfg, axis = module.cfg, "heads" if name == "query" else "kv_heads"
+    y = layers.Dense(heads * cfg.head_dim, ("embed", axis), cfg.use_bias, module.dtype, name=name)(x_BxLxD)
+    y = sharding.constrain(y, "batch", "length", axis)
+    y = y.reshape(*y.shape[:2], heads, cfg.head_dim)
+    if cfg.qk_norm and name != "value":
+        y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(y)
+    return y
+
+
+def _output(module: Any, y_BxLxHxE: jax.Array) -> jax.Array:
+    cfg = module.cfg
+    y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
+    init = _residual_init(cfg)
+    return layers.Dense(cfg.embed_dim, ("heads", "embed"), cfg.use_bias, module.dtype, init, name="out")(y_BxLxHE)
 
 
 class Mlp(nn.Module):
@@ -293,5 +383,6 @@ def _residual_init(cfg: ModelConfig) -> layers.Init:
     return layers.fan_in_normal(1.0 / math.sqrt(2 * cfg.num_layers))
 
 
-def _fold(keys_B: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
+def fold(keys_B: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
+    """Keys of their own for one of several uses of each row's key."""
     return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, data)
