@@ -225,7 +225,7 @@ def read_parallel(source: epath.Path, target: epath.Path) -> Iterator[Record | F
             "line in the same line of the other file"
         )
     for number, (line, translation) in enumerate(zip(sources, targets, strict=True), 1):
-        question, answer = to_record(_sentence, line, source, number), to_record(_sentence, translation, target, number)
+        question, answer = to_record(_side, line, source, number), to_record(_side, translation, target, number)
         if isinstance(question, Fault) or isinstance(answer, Fault):
             yield question if isinstance(question, Fault) else answer
             continue
@@ -236,7 +236,7 @@ def read_parallel(source: epath.Path, target: epath.Path) -> Iterator[Record | F
         yield empty_file(source)
 
 
-def _sentence(line: bytes) -> Record:
+def _side(line: bytes) -> Record:
     text = decode(line.removesuffix(b"\r"))
     if not text.strip():
         raise BadRecord("empty text", f"the line is {text!r}; expected text")
