@@ -192,6 +192,5 @@ def relative_buckets(distance: jax.Array, bidirectional: bool) -> jax.Array:
     far = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
     exact = buckets // 2
     grown = [math.log(max(d, exact) / exact) / math.log(RELATIVE_REACH / exact) for d in range(RELATIVE_REACH + 1)]
-    # A border such as 64 is met exactly, however its logarithm is rounded.
-    bucket_of = [min(d if d < exact else exact + int(exact * g + 1e-9), buckets - 1) for d, g in enumerate(grown)]
+    bucket_of = [min(d if d < exact else exact + int(exact * g), buckets - 1) for d, g in enumerate(grown)]
     return base + jnp.asarray(bucket_of, jnp.int32)[jnp.minimum(far, RELATIVE_REACH)]
