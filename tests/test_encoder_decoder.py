@@ -15,22 +15,11 @@ from lm.models import attention, families, layers, transformer
 from tests import toys
 
 INPUTS, TARGETS = 9, 7
-T5 = dataclasses.replace(toys.LLAMA, position="relative", sliding_window=0, num_layers=2, decoder_layers=3)
-STYLES = {
-    "relative": dataclasses.replace(T5, kind="encoder_decoder"),
-    "learned": dataclasses.replace(toys.GPT2, kind="encoder_decoder", decoder_layers=1),
-    "rope": dataclasses.replace(T5, kind="encoder_decoder", position="rope"),
-}
+STYLES = toys.ENCODER_DECODERS
 
 
-@functools.cache
 def model_of(cfg, seq_len=12):
-    """Like `toys.decoder`, of any kind."""
-    cfg = transformer.resolve(cfg, vocab_size=toys.VOCAB, seq_len=seq_len)
-    model = families.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
-    rng = np.random.default_rng(0)
-    params = jax.jit(model.init)(jax.random.key(0))
-    return cfg, model, jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)
+    return toys.decoder(cfg, seq_len)
 
 
 def sequence(lengths: list[int], size: int, seed: int, prefix: str = "") -> dict[str, np.ndarray]:
@@ -127,7 +116,7 @@ def loss_and_grads(cfg, dtype, params, batch):
 @pytest.mark.parametrize("kind", ["encoder_decoder", "prefix_decoder"])
 def test_eight_devices_compute_what_one_does(kind):
     """On a mesh of 2 x 2 x 2, with dropout."""
-    cfg = dataclasses.replace(T5, kind=kind, dropout=0.2, qk_norm=False)
+    cfg = dataclasses.replace(toys.T5, kind=kind, dropout=0.2, qk_norm=False)
     cfg, model, params = model_of(cfg, 16)
     batch = pairs(((9, 7), (4, 5), (2, 7), (9, 1)))
     batch["is_prefix"] = (batch["positions"] < 3) * batch["segment_ids"]
@@ -180,7 +169,7 @@ def test_buckets_are_those_of_t5(bidirectional):
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_the_bias_is_added_to_the_scores_of_every_layer(kind):
     """A table that is huge at one bucket alone turns attention into a copy of that distance."""
-    cfg, model, params = model_of(dataclasses.replace(T5, kind=kind, attention_softcap=0.0), 12)
+    cfg, model, params = model_of(dataclasses.replace(toys.T5, kind=kind, attention_softcap=0.0), 12)
     distance = -2 if kind == "decoder" else 2
     table = np.zeros((32, cfg.num_heads), np.float32)
     table[t5_bucket(distance, kind == "encoder")] = 1e6
@@ -215,13 +204,11 @@ def test_query_blocks_and_offsets_take_their_part_of_the_bias():
 
 # Prefixes -------------------------------------------------------------------------------------------------------------
 
-PREFIX = dataclasses.replace(toys.LLAMA, kind="prefix_decoder", sliding_window=0)
-
 
 def test_a_segment_sees_its_prefix_and_what_is_before():
     """Segments of 7 and 4 positions with prefixes of 4 and 2, then padding; long enough for query blocks."""
     seq_len = 128
-    _, model, params = model_of(PREFIX, seq_len)
+    _, model, params = model_of(toys.PREFIX, seq_len)
     place = np.arange(seq_len)
     segments = np.where(place < 7, 1, np.where(place < 11, 2, 0))
     is_prefix = (place < 4) | ((place >= 7) & (place < 9))
@@ -235,7 +222,7 @@ def test_a_segment_sees_its_prefix_and_what_is_before():
 
 def test_a_cached_prefix_equals_the_full_forward():
     """The prompt is the prefix; behind padding on its left, as `lm.generate` puts it."""
-    cfg, model, params = model_of(PREFIX)
+    cfg, model, params = model_of(toys.PREFIX)
     batch = sequence([9, 9], 9, 0) | {"is_prefix": np.tile((np.arange(9) < 5).astype(np.int32), (2, 1))}
     full, _ = run(cfg, model, params, batch)
     cache = model.init_cache(2, 12)

@@ -61,6 +61,7 @@ MODULES = (
     # 5: loops over steps; config becomes objects
     "lm.evaluate",
     "lm.generate",
+    "lm.beam",
     "lm.checks",
     "lm.build",
     # 6 and 7: the run and its flags
