@@ -11,7 +11,7 @@ import pytest
 
 from lm import losses, sharding, trees
 from lm.config import Config, MeshConfig
-from lm.models import attention, families, layers, transformer
+from lm.models import attention, families, layers
 from tests import toys
 
 INPUTS, TARGETS = 9, 7
