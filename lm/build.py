@@ -108,7 +108,8 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     checks.fit(cfg)
     found = _find_tokenizer(cfg, workdir if has_begun else None, init) if TASKS[cfg.data.task].texts else None
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
-    resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=cfg.data.seq_len)
+    longest = max(cfg.data.seq_len, cfg.data.target_len)
+    resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
     cfg = dataclasses.replace(cfg, model=resolved)
     model = make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))

@@ -322,8 +322,8 @@ def _check(config: Config) -> None:
         ),
         f"'model.embed_dim' ({model.embed_dim}) must be a multiple of 'model.num_heads' ({model.num_heads}), or set "
         "'model.head_dim'": bool(model.head_dim) or model.embed_dim % model.num_heads == 0,
-        f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len})": (
-            model.position == "rope" or not model.max_len or model.max_len >= data.seq_len
+        f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len}) or 'data.target_len'": (
+            model.position != "learned" or not model.max_len or model.max_len >= max(data.seq_len, data.target_len)
         ),
         f"'data.path' is empty: data.format={data.format} needs a file, folder or glob": (
             data.format.startswith("builtin") or bool(data.path)

@@ -1,8 +1,8 @@
 """Sampling from a model: prompts of different lengths in one batch, a key/value cache, one compilation per shape."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +10,78 @@ import numpy as np
 
 from lm import losses, sharding
 from lm.config import Config, GenerateConfig
-from lm.data import examples
+from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.schema import ConfigError
-from lm.types import ModelFns, Params
+from lm.types import Batch, ModelFns, Params
 
 # Prompts are padded to a multiple of this, so that prompts of like length share a compilation.
 PROMPT_STEP = 32
 
 
+class Prompting(NamedTuple):
+    """How a kind of model takes its prompts.
+
+    Attributes:
+      batch: (ids of each prompt, tokenizer) -> the first batch; what is new comes after its `tokens`.
+      positions: (length of a prompt, new ids) -> learned positions that they need.
+    """
+
+    batch: Callable[[Sequence[Sequence[int]], Any], dict[str, np.ndarray]]
+    positions: Callable[[int, int], int]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np.ndarray]:
+    """Prompts end at the same column, so that every row writes its next key at the same place of the cache."""
+    del tokenizer
+    padded = -(-max(map(len, prompts)) // PROMPT_STEP) * PROMPT_STEP
+    tokens_BxP = np.zeros((len(prompts), padded), np.int32)
+    segments_BxP = np.zeros_like(tokens_BxP)
+    for row, prompt in enumerate(prompts):
+        tokens_BxP[row, padded - len(prompt) :] = prompt
+        segments_BxP[row, padded - len(prompt) :] = 1
+    # Padding gets position 0; segment 0 keeps it out of sight.
+    positions_BxP = np.maximum(np.cumsum(segments_BxP, axis=1, dtype=np.int32) - 1, 0)
+    return {"tokens": tokens_BxP, "segment_ids": segments_BxP, "positions": positions_BxP}
+
+
+def _as_prefix(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np.ndarray]:
+    batch = _left_padded(prompts, tokenizer)
+    return batch | {"is_prefix": batch["segment_ids"]}
+
+
+def _as_inputs(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np.ndarray]:
+    """The prompts are what the encoder reads; the decoder starts from BOS."""
+    batch = _left_padded(prompts, tokenizer)
+    one_Bx1 = np.ones((len(prompts), 1), np.int32)
+    return {
+        "inputs": batch["tokens"],
+        "input_segment_ids": batch["segment_ids"],
+        "input_positions": batch["positions"],
+        "tokens": tokenizer.bos_id * one_Bx1,
+        "segment_ids": one_Bx1,
+        "positions": 0 * one_Bx1,
+    }
+
+
+# model.kind -> how it takes prompts; the kinds that are absent do not generate text.
+PROMPTING = {
+    "decoder": Prompting(_left_padded, lambda prompt, new: prompt + new),
+    "prefix_decoder": Prompting(_as_prefix, lambda prompt, new: prompt + new),
+    "encoder_decoder": Prompting(_as_inputs, lambda prompt, new: max(prompt, 1 + new)),
+}
+
+
 def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
-    """Ids of a prompt as the run's task would see it: a user's turn for 'chat', the start of a document for 'text'.
+    """Ids of a prompt as the run's task would see it: the start of a document, a user's turn, a text to translate.
 
     Raises:
-      ConfigError: it and `generate.max_new_tokens` do not fit the learned positions.
+      ConfigError: the task does not generate text, or the learned positions have no room for it and what follows.
     """
-    if cfg.data.task == "chat":
-        ids = examples.prompt_ids([{"role": "user", "content": text}], tokenizer)
-    else:
-        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    prompt = TASKS[cfg.data.task].prompt
+    if prompt is None:
+        raise ConfigError(f"a model of data.task={cfg.data.task} does not generate text")
+    ids = prompt(text, tokenizer)
     check_room(len(ids), cfg)
     return ids
 
@@ -36,10 +89,26 @@ def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
 def check_room(prompt_len: int, cfg: Config) -> None:
     """Raises ConfigError when a prompt of so many ids and its continuation do not fit the learned positions."""
     new, max_len = cfg.generate.max_new_tokens, cfg.model.max_len
-    if cfg.model.position == "learned" and prompt_len + new > max_len:
+    if cfg.model.position == "learned" and PROMPTING[cfg.model.kind].positions(prompt_len, new) > max_len:
         raise ConfigError(
             f"a prompt of {prompt_len} ids and 'generate.max_new_tokens' ({new}) do not fit 'model.max_len' ({max_len})"
         )
+
+
+def prompt_batch(
+    prompts: Sequence[Sequence[int]], cfg: Config, tokenizer: Tokenizer, rows_multiple: int
+) -> dict[str, np.ndarray]:
+    """The batch that generation starts from; rows are filled up to a multiple with the first prompt.
+
+    Raises:
+      ValueError: an empty prompt.
+      ConfigError: a prompt that leaves no room in the learned positions.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one id")
+    check_room(max(map(len, prompts)), cfg)
+    missing = -len(prompts) % rows_multiple
+    return PROMPTING[cfg.model.kind].batch([*prompts, *[prompts[0]] * missing], tokenizer)
 
 
 def generate(
@@ -59,7 +128,7 @@ def generate(
       params: its parameters.
       prompts: ids, none empty.
       key: a row's samples are a function of it and the row's index.
-      cfg: `generate`, `model.logit_softcap` and, for learned positions, `model.max_len` are read.
+      cfg: `generate` and `model` are read.
       tokenizer: says which ids end a text or a turn.
       rows_multiple: rows are filled up to a multiple of it, for the mesh.
 
@@ -70,36 +139,22 @@ def generate(
       ValueError: an empty prompt.
       ConfigError: a prompt that leaves no room in the learned positions.
     """
-    if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one id")
-    longest = max(map(len, prompts))
-    padded = -(-longest // PROMPT_STEP) * PROMPT_STEP
-    check_room(longest, cfg)
-    rows = -(-len(prompts) // rows_multiple) * rows_multiple
-    filled = [*prompts, *[prompts[0]] * (rows - len(prompts))]
-    # Prompts end at the same column, so that every row writes its next key at the same place of the cache.
-    tokens_BxP = np.zeros((rows, padded), np.int32)
-    segments_BxP = np.zeros((rows, padded), np.int32)
-    for row, prompt in enumerate(filled):
-        tokens_BxP[row, padded - len(prompt) :] = prompt
-        segments_BxP[row, padded - len(prompt) :] = 1
-    stop_ids = (tokenizer.eos_id, tokenizer.end_of_turn_id)
-    sampled_BxT = _sample(
-        model,
-        cfg.generate,
-        tokenizer.vocab_size,
-        cfg.model.logit_softcap,
-        stop_ids,
-        params,
-        tokens_BxP,
-        segments_BxP,
-        key,
-    )
-    out = []
-    for row in np.asarray(jax.device_get(sampled_BxT))[: len(prompts)]:
-        ended = np.flatnonzero(np.isin(row, stop_ids))
-        out.append(row[: ended[0] if len(ended) else len(row)].tolist())
-    return out
+    prompt = prompt_batch(prompts, cfg, tokenizer, rows_multiple)
+    stops = stop_ids(tokenizer)
+    softcap = cfg.model.logit_softcap
+    sampled_BxT = _sample(model, cfg.generate, tokenizer.vocab_size, softcap, stops, params, prompt, key)
+    return until_stop(np.asarray(jax.device_get(sampled_BxT))[: len(prompts)], stops)
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a text or a turn."""
+    return tokenizer.eos_id, tokenizer.end_of_turn_id
+
+
+def until_stop(ids_BxT: np.ndarray, stops: tuple[int, ...]) -> list[list[int]]:
+    """Each row up to its first stop id, without it."""
+    ended = [np.flatnonzero(np.isin(row, stops)) for row in ids_BxT]
+    return [row[: end[0] if len(end) else len(row)].tolist() for row, end in zip(ids_BxT, ended, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -110,16 +165,13 @@ def _sample(
     softcap: float,
     stop_ids: tuple[int, ...],
     params: Params,
-    tokens_BxP: jax.Array,
-    segments_BxP: jax.Array,
+    prompt: Batch,
     key: jax.Array,
 ) -> jax.Array:
     """New ids, int32 [B, max_new_tokens]; after a stop id a row repeats it."""
-    rows, prompt_len = tokens_BxP.shape
+    rows, prompt_len = prompt["tokens"].shape
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    length_B = segments_BxP.sum(axis=1)
-    # Padding on the left gets position 0; segment 0 keeps it out of sight.
-    positions_BxP = jnp.maximum(jnp.cumsum(segments_BxP, axis=1) - 1, 0)
+    length_B = prompt["segment_ids"].sum(axis=1)
 
     def next_token(batch: Any, cache: Any, step: jax.Array) -> tuple[jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
@@ -127,7 +179,6 @@ def _sample(
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
         return choose(logits_BxV, step_keys_B, cfg), out.cache
 
-    prompt = {"tokens": tokens_BxP, "segment_ids": segments_BxP, "positions": positions_BxP}
     cache = model.init_cache(rows, prompt_len + cfg.max_new_tokens)
     token_B, cache = next_token(prompt, cache, jnp.int32(0))
     out_BxT = jnp.full((rows, cfg.max_new_tokens), stop_ids[0], jnp.int32).at[:, 0].set(token_B)

@@ -106,7 +106,8 @@ class ModelFns(NamedTuple):
       init: key -> params.
       apply: (params, batch, *, rng=None, cache=None) -> ModelOutput. `rng` turns dropout on.
       logical_axes: () -> tree like params; each leaf a tuple with one logical axis name (or None) a dimension.
-      init_cache: (rows, length) -> an empty key/value cache for `apply`.
+      init_cache: (rows, length) -> an empty key/value cache for `apply`. Its leaves, and those of what `apply` makes of
+        it, are [N, B, ...], [B, S] or [].
     """
 
     init: Callable[[jax.Array], Params]

@@ -49,7 +49,9 @@ MODULES = (
     "lm.models.adapters",
     "lm.models.attention",
     "lm.models.heads",
+    "lm.models.blocks",
     "lm.models.transformer",
+    "lm.models.encoder_decoder",
     "lm.models.families",
     "lm.checkpoint",
     # 3: what is learnt, from what, and what is written about it
@@ -63,6 +65,7 @@ MODULES = (
     # 5: loops over steps; config becomes objects
     "lm.evaluate",
     "lm.generate",
+    "lm.beam",
     "lm.checks",
     "lm.build",
     # 6 and 7: the run and its flags

@@ -1,5 +1,6 @@
 """Small models, batches and runs that several tests use."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from lm import config
 from lm.config import Config, ModelConfig
-from lm.models import transformer
+from lm.models import families, transformer
 from lm.types import ModelFns, Params
 
 VOCAB = 50  # rows of the embedding are 128: the rest is padding
@@ -34,13 +35,23 @@ LLAMA = ModelConfig(
     sliding_window=5,
 )
 STYLES = {"gpt2": GPT2, "llama": LLAMA}
+T5 = dataclasses.replace(
+    LLAMA, kind="encoder_decoder", position="relative", sliding_window=0, num_layers=2, decoder_layers=3
+)
+ENCODER_DECODERS = {
+    "relative": T5,
+    "rope": dataclasses.replace(T5, position="rope"),
+    "learned": dataclasses.replace(GPT2, kind="encoder_decoder", decoder_layers=1),
+}
+PREFIX = dataclasses.replace(LLAMA, kind="prefix_decoder", sliding_window=0)
 
 
 @functools.cache
 def decoder(cfg: ModelConfig, seq_len: int, seed: int = 0) -> tuple[ModelConfig, ModelFns, Params]:
-    """A resolved config, its functions, and parameters whose zeros and ones are perturbed, so that each one matters."""
+    """A resolved config (of any kind of text model), its functions, and parameters whose zeros and ones are perturbed,
+    so that each one matters."""
     cfg = transformer.resolve(cfg, vocab_size=VOCAB, seq_len=seq_len)
-    model = transformer.text_model(cfg, jnp.float32)
+    model = families.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
     rng = np.random.default_rng(seed)
     params = jax.jit(model.init)(jax.random.key(seed))
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), params)

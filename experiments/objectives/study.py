@@ -135,7 +135,7 @@ def results(seeds: int) -> str:
         "# Every objective and task: results",
         "",
         f"Written by `python experiments/objectives/study.py`; mean and standard deviation over {seeds} seeds. "
-        "'beyond' = the difference to the baseline (the row's last line, or the 'scratch' of the same kind), and whether "
+        "'beyond' = the difference to the baseline (the row's last line, or 'scratch' of the same kind), and whether "
         f"it is more than {SPREAD}. Minutes are of all runs of the line, on the machine that ran it.",
         "",
         "| task | how | metric | before | score | beyond | trained parameters | minutes |",

@@ -38,6 +38,7 @@ class Task(NamedTuple):
       texts: record -> the texts in it, to train a tokenizer on; None = the task reads no text and has no tokenizer.
       corrupt: (row, rng, tokenizer, config) -> row: what is drawn anew each time that a row is used.
       batch: config -> the columns after `corrupt`; None = the same.
+      prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
     """
 
     fields: tuple[str, ...]
@@ -46,6 +47,7 @@ class Task(NamedTuple):
     texts: Callable[[Record], Iterator[str]] | None
     corrupt: Callable[[Row, np.random.Generator, Any, Config], Row] | None = None
     batch: Callable[[Config], Columns] | None = None
+    prompt: Callable[[str, Any], list[int]] | None = None
 
 
 def make(
@@ -156,6 +158,16 @@ def prompt_ids(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> l
     return [*ids, tokenizer.role_ids["assistant"]]
 
 
+def text_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The start of a document."""
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """A conversation of one turn, up to where the assistant speaks."""
+    return prompt_ids([{"role": "user", "content": text}], tokenizer)
+
+
 def field_texts(*names: str) -> Callable[[Record], Iterator[str]]:
     """The texts in those fields of a record that it has."""
     return lambda record: (record[name] for name in names if name in record)
@@ -191,5 +203,5 @@ def _shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
     }
 
 
-TEXT = Task(("text",), text, shifted_columns, field_texts("text"))
-CHAT = Task(("messages",), chat, shifted_columns, message_texts)
+TEXT = Task(("text",), text, shifted_columns, field_texts("text"), prompt=text_prompt)
+CHAT = Task(("messages",), chat, shifted_columns, message_texts, prompt=chat_prompt)

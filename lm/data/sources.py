@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -21,7 +23,9 @@ SUFFIXES = {
     "table": (".tsv", ".csv"),
     "conll": (".conll", ".conllu", ".iob", ".tsv"),
     "squad": (".json",),
+    "parallel": ("",),
 }
+_ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a parallel corpus: {en,de}
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
 
 
@@ -94,6 +98,10 @@ def _squad(cfg: DataConfig) -> Split:
     return _from_files(cfg, tables.read_squad)
 
 
+def _parallel(cfg: DataConfig) -> Split:
+    return _from_files(cfg, lambda pair: tables.read_parallel(*pair), _file_pairs)
+
+
 FORMATS: dict[str, Callable[[DataConfig], Split]] = {
     "builtin_text": _builtin_text,
     "builtin_instructions": _builtin_instructions,
@@ -102,6 +110,7 @@ FORMATS: dict[str, Callable[[DataConfig], Split]] = {
     "table": _renamed(tables.read_table),
     "conll": _renamed(tables.read_conll),
     "squad": _squad,
+    "parallel": _parallel,
 }
 _UNREAD = {
     "builtin_text": ("path", "eval_path", "separator", "rename"),
@@ -111,6 +120,7 @@ _UNREAD = {
     "table": ("separator",),
     "conll": ("separator",),
     "squad": ("separator", "rename"),
+    "parallel": ("separator", "rename"),
 }
 
 
@@ -122,12 +132,17 @@ def _builtin(cfg: DataConfig, part: str) -> Split:
     return Split(records["train"], records["valid"], "", f"{corpus.report}\n{counts}")
 
 
-def _from_files(cfg: DataConfig, read: Callable[[epath.Path], Iterable[Record | Fault]]) -> Split:
+def _from_files(
+    cfg: DataConfig,
+    read: Callable[[Any], Iterable[Record | Fault]],
+    find: Callable[[str, tuple[str, ...]], list[Any]] | None = None,
+) -> Split:
     _refuse_unread(cfg)
+    find = find or find_files
     if not cfg.eval_path and not cfg.eval_fraction:
         raise ConfigError("nothing is held out: set 'data.eval_path' or an 'data.eval_fraction' above 0")
-    train_paths = find_files(cfg.path, SUFFIXES[cfg.format])
-    eval_paths = find_files(cfg.eval_path, SUFFIXES[cfg.format]) if cfg.eval_path else []
+    train_paths = find(cfg.path, SUFFIXES[cfg.format])
+    eval_paths = find(cfg.eval_path, SUFFIXES[cfg.format]) if cfg.eval_path else []
     if both := sorted(set(map(str, train_paths)) & set(map(str, eval_paths))):
         raise DataError(f"{both[0]}: named by both data.path and data.eval_path; narrow data.path, by a glob perhaps")
     faults: list[Fault] = []
@@ -176,6 +191,20 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     if not found:
         raise DataError(f"data path '{path}': no file matches; expected at least one")
     return found
+
+
+def _file_pairs(path: str, suffixes: tuple[str, ...]) -> list[tuple[epath.Path, epath.Path]]:
+    """(source, target) files of 'DIR/train.{en,de}.gz', where the braces name the two sides.
+
+    Raises:
+      DataError: not one pair of braces in `path`, no such files, or more of one side than of the other.
+    """
+    if len(_ENDINGS.findall(path)) != 1:
+        raise DataError(f"data path '{path}': expected the two sides once in braces, such as DIR/train.{{en,de}}.gz")
+    source, target = (find_files(_ENDINGS.sub(rf"\{side}", path), suffixes) for side in (1, 2))
+    if len(source) != len(target):
+        raise DataError(f"data path '{path}': {len(source)} files of the first side, but {len(target)} of the second")
+    return list(zip(source, target, strict=True))
 
 
 def _files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:

@@ -1,4 +1,4 @@
-"""Labelled data in the formats it is published in: tables, CoNLL columns, SQuAD JSON.
+"""Labelled data in the formats it is published in: tables, CoNLL columns, SQuAD JSON, and parallel text.
 
 Lines that are empty are no records of a table; they end the sentences of a CoNLL file.
 """
@@ -207,3 +207,37 @@ def _list(value: Any, field: str, where: str) -> list[Any]:
     if not isinstance(value, dict) or not isinstance(value.get(field), list):
         raise DataError(f"{where}: no list '{field}'; expected a file in the format of SQuAD v1.1")
     return value[field]
+
+
+def read_parallel(source: epath.Path, target: epath.Path) -> Iterator[Record | Fault]:
+    """Pairs of lines of two files, which translate each other: the `text` and its `target`, also as a conversation.
+
+    Raises:
+      DataError: the files have different numbers of lines.
+    """
+    sources, targets = (list(lines(path)) for path in (source, target))
+    for side in (sources, targets):
+        if not side[-1]:  # what stands after the last LF is no line
+            side.pop()
+    if len(sources) != len(targets):
+        raise DataError(
+            f"{source} has {len(sources):,} lines, but {target} has {len(targets):,}; expected the translation of each "
+            "line in the same line of the other file"
+        )
+    for number, (line, translation) in enumerate(zip(sources, targets, strict=True), 1):
+        question, answer = to_record(_side, line, source, number), to_record(_side, translation, target, number)
+        if isinstance(question, Fault) or isinstance(answer, Fault):
+            yield question if isinstance(question, Fault) else answer
+            continue
+        turns = (("user", question["text"]), ("assistant", answer["text"]))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        yield question | {"target": answer["text"], "messages": messages}
+    if not sources:
+        yield empty_file(source)
+
+
+def _side(line: bytes) -> Record:
+    text = decode(line.removesuffix(b"\r"))
+    if not text.strip():
+        raise BadRecord("empty text", f"the line is {text!r}; expected text")
+    return {"text": text}

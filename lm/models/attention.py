@@ -1,5 +1,6 @@
 """Attention. The mask is an argument, described rather than drawn, so that each backend makes what it needs of it."""
 
+import dataclasses
 import math
 
 import flax.struct
@@ -12,7 +13,7 @@ QUERY_BLOCKS = 4
 
 @flax.struct.dataclass
 class Mask:
-    """Who sees whom: same segment, key not after query (if causal), and within the window.
+    """Who sees whom: same segment, key not after query (if causal) or in the prefix, and within the window.
 
     Example, segment ids [1, 1, 2, 0] (1 = sees):
 
@@ -27,6 +28,8 @@ class Mask:
       window: a query sees this many keys before it, itself included; 0 = all.
       offset: int32 [] or int, index in the key axis of the first query; None = queries and keys are the same positions.
       causal: whether a key after the query is hidden from it.
+      is_prefix_BxS: int32, 1 = all of its segment sees this key even so (prefix LM); None = no key is such.
+      bias_HxLxS: float32, added to the scores; None = nothing is.
     """
 
     query_segments_BxL: jax.Array
@@ -34,16 +37,20 @@ class Mask:
     window: int = flax.struct.field(pytree_node=False)
     offset: jax.Array | int | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=True)
+    is_prefix_BxS: jax.Array | None = None
+    bias_HxLxS: jax.Array | None = None
 
     def draw(self) -> jax.Array:
         """The mask as bool [B, L, S]."""
         query_L = jnp.arange(self.query_segments_BxL.shape[1]) + (0 if self.offset is None else self.offset)
         key_S = jnp.arange(self.key_segments_BxS.shape[1])
         distance_LxS = query_L[:, None] - key_S[None, :]
-        seen_LxS = distance_LxS >= 0 if self.causal else jnp.ones_like(distance_LxS, bool)
+        seen_BxLxS = (distance_LxS >= 0 if self.causal else jnp.ones_like(distance_LxS, bool))[None]
+        if self.is_prefix_BxS is not None:
+            seen_BxLxS |= self.is_prefix_BxS[:, None, :] > 0
         if self.window:
-            seen_LxS &= jnp.abs(distance_LxS) < self.window
-        return seen_LxS[None] & (self.query_segments_BxL[:, :, None] == self.key_segments_BxS[:, None, :])
+            seen_BxLxS &= jnp.abs(distance_LxS)[None] < self.window
+        return seen_BxLxS & (self.query_segments_BxL[:, :, None] == self.key_segments_BxS[:, None, :])
 
 
 def attend(
@@ -58,7 +65,8 @@ def attend(
       [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
     """
     length = query_BxLxHxE.shape[1]
-    if not mask.causal or mask.offset is not None or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
+    sees_later = not mask.causal or mask.is_prefix_BxS is not None
+    if sees_later or mask.offset is not None or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
         return _dense(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap)
     size = length // QUERY_BLOCKS
     blocks = []
@@ -68,6 +76,8 @@ def attend(
         part = Mask(
             mask.query_segments_BxL[:, start:end], mask.key_segments_BxS[:, first:end], mask.window, start - first
         )
+        if mask.bias_HxLxS is not None:
+            part = dataclasses.replace(part, bias_HxLxS=mask.bias_HxLxS[:, start:end, first:end])
         blocks.append(
             _dense(query_BxLxHxE[:, start:end], key_BxSxKxE[:, first:end], value_BxSxKxE[:, first:end], part, softcap)
         )
@@ -84,6 +94,8 @@ def _dense(
     scores = jnp.einsum("blkge,bske->bkgls", query_BxLxKxGxE, key_BxSxKxE, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
+    if mask.bias_HxLxS is not None:
+        scores += mask.bias_HxLxS.reshape(1, kv_heads, heads // kv_heads, *mask.bias_HxLxS.shape[1:])
     scores = jnp.where(mask.draw()[:, None, None], scores, jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).astype(value_BxSxKxE.dtype)
     out = jnp.einsum("bkgls,bske->blkge", weights, value_BxSxKxE)

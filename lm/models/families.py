@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.config import Config
-from lm.models import transformer
+from lm.models import encoder_decoder, transformer
 from lm.types import Head, ModelFns
 
 
@@ -12,5 +12,15 @@ def _text(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     return transformer.text_model(cfg.model, dtype, head, cfg.adapter)
 
 
+def _encoder_decoder(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
+    del head  # no objective that fits this kind has one
+    return encoder_decoder.encoder_decoder(cfg.model, dtype, cfg.adapter)
+
+
 # model.kind -> (config with the model's sizes resolved, head, compute dtype) -> the model's functions.
-MODELS: dict[str, Callable[[Config, Head | None, Any], ModelFns]] = {"decoder": _text, "encoder": _text}
+MODELS: dict[str, Callable[[Config, Head | None, Any], ModelFns]] = {
+    "decoder": _text,
+    "prefix_decoder": _text,
+    "encoder": _text,
+    "encoder_decoder": _encoder_decoder,
+}

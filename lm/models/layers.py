@@ -174,3 +174,48 @@ def rope(x_BxLxHxE: jax.Array, positions_BxL: jax.Array, theta: float) -> jax.Ar
     first, second = jnp.split(x_BxLxHxE.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BxLxHxE.dtype)
+
+
+RELATIVE_BUCKETS, RELATIVE_REACH = 32, 128  # T5's
+
+
+class RelativeBias(nn.Module):
+    """What T5 adds to the scores of all layers: a learned number a head for each bucket of distances.
+
+    Attributes:
+      num_heads: H.
+      bidirectional: whether a key may stand after its query.
+    """
+
+    num_heads: int
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: int, keys: int, offset: jax.Array | int) -> jax.Array:
+        """float32 [H, queries, keys]; the first query stands at key `offset`."""
+        init = nn.initializers.normal(1.0 / math.sqrt(RELATIVE_BUCKETS))
+        table_RxH = weight(self, "table", init, (RELATIVE_BUCKETS, self.num_heads), ("buckets", "heads"))
+        distance_LxS = jnp.arange(keys)[None, :] - (jnp.arange(queries) + offset)[:, None]
+        bias_LxSxH = lookup(table_RxH, relative_buckets(distance_LxS, self.bidirectional))
+        return sharding.constrain(bias_LxSxH.transpose(2, 0, 1), "heads", None, None)
+
+
+def relative_buckets(distance: jax.Array, bidirectional: bool) -> jax.Array:
+    """Bucket, int32, of the distances key - query (T5, Raffel et al. 2020, section 2.1).
+
+    Half of the buckets are for one distance each, the others grow with its logarithm up to RELATIVE_REACH; the last one
+    takes all beyond. Bidirectional, the first 16 are for keys at or before the query and the last 16 for those after;
+    else all 32 are for those at or before it, and 0 for the others too, which a causal mask hides.
+    """
+    buckets = RELATIVE_BUCKETS // 2 if bidirectional else RELATIVE_BUCKETS
+    base = jnp.where(distance > 0, buckets, 0) if bidirectional else jnp.zeros_like(distance)
+    far = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    grown = [math.log(max(d, exact) / exact) / math.log(RELATIVE_REACH / exact) for d in range(RELATIVE_REACH + 1)]
+    bucket_of = [min(d if d < exact else exact + int(exact * g), buckets - 1) for d, g in enumerate(grown)]
+    return base + jnp.asarray(bucket_of, jnp.int32)[jnp.minimum(far, RELATIVE_REACH)]
+
+
+def fold(keys_B: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
+    """Keys of their own for one of several uses of each row's key."""
+    return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, data)

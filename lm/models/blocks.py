@@ -1,0 +1,224 @@
+"""The block that every model is a stack of: attention, an encoder's output where there is one, MLP.
+
+Shape letters: see `lm.types`. Parameters of the layers are always stacked [N, ...], whether the layers run as a scan or
+unrolled: a checkpoint of one is a checkpoint of the other.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm import sharding
+from lm.config import AdapterConfig, ModelConfig
+from lm.models import adapters, layers
+from lm.models.attention import Mask, attend
+from lm.models.layers import fold
+
+# What is kept of a layer's forward pass for its backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    # All but what only moves: a weight gathered over 'fsdp' is gathered again, or every layer's would be held (ZeRO-3).
+    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of weight matmuls
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
+}
+
+
+@flax.struct.dataclass
+class Memory:
+    """What a decoder's blocks read of an encoder.
+
+    Attributes:
+      mask: which of its positions each query sees.
+      hidden_BxSxD: its output; None = keys and values of it are in the cache.
+    """
+
+    mask: Mask
+    hidden_BxSxD: jax.Array | None
+
+
+class Stack(nn.Module):
+    """N blocks by `nn.scan`, then the final norm."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        mask: Mask,
+        positions_BxL: jax.Array,
+        keys_B: jax.Array | None,
+        cache_kv: Any,
+        memory: Memory | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(output, what `cache_kv` becomes). Both are None without a cache."""
+        cfg = self.cfg
+        if cfg.position == "relative":
+            bias = layers.RelativeBias(cfg.num_heads, not mask.causal, name="relative_bias")
+            sizes = (mask.query_segments_BxL.shape[1], mask.key_segments_BxS.shape[1])
+            mask = dataclasses.replace(mask, bias_HxLxS=bias(*sizes, 0 if mask.offset is None else mask.offset))
+        unroll = cfg.unroll or cfg.num_layers
+        block: Any = Block
+        if cfg.remat != "none" or sharding.is_distributed_trace():
+            # Inside a loop XLA cannot merge the recomputation with the forward pass, so nothing must prevent it.
+            block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=unroll > 1)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            length=cfg.num_layers,
+            unroll=unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x_BxLxD, cache_kv = scanned(cfg, self.dtype, self.adapter, name="layers")(
+            x_BxLxD, mask, positions_BxL, keys_B, memory, jnp.arange(cfg.num_layers), cache_kv
+        )
+        return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD), cache_kv
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then (with a memory) x + cross_attention(norm(x)), then x + mlp(norm(x))."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        mask: Mask,
+        positions_BxL: jax.Array,
+        keys_B: Any,
+        memory: Memory | None,
+        layer: jax.Array,
+        cache_kv: Any,
+    ) -> tuple[jax.Array, Any]:
+        cfg = self.cfg
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x)
+
+        keys_B = fold(keys_B, layer)
+
+        def added(name: str, y: jax.Array, number: int) -> jax.Array:
+            y = layers.dropout(y, cfg.dropout, fold(keys_B, number))
+            return adapters.adapt(self.adapter, f"adapter_{name}", y, self.dtype)
+
+        self_kv, cross_kv = (None, None) if cache_kv is None else (cache_kv[:2], cache_kv[2:])
+        attention = Attention(cfg, self.dtype, self.adapter, name="attention")
+        normed_BxLxD = norm("attention_norm", x_BxLxD)
+        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, self_kv, fold(keys_B, 2))
+        x_BxLxD += added("attention", y_BxLxD, 0)
+        if memory is not None:
+            cross = CrossAttention(cfg, self.dtype, self.adapter, name="cross_attention")
+            normed_BxLxD = norm("cross_attention_norm", x_BxLxD)
+            y_BxLxD, cross_kv = cross(normed_BxLxD, memory, cross_kv, fold(keys_B, 5))
+            cache_kv = None if cache_kv is None else (*cache_kv, *cross_kv)
+            x_BxLxD += added("cross_attention", y_BxLxD, 4)
+        y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(norm("mlp_norm", x_BxLxD), fold(keys_B, 3))
+        x_BxLxD += added("mlp", y_BxLxD, 1)
+        return sharding.constrain(x_BxLxD, "batch", "length", None), cache_kv
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads (Ainslie et al. 2023), reading and writing a cache if given."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, cache_kv: Any, keys_B: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        cfg = self.cfg
+        query_BxLxHxE = _heads(self, "query", cfg.num_heads, x_BxLxD, keys_B)
+        key, value = (_heads(self, name, cfg.num_kv_heads, x_BxLxD, keys_B) for name in ("key", "value"))
+        if cfg.position == "rope":
+            query_BxLxHxE = layers.rope(query_BxLxHxE, positions_BxL, cfg.rope_theta)
+            key = layers.rope(key, positions_BxL, cfg.rope_theta)
+        if cache_kv is not None:
+            at: Any = (0, mask.offset, 0, 0)
+            key, value = (
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+                for old, new in zip(cache_kv, (key, value), strict=True)
+            )
+            cache_kv = (key, value)
+        y_BxLxHxE = attend(query_BxLxHxE, key, value, mask, softcap=cfg.attention_softcap)
+        return _output(self, y_BxLxHxE, keys_B), cache_kv
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder to an encoder's output (Vaswani et al. 2017), whose keys and values it makes only once."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, memory: Memory, cache_kv: Any, keys_B: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        cfg, hidden_BxSxD = self.cfg, memory.hidden_BxSxD
+        query_BxLxHxE = _heads(self, "query", cfg.num_heads, x_BxLxD, keys_B)
+        if hidden_BxSxD is not None:
+            cache_kv = tuple(_heads(self, name, cfg.num_kv_heads, hidden_BxSxD, keys_B) for name in ("key", "value"))
+        key, value = cache_kv
+        y_BxLxHxE = attend(query_BxLxHxE, key, value, memory.mask, softcap=cfg.attention_softcap)
+        return _output(self, y_BxLxHxE, keys_B), cache_kv
+
+
+def _heads(module: Any, name: str, heads: int, x_BxLxD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """The query, key or value of each head, [B, L, heads, E]; inside the call of an attention `module`."""
+    cfg, axis = module.cfg, "heads" if name == "query" else "kv_heads"
+    dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
+    y = dense(heads * cfg.head_dim, ("embed", axis), name=name)(x_BxLxD, keys_B)
+    y = sharding.constrain(y, "batch", "length", axis)
+    y = y.reshape(*y.shape[:2], heads, cfg.head_dim)
+    if cfg.qk_norm and name != "value":
+        y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(y)
+    return y
+
+
+def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    cfg = module.cfg
+    y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
+    dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
+    out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=_residual_init(cfg), name="out")
+    return out(y_BxLxHE, keys_B)
+
+
+class Mlp(nn.Module):
+    """GELU (tanh form, as GPT-2) or SwiGLU (Shazeer 2020)."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        cfg = self.cfg
+        dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=self.dtype, adapter=self.adapter)
+
+        def widen(name: str) -> jax.Array:
+            y = dense(cfg.mlp_dim, ("embed", "mlp"), name=name)(x_BxLxD, keys_B)
+            return sharding.constrain(y, "batch", "length", "mlp")
+
+        y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
+        down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=_residual_init(cfg), name="down")
+        return down(y_BxLxF, keys_B)
+
+
+def _residual_init(cfg: ModelConfig) -> layers.Init:
+    """Smaller by sqrt(2N): the residual stream's variance then does not grow with depth (GPT-2, section 2.3)."""
+    return layers.fan_in_normal(1.0 / math.sqrt(2 * cfg.num_layers))

@@ -1,0 +1,162 @@
+"""Beam search and sampling of every kind of model against plain loops over a table of all short continuations."""
+
+import dataclasses
+import functools
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import beam, generate, losses
+from lm.config import Config, GenerateConfig
+from lm.schema import ConfigError
+from tests import toys
+
+VOCAB, STOPS, NEW = 5, (1, 2), 4
+GOING_ON = [token for token in range(VOCAB) if token not in STOPS]
+WORDS = SimpleNamespace(vocab_size=VOCAB, eos_id=STOPS[0], end_of_turn_id=STOPS[1], bos_id=7)
+PROMPTS = ((9,), (5, 11, 4), (30, 2, 9, 41, 17, 8))
+KINDS = {"decoder": toys.LLAMA, "prefix_decoder": toys.PREFIX} | toys.ENCODER_DECODERS
+MAX_LEN = 12
+
+
+@functools.cache
+def table(kind: str) -> dict[tuple[int, tuple[int, ...]], np.ndarray]:
+    """(prompt, continuation) -> log-probabilities of the next id, by a full forward pass without a cache."""
+    _, model, params = toys.decoder(KINDS[kind], MAX_LEN)
+    ways = [way for n in range(NEW) for way in itertools.product(GOING_ON, repeat=n)]
+    keys = list(itertools.product(range(len(PROMPTS)), ways))
+    length = max(map(len, PROMPTS)) + NEW
+    batch = {key: np.zeros((len(keys), length), np.int32) for key in ("tokens", "segment_ids", "is_prefix")}
+    inputs = {key: np.zeros((len(keys), length), np.int32) for key in ("inputs", "input_segment_ids")}
+    ends = []
+    for row, (number, way) in enumerate(keys):
+        prompt = PROMPTS[number]
+        start = prompt
+        if kind in toys.ENCODER_DECODERS:
+            inputs["inputs"][row, : len(prompt)], inputs["input_segment_ids"][row, : len(prompt)] = prompt, 1
+            start = (WORDS.bos_id,)
+        ids = [*start, *way]
+        batch["tokens"][row, : len(ids)], batch["segment_ids"][row, : len(ids)] = ids, 1
+        batch["is_prefix"][row, : len(start)] = 1
+        ends.append(len(ids) - 1)
+    batch["positions"] = np.tile(np.arange(length, dtype=np.int32), (len(keys), 1))
+    if kind in toys.ENCODER_DECODERS:
+        batch |= inputs | {"input_positions": batch["positions"]}
+    if kind != "prefix_decoder":
+        del batch["is_prefix"]
+
+    @jax.jit
+    def log_probs(batch):
+        out = model.apply(params, batch)
+        hidden_BxD = jnp.take_along_axis(out.hidden_BxLxD, jnp.array(ends)[:, None, None], axis=1)[:, 0]
+        softcap = KINDS[kind].logit_softcap
+        logits_BxV = losses.logits(hidden_BxD, out.unembed_DxV, vocab_size=VOCAB, softcap=softcap)
+        return jax.nn.log_softmax(logits_BxV[:, :VOCAB])
+
+    return dict(zip(keys, np.asarray(log_probs(batch), np.float64), strict=True))
+
+
+def plain_greedy(kind: str) -> list[list[int]]:
+    made = []
+    for number in range(len(PROMPTS)):
+        way: tuple[int, ...] = ()
+        while len(way) < NEW and (token := int(table(kind)[number, way].argmax())) not in STOPS:
+            way += (token,)
+        made.append(list(way))
+    return made
+
+
+def best_of_all(kind: str, alpha: float) -> list[list[int]]:
+    """Every text that ends, or is as long as allowed, is scored."""
+    made = []
+    for number in range(len(PROMPTS)):
+        scored = []
+        for n in range(1, NEW + 1):
+            for way in itertools.product(GOING_ON, repeat=n - 1):
+                before = sum(table(kind)[number, way[:i]][way[i]] for i in range(n - 1))
+                for last in range(VOCAB):
+                    if last in STOPS or n == NEW:
+                        text = list(way) if last in STOPS else [*way, last]
+                        log_p = before + table(kind)[number, way][last]
+                        scored.append((log_p / ((5 + n) / 6) ** alpha, text))
+        made.append(max(scored)[1])
+    return made
+
+
+def plain_search(kind: str, beams: int, alpha: float) -> list[list[int]]:
+    made = []
+    for number in range(len(PROMPTS)):
+        live, done = [(0.0, ())], []
+        for n in range(1, NEW + 1):
+            found = [
+                (score + log_p, (*way, token))
+                for score, way in live
+                for token, log_p in enumerate(table(kind)[number, way])
+            ]
+            found.sort(key=lambda item: -item[0])
+            done += [(s / ((5 + n) / 6) ** alpha, way[:-1]) for s, way in found[:beams] if way[-1] in STOPS]
+            live = [item for item in found if item[1][-1] not in STOPS][:beams]
+            if len(done) >= beams:
+                break
+        else:
+            done += [(s / ((5 + NEW) / 6) ** alpha, way) for s, way in live]
+        made.append(list(max(done)[1]))
+    return made
+
+
+def config(kind: str) -> Config:
+    return Config(
+        model=toys.decoder(KINDS[kind], MAX_LEN)[0], generate=GenerateConfig(max_new_tokens=NEW, temperature=0.0)
+    )
+
+
+def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:
+    _, model, params = toys.decoder(KINDS[kind], MAX_LEN)
+    return beam.search(model, params, prompts, config(kind), WORDS, **options)
+
+
+@pytest.mark.parametrize("kind", ["prefix_decoder", "relative", "learned"])
+def test_greedy_is_the_argmax_of_the_full_forward_pass(kind):
+    _, model, params = toys.decoder(KINDS[kind], MAX_LEN)
+    made = generate.generate(model, params, PROMPTS, jax.random.key(0), config(kind), WORDS)
+    assert made == plain_greedy(kind)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "relative"])
+def test_one_beam_is_greedy(kind):
+    assert search(kind, beams=1) == plain_greedy(kind)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "relative"])
+def test_enough_beams_find_the_best_of_all_texts(kind):
+    for alpha in (0.0, 3.0):
+        assert search(kind, beams=140, alpha=alpha) == best_of_all(kind, alpha)
+
+
+def test_the_examples_tell_the_cases_apart():
+    assert best_of_all("decoder", 0.0) != best_of_all("decoder", 3.0)
+    assert best_of_all("decoder", 0.0) != plain_greedy("decoder")
+
+
+@pytest.mark.parametrize(("kind", "beams"), [("learned", 2), ("decoder", 3), ("prefix_decoder", 3)])
+def test_a_few_beams_find_what_a_plain_loop_finds(kind, beams):
+    for alpha in (0.0, 0.6, 3.0):
+        assert search(kind, beams=beams, alpha=alpha) == plain_search(kind, beams, alpha)
+
+
+def test_a_batch_of_prompts_is_each_prompt_alone():
+    together = search("decoder", beams=3)
+    assert [search("decoder", [prompt], beams=3)[0] for prompt in PROMPTS] == together
+    assert search("decoder", PROMPTS[:2], beams=3, rows_multiple=3) == together[:2]
+
+
+def test_learned_positions_need_room_for_the_longer_side_alone():
+    cfg = dataclasses.replace(config("learned"), generate=GenerateConfig(max_new_tokens=11))
+    generate.check_room(MAX_LEN, cfg)
+    for prompt_len, new in ((MAX_LEN + 1, 1), (1, MAX_LEN)):
+        with pytest.raises(ConfigError, match=r"do not fit 'model\.max_len'"):
+            generate.check_room(prompt_len, dataclasses.replace(cfg, generate=GenerateConfig(max_new_tokens=new)))
