@@ -121,7 +121,7 @@ def test_patch_mse_is_that_of_normalised_hidden_patches(mesh):
     gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, terms), grads = on_mesh(gradients, MESHES[mesh], prediction, patches, masked, WEIGHTS)
     total, d_prediction = 0.0, np.zeros(prediction.shape)
-    for b, t in ((b, t) for b in range(B) for t in masked[b] if WEIGHTS[b]):
+    for b, t in [(row, place) for row in range(B) for place in masked[row] if WEIGHTS[row]]:
         target = patches[b, t].astype(np.float64)
         target = (target - target.mean()) / np.sqrt(target.var() + 1e-6)
         error = prediction[b, t] - target

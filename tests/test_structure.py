@@ -34,6 +34,7 @@ MODULES = (
     "lm.data.tables",
     "lm.data.prose",
     "lm.data.builtin",
+    "lm.data.image_files",
     "lm.data.sources",
     "lm.data.examples",
     "lm.data.labelled",
