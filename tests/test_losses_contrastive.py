@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import losses, sharding
-from lm.config import MeshConfig
+from lm import losses, objectives, scores, sharding
+from lm.config import Config, LossConfig, MeshConfig
+from lm.types import ModelOutput
 
 B, P = 8, 5
 WEIGHTS = np.array([1, 1, 0, 1, 1, 0.5, 1, 0], np.float32)
@@ -131,3 +132,53 @@ def test_patch_mse_is_that_of_normalised_hidden_patches(mesh):
     np.testing.assert_allclose(terms.weight, 4 * WEIGHTS.sum(), rtol=1e-6)
     np.testing.assert_allclose(grads[0], d_prediction, rtol=0, atol=3e-6 * np.abs(d_prediction).max())
     assert np.all(np.asarray(grads[1]) == 0), "targets get no gradient"
+
+
+# The objective and its scores -----------------------------------------------------------------------------------------
+
+
+def made_up_apply(params, batch, *, rng=None, cache=None):
+    """A head that tells its input apart, and whose 'dropout' is a function of the row's example index alone."""
+    z_BxP = batch["tokens"].astype(jnp.float32) @ params
+    if rng is not None:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["example_index"])
+        z_BxP += jax.vmap(lambda key: jax.random.normal(key, (P,)))(keys)
+    return ModelOutput(None, None, head=z_BxP)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_objective_gives_each_view_its_own_dropout(views, training):
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=(4, P)), jnp.float32)
+    tokens = rng.integers(0, 3, (B, views, 4)).astype(np.int32)
+    batch = {"tokens": tokens, "row_weights": WEIGHTS, "example_index": np.arange(100, 100 + B, dtype=np.int32)}
+    loss_fn = objectives.OBJECTIVES["contrastive"].loss(made_up_apply, Config(loss=LossConfig(temperature=0.2)), None)
+    key = jax.random.key(0) if training else None
+    terms = loss_fn(params, batch, key)
+    seen = [tokens[:, min(v, views - 1)] for v in range(max(2, views))]
+    index = [(v << 29) ^ batch["example_index"] for v in range(len(seen))]
+    z = [
+        made_up_apply(params, {"tokens": t, "example_index": i}, rng=key).head for t, i in zip(seen, index, strict=True)
+    ]
+    assert np.array_equal(z[0], z[1]) == (views == 1 and not training)
+    z = np.stack([np.asarray(x, np.float64) for x in z], axis=1)
+    np.testing.assert_allclose(terms.sum, brute_force(z, WEIGHTS, 0.2, False)[0], rtol=1e-5)
+    np.testing.assert_allclose(terms.outputs["first"], z[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(terms.outputs["second"], z[:, 1], rtol=1e-6)
+
+
+def test_alignment_and_uniformity_are_those_of_all_pairs():
+    z = make_views(2).astype(np.float64)
+    found = scores.views(z[:, 0], z[:, 1])
+    unit = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    distances = [np.sum((unit[i, 0] - unit[j, 0]) ** 2) for i in range(B) for j in range(B) if i != j]
+    assert found["alignment"] == pytest.approx(np.mean([np.sum((a - b) ** 2) for a, b in unit]))
+    assert found["uniformity"] == pytest.approx(np.log(np.mean(np.exp(-2 * np.array(distances)))))
+    assert scores.views(np.zeros((1, P)), np.zeros((1, P))) == {"alignment": 0.0, "uniformity": 0.0}
+    rng = np.random.default_rng(0)
+    many = rng.normal(size=(1500, 3)).astype(np.float32)  # more than one block of rows
+    unit = many / np.linalg.norm(many, axis=1, keepdims=True)
+    near = np.exp(-2 * np.square(unit[:, None] - unit[None]).sum(axis=-1, dtype=np.float64))
+    expected = np.log((near.sum() - 1500) / (1500 * 1499))
+    assert scores.views(many, many)["uniformity"] == pytest.approx(expected, rel=1e-5)

@@ -41,6 +41,7 @@ MODULES = (
     "lm.data.tagging",
     "lm.data.span_qa",
     "lm.data.corrupt",
+    "lm.data.images",
     "lm.data.augment",
     "lm.data.tasks",
     "lm.data.packing",
@@ -51,6 +52,7 @@ MODULES = (
     "lm.models.attention",
     "lm.models.heads",
     "lm.models.transformer",
+    "lm.models.vision",
     "lm.models.families",
     "lm.checkpoint",
     # 3: what is learnt, from what, and what is written about it

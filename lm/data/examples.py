@@ -38,6 +38,7 @@ class Task(NamedTuple):
       texts: record -> the texts in it, to train a tokenizer on; None = the task reads no text and has no tokenizer.
       corrupt: (row, rng, tokenizer, config) -> row: what is drawn anew each time that a row is used.
       batch: config -> the columns after `corrupt`; None = the same.
+      augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
     """
 
     fields: tuple[str, ...]
@@ -46,6 +47,7 @@ class Task(NamedTuple):
     texts: Callable[[Record], Iterator[str]] | None
     corrupt: Callable[[Row, np.random.Generator, Any, Config], Row] | None = None
     batch: Callable[[Config], Columns] | None = None
+    augments: bool = False
 
 
 def make(

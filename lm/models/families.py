@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.config import Config
-from lm.models import transformer
+from lm.models import transformer, vision
 from lm.types import Head, ModelFns
 
 
@@ -13,4 +13,9 @@ def _text(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
 
 
 # model.kind -> (config with the model's sizes resolved, head, compute dtype) -> the model's functions.
-MODELS: dict[str, Callable[[Config, Head | None, Any], ModelFns]] = {"decoder": _text, "encoder": _text}
+MODELS: dict[str, Callable[[Config, Head | None, Any], ModelFns]] = {
+    "decoder": _text,
+    "encoder": _text,
+    "vit": vision.vit,
+    "mae": vision.mae,
+}

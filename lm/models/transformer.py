@@ -68,11 +68,32 @@ def text_model(
       head: output layer of a task; None = the model predicts tokens.
       adapter: what is added to the blocks.
     """
-    module = TextModel(cfg, dtype, head, adapter)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    fns = functions(
+        TextModel(cfg, dtype, head, adapter), {"tokens": tokens, "positions": tokens, "segment_ids": tokens}
+    )
+
+    def init_cache(rows: int, length: int) -> Any:
+        shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
+        return {
+            "key": jnp.zeros(shape, dtype),
+            "value": jnp.zeros(shape, dtype),
+            "segment_ids": jnp.zeros((rows, length), jnp.int32),
+            "index": jnp.zeros((), jnp.int32),
+        }
+
+    return fns._replace(init_cache=init_cache)
+
+
+def functions(module: nn.Module, batch: Batch) -> ModelFns:
+    """A module as pure functions, without a cache.
+
+    Args:
+      module: called with (batch, a key for each row or None, cache or None), it returns a `ModelOutput`.
+      batch: any that has the keys which the module reads; its sizes decide those of the parameters.
+    """
 
     def boxed_init(key: jax.Array) -> Any:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        batch = {"tokens": tokens, "positions": tokens, "segment_ids": tokens}
         return module.init(key, batch, None, None)["params"]
 
     def apply(params: Params, batch: Batch, *, rng: jax.Array | None = None, cache: Any = None) -> ModelOutput:
@@ -86,16 +107,7 @@ def text_model(
         specs = nn.get_partition_spec(jax.eval_shape(boxed_init, jax.eval_shape(lambda: jax.random.key(0))))
         return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.P))
 
-    def init_cache(rows: int, length: int) -> Any:
-        shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
-        return {
-            "key": jnp.zeros(shape, dtype),
-            "value": jnp.zeros(shape, dtype),
-            "segment_ids": jnp.zeros((rows, length), jnp.int32),
-            "index": jnp.zeros((), jnp.int32),
-        }
-
-    return ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes, init_cache)
+    return ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes)
 
 
 class TextModel(nn.Module):
@@ -112,9 +124,9 @@ class TextModel(nn.Module):
         causal = cfg.kind != "encoder"
         embed = Embed(cfg, self.dtype, name="embed")
         x_BxLxD, embedding_VxD = embed(batch["tokens"], batch["positions"], batch.get("type_ids"))
-        x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, _fold(keys_B, cfg.num_layers))
+        x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, fold(keys_B, cfg.num_layers))
         segments_BxL = batch["segment_ids"]
-        x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, _fold(keys_B, cfg.num_layers + 2))
+        x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, fold(keys_B, cfg.num_layers + 2))
         x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
         mask, cache_kv = Mask(segments_BxL, segments_BxL, cfg.sliding_window, causal=causal), None
         if cache is not None:
@@ -130,7 +142,7 @@ class TextModel(nn.Module):
         out, unembed_DxV = None, None
         if self.head is not None:
             layer = HeadLayer(cfg, self.head, name="head")
-            out = layer(hidden_BxLxD, segments_BxL, _fold(keys_B, cfg.num_layers + 1))
+            out = layer(hidden_BxLxD, segments_BxL, fold(keys_B, cfg.num_layers + 1))
         if self.head is None or self.head.keeps_unembed:
             unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, self.dtype, name="lm_head")()
         return ModelOutput(hidden_BxLxD, unembed_DxV, cache, out)
@@ -227,16 +239,16 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x)
 
-        keys_B = _fold(keys_B, layer)
+        keys_B = fold(keys_B, layer)
 
         def dropped(name: str, y: jax.Array, number: int) -> jax.Array:
-            return adapters.adapt(self.adapter, name, layers.dropout(y, cfg.dropout, _fold(keys_B, number)), self.dtype)
+            return adapters.adapt(self.adapter, name, layers.dropout(y, cfg.dropout, fold(keys_B, number)), self.dtype)
 
         attention = Attention(cfg, self.dtype, self.adapter, name="attention")
         normed_BxLxD = norm("attention_norm", x_BxLxD)
-        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, cache_kv, _fold(keys_B, 2))
+        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, cache_kv, fold(keys_B, 2))
         x_BxLxD += dropped("adapter_attention", y_BxLxD, 0)
-        y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(norm("mlp_norm", x_BxLxD), _fold(keys_B, 3))
+        y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(norm("mlp_norm", x_BxLxD), fold(keys_B, 3))
         x_BxLxD += dropped("adapter_mlp", y_BxLxD, 1)
         return sharding.constrain(x_BxLxD, "batch", "length", None), cache_kv
 
@@ -309,5 +321,6 @@ def _residual_init(cfg: ModelConfig) -> layers.Init:
     return layers.fan_in_normal(1.0 / math.sqrt(2 * cfg.num_layers))
 
 
-def _fold(keys_B: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
+def fold(keys_B: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
+    """The rows' keys for one use of randomness, which a number names; None stays None."""
     return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, data)
