@@ -46,6 +46,7 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pillow>=13.0",
         "rich>=15.0",
         "sentencepiece>=0.2.3",
         "tensorboardX>=2.6.5",

@@ -143,10 +143,11 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     note(split.report)
     examples.check_fields(TASKS[cfg.data.task], [*split.train, *split.valid], cfg.data, TASKS)
     words = tokenizer_for(planned, split, note)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
     if words:
         note(f"tokenizer of {words.vocab_size:,} ids, {words.hash[:12]}")
         if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
             words.save(workdir / TOKENIZER_FILE)
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
     data = pipeline.build(cfg, words, split)

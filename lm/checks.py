@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
 from lm.config import Config
-from lm.data import corrupt
+from lm.data import augment, corrupt, images
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
@@ -32,6 +32,16 @@ def fit(cfg: Config) -> None:
     ):
         if value not in fitting:
             raise ConfigError(f"'objective' {cfg.objective} does not fit '{key}' {value}; use {', '.join(fitting)}")
+    columns = task.columns(cfg)
+    (task.batch or task.columns)(cfg)  # refuses what leaves nothing to predict
+    for name, _ in cfg.data.augment:
+        if name not in augment.AUGMENTATIONS:
+            hint = schema.nearest(name, augment.AUGMENTATIONS)
+            raise ConfigError(
+                f"'data.augment': no '{name}'{hint}; there are {', '.join(sorted(augment.AUGMENTATIONS))}"
+            )
+        if ("images" in columns) != (name in images.AUGMENTATIONS):
+            raise ConfigError(f"'data.augment': {name} does not fit 'data.task' {cfg.data.task}: one is of images")
     if objective.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
     if (head := objective.head(cfg)) and head.size < 1:

@@ -41,14 +41,17 @@ class DataConfig:
     rename: tuple[tuple[str, str], ...] = ()
     task: Literal[
         Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
-        Literal["sentences", "scored_sentences", "sentence_pairs", "tagging", "entities", "span_qa", "images"],
+        Literal["sentences", "scored_sentences", "sentence_pairs", "tagging", "entities", "span_qa"],
+        Literal["images", "masked_images", "image_pairs"],
         Literal["items", "masked_items"],
     ] = "text"  # which entry of lm.data.tasks makes examples
     labels: tuple[str, ...] = ()  # classification and tagging: all there are; a label's place here is its index
     image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
     templates: tuple[str, ...] = ()  # sentences only: '{text} It was {label}.'; which one, the example's index decides
     shots: int = 0  # chat only: this many examples of the training data are put before each held-out prompt
-    augment: tuple[tuple[str, float], ...] = ()  # (entry of lm.data.augment, strength) pairs, training only
+    augment: tuple[
+        tuple[str, float], ...
+    ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
     synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
     replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
     curriculum: Literal["none", "length"] = "none"  # order of the examples in the first epochs, easy ones first
@@ -103,7 +106,8 @@ class ModelConfig:
     vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's, rounded up to a multiple of 128
     max_len: int = 0  # rows of the learned position table; 0 = data.seq_len
     patch_size: int = 4  # vit and mae: an image is cut in squares of this many pixels a side
-    position: Literal["learned", "rope", "relative"] = "learned"  # rope; relative is T5's bias
+    # Llama: rope. relative is T5's bias; sincos, fixed sines of row and column, is that of vit and mae.
+    position: Literal["learned", "rope", "relative", "sincos"] = "learned"
     rope_theta: float = 10_000.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
     norm_eps: float = 1e-5
@@ -311,6 +315,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"'{key}' must {f'be at least {least}' if least else 'not be negative'}, got {value}")
         if key in _BELOW_ONE and value >= 1:
             raise ConfigError(f"'{key}' must be in [0, 1), got {value}")
+    is_vision = model.kind in ("vit", "mae")
     needs = {
         "'optim.eps' must be greater than 0": optim.eps > 0,
         f"'generate.top_p' must be in (0, 1], got {config.generate.top_p}": 0 < config.generate.top_p <= 1,
@@ -342,6 +347,10 @@ def _check(config: Config) -> None:
         ),
         f"'data.labels' names a label twice: {data.labels}": len(set(data.labels)) == len(data.labels),
         "'data.image_shape' must be of three numbers above 0": min(data.image_shape) > 0,
+        f"'data.image_shape' {data.image_shape} must be multiples of 'model.patch_size' ({model.patch_size}) in height "
+        "and width": not is_vision or not any(size % model.patch_size for size in data.image_shape[:2]),
+        f"'model.position' is {model.position}, but 'model.kind' {model.kind} needs "
+        f"{'sincos' if is_vision else 'another'}": is_vision == (model.position == "sincos"),
         "'loss.temperature' must be greater than 0": config.loss.temperature > 0,
         "'train.patience' counts evaluations, but no 'eval.every_*' is set": (
             not train.patience or config.eval.every != NEVER

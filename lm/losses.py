@@ -285,3 +285,86 @@ def _split(chunk_len: int, *arrays_BxL: Array) -> tuple[Array, ...]:
 def _column(x: Array) -> Array:
     """Index along the last axis, in the shape of `x`."""
     return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+
+
+# Images, and contrasts between rows -----------------------------------------------------------------------------------
+
+
+def patch_mse(
+    prediction_BxTxC: Array, patches_BxTxC: Array, masked_BxM: Array, weights_B: Array, *, eps: float = 1e-6
+) -> LossTerms:
+    """Mean squared error of the hidden patches alone, each target patch brought to mean 0 and variance 1 (MAE,
+    He et al. 2021, section 4: "reconstruction target").
+
+    sum = sum_b w_b * sum_m mean_c (prediction - (patch - mean_c patch) / sqrt(var_c patch + eps))^2.
+
+    Args:
+      prediction_BxTxC: what the model makes of all T patches, any float dtype.
+      patches_BxTxC: the image's patches, C numbers each; no gradient flows to them.
+      masked_BxM: int32 indices of the hidden patches.
+      weights_B: 0 = a row that does not count.
+      eps: keeps a patch of one colour at 0.
+
+    Returns:
+      LossTerms; its weight is that of the rows times M.
+    """
+    weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
+    target_BxMxC = jnp.take_along_axis(patches_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
+    target_BxMxC -= target_BxMxC.mean(axis=-1, keepdims=True)
+    target_BxMxC *= lax.rsqrt(jnp.square(target_BxMxC).mean(axis=-1, keepdims=True) + eps)
+    error_BxMxC = jnp.take_along_axis(prediction_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
+    error_BxMxC -= lax.stop_gradient(target_BxMxC)
+    # 0 * NaN would be NaN.
+    error_BxMxC = jnp.where((weights_B != 0)[:, None, None], error_BxMxC, 0)
+    error_B = jnp.square(error_BxMxC).mean(axis=-1).sum(axis=-1)
+    return LossTerms((weights_B * error_B).sum(), weights_B.sum() * masked_BxM.shape[1], {})
+
+
+def contrastive(z_BxnxP: Array, weights_B: Array, *, temperature: float, symmetric: bool) -> LossTerms:
+    """Cross-entropy of finding a row's other view among the views of all rows, by their cosines / temperature.
+
+    With `symmetric`, each of views 0 and 1 looks for the other among all views but itself: NT-Xent (SimCLR, Chen et al.
+    2020, equation 1). Else view 0 looks for view 1 among all rows' views 1 and above: InfoNCE with negatives from the
+    batch (SimCSE, Gao et al. 2021, equation 1) and, where n = 3, a hard negative a row (equation 5).
+
+    Example, two rows, views named by row and view, who looks (left) for whom (first) among whom:
+
+        symmetric, n = 2       a0: a1 | b0 b1    a1: a0 | b0 b1    b0: b1 | a0 a1    b1: b0 | a0 a1
+        not symmetric, n = 3   a0: a1 | a2 b1 b2                   b0: b1 | b2 a1 a2
+
+    Args:
+      z_BxnxP: n >= 2 views of each row, not normalised, any float dtype. Where the weight is 0 they may be NaN.
+      weights_B: 0 = a row that neither looks nor is looked at. A row's views share its weight.
+      temperature: above 0.
+      symmetric: see above.
+
+    Returns:
+      LossTerms over the global batch; metric 'accuracy' of the largest cosine (ties count as correct).
+
+    Raises:
+      ValueError: there is no second view.
+    """
+    if z_BxnxP.shape[1] < 2:
+        raise ValueError(f"z is {z_BxnxP.shape}, expected two views of each row or more")
+    weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
+    is_row_B = weights_B != 0
+    z_BxnxP = jnp.where(is_row_B[:, None, None], z_BxnxP.astype(jnp.float32), 0)
+    z_BxnxP *= lax.rsqrt(jnp.maximum(jnp.square(z_BxnxP).sum(axis=-1, keepdims=True), 1e-12))
+    anchors, candidates = (slice(0, 2), slice(0, None)) if symmetric else (slice(0, 1), slice(1, None))
+    # Each device keeps its rows as anchors and gathers everyone's as candidates.
+    anchors_BxaxP = sharding.constrain(z_BxnxP[:, anchors], "batch", None, None)
+    candidates_BxcxP = sharding.constrain(z_BxnxP[:, candidates], None, None, None)
+    scores_BxaxBxc = jnp.einsum("iap,jcp->iajc", anchors_BxaxP, candidates_BxcxP, precision="float32") / temperature
+    scores_BxaxBxc = sharding.constrain(scores_BxaxBxc, "batch", None, None, None)
+
+    row_i, view_a, row_j, view_c = (lax.broadcasted_iota(jnp.int32, scores_BxaxBxc.shape, d) for d in range(4))
+    view_c += candidates.start
+    is_same = (row_i == row_j) & (view_a == view_c)
+    is_positive = (row_i == row_j) & (view_a + view_c == 1)
+    scores_BxaxBxc = jnp.where(is_same | ~is_row_B[None, None, :, None], MASKED_LOGIT, scores_BxaxBxc)
+    positive_Bxa = jnp.where(is_positive, scores_BxaxBxc, 0).sum(axis=(2, 3))
+    loss_B = (jax.nn.logsumexp(scores_BxaxBxc, axis=(2, 3)) - positive_Bxa).mean(axis=1)
+    correct_B = (positive_Bxa >= scores_BxaxBxc.max(axis=(2, 3))).mean(axis=1)
+    # Where a row does not count its scores are all masked, and finite.
+    weight = weights_B.sum()
+    return LossTerms((weights_B * loss_B).sum(), weight, {"accuracy": ((weights_B * correct_B).sum(), weight)})

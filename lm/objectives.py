@@ -16,6 +16,7 @@ from lm.config import Config
 from lm.data import span_qa as data_span_qa
 from lm.data import tagging as data_tagging
 from lm.data.tokenizer import Tokenizer
+from lm.models import vision
 from lm.types import Batch, Head, LossTerms, ModelOutput, Params
 
 Apply = Callable[..., ModelOutput]
@@ -111,12 +112,20 @@ def classification(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
 
 
 def two_views(batch: Batch) -> Batch:
-    """Every row twice, side by side, with example indices of their own: other dropout. [a, b] -> [a, a, b, b]."""
-    doubled = {key: jnp.repeat(x, 2, axis=0) for key, x in batch.items()}
-    index_B = doubled["example_index"]
-    # Bit 30 tells the views apart; indices of more than 2^30 examples may then share dropout, which does no harm.
-    second_B = jnp.arange(index_B.shape[0], dtype=jnp.int32) % 2
-    return doubled | {"example_index": index_B ^ (second_B << 30)}
+    """Every row twice, side by side, under dropout of their own. [a, b] -> [a, a, b, b]."""
+    return views_as_rows({key: jnp.stack([x, x], axis=1) if x.ndim > 1 else x for key, x in batch.items()}, 2)
+
+
+def views_as_rows(batch: Batch, views: int) -> Batch:
+    """Arrays [B, views, ...] as [B * views, ...], a row's views side by side; what it has once, [B], each view gets.
+
+    Example indices are told apart, so that each view has dropout of its own.
+    """
+    rows = {key: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else jnp.repeat(x, views) for key, x in batch.items()}
+    index_B = rows["example_index"]
+    # Bits 29 and 30 do that; indices of more than 2^29 examples may then share dropout, which does no harm.
+    view_B = jnp.arange(index_B.shape[0], dtype=jnp.int32) % views
+    return rows | {"example_index": index_B ^ (view_B << 29)}
 
 
 def regression(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
@@ -162,6 +171,40 @@ def span_qa(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
     return loss_fn
 
 
+def mae(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """The pixels of hidden patches from the visible ones (He et al. 2021)."""
+    del tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        prediction_BxTxC = apply(params, batch, rng=rng).head
+        patches_BxTxC = vision.patchify(vision.normalise(batch["images"]), cfg.model.patch_size)
+        return losses.patch_mse(prediction_BxTxC, patches_BxTxC, batch["masked_patches"], batch["row_weights"])
+
+    return loss_fn
+
+
+def contrastive(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """Views of the same row alike, those of other rows not: SimCLR for images, SimCSE for text.
+
+    A text alone, [B, 1, L], is seen under two dropout masks; while evaluating there is none, so that its views are the
+    same and only `uniformity` tells something.
+    """
+    del tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        weights_B, is_image = batch["row_weights"], "images" in batch
+        views = batch["images" if is_image else "tokens"].shape[1]
+        if views == 1:
+            batch = {key: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x for key, x in batch.items()}
+            views = 2
+        z_RxP = apply(params, views_as_rows(batch, views), rng=rng).head
+        z_BxnxP = z_RxP.reshape(-1, views, z_RxP.shape[-1])
+        terms = losses.contrastive(z_BxnxP, weights_B, temperature=cfg.loss.temperature, symmetric=is_image)
+        return terms._replace(outputs={"first": z_BxnxP[:, 0], "second": z_BxnxP[:, 1]})
+
+    return loss_fn
+
+
 def _score_classes(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
     del meta
     return scores.classification(outputs["label"], outputs["prediction"], len(cfg.data.labels))
@@ -170,6 +213,11 @@ def _score_classes(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, 
 def _score_numbers(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
     del meta, cfg
     return scores.regression(outputs["label"], outputs["prediction"])
+
+
+def _score_views(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    del meta, cfg
+    return scores.views(outputs["first"], outputs["second"])
 
 
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
@@ -184,6 +232,16 @@ OBJECTIVES: dict[str, Objective] = {
         head=lambda cfg: Head("pooled", len(cfg.data.labels)),
         score=_score_classes,
         scores=("f1", "matthews"),
+    ),
+    "mae": Objective(mae, ("mae",), ("masked_images",)),
+    "contrastive": Objective(
+        contrastive,
+        (*TEXT_MODELS, "vit"),
+        ("sentence_pairs", "image_pairs"),
+        head=lambda cfg: Head("projection", cfg.model.projection_dim),
+        score=_score_views,
+        scores=("alignment", "uniformity"),
+        couples_rows=True,
     ),
     "regression": Objective(
         regression,

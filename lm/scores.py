@@ -113,3 +113,32 @@ def _library(name: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise ConfigError(f"this score needs the package {package} ({error}): pip install 'lm[scores]'") from None
+
+
+def views(first_RxP: np.ndarray, second_RxP: np.ndarray) -> dict[str, float]:
+    """How near the two views of a row are, and how evenly all rows fill the sphere (Wang and Isola 2020, section 4.1).
+
+    Args:
+      first_RxP, second_RxP: a vector for each view; only its direction counts.
+
+    Returns:
+      'alignment': mean squared distance of a row's views; 'uniformity': logarithm of the mean of exp(-2 distance^2)
+      over all pairs of rows, of their first views; 0 where there is one row. Less is better of both.
+    """
+    first_RxP, second_RxP = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6) for x in (first_RxP, second_RxP)
+    )
+    rows, total = len(first_RxP), -float(_nearness(np.square(first_RxP).sum(axis=1)).sum(dtype=np.float64))
+    for start in range(0, rows, 1024):  # so that not all pairs are held at once
+        cosine = first_RxP[start : start + 1024] @ first_RxP.T
+        total += float(_nearness(cosine).sum(dtype=np.float64))
+    pairs = rows * (rows - 1)
+    return {
+        "alignment": float(np.square(first_RxP - second_RxP).sum(axis=1).mean()),
+        "uniformity": float(np.log(total / pairs)) if pairs else 0.0,
+    }
+
+
+def _nearness(cosine: np.ndarray) -> np.ndarray:
+    """exp(-2 distance^2) of two vectors of length 1."""
+    return np.exp(4 * (cosine - 1))

@@ -99,6 +99,10 @@ class Head(NamedTuple):
     keeps_unembed: bool = False
 
 
+def _no_cache(rows: int, length: int) -> Any:
+    raise NotImplementedError("this model does not generate: it has no cache")
+
+
 class ModelFns(NamedTuple):
     """A model as three pure functions; nobody outside `lm/models` sees how it is made.
 
@@ -106,11 +110,11 @@ class ModelFns(NamedTuple):
       init: key -> params.
       apply: (params, batch, *, rng=None, cache=None) -> ModelOutput. `rng` turns dropout on.
       logical_axes: () -> tree like params; each leaf a tuple with one logical axis name (or None) a dimension.
-      init_cache: (rows, length) -> an empty key/value cache for `apply`. Its leaves, and those of what `apply` makes of
-        it, are [N, B, ...], [B, S] or [].
+      init_cache: (rows, length) -> an empty key/value cache for `apply`, in models that generate. Its leaves, and those
+        of what `apply` makes of it, are [N, B, ...], [B, S] or [].
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., ModelOutput]
     logical_axes: Callable[[], Any]
-    init_cache: Callable[[int, int], Any]
+    init_cache: Callable[[int, int], Any] = _no_cache

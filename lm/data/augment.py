@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import Config
+from lm.data import images
 from lm.data.examples import Row
 
 Augmentation = Callable[[Row, np.random.Generator, float, Any, Config], Row]
@@ -56,4 +57,4 @@ def _keep(row: Row, kept: np.ndarray) -> Row:
     return out
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"delete": delete, "swap": swap, "cutoff": cutoff}
+AUGMENTATIONS: dict[str, Augmentation] = images.AUGMENTATIONS | {"delete": delete, "swap": swap, "cutoff": cutoff}

@@ -237,7 +237,7 @@ def _part(
 def _finish(task: Task, is_train: bool, cfg: Config, tokenizer: Tokenizer | None) -> Finish | None:
     """What is done to a row each time it is used: augmentation while training, then the task's corruption."""
     steps: list[Finish] = []
-    if is_train:
+    if is_train and not task.augments:
         steps += [functools.partial(_augment, name, strength, cfg, tokenizer) for name, strength in cfg.data.augment]
     if task.corrupt is not None:
         corrupt = task.corrupt

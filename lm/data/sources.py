@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from lm.config import DataConfig
-from lm.data import builtin, tables
+from lm.data import builtin, image_files, tables
 from lm.data.records import DataError, Fault, Record, read_jsonl, read_text
 from lm.schema import ConfigError
 
@@ -24,6 +25,7 @@ SUFFIXES = {
     "conll": (".conll", ".conllu", ".iob", ".tsv"),
     "squad": (".json",),
     "parallel": ("",),
+    "images": image_files.SUFFIXES,
 }
 _ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a parallel corpus: {en,de}
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
@@ -102,6 +104,12 @@ def _parallel(cfg: DataConfig) -> Split:
     return _from_files(cfg, lambda pair: tables.read_parallel(*pair), _file_pairs)
 
 
+def _images(cfg: DataConfig) -> Split:
+    if cfg.image_shape[2] not in (1, 3):
+        raise ConfigError(f"'data.image_shape' is {cfg.image_shape}; expected 1 channel (grey) or 3 (RGB)")
+    return _from_files(cfg, lambda path: image_files.read_images(path, cfg.image_shape))
+
+
 FORMATS: dict[str, Callable[[DataConfig], Split]] = {
     "builtin_text": _builtin_text,
     "builtin_instructions": _builtin_instructions,
@@ -111,6 +119,7 @@ FORMATS: dict[str, Callable[[DataConfig], Split]] = {
     "conll": _renamed(tables.read_conll),
     "squad": _squad,
     "parallel": _parallel,
+    "images": _images,
 }
 _UNREAD = {
     "builtin_text": ("path", "eval_path", "separator", "rename"),
@@ -121,6 +130,7 @@ _UNREAD = {
     "conll": ("separator",),
     "squad": ("separator", "rename"),
     "parallel": ("separator", "rename"),
+    "images": ("separator", "rename"),
 }
 
 
@@ -280,7 +290,11 @@ def _smallest(records: list[Record], count: int) -> list[Record]:
 
 def _content(record: Record) -> bytes:
     """The record as bytes, without where it came from."""
-    return json.dumps({k: v for k, v in record.items() if k != "source"}, sort_keys=True).encode()
+    return json.dumps({k: v for k, v in record.items() if k != "source"}, sort_keys=True, default=_array).encode()
+
+
+def _array(value: np.ndarray) -> list[str]:
+    return [str(value.dtype), str(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
 
 
 def _digest(record: Record) -> bytes:

@@ -1,7 +1,7 @@
 """Every task by its name in `data.task`: how records become the rows that an objective reads."""
 
 from lm.config import Config
-from lm.data import corrupt, examples, labelled, span_qa, tagging
+from lm.data import corrupt, examples, images, labelled, span_qa, tagging
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -20,4 +20,7 @@ TASKS: dict[str, Task] = {
     "tagging": tagging.TAGGING,
     "entities": tagging.ENTITIES,
     "span_qa": span_qa.SPAN_QA,
+    "images": images.LABELLED_IMAGES,
+    "masked_images": images.MASKED_IMAGES,
+    "image_pairs": images.IMAGE_PAIRS,
 }

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.config import Config
-from lm.models import encoder_decoder, transformer
+from lm.models import encoder_decoder, transformer, vision
 from lm.types import Head, ModelFns
 
 
@@ -23,4 +23,6 @@ MODELS: dict[str, Callable[[Config, Head | None, Any], ModelFns]] = {
     "prefix_decoder": _text,
     "encoder": _text,
     "encoder_decoder": _encoder_decoder,
+    "vit": vision.vit,
+    "mae": vision.mae,
 }

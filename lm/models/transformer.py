@@ -7,6 +7,7 @@ Shape letters: see `lm.types`. The blocks are those of `lm.models.blocks`, under
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -63,18 +64,17 @@ def text_model(
       adapter: what is added to the blocks.
     """
     module = TextModel(cfg, dtype, head, adapter)
-
     tokens = np.zeros((1, 1), np.int32)
     return functions(module, {"tokens": tokens, "positions": tokens, "segment_ids": tokens}, cfg)
 
 
-def functions(module: Any, batch: dict[str, np.ndarray], cfg: ModelConfig) -> ModelFns:
-    """The functions of a module with `cfg.num_layers` layers to cache.
+def functions(module: Any, batch: Mapping[str, Any], cached: ModelConfig | None = None) -> ModelFns:
+    """A module as pure functions.
 
     Args:
       module: called with (batch, keys_B, cache), it gives a `ModelOutput`; has a `dtype`.
-      batch: the smallest one, to initialise from.
-      cfg: of the layers that are cached.
+      batch: the smallest one, to initialise from; its sizes decide those of the parameters.
+      cached: of the layers to cache; None = the model does not generate.
     """
 
     def boxed_init(key: jax.Array) -> Any:
@@ -91,8 +91,8 @@ def functions(module: Any, batch: dict[str, np.ndarray], cfg: ModelConfig) -> Mo
         specs = nn.get_partition_spec(jax.eval_shape(boxed_init, jax.eval_shape(lambda: jax.random.key(0))))
         return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.P))
 
-    cache = functools.partial(init_cache, cfg, module.dtype)
-    return ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes, cache)
+    fns = ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes)
+    return fns._replace(init_cache=functools.partial(init_cache, cached, module.dtype)) if cached else fns
 
 
 def init_cache(cfg: ModelConfig, dtype: Any, rows: int, length: int) -> Any:

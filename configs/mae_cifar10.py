@@ -1,0 +1,49 @@
+"""Pre-train a small Vision Transformer on CIFAR-10's pixels alone, as a masked autoencoder (He et al. 2021).
+
+    python -m lm.main --config=configs/mae_cifar10.py --workdir=runs/mae_cifar10
+    python tools/show_reconstructions.py runs/mae_cifar10 reconstructions.png
+
+NOTE_MAE
+Reads ../shared/data/cifar10/*.tar (LM_SHARED_DATA names another place): 5,000 images, and 1,000 to evaluate on.
+`configs/cifar10_probe.py` and `configs/cifar10_finetune.py` go on from here.
+"""
+
+from typing import Any
+
+from configs import common
+from lm import config
+
+
+def get_config(arg: str | None = None) -> Any:
+    """Pre-training on pixels; `arg` is not used."""
+    del arg
+    c = config.defaults()
+    c.objective = "mae"
+    c.data.format = "images"
+    c.data.task = "masked_images"
+    c.data.path = common.shared_data("cifar10/cifar10_jpg_train_500perclass.tar")
+    c.data.eval_path = common.shared_data("cifar10/cifar10_jpg_test_100perclass.tar")
+    c.data.image_shape = (32, 32, 3)
+    c.data.seq_len = 65  # (32 / 4)^2 patches and [CLS]: what speeds are counted in
+    c.data.packing = "pad"
+    c.data.augment = (("crop", 0.6), ("flip", 0.5))
+    c.data.batch_size = 128
+    c.corrupt.rate = 0.75  # 16 patches are seen, 48 are not
+
+    c.model.kind = "mae"
+    c.model.patch_size = 4
+    c.model.position = "sincos"
+    c.model.num_layers = 4
+    c.model.embed_dim = 96
+    c.model.num_heads = 4
+    c.model.decoder_layers = 1
+    c.model.decoder_dim = 64
+    c.model.unroll = 0  # all layers: faster on CPU
+
+    c.optim.learning_rate = 1e-3
+    c.optim.weight_decay = 0.05
+    c.optim.warmup_steps = 40
+    c.train.total_steps = 800
+    c.eval.every_steps = 200
+    c.checkpoint.every_steps = 200
+    return c

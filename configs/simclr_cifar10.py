@@ -1,0 +1,32 @@
+"""Pre-train a small Vision Transformer on CIFAR-10 without labels, by telling views of images apart (Chen et al. 2020).
+
+    python -m lm.main --config=configs/simclr_cifar10.py --workdir=runs/simclr_cifar10
+
+NOTE_SIMCLR
+Data as in `configs/mae_cifar10.py`; `configs/cifar10_probe.py` and `configs/cifar10_finetune.py` go on from here.
+"""
+
+from typing import Any
+
+from configs import mae_cifar10
+
+
+def get_config(arg: str | None = None) -> Any:
+    """Pre-training on pairs of views; `arg` is not used."""
+    del arg
+    c = mae_cifar10.get_config()
+    c.objective = "contrastive"
+    c.data.task = "image_pairs"
+    c.data.augment = (("crop", 0.8), ("flip", 0.5), ("color", 0.4))  # a view keeps at least a fifth of the area
+    c.loss.temperature = 0.2
+
+    c.model.kind = "vit"
+    c.model.decoder_layers = c.model.decoder_dim = 0  # there is none
+    c.model.pool = "mean"
+    c.model.projection_dim = 64
+
+    c.optim.warmup_steps = 20
+    c.train.total_steps = 250
+    c.eval.every_steps = 125
+    c.checkpoint.every_steps = 125
+    return c

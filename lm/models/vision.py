@@ -1,0 +1,213 @@
+"""Models of images: the Vision Transformer (Dosovitskiy et al. 2020) and the masked autoencoder (He et al. 2021).
+
+Both are the text encoder's blocks over patches. They share the parameters 'embed/...' and 'encoder/...', so that a ViT
+takes these from an autoencoder as they are and leaves 'decoder/...', 'decoder_embed/...', 'mask_token' and 'pixels/...'
+behind. Positions are fixed sines and cosines in two dimensions, as in He et al. 2021: they tell what is beside what
+from the first step, which little data would not teach, and fit any size of image.
+
+Shape letters: see `lm.types`; here T = patches of an image, M = those of them that are seen, C = channels or, of a
+patch, its numbers. L = 1 + M, with [CLS] before the patches.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.config import AdapterConfig, Config, ModelConfig
+from lm.models import layers, transformer
+from lm.models.attention import Mask
+from lm.models.blocks import Stack
+from lm.models.heads import HeadLayer
+from lm.schema import ConfigError
+from lm.types import Batch, Head, ModelFns, ModelOutput
+
+
+def vit(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
+    """The Vision Transformer as pure functions. Reads `images`, uint8 [B, *data.image_shape].
+
+    `ModelOutput.hidden_BxLxD` is [B, 1 + T, D].
+    """
+    images = jnp.zeros((1, *cfg.data.image_shape), jnp.uint8)
+    return transformer.functions(Vit(cfg.model, dtype, head, cfg.adapter), {"images": images})
+
+
+def mae(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
+    """The masked autoencoder as pure functions. Reads `images` as `vit` does, `visible_patches` and `masked_patches`.
+
+    `ModelOutput.head` is the prediction of every patch, float32 [B, T, C]; `hidden_BxLxD` is the encoder's, [B, 1 + M,
+    D]. It takes no other head.
+    """
+    if head is not None:
+        raise ConfigError(f"'model.kind' mae predicts pixels and has no {head.kind} head; use vit")
+    height, width, _ = cfg.data.image_shape
+    patches = jnp.arange(height * width // cfg.model.patch_size**2, dtype=jnp.int32)[None]
+    images = jnp.zeros((1, *cfg.data.image_shape), jnp.uint8)
+    batch = {"images": images, "visible_patches": patches[:, :1], "masked_patches": patches[:, 1:]}
+    return transformer.functions(Mae(cfg.model, dtype, cfg.adapter), batch)
+
+
+def normalise(images: Any) -> Any:
+    """Pixels 0 to 255 -> float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+def patchify(images_BxHxWxC: Any, size: int) -> Any:
+    """Images -> patches [B, T, size * size * C], row by row; pixels of a patch row by row, a pixel's channels together.
+
+    Example, size 2: the image [[1, 2, 3, 4], [5, 6, 7, 8]] of one channel -> [[1, 2, 5, 6], [3, 4, 7, 8]].
+
+    Raises:
+      ValueError: `size` does not divide height and width.
+    """
+    B, H, W, C = images_BxHxWxC.shape
+    if H % size or W % size:
+        raise ValueError(f"images of {H} x {W} pixels cannot be cut in squares of {size}")
+    grid = images_BxHxWxC.reshape(B, H // size, size, W // size, size, C)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, size * size * C)
+
+
+def unpatchify(patches_BxTxC: Any, shape: tuple[int, int, int], size: int) -> Any:
+    """The inverse of `patchify`: images [B, *shape] of patches."""
+    H, W, C = shape
+    grid = patches_BxTxC.reshape(-1, H // size, W // size, size, size, C)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, H, W, C)
+
+
+def positions(rows: int, columns: int, width: int) -> np.ndarray:
+    """float32 [rows * columns, width]: the first half sines and cosines of a patch's row, the second of its column.
+
+    Frequencies fall from 1 to 1/10,000 as in Vaswani et al. 2017.
+
+    Raises:
+      ConfigError: the width is no multiple of 4.
+    """
+    if width % 4:
+        raise ConfigError(f"'model.embed_dim' and 'model.decoder_dim' must be multiples of 4 for images, got {width}")
+    frequency_Q = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    place_2xT = np.indices((rows, columns)).reshape(2, -1)
+    angle_2xTxQ = place_2xT[:, :, None] * frequency_Q[None, None, :]
+    return np.concatenate([f(angle_Q) for angle_Q in angle_2xTxQ for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+class Vit(nn.Module):
+    """Patches, stacked blocks, final norm, and a task's head."""
+
+    cfg: ModelConfig
+    dtype: Any
+    head: Head | None
+    adapter: AdapterConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch, keys_B: jax.Array | None, cache: Any) -> ModelOutput:
+        del cache  # only text is generated
+        images_BxHxWxC = batch["images"]
+        hidden_BxLxD = _encode(self, images_BxHxWxC, None, keys_B)
+        out = None
+        if self.head is not None:
+            layer = HeadLayer(self.cfg, self.head, name="head")
+            out = layer(hidden_BxLxD, _ones(hidden_BxLxD), layers.fold(keys_B, self.cfg.num_layers + 1))
+        return ModelOutput(hidden_BxLxD, None, head=out)
+
+
+class Mae(nn.Module):
+    """The encoder over the visible patches; a narrower decoder over all, hidden ones as a learned token."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch, keys_B: jax.Array | None, cache: Any) -> ModelOutput:
+        del cache
+        cfg, images_BxHxWxC = self.cfg, batch["images"]
+        visible_BxM, masked_BxN = batch["visible_patches"], batch["masked_patches"]
+        hidden_BxLxD = _encode(self, images_BxHxWxC, visible_BxM, keys_B)
+
+        small = decoder_config(cfg)
+        embed = layers.Dense(small.embed_dim, ("embed", "decoder_embed"), True, self.dtype, name="decoder_embed")
+        x_BxLxE = embed(hidden_BxLxD)
+        token_E = layers.weight(
+            self, "mask_token", nn.initializers.normal(0.02), (small.embed_dim,), ("decoder_embed",)
+        )
+        hidden_shape = (*masked_BxN.shape, small.embed_dim)
+        hidden_BxNxE = jnp.broadcast_to(token_E[None, None].astype(self.dtype), hidden_shape)
+        # Visible then hidden ones, put back in the order of the image.
+        order_BxT = jnp.argsort(jnp.concatenate([visible_BxM, masked_BxN], axis=1), axis=1)
+        shuffled_BxTxE = jnp.concatenate([x_BxLxE[:, 1:], hidden_BxNxE], axis=1)
+        x_BxTxE = jnp.take_along_axis(shuffled_BxTxE, order_BxT[..., None], axis=1)
+        H, W, C = images_BxHxWxC.shape[1:]
+        table_TxE = positions(H // cfg.patch_size, W // cfg.patch_size, small.embed_dim)
+        x_BxTxE += jnp.asarray(table_TxE, self.dtype)[None]
+        x_BxLxE = jnp.concatenate([x_BxLxE[:, :1], x_BxTxE], axis=1)
+        decoder = Stack(small, self.dtype, name="decoder")
+        out_BxLxE = _stack(decoder, x_BxLxE, layers.fold(keys_B, cfg.num_layers + 1))
+        pixels = layers.Dense(cfg.patch_size**2 * C, ("decoder_embed", "pixels"), True, self.dtype, name="pixels")
+        return ModelOutput(hidden_BxLxD, None, head=pixels(out_BxLxE[:, 1:]).astype(jnp.float32))
+
+
+def decoder_config(cfg: ModelConfig) -> ModelConfig:
+    """The config of an autoencoder's decoder: as the encoder's, with its own depth and width.
+
+    Raises:
+      ConfigError: the heads do not divide its width.
+    """
+    width = cfg.decoder_dim or cfg.embed_dim
+    if width % cfg.num_heads:
+        raise ConfigError(f"'model.decoder_dim' ({width}) must be a multiple of 'model.num_heads' ({cfg.num_heads})")
+    return dataclasses.replace(
+        cfg,
+        num_layers=cfg.decoder_layers or cfg.num_layers,
+        embed_dim=width,
+        head_dim=width // cfg.num_heads,
+        mlp_dim=cfg.mlp_dim * width // cfg.embed_dim,
+    )
+
+
+class PatchEmbed(nn.Module):
+    """[CLS], then the linear projection of each visible patch plus its position: [B, 1 + M, D]."""
+
+    cfg: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images_BxHxWxC: jax.Array, visible_BxM: jax.Array | None) -> jax.Array:
+        cfg, size = self.cfg, self.cfg.patch_size
+        B, H, W, _ = images_BxHxWxC.shape
+        patches_BxMxC = patchify(normalise(images_BxHxWxC), size).astype(self.dtype)
+        place_BxMxD = jnp.asarray(positions(H // size, W // size, cfg.embed_dim), self.dtype)[None]
+        if visible_BxM is not None:
+            patches_BxMxC = jnp.take_along_axis(patches_BxMxC, visible_BxM[..., None], axis=1)
+            place_BxMxD = place_BxMxD[0, visible_BxM]
+        x_BxMxD = layers.Dense(cfg.embed_dim, ("patch", "embed"), True, self.dtype, name="patches")(patches_BxMxC)
+        x_BxMxD += jnp.broadcast_to(place_BxMxD, x_BxMxD.shape)
+        cls_D = layers.weight(self, "cls", nn.initializers.normal(0.02), (cfg.embed_dim,), ("embed",))
+        cls_D = sharding.gather(cls_D.astype(self.dtype), "embed")
+        return jnp.concatenate([jnp.broadcast_to(cls_D[None, None], (B, 1, cfg.embed_dim)), x_BxMxD], axis=1)
+
+
+def _encode(
+    module: Vit | Mae, images_BxHxWxC: jax.Array, visible_BxM: jax.Array | None, keys_B: jax.Array | None
+) -> jax.Array:
+    """The layers 'embed' and 'encoder' of the module, which calls it: [B, 1 + M, D]."""
+    cfg, dtype = module.cfg, module.dtype
+    x_BxLxD = PatchEmbed(cfg, dtype, name="embed")(images_BxHxWxC, visible_BxM)
+    x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, layers.fold(keys_B, cfg.num_layers))
+    return _stack(Stack(cfg, dtype, module.adapter, name="encoder"), x_BxLxD, keys_B)
+
+
+def _stack(stack: Stack, x_BxLxD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """The blocks, in which every position sees every other."""
+    x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
+    ones_BxL = _ones(x_BxLxD)
+    mask = Mask(ones_BxL, ones_BxL, 0, causal=False)
+    hidden_BxLxD, _ = stack(x_BxLxD, mask, ones_BxL, keys_B, None)
+    return hidden_BxLxD
+
+
+def _ones(x_BxLxD: jax.Array) -> jax.Array:
+    return jnp.ones(x_BxLxD.shape[:2], jnp.int32)
