@@ -46,7 +46,13 @@ def fit(cfg: Config) -> None:
         raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
     if (head := objective.head(cfg)) and head.size < 1:
         raise ConfigError(f"'data.labels' is empty, but 'objective' {cfg.objective} needs to know all labels")
-    if cfg.generate.prompts and (task.texts is None or head or cfg.model.kind == "encoder"):
+    gives_prefix = "is_prefix" in (task.batch or task.columns)(cfg)
+    if task.prompt and gives_prefix != (cfg.model.kind == "prefix_decoder"):
+        raise ConfigError(
+            f"'model.kind' {cfg.model.kind} does not fit 'data.task' {cfg.data.task}: prefix_decoder and prefix_text "
+            "go together"
+        )
+    if cfg.generate.prompts and (task.prompt is None or head or cfg.model.kind == "encoder"):
         raise ConfigError("'generate.prompts' is set, but this model does not generate text; set it to ()")
 
 

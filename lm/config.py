@@ -61,7 +61,9 @@ class DataConfig:
     batch_size: int = 16  # rows in a step, over all devices
     packing: Literal["pad", "best_fit", "concat"] = "best_fit"
     mask_documents: bool = True  # False: documents packed in one row see the ones before them
-    overlong: Literal["truncate", "drop"] = "truncate"  # chat only: cut the prompt from its left, or drop the example
+    overlong: Literal["truncate", "drop"] = (
+        "truncate"  # chat: cut the prompt from its left, translation: the end; or drop
+    )
     on_bad_record: Literal["error", "skip"] = "error"
     max_bad_records: int = 100  # on_bad_record=skip: more than this is an error all the same
     max_records: int = 0  # 0 = all of them
@@ -287,6 +289,7 @@ def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 # Ways to pack the examples of a task; those of any other task are padded, one to a row.
 TASK_PACKINGS = {
     "text": ("pad", "best_fit", "concat"),
+    "prefix_text": ("pad", "best_fit", "concat"),
     "masked_text": ("pad", "best_fit", "concat"),
     "span_corruption": ("pad", "concat"),
     "chat": ("pad", "best_fit"),

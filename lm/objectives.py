@@ -47,7 +47,8 @@ class Objective(NamedTuple):
 
 
 def clm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """Causal language modelling, and supervised fine-tuning on the tokens that `loss_weights` names: one function.
+    """Causal language modelling, supervised fine-tuning on the tokens that `loss_weights` names, and what a decoder
+    predicts that has an encoder or a prefix: one function.
 
     Metrics:
       nll: nats a token, without label smoothing and z-loss.
@@ -224,6 +225,7 @@ TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 
 OBJECTIVES: dict[str, Objective] = {
     "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text", "items")),
+    "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption")),
     "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_items")),
     "classification": Objective(
         classification,

@@ -208,6 +208,14 @@ def test_spans_are_of_every_length_and_place_alike():
     np.testing.assert_allclose(counts, 1 / 3, atol=0.03)
 
 
+def test_a_single_span_is_anywhere_alike():
+    cfg, rng = config("span_corruption", 16), np.random.default_rng(0)
+    row = packed([14], 14, 0)  # round(0.15 * 14) = 2 hidden tokens in one span
+    out = [corrupt.span_corruption(row, rng, TOKENIZER, cfg)["inputs"] for _ in range(1300)]
+    places = [inputs.tolist().index(TOKENIZER.sentinel_ids[0]) for inputs in out]
+    np.testing.assert_allclose(np.bincount(places, minlength=13) / len(places), 1 / 13, atol=0.03)
+
+
 def test_lengths_are_those_of_t5():
     cfg = config("span_corruption", 512, 114, extra_ids=101)
     assert corrupt.raw_len(cfg) == 568  # what random_spans_helper gives for 512 inputs, 15 %, spans of 3

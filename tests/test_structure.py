@@ -42,6 +42,7 @@ MODULES = (
     "lm.data.span_qa",
     "lm.data.corrupt",
     "lm.data.images",
+    "lm.data.seq2seq",
     "lm.data.augment",
     "lm.data.tasks",
     "lm.data.packing",

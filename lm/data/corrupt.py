@@ -166,9 +166,10 @@ def target_len(cfg: Config) -> int:
 def span_corruption(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
     """Hides spans of a row, each behind a sentinel; the decoder says what was there (T5, Raffel et al. 2020, 3.1.4).
 
-    Lengths of the spans, and of what stands between them, are random compositions, as in T5's
-    `random_spans_noise_mask`; a row begins with a token that is kept. It is taken as one sequence: documents packed in
-    it see each other. Worked, <0> <1> the sentinels:
+    Lengths of the spans, and of what is kept before, between and after them, are random compositions, as in T5's
+    `random_spans_noise_mask`. There a span always ends the row, so that of a row with one span the same tokens would be
+    hidden each time; here nothing need be kept before the first and after the last one. The row is taken as one
+    sequence: documents packed in it see each other. Worked, <0> <1> the sentinels:
 
         row      thank you for inviting me to your party last week
         inputs   thank you <0> me to your party <1> week EOS
@@ -189,10 +190,12 @@ def span_corruption(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Con
     sizes = span_sizes(len(tokens), cfg)
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    kept_lengths = _composition(len(tokens) - sizes.hidden, sizes.spans, rng)
+    kept_lengths = _composition(len(tokens) - sizes.hidden + 2, sizes.spans + 1, rng)
+    kept_lengths[0] -= 1
+    kept_lengths[-1] -= 1
     hidden_lengths = _composition(sizes.hidden, sizes.spans, rng)
     at = 0
-    for number, (kept, hidden) in enumerate(zip(kept_lengths, hidden_lengths, strict=True)):
+    for number, (kept, hidden) in enumerate(zip(kept_lengths, hidden_lengths, strict=False)):
         sentinel = tokenizer.sentinel_ids[number : number + 1]
         inputs += [tokens[at : at + kept], sentinel]
         targets += [sentinel, tokens[at + kept : at + kept + hidden]]

@@ -95,7 +95,7 @@ def text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     if not ids:
         counts["dropped_empty"] += 1
         return []
-    whole = _shifted([tokenizer.bos_id, *ids, tokenizer.eos_id], [True] * (len(ids) + 2))
+    whole = shifted([tokenizer.bos_id, *ids, tokenizer.eos_id], [True] * (len(ids) + 2))
     return _pieces(whole, cfg, counts)
 
 
@@ -149,7 +149,7 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
         counts["prompt_cut" if cut == excess else "answer_cut"] += 1
         keep = slice(1 + cut, 1 + cut + cfg.data.seq_len)
         ids, trained = ids[:1] + ids[keep], trained[:1] + trained[keep]
-    return [Example(_shifted(ids, trained))]
+    return [Example(shifted(ids, trained))]
 
 
 def prompt_ids(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[int]:
@@ -197,7 +197,8 @@ def _turn(message: Mapping[str, str], tokenizer: Tokenizer, source: str) -> list
     return [tokenizer.role_ids[message["role"]], *tokenizer.encode(message["content"]), tokenizer.end_of_turn_id]
 
 
-def _shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
+def shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
+    """Columns that predict each id from those before it; `trained` says of each id whether it is trained on."""
     return {
         "tokens": np.array(ids[:-1], np.int32),
         "targets": np.array(ids[1:], np.int32),

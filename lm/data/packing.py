@@ -47,7 +47,7 @@ def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tupl
     for row, meta in _rows(examples, columns, cfg):
         if not cfg.mask_documents:
             row["segment_ids"] = np.minimum(row["segment_ids"], 1)
-            row["positions"] = np.arange(cfg.seq_len) * row["segment_ids"]
+            row["positions"] = np.arange(len(row["segment_ids"])) * row["segment_ids"]
         rows.append(row)
         metas.append(meta)
         if len(rows) == _CHUNK:
@@ -65,7 +65,7 @@ def _rows(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> Ite
         yield from ((_padded(example.columns, columns), example.meta) for example in examples)
         return
     names = [name for name in columns if name not in ("segment_ids", "positions")]
-    for packed in _packers(examples, dict.fromkeys(names, cfg.seq_len), cfg):
+    for packed in _packers(examples, {name: columns[name][0][0] for name in names}, cfg):
         for row in packed:
             yield (
                 {name: row[name] for name in names}

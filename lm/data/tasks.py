@@ -1,7 +1,9 @@
 """Every task by its name in `data.task`: how records become the rows that an objective reads."""
 
+import numpy as np
+
 from lm.config import Config
-from lm.data import corrupt, examples, images, labelled, span_qa, tagging
+from lm.data import corrupt, examples, images, labelled, seq2seq, span_qa, tagging
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -9,9 +11,16 @@ def _whole_columns(cfg: Config) -> Columns:
     return sequence_columns(("tokens",), cfg.data.seq_len)
 
 
+def _prefix_columns(cfg: Config) -> Columns:
+    return shifted_columns(cfg) | {"is_prefix": ((cfg.data.seq_len,), np.int32)}
+
+
 TASKS: dict[str, Task] = {
     "text": examples.TEXT,
     "chat": examples.CHAT,
+    "prefix_text": examples.TEXT._replace(corrupt=corrupt.prefix, batch=_prefix_columns),
+    "span_corruption": seq2seq.SPAN_CORRUPTION,
+    "translation": seq2seq.TRANSLATION,
     "masked_text": Task(
         ("text",), examples.whole_text, _whole_columns, field_texts("text"), corrupt.mask_tokens, shifted_columns
     ),
