@@ -217,6 +217,12 @@ def _file_pairs(path: str, suffixes: tuple[str, ...]) -> list[tuple[epath.Path, 
     return list(zip(source, target, strict=True))
 
 
+def parallel_records(path: str) -> list[Record]:
+    """All pairs of a parallel corpus such as 'DIR/test.{en,de}.gz', in order. Raises DataError at the first fault."""
+    readings = [tables.read_parallel(*pair) for pair in _file_pairs(path, SUFFIXES["parallel"])]
+    return list(_good_records(readings, DataConfig(), []))
+
+
 def _files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
     endings = tuple(suffix + packed for suffix in suffixes for packed in ("", ".gz", ".zst"))
     found, others = [], 0

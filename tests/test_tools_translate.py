@@ -1,0 +1,87 @@
+"""Training an encoder-decoder on two files, and translating with it."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import sacrebleu
+
+from lm import build, generate, sharding, train
+from lm.config import MeshConfig
+from tests import toys
+
+ROOT = Path(__file__).resolve().parents[1]
+LEXICON = {"a": "ein", "dog": "Hund", "cat": "Kater", "and": "und", "sees": "sieht", "red": "roter", "big": "großer"}
+
+
+def write_side(path: Path, rows: int, words: dict[str, str], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lines = [" ".join(words[w] for w in rng.choice(list(words), int(rng.integers(2, 6)))) for _ in range(rows)]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Trained until it has begun to translate; beside it 'test.en' and 'test.de'."""
+    folder = tmp_path_factory.mktemp("translate")
+    for name, rows in (("train", 200), ("test", 5)):
+        write_side(folder / f"{name}.en", rows, {word: word for word in LEXICON}, rows)
+        write_side(folder / f"{name}.de", rows, LEXICON, rows)
+    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    cfg = toys.recipe(
+        folder / "train.{en,de}",
+        **{"data__format": "parallel", "data__task": "translation", "data__packing": "pad", "data__seq_len": 16},
+        **{"objective": "seq2seq", "model__kind": "encoder_decoder", "model__position": "relative"},
+        **{"model__embed_dim": 32, "model__dropout": 0.0, "optim__learning_rate": 1e-2, "optim__ema_decay": 0.0},
+        **{"train__total_steps": 100, "monitor__log_every_steps": 50, "eval__at_start": False},
+        **{"generate__prompts": ("a dog",), "generate__max_new_tokens": 12, "generate__temperature": 0.0},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda *_: one_device)
+        summary = train.train(cfg, folder / "run")
+    return folder, summary
+
+
+@pytest.fixture
+def translate(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("translate", ROOT / "tools" / "translate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["translate.py", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_one_beam_writes_what_greedy_generation_says_and_scores_it(run, translate):
+    folder, _ = run
+    out = translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--beams=1", "--batch_size=2")
+    cfg, model, params, words = build.load_run(str(folder / "run"))
+    sources = (folder / "test.en").read_text().splitlines()
+    prompts = [generate.encode_prompt(text, words, cfg) for text in sources]
+    made = generate.generate(model, params, prompts, jax.random.key(0), cfg, words)
+    written = (folder / "run" / "translations.txt").read_text(encoding="utf-8").splitlines()
+    assert written == [" ".join(words.decode(ids).split()) for ids in made]
+    bleu = sacrebleu.corpus_bleu(written, [(folder / "test.de").read_text(encoding="utf-8").splitlines()]).score
+    assert float(re.search(r"BLEU ([\d.]+)", out)[1]) == pytest.approx(bleu, abs=0.01)
+
+
+def test_it_has_learnt_to_translate(run, translate):
+    """Word by word, of a lexicon of seven; an untrained model scores nothing."""
+    folder, _ = run
+    out = translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--beams=3", "--limit=4", f"--out={folder}/out")
+    assert float(re.search(r"chrF ([\d.]+)", out)[1]) > 40
+    assert len((folder / "out").read_text().splitlines()) == 4
+
+
+def test_one_line_says_what_is_wrong(run, translate):
+    folder, _ = run
+    with pytest.raises(SystemExit, match=r"error: data path .*expected the two sides once in braces"):
+        translate(folder / "run", f"--path={folder}/test.en")

@@ -1,0 +1,78 @@
+"""Translate with a run, by beam search, and score against references.
+
+python tools/translate.py runs/multi30k --path='../shared/data/multi30k/test_2016_flickr.{en,de}.gz' [--beams=4]
+
+Prints BLEU and chrF (sacrebleu's defaults; pip install 'lm[scores]') and writes one translation a line.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Loads the run's newest (or best, or a given) checkpoint and translates the first side of `--path`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder; DIR@best or DIR@STEP for another checkpoint")
+    parser.add_argument("--path", required=True, help="source and reference files, line by line: 'DIR/test.{en,de}.gz'")
+    parser.add_argument("--beams", type=int, default=4, help="1 = greedy (default: 4)")
+    parser.add_argument("--alpha", type=float, default=0.6, help="length penalty of Wu et al. 2016 (default: 0.6)")
+    parser.add_argument("--limit", type=int, default=0, help="only this many lines (default: all)")
+    parser.add_argument("--batch_size", type=int, default=32, help="lines translated together (default: 32)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest translation (default: the run's)")
+    parser.add_argument("--out", help="where the translations go (default: translations.txt in the run's folder)")
+    args = parser.parse_args()
+    for key in ("beams", "batch_size"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key} must be at least 1")
+
+    from lm import schema
+    from lm.checkpoint import CheckpointError
+    from lm.data.records import DataError
+
+    try:
+        translate(args)
+    except (CheckpointError, DataError, schema.ConfigError) as error:
+        sys.exit(f"error: {error}")
+
+
+def translate(args: argparse.Namespace) -> None:
+    """Translates in batches of like length; sources that are longer than the run's rows are not cut."""
+    import dataclasses
+
+    from lm import beam, build, generate, scores
+    from lm.data import sources
+
+    scores.translation([], [])  # a missing library is told before the work is done
+    cfg, model, params, words = build.load_run(args.run)
+    if args.max_new_tokens:
+        cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, max_new_tokens=args.max_new_tokens))
+    pairs = sources.parallel_records(args.path)[: args.limit or None]
+    prompts = [generate.encode_prompt(pair["text"], words, cfg) for pair in pairs]
+    made = [""] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), args.batch_size):
+        rows = order[start : start + args.batch_size]
+        found = beam.search(
+            model,
+            params,
+            [prompts[i] for i in rows],
+            cfg,
+            words,
+            beams=args.beams,
+            alpha=args.alpha,
+            rows_multiple=args.batch_size,
+        )
+        for i, ids in zip(rows, found, strict=True):
+            made[i] = " ".join(words.decode(ids).split())
+        print(f"\r{start + len(rows)} of {len(pairs)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    out = Path(args.out) if args.out else Path(args.run.partition("@")[0]) / "translations.txt"
+    out.write_text("".join(f"{line}\n" for line in made), encoding="utf-8")
+    values = scores.translation(made, [pair["target"] for pair in pairs])
+    print(f"BLEU {values['bleu']:.2f}  chrF {values['chrf']:.2f}  {len(pairs)} lines, beams {args.beams}, {out}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()
