@@ -134,12 +134,12 @@ def test_span_qa(tmp_path):
 
 def test_padding_and_rows_that_fill_up_a_batch_count_nothing():
     """Their labels are 0, as is all that fills up; a model that is right elsewhere must have loss 0."""
-    labels = np.array([[-1, 2, -1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
+    labels = np.array([[-1, 2, -1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], np.int32)
     logits = 1e3 * np.eye(3, dtype=np.float32)[np.where(labels > 0, labels, 2)]
     batch = {
         "labels": labels,
-        "segment_ids": np.array([[1, 1, 1, 1, 0, 0], [0] * 6], np.int32),
-        "row_weights": np.array([1.0, 0.0], np.float32),
+        "segment_ids": np.array([[1, 1, 1, 1, 0, 0], [0] * 6, [1] * 6], np.int32),
+        "row_weights": np.array([1.0, 0.0, 0.0], np.float32),
     }
     cfg = Config(data=DataConfig(labels=("a", "b", "c")))
     apply = lambda params, batch, rng=None: ModelOutput(jnp.zeros(()), None, None, jnp.asarray(logits))  # noqa: E731
