@@ -188,7 +188,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     everywhere = sharding.replicated(mesh)
     eval_step = functools.partial(step.eval_step, loss_fn=loss_fn)
     batch = abstract_batch(cfg, mesh, checks.eval_batch_size(cfg))
-    checks.metric(cfg, eval_step, planned.abstract_params, batch, objective.scores)
+    checks.metric(cfg, eval_step, planned.abstract_params, batch, objective.scores(cfg))
     return Run(
         cfg=cfg,
         mesh=mesh,

@@ -42,6 +42,9 @@ def fit(cfg: Config) -> None:
             )
         if ("images" in columns) != (name in images.AUGMENTATIONS):
             raise ConfigError(f"'data.augment': {name} does not fit 'data.task' {cfg.data.task}: one is of images")
+        bound = [column for column, (shape, _) in columns.items() if shape and column not in augment.MOVED]
+        if name not in images.AUGMENTATIONS and bound:
+            raise ConfigError(f"'data.augment': {name} moves tokens, away from the '{bound[0]}' of {cfg.data.task}")
     if objective.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
     if (head := objective.head(cfg)) and head.size < 1:

@@ -33,7 +33,7 @@ class Objective(NamedTuple):
       tasks: values of `data.task` that fit.
       head: config -> the output layer it needs; None = the model predicts tokens.
       score: (outputs, meta of the rows, config) -> metrics of all held-out rows together.
-      scores: names of those metrics.
+      scores: config -> names of those metrics.
       couples_rows: the loss of a row depends on the others, so that a batch cannot be computed in parts.
     """
 
@@ -42,7 +42,7 @@ class Objective(NamedTuple):
     tasks: tuple[str, ...]
     head: Callable[[Config], Head | None] = lambda cfg: None
     score: Callable[[Outputs, list[Any], Config], dict[str, float]] | None = None
-    scores: tuple[str, ...] = ()
+    scores: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
     couples_rows: bool = False
 
 
@@ -233,7 +233,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("sentences", "images"),
         head=lambda cfg: Head("pooled", len(cfg.data.labels)),
         score=_score_classes,
-        scores=("f1", "matthews"),
+        scores=lambda cfg: ("f1", "matthews"),
     ),
     "mae": Objective(mae, ("mae",), ("masked_images",)),
     "contrastive": Objective(
@@ -242,7 +242,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("sentence_pairs", "image_pairs"),
         head=lambda cfg: Head("projection", cfg.model.projection_dim),
         score=_score_views,
-        scores=("alignment", "uniformity"),
+        scores=lambda cfg: ("alignment", "uniformity"),
         couples_rows=True,
     ),
     "regression": Objective(
@@ -251,7 +251,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("scored_sentences",),
         head=lambda cfg: Head("pooled", 1),
         score=_score_numbers,
-        scores=("pearson", "spearman"),
+        scores=lambda cfg: ("pearson", "spearman"),
     ),
     "tagging": Objective(
         tagging,
@@ -259,7 +259,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("tagging", "entities"),
         head=lambda cfg: Head("token", len(cfg.data.labels)),
         score=data_tagging.score,
-        scores=("token_accuracy", "entity_f1", "entity_precision", "entity_recall"),
+        scores=data_tagging.score_names,
     ),
     "span_qa": Objective(
         span_qa,
@@ -267,6 +267,6 @@ OBJECTIVES: dict[str, Objective] = {
         ("span_qa",),
         head=lambda cfg: Head("token", 2),
         score=data_span_qa.score,
-        scores=("exact_match", "f1"),
+        scores=lambda cfg: ("exact_match", "f1"),
     ),
 }

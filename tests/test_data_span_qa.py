@@ -119,6 +119,15 @@ def test_the_best_span_is_that_of_a_search_over_all():
         assert all(CONTEXT[answer.start : answer.end] == answer.text for answer in found)
 
 
+@pytest.mark.parametrize("surest", [0, 1])
+def test_a_span_that_two_windows_hold_has_the_better_score_of_the_two(surest):
+    made = [example for example in make(record(CONTEXT, "308"), 20) if example.columns["labels"].any()]
+    assert len(made) == 2
+    logits = gold_logits(made, 20) * np.float32([[[1 + (row == surest)]] for row in range(2)])
+    best, *_ = span_qa.best_answers(logits, [example.meta for example in made], 3)["file:q1"]
+    assert (best.text, best.score) == ("308", 40.0)
+
+
 def test_a_question_or_a_separator_is_no_answer():
     (made,) = make(record(CONTEXT, "308 points"), 128)
     logits = gold_logits([made], 128)

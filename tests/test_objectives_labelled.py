@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import build, objectives, train
+from lm import build, checks, config, objectives, train
 from lm.config import Config, DataConfig
 from lm.data import sources, span_qa, tagging
+from lm.schema import ConfigError
 from lm.types import ModelOutput
 from tests import toys
 
@@ -52,8 +53,7 @@ def run(tmp_path, data, objective, **changes):
         model__dropout=0.0,
         data__packing="pad",
         data__eval_fraction=0.3,
-        eval__every_steps=40,
-        checkpoint__every_steps=40,
+        eval__at_start=False,
         train__total_steps=40,
         train__micro_batches=2,
         optim__learning_rate=2e-2,
@@ -134,14 +134,34 @@ def test_span_qa(tmp_path):
 
 def test_padding_and_rows_that_fill_up_a_batch_count_nothing():
     """Their labels are 0, as is all that fills up; a model that is right elsewhere must have loss 0."""
-    labels = np.array([[-1, 2, -1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
+    labels = np.array([[-1, 2, -1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], np.int32)
     logits = 1e3 * np.eye(3, dtype=np.float32)[np.where(labels > 0, labels, 2)]
     batch = {
         "labels": labels,
-        "segment_ids": np.array([[1, 1, 1, 1, 0, 0], [0] * 6], np.int32),
-        "row_weights": np.array([1.0, 0.0], np.float32),
+        "segment_ids": np.array([[1, 1, 1, 1, 0, 0], [0] * 6, [1] * 6], np.int32),
+        "row_weights": np.array([1.0, 0.0, 0.0], np.float32),
     }
     cfg = Config(data=DataConfig(labels=("a", "b", "c")))
     apply = lambda params, batch, rng=None: ModelOutput(jnp.zeros(()), None, None, jnp.asarray(logits))  # noqa: E731
     terms = objectives.tagging(apply, cfg, None)({}, jax.tree.map(jnp.asarray, batch), None)
     assert (float(terms.sum), float(terms.weight)) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("task", ["tagging", "span_qa"])
+@pytest.mark.parametrize("name", ["delete", "swap", "cutoff"])
+def test_tokens_do_not_move_away_from_their_labels(task, name):
+    c = config.defaults()
+    c.data.format, c.data.path, c.train.total_steps, c.model.kind = "jsonl", "x", 1, "encoder"
+    c.objective, c.data.task, c.data.packing, c.data.labels = task, task, "pad", ("a", "b")
+    checks.fit(config.build(c))
+    c.data.augment = ((name, 0.1),)
+    with pytest.raises(ConfigError, match=f"'data.augment': {name} moves tokens, away from the 'labels' of {task}"):
+        checks.fit(config.build(c))
+    c.objective, c.data.task = "classification", "sentences"
+    checks.fit(config.build(c))
+
+
+def test_entities_are_scored_of_bio_tags_alone():
+    names = objectives.OBJECTIVES["tagging"].scores
+    assert names(Config(data=DataConfig(labels=("NOUN", "VERB")))) == ("token_accuracy",)
+    assert "entity_f1" in names(Config(data=DataConfig(labels=("O", "B-X", "I-X"))))

@@ -13,6 +13,9 @@ from lm.config import Config
 from lm.data import images
 from lm.data.examples import Row
 
+# Columns that move with the tokens. A task that stores another one for each position cannot be augmented.
+MOVED = ("tokens", "segment_ids", "type_ids", "positions")
+
 Augmentation = Callable[[Row, np.random.Generator, float, Any, Config], Row]
 
 
@@ -49,7 +52,7 @@ def cutoff(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, 
 def _keep(row: Row, kept: np.ndarray) -> Row:
     """The row with only those positions, moved together to the left; positions count anew."""
     out = dict(row)
-    for name in ("tokens", "segment_ids", "type_ids"):
+    for name in set(MOVED) - {"positions"}:
         if name in row:
             out[name] = np.zeros_like(row[name])
             out[name][: kept.sum()] = row[name][kept]

@@ -99,6 +99,12 @@ def _continues_nothing(before: str, tag: str) -> bool:
     return tag.startswith("I-") and before not in (tag, f"B-{tag[2:]}")
 
 
+def score_names(cfg: Config) -> tuple[str, ...]:
+    """What `score` gives: entities are those of BIO tags alone."""
+    entities = ("entity_f1", "entity_precision", "entity_recall")
+    return ("token_accuracy", *(entities if is_bio(cfg.data.labels) else ()))
+
+
 def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[str, float]:
     """'token_accuracy' over words and, where the labels are BIO tags, those of `scores.entities`.
 
