@@ -4,7 +4,7 @@
     python -m lm.main --config=configs/cifar10_finetune.py:simclr --workdir=runs/cifar10_finetune_simclr
     python -m lm.main --config=configs/cifar10_finetune.py:random --workdir=runs/cifar10_finetune_random
 
-NOTE_TUNE
+Two CPU cores, about 3 minutes each (10 passes over the images), estimated; not run in full.
 The argument is that of `configs/cifar10_probe.py`.
 """
 

@@ -34,7 +34,7 @@ def fit(cfg: Config) -> None:
             raise ConfigError(f"'objective' {cfg.objective} does not fit '{key}' {value}; use {', '.join(fitting)}")
     columns = task.columns(cfg)
     (task.batch or task.columns)(cfg)  # refuses what leaves nothing to predict
-    for name, _ in cfg.data.augment:
+    for name, strength in cfg.data.augment:
         if name not in augment.AUGMENTATIONS:
             hint = schema.nearest(name, augment.AUGMENTATIONS)
             raise ConfigError(
@@ -45,6 +45,8 @@ def fit(cfg: Config) -> None:
         bound = [column for column, (shape, _) in columns.items() if shape and column not in augment.MOVED]
         if name not in images.AUGMENTATIONS and bound:
             raise ConfigError(f"'data.augment': {name} moves tokens, away from the '{bound[0]}' of {cfg.data.task}")
+        if not 0 <= strength <= 1:
+            raise ConfigError(f"'data.augment': the strength of {name} must be in [0, 1], got {strength}")
     if objective.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
     if (head := objective.head(cfg)) and head.size < 1:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageEnhance
 
-from lm.config import DataConfig
-from lm.data import image_files, sources
+from lm import checks, config
+from lm.config import Config, DataConfig
+from lm.data import image_files, images, pipeline, sources
 from lm.data.records import DataError, Fault
 from lm.schema import ConfigError
 
@@ -56,7 +57,7 @@ def read(path: Path, shape: tuple[int, int, int] = SHAPE) -> list:
     return list(image_files.read_images(epath.Path(path), shape))
 
 
-def config(path: Path, **options) -> DataConfig:
+def data_config(path: Path, **options) -> DataConfig:
     return DataConfig(format="images", path=str(path), image_shape=SHAPE, eval_fraction=0.3, **options)
 
 
@@ -141,8 +142,8 @@ def test_a_bad_image_is_a_fault_of_its_own(tmp_path, content, kind, message):
     assert (fault.kind, fault.where) == (kind, f"{path}:dog/bad.png")
     assert len(others) == 6 and not any(isinstance(other, Fault) for other in others)
     with pytest.raises(DataError, match=rf"a.tar:dog/bad.png: {kind}: .*{message}"):
-        sources.load(config(path))
-    split = sources.load(config(path, on_bad_record="skip"))
+        sources.load(data_config(path))
+    split = sources.load(data_config(path, on_bad_record="skip"))
     assert len(split.train) + len(split.valid) == 6
 
 
@@ -191,14 +192,185 @@ def test_only_grey_and_rgb_can_be_asked_for(tmp_path):
 
 def test_fingerprint_and_split_follow_the_pixels(tmp_path):
     path = write(tmp_path / "a.tar", tarred(named()))
-    first = sources.load(config(path))
-    other_place = sources.load(config(write(tmp_path / "elsewhere" / "b.tar", tarred(named("train/")))))
+    first = sources.load(data_config(path))
+    other_place = sources.load(data_config(write(tmp_path / "elsewhere" / "b.tar", tarred(named("train/")))))
     assert other_place.fingerprint == first.fingerprint
     changed = PICTURES[0].copy()
     changed[3, 2, 1] ^= 1
-    one_bit = sources.load(config(write(tmp_path / "c.tar", tarred(named() | {"dog/0.png": encoded(changed)}))))
+    one_bit = sources.load(data_config(write(tmp_path / "c.tar", tarred(named() | {"dog/0.png": encoded(changed)}))))
     assert one_bit.fingerprint != first.fingerprint
     # The same pixels twice are never on both sides.
-    twice = sources.load(config(write(tmp_path / "d.tar", tarred(named() | named("again/")))))
+    twice = sources.load(data_config(write(tmp_path / "d.tar", tarred(named() | named("again/")))))
     held, kept = ({record["image"].tobytes() for record in part} for part in (twice.valid, twice.train))
     assert not held & kept
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def recipe(path: Path, **changes) -> Config:
+    c = config.defaults()
+    c.data.format, c.data.path, c.data.image_shape, c.data.eval_fraction = "images", str(path), SHAPE, 0.3
+    c.data.packing, c.data.labels = "pad", ("cat", "dog")
+    c.model.patch_size, c.model.position, c.corrupt.rate, c.train.total_steps = 2, "sincos", 0.75, 1
+    c.objective, c.data.task, c.model.kind = changes.pop("entries", ("classification", "images", "vit"))
+    for key, value in changes.items():
+        section, name = key.split("__")
+        c[section][name] = value
+    return config.build(c)
+
+
+MASKED = ("mae", "masked_images", "mae")
+PAIRS = ("contrastive", "image_pairs", "vit")
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    return write(tmp_path / "a.tar", tarred(named()))
+
+
+def batches(cfg: Config) -> list[dict]:
+    """The first training batch and the evaluation's, and the pixels that each row is of."""
+    split = sources.load(cfg.data)
+    data = pipeline.build(cfg, None, split)
+    train = next(pipeline.train_batches(data, batch_size=5, start_example=0, local_rows=np.arange(5), seed=0))
+    rows = pipeline.train_row_ids(len(data.train), 0, 0, 5)
+    valid = next(
+        pipeline.eval_batches(data.valid, batch_size=5, local_rows=np.arange(5), max_tokens=0, seq_len=cfg.data.seq_len)
+    )
+    own = [[split.train[i] for i in rows], split.valid]
+    return [batch | {"records": records} for batch, records in zip((train, valid), own, strict=True)]
+
+
+def test_labelled_images(packed):
+    train, valid = batches(recipe(packed, data__augment=(("flip", 1.0),)))
+    for batch, turned in ((train, True), (valid, False)):
+        assert (batch["images"].dtype, batch["labels"].dtype) == (np.uint8, np.int32)
+        for row, record in enumerate(batch["records"]):
+            pixels = record["image"][:, ::-1] if turned else record["image"]
+            np.testing.assert_array_equal(batch["images"][row], pixels)
+            assert ("cat", "dog")[batch["labels"][row]] == record["label"]
+    np.testing.assert_array_equal(valid["row_weights"], np.arange(5) < len(valid["records"]))
+    with pytest.raises(DataError, match=r"a.tar:dog/.*png: unknown label 'dog'; data.labels has cat, cow"):
+        batches(recipe(packed, data__labels=("cat", "cow")))
+
+
+def test_masked_images_have_each_patch_once(packed):
+    train, valid = batches(recipe(packed, entries=MASKED, data__labels=()))
+    for batch in (train, valid):
+        assert (batch["visible_patches"].shape, batch["masked_patches"].shape) == ((5, 3), (5, 9))
+        both = np.concatenate([batch["visible_patches"], batch["masked_patches"]], axis=1)
+        for row, record in enumerate(batch["records"]):
+            assert sorted(both[row]) == list(range(12))
+            np.testing.assert_array_equal(batch["images"][row], record["image"])
+    assert len({tuple(sorted(row)) for row in train["visible_patches"]}) > 2
+    again = batches(recipe(packed, entries=MASKED, data__labels=()))
+    np.testing.assert_array_equal(again[1]["masked_patches"], valid["masked_patches"])
+
+
+def test_every_patch_is_hidden_equally_often(packed):
+    cfg = recipe(packed, entries=MASKED)
+    rng = np.random.default_rng(0)
+    rows = [images.hide_patches({}, rng, None, cfg)["masked_patches"] for _ in range(2000)]
+    share = np.bincount(np.concatenate(rows), minlength=12) / 2000
+    np.testing.assert_allclose(share, 0.75, atol=0.05)  # 5 deviations
+
+
+def test_pairs_of_views_are_augmented_once_each_also_in_evaluation(packed):
+    for batch in batches(recipe(packed, entries=PAIRS, data__augment=(("flip", 1.0),))):
+        for row, record in enumerate(batch["records"]):
+            np.testing.assert_array_equal(batch["images"][row], [record["image"][:, ::-1]] * 2)
+    drawn = [("crop", 0.5), ("color", 0.5)]
+    first, again = (batches(recipe(packed, entries=PAIRS, data__augment=tuple(drawn))) for _ in range(2))
+    for batch, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(batch["images"], other["images"])
+        for row in range(len(batch["records"])):
+            assert not np.array_equal(batch["images"][row, 0], batch["images"][row, 1])
+
+
+def test_what_does_not_fit_is_refused(packed):
+    with pytest.raises(
+        ConfigError, match=r"'data.augment': no 'corp' \(did you mean 'crop'\?\); there are .*color, crop"
+    ):
+        checks.fit(recipe(packed, data__augment=(("corp", 0.5),)))
+    with pytest.raises(ConfigError, match=r"'data.augment': swap does not fit 'data.task' images"):
+        checks.fit(recipe(packed, data__augment=(("swap", 0.5),)))
+    with pytest.raises(ConfigError, match=r"'data.augment': the strength of crop must be in \[0, 1\], got 1.5"):
+        checks.fit(recipe(packed, data__augment=(("flip", 1.0), ("crop", 1.5))))
+    for rate in (0.03, 0.97):
+        with pytest.raises(ConfigError, match=rf"'corrupt.rate' \({rate}\) hides .* of the 12 patches"):
+            checks.fit(recipe(packed, entries=MASKED, corrupt__rate=rate))
+    with pytest.raises(
+        ConfigError, match=r"'data.image_shape' \(8, 6, 3\) must be multiples of 'model.patch_size' \(4\)"
+    ):
+        recipe(packed, model__patch_size=4)
+    with pytest.raises(ConfigError, match=r"'model.position' is rope, but 'model.kind' vit needs sincos"):
+        recipe(packed, model__position="rope")
+    with pytest.raises(ConfigError, match=r"'model.position' is sincos, but 'model.kind' encoder needs another"):
+        recipe(packed, entries=("classification", "images", "encoder"))
+
+
+# Augmentations --------------------------------------------------------------------------------------------------------
+
+
+def augmented(name: str, pixels: np.ndarray, strength: float, seed: int = 0) -> np.ndarray:
+    before = pixels.copy()
+    row = {"images": pixels, "labels": np.int32(3)}
+    out = images.AUGMENTATIONS[name](row, np.random.default_rng(seed), strength, None, Config())
+    np.testing.assert_array_equal(pixels, before)
+    assert out["labels"] == 3
+    assert (out["images"].shape, out["images"].dtype) == (pixels.shape, np.uint8)
+    return out["images"]
+
+
+@pytest.mark.parametrize("name", images.AUGMENTATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strength_0_changes_nothing(name, channels):
+    for seed in range(5):
+        np.testing.assert_array_equal(
+            augmented(name, PICTURES[0][..., :channels], 0.0, seed), PICTURES[0][..., :channels]
+        )
+
+
+def test_crop_is_a_rectangle_of_the_right_area_and_aspect():
+    """Of an image whose channels are its coordinates, the crop's place and size can be read off."""
+    y, x = np.mgrid[:64, :64]
+    pixels = np.stack([4 * x, 4 * y, np.full_like(x, 77)], axis=-1).astype(np.uint8)
+    sizes = []
+    for seed in range(300):
+        out = augmented("crop", pixels, 0.8, seed)
+        assert np.all(out[..., 2] == 77)
+        inner = np.arange(8, 56)  # bilinear is exact on a ramp but for the edges
+        slopes = []
+        for channel, line in ((0, out[32, inner, 0]), (1, out[inner, 32, 1])):
+            slope, offset = np.polyfit(inner + 0.5, line / 4 + 0.5, 1)
+            assert offset > -0.3 and offset + 64 * slope < 64.3, "inside the image"
+            np.testing.assert_allclose(np.ptp(out[..., channel].astype(int), axis=channel), 0, atol=1)
+            slopes.append(slope)
+        sizes.append(slopes)
+    width, height = np.array(sizes).T
+    area, aspect = width * height, width / height
+    assert 0.19 < area.min() < 0.24 and 0.96 < area.max() < 1.01
+    assert abs(area.mean() - 0.6) < 0.05
+    assert 0.74 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.35
+
+
+def test_flip_turns_columns_around_as_often_as_asked():
+    turned = [np.array_equal(augmented("flip", PICTURES[0], 0.3, seed), PICTURES[0][:, ::-1]) for seed in range(1000)]
+    kept = [np.array_equal(augmented("flip", PICTURES[0], 0.3, seed), PICTURES[0]) for seed in range(1000)]
+    assert all(a != b for a, b in zip(turned, kept, strict=True))
+    assert abs(np.mean(turned) - 0.3) < 0.07
+
+
+def test_color_is_that_of_pillow():
+    for seed in range(20):
+        brightness, contrast, saturation = np.random.default_rng(seed).uniform(0.4, 1.6, 3)
+        picture = ImageEnhance.Brightness(Image.fromarray(PICTURES[1])).enhance(brightness)
+        picture = ImageEnhance.Contrast(picture).enhance(contrast)
+        expected = np.asarray(ImageEnhance.Color(picture).enhance(saturation)).astype(int)
+        got = augmented("color", PICTURES[1], 0.6, seed).astype(int)
+        assert np.abs(got - expected).max() <= 4  # it rounds after each of the three, and the mean as well
+    grey = np.repeat(PICTURES[0][..., :1], 3, axis=2)
+    out = augmented("color", grey, 0.6).astype(int)
+    assert np.abs(out - out[..., :1]).max() <= 1
+    assert not np.array_equal(out, grey)

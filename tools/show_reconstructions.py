@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def reconstruct(run: str, rows: int) -> dict[str, np.ndarray]:
-    """Title -> images, uint8 [rows, H, W, C], of the first held-out images, as the run's evaluation hides them."""
+    """Title -> images, uint8 [rows, H, W, C], of held-out images, evenly spaced over all of them."""
     import jax
 
     from lm import build
@@ -44,9 +44,7 @@ def reconstruct(run: str, rows: int) -> dict[str, np.ndarray]:
     data = pipeline.build(cfg, None, sources.load(cfg.data))
     rows = min(rows, len(data.valid))
     batch = next(
-        pipeline.eval_batches(
-            data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=0, seq_len=cfg.data.seq_len
-        )
+        pipeline.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1)
     )
     prediction_BxTxC = np.asarray(jax.jit(model.apply)(params, batch).head)
     return panels(batch["images"], prediction_BxTxC, batch["masked_patches"], cfg.model.patch_size)

@@ -146,8 +146,8 @@ class Mae(nn.Module):
         x_BxLxE = jnp.concatenate([x_BxLxE[:, :1], x_BxTxE], axis=1)
         decoder = Stack(small, self.dtype, name="decoder")
         out_BxLxE = _stack(decoder, x_BxLxE, layers.fold(keys_B, cfg.num_layers + 1))
-        pixels = layers.Dense(cfg.patch_size**2 * C, ("decoder_embed", "pixels"), True, self.dtype, name="pixels")
-        return ModelOutput(hidden_BxLxD, None, head=pixels(out_BxLxE[:, 1:]).astype(jnp.float32))
+        pixels = layers.Dense(cfg.patch_size**2 * C, ("decoder_embed", "pixels"), True, jnp.float32, name="pixels")
+        return ModelOutput(hidden_BxLxD, None, head=pixels(out_BxLxE[:, 1:].astype(jnp.float32)))
 
 
 def decoder_config(cfg: ModelConfig) -> ModelConfig:

@@ -1,0 +1,91 @@
+"""Runs on images: a masked autoencoder, what a ViT takes from it, and the picture that is made of it."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lm import build, checkpoint, config, train, trees
+from lm.schema import ConfigError
+from tools import show_reconstructions
+
+SHAPE = (8, 8, 3)
+
+
+def recipe(path, **entries):
+    c = config.defaults()
+    c.data.format, c.data.path, c.data.image_shape, c.data.eval_fraction = "images", str(path), SHAPE, 0.3
+    c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 5, 8
+    c.model.patch_size, c.model.position, c.model.pool = 4, "sincos", "mean"
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 8, 2
+    c.corrupt.rate, c.train.total_steps = 0.5, 2
+    for key, value in entries.items():
+        section, _, name = key.rpartition("__")
+        setattr(c[section] if section else c, name, value)
+    return config.build(c)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """(folder of images, a run of a masked autoencoder on them)."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(30):
+        path = folder / "data" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, SHAPE).astype(np.uint8)).save(path)
+    cfg = recipe(folder / "data", objective="mae", data__task="masked_images", model__kind="mae")
+    train.train(cfg, folder / "mae")
+    return folder / "data", folder / "mae"
+
+
+def newest(workdir):
+    return checkpoint.list_saved(workdir)[-1].info["arrays"]
+
+
+def test_a_linear_probe_keeps_the_encoder_and_learns_its_head(pretrained, tmp_path):
+    data, run = pretrained
+    entries = {"objective": "classification", "data__task": "images", "data__labels": ("a", "b"), "model__kind": "vit"}
+    rules = {"init_from": str(run), "init_rules": (("head/.*", "reinit"), (".*", "keep"))}
+    cfg = recipe(data, **entries, **rules, optim__lr_rules=(("head/.*", 1.0), (".*", 0.0)))
+    train.train(cfg, tmp_path / "probe")
+    before, after = newest(run), newest(tmp_path / "probe")
+    kept = {name for name in after if name.startswith(("params/embed/", "params/encoder/"))}
+    assert len(kept) > 10
+    assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
+    fresh, _, params, _ = build.load_run(str(tmp_path / "probe"))
+    assert fresh.model.kind == "vit"
+    assert np.all(trees.flatten(params)["head/classifier/bias"] != 0), "zeros at the start"
+    with pytest.raises(ConfigError, match=r"its 'objective' is classification; only mae makes images"):
+        show_reconstructions.reconstruct(str(tmp_path / "probe"), 1)
+
+
+def test_the_picture_shows_what_is_seen_and_made(pretrained, tmp_path, monkeypatch):
+    data, run = pretrained
+    columns = show_reconstructions.reconstruct(str(run), 3)
+    held_out = {np.asarray(Image.open(path)).tobytes() for path in data.glob("*/*.png")}
+    for original, seen, made in zip(*columns.values(), strict=True):
+        assert original.tobytes() in held_out
+        # Two of the four patches are seen, as they are; the others are grey, or made up.
+        squares = [(slice(r, r + 4), slice(c, c + 4)) for r in (0, 4) for c in (0, 4)]
+        is_seen = [np.array_equal(seen[square], original[square]) for square in squares]
+        assert sum(is_seen) == 2
+        for square, visible in zip(squares, is_seen, strict=True):
+            assert np.array_equal(made[square], original[square]) == visible
+            assert visible or np.all(seen[square] == 127)
+    monkeypatch.setattr(sys, "argv", ["show", str(run), str(tmp_path / "out.png"), "--rows=2"])
+    show_reconstructions.main()
+    assert Image.open(tmp_path / "out.png").size == (720, 480)
+
+
+def test_a_perfect_prediction_is_drawn_as_the_original():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, *SHAPE)).astype(np.uint8)
+    masked = np.array([[0, 3], [1, 2]], np.int32)
+    prediction = np.zeros((2, 4, 48))
+    for b, t in np.ndindex(2, 4):
+        square = images[b, t // 2 * 4 :, t % 2 * 4 :][:4, :4].astype(np.float64).reshape(-1)
+        prediction[b, t] = (square - square.mean()) / square.std()
+    columns = show_reconstructions.panels(images, prediction, masked, 4)
+    np.testing.assert_array_equal(columns["reconstructed"], images)
+    assert np.all(columns["seen"][0, :4, :4] == 127)
