@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checkpoint, optim, selection, sharding, step, trees
+from configs import common
+from lm import build as build_lib
+from lm import checkpoint, optim, selection, sharding, step, train, trees
 from lm.config import AdapterConfig, CheckpointConfig, MeshConfig, OptimConfig
 from lm.models import transformer
 from lm.schema import ConfigError
 from lm.types import LossTerms
-from tests import test_step
+from tests import test_build, test_step, toys
 
 LAYERS = 3
 SHAPES = {
@@ -365,3 +368,58 @@ def test_mixout_of_a_step_is_seen_by_the_gradient_alone():
         mask = np.asarray(mixed[path]) / np.asarray(w)  # 0 or 2, as the start is 0; 1 where nothing is mixed
         want = 3 * np.asarray(mixed[path], np.float64) ** 2 / 2 * mask  # / 2: two halves of 1 over two weights of 2
         np.testing.assert_allclose(got[path][-len(w) :], want, rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+# --- a whole run ---
+
+
+def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monkeypatch):
+    """`init_from`, LoRA, the last layer, a late start, the draw to the start, mixout, the average: through lm.train."""
+    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    tiny = test_build.TINY | {"model__num_layers": 2}
+    test_build.write_run(tmp_path / "base", {1: 0.5}, **tiny)
+    cfg = toys.recipe(
+        toys.write_texts(tmp_path / "texts", 20),
+        **tiny,
+        init_from=str(tmp_path / "base"),
+        init_rules=common.fresh_adapters(),
+        adapter__kind="lora",
+        adapter__dropout=0.2,
+        optim__lr_rules=((".*/lora_.*", 2.0), *common.last_layers(1, 2)),
+        optim__unfreeze_rules=((".*/1/mlp/.*", 0.5), (".*", 0.0)),
+        optim__to_init=0.1,
+        optim__mixout=0.2,
+        train__total_steps=4,
+        checkpoint__every_steps=2,
+        checkpoint__keep_best=0,
+        eval__at_start=False,
+    )
+    train.train(cfg, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    (tmp_path / "again" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "base")  # a run that has begun no longer needs it
+    summary = train.train(cfg, tmp_path / "again")
+    first, second = (checkpoint.choose(f"{tmp_path / name}@4").info["arrays"] for name in ("run", "again"))
+    assert first == second
+    assert first["start/decoder/layers/mlp/up/kernel"]["shape"] == [1, 8, 16]
+    assert first["ema/decoder/layers/mlp/up/kernel"]["shape"] == [1, 8, 16]
+    assert "start/decoder/layers/attention/query/lora_a" not in first and "ema/embed/embedding" not in first
+    trained = sum(np.prod(entry["shape"]) for name, entry in first.items() if name.startswith("ema/"))
+    assert summary["trained_parameters"] == trained
+
+    state = checkpoint.choose(str(tmp_path / "run"))
+    params = trees.flatten(build_lib.load_run(str(tmp_path / "run"))[2])
+    name = "decoder/layers/mlp/up/kernel"
+    wanted = {
+        f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32) for kind, n in (("ema", 1), ("params", 2))
+    }
+    read = trees.flatten(checkpoint.load(state, trees.unflatten(wanted)))
+    np.testing.assert_array_equal(params[name], np.concatenate([read[f"params/{name}"][:1], read[f"ema/{name}"]]))
+
+
+def test_a_draw_to_nowhere_is_refused(tmp_path):
+    cfg = toys.recipe(tmp_path / "no_data", **test_build.TINY, optim__mixout=0.1)
+    with pytest.raises(ConfigError, match=r"'optim\.mixout' draws parameters to where 'init_from' had them"):
+        build_lib.plan(cfg, None)
