@@ -104,39 +104,43 @@ def test_lora_drops_its_own_input_row_by_row_and_nothing_else():
     assert float(y.mean()) == pytest.approx(6.0, abs=0.5)
 
 
-def test_a_bottleneck_is_what_houlsby_draws():
-    x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
-    module = adapters.Bottleneck(4, jnp.float32)
-    params = jax.tree.map(
-        lambda leaf: leaf.value if hasattr(leaf, "value") else leaf,
-        module.init(jax.random.key(0), x),
-        is_leaf=lambda leaf: hasattr(leaf, "value"),
-    )
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    got = module.apply(params, x)
-    down, up = (
-        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"][name]) for name in ("down", "up")
-    )
-    z = x.astype(np.float64) @ down["kernel"] + down["bias"]
+def bottleneck(params, x):
+    """Houlsby et al. 2019, figure 2, in float64; params by 'down/kernel' and so on."""
+    z = x @ params["down/kernel"] + params["down/bias"]
     gelu = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
-    np.testing.assert_allclose(got, x + gelu @ up["kernel"] + up["bias"], rtol=1e-5, atol=1e-6)
+    return x + gelu @ params["up/kernel"] + params["up/bias"]
+
+
+def test_a_bottleneck_is_what_houlsby_draws():
+    rng = np.random.default_rng(0)
+    shapes = {"down/kernel": (6, 4), "down/bias": (4,), "up/kernel": (4, 6), "up/bias": (6,)}
+    params, x = {path: rng.normal(size=shape) for path, shape in shapes.items()}, rng.normal(size=(2, 3, 6))
+    tree = jax.tree.map(jnp.float32, trees.unflatten(params))
+    got = adapters.Bottleneck(4, jnp.float32).apply({"params": tree}, jnp.float32(x))
+    np.testing.assert_allclose(got, bottleneck(params, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("kind", "sublayers"), [("houlsby", ("attention/out", "mlp/down")), ("pfeiffer", ("mlp/down",))]
 )
 def test_bottlenecks_stand_between_a_sublayer_and_the_residual_stream(kind, sublayers):
-    """One that adds a constant is the sublayer's own output bias, moved by that constant."""
+    """After a sublayer that gives a constant, an adapter gives another constant: it reads that, and nothing else."""
     base, params, model, start = adapted("gpt2", AdapterConfig(kind, rank=3))
-    flat, moved = trees.flatten(start), trees.flatten(params)
-    names = sorted(path for path in flat if path.endswith("up/bias") and "adapter_" in path)
-    assert names == [f"decoder/layers/adapter_{sublayer.split('/')[0]}/up/bias" for sublayer in sublayers]
-    for number, (name, sublayer) in enumerate(zip(names, sublayers, strict=True)):
-        shift = np.random.default_rng(number).normal(size=flat[name].shape).astype(np.float32)
-        flat[name] = flat[name] + shift
-        moved[f"decoder/layers/{sublayer}/bias"] += shift
+    flat, plain, rng = trees.flatten(start), trees.flatten(params), np.random.default_rng(0)
+    names = {path.split("/")[2] for path in flat if "adapter_" in path}
+    assert names == {f"adapter_{sublayer.split('/')[0]}" for sublayer in sublayers}
+    flat |= {path: rng.normal(size=leaf.shape) for path, leaf in flat.items() if "adapter_" in path}
+    for sublayer in sublayers:
+        prefix = f"decoder/layers/adapter_{sublayer.split('/')[0]}/"
+        kernel, bias = f"decoder/layers/{sublayer}/kernel", f"decoder/layers/{sublayer}/bias"
+        flat[kernel] = plain[kernel] = np.zeros(flat[kernel].shape)
+        flat[bias] = rng.normal(size=flat[bias].shape)
+        own = {path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)}
+        of_layer = [{path: leaf[i] for path, leaf in own.items()} for i in range(len(flat[bias]))]
+        plain[bias] = np.stack([bottleneck(p, c) for p, c in zip(of_layer, flat[bias], strict=True)])
+    moved, expected = (jax.tree.map(jnp.float32, trees.unflatten(tree)) for tree in (flat, plain))
     batch = toys.batch(2, SEQ_LEN)
-    got, want = hidden(model, trees.unflatten(flat), batch), hidden(base, trees.unflatten(moved), batch)
+    got, want = hidden(model, moved, batch), hidden(base, expected, batch)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

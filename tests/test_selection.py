@@ -64,13 +64,15 @@ def follow(optimizer, params, grads_of_steps, first_step=0, start=None):
 
 def test_rules_resolve_to_slices():
     got = selection.resolve(
-        dataclasses.replace(BASE, lr_rules=LAST_TWO, unfreeze_rules=((".*/1/.*", 0.7), (".*", 0.0))), random_tree(0), 10
+        dataclasses.replace(BASE, lr_rules=LAST_TWO, unfreeze_rules=((".*/1/.*", 0.07), (".*", 0.0))),
+        random_tree(0),
+        100,
     )
     assert [path for path, on in got.trained.items() if not on] == ["decoder/final_norm/scale", "embed/embedding"]
     assert got.frozen_layers == {"decoder/layers/mlp/up/bias": 1, "decoder/layers/mlp/up/kernel": 1}
     assert got.lr_multiplier["decoder/layers/mlp/up/bias"] == (0, 1, 1) and got.lr_multiplier["head/out/kernel"] == (2,)
     assert got.decayed["decoder/layers/mlp/up/kernel"] == (True,) * 3
-    assert got.start["decoder/layers/mlp/up/kernel"] == (0, 7, 0)  # 0.7 * 10 is 7.000000000000001
+    assert got.start["decoder/layers/mlp/up/kernel"] == (0, 7, 0)  # 0.07 * 100 is 7.000000000000001
     shapes = {path: leaf.shape for path, leaf in trees.flatten(selection.trained_part(got, random_tree(0))).items()}
     assert shapes == {
         "decoder/layers/mlp/up/bias": (2, 6),
@@ -344,6 +346,9 @@ def test_mixout_is_the_papers_formula_with_a_mask_of_the_step_and_the_path():
     np.testing.assert_array_equal(same[path], trees.flatten(mixed)[path][0])
     assert not np.array_equal(same[path], other[path])
     assert step.mix(now, start, 0.0, keys[0]) is now
+    twins = {name: {"kernel": jnp.ones((8, 8))} for name in ("a", "b")}
+    masks = step.mix(twins, jax.tree.map(jnp.zeros_like, twins), 0.5, keys[0])
+    assert not np.array_equal(masks["a"]["kernel"], masks["b"]["kernel"])
 
 
 def test_mixout_of_a_step_is_seen_by_the_gradient_alone():
