@@ -359,14 +359,24 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Any]:
     """
     saved = checkpoint.choose(name)
     cfg = config.build(saved.info["config"])
+    changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", transfer.KEEP),)}
+    planned, model, params = read_model(dataclasses.replace(cfg, **changes))
+    return cfg, model, params, planned.tokenizer
+
+
+def read_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
+    """The model of a config with the parameters that its `init_from` and `init_rules` give it, on one device.
+
+    Raises:
+      ConfigError, CheckpointError: as `plan`; a damaged checkpoint.
+    """
     own = dataclasses.replace(cfg.tokenizer, path="")  # it has been copied to the run's folder
-    changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", transfer.KEEP),), "tokenizer": own}
-    planned = plan(dataclasses.replace(cfg, **changes), None)
+    planned = plan(dataclasses.replace(cfg, tokenizer=own), None)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     where = sharding.replicated(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), planned.abstract_params
     )
-    model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
-    params, _ = transfer.initialize(model, abstract, cfg.seed, saved, planned.origin_of)
-    return cfg, model, params, planned.tokenizer
+    model = make_model(planned.cfg, compute_dtype(cfg.model.dtype, mesh))
+    params, _ = transfer.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
+    return planned, model, params

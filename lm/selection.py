@@ -72,7 +72,7 @@ def resolve(cfg: OptimConfig, abstract_params: Params, total_steps: int) -> Sele
                     f"'optim.lr_rules' train the layers {learning} of '{path}', which has {len(values)}: layers are "
                     "frozen from the first one up; give the ones between them and the last a multiplier too"
                 )
-    # Rounded: 0.7 of 10 steps are 7.000000000000001 in floats, and would be a step too long.
+    # Rounded: 0.07 of 100 steps are 7.000000000000001 in floats, and would be a step too long.
     start = {path: tuple(math.ceil(round(s * total_steps, 6)) for s in shares) for path, shares in share.items()}
     return Selection(trained, frozen_layers, multiplier, decayed, start)
 

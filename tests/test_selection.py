@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checkpoint, optim, selection, sharding, step, trees
-from lm.config import CheckpointConfig, MeshConfig, OptimConfig
+from configs import common
+from lm import build as build_lib
+from lm import checkpoint, optim, selection, sharding, step, train, trees
+from lm.config import AdapterConfig, CheckpointConfig, MeshConfig, OptimConfig
+from lm.models import transformer
 from lm.schema import ConfigError
-from tests import test_step, toys
+from lm.types import LossTerms
+from tests import test_build, test_step, toys
 
 LAYERS = 3
 SHAPES = {
@@ -59,13 +64,15 @@ def follow(optimizer, params, grads_of_steps, first_step=0, start=None):
 
 def test_rules_resolve_to_slices():
     got = selection.resolve(
-        dataclasses.replace(BASE, lr_rules=LAST_TWO, unfreeze_rules=((".*/1/.*", 0.7), (".*", 0.0))), random_tree(0), 10
+        dataclasses.replace(BASE, lr_rules=LAST_TWO, unfreeze_rules=((".*/1/.*", 0.07), (".*", 0.0))),
+        random_tree(0),
+        100,
     )
     assert [path for path, on in got.trained.items() if not on] == ["decoder/final_norm/scale", "embed/embedding"]
     assert got.frozen_layers == {"decoder/layers/mlp/up/bias": 1, "decoder/layers/mlp/up/kernel": 1}
     assert got.lr_multiplier["decoder/layers/mlp/up/bias"] == (0, 1, 1) and got.lr_multiplier["head/out/kernel"] == (2,)
     assert got.decayed["decoder/layers/mlp/up/kernel"] == (True,) * 3
-    assert got.start["decoder/layers/mlp/up/kernel"] == (0, 7, 0)  # 0.7 * 10 is 7.000000000000001
+    assert got.start["decoder/layers/mlp/up/kernel"] == (0, 7, 0)  # 0.07 * 100 is 7.000000000000001
     shapes = {path: leaf.shape for path, leaf in trees.flatten(selection.trained_part(got, random_tree(0))).items()}
     assert shapes == {
         "decoder/layers/mlp/up/bias": (2, 6),
@@ -184,107 +191,132 @@ def test_specs_follow_slices_and_groups():
         assert trees.flatten(group) == {path: trees.flatten(specs)[path] for path in trees.flatten(group)}
 
 
-# --- the step, on a model ---
+# --- the step, on a model with LoRA: at its start it computes what the base does ---
 
-TAIL = ((r"decoder/layers/1/.*", 1.0), (r".*final_norm.*", 1.0), (r".*", 0.0))
+RULES = (
+    (r"decoder/layers/1/mlp/.*(kernel|bias)", 1.0),
+    (r".*/lora_.*|.*final_norm.*", 1.0),
+    (r".*", 0.0),
+)
+LEARN = dataclasses.replace(
+    BASE, lr_rules=RULES, unfreeze_rules=((r".*/1/mlp/up/kernel", 0.1), (".*", 0.0)), to_init=0.1, weight_decay=0.1
+)
+
+
+def first_layer(path):
+    """How many entries of axis 0 of a leaf are frozen: a reading of RULES that does not go through them."""
+    if "lora_" in path or "final_norm" in path:
+        return 0
+    return 1 if "/mlp/" in path else 10**6
 
 
 @functools.cache
 def model():
-    cfg, _, params, batch, (_, weight, grads) = test_step.expected("gpt2")
-    fns = toys.decoder(toys.GPT2, test_step.SEQ_LEN)[1]
-    return test_step.loss_of(fns, cfg), fns, params, batch, jax.tree.map(lambda g: g / weight, grads)
+    cfg, _, base, batch, (_, weight, grads) = test_step.expected("gpt2")
+    adapter = AdapterConfig("lora", rank=2, dropout=0.3, targets=".*/(query|down)")
+    fns = transformer.text_model(cfg, jnp.float32, None, adapter)
+    fresh = trees.flatten(jax.jit(fns.init)(jax.random.key(0)))
+    params = trees.unflatten(fresh | trees.flatten(base))
+    return test_step.loss_of(fns, cfg), fns, jax.device_get(params), batch, jax.tree.map(lambda g: g / weight, grads)
 
 
-def run(optimizer, steps=1, devices=1, micro_batches=1, state=None, mixout=0.0, anchored=None):
+def anchored():
+    return {path: "/mlp/" in path and "lora_" not in path for path in trees.flatten(model()[2])}
+
+
+@functools.cache
+def learn():
+    return build(LEARN, model()[2])
+
+
+@functools.cache
+def compiled(optimizer_of, mixout, micro_batches):
+    one = functools.partial(step.train_step, loss_fn=model()[0], optimizer=optimizer_of(), seed=3, ema_decay=0.9)
+    return jax.jit(functools.partial(one, micro_batches=micro_batches, mixout=mixout))
+
+
+def run(optimizer_of, steps, *, devices=1, micro_batches=1, state=None, mixout=0.3):
     """Jitted steps on a mesh; the state comes back on the host."""
-    loss_fn, fns, params, batch, _ = model()
+    _, fns, params, batch, _ = model()
     sizes = {1: MeshConfig(data=1), 8: MeshConfig(data=2, fsdp=2, tensor=2)}[devices]
     mesh = sharding.make_mesh(sizes, jax.devices()[:devices])
     rows = batch["tokens"].shape[0]
     with jax.set_mesh(mesh):
         placed = sharding.to_global(batch, sharding.local_rows(mesh, rows), rows, mesh)
         if state is None:
-            axes = fns.logical_axes()
-            where = trees.map_with_path(lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), axes)
-            state = step.init_state(jax.device_put(params, where), optimizer, use_ema=True, anchored=anchored)
-        one = functools.partial(step.train_step, loss_fn=loss_fn, optimizer=optimizer, seed=3, ema_decay=0.9)
-        jitted = jax.jit(functools.partial(one, micro_batches=micro_batches, mixout=mixout))
+            where = trees.map_with_path(lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), fns.logical_axes())
+            state = step.init_state(jax.device_put(params, where), optimizer_of(), use_ema=True, anchored=anchored())
         for _ in range(steps):
-            state, _ = jitted(state, placed)
+            state, _ = compiled(optimizer_of, mixout, micro_batches)(state, placed)
     return jax.device_get(state)
 
 
-def tail_optimizer(**changes):
-    return build(dataclasses.replace(BASE, **({"lr_rules": TAIL} | changes)), model()[2])
+@functools.cache
+def after(steps):
+    return run(learn, steps)
 
 
-def test_the_gradient_is_that_of_the_slice_and_nothing_outside_it_moves():
-    """The slice's gradient against the float64 reference's of all layers; the rest keeps its bits over two steps."""
+def test_the_gradient_is_that_of_the_slice():
+    """Against the float64 reference's gradient of all layers, micro-batches and all; 0 at every other place."""
     *_, params, _, grads = model()
-    chosen = tail_optimizer()
-    seen = chosen._replace(init=lambda p: (), update=lambda grads, state, p, step, start: (grads, state, {}))
-    flat, before = trees.flatten(run(seen).params), trees.flatten(params)
-    for path, want in trees.flatten(grads).items():
-        first = {"decoder/layers": 1, "decoder/final_n": 0}.get(path[:15].rstrip("/"), len(want))
-        np.testing.assert_array_equal(flat[path][:first], before[path][:first])
-        if want[first:].size and "key/bias" not in path:  # whose exact gradient is 0
-            assert np.abs(flat[path][first:] - want[first:]).max() <= 1e-5 * np.abs(want[first:]).max(), path
 
-    state = run(chosen, steps=2)
+    def seen():
+        moved = lambda grads, state, p, step, start: (jax.tree.map(jnp.add, p, grads), state, {})  # noqa: E731
+        return learn()._replace(init=lambda p: (), update=moved)
+
+    flat, before = trees.flatten(run(seen, 1, micro_batches=2, mixout=0.0).params), trees.flatten(params)
+    for path, want in trees.flatten(grads).items():
+        first = first_layer(path)
+        np.testing.assert_array_equal(flat[path][:first], before[path][:first])
+        got = flat[path][first:] - before[path][first:]
+        assert np.abs(got - want[first:]).max(initial=0) <= 1e-5 * np.abs(want).max() + 1e-6, path
+        assert not got.size or np.abs(got).max() > 1e-4
+
+
+def test_nothing_outside_the_selection_changes_a_bit_or_holds_state():
+    before, state = trees.flatten(model()[2]), after(3)
+    sizes = {path: leaf[first_layer(path) :].size for path, leaf in before.items() if leaf[first_layer(path) :].size}
     for path, leaf in trees.flatten(state.params).items():
-        first = 1 if "/layers/" in path else 0 if "final_norm" in path else len(leaf)
+        first = first_layer(path)
         np.testing.assert_array_equal(leaf[:first], before[path][:first])
-        assert not leaf[first:].size or not np.array_equal(leaf[first:], before[path][first:])
-    trained = {path: leaf for path, leaf in before.items() if "/layers/" in path or "final_norm" in path}
+        assert not leaf[first:].size or not np.array_equal(leaf[first:], before[path][first:]), path
     held = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    assert len(held) == 2 * len(trained)
-    assert sum(held) == 2 * sum(leaf.size // (2 if "/layers/" in path else 1) for path, leaf in trained.items())
+    assert len(held) == 2 * len(sizes) and sum(held) == 2 * sum(sizes.values())
+    assert {path: leaf.size for path, leaf in trees.flatten(state.ema).items()} == sizes
+    for path, leaf in trees.flatten(state.start).items():
+        np.testing.assert_array_equal(leaf, before[path][1:])
 
 
 def test_the_average_of_a_slice_is_evaluated_in_its_place():
-    state = run(tail_optimizer(), steps=2)
+    state = after(3)
     got = trees.flatten(step.eval_params(jax.device_put(state)))
     for path, leaf in trees.flatten(state.params).items():
-        ema = trees.flatten(state.ema).get(path)
-        want = leaf if ema is None else np.concatenate([leaf[: len(leaf) - len(ema)], ema])
-        np.testing.assert_array_equal(got[path], want)
+        ema = trees.flatten(state.ema).get(path, leaf[:0])
+        np.testing.assert_array_equal(got[path], np.concatenate([leaf[: len(leaf) - len(ema)], ema]))
 
 
-STAGED = {"unfreeze_rules": ((r".*/1/.*kernel", 0.1), (".*", 0.0)), "to_init": 0.1}
-
-
-@functools.cache
-def kernels():
-    return {path: "mlp" in path for path in trees.flatten(model()[2])}
-
-
-def test_mesh_and_micro_batches_take_the_steps_of_one_device_with_slices():
-    optimizer = tail_optimizer(**STAGED)
-    one = run(optimizer, steps=3, mixout=0.3, anchored=kernels())
-    assert "mlp" in one.start["decoder"]["layers"] and "attention" not in one.start["decoder"]["layers"]
-    for other in (
-        run(optimizer, steps=3, mixout=0.3, anchored=kernels(), devices=8),
-        run(optimizer, steps=3, mixout=0.3, anchored=kernels(), micro_batches=2),
-    ):
-        test_step.assert_close(other.params, one.params, 1e-5)
-        for got, want in zip(jax.tree.leaves(other.opt_state), jax.tree.leaves(one.opt_state), strict=True):
-            assert np.abs(got - want).max() <= 1e-5 * max(np.abs(want).max(), 1e-3)
+def test_a_mesh_takes_the_steps_of_one_device_with_slices():
+    """Micro-batches, mixout, LoRA's dropout, a late start and the draw to the start, all at once on 2 x 2 x 2."""
+    one, other = after(3), run(learn, 3, devices=8, micro_batches=2)
+    test_step.assert_close(other.params, one.params, 1e-5)
+    for got, want in zip(jax.tree.leaves(other.opt_state), jax.tree.leaves(one.opt_state), strict=True):
+        assert np.abs(got - want).max() <= 1e-5 * max(np.abs(want).max(), 1e-3)
 
 
 def test_a_resumed_run_with_slices_is_the_uninterrupted_one_bitwise(tmp_path):
-    optimizer = tail_optimizer(**STAGED)
-    args = {"mixout": 0.3, "anchored": kernels()}
-    state = jax.device_put(run(optimizer, steps=2, **args))
+    state = jax.device_put(after(1))
     with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
-        saves.save(2, state, {"config": {}}, None)
-    names = checkpoint.list_saved(tmp_path)[0].info["arrays"]
-    assert names["start/decoder/layers/mlp/up/kernel"]["shape"] == [1, 16, 24]
+        saves.save(1, state, {"config": {}}, None)
+    assert checkpoint.list_saved(tmp_path)[0].info["arrays"]["start/decoder/layers/mlp/up/kernel"]["shape"] == [
+        1,
+        16,
+        24,
+    ]
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    resumed = run(optimizer, steps=2, state=checkpoint.load(checkpoint.choose(str(tmp_path)), abstract), **args)
-    whole = run(optimizer, steps=4, **args)
-    assert jax.tree.structure(resumed) == jax.tree.structure(whole)
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    loaded = checkpoint.load(checkpoint.choose(str(tmp_path)), abstract)
+    resumed = run(learn, 2, state=loaded)
+    assert jax.tree.structure(resumed) == jax.tree.structure(after(3))
+    jax.tree.map(np.testing.assert_array_equal, resumed, after(3))
 
 
 # --- mixout ---
@@ -314,24 +346,85 @@ def test_mixout_is_the_papers_formula_with_a_mask_of_the_step_and_the_path():
     np.testing.assert_array_equal(same[path], trees.flatten(mixed)[path][0])
     assert not np.array_equal(same[path], other[path])
     assert step.mix(now, start, 0.0, keys[0]) is now
+    twins = {name: {"kernel": jnp.ones((8, 8))} for name in ("a", "b")}
+    masks = step.mix(twins, jax.tree.map(jnp.zeros_like, twins), 0.5, keys[0])
+    assert not np.array_equal(masks["a"]["kernel"], masks["b"]["kernel"])
 
 
-def test_mixout_of_a_step_is_seen_by_the_gradient_and_not_by_the_evaluation():
-    """The gradient at the mixture, times m / (1 - rate); the new parameters are moved from the unmixed ones."""
-    loss_fn, _, params, batch, _ = model()
-    optimizer = tail_optimizer(weight_decay=0.0)
+def test_mixout_of_a_step_is_seen_by_the_gradient_alone():
+    """The gradient at the mixture, times m / (1 - rate); the parameters move from where they were, unmixed."""
+
+    def loss_fn(params, batch, rng):  # sum of w^3: its gradient, 3 w^2, says where it was taken
+        total = sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves(params)) * batch["tokens"].mean()
+        return LossTerms(total, jnp.float32(2.0), {})
+
+    params = random_tree(0)
+    optimizer = build(dataclasses.replace(BASE, lr_rules=LAST_TWO), params)
     seen = optimizer._replace(init=lambda p: (), update=lambda grads, state, p, step, start: (grads, state, {}))
-    start = jax.tree.map(jnp.zeros_like, selection.trained_part(optimizer.selection, params))
-    state = step.init_state(params, seen, use_ema=False, anchored=kernels())._replace(start=start)
-    one = functools.partial(step.train_step, loss_fn=loss_fn, optimizer=seen, seed=3, micro_batches=1, ema_decay=0.0)
-    got = trees.flatten(jax.jit(functools.partial(one, mixout=0.5))(state, batch)[0].params)
-
+    kernels = {path: path.endswith("up/kernel") for path in SHAPES}
+    state = step.init_state(params, seen, use_ema=False, anchored=kernels)
+    state = state._replace(step=jnp.int32(4), start=jax.tree.map(jnp.zeros_like, state.start))
+    one = functools.partial(step.train_step, loss_fn=loss_fn, optimizer=seen, seed=3, micro_batches=2, ema_decay=0.0)
+    got = trees.flatten(jax.jit(functools.partial(one, mixout=0.5))(state, {"tokens": jnp.ones(4)})[0].params)
     part = selection.trained_part(optimizer.selection, params)
-    mixed = step.mix(part, start, 0.5, jax.random.fold_in(jax.random.key(3), 0))
-    total = lambda tree: loss_fn(tree, batch, None).sum  # noqa: E731
-    grads = trees.flatten(jax.jit(jax.grad(total))(trees.overlay(params, mixed)))
-    weight = batch["loss_weights"].sum()
-    for path, leaf in trees.flatten(part).items():
-        ratio = np.asarray(trees.flatten(mixed)[path]) / np.asarray(leaf)  # 0 or 2, as the start is 0
-        want = np.asarray(grads[path])[-len(leaf) :] / weight * ratio
-        np.testing.assert_allclose(got[path][-len(leaf) :], want, rtol=1e-4, atol=1e-7, err_msg=path)
+    mixed = trees.flatten(step.mix(part, state.start, 0.5, jax.random.fold_in(jax.random.key(3), 4)))
+    assert not np.array_equal(mixed["decoder/layers/mlp/up/kernel"], part["decoder"]["layers"]["mlp"]["up"]["kernel"])
+    for path, w in trees.flatten(part).items():
+        mask = np.asarray(mixed[path]) / np.asarray(w)  # 0 or 2, as the start is 0; 1 where nothing is mixed
+        want = 3 * np.asarray(mixed[path], np.float64) ** 2 / 2 * mask  # / 2: two halves of 1 over two weights of 2
+        np.testing.assert_allclose(got[path][-len(w) :], want, rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+# --- a whole run ---
+
+
+def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monkeypatch):
+    """`init_from`, LoRA, the last layer, a late start, the draw to the start, mixout, the average: through lm.train."""
+    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    tiny = test_build.TINY | {"model__num_layers": 2}
+    test_build.write_run(tmp_path / "base", {1: 0.5}, **tiny)
+    cfg = toys.recipe(
+        toys.write_texts(tmp_path / "texts", 20),
+        **tiny,
+        init_from=str(tmp_path / "base"),
+        init_rules=common.fresh_adapters(),
+        adapter__kind="lora",
+        adapter__dropout=0.2,
+        optim__lr_rules=((".*/lora_.*", 2.0), *common.last_layers(1, 2)),
+        optim__unfreeze_rules=((".*/1/mlp/.*", 0.5), (".*", 0.0)),
+        optim__to_init=0.1,
+        optim__mixout=0.2,
+        train__total_steps=4,
+        checkpoint__every_steps=2,
+        checkpoint__keep_best=0,
+        eval__at_start=False,
+    )
+    train.train(cfg, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    (tmp_path / "again" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "base")  # a run that has begun no longer needs it
+    summary = train.train(cfg, tmp_path / "again")
+    first, second = (checkpoint.choose(f"{tmp_path / name}@4").info["arrays"] for name in ("run", "again"))
+    assert first == second
+    assert first["start/decoder/layers/mlp/up/kernel"]["shape"] == [1, 8, 16]
+    assert first["ema/decoder/layers/mlp/up/kernel"]["shape"] == [1, 8, 16]
+    assert "start/decoder/layers/attention/query/lora_a" not in first and "ema/embed/embedding" not in first
+    trained = sum(np.prod(entry["shape"]) for name, entry in first.items() if name.startswith("ema/"))
+    assert summary["trained_parameters"] == trained
+
+    state = checkpoint.choose(str(tmp_path / "run"))
+    params = trees.flatten(build_lib.load_run(str(tmp_path / "run"))[2])
+    name = "decoder/layers/mlp/up/kernel"
+    wanted = {
+        f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32) for kind, n in (("ema", 1), ("params", 2))
+    }
+    read = trees.flatten(checkpoint.load(state, trees.unflatten(wanted)))
+    np.testing.assert_array_equal(params[name], np.concatenate([read[f"params/{name}"][:1], read[f"ema/{name}"]]))
+
+
+def test_a_draw_to_nowhere_is_refused(tmp_path):
+    cfg = toys.recipe(tmp_path / "no_data", **test_build.TINY, optim__mixout=0.1)
+    with pytest.raises(ConfigError, match=r"'optim\.mixout' draws parameters to where 'init_from' had them"):
+        build_lib.plan(cfg, None)

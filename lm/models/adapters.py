@@ -4,7 +4,6 @@ LoRA's branch itself is in `layers.Dense`: `<dense>/lora_a` [in, r] and `<dense>
 said by rules, see `configs/common.py`; at the start every adapter adds exactly nothing.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from lm import trees
 from lm.config import AdapterConfig
 from lm.models import layers
-from lm.schema import ConfigError, nearest
+from lm.schema import ConfigError
 from lm.types import Params
 
 # adapter.kind -> the bottlenecks of a block.
@@ -54,13 +53,11 @@ def check(cfg: AdapterConfig, paths: Iterable[str]) -> None:
       ConfigError: LoRA's targets name no Dense layer of a block, or the model has no place for bottlenecks.
     """
     paths = list(paths)
-    if cfg.kind == "none" or any(re.search("/lora_|/adapter_", path) for path in paths):
-        return
     if cfg.kind == "lora":
         dense = [path.removesuffix("/kernel") for path in paths if "/layers/" in path and path.endswith("/kernel")]
-        hint = nearest(re.sub(r"\W*[*+?]\W*", "", cfg.targets), dense) or f"; there are {', '.join(dense)}"
-        raise ConfigError(f"'adapter.targets': {cfg.targets!r} matches no Dense layer{hint}")
-    raise ConfigError(f"'adapter.kind' {cfg.kind}: this kind of model has no place for it")
+        trees.match_rules(((cfg.targets, True), (".*", False)), dense, "adapter.targets")
+    elif cfg.kind != "none" and not any("/adapter_" in path for path in paths):
+        raise ConfigError(f"'adapter.kind' {cfg.kind}: this kind of model has no place for it")
 
 
 def merge(params: Params, cfg: AdapterConfig) -> Params:

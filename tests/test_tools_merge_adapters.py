@@ -1,0 +1,122 @@
+"""tools/merge_adapters.py: a merged run computes the same; what is extracted goes back to its own base only."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from lm import build, checkpoint, schema, trees
+from tests import test_build, toys
+
+ROOT = Path(__file__).resolve().parents[1]
+LORA = {
+    "adapter__kind": "lora",
+    "adapter__rank": 2,
+    "init_rules": common.fresh_adapters(),
+    "optim__lr_rules": ((r".*final_norm.*", 1.0), *common.lora_rules()),
+}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("merge_adapters", ROOT / "tools" / "merge_adapters.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(tool, monkeypatch):
+    """(*arguments) -> what the command ends with: None, or its error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["merge_adapters.py", *map(str, arguments)])
+        try:
+            tool.main()
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A base, and a run that trained LoRA and the final norm on it."""
+    test_build.write_run(tmp_path / "base", {1: 0.5})
+    _, _, params, words = build.load_run(str(tmp_path / "base"))
+    save_tuned(tmp_path, params, words, **LORA)
+    return tmp_path
+
+
+def save_tuned(folder, base_params, words, **changes):
+    cfg = toys.recipe(folder / "no_data", **test_build.TINY | {"init_from": str(folder / "base")} | changes)
+    planned = build.plan(cfg, None)
+    rng = np.random.default_rng(0)
+
+    def value(path, leaf):
+        moved = path not in trees.flatten(base_params) or "final_norm" in path
+        return jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) if moved else trees.flatten(base_params)[path]
+
+    params = trees.map_with_path(value, planned.abstract_params)
+    (folder / "tuned").mkdir()
+    words.save(folder / "tuned" / build.TOKENIZER_FILE)
+    info = {"config": schema.to_dict(planned.cfg), "tokenizer_hash": words.hash, "data": {"example": 32}}
+    with checkpoint.Checkpoints(folder / "tuned", cfg.checkpoint) as saves:
+        saves.save(7, {"params": params}, info, {"loss": 0.25})
+
+
+def hidden(folder):
+    cfg, model, params, _ = build.load_run(str(folder))
+    return cfg, params, np.asarray(jax.jit(model.apply)(params, toys.batch(2, 16)).hidden_BxLxD)
+
+
+def test_a_merged_run_computes_the_same_and_starts_another(call, runs):
+    assert call("merge", runs / "tuned", runs / "merged") is None
+    cfg, params, got = hidden(runs / "merged")
+    _, _, want = hidden(runs / "tuned")
+    assert cfg.adapter.kind == "none" and cfg.init_from == ""
+    assert not any("lora_" in path for path in trees.flatten(params))
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    assert np.abs(want - hidden(runs / "base")[2]).max() > 0.1
+    saved = checkpoint.choose(f"{runs / 'merged'}@best")
+    assert (saved.step, saved.metrics, saved.info["data"]) == (7, {"loss": 0.25}, {"example": 32})
+    planned = build.plan(toys.recipe(runs / "no_data", **test_build.TINY, init_from=str(runs / "merged")), runs / "new")
+    assert planned.unused == [] and all(planned.origin_of.values())
+
+
+def test_what_is_extracted_is_small_and_goes_back_to_its_base_bitwise(call, runs):
+    assert call("extract", runs / "tuned", runs / "small") is None
+    arrays = checkpoint.choose(str(runs / "small")).info["arrays"]
+    assert arrays and all("lora_" in name or "final_norm" in name for name in arrays)
+    shutil.move(runs / "tuned", runs / "gone")
+    assert call("attach", runs / "small", runs / "whole") is None
+    _, want, _ = hidden(runs / "gone")
+    _, got, _ = hidden(runs / "whole")
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_another_base_is_refused(call, runs):
+    call("extract", runs / "tuned", runs / "small")
+    shutil.move(runs / "base", runs / "moved")
+    assert "no checkpoint under" in call("attach", runs / "small", runs / "whole")
+    assert call("attach", runs / "small", runs / "whole", f"--base={runs / 'moved'}") is None
+    test_build.write_run(runs / "base", {2: 0.5})  # other parameters under the same name
+    error = call("attach", runs / "small", runs / "again")
+    assert "is not the base of" in error and "decoder/layers/attention/key/bias' differs" in error
+    assert not (runs / "again").exists()
+
+
+def test_what_cannot_be_done_is_said_in_a_line(call, runs):
+    assert "exists already" in call("merge", runs / "tuned", runs / "base")
+    assert "'adapter.kind' is none: only lora can be merged" in call("merge", runs / "base", runs / "out")
+    assert "has no frozen base" in call("extract", runs / "base", runs / "out")
+    assert "was not made by 'extract'" in call("attach", runs / "base", runs / "out")
+    assert not (runs / "out").exists()
