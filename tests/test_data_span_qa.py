@@ -112,7 +112,7 @@ def test_the_best_span_is_that_of_a_search_over_all():
                         text = CONTEXT[offsets[i][0] : offsets[j][1]].strip()
                         value = float(logits[row, i, 0]) + float(logits[row, j, 1])
                         best[text] = max(best.get(text, -np.inf), value)
-        found = span_qa.best_answers(logits, [example.meta for example in made], 5)["file:q1"]
+        found = span_qa.best_answers(logits, [example.meta for example in made], 5)[0][1]
         expected = sorted(best.items(), key=lambda pair: -pair[1])[:5]
         assert [answer.text for answer in found] == [text for text, _ in expected]
         np.testing.assert_allclose([answer.score for answer in found], [value for _, value in expected], rtol=1e-6)
@@ -124,7 +124,7 @@ def test_a_span_that_two_windows_hold_has_the_better_score_of_the_two(surest):
     made = [example for example in make(record(CONTEXT, "308"), 20) if example.columns["labels"].any()]
     assert len(made) == 2
     logits = gold_logits(made, 20) * np.float32([[[1 + (row == surest)]] for row in range(2)])
-    best, *_ = span_qa.best_answers(logits, [example.meta for example in made], 3)["file:q1"]
+    best, *_ = span_qa.best_answers(logits, [example.meta for example in made], 3)[0][1]
     assert (best.text, best.score) == ("308", 40.0)
 
 
@@ -132,8 +132,8 @@ def test_a_question_or_a_separator_is_no_answer():
     (made,) = make(record(CONTEXT, "308 points"), 128)
     logits = gold_logits([made], 128)
     logits[:, np.flatnonzero(made.meta.offsets_Lx2[:, 1] == 0)] = 99.0
-    assert span_qa.best_answers(logits, [made.meta], 1)["file:q1"][0].text == "308 points"
-    assert span_qa.best_answers(np.full_like(logits, np.nan), [made.meta], 1)["file:q1"] == []
+    assert span_qa.best_answers(logits, [made.meta], 1)[0][1][0].text == "308 points"
+    assert span_qa.best_answers(np.full_like(logits, np.nan), [made.meta], 1)[0][1] == []
     assert span_qa.score({"span_logits": np.full_like(logits, np.nan)}, [made.meta], config(128)) == {
         "exact_match": 0.0,
         "f1": 0.0,
@@ -141,10 +141,18 @@ def test_a_question_or_a_separator_is_no_answer():
 
 
 def test_scores_are_of_questions_not_of_windows():
-    one, two = record(CONTEXT, "308 points"), record(CONTEXT, "sixth") | {"source": "file:q2"}
+    one, two = (
+        record(CONTEXT, "308 points"),
+        record(CONTEXT, "sixth", question="How?"),
+    )  # both of one line of a JSON list
     made = [*make(one, 40), *make(two, 40)]
     assert len(made) == 4
     meta, logits = [example.meta for example in made], gold_logits(made, 40)
+    best = span_qa.best_answers(logits, meta, 1)
+    assert [(window.question, answers[0].text) for window, answers in best] == [
+        ("Wie viele?", "308 points"),
+        ("How?", "sixth"),
+    ]
     assert span_qa.score({"span_logits": logits}, meta, config(40)) == {"exact_match": 1.0, "f1": 1.0}
     shifted = np.roll(logits[:, :, 0], -1, axis=1)  # each answer begins a token early
     found = span_qa.score({"span_logits": np.stack([shifted, logits[:, :, 1]], -1)}, meta, config(40))
@@ -169,7 +177,7 @@ def test_all_answers_of_xquad(shared_data, language):
             assert example.meta.offsets_Lx2[last, 0] < answer["answer_start"] + len(answer["text"]) <= end
         if labelled:
             best = span_qa.best_answers(gold_logits(labelled, 256), [example.meta for example in labelled], 1)
-            said = best[asked["source"]][0].text if last - first < 30 else answer["text"]
+            said = best[0][1][0].text if last - first < 30 else answer["text"]
             exact, inside = exact + (said == answer["text"].strip()), inside + (answer["text"].strip() in said)
         total += 1
     assert total == 1190 and counts["answer_in_no_window"] < 12

@@ -52,7 +52,7 @@ def test_the_first_token_of_a_word_has_its_label():
         labels[1 + next(i for i, (_, end) in enumerate(offsets) if end > start)] = label
     np.testing.assert_array_equal(made.columns["labels"], labels)
     assert made.columns["tokens"].tolist() == [TOKENIZER.bos_id, *ids, TOKENIZER.eos_id]
-    assert made.meta == "file:7"
+    assert made.meta == ("file:7", "Parkinson ' s x")
 
 
 WORDS = st.text(
@@ -81,7 +81,7 @@ def test_padding_has_no_label_in_the_rows():
     made = tagging.tagging(record(["a", "b"], ["O", "O"]), TOKENIZER, config(16), Counter())
     cfg = config(16)
     rows, meta = packing.pack(made, tagging.TAGGING.columns(cfg), cfg.data)
-    assert (rows["labels"] >= 0).sum() == 2 and rows["labels"][0, -1] == -1 and meta == ["file:7"]
+    assert (rows["labels"] >= 0).sum() == 2 and rows["labels"][0, -1] == -1 and meta == [("file:7", "a b")]
 
 
 def test_a_tag_that_is_not_known_is_an_error_that_names_the_record():
@@ -168,18 +168,20 @@ def test_every_character_of_the_only_span_is_in_a_word_with_its_tag(text, data):
 
 
 def test_scores_put_the_parts_of_a_sentence_together_again():
-    """An entity that is cut in two by a short row is one entity: right here, though each half alone is not."""
-    expected = [[1, -1, 2, -1], [-1, 2, 0, -1], [3, 0, -1, -1]]
-    predicted = [[1, 4, 2, 4], [4, 2, 0, 4], [0, 0, 4, 4]]
+    """An entity that is cut in two by a short row is one entity: right here, though each half alone is not. And
+    what ends one sentence does not go on in the next."""
+    expected = [[1, -1, 2, -1], [-1, 2, 3, -1], [4, 0, -1, -1]]
+    predicted = [[1, 4, 2, 4], [4, 2, 3, 4], [0, 0, 4, 4]]
     outputs = {"label": np.array(expected), "prediction": np.array(predicted)}
-    found = tagging.score(outputs, ["a:1", "a:1", "a:2"], config())
+    meta = [("a:1", "first"), ("a:1", "first"), ("a:1", "second")]  # of one line of a JSON list
+    found = tagging.score(outputs, meta, config())
     assert found == {
         "token_accuracy": 5 / 6,
         "entity_precision": 1.0,
-        "entity_recall": 0.5,
-        "entity_f1": pytest.approx(2 / 3),
+        "entity_recall": pytest.approx(2 / 3),
+        "entity_f1": pytest.approx(0.8),
     }
-    parts_of_speech = tagging.score(outputs, ["a:1", "a:1", "a:2"], config(labels=("A", "B", "C", "D", "E")))
+    parts_of_speech = tagging.score(outputs, meta, config(labels=("A", "B", "C", "D", "E")))
     assert parts_of_speech == {"token_accuracy": 5 / 6}
 
 

@@ -19,13 +19,15 @@ class Window(NamedTuple):
     """What scoring needs of a row.
 
     Attributes:
-      source: of the question; its windows have it in common.
+      source: of the question. Objects of one line of a JSON list have it in common, so it does not tell them apart.
+      question: as asked; cut, perhaps, in the row.
       context: the whole text that is asked about.
       answers: the accepted ones.
       offsets_Lx2: int32, the characters [start, end) of the context at each position; (0, 0) where there are none.
     """
 
     source: str
+    question: str
     context: str
     answers: list[str]
     offsets_Lx2: np.ndarray
@@ -70,6 +72,8 @@ def span_qa(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
 
     room = seq_len - len(prefix) - 1
     stride = max(1, room // 2)
+    of_record = record["source"], record["question"], record["context"]
+    texts = [answer["text"] for answer in record["answers"]]
     examples = []
     for start in range(0, max(1, len(ids) - room + stride), stride):
         inside = ids[start : start + room]
@@ -82,8 +86,7 @@ def span_qa(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
         }
         offsets_Lx2 = np.zeros((seq_len, 2), np.int32)
         offsets_Lx2[len(prefix) : len(prefix) + len(inside)] = offsets_Nx2[start : start + room]
-        texts = [answer["text"] for answer in record["answers"]]
-        examples.append(Example(columns, Window(record["source"], record["context"], texts, offsets_Lx2)))
+        examples.append(Example(columns, Window(*of_record, texts, offsets_Lx2)))
     if len(examples) > 1:
         counts["context_cut"] += 1
     if not any(example.columns["labels"].any() for example in examples):
@@ -99,8 +102,8 @@ def _tokens_of(answer: dict[str, Any], offsets_Nx2: np.ndarray) -> tuple[int, in
     return int(first), int(last)
 
 
-def best_answers(span_logits_RxLx2: np.ndarray, meta: list[Window], count: int) -> dict[str, list[Answer]]:
-    """Source of each question -> its `count` best answers over all of its windows, the best first.
+def best_answers(span_logits_RxLx2: np.ndarray, meta: list[Window], count: int) -> list[tuple[Window, list[Answer]]]:
+    """Of each question a window, and its `count` best answers over all of its windows, the best first.
 
     A span lies in the context, has at most `MAX_ANSWER_TOKENS` tokens and holds more than white space, which is trimmed
     off its ends. Scores of one question's windows are compared as they are, as in Devlin et al. (2019).
@@ -109,13 +112,13 @@ def best_answers(span_logits_RxLx2: np.ndarray, meta: list[Window], count: int) 
       span_logits_RxLx2: float32, of starts and ends.
       meta: of each row.
     """
-    found: dict[str, dict[tuple[int, int], Answer]] = {}
+    found: dict[tuple[str, ...], tuple[Window, dict[tuple[int, int], Answer]]] = {}
     for logits_Lx2, window in zip(span_logits_RxLx2, meta, strict=True):
-        of_question = found.setdefault(window.source, {})
+        _, answers = found.setdefault((window.source, window.question, window.context), (window, {}))
         for answer in _answers_in(logits_Lx2, window, count):
             place = answer.start, answer.end  # the same characters may be in several windows
-            of_question[place] = max(answer, of_question.get(place, answer))
-    return {source: sorted(spans.values(), reverse=True)[:count] for source, spans in found.items()}
+            answers[place] = max(answer, answers.get(place, answer))
+    return [(window, sorted(answers.values(), reverse=True)[:count]) for window, answers in found.values()]
 
 
 def _answers_in(logits_Lx2: np.ndarray, window: Window, count: int) -> list[Answer]:
@@ -143,9 +146,8 @@ def score(outputs: dict[str, np.ndarray], meta: list[Window], cfg: Config) -> di
     """`scores.answers` of the best answer to each question; outputs 'span_logits', float32 [R, L, 2]."""
     del cfg
     best = best_answers(outputs["span_logits"], meta, count=1)
-    references = {window.source: window.answers for window in meta}
-    said = [spans[0].text if (spans := best[source]) else "" for source in references]
-    return scores.answers(said, list(references.values()))
+    said = [answers[0].text if answers else "" for _, answers in best]
+    return scores.answers(said, [window.answers for window, _ in best])
 
 
 def _columns(cfg: Config) -> Columns:

@@ -38,7 +38,8 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
     if strays := sum(map(_continues_nothing, [OUTSIDE, *record["tags"]], record["tags"])):
         counts["tag_continues_nothing"] += strays
-    ids, offsets = tokenizer.encode_with_offsets(" ".join(words))
+    text = " ".join(words)
+    ids, offsets = tokenizer.encode_with_offsets(text)
     size_W = np.array([len(word) for word in words])
     place_W = np.cumsum(size_W + 1) - size_W - 1
     starts, ends = np.array(offsets).T
@@ -58,7 +59,7 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
         label_L = np.full(cfg.data.seq_len, -1, np.int32)
         label_L[1 + token_W[first:behind] - start] = label_W[first:behind]
         tokens = np.array([tokenizer.bos_id, *ids[start:end], tokenizer.eos_id], np.int32)
-        examples.append(Example({"tokens": tokens, "labels": label_L}, record["source"]))
+        examples.append(Example({"tokens": tokens, "labels": label_L}, (record["source"], text)))
         first = behind
     if len(examples) > 1:
         counts["sentence_cut"] += 1
@@ -110,16 +111,16 @@ def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[
 
     Args:
       outputs: 'label' and 'prediction', int32 [R, L]; a label of -1 is none.
-      meta: of each row the source of its record; rows of one record are put together again, in order.
+      meta: of each row the source and the text of its sentence; rows of one sentence are put together again, in order.
       cfg: whose data.labels the numbers are indices of.
     """
     is_word_RxL = outputs["label"] >= 0
     found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
     if not is_bio(cfg.data.labels):
         return found
-    sentences: dict[str, tuple[list[str], list[str]]] = {}
-    for source, is_word_L, *rows in zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True):
-        for tags, index_L in zip(sentences.setdefault(source, ([], [])), rows, strict=True):
+    sentences: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+    for sentence, is_word_L, *rows in zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True):
+        for tags, index_L in zip(sentences.setdefault(sentence, ([], [])), rows, strict=True):
             tags += [cfg.data.labels[i] for i in index_L[is_word_L]]
     expected, predicted = map(list, zip(*sentences.values(), strict=True))
     return found | scores.entities(expected, predicted)
