@@ -41,7 +41,8 @@ class DataConfig:
     rename: tuple[tuple[str, str], ...] = ()
     task: Literal[
         Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
-        Literal["sentences", "scored_sentences", "sentence_pairs", "tagging", "entities", "span_qa"],
+        Literal["lone_sentences", "sentence_pairs", "sentence_triples"],
+        Literal["sentences", "scored_sentences", "tagging", "entities", "span_qa"],
         Literal["images", "masked_images", "image_pairs"],
         Literal["items", "masked_items"],
     ] = "text"  # which entry of lm.data.tasks makes examples
@@ -230,7 +231,8 @@ class Config:
 
     seed: int = 0
     objective: Literal[
-        Literal["clm", "mlm", "seq2seq", "mae", "contrastive", "classification", "regression", "tagging", "span_qa"]
+        Literal["clm", "mlm", "mlm_pairs", "seq2seq", "mae", "contrastive"],
+        Literal["classification", "regression", "tagging", "span_qa"],
     ] = "clm"
     init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
     init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or a path to read from instead

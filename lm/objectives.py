@@ -76,18 +76,41 @@ def mlm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        return _predict_tokens(apply(params, batch, rng=rng), batch, cfg, tokenizer)
+
+    return loss_fn
+
+
+def _predict_tokens(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Tokenizer) -> LossTerms:
+    return losses.token_cross_entropy(
+        out.hidden_BxLxD,
+        out.unembed_DxV,
+        batch["targets"],
+        batch["loss_weights"],
+        vocab_size=tokenizer.vocab_size,
+        z_loss=cfg.loss.z_loss,
+        label_smoothing=cfg.loss.label_smoothing,
+        softcap=cfg.model.logit_softcap,
+        chunk_len=cfg.loss.chunk_len,
+    )
+
+
+def mlm_pairs(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """`mlm`, and whether two stretches belong together: next sentence (Devlin et al. 2019) or their order (ALBERT).
+
+    The sum of both losses of a row is averaged alike: the pair's counts as often as the row has predicted tokens.
+
+    Metrics, beside those of `mlm`:
+      pair_accuracy: of the rows.
+    """
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         out = apply(params, batch, rng=rng)
-        return losses.token_cross_entropy(
-            out.hidden_BxLxD,
-            out.unembed_DxV,
-            batch["targets"],
-            batch["loss_weights"],
-            vocab_size=tokenizer.vocab_size,
-            z_loss=cfg.loss.z_loss,
-            label_smoothing=cfg.loss.label_smoothing,
-            softcap=cfg.model.logit_softcap,
-            chunk_len=cfg.loss.chunk_len,
-        )
+        terms = _predict_tokens(out, batch, cfg, tokenizer)
+        pair = losses.class_cross_entropy(out.head, batch["labels"], batch["loss_weights"].sum(axis=1))
+        right_B = (pair.outputs["prediction"] == batch["labels"]) * batch["row_weights"]
+        accuracy = {"pair_accuracy": (right_B.sum(), batch["row_weights"].sum())}
+        return terms._replace(sum=terms.sum + pair.sum, metrics=terms.metrics | accuracy)
 
     return loss_fn
 
@@ -227,6 +250,9 @@ OBJECTIVES: dict[str, Objective] = {
     "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text", "items")),
     "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption")),
     "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_items")),
+    "mlm_pairs": Objective(
+        mlm_pairs, ("encoder",), ("masked_pairs",), head=lambda cfg: Head("pooled", 2, keeps_unembed=True)
+    ),
     "classification": Objective(
         classification,
         (*TEXT_MODELS, "vit"),
@@ -239,7 +265,7 @@ OBJECTIVES: dict[str, Objective] = {
     "contrastive": Objective(
         contrastive,
         (*TEXT_MODELS, "vit"),
-        ("sentence_pairs", "image_pairs"),
+        ("lone_sentences", "sentence_pairs", "sentence_triples", "image_pairs"),
         head=lambda cfg: Head("projection", cfg.model.projection_dim),
         score=_score_views,
         scores=lambda cfg: ("alignment", "uniformity"),
