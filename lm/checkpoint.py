@@ -127,7 +127,7 @@ class Checkpoints:
         context = ocp.Context()
         context.asynchronous.create_directories_asynchronously = False  # else an error takes 5 min to show
         self._manager = ocp.training.Checkpointer(
-            epath.Path(workdir) / "checkpoints",
+            epath.Path(workdir).absolute() / "checkpoints",  # Orbax takes no relative path
             context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self._retention,
@@ -216,7 +216,7 @@ class Checkpoints:
 
 def list_saved(workdir: epath.PathLike) -> list[Saved]:
     """The committed checkpoints of a run, ascending by step; empty when there are none."""
-    root = epath.Path(workdir) / "checkpoints"
+    root = epath.Path(workdir).absolute() / "checkpoints"  # Orbax takes no relative path
     if not root.is_dir():
         return []
     from orbax.checkpoint import v1 as ocp

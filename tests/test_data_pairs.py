@@ -51,7 +51,7 @@ def test_half_of_the_pairs_are_as_in_the_document_and_the_label_says_which(how):
         elif how == "order":
             assert swapped in where
         else:
-            assert straight not in where
+            assert straight not in where or len(straight) < 6, "the ends of documents may be alike"
         chosen = batch["loss_weights"][row] > 0
         assert chosen.any() and not TOK.is_control_V[batch["targets"][row][chosen]].any()
     again = take(build(data={"task": "masked_pairs"}, corrupt=CorruptConfig(pairs=how)), 4)
