@@ -127,7 +127,7 @@ class Checkpoints:
         context = ocp.Context()
         context.asynchronous.create_directories_asynchronously = False  # else an error takes 5 min to show
         self._manager = ocp.training.Checkpointer(
-            epath.Path(workdir).absolute() / "checkpoints",  # Orbax takes no relative path
+            _root(workdir),
             context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self._retention,
@@ -214,9 +214,15 @@ class Checkpoints:
         return cfg.keep_best > 0 and ranked[:1] == [None]
 
 
+def _root(workdir: epath.PathLike) -> epath.Path:
+    """The folder of a run's checkpoints; absolute, as Orbax takes no other path."""
+    is_url = "://" in str(workdir)
+    return (epath.Path(workdir) if is_url else epath.Path(workdir).absolute()) / "checkpoints"
+
+
 def list_saved(workdir: epath.PathLike) -> list[Saved]:
     """The committed checkpoints of a run, ascending by step; empty when there are none."""
-    root = epath.Path(workdir).absolute() / "checkpoints"  # Orbax takes no relative path
+    root = _root(workdir)
     if not root.is_dir():
         return []
     from orbax.checkpoint import v1 as ocp

@@ -231,7 +231,7 @@ class Config:
 
     seed: int = 0
     objective: Literal[
-        Literal["clm", "mlm", "mlm_pairs", "seq2seq", "mae", "contrastive"],
+        Literal["clm", "mlm", "seq2seq", "mae", "contrastive"],
         Literal["classification", "regression", "tagging", "span_qa"],
     ] = "clm"
     init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch

@@ -95,26 +95,6 @@ def _predict_tokens(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Toke
     )
 
 
-def mlm_pairs(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """`mlm`, and whether two stretches belong together: next sentence (Devlin et al. 2019) or their order (ALBERT).
-
-    The sum of both losses of a row is averaged alike: the pair's counts as often as the row has predicted tokens.
-
-    Metrics, beside those of `mlm`:
-      pair_accuracy: of the rows.
-    """
-
-    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
-        out = apply(params, batch, rng=rng)
-        terms = _predict_tokens(out, batch, cfg, tokenizer)
-        pair = losses.class_cross_entropy(out.head, batch["labels"], batch["loss_weights"].sum(axis=1))
-        right_B = (pair.outputs["prediction"] == batch["labels"]) * batch["row_weights"]
-        accuracy = {"pair_accuracy": (right_B.sum(), batch["row_weights"].sum())}
-        return terms._replace(sum=terms.sum + pair.sum, metrics=terms.metrics | accuracy)
-
-    return loss_fn
-
-
 def classification(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
     """One of `data.labels` for a row. With `loss.r_drop` each row is seen under two dropout masks while training."""
     del tokenizer
@@ -250,9 +230,6 @@ OBJECTIVES: dict[str, Objective] = {
     "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text", "items")),
     "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption")),
     "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_items")),
-    "mlm_pairs": Objective(
-        mlm_pairs, ("encoder",), ("masked_pairs",), head=lambda cfg: Head("pooled", 2, keeps_unembed=True)
-    ),
     "classification": Objective(
         classification,
         (*TEXT_MODELS, "vit"),

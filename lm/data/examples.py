@@ -39,7 +39,6 @@ class Task(NamedTuple):
       corrupt: (row, rng, tokenizer, config) -> row: what is drawn anew each time that a row is used.
       batch: config -> the columns after `corrupt`; None = the same.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
-      needs_other: whether `corrupt` also reads the columns of a random other row, named 'other_...'.
       augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
     """
 
@@ -50,7 +49,6 @@ class Task(NamedTuple):
     corrupt: Callable[[Row, np.random.Generator, Any, Config], Row] | None = None
     batch: Callable[[Config], Columns] | None = None
     prompt: Callable[[str, Any], list[int]] | None = None
-    needs_other: bool = False
     augments: bool = False
 
 

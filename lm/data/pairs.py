@@ -1,56 +1,14 @@
-"""Two stretches of a document to tell apart (BERT, ALBERT), and sentences to tell from other sentences (SimCSE)."""
+"""Sentences side by side, to tell what belongs together from all else (SimCSE, Gao et al. 2021)."""
 
-import zlib
 from collections import Counter
 
 import numpy as np
 
 from lm.config import Config
-from lm.data import corrupt
-from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns, shifted_columns
+from lm.data.examples import Columns, Example, Task, field_texts
 from lm.data.labelled import encode_pair
 from lm.data.records import Record
 from lm.data.tokenizer import Tokenizer
-
-_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
-
-
-def stretches(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """A document in pieces of seq_len - 3 tokens, each cut in halves A and B; `corrupt.masked_pairs` does the rest.
-
-    A last piece of fewer than two tokens has no halves: it is left out, counted as 'dropped_short'.
-    """
-    ids = np.array(tokenizer.encode(record["text"]), np.int32)
-    size = cfg.data.seq_len - _SPECIALS
-    document = np.array(zlib.crc32(record["text"].encode()) & 0x7FFFFFFF, np.int32)
-    made = []
-    for start in range(0, len(ids), size):
-        piece = ids[start : start + size]
-        if len(piece) < 2:
-            counts["dropped_short"] += 1
-            continue
-        types = (np.arange(len(piece)) >= (len(piece) + 1) // 2).astype(np.int32)
-        made.append(Example({"tokens": piece, "type_ids": types, "document": document}))
-    return made
-
-
-def _stretch_columns(cfg: Config) -> Columns:
-    return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"document": ((), np.int32)}
-
-
-def _masked_pair_columns(cfg: Config) -> Columns:
-    return shifted_columns(cfg) | {"type_ids": ((cfg.data.seq_len,), np.int32), "labels": ((), np.int32)}
-
-
-MASKED_PAIRS = Task(
-    ("text",),
-    stretches,
-    _stretch_columns,
-    field_texts("text"),
-    corrupt.masked_pairs,
-    _masked_pair_columns,
-    needs_other=True,
-)
 
 
 def _views(fields: tuple[str, ...]) -> Task:

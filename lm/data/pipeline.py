@@ -47,7 +47,6 @@ class Part(NamedTuple):
       stored: the columns of `rows` before they were made compact: batch key -> (shape of a row, dtype).
       columns: the columns of a batch.
       finish: (row, rng) -> row of a batch: what is drawn anew for each global example; None = nothing is.
-      needs_other: whether `finish` is also given a random row, its columns named 'other_...'.
     """
 
     rows: Rows
@@ -55,11 +54,6 @@ class Part(NamedTuple):
     stored: Columns
     columns: Columns
     finish: Finish | None = None
-    needs_other: bool = False
-
-    def stored_row(self, row_id: int, prefix: str = "") -> Row:
-        """A row as it was packed."""
-        return {prefix + key: self.rows[key][row_id].astype(dtype) for key, (_, dtype) in self.stored.items()}
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -206,9 +200,7 @@ def _gather(part: Part, row_ids: np.ndarray, index: np.ndarray, seed: int) -> Ho
         finished = []
         for row_id, g in zip(row_ids, index, strict=True):
             rng = np.random.default_rng([seed % 2**32, int(g)])
-            row = part.stored_row(row_id)
-            if part.needs_other:
-                row |= part.stored_row(int(rng.integers(len(part))), "other_")
+            row = {key: part.rows[key][row_id].astype(dtype) for key, (_, dtype) in part.stored.items()}
             finished.append(part.finish(row, rng))
         batch = {key: np.stack([row[key] for row in finished]) for key in part.columns}
     batch = {key: x.astype(part.columns[key][1]) for key, x in batch.items()}
@@ -239,7 +231,7 @@ def _part(
             f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )
     finish = _finish(task, name == "train", cfg, tokenizer)
-    return Part(rows, meta, stored, (task.batch or task.columns)(cfg), finish, task.needs_other), report
+    return Part(rows, meta, stored, (task.batch or task.columns)(cfg), finish), report
 
 
 def _finish(task: Task, is_train: bool, cfg: Config, tokenizer: Tokenizer | None) -> Finish | None:

@@ -24,7 +24,6 @@ TASKS: dict[str, Task] = {
     "masked_text": Task(
         ("text",), examples.whole_text, _whole_columns, field_texts("text"), corrupt.mask_tokens, shifted_columns
     ),
-    "masked_pairs": pairs.MASKED_PAIRS,
     **pairs.SENTENCE_TASKS,
     "sentences": labelled.LABELLED,
     "scored_sentences": labelled.SCORED,
