@@ -43,6 +43,7 @@ MODULES = (
     "lm.data.corrupt",
     "lm.data.images",
     "lm.data.seq2seq",
+    "lm.data.sentence_pairs",
     "lm.data.augment",
     "lm.data.tasks",
     "lm.data.packing",
