@@ -1,6 +1,7 @@
 """Sampling from a model: prompts of different lengths in one batch, a key/value cache, one compilation per shape."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,10 +26,12 @@ class Prompting(NamedTuple):
     Attributes:
       batch: (ids of each prompt, tokenizer) -> the first batch; what is new comes after its `tokens`.
       positions: (length of a prompt, new ids) -> learned positions that they need.
+      room: (data.seq_len, new ids) -> how long a prompt may be, to be no longer than what was trained on.
     """
 
     batch: Callable[[Sequence[Sequence[int]], Any], dict[str, np.ndarray]]
     positions: Callable[[int, int], int]
+    room: Callable[[int, int], int]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np.ndarray]:
@@ -66,9 +69,9 @@ def _as_inputs(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np
 
 # model.kind -> how it takes prompts; the kinds that are absent do not generate text.
 PROMPTING = {
-    "decoder": Prompting(_left_padded, lambda prompt, new: prompt + new),
-    "prefix_decoder": Prompting(_as_prefix, lambda prompt, new: prompt + new),
-    "encoder_decoder": Prompting(_as_inputs, lambda prompt, new: max(prompt, 1 + new)),
+    "decoder": Prompting(_left_padded, operator.add, operator.sub),
+    "prefix_decoder": Prompting(_as_prefix, operator.add, operator.sub),
+    "encoder_decoder": Prompting(_as_inputs, lambda prompt, new: max(prompt, 1 + new), lambda seq_len, new: seq_len),
 }
 
 
@@ -93,6 +96,11 @@ def check_room(prompt_len: int, cfg: Config) -> None:
         raise ConfigError(
             f"a prompt of {prompt_len} ids and 'generate.max_new_tokens' ({new}) do not fit 'model.max_len' ({max_len})"
         )
+
+
+def prompt_room(cfg: Config) -> int:
+    """How many ids of a prompt, beside `generate.max_new_tokens` new ones, are no more than was trained on."""
+    return PROMPTING[cfg.model.kind].room(cfg.data.seq_len, cfg.generate.max_new_tokens)
 
 
 def prompt_batch(

@@ -15,6 +15,7 @@ from lm import losses, metrics, scores
 from lm.config import Config
 from lm.data import span_qa as data_span_qa
 from lm.data import tagging as data_tagging
+from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.models import vision
 from lm.types import Batch, Head, LossTerms, ModelOutput, Params
@@ -70,29 +71,42 @@ def clm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
 def mlm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
     """Prediction of the tokens that `loss_weights` names: of those that the task has hidden (Devlin et al. 2019).
 
+    Where the task gives pairs with a label, its cross-entropy is added: every predicted token counts the label of its
+    row once, so that the two add up as means do in BERT, and a batch is still the sum of its parts.
+
     Metrics:
       nll: nats a predicted token.
       accuracy: of the most likely token.
+      pair_accuracy: of the labels of pairs.
     """
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
-        return _predict_tokens(apply(params, batch, rng=rng), batch, cfg, tokenizer)
+        out = apply(params, batch, rng=rng)
+        terms = losses.token_cross_entropy(
+            out.hidden_BxLxD,
+            out.unembed_DxV,
+            batch["targets"],
+            batch["loss_weights"],
+            vocab_size=tokenizer.vocab_size,
+            z_loss=cfg.loss.z_loss,
+            label_smoothing=cfg.loss.label_smoothing,
+            softcap=cfg.model.logit_softcap,
+            chunk_len=cfg.loss.chunk_len,
+        )
+        if out.head is None:
+            return terms
+        pairs = losses.class_cross_entropy(out.head, batch["labels"], batch["loss_weights"].sum(axis=1))
+        named = terms.metrics | {"pair_accuracy": pairs.metrics["accuracy"]}
+        return terms._replace(sum=terms.sum + pairs.sum, metrics=named)
 
     return loss_fn
 
 
-def _predict_tokens(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Tokenizer) -> LossTerms:
-    return losses.token_cross_entropy(
-        out.hidden_BxLxD,
-        out.unembed_DxV,
-        batch["targets"],
-        batch["loss_weights"],
-        vocab_size=tokenizer.vocab_size,
-        z_loss=cfg.loss.z_loss,
-        label_smoothing=cfg.loss.label_smoothing,
-        softcap=cfg.model.logit_softcap,
-        chunk_len=cfg.loss.chunk_len,
-    )
+def _pair_head(cfg: Config) -> Head | None:
+    """Tells the labels of pairs, where the task gives them."""
+    task = TASKS[cfg.data.task]
+    gives_labels = "labels" in (task.batch or task.columns)(cfg)
+    return Head("pooled", 2, keeps_unembed=True) if gives_labels else None
 
 
 def classification(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
@@ -229,7 +243,7 @@ TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 OBJECTIVES: dict[str, Objective] = {
     "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text", "items")),
     "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption")),
-    "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_items")),
+    "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_pairs", "masked_items"), head=_pair_head),
     "classification": Objective(
         classification,
         (*TEXT_MODELS, "vit"),

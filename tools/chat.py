@@ -42,7 +42,7 @@ def talk(args: argparse.Namespace) -> None:
     chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     values = schema.to_dict(cfg)
     cfg = config.build(values | {"generate": values["generate"] | chosen})
-    if cfg.generate.max_new_tokens > cfg.data.seq_len - 2:
+    if generate.prompt_room(cfg) < 2:
         raise schema.ConfigError(
             f"--max_new_tokens={cfg.generate.max_new_tokens} leaves no room for a prompt in the {cfg.data.seq_len} "
             "positions that this run was trained on"
@@ -54,16 +54,15 @@ def talk(args: argparse.Namespace) -> None:
     for turn, line in enumerate([args.prompt] if args.prompt else lines()):
         history = [*history, {"role": "user", "content": line}] if is_chat else []
         ids = examples.prompt_ids(history, words) if is_chat else generate.encode_prompt(line, words, cfg)
-        ids = fit(ids, cfg)
+        ids = fit(ids, generate.prompt_room(cfg))
         made = generate.generate(model, params, [ids], jax.random.fold_in(key, turn), cfg, words)[0]
         answer = words.decode(made)
         history.append({"role": "assistant", "content": answer})
         print(answer, flush=True)
 
 
-def fit(ids: list[int], cfg: Any) -> list[int]:
-    """Drops the oldest ids, but not the first (BOS), where they and the answer do not fit the training length."""
-    room = max(2, cfg.data.seq_len - cfg.generate.max_new_tokens)
+def fit(ids: list[int], room: int) -> list[int]:
+    """Drops the oldest ids, but not the first (BOS), where there are more than `room`."""
     if len(ids) > room:
         print(f"(only the last {room - 1} ids of the conversation fit)", file=sys.stderr)
         return [ids[0], *ids[-(room - 1) :]]

@@ -16,7 +16,7 @@ from lm.schema import ConfigError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _MASKED, _REPLACED = 0.8, 0.1  # of the chosen tokens; the rest keep theirs (Devlin et al. 2019, section 3.1)
-_PAIR_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
+PAIR_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 
 
 def check(cfg: Config) -> None:
@@ -28,8 +28,8 @@ def check(cfg: Config) -> None:
         raise ConfigError(f"'corrupt.rate' is 0, but data.task={cfg.data.task} predicts what it hides")
     if extra < 1:
         raise ConfigError(f"'tokenizer.extra_ids' is {extra}, but data.task={cfg.data.task} needs 1, the mask")
-    if cfg.data.task == "masked_pairs" and seq_len < _PAIR_SPECIALS + 2:
-        least = _PAIR_SPECIALS + 2
+    if cfg.data.task == "masked_pairs" and seq_len < PAIR_SPECIALS + 2:
+        least = PAIR_SPECIALS + 2
         raise ConfigError(f"'data.seq_len' ({seq_len}) must be at least {least} for data.task=masked_pairs")
     if cfg.data.task == "span_corruption":
         sizes = span_sizes(raw_len(cfg), cfg)
@@ -298,7 +298,7 @@ def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Conf
     elif spoilt:
         spoilt = bool(row["document"] != row["other_document"])
         second = _stretches(row, "other_")[1] if spoilt else second
-    room = cfg.data.seq_len - _PAIR_SPECIALS
+    room = cfg.data.seq_len - PAIR_SPECIALS
     first, second = (
         first[: max(room - len(second), (room + 1) // 2)],
         second[: max(room - len(first), room // 2)],

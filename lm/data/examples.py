@@ -38,6 +38,7 @@ class Task(NamedTuple):
       texts: record -> the texts in it, to train a tokenizer on; None = the task reads no text and has no tokenizer.
       corrupt: (row, rng, tokenizer, config) -> row: what is drawn anew each time that a row is used.
       batch: config -> the columns after `corrupt`; None = the same.
+      draws_other: `corrupt` finds the columns of a random row beside those of its own, as 'other_...'.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
     """
@@ -48,6 +49,7 @@ class Task(NamedTuple):
     texts: Callable[[Record], Iterator[str]] | None
     corrupt: Callable[[Row, np.random.Generator, Any, Config], Row] | None = None
     batch: Callable[[Config], Columns] | None = None
+    draws_other: bool = False
     prompt: Callable[[str, Any], list[int]] | None = None
     augments: bool = False
 

@@ -230,21 +230,31 @@ def _part(
             f"the {name} data has no target: nothing in it counts for the loss ({found}); "
             f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )
-    finish = _finish(task, name == "train", cfg, tokenizer)
+    finish = _finish(task, name == "train", cfg, tokenizer, rows, stored)
     return Part(rows, meta, stored, (task.batch or task.columns)(cfg), finish), report
 
 
-def _finish(task: Task, is_train: bool, cfg: Config, tokenizer: Tokenizer | None) -> Finish | None:
+def _finish(
+    task: Task, is_train: bool, cfg: Config, tokenizer: Tokenizer | None, rows: Rows, stored: Columns
+) -> Finish | None:
     """What is done to a row each time it is used: augmentation while training, then the task's corruption."""
     steps: list[Finish] = []
     if is_train and not task.augments:
         steps += [functools.partial(_augment, name, strength, cfg, tokenizer) for name, strength in cfg.data.augment]
+    if task.draws_other:
+        steps.append(functools.partial(_with_other, rows, stored))
     if task.corrupt is not None:
         corrupt = task.corrupt
         steps.append(lambda row, rng: corrupt(row, rng, tokenizer, cfg))
     if not steps:
         return None
     return lambda row, rng: functools.reduce(lambda row, step: step(row, rng), steps, row)
+
+
+def _with_other(rows: Rows, stored: Columns, row: Row, rng: np.random.Generator) -> Row:
+    """The row, and beside it a random one of all rows."""
+    at = int(rng.integers(len(next(iter(rows.values())))))
+    return row | {f"other_{key}": rows[key][at].astype(dtype) for key, (_, dtype) in stored.items()}
 
 
 def _augment(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lm.config import Config
-from lm.data import corrupt, examples, images, labelled, pairs, seq2seq, span_qa, tagging
+from lm.data import corrupt, examples, images, labelled, masked_pairs, sentence_views, seq2seq, span_qa, tagging
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -24,7 +24,8 @@ TASKS: dict[str, Task] = {
     "masked_text": Task(
         ("text",), examples.whole_text, _whole_columns, field_texts("text"), corrupt.mask_tokens, shifted_columns
     ),
-    **pairs.SENTENCE_TASKS,
+    "masked_pairs": masked_pairs.MASKED_PAIRS,
+    **sentence_views.SENTENCE_TASKS,
     "sentences": labelled.LABELLED,
     "scored_sentences": labelled.SCORED,
     "tagging": tagging.TAGGING,

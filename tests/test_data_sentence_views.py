@@ -1,4 +1,4 @@
-"""lm/data/pairs.py: stretches of documents and what spoils them, and sentences side by side."""
+"""lm/data/sentence_views.py: stretches of documents and what spoils them, and sentences side by side."""
 
 import dataclasses
 import itertools

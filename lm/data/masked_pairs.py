@@ -1,0 +1,58 @@
+"""Documents to pairs of neighbouring stretches, of which `lm.data.corrupt.masked_pairs` makes what BERT reads."""
+
+import re
+import zlib
+from collections import Counter
+
+import numpy as np
+
+from lm.config import Config
+from lm.data import corrupt
+from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns, shifted_columns
+from lm.data.records import Record
+from lm.data.tokenizer import Tokenizer
+
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])(?=\s)|(?<=\n)(?=[^\n])")  # nothing is lost: white space begins the next
+
+
+def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """Consecutive sentences that fit a row with [CLS] and two [SEP], split in two where A and B are closest in length.
+
+    A sentence ends at . ! ? and white space, or at a new line. One that is longer than a row loses its end (counted:
+    sentence_cut); one that no other fits beside has no neighbour (dropped_single).
+
+    Returns:
+      Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a number that tells documents apart.
+    """
+    room = cfg.data.seq_len - corrupt.PAIR_SPECIALS
+    document = np.array(zlib.crc32(str(record["source"]).encode()) & 0x7FFFFFFF, np.int32)
+    groups: list[list[list[int]]] = [[]]
+    for sentence in _BETWEEN_SENTENCES.split(record["text"]):
+        ids = tokenizer.encode(sentence)
+        if len(ids) > room:
+            counts["sentence_cut"] += 1
+        if sum(map(len, groups[-1])) + len(ids) > room:
+            groups.append([])
+        groups[-1].append(ids[:room])
+    made = []
+    for group in groups:
+        ends = np.cumsum([len(ids) for ids in group])
+        if len(group) < 2:
+            counts["dropped_single"] += len(group)
+            continue
+        middle = int(ends[np.argmin(np.abs(2 * ends[:-1] - ends[-1]))])
+        tokens = np.array([token for ids in group for token in ids], np.int32)
+        types = (np.arange(len(tokens)) >= middle).astype(np.int32)
+        made.append(Example({"tokens": tokens, "type_ids": types, "document": document}))
+    return made
+
+
+def _stored(cfg: Config) -> Columns:
+    return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"document": ((), np.int32)}
+
+
+def _batch(cfg: Config) -> Columns:
+    return shifted_columns(cfg) | {"type_ids": ((cfg.data.seq_len,), np.int32), "labels": ((), np.int32)}
+
+
+MASKED_PAIRS = Task(("text",), neighbours, _stored, field_texts("text"), corrupt.masked_pairs, _batch, draws_other=True)
