@@ -45,7 +45,7 @@ def hidden(model, params, batch, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("style", "kind"), [("gpt2", "lora"), ("llama", "lora"), ("gpt2", "houlsby"), ("llama", "pfeiffer")]
+    ("style", "kind"), [("gpt2", "lora"), ("llama", "lora"), ("gpt2", "houlsby")]
 )
 def test_an_adapter_adds_exactly_nothing_at_the_start(style, kind):
     base, params, model, start = adapted(style, dataclasses.replace(LORA, kind=kind))
