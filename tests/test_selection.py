@@ -418,7 +418,8 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
     params = trees.flatten(build_lib.load_run(str(tmp_path / "run"))[2])
     name = "decoder/layers/mlp/up/kernel"
     wanted = {
-        f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32) for kind, n in (("ema", 1), ("params", 2))
+        f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32, sharding=sharding.replicated(one_device))
+        for kind, n in (("ema", 1), ("params", 2))
     }
     read = trees.flatten(checkpoint.load(state, trees.unflatten(wanted)))
     np.testing.assert_array_equal(params[name], np.concatenate([read[f"params/{name}"][:1], read[f"ema/{name}"]]))
