@@ -101,7 +101,7 @@ def test_rules_that_no_slice_can_follow_are_refused(changes, message):
 # --- the optimizer ---
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_layers_under_rules_move_as_parameters_of_their_own(name):
     """Rates, decay, freezing, late starts and clipping, against a tree in which each layer is a leaf of its own."""
     cfg = dataclasses.replace(
@@ -122,7 +122,7 @@ def test_layers_under_rules_move_as_parameters_of_their_own(name):
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_a_parameter_held_back_begins_as_a_run_of_its_own(name):
     """Nothing of it moves before its step, moments and counts included; then it moves as if all had begun there."""
     late = dataclasses.replace(BASE, name=name, clip_norm=0.0, unfreeze_rules=((r".*/[12]/.*", 0.3), (r".*", 0.0)))
@@ -418,7 +418,8 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
     params = trees.flatten(build_lib.load_run(str(tmp_path / "run"))[2])
     name = "decoder/layers/mlp/up/kernel"
     wanted = {
-        f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32) for kind, n in (("ema", 1), ("params", 2))
+        f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32, sharding=sharding.replicated(one_device))
+        for kind, n in (("ema", 1), ("params", 2))
     }
     read = trees.flatten(checkpoint.load(state, trees.unflatten(wanted)))
     np.testing.assert_array_equal(params[name], np.concatenate([read[f"params/{name}"][:1], read[f"ema/{name}"]]))
