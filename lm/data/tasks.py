@@ -3,7 +3,7 @@
 import numpy as np
 
 from lm.config import Config
-from lm.data import corrupt, examples, images, labelled, pairs, seq2seq, span_qa, tagging
+from lm.data import corrupt, examples, images, items, labelled, mixtures, pairs, seq2seq, span_qa, tagging
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -27,10 +27,13 @@ TASKS: dict[str, Task] = {
     **pairs.SENTENCE_TASKS,
     "sentences": labelled.LABELLED,
     "scored_sentences": labelled.SCORED,
+    "mixed_sentences": mixtures.MIXED,
     "tagging": tagging.TAGGING,
     "entities": tagging.ENTITIES,
     "span_qa": span_qa.SPAN_QA,
     "images": images.LABELLED_IMAGES,
     "masked_images": images.MASKED_IMAGES,
     "image_pairs": images.IMAGE_PAIRS,
+    "items": items.ITEMS,
+    "masked_items": items.MASKED_ITEMS,
 }
