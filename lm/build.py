@@ -15,14 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import checkpoint, checks, config, generate, objectives, optim, selection, sharding, step, transfer, trees
 from lm.config import Config, MeshConfig
-from lm.data import examples, pipeline, sources, tokenizer
+from lm.data import examples, pipeline, sources
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.models import adapters, families, transformer
 from lm.schema import ConfigError
 from lm.types import Batch, ModelFns, TrainState
-
-TOKENIZER_FILE = "tokenizer.model"
 
 
 class Plan(NamedTuple):
@@ -148,7 +146,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     if words:
         note(f"tokenizer of {words.vocab_size:,} ids, {words.hash[:12]}")
         if jax.process_index() == 0:
-            words.save(workdir / TOKENIZER_FILE)
+            words.save(workdir / tokenizer_file(cfg))
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
     data = pipeline.build(cfg, words, split)
     check_same_data(data)
@@ -227,12 +225,12 @@ def tokenizer_for(
 ) -> Tokenizer | None:
     """The run's tokenizer, trained where there is none yet; None where the task reads no text. Every process trains it:
     an error is then every process's, and the result, a function of the texts, is the same."""
-    texts_of, cfg = TASKS[planned.cfg.data.task].texts, planned.cfg.tokenizer
-    if texts_of is None or planned.tokenizer:
+    task, cfg = TASKS[planned.cfg.data.task], planned.cfg.tokenizer
+    if task.texts is None or planned.tokenizer:
         return planned.tokenizer
     note(f"training a tokenizer of {cfg.vocab_size:,} ids")
-    texts = itertools.chain.from_iterable(map(texts_of, split.train))
-    return dataclasses.replace(tokenizer.train(texts, cfg.vocab_size, cfg.train_bytes), extra_ids=cfg.extra_ids)
+    texts = itertools.chain.from_iterable(map(task.texts, split.train))
+    return dataclasses.replace(task.words.train(texts, cfg), extra_ids=cfg.extra_ids)
 
 
 def check_same_data(data: pipeline.Data) -> None:
@@ -255,17 +253,18 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
     Raises:
       ConfigError: naming both files, or the run whose tokenizer is gone.
     """
-    candidates: list[Any] = [workdir / TOKENIZER_FILE] if workdir else []
+    words = TASKS[cfg.data.task].words
+    candidates: list[Any] = [workdir / words.file] if workdir else []
     if cfg.tokenizer.path:
         candidates.append(epath.Path(cfg.tokenizer.path))
         if not candidates[-1].exists():
-            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a SentencePiece .model")
+            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a {words.file} of a run")
     if init:
-        candidates.append(init.path.parent.parent / TOKENIZER_FILE)
-    found = {path: tokenizer.load(path) for path in candidates if path.exists()}
+        candidates.append(init.path.parent.parent / words.file)
+    found = {path: words.load(path) for path in candidates if path.exists()}
     if (init or workdir) and not found:
         raise ConfigError(f"no {candidates[-1]}: what the ids of the checkpoint mean is lost; put it back")
-    hashes = {str(path): words.hash for path, words in found.items()}
+    hashes = {str(path): each.hash for path, each in found.items()}
     if init:
         hashes[str(init.path)] = init.info.get("tokenizer_hash", "")
     if len(set(hashes.values())) > 1:
@@ -334,6 +333,11 @@ def eval_iterator(run: Run) -> Any:
 def eval_row_ids(run: Run) -> np.ndarray:
     """The held-out rows that `eval_iterator` gives, in order."""
     return pipeline.eval_row_ids(run.data.valid, run.cfg.eval.max_tokens, run.cfg.data.seq_len)
+
+
+def tokenizer_file(cfg: Config) -> str:
+    """What a run's folder calls its tokenizer."""
+    return TASKS[cfg.data.task].words.file
 
 
 def tokenizer_hash(run: Run) -> str:

@@ -36,17 +36,19 @@ class DataConfig:
     eval_path: str = ""  # '' = hold out eval_fraction of the records of `path`, chosen by hash
     eval_fraction: float = 0.02
     separator: str = ""  # text only: splits one file into documents; '' = one document a file
-    # jsonl, table and conll only: (field in the file, field expected) pairs. Numbers, from 1, name the columns of a
-    # table that has no header.
+    # jsonl, table, conll and interactions only: (field in the file, field expected) pairs. Numbers, from 1, name the
+    # columns of a table that has no header.
     rename: tuple[tuple[str, str], ...] = ()
     task: Literal[
         Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
         Literal["lone_sentences", "sentence_pairs", "sentence_triples"],
         Literal["sentences", "scored_sentences", "tagging", "entities", "span_qa"],
         Literal["images", "masked_images", "image_pairs"],
-        Literal["items", "masked_items"],
+        Literal["items", "masked_items", "mixed_sentences"],
     ] = "text"  # which entry of lm.data.tasks makes examples
-    labels: tuple[str, ...] = ()  # classification and tagging: all there are; a label's place here is its index
+    # Classification and tagging: all there are; a label's place here is its index. mixed_sentences: 'TASK/LABEL' for
+    # each label of each task, 'TASK/' for one that has numbers.
+    labels: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
     templates: tuple[str, ...] = ()  # sentences only: '{text} It was {label}.'; which one, the example's index decides
     shots: int = 0  # chat only: this many examples of the training data are put before each held-out prompt
@@ -233,6 +235,7 @@ class Config:
     objective: Literal[
         Literal["clm", "mlm", "seq2seq", "mae", "contrastive"],
         Literal["classification", "regression", "tagging", "span_qa"],
+        Literal["next_item", "masked_item", "multitask"],
     ] = "clm"
     init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
     init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or a path to read from instead

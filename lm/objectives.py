@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import losses, metrics, scores
+from lm import losses, metrics, ranks, scores
 from lm.config import Config
+from lm.data import mixtures
 from lm.data import span_qa as data_span_qa
 from lm.data import tagging as data_tagging
 from lm.data.tasks import TASKS
@@ -82,17 +83,7 @@ def mlm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         out = apply(params, batch, rng=rng)
-        terms = losses.token_cross_entropy(
-            out.hidden_BxLxD,
-            out.unembed_DxV,
-            batch["targets"],
-            batch["loss_weights"],
-            vocab_size=tokenizer.vocab_size,
-            z_loss=cfg.loss.z_loss,
-            label_smoothing=cfg.loss.label_smoothing,
-            softcap=cfg.model.logit_softcap,
-            chunk_len=cfg.loss.chunk_len,
-        )
+        terms = _predict_tokens(out, batch, cfg, tokenizer)
         if out.head is None:
             return terms
         pairs = losses.class_cross_entropy(out.head, batch["labels"], batch["loss_weights"].sum(axis=1))
@@ -107,6 +98,43 @@ def _pair_head(cfg: Config) -> Head | None:
     task = TASKS[cfg.data.task]
     gives_labels = "labels" in (task.batch or task.columns)(cfg)
     return Head("pooled", 2, keeps_unembed=True) if gives_labels else None
+
+
+def item_ranking(apply: Apply, cfg: Config, vocabulary: Any) -> LossFn:
+    """Prediction of items by cross-entropy over all of them; a target that the vocabulary lacks has no loss.
+
+    Outputs:
+      rank: place of the target of the row's last prediction among all items, see `ranks.target_rank`. Items of the
+        history take part: a user may choose one again.
+    """
+    is_item_V = jnp.asarray(~vocabulary.is_control_V)
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        out = apply(params, batch, rng=rng)
+        targets_BxL, weights_BxL = batch["targets"], batch["loss_weights"]
+        known = batch | {"loss_weights": jnp.where(is_item_V[targets_BxL], weights_BxL, 0)}
+        terms = _predict_tokens(out, known, cfg, vocabulary)
+        softcap = cfg.model.logit_softcap
+        rank_B = ranks.target_rank(
+            out.hidden_BxLxD, out.unembed_DxV, targets_BxL, weights_BxL, is_item_V, softcap=softcap
+        )
+        return terms._replace(outputs={"rank": rank_B})
+
+    return loss_fn
+
+
+def _predict_tokens(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Tokenizer) -> LossTerms:
+    return losses.token_cross_entropy(
+        out.hidden_BxLxD,
+        out.unembed_DxV,
+        batch["targets"],
+        batch["loss_weights"],
+        vocab_size=tokenizer.vocab_size,
+        z_loss=cfg.loss.z_loss,
+        label_smoothing=cfg.loss.label_smoothing,
+        softcap=cfg.model.logit_softcap,
+        chunk_len=cfg.loss.chunk_len,
+    )
 
 
 def classification(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
@@ -154,6 +182,39 @@ def regression(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
         head_Bx1 = apply(params, batch, rng=rng).head
         terms = losses.squared_error(head_Bx1[:, 0], batch["labels"], batch["row_weights"])
         return terms._replace(outputs=terms.outputs | {"label": batch["labels"]})
+
+    return loss_fn
+
+
+def multitask(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """Classes or numbers of several tasks, each by its own columns of the head (MT-DNN, Liu et al. 2019).
+
+    The loss is summed over the rows of a batch, whichever tasks they are of, each by its task's loss.
+
+    Metrics:
+      TASK_loss, and TASK_accuracy where it has classes: over the rows of that task.
+    """
+    del tokenizer
+    known = mixtures.parts(cfg.data.labels)
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        logits_BxC = apply(params, batch, rng=rng).head
+        labels_B, part_B, weights_B = batch["labels"], batch["part"], batch["row_weights"]
+        total, found, said_B = jnp.zeros(()), {}, jnp.zeros_like(labels_B)
+        for i, part in enumerate(known):
+            own_B = jnp.where(part_B == i, weights_B, 0)
+            if part.classes:
+                columns = slice(part.first, part.first + len(part.classes))
+                classes_B, smoothing = labels_B.astype(jnp.int32), cfg.loss.label_smoothing
+                terms = losses.class_cross_entropy(logits_BxC[:, columns], classes_B, own_B, label_smoothing=smoothing)
+                found[f"{part.name}_accuracy"] = terms.metrics["accuracy"]
+            else:
+                terms = losses.squared_error(logits_BxC[:, part.first], labels_B, own_B)
+            found[f"{part.name}_loss"] = (terms.sum, terms.weight)
+            total += terms.sum
+            said_B = jnp.where(part_B == i, terms.outputs["prediction"].astype(jnp.float32), said_B)
+        outputs = {"prediction": said_B, "label": labels_B, "part": part_B}
+        return LossTerms(total, weights_B.sum(), found, outputs)
 
     return loss_fn
 
@@ -233,24 +294,66 @@ def _score_numbers(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, 
     return scores.regression(outputs["label"], outputs["prediction"])
 
 
+def _score_parts(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    """What each task alone would report, under 'TASK_...', and 'mean_score': the mean over the tasks of their accuracy,
+    or Pearson correlation where they have numbers. A task without a row scores nothing and is not in the mean."""
+    del meta
+    values: dict[str, float] = {}
+    main: list[float] = []
+    for i, part in enumerate(mixtures.parts(cfg.data.labels)):
+        labels, said = (outputs[name][outputs["part"] == i] for name in ("label", "prediction"))
+        if not labels.size:
+            continue
+        if part.classes:
+            found = scores.classification(labels.astype(int), said.astype(int), len(part.classes))
+            main.append(scores.accuracy(labels, said))
+        else:
+            found = scores.regression(labels, said)
+            main.append(found["pearson"])
+        values |= {f"{part.name}_{name}": value for name, value in found.items()}
+    return values | {"mean_score": float(np.mean(main))}
+
+
+def _part_scores(cfg: Config) -> tuple[str, ...]:
+    own = [
+        f"{part.name}_{name}"
+        for part in mixtures.parts(cfg.data.labels)
+        for name in (_CLASS_SCORES if part.classes else _NUMBER_SCORES)
+    ]
+    return (*own, "mean_score")
+
+
 def _score_views(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
     del meta, cfg
     return scores.views(outputs["first"], outputs["second"])
 
 
+def _score_ranks(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    """Of the model, and of who names the items that were chosen most often, whoever asks."""
+    del cfg
+    by_popularity = scores.ranking(np.array(meta))
+    return scores.ranking(outputs["rank"]) | {f"popularity_{name}": value for name, value in by_popularity.items()}
+
+
+_CLASS_SCORES, _NUMBER_SCORES = ("f1", "matthews"), ("pearson", "spearman")
+_RANKS = ("hr_at_10", "ndcg_at_10", "popularity_hr_at_10", "popularity_ndcg_at_10")
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 
 OBJECTIVES: dict[str, Objective] = {
-    "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text", "items")),
+    "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text")),
     "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption")),
-    "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_pairs", "masked_items"), head=_pair_head),
+    "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_pairs"), head=_pair_head),
+    "next_item": Objective(item_ranking, ("decoder",), ("items",), score=_score_ranks, scores=lambda cfg: _RANKS),
+    "masked_item": Objective(
+        item_ranking, ("encoder",), ("masked_items",), score=_score_ranks, scores=lambda cfg: _RANKS
+    ),
     "classification": Objective(
         classification,
         (*TEXT_MODELS, "vit"),
         ("sentences", "images"),
         head=lambda cfg: Head("pooled", len(cfg.data.labels)),
         score=_score_classes,
-        scores=lambda cfg: ("f1", "matthews"),
+        scores=lambda cfg: _CLASS_SCORES,
     ),
     "mae": Objective(mae, ("mae",), ("masked_images",)),
     "contrastive": Objective(
@@ -268,7 +371,15 @@ OBJECTIVES: dict[str, Objective] = {
         ("scored_sentences",),
         head=lambda cfg: Head("pooled", 1),
         score=_score_numbers,
-        scores=lambda cfg: ("pearson", "spearman"),
+        scores=lambda cfg: _NUMBER_SCORES,
+    ),
+    "multitask": Objective(
+        multitask,
+        TEXT_MODELS,
+        ("mixed_sentences",),
+        head=lambda cfg: Head("pooled", sum(len(part.classes) or 1 for part in mixtures.parts(cfg.data.labels))),
+        score=_score_parts,
+        scores=_part_scores,
     ),
     "tagging": Objective(
         tagging,

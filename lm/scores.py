@@ -67,6 +67,20 @@ def entities(expected: list[list[str]], predicted: list[list[str]]) -> dict[str,
     return dict(zip(("entity_precision", "entity_recall", "entity_f1"), map(float, values), strict=False))
 
 
+def ranking(ranks_R: np.ndarray, at: int = 10) -> dict[str, float]:
+    """'hr_at_10', the share of rows whose one right answer is in the first ten places, and 'ndcg_at_10', which counts
+    it 1 / log2(1 + place); 0 where there are no rows.
+
+    Args:
+      ranks_R: int [R], the place of the right answer, from 1.
+      at: the ten.
+    """
+    hits_R = ranks_R <= at
+    gains_R = np.where(hits_R, 1 / np.log2(1 + ranks_R.astype(np.float64)), 0)
+    both = {f"hr_at_{at}": hits_R, f"ndcg_at_{at}": gains_R}
+    return {name: float(values.mean()) if values.size else 0.0 for name, values in both.items()}
+
+
 def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """'exact_match' and 'f1' over words, of 0 to 1, as the evaluation of SQuAD v1.1 (Rajpurkar et al. 2016) has them.
 

@@ -21,6 +21,7 @@ import jax
 #   example_index   int32    [B] global index of the row in the stream: names it in errors, seeds its dropout
 #   row_weights     float32  [B] 0 = a row that only fills up the last batch of an evaluation
 #   labels          int32    [B] class; [B, L] tag of each position, -1 = none; float32 [B] where a number is predicted
+#   part            int32    [B] which task of a mixture the row is of
 #   type_ids        int32    0 = first sentence, 1 = second one (encoders)
 #   is_prefix       int32    1 = every position of the segment sees it (prefix LM)
 #   inputs, input_segment_ids, input_positions  int32 [B, S] of the encoder, where there is a decoder for the others

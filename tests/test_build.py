@@ -38,7 +38,7 @@ def write_run(folder: Path, scores: dict[int, float], **changes):
     """A finished run: its tokenizer, and a checkpoint of random parameters for each step -> metric."""
     folder.mkdir()
     words = tokenizer.train(["alpha beta gamma delta of the a run"] * 9, 285, 10_000)
-    words.save(folder / build.TOKENIZER_FILE)
+    words.save(folder / "tokenizer.model")
     cfg = toys.recipe(folder / "no_data", **TINY | changes)
     cfg = dataclasses.replace(cfg, model=transformer.resolve(cfg.model, vocab_size=285, seq_len=16))
     model = transformer.text_model(cfg.model, jnp.float32)
@@ -102,7 +102,7 @@ def test_plan_refuses_what_does_not_fit(tmp_path):
 
     old = str(tmp_path / "old")
     gone = refusal(tokenizer__path="gone.model")
-    assert gone == "'tokenizer.path': no file gone.model; expected a SentencePiece .model"
+    assert gone == "'tokenizer.path': no file gone.model; expected a tokenizer.model of a run"
     assert (
         refusal(init_from=old, model__vocab_size=128) == "'model.vocab_size' (128) is less than the tokenizer's 285 ids"
     )
@@ -156,7 +156,7 @@ def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_pat
     rows = len(run.data.train)
     assert run.total_steps == rows and run.every == {"eval": 3, "checkpoint": 0}
     assert any(f"rows {rows}" in note for note in notes)
-    assert (tmp_path / "run" / build.TOKENIZER_FILE).exists()
+    assert (tmp_path / "run" / "tokenizer.model").exists()
     params = trees.flatten(run.abstract_state.params)
     for tree in (run.abstract_state.opt_state[1].mu, run.abstract_state.opt_state[1].nu, run.abstract_state.ema):
         flat = trees.flatten(tree)
@@ -204,6 +204,6 @@ def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path
 
 def test_a_run_without_its_tokenizer_is_refused(tmp_path):
     write_run(tmp_path / "run", {1: 0.1})
-    (tmp_path / "run" / build.TOKENIZER_FILE).unlink()
+    (tmp_path / "run" / "tokenizer.model").unlink()
     with pytest.raises(ConfigError, match=f"no {tmp_path}/run/tokenizer.model: what the ids"):
         build.load_run(str(tmp_path / "run"))

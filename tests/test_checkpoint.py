@@ -529,7 +529,7 @@ def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, mon
     monkeypatch.setattr(train.sharding, "make_mesh", stop)
     cfg = toys.recipe(tmp_path / "no_data", tokenizer__vocab_size=300)
     resolved = build.plan(cfg, tmp_path).cfg
-    tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / build.TOKENIZER_FILE)
+    tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / "tokenizer.model")
     with checkpoint.Checkpoints(tmp_path, resolved.checkpoint) as saves:
         for number in (1, 2):
             saves.save(number, small()[0], info() | {"config": schema.to_dict(resolved)}, None)

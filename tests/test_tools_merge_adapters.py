@@ -66,7 +66,7 @@ def save_tuned(folder, base_params, words, **changes):
 
     params = trees.map_with_path(value, planned.abstract_params)
     (folder / "tuned").mkdir()
-    words.save(folder / "tuned" / build.TOKENIZER_FILE)
+    words.save(folder / "tuned" / "tokenizer.model")
     info = {"config": schema.to_dict(planned.cfg), "tokenizer_hash": words.hash, "data": {"example": 32}}
     with checkpoint.Checkpoints(folder / "tuned", cfg.checkpoint) as saves:
         saves.save(7, {"params": params}, info, {"loss": 0.25})

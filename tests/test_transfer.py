@@ -201,11 +201,11 @@ def test_fine_tuning_with_another_tokenizer_is_refused_before_data_is_read(tmp_p
     for name, text in {"old": "some words and more of them", "other": "some other words, more of those"}.items():
         words[name] = tokenizer.train([text] * 20, 285, 10_000)
         (tmp_path / name).mkdir()
-        words[name].save(tmp_path / name / build.TOKENIZER_FILE)
+        words[name].save(tmp_path / name / "tokenizer.model")
     info = {"config": schema.to_dict(Config()), "data": {}, "tokenizer_hash": words["old"].hash}
     with checkpoint.Checkpoints(tmp_path / "old", CheckpointConfig()) as saves:
         saves.save(1, {"params": {"embed": jnp.ones(3)}}, info, None)
-    files = [str(tmp_path / name / build.TOKENIZER_FILE) for name in ("other", "old")]
+    files = [str(tmp_path / name / "tokenizer.model") for name in ("other", "old")]
     cfg = toys.recipe(tmp_path / "no_data", init_from=str(tmp_path / "old"), tokenizer__path=files[0])
     with pytest.raises(ConfigError, match="the tokenizers differ, so ids would mean other text") as error:
         build.plan(cfg, tmp_path / "new")

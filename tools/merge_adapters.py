@@ -105,7 +105,7 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, words: Any, **about: Any
 
     out.mkdir(parents=True)
     if words:
-        words.save(out / build.TOKENIZER_FILE)
+        words.save(out / build.tokenizer_file(cfg))
     monitor.write_atomic(out / "config.json", config.to_json(cfg))
     kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
     with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:

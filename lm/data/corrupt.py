@@ -21,7 +21,7 @@ PAIR_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 
 def check(cfg: Config) -> None:
     """Raises ConfigError, naming the key, where `data.task` could not corrupt some row, whatever the data."""
-    if cfg.data.task not in ("masked_text", "masked_pairs", "span_corruption"):
+    if cfg.data.task not in ("masked_text", "masked_pairs", "span_corruption", "masked_items"):
         return
     extra, seq_len = cfg.tokenizer.extra_ids, cfg.data.seq_len
     if cfg.corrupt.rate == 0:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm.config import Config, DataConfig
+from lm.config import Config, DataConfig, TokenizerConfig
+from lm.data import tokenizer as sentencepiece
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
 from lm.schema import ConfigError
@@ -28,6 +29,27 @@ Row = dict[str, np.ndarray]  # one row of a batch
 Columns = dict[str, tuple[tuple[int, ...], Any]]  # batch key -> (shape of a row, dtype)
 
 
+class Words(NamedTuple):
+    """What ids stand for, and where that is kept.
+
+    Attributes:
+      file: its name in a run's folder.
+      train: (what `Task.texts` gives of the training records, config) -> a `Tokenizer` or what stands in for one.
+      load: path -> the same, saved.
+    """
+
+    file: str
+    train: Callable[[Iterable[str], TokenizerConfig], Any]
+    load: Callable[[Any], Any]
+
+
+SENTENCEPIECE = Words(
+    "tokenizer.model",
+    lambda texts, cfg: sentencepiece.train(texts, cfg.vocab_size, cfg.train_bytes),
+    sentencepiece.load,
+)
+
+
 class Task(NamedTuple):
     """How records become rows.
 
@@ -41,6 +63,7 @@ class Task(NamedTuple):
       draws_other: `corrupt` finds the columns of a random row beside those of its own, as 'other_...'.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
+      words: how its tokenizer is trained, saved and loaded.
     """
 
     fields: tuple[str, ...]
@@ -52,6 +75,7 @@ class Task(NamedTuple):
     draws_other: bool = False
     prompt: Callable[[str, Any], list[int]] | None = None
     augments: bool = False
+    words: Words = SENTENCEPIECE
 
 
 def make(

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from lm.config import DataConfig
-from lm.data import builtin, image_files, tables
+from lm.data import builtin, image_files, interactions, tables
 from lm.data.records import DataError, Fault, Record, read_jsonl, read_text
 from lm.schema import ConfigError
 
@@ -26,6 +26,7 @@ SUFFIXES = {
     "squad": (".json",),
     "parallel": ("",),
     "images": image_files.SUFFIXES,
+    "interactions": (".csv", ".tsv"),
 }
 _ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a parallel corpus: {en,de}
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
@@ -52,9 +53,9 @@ def load(cfg: DataConfig) -> Split:
     """Reads the records that `data.*` names.
 
     Held out are the records of `data.eval_path` or, without one, those whose content has a small sha256: the same
-    ones in whatever order the files give them, and the same content never on both sides. The built-in formats have
-    their own split. `data.max_records` keeps the train records of the smallest hashes, so that a smaller number gives
-    a subset of a larger one.
+    ones in whatever order the files give them, and the same content never on both sides. The built-in formats and
+    interactions have their own split. `data.max_records` keeps the train records of the smallest hashes, so that a
+    smaller number gives a subset of a larger one.
 
     Raises:
       DataError: a bad file, or a bad record (see `lm.data.records`) unless `data.on_bad_record` is skip; more than
@@ -88,12 +89,34 @@ def _renamed(
     read: Callable[[epath.Path, Mapping[str, str]], Iterable[Record | Fault]],
 ) -> Callable[[DataConfig], Split]:
     def load_renamed(cfg: DataConfig) -> Split:
-        for names in zip(*cfg.rename, strict=True):
-            if len(set(names)) < len(names):
-                raise ConfigError(f"'data.rename' names a field twice: {cfg.rename}")
-        return _from_files(cfg, lambda path: read(path, dict(cfg.rename)))
+        rename = _rename(cfg)
+        return _from_files(cfg, lambda path: read(path, rename))
 
     return load_renamed
+
+
+def _rename(cfg: DataConfig) -> dict[str, str]:
+    for names in zip(*cfg.rename, strict=True):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"'data.rename' names a field twice: {cfg.rename}")
+    return dict(cfg.rename)
+
+
+def _interactions(cfg: DataConfig) -> Split:
+    """Held out is the last item of every user, so that both halves are of the same users."""
+    _refuse_unread(cfg)
+    rename, faults = _rename(cfg), list[Fault]()
+    paths = find_files(cfg.path, SUFFIXES[cfg.format])
+    rows = (interactions.read_interactions(path, rename) for path in paths)
+    found = interactions.leave_one_out(_good_records(rows, cfg, faults))
+    report = [
+        f"read {len(paths)} files: {len(found.train):,} users, the last item of each held out; left out: "
+        f"{found.users_left_out:,} users of fewer than {interactions.MIN_ITEMS} items, with "
+        f"{found.interactions_left_out:,} items"
+    ]
+    if faults:
+        report.append(_describe(faults))
+    return Split(found.train, found.valid, "", "\n".join(report))
 
 
 def _squad(cfg: DataConfig) -> Split:
@@ -120,6 +143,7 @@ FORMATS: dict[str, Callable[[DataConfig], Split]] = {
     "squad": _squad,
     "parallel": _parallel,
     "images": _images,
+    "interactions": _interactions,
 }
 _UNREAD = {
     "builtin_text": ("path", "eval_path", "separator", "rename"),
@@ -131,6 +155,7 @@ _UNREAD = {
     "squad": ("separator", "rename"),
     "parallel": ("separator", "rename"),
     "images": ("separator", "rename"),
+    "interactions": ("eval_path", "separator"),
 }
 
 

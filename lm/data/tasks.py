@@ -3,7 +3,19 @@
 import numpy as np
 
 from lm.config import Config
-from lm.data import corrupt, examples, images, labelled, masked_pairs, sentence_views, seq2seq, span_qa, tagging
+from lm.data import (
+    corrupt,
+    examples,
+    images,
+    items,
+    labelled,
+    masked_pairs,
+    mixtures,
+    sentence_views,
+    seq2seq,
+    span_qa,
+    tagging,
+)
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -28,10 +40,13 @@ TASKS: dict[str, Task] = {
     **sentence_views.SENTENCE_TASKS,
     "sentences": labelled.LABELLED,
     "scored_sentences": labelled.SCORED,
+    "mixed_sentences": mixtures.MIXED,
     "tagging": tagging.TAGGING,
     "entities": tagging.ENTITIES,
     "span_qa": span_qa.SPAN_QA,
     "images": images.LABELLED_IMAGES,
     "masked_images": images.MASKED_IMAGES,
     "image_pairs": images.IMAGE_PAIRS,
+    "items": items.ITEMS,
+    "masked_items": items.MASKED_ITEMS,
 }

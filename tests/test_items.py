@@ -1,0 +1,521 @@
+"""Next-item recommendation: what is held out, what is hidden, ranks against brute force, and runs end to end."""
+
+import collections
+import dataclasses
+import functools
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lm import build, config, objectives, ranks, scores, sharding, train
+from lm.config import Config, CorruptConfig, DataConfig, MeshConfig, ModelConfig, TokenizerConfig
+from lm.data import interactions, items, pipeline, sources
+from lm.data.items import ItemVocabulary
+from lm.data.records import DataError
+from lm.data.tasks import TASKS
+from lm.models import transformer
+from lm.schema import ConfigError
+from tools import make_interactions
+
+MISSED = 2**31 - 1
+
+
+def write(path: Path, rows: list[tuple], header: str = "user,item,time") -> Path:
+    lines = [header] if header else []
+    path.write_text("\n".join([*lines, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def load(path: Path, **data) -> sources.Split:
+    return sources.load(DataConfig(format="interactions", path=str(path), **data))
+
+
+def make_config(vocabulary: ItemVocabulary, task: str = "items", seq_len: int = 6, **model) -> Config:
+    shape = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24}
+    kind = {"items": "decoder", "masked_items": "encoder"}[task]
+    resolved = transformer.resolve(
+        ModelConfig(**(shape | {"kind": kind} | model)), vocab_size=vocabulary.vocab_size, seq_len=seq_len
+    )
+    data = DataConfig(task=task, seq_len=seq_len, packing="pad")
+    return Config(data=data, model=resolved, corrupt=CorruptConfig(rate=0.2))
+
+
+# What is read and held out ----------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("uvw"), st.sampled_from("abcde"), st.integers(-2, 3) | st.sampled_from([0.5, 1e9])),
+        min_size=1,
+        max_size=25,
+    )
+)
+@example([("u", "a", 1), ("u", "b", 1), ("u", "c", 0)])
+def test_the_last_item_of_each_user_and_only_it_is_held_out(rows):
+    records = [{"user": u, "item": i, "time": t, "source": f"f:{n}"} for n, (u, i, t) in enumerate(rows)]
+    found = interactions.leave_one_out(iter(records))
+    train, valid, short = {}, {}, []
+    for user in "uvw":
+        own = [(time, n, item) for n, (u, item, time) in enumerate(rows) if u == user]
+        ordered = []
+        while own:  # the earliest, and of those the first in the file
+            ordered.append(own.pop(own.index(min(own)))[2])
+        if len(ordered) >= 3:
+            train[user], valid[user] = ordered[:-1], ordered[-1]
+        elif ordered:
+            short.append(len(ordered))
+    assert {r["user"]: r["items"] for r in found.train} == train and len(found.train) == len(train)
+    assert {r["user"]: (r["items"], r["target"]) for r in found.valid} == {u: (train[u], valid[u]) for u in valid}
+    assert all("target" not in record for record in found.train)
+    assert (found.users_left_out, found.interactions_left_out) == (len(short), sum(short))
+    by_source = {record["source"]: record for record in records}
+    assert all(by_source[r["source"]]["item"] == r["target"] for r in found.valid)
+
+
+def test_a_users_interactions_meet_whatever_the_file_and_whatever_the_columns_are_called(tmp_path):
+    write(tmp_path / "a.csv", [(5, "u", "x", "c"), (4, "v", "x", "a")], "ts,uid,rating,movie")
+    write(tmp_path / "b.csv", [(3, "u", "x", "b"), (9, "u", "x", "d"), (3, "u", "x", "e")], "ts,uid,rating,movie")
+    split = load(tmp_path, rename=(("uid", "user"), ("movie", "item"), ("ts", "time")))
+    assert [(r["items"], r["user"]) for r in split.train] == [(["b", "e", "c"], "u")]
+    assert split.valid == [split.train[0] | {"target": "d", "source": f"{tmp_path / 'b.csv'}:3"}]
+    assert "1 users, the last item of each held out; left out: 1 users of fewer than 3 items, with 1 items" in (
+        split.report
+    )
+    bare = tmp_path / "u.data"  # as MovieLens has it
+    bare.write_text("".join(f"7\tm{n}\t5\t{900 - n}\n" for n in range(4)))
+    split = load(bare, rename=(("1", "user"), ("2", "item"), ("4", "time")))
+    assert (split.valid[0]["items"], split.valid[0]["target"]) == (["m3", "m2", "m1"], "m0")
+
+
+def test_times_are_compared_exactly(tmp_path):
+    start = 1_600_000_000_000_000_000  # nanoseconds: as floats these are one
+    path = write(tmp_path / "a.csv", [("u", f"i{n}", start + n) for n in (3, 1, 2, 0)])
+    assert load(path).valid[0]["items"] == ["i0", "i1", "i2"]
+
+
+@pytest.mark.parametrize("time", ["noon", "nan", "inf", "2020-01-01", "1e999"])
+def test_a_time_that_is_no_number_is_named_or_counted(tmp_path, time):
+    rows = [("u", "a", 1), ("u", "b", 2), ("u", "x", time), ("u", "c", 3)]
+    path = write(tmp_path / "a.csv", rows)
+    with pytest.raises(DataError, match=rf"{path}:4: wrong type: 'time' is '{time}'; expected a finite number"):
+        load(path)
+    split = load(path, on_bad_record="skip")
+    assert split.valid[0]["items"] == ["a", "b"] and f"1 x wrong type\n    {path}:4: " in split.report
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"found 0 columns 'time' among 'user', 'item', 'when'"):
+        load(write(tmp_path / "a.csv", [("u", "a", 1)], "user,item,when"))
+    with pytest.raises(DataError, match="no train record"):
+        load(write(tmp_path / "a.csv", [("u", "a", 1), ("u", "b", 2)]))
+    with pytest.raises(ConfigError, match=r"'data.eval_path' is .* does not read it"):
+        load(tmp_path / "a.csv", eval_path="x")
+
+
+# Vocabulary -----------------------------------------------------------------------------------------------------------
+
+CHOSEN = [*("b" * 4), *("a" * 4), *("d" * 7), "e", "c"]
+VOCABULARY = dataclasses.replace(items.train(CHOSEN, TokenizerConfig(vocab_size=10)), extra_ids=1)
+
+
+def test_a_vocabulary_comes_back_as_it_went_and_its_hash_says_so(tmp_path):
+    assert [item for item, _ in VOCABULARY.items] == ["d", "a", "b", "c", "e"]
+    assert [VOCABULARY.encode(item) for item in "dabcex"] == [3, 4, 5, 6, 7, 2]
+    assert [VOCABULARY.piece(i) for i in (0, 1, 2, 3, 7, 8, 10)] == [
+        *("<|pad|>", "<|start|>", "<|unseen|>", "d", "e", "<|unused_8|>", "<|mask|>")
+    ]
+    assert np.flatnonzero(~VOCABULARY.is_control_V).tolist() == [3, 4, 5, 6, 7]
+    assert (VOCABULARY.vocab_size, len(VOCABULARY.is_control_V), VOCABULARY.mask_id) == (11, 11, 10)
+    VOCABULARY.save(tmp_path / "items.json")
+    back = items.load(tmp_path / "items.json")
+    assert back == dataclasses.replace(VOCABULARY, extra_ids=0) and back.hash == VOCABULARY.hash
+    others = [items.train([*CHOSEN, "c"], TokenizerConfig(vocab_size=10)), dataclasses.replace(back, size=11)]
+    assert len({back.hash, *(other.hash for other in others)}) == 3
+    with pytest.raises(ConfigError, match=r"'tokenizer.vocab_size' is 7, but .* has 5 items; set it to at least 8"):
+        items.train(CHOSEN, TokenizerConfig(vocab_size=7))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["items"].append(["d", 1]),  # twice
+        lambda c: c["items"].reverse(),
+        lambda c: c.update(size=7),
+        lambda c: c.pop("items"),
+        lambda c: c.update(items=[["d"]]),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(tmp_path, change):
+    VOCABULARY.save(tmp_path / "items.json")
+    content = json.loads((tmp_path / "items.json").read_text())
+    change(content)
+    (tmp_path / "items.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/items.json is"):
+        items.load(tmp_path / "items.json")
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40))
+def test_the_popularity_rank_counts_all_that_are_chosen_as_often(chosen):
+    vocabulary, counts = items.train(chosen, TokenizerConfig(vocab_size=20)), Counter(chosen)
+    for item, count in counts.items():
+        assert vocabulary.popularity_rank(item) == sum(other >= count for other in counts.values())
+    assert vocabulary.popularity_rank("never") == MISSED
+
+
+# Examples -------------------------------------------------------------------------------------------------------------
+
+
+def example_of(task: str, chosen: str, target: str | None = None, seq_len: int = 6):
+    """What the task makes of one user, as text, and what it counted."""
+    record = {"items": list(chosen), "user": "u", "source": "f:1"} | ({"target": target} if target else {})
+    counts: Counter[str] = Counter()
+    cfg = make_config(VOCABULARY, task, seq_len)
+    [made] = TASKS[task].make(record, VOCABULARY, cfg, counts)
+    return made, +counts
+
+
+def show(ids) -> str:
+    names = {0: "0", 1: "^", 2: "?", 10: "_"}
+    return "".join(names.get(int(i)) or VOCABULARY.piece(i) for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "target", "tokens", "targets", "weights", "counted"),
+    [
+        ("abc", None, "^ab", "abc", "111", {}),
+        ("abc", "d", "^abc", "abcd", "0001", {}),
+        ("abcdea", None, "^abcde", "abcdea", "111111", {}),
+        ("abcdeab", None, "abcdea", "bcdeab", "111111", {"history_cut": 1}),
+        ("abcdea", "b", "abcdea", "bcdeab", "000001", {"history_cut": 1}),
+        ("axyb", "c", "^ab", "abc", "001", {"items_unseen": 2}),
+        ("xy", "c", "^", "c", "1", {"items_unseen": 2}),
+        ("ab", "x", "^ab", "ab?", "001", {"targets_unseen": 1}),
+        ("xab", None, "^a", "ab", "11", {"items_unseen": 1}),
+    ],
+)
+def test_each_item_is_predicted_from_those_before_it(chosen, target, tokens, targets, weights, counted):
+    made, counts = example_of("items", chosen, target)
+    assert (show(made.columns["tokens"]), show(made.columns["targets"])) == (tokens, targets)
+    assert made.columns["loss_weights"].tolist() == list(map(float, weights))
+    assert counts == counted
+    assert made.meta == (VOCABULARY.popularity_rank(target) if target else None)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "target", "tokens", "targets", "counted"),
+    [
+        ("abc", "d", "abc_", "abcd", {}),
+        ("abcdeab", "d", "cdeab_", "cdeabd", {"history_cut": 1}),
+        ("xy", "c", "_", "c", {"items_unseen": 2}),
+        ("axb", "x", "ab_", "ab?", {"items_unseen": 1, "targets_unseen": 1}),
+    ],
+)
+def test_of_a_held_out_user_the_last_item_alone_is_hidden(chosen, target, tokens, targets, counted):
+    made, counts = example_of("masked_items", chosen, target)
+    row = made.columns | {"segment_ids": np.ones(len(tokens), np.int32)}
+    for seed in range(20):
+        cfg = make_config(VOCABULARY, "masked_items")
+        hidden = items.mask_items(row, np.random.default_rng(seed), VOCABULARY, cfg)
+        assert (show(hidden["tokens"]), show(hidden["targets"])) == (tokens, targets)
+        assert hidden["loss_weights"].tolist() == [0.0] * (len(tokens) - 1) + [1.0]
+    assert counts == counted
+
+
+@pytest.mark.parametrize(("n", "hidden"), [(1, 1), (3, 1), (10, 2), (20, 4)])
+def test_training_hides_a_share_of_the_items_and_at_times_the_last_one_alone(n, hidden):
+    length, draws = 24, 3000
+    tokens = np.pad(np.random.default_rng(0).integers(3, 8, n), (0, length - n)).astype(np.uint8)
+    row = {"tokens": tokens, "segment_ids": (np.arange(length) < n).astype(np.uint8), "held_out": np.array(0)}
+    cfg = make_config(VOCABULARY, "masked_items", length)
+    last_alone, chosen = 0, np.zeros(length)
+    for seed in range(draws):
+        out = items.mask_items(row, np.random.default_rng([1, seed]), VOCABULARY, cfg)
+        at = np.flatnonzero(out["loss_weights"])
+        assert (out["tokens"][at] == VOCABULARY.mask_id).all() and (out["targets"] == tokens).all()
+        kept = np.setdiff1d(np.arange(length), at)
+        assert (out["tokens"][kept] == tokens[kept]).all()
+        assert len(at) == hidden or at.tolist() == [n - 1]
+        last_alone += len(at) == 1
+        chosen[at] += 1
+    assert chosen[n:].sum() == 0
+    rate = hidden / n  # five standard deviations
+    if hidden > 1:
+        assert abs(last_alone / draws - 1 / 11) < 5 * np.sqrt(1 / 11 / draws)
+    others = chosen[: n - 1] / draws
+    assert np.all(np.abs(others - rate * 10 / 11) < 5 * np.sqrt(rate / draws))
+
+
+def test_the_held_out_items_are_in_no_training_row(tmp_path):
+    rows = [(f"u{u}", f"i{u}_{n}", n) for u in range(9) for n in range(3 + u % 4)]  # every item its own
+    split = load(write(tmp_path / "a.csv", rows))
+    vocabulary = items.train((i for r in split.train for i in r["items"]), TokenizerConfig(vocab_size=90))
+    held_out = {r["target"] for r in split.valid}
+    assert held_out == {f"i{u}_{2 + u % 4}" for u in range(9)}
+    assert not held_out & {item for item, _ in vocabulary.items}
+    data = pipeline.build(make_config(vocabulary, seq_len=8), vocabulary, split)
+    assert data.report["valid"]["targets_unseen"] == data.report["valid"]["targets"] == 9
+    assert data.report["train"]["targets"] == sum(2 + u % 4 for u in range(9))
+    assert data.valid.meta == [MISSED] * 9
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def brute_rank(logits: np.ndarray, target: int, candidates: set[int]) -> int:
+    """Sorted best first, the target behind its equals."""
+    if target not in candidates:
+        return MISSED
+    order = sorted(candidates, key=lambda i: (-logits[i], i == target))
+    return 1 + order.index(target)
+
+
+def whole_numbers(rows: int, length: int, width: int, vocab: int, seed: int):
+    """Small whole numbers, so that logits are exact in any order of summation, with many ties."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.integers(-2, 3, (rows, length, width)).astype(np.float32)
+    unembed = rng.integers(-2, 3, (width, vocab)).astype(np.float32)
+    targets = rng.integers(0, 11, (rows, length)).astype(np.int32)
+    weights = (rng.random((rows, length)) < 0.5).astype(np.float32)
+    weights[:, 0] = 1
+    return hidden, unembed, targets, weights
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("mesh_sizes", [{"data": 1}, {"data": 8}, {"data": 2, "tensor": 4}])
+def test_ranks_are_those_of_a_sort(mesh_sizes, softcap):
+    devices = jax.devices()[: mesh_sizes["data"] * mesh_sizes.get("tensor", 1)]
+    mesh = sharding.make_mesh(MeshConfig(**mesh_sizes), devices)
+    hidden, unembed, targets, weights = whole_numbers(32, 5, 3, 16, seed=1)
+    placed = sharding.to_global(
+        {"hidden": hidden, "targets": targets, "weights": weights}, sharding.local_rows(mesh, 32), 32, mesh
+    )
+
+    @jax.jit
+    def ranked(batch, unembed_DxV):
+        unembed_DxV = sharding.constrain(unembed_DxV, None, "vocab")
+        is_item_V = jnp.asarray(~VOCABULARY.is_control_V)
+        return ranks.target_rank(
+            batch["hidden"], unembed_DxV, batch["targets"], batch["weights"], is_item_V, softcap=softcap
+        )
+
+    with jax.set_mesh(mesh):
+        got = jax.device_get(ranked(placed, jax.device_put(unembed, sharding.replicated(mesh))))
+    candidates = set(np.flatnonzero(~VOCABULARY.is_control_V).tolist())
+    want = []
+    for row in range(32):
+        last = max(np.flatnonzero(weights[row]))
+        logits = hidden[row, last].astype(np.float64) @ unembed.astype(np.float64)
+        want.append(brute_rank(logits, int(targets[row, last]), candidates))
+    assert got.tolist() == want and got.dtype == np.int32
+    assert {2, 4, 5, MISSED} <= set(want)
+
+
+def test_a_model_that_tells_nothing_apart_or_diverged_ranks_last():
+    for value in (0.0, np.nan):
+        hidden = np.full((2, 1, 3), value, np.float32)
+        targets, weights = np.array([[3], [7]], np.int32), np.ones((2, 1), np.float32)
+        is_item_V = jnp.asarray(~VOCABULARY.is_control_V)
+        got = ranks.target_rank(hidden, jnp.ones((3, 16)), jnp.asarray(targets), jnp.asarray(weights), is_item_V)
+        assert got.tolist() == [5, 5]
+
+
+def test_hit_rate_and_ndcg_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    by_item = rng.random((40, 30))
+    target = rng.integers(0, 30, 40)
+    relevant = (np.arange(30)[None] == target[:, None]).astype(int)
+    ranks = np.array([brute_rank(row, int(t), set(range(30))) for row, t in zip(by_item, target, strict=True)])
+    found = scores.ranking(ranks.astype(np.int32))
+    assert found["ndcg_at_10"] == pytest.approx(sklearn.metrics.ndcg_score(relevant, by_item, k=10), rel=1e-12)
+    hits = sklearn.metrics.top_k_accuracy_score(target, by_item, k=10, labels=np.arange(30))
+    assert found["hr_at_10"] == pytest.approx(hits) and 0 < hits < 1
+    missed = scores.ranking(np.full(3, MISSED, np.int32))
+    assert missed == scores.ranking(np.zeros(0, np.int32)) == {"hr_at_10": 0.0, "ndcg_at_10": 0.0}
+
+
+# Objectives -----------------------------------------------------------------------------------------------------------
+
+HISTORIES = [("abc", "d"), ("dd", "e"), ("abcdea", "b"), ("x", "a"), ("ab", "x"), ("ed", "c"), ("c", "c"), ("bad", "a")]
+
+
+def batch_of(task: str, histories=HISTORIES):
+    """The held-out rows of some users, through packing and corruption."""
+    records = [{"items": list(h), "user": "u", "source": "f", "target": t} for h, t in histories]
+    cfg = make_config(VOCABULARY, task)
+    data = pipeline.build(cfg, VOCABULARY, sources.Split(records, records, "", ""))
+    [batch] = pipeline.eval_batches(
+        data.valid, batch_size=len(records), local_rows=np.arange(len(records)), max_tokens=0, seq_len=6
+    )
+    return cfg, batch
+
+
+@functools.cache
+def objective_of(task: str):
+    """(apply, loss function, parameters), compiled for eight rows."""
+    cfg = make_config(VOCABULARY, task, num_layers=1)
+    model = transformer.text_model(cfg.model, jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(1))
+    params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(0).standard_normal(x.shape, np.float32), params)
+    name = {"items": "next_item", "masked_items": "masked_item"}[task]
+    loss = objectives.OBJECTIVES[name].loss(model.apply, cfg, VOCABULARY)
+    return jax.jit(model.apply), jax.jit(lambda params, batch: loss(params, batch, None)), params
+
+
+@pytest.mark.parametrize("task", ["items", "masked_items"])
+def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight(task):
+    cfg, batch = batch_of(task)
+    apply, loss_fn, params = objective_of(task)
+    out = jax.device_get(apply(params, batch))
+    logits = out.hidden_BxLxD.astype(np.float64) @ out.unembed_DxV.astype(np.float64)[:, : VOCABULARY.vocab_size]
+    nll, ranks = 0.0, []
+    for row, (history, target) in enumerate(HISTORIES):
+        length = sum(item in "abcde" for item in history) + 1
+        own = logits[row, min(length, 6) - 1]
+        target_id = VOCABULARY.encode(target)
+        ranks.append(brute_rank(own, target_id, {3, 4, 5, 6, 7}))
+        if target in "abcde":
+            nll += np.log(np.exp(own).sum()) - own[target_id]
+    for count in (1, 8):
+        mesh = sharding.make_mesh(MeshConfig(data=count), jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            terms = jax.device_get(loss_fn(params, build.placer(mesh, 8)(batch)))
+        assert terms.weight == 7  # the target that nobody has seen has no loss, but has missed
+        assert terms.sum == pytest.approx(nll, rel=2e-6)
+        assert terms.outputs["rank"].tolist() == ranks and ranks[4] == MISSED
+    score = objectives.OBJECTIVES["next_item"].score(terms.outputs, [1, 2, 3, MISSED], cfg)
+    assert score["hr_at_10"] == 7 / 8 and score["popularity_hr_at_10"] == 3 / 4
+    assert tuple(score) == objectives.OBJECTIVES["next_item"].scores
+
+
+def test_a_causal_model_does_not_see_what_follows_and_no_model_its_target():
+    _, batch = batch_of("items", [("abcd", "e"), ("abca", "b")] * 4)
+    apply, _, params = objective_of("items")
+    hidden = jax.device_get(apply(params, batch).hidden_BxLxD)
+    np.testing.assert_array_equal(hidden[0, :4], hidden[1, :4])  # ^ a b c
+    assert np.abs(hidden[0, 4] - hidden[1, 4]).max() > 1e-3
+    _, batch = batch_of("masked_items", [("abcd", "e"), ("abcd", "b")] * 4)
+    apply, loss_fn, params = objective_of("masked_items")
+    hidden = jax.device_get(apply(params, batch).hidden_BxLxD)
+    np.testing.assert_array_equal(hidden[0, :5], hidden[1, :5])
+    padded = batch | {"tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], 5)}
+    assert loss_fn(params, padded).sum == loss_fn(params, batch).sum
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def recipe(path: Path, **changes) -> Config:
+    """A run of seconds on a table of interactions."""
+    c = config.defaults()
+    c.objective, c.data.task, c.data.format, c.data.path = "next_item", "items", "interactions", str(path)
+    c.tokenizer.vocab_size = 48
+    c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 16, 64
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 1, 32, 2, 32
+    c.optim.learning_rate, c.optim.warmup_steps = 1e-2, 2
+    c.train.total_steps = 40
+    c.checkpoint.best_metric, c.checkpoint.best_mode = "ndcg_at_10", "max"
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        setattr(c[section] if section else c, name, value)
+    return config.build(c)
+
+
+MASKED = {
+    "objective": "masked_item",
+    "data__task": "masked_items",
+    "tokenizer__extra_ids": 1,
+    "model__kind": "encoder",
+    "train__total_steps": 4,
+}
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    """Call it to have runs on one device from then on."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return lambda: monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "a.csv"
+    make_interactions.write(path, make_interactions.make(users=320, items=40, seed=0))
+    return path
+
+
+def test_the_made_up_table_is_skewed_and_a_function_of_its_seed(table):
+    rows = make_interactions.make(users=320, items=40, seed=0)
+    assert rows == make_interactions.make(320, 40, 0) != make_interactions.make(320, 40, 1)
+    assert [tuple(line.split(",")) for line in table.read_text().split()[1:]] == [
+        (user, item, str(time)) for user, item, time in rows
+    ]
+    by_user = collections.Counter(user for user, _, _ in rows)
+    by_item = sorted(Counter(item for _, item, _ in rows).values())
+    assert len(by_user) == 320 and min(by_user.values()) >= 5
+    assert sum(by_item[-8:]) > 0.4 * len(rows)
+
+
+def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, tmp_path, on_one_device):
+    on_one_device()
+    cfg = recipe(table)
+    summary = train.train(cfg, tmp_path / "run")
+    split = sources.load(cfg.data)
+    counts = Counter(item for record in split.train for item in record["items"])
+    popular = [sum(c >= counts[r["target"]] for c in counts.values()) <= 10 for r in split.valid]
+    assert summary["popularity_hr_at_10"] == np.mean(popular)
+    assert summary["hr_at_10"] > summary["popularity_hr_at_10"] + 0.1
+    assert "bits_per_byte" not in summary
+    vocabulary = items.load(tmp_path / "run" / "items.json")
+    assert dict(vocabulary.items) == counts
+
+    # What goes on from it has its ids, whatever its own data has.
+    other = dataclasses.replace(cfg, init_from=str(tmp_path / "run"))
+    assert build.plan(other, tmp_path / "next").tokenizer == vocabulary
+    VOCABULARY.save(tmp_path / "run" / "items.json")
+    with pytest.raises(ConfigError, match="the tokenizers differ"):
+        build.plan(other, tmp_path / "next")
+
+
+def test_masked_items_resume_as_if_nothing_had_happened(table, tmp_path, on_one_device):
+    on_one_device()
+    cfg = recipe(table, **MASKED | {"checkpoint__every_steps": 2, "model__dropout": 0.1})
+    whole = train.train(cfg, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    (tmp_path / "summary.json").unlink()
+    again = train.train(cfg, tmp_path)
+    assert again["hr_at_10"] > 0
+    for name in ("loss", "accuracy", "hr_at_10", "ndcg_at_10", "popularity_hr_at_10"):
+        assert whole[name] == again[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"objective": "clm"}, "'objective' clm does not fit 'data.task' items"),
+        ({"model__kind": "encoder"}, "'objective' next_item does not fit 'model.kind' encoder; use decoder"),
+        (MASKED | {"model__kind": "decoder"}, "'objective' masked_item does not fit 'model.kind' decoder"),
+        (MASKED | {"tokenizer__extra_ids": 0}, "'tokenizer.extra_ids' is 0, but data.task=masked_items needs 1"),
+        (MASKED | {"corrupt__rate": 0.0}, "'corrupt.rate' is 0, but data.task=masked_items"),
+        ({"generate__prompts": ("i1",)}, "'generate.prompts' is set, but this model does not generate text"),
+        ({"data__packing": "best_fit"}, "'data.packing' is best_fit, but 'data.task' items"),
+    ],
+)
+def test_what_does_not_fit_is_refused(table, changes, says):
+    with pytest.raises(ConfigError) as error:
+        build.plan(recipe(table, **changes), None)
+    assert says in str(error.value)
+
+
+def test_a_metric_of_ranks_is_known_and_an_unknown_one_refused(table, tmp_path):
+    cfg = recipe(table, checkpoint__best_metric="hr_at_5")
+    with pytest.raises(ConfigError, match=r"no metric 'hr_at_5' \(did you mean 'hr_at_10'\?\)"):
+        train.train(cfg, tmp_path / "run")

@@ -1,0 +1,248 @@
+"""Several tasks in one batch, a head each: every row by its own task's loss, against float64 and the tasks alone."""
+
+import dataclasses
+import functools
+import json
+import sys
+import types
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+
+from lm import build, config, objectives, optim, sharding, step, train
+from lm.config import Config, MeshConfig, ModelConfig, OptimConfig
+from lm.data import mixtures
+from lm.data.mixtures import Part
+from lm.data.records import DataError
+from lm.data.tokenizer import train as train_tokenizer
+from lm.models import families, transformer
+from lm.schema import ConfigError
+from tests import toys
+from tools import mix_tasks
+
+LABELS = ("mood/bad", "mood/good", "mood/so", "alike/", "right/0", "right/1")
+PARTS = [Part("mood", ("bad", "good", "so"), 0), Part("alike", (), 3), Part("right", ("0", "1"), 4)]
+
+
+def make_config(**loss) -> Config:
+    shape = ModelConfig(kind="encoder", num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, pool="mean")
+    cfg = Config(objective="multitask", model=transformer.resolve(shape, vocab_size=toys.VOCAB, seq_len=8))
+    data = dataclasses.replace(cfg.data, labels=LABELS, task="mixed_sentences", seq_len=8, packing="pad")
+    return dataclasses.replace(cfg, data=data, loss=dataclasses.replace(cfg.loss, **loss))
+
+
+def test_labels_say_which_tasks_there_are():
+    assert mixtures.parts(LABELS) == PARTS
+    assert objectives.OBJECTIVES["multitask"].head(make_config()).size == 6
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (("a/0", "a/1", "b"), "task 'b' has the labels"),
+        (("a/0",), "task 'a' has the labels"),
+        (("a/", "a/1"), "task 'a' has the labels"),
+        (("/0", "/1"), "task '' has the labels"),
+        (("a/0", "a/1", "b/", "a/2", "a/3"), "the labels of task 'a' must stand together"),
+    ],
+)
+def test_labels_that_say_no_tasks_are_refused(labels, says):
+    with pytest.raises(ConfigError) as error:
+        mixtures.parts(labels)
+    assert says in str(error.value) and "'data.labels'" in str(error.value)
+
+
+def made(label: str):
+    words = train_tokenizer(["one two three four " * 9], 285, 1000)
+    counts: Counter[str] = Counter()
+    record = {"text": "one two", "text_pair": "three", "label": label, "source": "f:7"}
+    [example] = mixtures.mixed(record, words, make_config(), counts)
+    return example.columns, counts
+
+
+@pytest.mark.parametrize(
+    ("label", "part", "value"),
+    [("mood/good", 0, 1), ("mood/so", 0, 2), ("right/0", 2, 0), ("alike/3.8", 1, 3.8), ("alike/-1", 1, -1)],
+)
+def test_a_record_has_its_task_and_the_place_of_its_label_in_it(label, part, value):
+    columns, counts = made(label)
+    assert (columns["part"], columns["labels"]) == (part, np.float32(value))
+    assert counts[PARTS[part].name] == 1
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("moods/good", r"f:7: label 'moods/good' is of none of mood, alike, right \(did you mean 'mood'\?\)"),
+        ("good", "f:7: label 'good' is of none of"),
+        ("mood/0", "f:7: label 'mood/0'; expected one of bad, good, so after 'mood/'"),
+        ("mood/", "f:7: label 'mood/'; expected one of"),
+        ("alike/nan", "f:7: label 'alike/nan'; expected a finite number after 'alike/'"),
+        ("alike/good", "f:7: label 'alike/good'; expected a finite number"),
+    ],
+)
+def test_a_label_of_no_task_is_named(label, says):
+    with pytest.raises(DataError, match=says):
+        made(label)
+
+
+def batch(rows: int = 16) -> dict[str, np.ndarray]:
+    """Rows of all tasks; the last one only fills the batch up."""
+    rng = np.random.default_rng(0)
+    part = rng.permutation(np.arange(rows) % 3).astype(np.int32)
+    classes = np.array([3, 1, 2])[part]
+    weights = np.ones(rows, np.float32)
+    weights[-1] = 0
+    ones = np.ones((rows, 8), np.int32)
+    return {
+        "tokens": rng.integers(1, toys.VOCAB, (rows, 8)).astype(np.int32),
+        "type_ids": 0 * ones,
+        "segment_ids": ones,
+        "positions": np.arange(8, dtype=np.int32)[None] * ones,
+        "labels": np.where(part == 1, rng.normal(2, 1, rows), rng.integers(0, classes)).astype(np.float32),
+        "part": part,
+        "row_weights": weights,
+        "example_index": np.arange(rows, dtype=np.int32),
+    }
+
+
+@functools.cache
+def model():
+    cfg = make_config()
+    fns = families.MODELS["encoder"](cfg, objectives.OBJECTIVES["multitask"].head(cfg), jnp.float32)
+    rng = np.random.default_rng(1)
+    params = jax.jit(fns.init)(jax.random.key(0))
+    return fns, jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params)
+
+
+def reference(logits: np.ndarray, rows: dict[str, np.ndarray], eps: float):
+    """(loss, weight, right answers) of each task, in float64, row by row."""
+    sums = {part.name: np.zeros(3) for part in PARTS}
+    for logit, label, place, weight in zip(logits, rows["labels"], rows["part"], rows["row_weights"], strict=True):
+        part = PARTS[place]
+        if part.name == "alike":
+            loss, right = (logit[3] - float(label)) ** 2, 0
+        else:
+            own = logit[part.first : part.first + len(part.classes)]
+            nll = np.log(np.exp(own).sum()) - own
+            loss, right = (1 - eps) * nll[int(label)] + eps * nll.mean(), own.argmax() == label
+        sums[part.name] += weight * np.array([loss, 1, right])
+    return sums
+
+
+@pytest.mark.parametrize(("devices", "eps"), [(1, 0.1), (8, 0.0)])
+def test_each_row_counts_by_its_own_tasks_loss(devices, eps):
+    fns, params = model()
+    rows = batch()
+    logits = jax.device_get(fns.apply(params, rows).head).astype(np.float64)
+    want = reference(logits, rows, eps)
+    mesh = sharding.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    loss_fn = objectives.multitask(fns.apply, make_config(label_smoothing=eps), None)
+    with jax.set_mesh(mesh):
+        terms = jax.device_get(jax.jit(lambda p, b: loss_fn(p, b, None))(params, build.placer(mesh, 16)(rows)))
+    assert terms.weight == 15
+    assert terms.sum == pytest.approx(sum(loss for loss, _, _ in want.values()), rel=2e-6)
+    for name, (loss, weight, right) in want.items():
+        assert terms.metrics[f"{name}_loss"] == pytest.approx((loss, weight), rel=2e-6)
+        if name != "alike":
+            assert terms.metrics[f"{name}_accuracy"] == (right, weight)
+    assert set(terms.metrics) == {"mood_loss", "mood_accuracy", "alike_loss", "right_loss", "right_accuracy"}
+
+
+def test_a_task_moves_its_own_columns_of_the_head_alone():
+    fns, params = model()
+    rows = batch()
+    loss_fn = objectives.multitask(fns.apply, make_config(label_smoothing=0.1), None)
+    gradient = jax.jit(jax.grad(lambda p, b: loss_fn(p, b, None).sum))
+    for i, part in enumerate(PARTS):
+        kernel = gradient(params, rows | {"row_weights": (rows["part"] == i).astype(np.float32)})["head"]["classifier"]
+        moved = np.abs(jax.device_get(kernel["kernel"])).max(axis=0) > 0
+        assert np.flatnonzero(moved).tolist() == list(range(part.first, part.first + max(1, len(part.classes))))
+
+
+def test_micro_batches_that_mix_tasks_unevenly_change_nothing():
+    fns, params = model()
+    rows = batch()
+    loss_fn = objectives.multitask(fns.apply, make_config(), None)
+    optimizer = optim.build(OptimConfig(schedule="constant"), params, total_steps=9, warmup_steps=0, decay_steps=0)
+    found = []
+    for micro_batches in (1, 4):
+        run = jax.jit(
+            functools.partial(
+                step.train_step,
+                loss_fn=loss_fn,
+                optimizer=optimizer,
+                seed=0,
+                micro_batches=micro_batches,
+                ema_decay=0.0,
+            )
+        )
+        found.append(jax.device_get(run(step.init_state(params, optimizer, use_ema=False), rows)[1]))
+    for name in ("loss", "grad_norm", "weight", "alike_loss", "mood_accuracy"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=2e-5)
+
+
+def test_scores_are_those_of_each_task_alone():
+    rng = np.random.default_rng(0)
+    part = np.arange(90) % 3
+    label = np.where(part == 1, rng.normal(size=90), rng.integers(0, np.array([3, 1, 2])[part])).astype(np.float32)
+    said = np.where(rng.random(90) < 0.5, label, np.where(part == 1, rng.normal(size=90), 0)).astype(np.float32)
+    outputs = {"label": label, "prediction": said, "part": part}
+    score = objectives.OBJECTIVES["multitask"].score
+    found = score(outputs, [], make_config())
+    want = {"alike_pearson": scipy.stats.pearsonr(label[part == 1], said[part == 1]).statistic}
+    want["alike_spearman"] = scipy.stats.spearmanr(label[part == 1], said[part == 1]).statistic
+    accuracies = []
+    for i, name, average in ((0, "mood", "macro"), (2, "right", "binary")):
+        own = label[part == i].astype(int), said[part == i].astype(int)
+        want[f"{name}_f1"] = sklearn.metrics.f1_score(*own, average=average)
+        want[f"{name}_matthews"] = sklearn.metrics.matthews_corrcoef(*own)
+        accuracies.append(sklearn.metrics.accuracy_score(*own))
+    want["mean_score"] = (sum(accuracies) + want["alike_pearson"]) / 3
+    assert found == pytest.approx(want, rel=1e-6)
+    assert set(objectives.OBJECTIVES["multitask"].scores(make_config())) == set(found)
+    alone = score({name: array[part == 0] for name, array in outputs.items()}, [], make_config())
+    assert set(alone) == {"mood_f1", "mood_matthews", "mean_score"} and alone["mean_score"] == accuracies[0]
+
+
+def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch):
+    def recipe(name: str, labels: tuple[str, ...]):
+        lines = []
+        for n in range(40):
+            label = labels[n % 2] if labels else str(n % 2)
+            lines.append({"text": f"{'yes' if n % 2 else 'no'} {n}", "label": label, "text_pair": f"of {name}"})
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        c = config.defaults()
+        c.objective, c.data.task = ("classification", "sentences") if labels else ("regression", "scored_sentences")
+        c.data.format, c.data.path, c.data.labels, c.data.packing = "jsonl", str(path), labels, "pad"
+        c.data.eval_fraction, c.model.kind, c.train.total_steps = 0.2, "encoder", 1
+        return types.SimpleNamespace(get_config=lambda: c)
+
+    monkeypatch.setitem(sys.modules, "configs.toy_mood", recipe("mood", ("bad", "good")))
+    monkeypatch.setitem(sys.modules, "configs.toy_alike", recipe("alike", ()))
+    assert mix_tasks.mix(tmp_path / "out", ["toy_mood", "toy_alike"]) == {"toy_mood": 40, "toy_alike": 40}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line) for line in (tmp_path / "out" / "valid.jsonl").read_text().splitlines()]
+    assert len(lines) + len(held_out) == 80 and len(held_out) > 2
+    assert {line["label"] for line in lines} == {"toy_mood/bad", "toy_mood/good", "toy_alike/0", "toy_alike/1"}
+    assert all(set(line) == {"text", "text_pair", "label"} for line in lines)
+
+    c = config.defaults()
+    c.objective, c.data.task, c.data.format, c.data.packing = "multitask", "mixed_sentences", "jsonl", "pad"
+    c.data.path, c.data.eval_path = (str(tmp_path / "out" / f"{part}.jsonl") for part in ("train", "valid"))
+    c.data.labels = ("toy_mood/bad", "toy_mood/good", "toy_alike/")
+    c.data.seq_len, c.data.batch_size, c.tokenizer.vocab_size = 16, 16, 290
+    c.model.kind, c.model.num_layers, c.model.embed_dim, c.model.num_heads = "encoder", 1, 16, 2
+    c.model.pool, c.optim.learning_rate, c.optim.warmup_steps = "mean", 1e-2, 1
+    c.train.total_steps, c.checkpoint.best_metric, c.checkpoint.best_mode = 40, "mean_score", "max"
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+    summary = train.train(config.build(c), tmp_path / "run")
+    assert summary["toy_mood_accuracy"] > 0.9 and summary["toy_alike_pearson"] > 0.9
+    assert summary["mean_score"] == pytest.approx((summary["toy_mood_accuracy"] + summary["toy_alike_pearson"]) / 2)
