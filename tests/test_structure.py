@@ -46,6 +46,7 @@ MODULES = (
     "lm.data.augment",
     "lm.data.tasks",
     "lm.data.packing",
+    "lm.data.order",
     "lm.data.pipeline",
     # 2: models, checkpoints
     "lm.models.layers",
@@ -61,6 +62,7 @@ MODULES = (
     # 3: what is learnt, from what, and what is written about it
     "lm.objectives",
     "lm.transfer",
+    "lm.replay",
     "lm.monitor",
     "lm.interrupt",
     "lm.report",
