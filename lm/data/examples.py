@@ -40,6 +40,7 @@ class Task(NamedTuple):
       batch: config -> the columns after `corrupt`; None = the same.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
+      held_out: (training records, held-out records, config) -> held-out records: what they get of the training ones.
     """
 
     fields: tuple[str, ...]
@@ -50,6 +51,7 @@ class Task(NamedTuple):
     batch: Callable[[Config], Columns] | None = None
     prompt: Callable[[str, Any], list[int]] | None = None
     augments: bool = False
+    held_out: Callable[[Sequence[Record], Sequence[Record], Config], list[Record]] | None = None
 
 
 def make(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lm.config import Config
-from lm.data import corrupt, examples, images, labelled, seq2seq, span_qa, tagging
+from lm.data import corrupt, examples, images, labelled, prompts, seq2seq, span_qa, tagging
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -26,6 +26,7 @@ TASKS: dict[str, Task] = {
     ),
     "sentences": labelled.LABELLED,
     "scored_sentences": labelled.SCORED,
+    "prompted": prompts.PROMPTED,
     "tagging": tagging.TAGGING,
     "entities": tagging.ENTITIES,
     "span_qa": span_qa.SPAN_QA,
