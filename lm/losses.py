@@ -117,6 +117,38 @@ def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_s
     return LossTerms(sums[0], weight, metrics, {"prediction": prediction})
 
 
+def sequence_log_likelihood(
+    hidden_BxLxD: Array,
+    unembed_DxV: Array,
+    targets_BxL: Array,
+    weights_BxL: Array,
+    *,
+    vocab_size: int,
+    softcap: float = 0.0,
+    chunk_len: int = 0,
+) -> Array:
+    """float32 [B], sum_t w_t * log p_t of each row: how likely the model finds what is weighted.
+
+    The logits of `chunk_len` positions are held at once, and made again in the backward pass. Arguments as in
+    `token_cross_entropy`.
+    """
+
+    @jax.checkpoint
+    def body(totals_B: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+        hidden_BxCxD, targets_BxC, weights_BxC = chunk
+        hidden_BxCxD = jnp.where(weights_BxC[..., None] != 0, hidden_BxCxD, 0)  # 0 * NaN = NaN
+        logits_BxCxV = logits(hidden_BxCxD, unembed_DxV, vocab_size=vocab_size, softcap=softcap)
+        log_probs_BxCxV = jax.nn.log_softmax(logits_BxCxV)
+        is_target_BxCxV = _column(logits_BxCxV) == targets_BxC[..., None]
+        found_BxC = jnp.where(is_target_BxCxV, log_probs_BxCxV, 0).sum(axis=-1)
+        return totals_B + (weights_BxC * found_BxC).sum(axis=-1), None
+
+    L = hidden_BxLxD.shape[1]
+    totals_B = jnp.zeros(hidden_BxLxD.shape[0], jnp.float32)
+    totals_B, _ = lax.scan(body, totals_B, _split(min(chunk_len, L) or L, hidden_BxLxD, targets_BxL, weights_BxL))
+    return totals_B
+
+
 def squared_error(predictions_B: Array, labels_B: Array, weights_B: Array) -> LossTerms:
     """Weighted squared error: sum_i w_i * (prediction_i - label_i)^2, float32.
 

@@ -41,6 +41,7 @@ MODULES = (
     "lm.data.examples",
     "lm.data.labelled",
     "lm.data.mixtures",
+    "lm.data.prompts",
     "lm.data.tagging",
     "lm.data.span_qa",
     "lm.data.items",
@@ -52,6 +53,7 @@ MODULES = (
     "lm.data.augment",
     "lm.data.tasks",
     "lm.data.packing",
+    "lm.data.order",
     "lm.data.pipeline",
     # 2: models, checkpoints
     "lm.models.layers",
@@ -67,6 +69,7 @@ MODULES = (
     # 3: what is learnt, from what, and what is written about it
     "lm.objectives",
     "lm.transfer",
+    "lm.replay",
     "lm.monitor",
     "lm.interrupt",
     "lm.report",

@@ -64,6 +64,7 @@ class Task(NamedTuple):
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
       words: how its tokenizer is trained, saved and loaded.
+      held_out: (training records, held-out records, config) -> held-out records: what they get of the training ones.
     """
 
     fields: tuple[str, ...]
@@ -76,6 +77,7 @@ class Task(NamedTuple):
     prompt: Callable[[str, Any], list[int]] | None = None
     augments: bool = False
     words: Words = SENTENCEPIECE
+    held_out: Callable[[Sequence[Record], Sequence[Record], Config], list[Record]] | None = None
 
 
 def make(
