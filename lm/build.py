@@ -33,7 +33,7 @@ from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.models import adapters, families, transformer
 from lm.schema import ConfigError
-from lm.types import Batch, ModelFns, TrainState
+from lm.types import Batch, ModelFns, Outputs, TrainState
 
 
 class Plan(NamedTuple):
@@ -100,7 +100,7 @@ class Run(NamedTuple):
     init_state: Callable[[Any], TrainState]
     train_step: Any
     eval_step: Any
-    score: Callable[[objectives.Outputs, list[Any], Config], dict[str, float]] | None
+    score: Callable[[Outputs, list[Any], Config], dict[str, float]] | None
     replay: DataConfig | None
 
 
@@ -167,7 +167,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
             words.save(workdir / tokenizer_file(cfg))
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
     data = pipeline.build(cfg, words, split, replay.load(planned.replay, cfg, note))
-    check_same_data(data)
+    checks.same_data(data.fingerprint)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
 
@@ -250,18 +250,6 @@ def tokenizer_for(
     note(f"training a tokenizer of {cfg.vocab_size:,} ids")
     texts = itertools.chain.from_iterable(map(task.texts, split.train))
     return dataclasses.replace(task.words.train(texts, cfg), extra_ids=cfg.extra_ids)
-
-
-def check_same_data(data: pipeline.Data) -> None:
-    """With several processes: raises ConfigError on all of them unless all have packed the same rows."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    mine = np.frombuffer(bytes.fromhex(data.fingerprint), np.uint8)
-    everyones = np.asarray(multihost_utils.process_allgather(mine))
-    if different := [i for i, theirs in enumerate(everyones) if not np.array_equal(theirs, everyones[0])]:
-        raise ConfigError(f"processes {different} have other data, or another tokenizer, than process 0; see data.path")
 
 
 def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | None) -> Tokenizer | None:

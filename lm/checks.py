@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
@@ -88,3 +89,15 @@ def mesh_divides(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: di
 def eval_batch_size(cfg: Config) -> int:
     """Rows of an evaluation batch."""
     return cfg.eval.batch_size or cfg.data.batch_size
+
+
+def same_data(fingerprint: str) -> None:
+    """With several processes: raises ConfigError on all of them unless all have packed the same rows."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+    everyones = np.asarray(multihost_utils.process_allgather(mine))
+    if different := [i for i, theirs in enumerate(everyones) if not np.array_equal(theirs, everyones[0])]:
+        raise ConfigError(f"processes {different} have other data, or another tokenizer, than process 0; see data.path")

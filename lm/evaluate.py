@@ -8,8 +8,7 @@ import numpy as np
 
 from lm import metrics
 from lm.config import Config, TrainConfig
-from lm.objectives import Outputs
-from lm.types import Batch, Params
+from lm.types import Batch, Outputs, Params
 
 # What counts as better than the best so far, by `checkpoint.best_mode`.
 _SIGN = {"min": -1.0, "max": 1.0}

@@ -319,9 +319,6 @@ def _column(x: Array) -> Array:
     return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
 
 
-# Images, and contrasts between rows -----------------------------------------------------------------------------------
-
-
 def patch_mse(
     prediction_BxTxC: Array, patches_BxTxC: Array, masked_BxM: Array, weights_B: Array, *, eps: float = 1e-6
 ) -> LossTerms:
@@ -346,7 +343,6 @@ def patch_mse(
     target_BxMxC *= lax.rsqrt(jnp.square(target_BxMxC).mean(axis=-1, keepdims=True) + eps)
     error_BxMxC = jnp.take_along_axis(prediction_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
     error_BxMxC -= lax.stop_gradient(target_BxMxC)
-    # 0 * NaN would be NaN.
     error_BxMxC = jnp.where((weights_B != 0)[:, None, None], error_BxMxC, 0)
     error_B = jnp.square(error_BxMxC).mean(axis=-1).sum(axis=-1)
     return LossTerms((weights_B * error_B).sum(), weights_B.sum() * masked_BxM.shape[1], {})

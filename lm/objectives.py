@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lm import losses, metrics, ranks, scores
+from lm import losses, metrics, ranks, scoring
 from lm.config import Config
 from lm.data import mixtures
 from lm.data import span_qa as data_span_qa
@@ -19,11 +18,10 @@ from lm.data import tagging as data_tagging
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.models import vision
-from lm.types import Batch, Head, LossTerms, ModelOutput, Params
+from lm.types import Batch, Head, LossTerms, ModelOutput, Outputs, Params
 
 Apply = Callable[..., ModelOutput]
 LossFn = Callable[[Params, Batch, jax.Array | None], LossTerms]
-Outputs = dict[str, np.ndarray]  # name -> [R, ...], of every held-out row
 
 
 class Objective(NamedTuple):
@@ -309,36 +307,6 @@ def contrastive(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
     return loss_fn
 
 
-def _score_classes(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    del meta
-    return scores.classification(outputs["label"], outputs["prediction"], len(cfg.data.labels))
-
-
-def _score_numbers(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    del meta, cfg
-    return scores.regression(outputs["label"], outputs["prediction"])
-
-
-def _score_parts(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    """What each task alone would report, under 'TASK_...', and 'mean_score': the mean over the tasks of their accuracy,
-    or Pearson correlation where they have numbers. A task without a row scores nothing and is not in the mean."""
-    del meta
-    values: dict[str, float] = {}
-    main: list[float] = []
-    for i, part in enumerate(mixtures.parts(cfg.data.labels)):
-        labels, said = (outputs[name][outputs["part"] == i] for name in ("label", "prediction"))
-        if not labels.size:
-            continue
-        if part.classes:
-            found = scores.classification(labels.astype(int), said.astype(int), len(part.classes))
-            main.append(scores.accuracy(labels, said))
-        else:
-            found = scores.regression(labels, said)
-            main.append(found["pearson"])
-        values |= {f"{part.name}_{name}": value for name, value in found.items()}
-    return values | {"mean_score": float(np.mean(main))}
-
-
 def _part_scores(cfg: Config) -> tuple[str, ...]:
     own = [
         f"{part.name}_{name}"
@@ -346,18 +314,6 @@ def _part_scores(cfg: Config) -> tuple[str, ...]:
         for name in (_CLASS_SCORES if part.classes else _NUMBER_SCORES)
     ]
     return (*own, "mean_score")
-
-
-def _score_views(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    del meta, cfg
-    return scores.views(outputs["first"], outputs["second"])
-
-
-def _score_ranks(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    """Of the model, and of who names the items that were chosen most often, whoever asks."""
-    del cfg
-    by_popularity = scores.ranking(np.array(meta))
-    return scores.ranking(outputs["rank"]) | {f"popularity_{name}": value for name, value in by_popularity.items()}
 
 
 _CLASS_SCORES, _NUMBER_SCORES = ("f1", "matthews"), ("pearson", "spearman")
@@ -368,20 +324,20 @@ OBJECTIVES: dict[str, Objective] = {
     "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text")),
     "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption")),
     "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_pairs"), head=_pair_head),
-    "next_item": Objective(item_ranking, ("decoder",), ("items",), score=_score_ranks, scores=lambda cfg: _RANKS),
+    "next_item": Objective(item_ranking, ("decoder",), ("items",), score=scoring.ranks, scores=lambda cfg: _RANKS),
     "masked_item": Objective(
-        item_ranking, ("encoder",), ("masked_items",), score=_score_ranks, scores=lambda cfg: _RANKS
+        item_ranking, ("encoder",), ("masked_items",), score=scoring.ranks, scores=lambda cfg: _RANKS
     ),
     "classification": Objective(
         classification,
         (*TEXT_MODELS, "vit"),
         ("sentences", "images"),
         head=lambda cfg: Head("pooled", len(cfg.data.labels)),
-        score=_score_classes,
+        score=scoring.classes,
         scores=lambda cfg: _CLASS_SCORES,
     ),
     "verbalizer": Objective(
-        verbalizer, ("decoder",), ("prompted",), score=_score_classes, scores=lambda cfg: ("f1", "matthews")
+        verbalizer, ("decoder",), ("prompted",), score=scoring.classes, scores=lambda cfg: ("f1", "matthews")
     ),
     "mae": Objective(mae, ("mae",), ("masked_images",)),
     "contrastive": Objective(
@@ -389,7 +345,7 @@ OBJECTIVES: dict[str, Objective] = {
         (*TEXT_MODELS, "vit"),
         ("lone_sentences", "sentence_pairs", "sentence_triples", "image_pairs"),
         head=lambda cfg: Head("projection", cfg.model.projection_dim),
-        score=_score_views,
+        score=scoring.views,
         scores=lambda cfg: ("alignment", "uniformity"),
         couples_rows=True,
     ),
@@ -398,7 +354,7 @@ OBJECTIVES: dict[str, Objective] = {
         TEXT_MODELS,
         ("scored_sentences",),
         head=lambda cfg: Head("pooled", 1),
-        score=_score_numbers,
+        score=scoring.numbers,
         scores=lambda cfg: _NUMBER_SCORES,
     ),
     "multitask": Objective(
@@ -406,7 +362,7 @@ OBJECTIVES: dict[str, Objective] = {
         TEXT_MODELS,
         ("mixed_sentences",),
         head=lambda cfg: Head("pooled", sum(len(part.classes) or 1 for part in mixtures.parts(cfg.data.labels))),
-        score=_score_parts,
+        score=scoring.parts,
         scores=_part_scores,
     ),
     "tagging": Objective(

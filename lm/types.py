@@ -29,6 +29,9 @@ import jax
 #   visible_patches, masked_patches  int32 [B, n] indices of patches
 Batch = dict[str, jax.Array]
 
+# Name -> numpy array [R, ...]: what an objective says of each of R held-out rows.
+Outputs = dict[str, Any]
+
 # A nested dict of arrays; its leaves are named by paths such as 'decoder/layers/mlp/up/kernel'.
 Params = dict[str, Any]
 

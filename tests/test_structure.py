@@ -67,6 +67,7 @@ MODULES = (
     "lm.models.families",
     "lm.checkpoint",
     # 3: what is learnt, from what, and what is written about it
+    "lm.scoring",
     "lm.objectives",
     "lm.transfer",
     "lm.replay",
