@@ -59,11 +59,13 @@ def on_mesh(function, mesh_cfg, *arrays):
         return jax.jit(function)(*(jax.device_put(x, rows) for x in arrays))
 
 
-MESHES = {"one": None, "data8": MeshConfig(), "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2)}
+MESHES = {"one": None, "eight": MeshConfig(data=4, fsdp=2)}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("views", "symmetric"), [(2, True), (3, True), (2, False), (3, False)])
+@pytest.mark.parametrize(
+    ("mesh", "views", "symmetric"),
+    [("one", 2, True), ("one", 3, True), ("one", 2, False), ("one", 3, False), ("eight", 2, True), ("eight", 3, False)],
+)
 def test_contrastive_is_the_papers_equation(mesh, views, symmetric):
     z = make_views(views)
 
@@ -88,10 +90,11 @@ def test_rows_of_weight_0_change_nothing_even_when_not_finite():
     def loss(z):
         return losses.contrastive(z, jnp.asarray(WEIGHTS), temperature=0.05, symmetric=True).sum
 
-    grad = np.asarray(jax.grad(loss)(junk))
-    np.testing.assert_array_equal(loss(junk), loss(z))
-    np.testing.assert_array_equal(grad, jax.grad(loss)(z))
-    assert np.all(grad[WEIGHTS == 0] == 0)
+    run = jax.jit(jax.value_and_grad(loss))
+    (value, grad), clean = run(junk), run(z)
+    np.testing.assert_array_equal(value, clean[0])
+    np.testing.assert_array_equal(grad, clean[1])
+    assert np.all(np.asarray(grad)[WEIGHTS == 0] == 0)
 
 
 def test_contrastive_of_no_rows_is_0_and_of_one_view_refused():
@@ -99,7 +102,7 @@ def test_contrastive_of_no_rows_is_0_and_of_one_view_refused():
         terms = losses.contrastive(z, jnp.zeros(B), temperature=0.05, symmetric=True)
         return terms.sum, terms
 
-    (_, terms), grad = jax.value_and_grad(loss, has_aux=True)(make_views(2))
+    (_, terms), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(make_views(2))
     assert all(np.all(x == 0) for x in jax.tree.leaves((terms, grad)))
     with pytest.raises(ValueError, match=r"z is \(8, 1, 5\), expected two views"):
         losses.contrastive(make_views(1), jnp.ones(B), temperature=0.05, symmetric=False)
@@ -146,8 +149,7 @@ def made_up_apply(params, batch, *, rng=None, cache=None):
     return ModelOutput(None, None, head=z_BxP)
 
 
-@pytest.mark.parametrize("views", [1, 2, 3])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("views", "training"), [(1, True), (1, False), (3, True)])
 def test_objective_gives_each_view_its_own_dropout(views, training):
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(4, P)), jnp.float32)
@@ -155,7 +157,7 @@ def test_objective_gives_each_view_its_own_dropout(views, training):
     batch = {"tokens": tokens, "row_weights": WEIGHTS, "example_index": np.arange(100, 100 + B, dtype=np.int32)}
     loss_fn = objectives.OBJECTIVES["contrastive"].loss(made_up_apply, Config(loss=LossConfig(temperature=0.2)), None)
     key = jax.random.key(0) if training else None
-    terms = loss_fn(params, batch, key)
+    terms = jax.jit(loss_fn)(params, batch, key)
     seen = [tokens[:, min(v, views - 1)] for v in range(max(2, views))]
     index = [(v << 29) ^ batch["example_index"] for v in range(len(seen))]
     z = [
