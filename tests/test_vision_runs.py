@@ -45,7 +45,7 @@ def test_a_linear_probe_keeps_the_encoder_and_learns_its_head(pretrained):
     assert len(planned.origin_of) > 10
     for path, origin in planned.origin_of.items():
         assert origin == (None if path.startswith("head/") else f"params/{path}")
-        assert planned.optimizer.trained[path] == path.startswith("head/")
+        assert planned.optimizer.selection.trained[path] == path.startswith("head/")
     assert {path.split("/")[0] for path in planned.unused} == {"decoder", "decoder_embed", "mask_token", "pixels"}
 
 
