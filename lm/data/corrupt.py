@@ -191,8 +191,7 @@ def span_corruption(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Con
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     kept_lengths = _composition(len(tokens) - sizes.hidden + 2, sizes.spans + 1, rng)
-    kept_lengths[0] -= 1
-    kept_lengths[-1] -= 1
+    kept_lengths[0] -= 1  # the first and the last, which is what is left, may be of no token
     hidden_lengths = _composition(sizes.hidden, sizes.spans, rng)
     at = 0
     for number, (kept, hidden) in enumerate(zip(kept_lengths, hidden_lengths, strict=False)):
