@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
 from lm.config import Config
-from lm.data import augment, corrupt, images
+from lm.data import augment, corrupt
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
@@ -25,6 +25,7 @@ def fit(cfg: Config) -> None:
         re.compile(cfg.adapter.targets)
     except re.error as error:
         raise ConfigError(f"'adapter.targets': {cfg.adapter.targets!r} is not a regular expression: {error}") from None
+    augment.check(cfg)
     objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
     for key, value, fitting in (
         ("model.kind", cfg.model.kind, objective.kinds),
@@ -32,21 +33,7 @@ def fit(cfg: Config) -> None:
     ):
         if value not in fitting:
             raise ConfigError(f"'objective' {cfg.objective} does not fit '{key}' {value}; use {', '.join(fitting)}")
-    columns = task.columns(cfg)
     (task.batch or task.columns)(cfg)  # refuses what leaves nothing to predict
-    for name, strength in cfg.data.augment:
-        if name not in augment.AUGMENTATIONS:
-            hint = schema.nearest(name, augment.AUGMENTATIONS)
-            raise ConfigError(
-                f"'data.augment': no '{name}'{hint}; there are {', '.join(sorted(augment.AUGMENTATIONS))}"
-            )
-        if ("images" in columns) != (name in images.AUGMENTATIONS):
-            raise ConfigError(f"'data.augment': {name} does not fit 'data.task' {cfg.data.task}: one is of images")
-        bound = [column for column, (shape, _) in columns.items() if shape and column not in augment.MOVED]
-        if name not in images.AUGMENTATIONS and bound:
-            raise ConfigError(f"'data.augment': {name} moves tokens, away from the '{bound[0]}' of {cfg.data.task}")
-        if not 0 <= strength <= 1:
-            raise ConfigError(f"'data.augment': the strength of {name} must be in [0, 1], got {strength}")
     if objective.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
     if (head := objective.head(cfg)) and head.size < 1:

@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_refused(packed):
         checks.fit(recipe(packed, data__augment=(("corp", 0.5),)))
     with pytest.raises(ConfigError, match=r"'data.augment': swap does not fit 'data.task' images"):
         checks.fit(recipe(packed, data__augment=(("swap", 0.5),)))
-    with pytest.raises(ConfigError, match=r"'data.augment': the strength of crop must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ConfigError, match=r"'data.augment': the strength of crop must be in \(0, 1\], got 1.5"):
         checks.fit(recipe(packed, data__augment=(("flip", 1.0), ("crop", 1.5))))
     for rate in (0.03, 0.97):
         with pytest.raises(ConfigError, match=rf"'corrupt.rate' \({rate}\) hides .* of the 12 patches"):

@@ -155,7 +155,7 @@ def test_tokens_do_not_move_away_from_their_labels(task, name):
     c.objective, c.data.task, c.data.packing, c.data.labels = task, task, "pad", ("a", "b")
     checks.fit(config.build(c))
     c.data.augment = ((name, 0.1),)
-    with pytest.raises(ConfigError, match=f"'data.augment': {name} moves tokens, away from the 'labels' of {task}"):
+    with pytest.raises(ConfigError, match=f"'data.augment': {name} does not fit 'data.task' {task}; use sentences"):
         checks.fit(config.build(c))
     c.objective, c.data.task = "classification", "sentences"
     checks.fit(config.build(c))

@@ -2,62 +2,239 @@
 
 Each is a function (row, rng, strength, tokenizer, config) -> row, pure in its arguments; `rng` depends on the seed and
 the global example index alone. `data.augment` names them, with their strengths, in the order they are applied.
+
+Those of text change a row of one sentence or a pair. Control symbols ([CLS], [SEP]) stay where they are in it, and each
+sentence that had a token keeps at least one.
 """
 
+import functools
+import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from lm.config import Config
 from lm.data import images
 from lm.data.examples import Row
-
-# Columns that move with the tokens. A task that stores another one for each position cannot be augmented.
-MOVED = ("tokens", "segment_ids", "type_ids", "positions")
-
-Augmentation = Callable[[Row, np.random.Generator, float, Any, Config], Row]
+from lm.data.records import DataError
+from lm.data.tokenizer import Tokenizer
+from lm.schema import ConfigError, nearest
 
 
-def delete(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
-    """Leaves out each token with probability `strength`; control symbols stay (Wei and Zou 2019)."""
+class Augmentation(NamedTuple):
+    """An augmentation and what it asks of the rest.
+
+    Attributes:
+      change: (row, rng, strength, tokenizer, config) -> row; strength is in (0, 1].
+      tasks: values of `data.task` that fit: it knows every column of their rows that the change touches.
+      check: refuses a config that it could not be applied with.
+    """
+
+    change: Callable[[Row, np.random.Generator, float, Any, Config], Row]
+    tasks: tuple[str, ...]
+    check: Callable[[Config], object] = lambda cfg: None
+
+
+def check(cfg: Config) -> None:
+    """Refuses a `data.augment` that does not fit.
+
+    Raises:
+      ConfigError: naming the key, and what would fit.
+      DataError: a file that an augmentation reads is damaged.
+    """
+    data = cfg.data
+    for name, strength in data.augment:
+        if name not in AUGMENTATIONS:
+            known = ", ".join(sorted(AUGMENTATIONS))
+            raise ConfigError(f"'data.augment': no '{name}'{nearest(name, AUGMENTATIONS)}; there are {known}")
+        if not 0 < strength <= 1:
+            raise ConfigError(f"'data.augment': the strength of {name} must be in (0, 1], got {strength}")
+        fitting = AUGMENTATIONS[name].tasks
+        if data.task not in fitting:
+            raise ConfigError(f"'data.augment': {name} does not fit 'data.task' {data.task}; use {', '.join(fitting)}")
+        if data.packing != "pad":
+            raise ConfigError(f"'data.augment' changes rows of one example; set data.packing=pad, not {data.packing}")
+        AUGMENTATIONS[name].check(cfg)
+    if data.synonyms and "synonyms" not in dict(data.augment):
+        raise ConfigError("'data.synonyms' is read by the augmentation synonyms only; name it in data.augment")
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def delete(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
+    """Leaves out each token with probability `strength` (Wei and Zou 2019)."""
     del cfg
-    real = row["segment_ids"] > 0
-    dropped = real & ~tokenizer.is_control_V[row["tokens"]] & (rng.random(len(real)) < strength)
-    return _keep(row, real & ~dropped)
+    places_M = _places(row, tokenizer)
+    return _without(row, places_M, rng.random(len(places_M)) < strength, rng)
 
 
-def swap(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
-    """Swaps two tokens of a row, `strength` x its tokens times; control symbols stay (Wei and Zou 2019)."""
+def cutoff(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
+    """Leaves out one run of `strength` x the row's tokens, at least one (Shen et al. 2020)."""
     del cfg
-    tokens = row["tokens"].copy()
-    places = np.flatnonzero((row["segment_ids"] > 0) & ~tokenizer.is_control_V[tokens])
-    for _ in range(round(strength * len(places)) if len(places) > 1 else 0):
-        i, j = rng.choice(places, 2, replace=False)
-        tokens[i], tokens[j] = tokens[j], tokens[i]
-    return row | {"tokens": tokens}
+    places_M = _places(row, tokenizer)
+    size = max(1, round(strength * len(places_M)))
+    start = int(rng.integers(0, max(0, len(places_M) - size) + 1))
+    rank_M = np.arange(len(places_M))
+    return _without(row, places_M, (rank_M >= start) & (rank_M < start + size), rng)
 
 
-def cutoff(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
-    """Leaves out one run of `strength` x the row's tokens; control symbols stay (Shen et al. 2020)."""
+def swap(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
+    """Swaps two tokens of a sentence, `strength` x the row's tokens times, at least once (Wei and Zou 2019)."""
     del cfg
-    real = row["segment_ids"] > 0
-    length = int(real.sum())
-    size = round(strength * length)
-    start = int(rng.integers(0, length - size + 1))
-    inside = (np.arange(len(real)) >= start) & (np.arange(len(real)) < start + size)
-    return _keep(row, real & ~(inside & ~tokenizer.is_control_V[row["tokens"]]))
+    tokens_L, places_M = row["tokens"].copy(), _places(row, tokenizer)
+    sentence_L = _sentences(row)
+    for i in rng.choice(places_M, max(1, round(strength * len(places_M)))) if len(places_M) else ():
+        others = places_M[(sentence_L[places_M] == sentence_L[i]) & (places_M != i)]
+        if len(others):
+            j = rng.choice(others)
+            tokens_L[[i, j]] = tokens_L[[j, i]]
+    return row | {"tokens": tokens_L}
 
 
-def _keep(row: Row, kept: np.ndarray) -> Row:
-    """The row with only those positions, moved together to the left; positions count anew."""
-    out = dict(row)
-    for name in set(MOVED) - {"positions"}:
-        if name in row:
-            out[name] = np.zeros_like(row[name])
-            out[name][: kept.sum()] = row[name][kept]
-    out["positions"] = np.arange(len(kept)) * (out["segment_ids"] > 0)
+def synonyms(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
+    """Replaces each word of `data.synonyms` by one of its synonyms with probability `strength` (Wei and Zou 2019).
+
+    Words are found in the ids: a match neither begins nor ends inside of a longer word, is of the letters' case in the
+    file, and the longest one counts. A synonym that the row has no room for is not taken.
+    """
+    table = _synonym_table(cfg.data.synonyms, tokenizer)
+    length = int(np.count_nonzero(row["segment_ids"]))
+    ids = row["tokens"][:length].tolist()
+    room = len(row["tokens"]) - length
+    tokens: list[int] = []
+    origins: list[int] = []  # of each new token, the place whose sentence it belongs to
+    at = 0
+    while at < length:
+        entry = table.match(ids, at)
+        old = entry.word if entry else (ids[at],)
+        new = old
+        if entry and rng.random() < strength:
+            new = entry.synonyms[int(rng.integers(len(entry.synonyms)))]
+            new = new if len(new) - len(old) <= room else old
+        tokens += new
+        origins += [at] * len(new)
+        room -= len(new) - len(old)
+        at += len(old)
+    return _rebuilt(row, np.array(tokens, np.int32), np.array(origins, np.int64))
+
+
+def _places(row: Row, tokenizer: Tokenizer) -> np.ndarray:
+    """Where tokens are that an augmentation may change."""
+    return np.flatnonzero((row["segment_ids"] > 0) & ~tokenizer.is_control_V[row["tokens"]])
+
+
+def _sentences(row: Row) -> np.ndarray:
+    return row["type_ids"] if "type_ids" in row else np.zeros_like(row["tokens"])
+
+
+def _without(row: Row, places_M: np.ndarray, is_dropped_M: np.ndarray, rng: np.random.Generator) -> Row:
+    """The row without those places; of a sentence that would lose all, one at random stays."""
+    is_kept_L = row["segment_ids"] > 0
+    is_kept_L[places_M[is_dropped_M]] = False
+    sentence_M = _sentences(row)[places_M]
+    for sentence in np.unique(sentence_M):
+        if is_dropped_M[sentence_M == sentence].all():
+            is_kept_L[rng.choice(places_M[sentence_M == sentence])] = True
+    origins = np.flatnonzero(is_kept_L)
+    return _rebuilt(row, row["tokens"][origins], origins)
+
+
+def _rebuilt(row: Row, tokens: np.ndarray, origins: np.ndarray) -> Row:
+    """The row with other tokens, each of the segment and sentence of the place it comes from; positions count anew."""
+    out, length = dict(row), len(tokens)
+    filled = {"tokens": tokens, "positions": np.arange(length)}
+    filled |= {name: row[name][origins] for name in ("segment_ids", "type_ids") if name in row}
+    for name, values in filled.items():
+        out[name] = np.zeros_like(row[name])
+        out[name][:length] = values
     return out
 
 
-AUGMENTATIONS: dict[str, Augmentation] = images.AUGMENTATIONS | {"delete": delete, "swap": swap, "cutoff": cutoff}
+class _Entry(NamedTuple):
+    word: tuple[int, ...]
+    synonyms: list[tuple[int, ...]]
+
+
+class _Synonyms(NamedTuple):
+    """Words as ids: the first id -> entries, longest first; and which ids begin and end inside of a word."""
+
+    entries: dict[int, list[_Entry]]
+    begins_in_word_V: np.ndarray
+    ends_in_word_V: np.ndarray
+
+    def match(self, ids: list[int], at: int) -> _Entry | None:
+        for entry in self.entries.get(ids[at], ()):
+            end = at + len(entry.word)
+            if tuple(ids[at:end]) != entry.word:
+                continue
+            inside = at > 0 and self.ends_in_word_V[ids[at - 1]] and self.begins_in_word_V[ids[at]]
+            if not inside and not (end < len(ids) and self.begins_in_word_V[ids[end]]):
+                return entry
+        return None
+
+
+@functools.lru_cache(maxsize=4)
+def _synonym_table(path: str, tokenizer: Tokenizer) -> _Synonyms:
+    """The file's words as the tokenizer spells them, at the beginning of a text and behind a space."""
+    by_word: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for word, others in read_synonyms(path).items():
+        for space in ("", " "):
+            spelled = [tuple(tokenizer.encode(space + text)) for text in (word, *others)]
+            by_word[spelled[0]] = spelled[1:]
+    entries: dict[int, list[_Entry]] = {}
+    for ids in sorted(by_word, key=len, reverse=True):
+        entries.setdefault(ids[0], []).append(_Entry(ids, by_word[ids]))
+    # Bytes that are no ASCII character are parts of letters, mostly.
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    begins = np.array([_is_of_word(text[:1]) for text in texts])
+    ends = np.array([_is_of_word(text[-1:]) for text in texts])
+    return _Synonyms(entries, begins, ends)
+
+
+def _is_of_word(character: str) -> bool:
+    return unicodedata.category(character or " ")[0] in "LMN" or character == "\ufffd"
+
+
+def read_synonyms(path: str) -> dict[str, list[str]]:
+    """Word -> its synonyms, of a UTF-8 file of lines 'word<TAB>synonym'; {} for ''.
+
+    Raises:
+      DataError: no such file, or a line that is not of that form; it names file and line.
+    """
+    if not path:
+        return {}
+    try:
+        lines = epath.Path(path).read_bytes().decode().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"'data.synonyms': {path} cannot be read: {error}") from None
+    table: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if line.strip() and (len(cells) != 2 or not all(cells)):
+            raise DataError(f"{path}:{number}: found {line!r}; expected a word, a tab and a synonym (data.synonyms)")
+        if line.strip():
+            table.setdefault(cells[0], []).append(cells[1])
+    if not table:
+        raise DataError(f"{path}: found no synonym; expected lines of a word, a tab and a synonym (data.synonyms)")
+    return table
+
+
+def _check_synonyms(cfg: Config) -> None:
+    if not cfg.data.synonyms:
+        raise ConfigError("'data.synonyms' is empty, but data.augment names synonyms; give a file")
+    read_synonyms(cfg.data.synonyms)
+
+
+_TEXT_TASKS = ("sentences", "scored_sentences", "masked_text")  # one sentence or a pair, nothing said of its tokens
+_IMAGE_TASKS = ("images", "masked_images", "image_pairs")
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "delete": Augmentation(delete, _TEXT_TASKS),
+    "swap": Augmentation(swap, _TEXT_TASKS),
+    "cutoff": Augmentation(cutoff, _TEXT_TASKS),
+    "synonyms": Augmentation(synonyms, _TEXT_TASKS, _check_synonyms),
+    **{name: Augmentation(change, _IMAGE_TASKS) for name, change in images.AUGMENTATIONS.items()},
+}

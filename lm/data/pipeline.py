@@ -87,7 +87,7 @@ def build(cfg: Config, tokenizer: Tokenizer | None, split: sources.Split) -> Dat
     train, train_report = _part(split.train, "train", cfg, tokenizer)
     valid, valid_report = _part(split.valid, "valid", cfg, tokenizer)
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
-    settings |= {"corrupt": schema.to_dict(cfg.corrupt)}
+    settings |= {"corrupt": schema.to_dict(cfg.corrupt), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(train.rows.items())}
     parts = [split.fingerprint, tokenizer.hash if tokenizer else "", settings, checksums]
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -260,7 +260,7 @@ def _with_other(rows: Rows, stored: Columns, row: Row, rng: np.random.Generator)
 def _augment(
     name: str, strength: float, cfg: Config, tokenizer: Tokenizer | None, row: Row, rng: np.random.Generator
 ) -> Row:
-    return augment.AUGMENTATIONS[name](row, rng, strength, tokenizer, cfg)
+    return augment.AUGMENTATIONS[name].change(row, rng, strength, tokenizer, cfg)
 
 
 def _progress(records: Sequence[Record], what: str) -> Iterator[Record]:

@@ -1,0 +1,74 @@
+"""lm/data/labelled.py: sentences and pairs as rows, cut as by hand, with the labels of the config."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm import config
+from lm.data import examples, packing, tokenizer
+from lm.data.labelled import encode_pair
+from lm.data.records import DataError
+from lm.data.tasks import TASKS
+
+TEXTS = [f"a film of {n} plots, and good ones {n * n}." for n in range(40)]
+TOK = tokenizer.train(TEXTS, 330, 100_000)
+
+
+def cut_by_hand(a, b, room):
+    """BERT's: as long as there is too much, the longer one loses its last id; of two as long, the second."""
+    a, b = list(a), list(b)
+    while len(a) + len(b) > room:
+        (a if len(a) > len(b) else b).pop()
+    return a, b
+
+
+some_text = st.lists(st.sampled_from(["a film", " of", " plots", ",", "x", " good ones"]), max_size=12).map("".join)
+
+
+@given(first=some_text, second=st.none() | some_text, seq_len=st.integers(3, 40))
+def test_a_pair_is_cut_as_by_hand(first, second, seq_len):
+    counts = Counter()
+    made = encode_pair(first, second, TOK, seq_len, counts)
+    whole_a, whole_b = TOK.encode(first), TOK.encode(second or "")
+    a, b = cut_by_hand(whole_a, whole_b, seq_len - (2 if second is None else 3))
+    tokens, types = [TOK.bos_id, *a, TOK.eos_id], [0] * (len(a) + 2)
+    if second is not None:
+        tokens, types = [*tokens, *b, TOK.eos_id], types + [1] * (len(b) + 1)
+    assert made["tokens"].tolist() == tokens and made["type_ids"].tolist() == types
+    assert made["tokens"].dtype == made["type_ids"].dtype == np.int32
+    assert counts == ({"sentence_cut": 1} if len(a) + len(b) < len(whole_a) + len(whole_b) else {})
+
+
+def rows(task, records, **data):
+    cfg = config.Config(data=config.DataConfig(task=task, packing="pad", **({"seq_len": 12} | data)))
+    counts = Counter()
+    made = examples.make(TASKS[task], records, TOK, cfg, counts)
+    return packing.pack(made, TASKS[task].columns(cfg), cfg.data)[0], counts
+
+
+def test_rows_have_the_place_of_their_label():
+    records = [{"text": "a film", "label": label, "source": "f:1"} for label in ("no", "yes", "maybe", "no")]
+    records[1]["text_pair"] = "good ones"
+    made, counts = rows("sentences", records, labels=("maybe", "no", "yes"))
+    assert made["labels"].tolist() == [1, 2, 0, 1] and counts == {"documents": 4, "examples": 4}
+    assert [set(types.tolist()) for types in made["type_ids"]] == [{0}, {0, 1}, {0}, {0}]
+    lengths = (made["segment_ids"] > 0).sum(axis=1)
+    assert lengths[0] == len(TOK.encode("a film")) + 2 < lengths[1]
+    assert made["positions"][0].tolist() == [*range(lengths[0]), *[0] * (12 - lengths[0])]
+
+
+def test_rows_have_the_number_of_their_label():
+    records = [{"text": "a film", "label": label, "source": "f:1"} for label in ("0.25", "-3", "5e-1")]
+    assert rows("scored_sentences", records)[0]["labels"].tolist() == [0.25, -3.0, 0.5]
+
+
+def test_a_wrong_label_is_named():
+    record = {"text": "a film", "label": "Yes", "source": "f:7"}
+    with pytest.raises(DataError, match=r"f:7: unknown label 'Yes' \(did you mean 'yes'\?\); data\.labels has no, yes"):
+        rows("sentences", [record], labels=("no", "yes"))
+    for label in ("high", "nan", "inf", ""):
+        with pytest.raises(DataError, match=rf"f:7: found the label '{label}'; expected a finite number"):
+            rows("scored_sentences", [record | {"label": label}])
