@@ -13,8 +13,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import checkpoint, checks, config, generate, objectives, optim, selection, sharding, step, transfer, trees
-from lm.config import Config, MeshConfig
+from lm import (
+    checkpoint,
+    checks,
+    config,
+    generate,
+    objectives,
+    optim,
+    replay,
+    selection,
+    sharding,
+    step,
+    transfer,
+    trees,
+)
+from lm.config import Config, DataConfig, MeshConfig
 from lm.data import examples, pipeline, sources, tokenizer
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
@@ -38,6 +51,7 @@ class Plan(NamedTuple):
       origin_of: path -> array of that checkpoint, or None = initialised.
       unused: parameters of that checkpoint that this run leaves behind.
       anchored: path -> whether the optimizer draws it to the value it starts with; None = `optim` asks for none.
+      replay: where the data of the run lies that `data.replay` draws from, or None.
     """
 
     cfg: Config
@@ -49,6 +63,7 @@ class Plan(NamedTuple):
     origin_of: dict[str, str | None]
     unused: list[str]
     anchored: dict[str, bool] | None
+    replay: DataConfig | None
 
 
 class Run(NamedTuple):
@@ -70,6 +85,7 @@ class Run(NamedTuple):
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> (metrics, outputs), jitted.
       score: see `lm.objectives.Objective`.
+      replay: see `Plan`.
     """
 
     cfg: Config
@@ -87,6 +103,7 @@ class Run(NamedTuple):
     train_step: Any
     eval_step: Any
     score: Callable[[objectives.Outputs, list[Any], Config], dict[str, float]] | None
+    replay: DataConfig | None
 
 
 def plan(cfg: Config, workdir: Path | None) -> Plan:
@@ -120,7 +137,8 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     anchored = _anchored(cfg, abstract)
     origin_of, unused = transfer.sources(abstract, cfg.init_rules, init) if init else ({}, [])
     axes = trees.flatten(model.logical_axes())
-    return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused, anchored)
+    other = replay.source(cfg, workdir, init)
+    return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused, anchored, other)
 
 
 def make_model(cfg: Config, dtype: Any) -> ModelFns:
@@ -150,13 +168,16 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         if jax.process_index() == 0:
             words.save(workdir / TOKENIZER_FILE)
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
-    data = pipeline.build(cfg, words, split)
+    replayed = replay.load(planned.replay, cfg) if planned.replay else None
+    if replayed:
+        note(f"replayed: {replayed.report}")
+    data = pipeline.build(cfg, words, split, replayed)
     check_same_data(data)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
 
     size: dict[str, Any] = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len}
-    size["epoch_examples"] = len(data.train)
+    size["epoch_examples"] = data.epoch_examples
     total_steps = cfg.train.total.to_steps(**size)
     optimizer = optim.build(
         cfg.optim,
@@ -205,6 +226,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
         eval_step=jax.jit(eval_step, out_shardings=everywhere),
         score=objective.score,
+        replay=planned.replay,
     )
 
 
@@ -323,17 +345,17 @@ def data_iterator(run: Run, start_example: int) -> Any:
     )
 
 
-def eval_iterator(run: Run) -> Any:
-    """This process's part of the held-out batches."""
+def eval_iterator(run: Run, part: pipeline.Part) -> Any:
+    """This process's part of the batches of held-out rows."""
     size = checks.eval_batch_size(run.cfg)
     rows = sharding.local_rows(run.mesh, size)
     limits = {"max_tokens": run.cfg.eval.max_tokens, "seq_len": run.cfg.data.seq_len}
-    return pipeline.eval_batches(run.data.valid, batch_size=size, local_rows=rows, **limits)
+    return pipeline.eval_batches(part, batch_size=size, local_rows=rows, **limits)
 
 
-def eval_row_ids(run: Run) -> np.ndarray:
+def eval_row_ids(run: Run, part: pipeline.Part) -> np.ndarray:
     """The held-out rows that `eval_iterator` gives, in order."""
-    return pipeline.eval_row_ids(run.data.valid, run.cfg.eval.max_tokens, run.cfg.data.seq_len)
+    return pipeline.eval_row_ids(part, run.cfg.eval.max_tokens, run.cfg.data.seq_len)
 
 
 def tokenizer_hash(run: Run) -> str:

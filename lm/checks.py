@@ -51,7 +51,8 @@ def fit(cfg: Config) -> None:
 def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, names: tuple[str, ...]) -> None:
     """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
     measured, _ = jax.eval_shape(eval_step, params, batch)
-    known = sorted([*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))), *names])
+    known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))), *names]
+    known = sorted([*known, *(f"replay_{name}" for name in known if cfg.data.replay)])
     if cfg.checkpoint.best_metric not in known:
         wanted = cfg.checkpoint.best_metric
         hint = schema.nearest(wanted, known)

@@ -55,8 +55,8 @@ class DataConfig:
     ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
     synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
     replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
-    curriculum: Literal["none", "length"] = "none"  # order of the examples in the first epochs, easy ones first
-    curriculum_length: Duration = NEVER  # until when
+    curriculum: Literal["none", "length"] = "none"  # at first draw from the short rows, then from ever longer ones too
+    curriculum_length: Duration = NEVER  # until all rows are drawn from, in epochs from then on
     seq_len: int = 256  # positions in a row; of the encoder's input, where there is an encoder and a decoder
     target_len: int = 0  # positions of a row of the decoder, where there is an encoder too; 0 = seq_len
     batch_size: int = 16  # rows in a step, over all devices
@@ -349,6 +349,15 @@ def _check(config: Config) -> None:
         ),
         f"'data.packing' is {data.packing}, but 'data.task' {data.task} has more than tokens in a row; use pad": (
             data.packing in TASK_PACKINGS.get(data.task, ("pad",))
+        ),
+        f"'data.curriculum' is {data.curriculum}; set it, and with it one of 'data.curriculum_length_*', or neither": (
+            (data.curriculum == "none") == (data.curriculum_length == NEVER)
+        ),
+        f"'data.curriculum' goes by the length of one example; set data.packing=pad, not {data.packing}": (
+            data.curriculum == "none" or data.packing == "pad"
+        ),
+        "'data.replay' draws from the data of the run that 'init_from' names, which is ''": (
+            not data.replay or bool(config.init_from)
         ),
         f"'data.labels' names a label twice: {data.labels}": len(set(data.labels)) == len(data.labels),
         "'data.image_shape' must be of three numbers above 0": min(data.image_shape) > 0,

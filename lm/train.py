@@ -130,11 +130,13 @@ def loop(
     def evaluate_now(done: int) -> dict[str, float]:
         with watch.bucket("eval"):
             params = step.eval_params(state)
-            row_ids = build.eval_row_ids(run)
-            batches = build.eval_iterator(run)
-            values, outputs = evaluate.evaluate(eval_step, params, batches, place_eval, len(row_ids))
-            if run.score:
-                values |= run.score(outputs, [run.data.valid.meta[i] for i in row_ids], cfg)
+            values: dict[str, float] = {}
+            for prefix, part in run.data.held_out.items():
+                row_ids, batches = build.eval_row_ids(run, part), build.eval_iterator(run, part)
+                found, outputs = evaluate.evaluate(eval_step, params, batches, place_eval, len(row_ids))
+                if run.score:
+                    found |= run.score(outputs, [part.meta[i] for i in row_ids], cfg)
+                values |= {prefix + name: value for name, value in found.items()}
             watch.log(done, "eval", values)
             watch.note(f"[step {done:,}] held out: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
             for prompt, text in samples(run, params, done).items():
@@ -145,6 +147,7 @@ def loop(
         with watch.bucket("checkpoint"):
             info = {"config": schema.to_dict(cfg), "tokenizer_hash": build.tokenizer_hash(run)}
             info["data"] = {"example": example, "fingerprint": run.data.fingerprint}
+            info["replay"] = schema.to_dict(run.replay) if run.replay else None
             info["waiting"] = waiting._asdict()
             saves.save(done, state, info, values)
 

@@ -48,6 +48,7 @@ MODULES = (
     "lm.data.augment",
     "lm.data.tasks",
     "lm.data.packing",
+    "lm.data.order",
     "lm.data.pipeline",
     # 2: models, checkpoints
     "lm.models.layers",
@@ -63,6 +64,7 @@ MODULES = (
     # 3: what is learnt, from what, and what is written about it
     "lm.objectives",
     "lm.transfer",
+    "lm.replay",
     "lm.monitor",
     "lm.interrupt",
     "lm.report",

@@ -70,13 +70,15 @@ def main(argv: list[str]) -> None:
 
 def load(cfg: Any) -> tuple[Any, Any]:
     """(tokenizer, packed data) of a run of this config that has not begun."""
-    from lm import build
+    from lm import build, replay
     from lm.data import pipeline, sources
 
     planned = build.plan(cfg, None)
     split = sources.load(cfg.data)
     words = build.tokenizer_for(planned, split)
-    return words, pipeline.build(cfg, words, split)
+    return words, pipeline.build(
+        cfg, words, split, replay.load(planned.replay, planned.cfg) if planned.replay else None
+    )
 
 
 def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import grain
@@ -17,12 +18,13 @@ import numpy as np
 
 from lm import schema
 from lm.config import Config
-from lm.data import augment, examples, packing, sources
+from lm.data import augment, examples, order, packing, sources
 from lm.data.examples import Columns, Row, Task
 from lm.data.packing import Rows
 from lm.data.records import DataError, Record
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
+from lm.schema import ConfigError
 
 HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
 
@@ -69,36 +71,78 @@ class Data(NamedTuple):
         seed and the training rows as packed.
       report: 'train' and 'valid' -> counts: documents, examples, what was cut or dropped (see `examples.make`),
         rows and, of tokens: tokens (positions filled), targets (positions trained on), bytes (UTF-8, of the targets),
-        fill.
+        fill; 'replay_train' and 'replay_valid' -> the same of what is replayed.
+      easy_first: this many examples of `train` come from the short rows first; 0 = none.
+      replay: the data of another run, as rows of this one, or None.
+      share: of the training examples, those that `replay` gives.
     """
 
     train: Part
     valid: Part
     fingerprint: str
     report: dict[str, dict[str, float]]
+    easy_first: int = 0
+    replay: "Data | None" = None
+    share: Fraction = Fraction(0)
+
+    @property
+    def epoch_examples(self) -> int:
+        """Examples of the stream in which each row of `train` has its turn, once."""
+        return math.ceil(len(self.train) / (1 - self.share))
+
+    @property
+    def held_out(self) -> dict[str, Part]:
+        """What an evaluation measures: prefix of its metrics -> rows."""
+        return {"": self.valid} | ({"replay_": self.replay.valid} if self.replay else {})
 
 
-def build(cfg: Config, tokenizer: Tokenizer | None, split: sources.Split) -> Data:
-    """Makes and packs the examples of both halves of `split`.
+def build(
+    cfg: Config, tokenizer: Tokenizer | None, split: sources.Split, replayed: sources.Split | None = None
+) -> Data:
+    """Makes and packs the examples of both halves of `split` and, where `data.replay` is set, of `replayed`.
 
     Raises:
       DataError: a half has nothing to train on or to evaluate; the message gives the counts.
+      ConfigError: `data.curriculum` goes by a length that the rows do not have.
     """
+    if (replayed is None) != (cfg.data.replay == 0):
+        raise ValueError(f"data.replay is {cfg.data.replay}: the records to replay are given where it is above 0 only")
     train, train_report = _part(split.train, "train", cfg, tokenizer)
     valid, valid_report = _part(split.valid, "valid", cfg, tokenizer)
+    report, replay = {"train": train_report, "valid": valid_report}, None
+    if replayed:
+        plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0, curriculum="none"))
+        try:
+            replay = build(plain, tokenizer, replayed)
+        except DataError as error:
+            raise DataError(f"'data.replay': {error}") from None
+        report |= {f"replay_{name}": counts for name, counts in replay.report.items()}
+    data = Data(train, valid, "", report, replay=replay, share=Fraction(str(cfg.data.replay)))
+    data = data._replace(easy_first=_easy_first(cfg, data))
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
     settings |= {"corrupt": schema.to_dict(cfg.corrupt), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
+    settings |= {"easy_first": data.easy_first, "replay_rows": replay.fingerprint if replay else ""}
     checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(train.rows.items())}
     parts = [split.fingerprint, tokenizer.hash if tokenizer else "", settings, checksums]
-    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Data(train, valid, fingerprint, {"train": train_report, "valid": valid_report})
+    return data._replace(fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
+
+
+def _easy_first(cfg: Config, data: Data) -> int:
+    """How many examples of `train` the curriculum orders."""
+    if cfg.data.curriculum == "none":
+        return 0
+    if not any(name.endswith("segment_ids") for name in data.train.rows):
+        raise ConfigError(f"'data.curriculum' goes by length, but rows of data.task={cfg.data.task} have none")
+    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
+    examples_in_all = cfg.data.curriculum_length.to_steps(**size) * cfg.data.batch_size
+    return examples_in_all - math.floor(examples_in_all * data.share)
 
 
 def train_row_ids(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
     """Rows of the global examples start ... start + count - 1, int64 [count]; epoch e, of `num_rows` examples, is a
     permutation of the rows that (seed, e) decides."""
-    order = _order(num_rows, seed)
-    return np.array([order[g] for g in range(start, start + count)], np.int64)
+    row_of = order.epochs(num_rows, seed)
+    return np.array([row_of(g) for g in range(start, start + count)], np.int64)
 
 
 def train_batches(
@@ -119,8 +163,9 @@ def train_batches(
     Yields:
       The columns of the task as [b, ...], row_weights float32 [b] and example_index int32 [b] (modulo 2^31).
     """
-    order = _order(len(data.train), seed)
-    source = _Batches(data.train, order, batch_size, start_example, np.asarray(local_rows, np.int64), seed)
+    source = _Batches(
+        _streams(data, seed), data.share, batch_size, start_example, np.asarray(local_rows, np.int64), seed
+    )
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
@@ -171,8 +216,8 @@ def eval_row_ids(part: Part, max_tokens: int, seq_len: int) -> np.ndarray:
 class _Batches:
     """Random access to the batches of the training stream: what Grain calls a data source."""
 
-    part: Part
-    order: "grain.MapDataset[int]"
+    streams: list[tuple[Part, order.Order]]
+    share: Fraction
     batch_size: int
     start: int
     local_rows: np.ndarray
@@ -182,14 +227,34 @@ class _Batches:
         return sys.maxsize
 
     def __getitem__(self, k: int) -> HostBatch:
-        index = self.start + int(k) * self.batch_size + self.local_rows
-        return _gather(self.part, np.array([self.order[int(g)] for g in index]), index, self.seed)
+        index_B = self.start + int(k) * self.batch_size + self.local_rows
+        stream_B, place_B = np.array([order.mixed(int(g), self.share) for g in index_B], np.int64).reshape(-1, 2).T
+        batch: HostBatch = {}
+        for number, (part, row_of) in enumerate(self.streams):
+            here = np.flatnonzero(stream_B == number)
+            if not len(here):
+                continue
+            found = _gather(part, np.array([row_of(int(i)) for i in place_B[here]]), index_B[here], self.seed)
+            for key, x in found.items():
+                batch.setdefault(key, np.zeros((len(index_B), *x.shape[1:]), x.dtype))[here] = x
+        return batch
 
 
-def _order(num_rows: int, seed: int) -> "grain.MapDataset[int]":
-    # Grain shuffles epoch e by (seed + e): hashed first, so that the epochs of neighbouring seeds differ.
-    hashed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
-    return grain.MapDataset.range(num_rows).shuffle(hashed).repeat(None)
+def _streams(data: Data, seed: int) -> list[tuple[Part, order.Order]]:
+    """The parts that training examples come from, each with the order of its rows."""
+    own = order.epochs(len(data.train), seed)
+    if data.easy_first:
+        own = order.easy_first(_lengths(data.train), seed, data.easy_first, own)
+    streams = [(data.train, own)]
+    if data.replay:
+        streams.append((data.replay.train, order.epochs(len(data.replay.train), seed, stream=1)))
+    return streams
+
+
+def _lengths(part: Part) -> np.ndarray:
+    """Positions of each row that are no padding, int64 [R]."""
+    segments = [x for name, x in part.rows.items() if name.endswith("segment_ids")]
+    return sum((np.count_nonzero(x.reshape(len(x), -1), axis=1) for x in segments), np.zeros(len(part), np.int64))
 
 
 def _gather(part: Part, row_ids: np.ndarray, index: np.ndarray, seed: int) -> HostBatch:

@@ -1,0 +1,54 @@
+"""Replay: a run that goes on from another one draws a share of its rows from the other one's data."""
+
+from pathlib import Path
+
+from lm import checkpoint, config, schema
+from lm.checkpoint import CheckpointError, Saved
+from lm.config import Config, DataConfig
+from lm.data import examples, sources
+from lm.data.records import DataError
+from lm.data.tasks import TASKS
+from lm.schema import ConfigError
+
+
+def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig | None:
+    """Where the data of `init_from`'s run is, or None without `data.replay`.
+
+    Args:
+      cfg: of the run that goes on.
+      workdir: its folder. Once it has begun its own checkpoints say where, so that it needs no other run.
+      init: the checkpoint of the other run; None = this run has begun.
+
+    Raises:
+      CheckpointError: none of its own checkpoints can be read.
+    """
+    if not cfg.data.replay:
+        return None
+    if init:
+        return config.build(init.info["config"]).data
+    for saved in reversed(checkpoint.list_saved(workdir) if workdir else []):
+        if "unreadable" not in saved.info:
+            return schema.build_section(DataConfig, saved.info["replay"], "data.")
+    raise CheckpointError(f"none of the checkpoints of {workdir} can be read, which say what 'data.replay' draws from")
+
+
+def load(where: DataConfig, cfg: Config) -> sources.Split:
+    """The records to replay.
+
+    Args:
+      where: from `source`.
+      cfg: of the run that goes on, whose task must be able to read them.
+
+    Raises:
+      DataError: they are gone.
+      ConfigError: the task cannot read them.
+    """
+    place = f"'data.replay': the data of {cfg.init_from}"
+    try:
+        split = sources.load(where)
+        examples.check_fields(TASKS[cfg.data.task], [*split.train, *split.valid], cfg.data, TASKS)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    return split
