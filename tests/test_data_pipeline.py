@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lm import config
+from lm import config, schema
 from lm.data import pipeline, sources, tokenizer
 from lm.data.records import DataError
 
@@ -213,3 +213,84 @@ def test_real_chat_data_packs_whole(shared_data):
     lost = sum(len(answer.encode()) for answer in answers) - report["bytes"]
     assert lost == 0 if not report.get("answer_cut") else lost > 0
     assert report["targets"] >= report["documents"]
+
+
+def marked(name, count):
+    return records([f"{name} {i} says {'and again ' * (i * 5 % 9)}now.\n" for i in range(count)])
+
+
+def replay_data(share=0.3, **data):
+    """Own rows and replayed ones, all told apart by their tokens."""
+    own, other = (sources.Split(marked(n, 23), marked(n + " held", 5), n, "") for n in ("own", "other"))
+    cfg = make_config(packing="pad", seq_len=48, replay=share, **data)
+    return pipeline.build(cfg, TOK, own, other)
+
+
+def texts_of(batches):
+    return [TOK.decode(row[row > 0]) for batch in batches for row in batch["tokens"]]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.29, 0.5, 0.9])
+def test_replayed_rows_have_their_share_and_each_stream_its_epochs(share):
+    data = replay_data(share)
+    rows = texts_of(take(40, data=data))
+    is_other = [text.startswith("other") for text in rows]
+    assert [sum(is_other[:n]) for n in range(len(rows))] == [n * round(100 * share) // 100 for n in range(len(rows))]
+    for name in ("own", "other"):
+        stream = [text for text in rows if text.startswith(name)]
+        for start in range(0, len(stream) - 22, 23):
+            assert len(set(stream[start : start + 23])) == 23
+        assert stream[:23] != stream[23:46]
+    own_left = -(-data.epoch_examples * 100 // 100) - data.epoch_examples * round(100 * share) // 100
+    assert own_left >= 23 > own_left - 2  # an epoch is one turn of each own row
+
+
+@pytest.mark.parametrize("curriculum", [{}, {"curriculum": "length", "curriculum_length": schema.Duration(steps=9)}])
+def test_replay_and_curriculum_resume_anywhere_on_any_number_of_hosts(curriculum):
+    data = replay_data(**curriculum)
+    whole = take(20, data=data)
+    for start in np.random.default_rng(1).integers(0, 14 * BATCH, 4):
+        resumed = take(3, data=data, start=start)
+        flat = {key: np.concatenate([b[key] for b in whole])[start : start + 3 * BATCH] for key in whole[0]}
+        assert_equal([{key: np.concatenate([b[key] for b in resumed]) for key in flat}], [flat])
+    parts = [take(20, data=data, local_rows=np.arange(i, BATCH, 2)) for i in range(2)]
+    for i, part in enumerate(parts):
+        assert_equal(part, [{key: x[i::2] for key, x in batch.items()} for batch in whole])
+
+
+def test_a_curriculum_begins_with_short_rows_and_ends_in_epochs():
+    cfg = make_config(
+        packing="pad", seq_len=48, batch_size=BATCH, curriculum="length", curriculum_length=schema.Duration(examples=90)
+    )
+    data = pipeline.build(cfg, TOK, sources.Split(marked("own", 40), marked("held", 5), "", ""))
+    assert data.easy_first == 12 * BATCH  # 90 examples are 11.25 steps
+    rows = np.concatenate([(b["segment_ids"] > 0).sum(axis=1) for b in take(30, data=data)])
+    ranked = np.sort((data.train.rows["segment_ids"] > 0).sum(axis=1))
+    for g in range(96):
+        share = np.sqrt(0.0001 + 0.9999 * g / 96)
+        assert rows[g] <= ranked[int(np.ceil(share * 40)) - 1]
+    assert rows[0] == ranked[0] and rows[:96].max() > np.median(ranked)
+    texts = texts_of(take(30, data=data))
+    assert len(set(texts[96 : 96 + 40])) == len(set(texts[136 : 136 + 40])) == 40
+    other = pipeline.build(
+        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, curriculum_length=schema.Duration(steps=13))),
+        TOK,
+        sources.Split(marked("own", 40), marked("held", 5), "", ""),
+    )
+    assert other.fingerprint != data.fingerprint
+
+
+def test_replayed_rows_decide_the_fingerprint_and_are_counted():
+    prints = {replay_data().fingerprint, replay_data(0.31).fingerprint}
+    own = sources.Split(marked("own", 23), marked("own held", 5), "own", "")
+    another = sources.Split(marked("another", 23), marked("another held", 5), "another", "")
+    prints.add(pipeline.build(make_config(packing="pad", seq_len=48, replay=0.3), TOK, own, another).fingerprint)
+    assert len(prints) == 3
+    data = replay_data()
+    assert data.report["replay_train"]["documents"] == 23 and data.report["replay_valid"]["documents"] == 5
+    assert list(data.held_out) == ["", "replay_"] and len(data.held_out["replay_"]) == 5
+    with pytest.raises(ValueError, match=r"data\.replay is 0\.3"):
+        pipeline.build(make_config(replay=0.3), TOK, own)
+    empty = sources.Split(records(["", ""]), records([""]), "", "")
+    with pytest.raises(DataError, match=r"'data\.replay': the train data has no target"):
+        pipeline.build(make_config(replay=0.3), TOK, own, empty)
