@@ -127,7 +127,7 @@ def by_text(text, table):
 )
 def test_synonyms_are_what_replacing_in_the_text_gives(tmp_path, text):
     path = tmp_path / "one.tsv"
-    path.write_text("good\tfine\nvery good\texcellent\nfilm\tmotion picture\n")
+    path.write_text("good\tfine\ngood film\thit\nvery good\texcellent\nfilm\tmotion picture\n")
     cfg = make_config(("synonyms", 1.0), synonyms=str(path))
     out = change("synonyms", make_row(text, "the film", 60), 0, 1.0, cfg)
     table = augment.read_synonyms(str(path))

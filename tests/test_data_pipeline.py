@@ -236,11 +236,14 @@ def test_replayed_rows_have_their_share_and_each_stream_its_epochs(share):
     rows = texts_of(take(40, data=data))
     is_other = [text.startswith("other") for text in rows]
     assert [sum(is_other[:n]) for n in range(len(rows))] == [n * round(100 * share) // 100 for n in range(len(rows))]
+    orders = {}
     for name in ("own", "other"):
         stream = [text for text in rows if text.startswith(name)]
+        orders[name] = [int(text.split()[1]) for text in stream[:23]]
         for start in range(0, len(stream) - 22, 23):
             assert len(set(stream[start : start + 23])) == 23
         assert stream[:23] != stream[23:46]
+    assert orders["own"] != orders["other"]
     own_left = -(-data.epoch_examples * 100 // 100) - data.epoch_examples * round(100 * share) // 100
     assert own_left >= 23 > own_left - 2  # an epoch is one turn of each own row
 
@@ -249,6 +252,8 @@ def test_replayed_rows_have_their_share_and_each_stream_its_epochs(share):
 def test_replay_and_curriculum_resume_anywhere_on_any_number_of_hosts(curriculum):
     data = replay_data(**curriculum)
     whole = take(20, data=data)
+    assert np.concatenate([b["example_index"] for b in whole]).tolist() == list(range(20 * BATCH))
+    assert data.easy_first == (72 - 21 if curriculum else 0)  # of the first 72 examples 21.6 are replayed
     for start in np.random.default_rng(1).integers(0, 14 * BATCH, 4):
         resumed = take(3, data=data, start=start)
         flat = {key: np.concatenate([b[key] for b in whole])[start : start + 3 * BATCH] for key in whole[0]}
