@@ -145,7 +145,7 @@ def loop(
 
     def save_now(done: int, values: dict[str, float] | None) -> None:
         with watch.bucket("checkpoint"):
-            info = {"config": schema.to_dict(cfg), "tokenizer_hash": build.tokenizer_hash(run)}
+            info: dict[str, Any] = {"config": schema.to_dict(cfg), "tokenizer_hash": build.tokenizer_hash(run)}
             info["data"] = {"example": example, "fingerprint": run.data.fingerprint}
             info["replay"] = schema.to_dict(run.replay) if run.replay else None
             info["waiting"] = waiting._asdict()

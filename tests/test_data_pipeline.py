@@ -253,7 +253,7 @@ def test_replay_and_curriculum_resume_anywhere_on_any_number_of_hosts(curriculum
     data = replay_data(**curriculum)
     whole = take(20, data=data)
     assert np.concatenate([b["example_index"] for b in whole]).tolist() == list(range(20 * BATCH))
-    assert data.easy_first == (72 - 21 if curriculum else 0)  # of the first 72 examples 21.6 are replayed
+    assert data.easy_first == (144 - 43 if curriculum else 0)  # 9 steps of 16, of which 43.2 are replayed
     for start in np.random.default_rng(1).integers(0, 14 * BATCH, 4):
         resumed = take(3, data=data, start=start)
         flat = {key: np.concatenate([b[key] for b in whole])[start : start + 3 * BATCH] for key in whole[0]}
