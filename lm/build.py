@@ -168,10 +168,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         if jax.process_index() == 0:
             words.save(workdir / TOKENIZER_FILE)
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
-    replayed = replay.load(planned.replay, cfg) if planned.replay else None
-    if replayed:
-        note(f"replayed: {replayed.report}")
-    data = pipeline.build(cfg, words, split, replayed)
+    data = pipeline.build(cfg, words, split, replay.load(planned.replay, cfg, note))
     check_same_data(data)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))

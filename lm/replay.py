@@ -1,5 +1,6 @@
 """Replay: a run that goes on from another one draws a share of its rows from the other one's data."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lm import checkpoint, config, schema
@@ -32,17 +33,20 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
     raise CheckpointError(f"none of the checkpoints of {workdir} can be read, which say what 'data.replay' draws from")
 
 
-def load(where: DataConfig, cfg: Config) -> sources.Split:
-    """The records to replay.
+def load(where: DataConfig | None, cfg: Config, note: Callable[[str], None] = lambda _: None) -> sources.Split | None:
+    """The records to replay, or None.
 
     Args:
       where: from `source`.
       cfg: of the run that goes on, whose task must be able to read them.
+      note: called with what was read.
 
     Raises:
       DataError: they are gone.
       ConfigError: the task cannot read them.
     """
+    if where is None:
+        return None
     place = f"'data.replay': the data of {cfg.init_from}"
     try:
         split = sources.load(where)
@@ -51,4 +55,5 @@ def load(where: DataConfig, cfg: Config) -> sources.Split:
         raise DataError(f"{place}: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
+    note(f"replayed: {split.report}")
     return split

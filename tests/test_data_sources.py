@@ -62,6 +62,7 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
             {"messages": [{"role": "user", "content": "Q\n\nI"}, CHAT[1]]},
         ),
         ({"body": "t"}, {"body": "text"}, {"text": "t"}),
+        ({"parts": ["a", "b\r\nc"]}, {"parts": "text"}, {"text": "a\nb\nc"}),
     ],
 )
 def test_jsonl_forms(tmp_path, value, rename, expected):
@@ -219,7 +220,12 @@ def test_a_damaged_packed_file_is_an_error_that_names_it(tmp_path, name, damage,
 @pytest.mark.parametrize(
     ("content", "line", "says"),
     [
-        (b'{"text": "a"}', 1, "found '{'; expected a list of objects"),
+        (b'{"text": "a"}', 1, "found an object of str; expected a list of objects, or an object of them"),
+        (b'{"a": {"text": "a"},\n"b": 3}', 2, "found an object of int; expected"),
+        (b'{"a": {"text": "a"},\n{"text": "b"}}', 2, "malformed JSON: expecting a name and a colon"),
+        (b'{"a": {"text": "a"},\n}', 2, "malformed JSON: Expecting value"),
+        (b'{"a": {"text": "a"}]', 1, "found ']'; expected ',' or the '}' that ends the file"),
+        (b'"a"', 1, "found '\"'; expected a list of objects"),
         (b'[{"text": "a"},\n{"text": }]', 2, "malformed JSON: Expecting value"),
         (b'[{"text": "a"}\n{"text": "b"}]', 2, "expected ',' or the ']'"),
         (b'[{"text": "a"},\n{"text": "b"}', 2, "found the end of the file; expected ',' or the ']'"),
@@ -235,6 +241,21 @@ def test_a_broken_json_list_is_an_error_even_when_bad_records_are_skipped(tmp_pa
         read(path, on_bad_record="skip")
     assert str(error.value).startswith(f"{path}:{line}: ")
     assert says in str(error.value)
+
+
+def test_an_object_of_objects_is_a_list_of_them_without_their_names(tmp_path):
+    objects = [{"text": f"t {i}", "n": {"deep": [i]}} for i in range(5)]
+    path = write(tmp_path / "a.json", json.dumps({f"id {i}": o for i, o in enumerate(objects)}, indent=1).encode())
+    found = list(read_jsonl(epath.Path(path), {}))
+    lines = [number for number, line in enumerate(path.read_text().splitlines(), 1) if line.startswith(' "id')]
+    assert found == [{"text": o["text"], "source": f"{path}:{n}"} for o, n in zip(objects, lines, strict=True)]
+    assert [fault.kind for fault in read_jsonl(epath.Path(write(tmp_path / "b.json", b"{ }")), {})] == ["empty file"]
+
+
+def test_a_text_in_parts_is_joined_and_a_bad_part_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": ["a", 3]}')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: wrong type: 'text\[1\]' is int 3; expected a string"):
+        read(path)
 
 
 def test_a_bad_object_in_a_json_list_is_placed_at_its_line(tmp_path):

@@ -76,9 +76,7 @@ def load(cfg: Any) -> tuple[Any, Any]:
     planned = build.plan(cfg, None)
     split = sources.load(cfg.data)
     words = build.tokenizer_for(planned, split)
-    return words, pipeline.build(
-        cfg, words, split, replay.load(planned.replay, planned.cfg) if planned.replay else None
-    )
+    return words, pipeline.build(cfg, words, split, replay.load(planned.replay, planned.cfg))
 
 
 def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:

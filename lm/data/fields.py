@@ -133,8 +133,15 @@ def _tagged_words(value: dict[str, Any]) -> dict[str, Any]:
     return {"words": words, "tags": tags}
 
 
+def _paragraphs(value: dict[str, Any], field: str) -> str:
+    """A text, or a list of them, each on a line of its own."""
+    if not isinstance(value[field], list) or not value[field]:
+        return string(value, field)
+    return "\n".join(string({field: part}, field, f"{field}[{i}]") for i, part in enumerate(value[field]))
+
+
 def _text(value: dict[str, Any]) -> dict[str, Any]:
-    record: dict[str, Any] = {field: string(value, field) for field in ("text", "text_pair") if field in value}
+    record: dict[str, Any] = {field: _paragraphs(value, field) for field in ("text", "text_pair") if field in value}
     if value.get("label") is not None:
         record["label"] = _label(value["label"], "label")
     return record

@@ -54,16 +54,16 @@ def read_text(path: epath.Path, separator: str) -> Iterator[Record | Fault]:
 
 
 def read_jsonl(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
-    """Records of a JSON lines file, one object a line; of a .json file, the objects of its one list.
+    """Records of a JSON lines file, one object a line; of a .json file, the objects of its one list or object.
 
     An object that has the fields of several forms is read as the first of them in `lm.data.fields.FORMS`.
 
     Args:
-      path: ends in .json or .json.gz or .json.zst for a list; any other name holds JSON lines.
+      path: ends in .json, .json.gz or .json.zst for one list, or one object of name -> object; else holds JSON lines.
       rename: field in the file -> field expected. Other fields are ignored.
     """
     if path.name.removesuffix(".gz").removesuffix(".zst").endswith(".json"):
-        objects: Iterator[tuple[int, Any]] = _json_list(path)
+        objects: Iterator[tuple[int, Any]] = _json_items(path)
     else:
         objects = ((n, line) for n, line in enumerate(lines(path), 1) if line.strip())
     empty = True
@@ -172,8 +172,8 @@ def decode(content: bytes) -> str:
 # JSON to records ------------------------------------------------------------------------------------------------------
 
 
-def _json_list(path: epath.Path) -> Iterator[tuple[int, Any]]:
-    """(line, object) of the one list in a .json file. A broken list leaves nothing to go on with: DataError."""
+def _json_items(path: epath.Path) -> Iterator[tuple[int, Any]]:
+    """(line, value) of the one list in a .json file, or of the one object. A broken one leaves nothing: DataError."""
     content = read_bytes(path)
     try:
         text = decode(content)
@@ -182,25 +182,41 @@ def _json_list(path: epath.Path) -> Iterator[tuple[int, Any]]:
     at, line, counted = _skip_space(text, 0), 1, 0
     if at == len(text):
         return
-    expected = "a list of objects (one object a line goes in a file named .jsonl)"
-    if text[at] != "[":
+    expected = "a list of objects, or an object of them (one object a line goes in a file named .jsonl)"
+    if text[at] not in "[{":
         raise DataError(f"{path}:{text.count(chr(10), 0, at) + 1}: found {text[at]!r}; expected {expected}")
-    separator, decoder = "[", json.JSONDecoder()
+    opening, closing = text[at], "]" if text[at] == "[" else "}"
+    separator, decoder = opening, json.JSONDecoder()
     while text[at : at + 1] == separator:
         at = _skip_space(text, at + 1)
-        if separator == "[" and text[at : at + 1] == "]":
+        if separator == opening and text[at : at + 1] == closing:
             break
         line, counted = line + text.count("\n", counted, at), at
         try:
+            if opening == "{":
+                at = _skip_name(text, at, decoder)
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: malformed JSON: {_reason(error)}; expected {expected}") from None
+        if opening == "{" and not isinstance(value, dict):
+            raise DataError(f"{path}:{line}: found an object of {type(value).__name__}; expected {expected}")
         yield line, value
         at, separator = _skip_space(text, at), ","
-    if text[at : at + 1] != "]" or _skip_space(text, at + 1) != len(text):
+    if text[at : at + 1] != closing or _skip_space(text, at + 1) != len(text):
         found = repr(text[at : at + 20]) if at < len(text) else "the end of the file"
         line += text.count("\n", counted, at)
-        raise DataError(f"{path}:{line}: malformed JSON: found {found}; expected ',' or the ']' that ends the file")
+        raise DataError(
+            f"{path}:{line}: malformed JSON: found {found}; expected ',' or the '{closing}' that ends the file"
+        )
+
+
+def _skip_name(text: str, at: int, decoder: json.JSONDecoder) -> int:
+    """Where the value begins behind a name and its colon. Raises JSONDecodeError where there is no name."""
+    name, at = decoder.raw_decode(text, at)
+    at = _skip_space(text, at)
+    if not isinstance(name, str) or text[at : at + 1] != ":":
+        raise json.JSONDecodeError("expecting a name and a colon", text, at)
+    return _skip_space(text, at + 1)
 
 
 def _skip_space(text: str, at: int) -> int:
