@@ -342,17 +342,13 @@ def data_iterator(run: Run, start_example: int) -> Any:
     )
 
 
-def eval_iterator(run: Run, part: pipeline.Part) -> Any:
-    """This process's part of the batches of held-out rows."""
+def eval_rows(run: Run, part: pipeline.Part) -> tuple[np.ndarray, Any]:
+    """The held-out rows that an evaluation reads, int64 [n], and this process's part of the batches of them."""
+    limits = {"max_tokens": run.cfg.eval.max_tokens, "seq_len": run.cfg.data.seq_len}
     size = checks.eval_batch_size(run.cfg)
     rows = sharding.local_rows(run.mesh, size)
-    limits = {"max_tokens": run.cfg.eval.max_tokens, "seq_len": run.cfg.data.seq_len}
-    return pipeline.eval_batches(part, batch_size=size, local_rows=rows, **limits)
-
-
-def eval_row_ids(run: Run, part: pipeline.Part) -> np.ndarray:
-    """The held-out rows that `eval_iterator` gives, in order."""
-    return pipeline.eval_row_ids(part, run.cfg.eval.max_tokens, run.cfg.data.seq_len)
+    batches = pipeline.eval_batches(part, batch_size=size, local_rows=rows, **limits)
+    return pipeline.eval_row_ids(part, **limits), batches
 
 
 def tokenizer_hash(run: Run) -> str:

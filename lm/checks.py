@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
 from lm.config import Config
-from lm.data import augment, corrupt
+from lm.data import augment, corrupt, prompts
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
@@ -26,6 +26,7 @@ def fit(cfg: Config) -> None:
     except re.error as error:
         raise ConfigError(f"'adapter.targets': {cfg.adapter.targets!r} is not a regular expression: {error}") from None
     augment.check(cfg)
+    prompts.check(cfg)
     objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
     for key, value, fitting in (
         ("model.kind", cfg.model.kind, objective.kinds),

@@ -42,14 +42,14 @@ class DataConfig:
     task: Literal[
         Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
         Literal["lone_sentences", "sentence_pairs", "sentence_triples"],
-        Literal["sentences", "scored_sentences", "tagging", "entities", "span_qa"],
+        Literal["sentences", "scored_sentences", "tagging", "entities", "span_qa", "prompted"],
         Literal["images", "masked_images", "image_pairs"],
         Literal["items", "masked_items"],
     ] = "text"  # which entry of lm.data.tasks makes examples
     labels: tuple[str, ...] = ()  # classification and tagging: all there are; a label's place here is its index
     image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
-    templates: tuple[str, ...] = ()  # sentences only: '{text} It was {label}.'; which one, the example's index decides
-    shots: int = 0  # chat only: this many examples of the training data are put before each held-out prompt
+    templates: tuple[str, ...] = ()  # prompted only: '{text} It was {label:bad|good}.', a word for each of `labels`
+    shots: int = 0  # prompted only: this many examples of the training data are put before each held-out prompt
     augment: tuple[
         tuple[str, float], ...
     ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
@@ -232,7 +232,7 @@ class Config:
     seed: int = 0
     objective: Literal[
         Literal["clm", "mlm", "seq2seq", "mae", "contrastive"],
-        Literal["classification", "regression", "tagging", "span_qa"],
+        Literal["classification", "regression", "tagging", "span_qa", "verbalizer"],
     ] = "clm"
     init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
     init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or a path to read from instead

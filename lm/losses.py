@@ -117,6 +117,32 @@ def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_s
     return LossTerms(sums[0], weight, metrics, {"prediction": prediction})
 
 
+def sequence_log_likelihood(
+    hidden_BxLxD: Array,
+    unembed_DxV: Array,
+    targets_BxL: Array,
+    weights_BxL: Array,
+    *,
+    vocab_size: int,
+    softcap: float = 0.0,
+    chunk_len: int = 0,
+) -> Array:
+    """float32 [B], sum_t w_t * log p_t of each row. Arguments as in `token_cross_entropy`; the logits of `chunk_len`
+    positions are held at once, and made again in the backward pass."""
+
+    @jax.checkpoint
+    def body(totals_B: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+        hidden_BxCxD, targets_BxC, weights_BxC = chunk
+        hidden_BxCxD = jnp.where(weights_BxC[..., None] != 0, hidden_BxCxD, 0)  # 0 * NaN = NaN
+        log_probs = jax.nn.log_softmax(logits(hidden_BxCxD, unembed_DxV, vocab_size=vocab_size, softcap=softcap))
+        found_BxC = jnp.where(_column(log_probs) == targets_BxC[..., None], log_probs, 0).sum(axis=-1)
+        return totals_B + (weights_BxC * found_BxC).sum(axis=-1), None
+
+    B, L, _ = hidden_BxLxD.shape
+    chunks = _split(min(chunk_len, L) or L, hidden_BxLxD, targets_BxL, weights_BxL)
+    return lax.scan(body, jnp.zeros(B, jnp.float32), chunks)[0]
+
+
 def squared_error(predictions_B: Array, labels_B: Array, weights_B: Array) -> LossTerms:
     """Weighted squared error: sum_i w_i * (prediction_i - label_i)^2, float32.
 

@@ -158,6 +158,31 @@ def regression(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
     return loss_fn
 
 
+def verbalizer(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """Which of the words for `data.labels` goes on with a prompt: a softmax over their likelihoods, each the product of
+    its tokens' (Schick and Schütze 2021, section 3.1). Only those tokens count for the loss."""
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        labels_B, classes = batch["labels"], batch["tokens"].shape[1]
+        rows = views_as_rows(batch, classes)
+        out = apply(params, rows, rng=rng)
+        likelihood_R = losses.sequence_log_likelihood(
+            out.hidden_BxLxD,
+            out.unembed_DxV,
+            rows["targets"],
+            rows["loss_weights"],
+            vocab_size=tokenizer.vocab_size,
+            softcap=cfg.model.logit_softcap,
+            chunk_len=cfg.loss.chunk_len,
+        )
+        terms = losses.class_cross_entropy(
+            likelihood_R.reshape(-1, classes), labels_B, batch["row_weights"], label_smoothing=cfg.loss.label_smoothing
+        )
+        return terms._replace(outputs=terms.outputs | {"label": labels_B})
+
+    return loss_fn
+
+
 def tagging(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
     """One of `data.labels` for each position that has one: for each word, where it begins."""
     del tokenizer
@@ -251,6 +276,9 @@ OBJECTIVES: dict[str, Objective] = {
         head=lambda cfg: Head("pooled", len(cfg.data.labels)),
         score=_score_classes,
         scores=lambda cfg: ("f1", "matthews"),
+    ),
+    "verbalizer": Objective(
+        verbalizer, ("decoder",), ("prompted",), score=_score_classes, scores=lambda cfg: ("f1", "matthews")
     ),
     "mae": Objective(mae, ("mae",), ("masked_images",)),
     "contrastive": Objective(

@@ -132,7 +132,7 @@ def loop(
             params = step.eval_params(state)
             values: dict[str, float] = {}
             for prefix, part in run.data.held_out.items():
-                row_ids, batches = build.eval_row_ids(run, part), build.eval_iterator(run, part)
+                row_ids, batches = build.eval_rows(run, part)
                 found, outputs = evaluate.evaluate(eval_step, params, batches, place_eval, len(row_ids))
                 if run.score:
                     found |= run.score(outputs, [part.meta[i] for i in row_ids], cfg)

@@ -38,6 +38,7 @@ MODULES = (
     "lm.data.sources",
     "lm.data.examples",
     "lm.data.labelled",
+    "lm.data.prompts",
     "lm.data.tagging",
     "lm.data.span_qa",
     "lm.data.corrupt",

@@ -41,6 +41,7 @@ class Task(NamedTuple):
       draws_other: `corrupt` finds the columns of a random row beside those of its own, as 'other_...'.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
+      held_out: (training records, held-out records, config) -> held-out records: what they get of the training ones.
     """
 
     fields: tuple[str, ...]
@@ -52,6 +53,7 @@ class Task(NamedTuple):
     draws_other: bool = False
     prompt: Callable[[str, Any], list[int]] | None = None
     augments: bool = False
+    held_out: Callable[[Sequence[Record], Sequence[Record], Config], list[Record]] | None = None
 
 
 def make(

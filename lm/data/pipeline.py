@@ -108,7 +108,9 @@ def build(
     if (replayed is None) != (cfg.data.replay == 0):
         raise ValueError(f"data.replay is {cfg.data.replay}: the records to replay are given where it is above 0 only")
     train, train_report = _part(split.train, "train", cfg, tokenizer)
-    valid, valid_report = _part(split.valid, "valid", cfg, tokenizer)
+    held_out = TASKS[cfg.data.task].held_out
+    valid_records = held_out(split.train, split.valid, cfg) if held_out else split.valid
+    valid, valid_report = _part(valid_records, "valid", cfg, tokenizer)
     report, replay = {"train": train_report, "valid": valid_report}, None
     if replayed:
         plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0, curriculum="none"))

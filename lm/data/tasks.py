@@ -3,7 +3,18 @@
 import numpy as np
 
 from lm.config import Config
-from lm.data import corrupt, examples, images, labelled, masked_pairs, sentence_views, seq2seq, span_qa, tagging
+from lm.data import (
+    corrupt,
+    examples,
+    images,
+    labelled,
+    masked_pairs,
+    prompts,
+    sentence_views,
+    seq2seq,
+    span_qa,
+    tagging,
+)
 from lm.data.examples import Columns, Task, field_texts, sequence_columns, shifted_columns
 
 
@@ -28,6 +39,7 @@ TASKS: dict[str, Task] = {
     **sentence_views.SENTENCE_TASKS,
     "sentences": labelled.LABELLED,
     "scored_sentences": labelled.SCORED,
+    "prompted": prompts.PROMPTED,
     "tagging": tagging.TAGGING,
     "entities": tagging.ENTITIES,
     "span_qa": span_qa.SPAN_QA,
