@@ -6,10 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import toys
 
 from lm import config, schema
 from lm.data import pipeline, sources, tokenizer
 from lm.data.records import DataError
+from lm.schema import ConfigError
 
 TEXTS = [f"document {i} says hello {'and again ' * (i % 7)}now.\n" for i in range(60)]
 TOK = tokenizer.train(TEXTS, 330, 100_000)
@@ -299,3 +301,32 @@ def test_replayed_rows_decide_the_fingerprint_and_are_counted():
     empty = sources.Split(records(["", ""]), records([""]), "", "")
     with pytest.raises(DataError, match=r"'data\.replay': the train data has no target"):
         pipeline.build(make_config(replay=0.3), TOK, own, empty)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data__curriculum": "length"},
+            r"'data\.curriculum' is length; set it, and with it one of .*curriculum_length_",
+        ),
+        ({"data__curriculum_length_steps": 3}, r"'data\.curriculum' is none; set it, and with it"),
+        (
+            {"data__curriculum": "length", "data__curriculum_length_steps": 3, "data__packing": "concat"},
+            r"'data\.curriculum' goes by the length of one example; set data\.packing=pad, not concat",
+        ),
+        ({"data__replay": 0.2}, r"'data\.replay' draws from the data of the run that 'init_from' names"),
+        ({"data__replay": 1.0, "init_from": "run"}, r"'data\.replay' must be in \[0, 1\), got 1\.0"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        toys.recipe(tmp_path, **changes)
+
+
+def test_a_curriculum_needs_rows_that_have_a_length():
+    data = pipeline.build(make_config(packing="pad"), TOK, make_split())
+    rows = {"images": np.zeros((4, 2, 2, 3), np.uint8)}
+    bare = data._replace(train=pipeline.Part(rows, [None] * 4, {}, {}))
+    with pytest.raises(ConfigError, match=r"'data\.curriculum' goes by length, but rows of data\.task=text have none"):
+        pipeline._easy_first(make_config(curriculum="length"), bare)

@@ -117,6 +117,7 @@ def test_only_held_out_rows_have_shots():
         for n in (0, 2)
     ]
     np.testing.assert_equal(data[0].train.rows, data[1].train.rows)
+    assert len(data[1].valid) == 6
     filled = [(d.valid.rows["segment_ids"] > 0).sum() for d in data]
     assert filled[1] > 2 * filled[0]
 

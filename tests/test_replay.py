@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from lm import checkpoint, train
+from lm import build, checkpoint, train
 from lm.data.records import DataError
 from lm.schema import ConfigError
 from tests import toys
@@ -55,6 +55,7 @@ def test_replay_is_measured_from_the_start_and_outlives_the_run_it_came_from(bas
     saved = [checkpoint.list_saved(folder)[-1].info for folder in (resumed, tmp_path / "whole")]
     assert saved[0]["replay"] == saved[1]["replay"] and saved[0]["data"] == saved[1]["data"]
     assert saved[0]["replay"]["path"] == cfg.data.path
+    assert build.load_run(str(resumed))[0].data.replay == 0.5  # to use it, nothing of the other run is needed
 
 
 def test_what_cannot_be_replayed_is_refused_before_the_first_step(base, domain, tmp_path):

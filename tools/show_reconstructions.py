@@ -4,6 +4,7 @@ python tools/show_reconstructions.py runs/mae_cifar10 reconstructions.png [--row
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def reconstruct(run: str, rows: int) -> dict[str, np.ndarray]:
     cfg, model, params, _ = build.load_run(run)
     if cfg.objective != "mae":
         raise ConfigError(f"{run}: its 'objective' is {cfg.objective}; only mae makes images")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0))  # its own images are enough
     data = pipeline.build(cfg, None, sources.load(cfg.data))
     rows = min(rows, len(data.valid))
     batch = next(
