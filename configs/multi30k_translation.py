@@ -7,7 +7,8 @@
 
 Two CPU cores, three minutes. BLEU on the test set, 4 beams: not run; decoder not run; pretrained not run.
 The argument 'decoder' is a decoder-only model to which a translation is the answer of a conversation; 'pretrained'
-starts from the run of configs/t5_tinystories.py, whose tokenizer saw English only.
+starts from the run of configs/t5_tinystories.py, whose tokenizer saw English only, and 'scratch'
+with that tokenizer alone.
 """
 
 from typing import Any
@@ -17,9 +18,9 @@ from lm.schema import ConfigError
 
 
 def get_config(arg: str | None = None) -> Any:
-    """Translation; `arg` is '', 'decoder' or 'pretrained'."""
-    if arg not in (None, "", "decoder", "pretrained"):
-        raise ConfigError(f"recipe argument '{arg}': expected decoder, pretrained or nothing")
+    """Translation; `arg` is '', 'decoder', 'pretrained' or 'scratch'."""
+    if arg not in (None, "", "decoder", "pretrained", "scratch"):
+        raise ConfigError(f"recipe argument '{arg}': expected decoder, pretrained, scratch or nothing")
     c = t5_tinystories.get_config()
     c.data.format = "parallel"
     c.data.path = common.shared_data("multi30k/train.{en,de}.gz")
@@ -32,6 +33,8 @@ def get_config(arg: str | None = None) -> Any:
     c.data.batch_size = 64
     if arg == "pretrained":
         c.init_from = "runs/t5_tinystories"
+    elif arg == "scratch":
+        c.tokenizer.path = "runs/t5_tinystories/tokenizer.model"
     else:
         c.tokenizer.vocab_size = 4096
         c.tokenizer.extra_ids = 0

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -34,45 +35,113 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A part of the table.
 
     Attributes:
       title: what is learnt, on which data.
       metric: a key of the summary.
-      arms: compared with each other; the last one is the baseline.
-      once: a pre-training run, done with one seed, whose folder is where the recipes of other rows look for it.
+      arms: compared with each other; each with that of its kind from scratch, else with the last one.
+      changes: keys of the config that differ from the recipe's: fewer labels, a shorter run.
+      once: a pre-training, done with one seed, in the folder where the recipes of other rows look for it.
       needs: rows whose runs this one starts from.
-      reason: why the result is as it is, where it needs one.
+      note: what a reader should know of it.
     """
 
     title: str
     metric: str
     arms: tuple[Arm, ...]
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     once: bool = False
     needs: tuple[str, ...] = ()
-    reason: str = ""
+    note: str = ""
 
 
-def starts(recipe: str, *pairs: str) -> tuple[Arm, ...]:
-    """Arms of a recipe: for each start, from its run and from scratch."""
-    return tuple(Arm(argument or "pre-trained", recipe, argument) for argument in pairs)
+def arms(recipe: str, *arguments: str) -> tuple[Arm, ...]:
+    """A recipe with each of its arguments, which are the names too."""
+    return tuple(Arm(argument, recipe, argument) for argument in arguments)
+
+
+def once(title: str, metric: str, recipe: str, *needs: str) -> Row:
+    """A pre-training."""
+    return Row(title, metric, (Arm("", recipe),), once=True, needs=needs)
 
 
 SENTENCES = ("mlm", "scratch", "clm", "clm,scratch")
+FEW = {"data.max_records": 2_000}  # labelled examples: with all of them the runs would take longer than a row may
 ROWS: dict[str, Row] = {
-    "clm": Row("CLM on reviews", "bits_per_byte", (Arm("", "reviews_clm"),), once=True),
-    "mlm": Row("MLM on reviews", "nll", (Arm("", "reviews_mlm"),), once=True),
-    "sst2": Row("Sentiment of sentences, SST-2", "accuracy", starts("sst2", *SENTENCES), needs=("clm", "mlm")),
+    "mlm": once("MLM on reviews", "nll", "reviews_mlm"),
+    "clm": once("CLM on reviews", "bits_per_byte", "reviews_clm"),
+    "sst2": Row("SST-2, 2,000 labels", "accuracy", arms("sst2", *SENTENCES), FEW, needs=("mlm", "clm")),
     "sst2_selectors": Row(
-        "SST-2 from MLM, what learns",
+        "SST-2, 2,000 labels, from MLM",
         "accuracy",
-        tuple(Arm(how, "sst2", f"mlm,{how}") for how in ("full", "last2", "lora", "adapters", "bias", "head")),
+        arms("sst2", "mlm,full", "mlm,last2", "mlm,lora", "mlm,adapters", "mlm,bias", "mlm,head"),
+        FEW,
+        needs=("mlm",),
+        note="'beyond' compares with the head alone.",
+    ),
+    "mae": once("MAE on CIFAR-10", "loss", "mae_cifar10"),
+    "simclr": once("SimCLR on CIFAR-10", "accuracy", "simclr_cifar10"),
+    "cifar10_probe": Row(
+        "CIFAR-10, linear probe", "accuracy", arms("cifar10_probe", "mae", "simclr", "random"), needs=("mae", "simclr")
+    ),
+    "abstracts": once("MLM on abstracts", "nll", "abstracts_mlm"),
+    "ner": Row(
+        "Entities, BC5CDR, 1,000 sentences",
+        "entity_f1",
+        arms("bc5cdr_ner", "mlm", "scratch"),
+        {"data.max_records": 1_000},
+        needs=("abstracts",),
+    ),
+    "imdb": Row(
+        "IMDB, 2,000 labels",
+        "accuracy",
+        arms("imdb", *SENTENCES),
+        FEW | {"train.total_epochs": 2.0, "eval.every_epochs": 0.0, "eval.max_tokens": 128_000},
+        needs=("mlm", "clm"),
+    ),
+    "stsb": Row("STS-B", "pearson", arms("stsb", "mlm", "scratch"), needs=("mlm",)),
+    "cola": Row("CoLA", "matthews", arms("cola", "mlm", "scratch"), needs=("mlm",)),
+    "rte": Row("RTE", "accuracy", arms("rte", "mlm", "scratch"), needs=("mlm",)),
+    "pos": Row(
+        "Parts of speech, UD EWT, 1,000 sentences",
+        "token_accuracy",
+        arms("ud_pos", "mlm", "scratch"),
+        {"data.max_records": 1_000},
         needs=("mlm",),
     ),
-    "imdb": Row("Sentiment of reviews, IMDB", "accuracy", starts("imdb", *SENTENCES), needs=("clm", "mlm")),
-    "cola": Row("Acceptability, CoLA", "matthews", starts("cola", "mlm", "scratch"), needs=("mlm",)),
-    "rte": Row("Entailment, RTE", "accuracy", starts("rte", "mlm", "scratch"), needs=("mlm",)),
-    "stsb": Row("Similarity, STS-B", "pearson", starts("stsb", "mlm", "scratch"), needs=("mlm",)),
+    "qa": Row("Span QA, XQuAD", "f1", arms("xquad_qa", "mlm", "scratch"), needs=("mlm",)),
+    "simcse": once("SimCSE on SST-2's sentences", "uniformity", "simcse", "mlm"),
+    "stories": once("CLM on stories", "bits_per_byte", "tinystories"),
+    "continued": Row(
+        "CLM on stories, then abstracts: abstracts",
+        "bits_per_byte",
+        arms("continue_pubmedqa", "", "no_replay"),
+        needs=("stories",),
+        note="'' replays a quarter of stories.",
+    ),
+    "forgotten": Row(
+        "the same runs: stories",
+        "replay_bits_per_byte",
+        arms("continue_pubmedqa", "", "no_replay"),
+        needs=("continued",),
+    ),
+    "t5": once("Span corruption on stories", "nll", "t5_tinystories"),
+    "translation": Row(
+        "Translation, Multi30k, 4,000 pairs",
+        "nll",
+        arms("multi30k_translation", "pretrained", "scratch"),
+        {"data.max_records": 4_000},
+        needs=("t5",),
+    ),
+    "finetune": Row(
+        "CIFAR-10, all parameters",
+        "accuracy",
+        arms("cifar10_finetune", "mae", "simclr", "random"),
+        {"train.total_steps": 120},
+        needs=("mae", "simclr"),
+    ),
+    "next_item": Row("Next item, synthetic", "ndcg_at_10", (Arm("causal", "sasrec"), Arm("masked", "bert4rec"))),
 }
 
 
@@ -85,6 +154,7 @@ def main() -> None:
     wanted = args.only.split(",") if args.only else list(ROWS)
     if unknown := [name for name in wanted if name not in ROWS]:
         sys.exit(f"error: --only: no row '{unknown[0]}'; there are {', '.join(ROWS)}")
+    os.chdir(ROOT)  # recipes name runs and data from here
     use_compilation_cache()
     for number, name in enumerate(wanted, 1):
         for needed in (*ROWS[name].needs, name):
@@ -97,7 +167,7 @@ def use_compilation_cache() -> None:
     """The runs of a row differ in their seed: compiled once, they share the program."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(ROOT / "runs" / "compilation_cache"))
+    jax.config.update("jax_compilation_cache_dir", str(Path("runs").absolute() / "compilation_cache"))
 
 
 def run_row(name: str, seeds: int) -> None:
@@ -111,16 +181,17 @@ def run_row(name: str, seeds: int) -> None:
                 continue
             began = time.monotonic()
             recipe = importlib.import_module(f"configs.{arm.recipe}").get_config(arm.argument)
+            recipe.update_from_flattened_dict(ROWS[name].changes)
             recipe.seed = seed
             train.train(config.build(recipe), folder)
-            print(f"{folder.relative_to(ROOT)}: {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{folder}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def workdir(name: str, arm: Arm, seed: int) -> Path:
     """Where a run lies; that of a pre-training, where the recipes look for it."""
     if ROWS[name].once:
-        return ROOT / "runs" / arm.recipe
-    return ROOT / "runs" / "objectives" / name / f"{arm.name.replace(',', '_')}-{seed}"
+        return Path("runs") / arm.recipe
+    return Path("runs") / "objectives" / arm.recipe / f"{arm.argument.replace(',', '_') or 'default'}-{seed}"
 
 
 def summaries(name: str, arm: Arm, seeds: int) -> list[dict[str, Any]]:
@@ -142,10 +213,8 @@ def results(seeds: int) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in ROWS.items():
-        for arm in row.arms:
-            lines.append(line(name, row, arm, seeds))
-        if row.reason:
-            lines.append(f"| | {row.reason} | | | | | | |")
+        lines += [line(name, row, arm, seeds) for arm in row.arms]
+    lines += ["", *(f"- {row.title}: {row.note}" for row in ROWS.values() if row.note)]
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +222,7 @@ def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
     """One line of the table."""
     done = summaries(name, arm, seeds)
     if not done:
-        return f"| {row.title} | {arm.name} | {row.metric} | | not run | | | |"
+        return f"| {row.title}{row.note and f' ({row.note})'} | {arm.name} | {row.metric} | | not run | | | |"
     values = [summary[row.metric] for summary in done]
     score = f"{statistics.mean(values):.3f}"
     if len(values) > 1:
@@ -164,7 +233,7 @@ def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
     trained = f"{done[0]['trained_parameters']:,}"
     missing = "" if row.once or len(done) == seeds else f" ({len(done)} of {seeds} seeds)"
     return (
-        f"| {row.title} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {beyond(name, arm, seeds)} "
+        f"| {row.title}{row.note and f' ({row.note})'} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {beyond(name, arm, seeds)} "
         f"| {trained} | {minutes:.1f} |"
     )
 
@@ -172,9 +241,9 @@ def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
 def beyond(name: str, arm: Arm, seeds: int) -> str:
     """Whether an arm differs from its baseline by more than the spread: 'yes' (better or worse), 'no', or ''."""
     row = ROWS[name]
-    scratch = [other for other in row.arms if other.argument == f"{arm.argument},scratch"]
-    baseline = (scratch or [other for other in row.arms if other.argument == "scratch"] or [row.arms[-1]])[0]
-    if baseline == arm or "scratch" in arm.argument:
+    by_argument = {other.argument: other for other in row.arms}
+    baseline = by_argument.get(f"{arm.argument},scratch") or by_argument.get("scratch") or row.arms[-1]
+    if baseline == arm or "scratch" in arm.argument or row.once:
         return ""
     mine, theirs = ([s[row.metric] for s in summaries(name, a, seeds)] for a in (arm, baseline))
     if min(len(mine), len(theirs)) < 2:
