@@ -3,7 +3,8 @@
     python tools/make_interactions.py runs/interactions.csv
     python -m lm.main --config=configs/bert4rec.py --workdir=runs/bert4rec
 
-Two CPU cores, minutes. HR@10 and NDCG@10 over all items, none left out: not run.
+Two CPU cores, minutes. Over all items, none left out: HR@10 0.731, NDCG@10 0.400 (one seed), where configs/sasrec.py,
+which says what else there is to compare with, has 0.771 and 0.445 in a third of the steps.
 """
 
 from typing import Any
@@ -18,8 +19,9 @@ def get_config(arg: str | None = None) -> Any:
     c.objective = "masked_item"
     c.tokenizer.extra_ids = 1  # the mask
     c.data.task = "masked_items"
-    c.corrupt.rate = 0.2
+    c.corrupt.rate = 0.5  # of about 17 items; with 0.2 (and dropout 0.2) HR@10 was 0.646
     c.model.kind = "encoder"
-    c.train.total_epochs = 48.0  # a row teaches a fifth of what it teaches a causal model
+    c.model.dropout = 0.1
+    c.train.total_epochs = 48.0  # a row teaches half of what it teaches a causal model
     c.eval.every_epochs = 12.0
     return c

