@@ -19,7 +19,7 @@ from tests import toys
 VOCAB, STOPS, NEW = 5, (1, 2), 4
 GOING_ON = [token for token in range(VOCAB) if token not in STOPS]
 WORDS = SimpleNamespace(vocab_size=VOCAB, eos_id=STOPS[0], end_of_turn_id=STOPS[1], bos_id=7)
-PROMPTS = ((9,), (5, 11, 4), (30, 2, 9, 41, 17, 8), (3,), (8, 8), (40, 3, 21, 7))
+PROMPTS = ((9,), (5, 11, 4), (30, 2, 9, 41, 17, 8), (3,), (8, 8), (40, 3, 21, 7), *((n, n + 1) for n in range(10, 40)))
 KINDS = {"decoder": toys.LLAMA, "prefix_decoder": toys.PREFIX} | toys.ENCODER_DECODERS
 MAX_LEN = 12
 
@@ -29,7 +29,7 @@ def history():
     """A model whose next id depends as much on each id before as on the last: a wrong cache is a wrong answer."""
     rng = np.random.default_rng(0)
     embedding = jnp.asarray(rng.standard_normal((toys.VOCAB, MAX_LEN, 16)), jnp.float32)
-    unembed_DxV = jnp.asarray(rng.standard_normal((16, 128)), jnp.float32)
+    unembed_DxV = jnp.asarray(0.25 * rng.standard_normal((16, 128)), jnp.float32)
 
     def apply(params, batch, *, rng=None, cache=None):
         x_BxLxD = embedding[batch["tokens"], batch["positions"]] * (batch["segment_ids"] > 0)[..., None]
@@ -159,10 +159,9 @@ def test_one_beam_is_greedy():
     assert search("history", beams=1) == plain_greedy("history")
 
 
-@pytest.mark.parametrize("kind", ["history", "relative"])
-def test_enough_beams_find_the_best_of_all_texts(kind):
+def test_enough_beams_find_the_best_of_all_texts():
     for alpha in (0.0, 3.0):
-        assert search(kind, beams=140, alpha=alpha) == best_of_all(kind, alpha)
+        assert search("history", beams=140, alpha=alpha) == best_of_all("history", alpha)
 
 
 def test_the_examples_tell_the_cases_apart():
@@ -170,7 +169,7 @@ def test_the_examples_tell_the_cases_apart():
     assert best_of_all("history", 0.0) != plain_greedy("history")
 
 
-@pytest.mark.parametrize(("kind", "beams"), [("history", 2), ("history", 3), ("prefix_decoder", 3)])
+@pytest.mark.parametrize(("kind", "beams"), [("history", 2), ("history", 3), ("relative", 3)])
 def test_a_few_beams_find_what_a_plain_loop_finds(kind, beams):
     for alpha in (0.0, 0.6, 3.0):
         assert search(kind, beams=beams, alpha=alpha) == plain_search(kind, beams, alpha)
@@ -178,8 +177,8 @@ def test_a_few_beams_find_what_a_plain_loop_finds(kind, beams):
 
 def test_a_batch_of_prompts_is_each_prompt_alone():
     together = search("history", beams=3)
-    assert [search("history", [prompt], beams=3)[0] for prompt in PROMPTS] == together
-    assert search("history", PROMPTS[:2], beams=3, rows_multiple=3) == together[:2]
+    assert [search("history", [prompt], beams=3)[0] for prompt in PROMPTS[:4]] == together[:4]
+    assert search("history", PROMPTS[:2], beams=3, rows_multiple=len(PROMPTS)) == together[:2]
 
 
 def test_learned_positions_need_room_for_the_longer_side_alone():
