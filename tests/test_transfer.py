@@ -181,8 +181,8 @@ def test_nothing_but_parameters_is_transferred(tmp_path):
     origin_of, unused = transfer.sources(abstract, ((".*", "keep"),), saved)
     planned = SimpleNamespace(init=saved, origin_of=origin_of, unused=unused)
     said = []
-    state, example, _ = train.restore(run, planned, [], said.append)
-    assert (int(state.step), int(state.skipped), example) == (0, 0, 0)
+    state, position, _ = train.restore(run, planned, [], said.append)
+    assert (int(state.step), int(state.skipped), position.example) == (0, 0, 0)
     want = step.init_state(old, optimizer, use_ema=True)
     jax.tree.map(np.testing.assert_array_equal, state, want)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))

@@ -231,9 +231,10 @@ def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
     shown = f"{statistics.mean(before):.3f}" if all(value is not None for value in before) else ""
     minutes = sum(summary["seconds"] for summary in done) / 60
     trained = f"{done[0]['trained_parameters']:,}"
+    compared = beyond(name, arm, seeds)
     missing = "" if row.once or len(done) == seeds else f" ({len(done)} of {seeds} seeds)"
     return (
-        f"| {row.title}{row.note and f' ({row.note})'} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {beyond(name, arm, seeds)} "
+        f"| {row.title}{row.note and f' ({row.note})'} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {compared} "
         f"| {trained} | {minutes:.1f} |"
     )
 
