@@ -222,7 +222,7 @@ def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
     """One line of the table."""
     done = summaries(name, arm, seeds)
     if not done:
-        return f"| {row.title}{row.note and f' ({row.note})'} | {arm.name} | {row.metric} | | not run | | | |"
+        return f"| {row.title} | {arm.name} | {row.metric} | | not run | | | |"
     values = [summary[row.metric] for summary in done]
     score = f"{statistics.mean(values):.3f}"
     if len(values) > 1:
@@ -234,7 +234,7 @@ def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
     compared = beyond(name, arm, seeds)
     missing = "" if row.once or len(done) == seeds else f" ({len(done)} of {seeds} seeds)"
     return (
-        f"| {row.title}{row.note and f' ({row.note})'} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {compared} "
+        f"| {row.title} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {compared} "
         f"| {trained} | {minutes:.1f} |"
     )
 
