@@ -251,13 +251,13 @@ def choose(run: str) -> Saved:
     """
     workdir, at, which = run.rpartition("@")
     if not at or "/" in which:  # an @ of the path
-        workdir, which = run, ""
+        workdir, which = run, "default"
     saved = list_saved(workdir)
     if not saved:
         raise CheckpointError(f"no checkpoint under '{workdir}/checkpoints': expected the --workdir of a finished run")
     steps = ", ".join(str(s.step) for s in saved)
     readable = [s for s in saved if "unreadable" not in s.info]
-    if not which:
+    if which == "default":
         stops_early = readable and readable[-1].info["config"].get("train", {}).get("patience", 0) > 0
         which = "best" if stops_early else "latest"
     if which == "latest" or not readable:

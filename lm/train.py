@@ -221,7 +221,7 @@ def restore(
                 f"another --workdir with --config.init_from={candidate.path.parent.parent}"
             )
         say(f"resuming from {candidate.path}")
-        at = Position(position["example"], evaluate.Waiting(**candidate.info["waiting"]))
+        at = Position(position["example"], evaluate.Waiting(**candidate.info.get("waiting", {})))
         return state, at, dict.fromkeys(run.optimizer.selection.trained, f"this run, step {candidate.step:,}")
     if saved:
         raise CheckpointError(f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read")

@@ -470,9 +470,9 @@ def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tm
     else:
         path.write_bytes(b"{")
     said = []
-    state, example, origin = train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), said.append)
+    state, position, origin = train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), said.append)
     assert_same(state, small(2)[0])
-    assert example == 8 and origin == {"a": "this run, step 2"}
+    assert position.example == 8 and origin == {"a": "this run, step 2"}
     assert "checkpoints/4 " in said[0] and "going back to the checkpoint before it" in said[0]
     assert said[1:] == [f"resuming from {tmp_path}/checkpoints/2"]
 

@@ -180,7 +180,7 @@ def test_r_drop_sees_every_row_under_two_masks():
     plain = dataclasses.replace(cfg, loss=config.LossConfig())
     terms = objectives.classification(fns.apply, cfg, None)(params, given, rng)
     doubled = {key: np.repeat(x, 2, axis=0) for key, x in given.items()}
-    doubled["example_index"] = doubled["example_index"] ^ (np.arange(6, dtype=np.int32) % 2 << 30)
+    doubled["example_index"] = doubled["example_index"] ^ (np.arange(6, dtype=np.int32) % 2 << 29)
     logits = fns.apply(params, doubled, rng=rng).head
     twice = losses.class_cross_entropy(logits, doubled["labels"], doubled["row_weights"])
     divergence = losses.symmetric_divergence(logits[::2], logits[1::2], given["row_weights"])
