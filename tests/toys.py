@@ -132,13 +132,14 @@ def shrink(c: Any) -> None:
 
     The number of layers stays too: rules name them.
     """
-    m, seq_len = c.model, min(c.data.seq_len, 32)  # the same for most, so that they share what is compiled
+    # One length for most of them, so that they share what is compiled; pairs of sentences need room.
+    m, seq_len = c.model, min(c.data.seq_len, 64 if c.data.task == "masked_pairs" else 32)
     m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim, m.projection_dim = 32, 2, 0, 0, 48, 16
     m.decoder_dim = m.decoder_dim and 32
     m.unroll = 1
     if c.data.format != "interactions":  # whose ids are items
         c.tokenizer.vocab_size, c.tokenizer.train_bytes = 400, 50_000
-    c.data.max_records, c.data.batch_size = 48, 8
+    c.data.max_records, c.data.eval_fraction, c.data.batch_size = 48, 0.25, 8
     c.data.seq_len, c.data.target_len = seq_len, min(c.data.target_len, 32)
     c.eval.batch_size, c.eval.max_tokens = 0, 16 * seq_len
 
