@@ -10,6 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import small_data
+
 # Environment variables and not jax.config: they must be set before jax is imported, and reach the processes that
 # tests start. A test that starts several processes sets its own JAX_NUM_CPU_DEVICES.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -47,3 +49,14 @@ def shared_data() -> Callable[[str], Path]:
         return base / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory, shared_data) -> Path:
+    """A folder to run the commands of the documentation in: '../shared/data' is a small copy of the shared data."""
+    folder = tmp_path_factory.mktemp("small_world")
+    for name in (*small_data.FILES, *small_data.TARS):
+        shared_data(name)
+    small_data.write(shared_data("."), folder / "shared" / "data")
+    (folder / "work").mkdir()
+    return folder / "work"

@@ -125,3 +125,37 @@ def recipe(data: Path, **changes: Any) -> Config:
         section, _, name = key.rpartition("__")
         setattr(c[section] if section else c, name, value)
     return config.build(c)
+
+
+def shrink(c: Any) -> None:
+    """Makes a recipe's `ConfigDict` one of two steps of a small model on a little data; what it does stays the same.
+
+    The number of layers stays too: rules name them.
+    """
+    # One length for most of them, so that they share what is compiled; pairs of sentences need room.
+    m, seq_len = c.model, min(c.data.seq_len, 64 if c.data.task == "masked_pairs" else 32)
+    m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim, m.projection_dim = 32, 2, 0, 0, 48, 16
+    m.decoder_dim = m.decoder_dim and 32
+    m.unroll = 1
+    if c.data.format != "interactions":  # whose ids are items
+        c.tokenizer.vocab_size, c.tokenizer.train_bytes = 400, 50_000
+    c.data.max_records, c.data.eval_fraction, c.data.batch_size = 48, 0.25, 8
+    c.data.seq_len, c.data.target_len = seq_len, min(c.data.target_len, 32)
+    c.eval.batch_size, c.eval.max_tokens = 0, 16 * seq_len
+
+    was_set = set()
+    for section in c.values():
+        if not hasattr(section, "keys"):
+            continue
+        for key, value in section.items():
+            base, _, unit = key.rpartition("_")
+            if unit in ("steps", "tokens", "examples", "epochs") and f"{base}_examples" in section:
+                was_set |= {base} if value else set()
+                section[key] = type(value)(0)
+    c.train.total_steps = 2
+    c.optim.warmup_steps = c.optim.decay_steps = int("decay" in was_set)
+    c.eval.every_steps = int("every" in was_set and c.train.patience > 0)
+    c.data.curriculum_length_steps = int("curriculum_length" in was_set)
+    c.generate.prompts = c.generate.prompts[:1]
+    c.generate.max_new_tokens = 4
+    c.monitor.log_every_steps = 1

@@ -141,7 +141,8 @@ def _paragraphs(value: dict[str, Any], field: str) -> str:
 
 
 def _text(value: dict[str, Any]) -> dict[str, Any]:
-    record: dict[str, Any] = {field: _paragraphs(value, field) for field in ("text", "text_pair") if field in value}
+    known = ("text", "text_pair", "negative")
+    record: dict[str, Any] = {field: _paragraphs(value, field) for field in known if field in value}
     if value.get("label") is not None:
         record["label"] = _label(value["label"], "label")
     return record
@@ -155,7 +156,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("question", "context", "answers"): question,
     ("words", "tags"): _tagged_words,
     ("text", "entities"): _entities,
-    ("text",): _text,  # and 'text_pair' and 'label', where it has them
+    ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
 }
 _EXPECTED = (
     "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "

@@ -1,0 +1,144 @@
+"""Every command in docs/tasks, run in its order on a little data, gives what its page says."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from lm import config, objectives, sharding, train
+from lm.config import MeshConfig
+from lm.data import fields
+from tests import toys
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections reads recipes
+PAGES = sorted((ROOT / "docs" / "tasks").glob("*.md"))
+
+
+class Block(NamedTuple):
+    """Commands that stand together, and the names that the page has behind 'Gives' (metrics) or 'Writes' (files)."""
+
+    commands: list[list[str]]
+    gives: list[str]
+    writes: list[str]
+
+
+def blocks(text: str) -> list[Block]:
+    """The commands of a page. A 'Gives' or 'Writes' is that of the block right before it; its first sentence counts."""
+    found: list[Block] = []
+    is_next = False
+    for paragraph in re.split(r"\n\n+", text.replace("\\\n", " ")):
+        commands = [line for line in paragraph.splitlines() if re.match(r"    python (-m lm\.main|tools/)", line)]
+        if commands:
+            found.append(Block([shlex.split(line)[1:] for line in commands], [], []))
+        elif is_next and (match := re.match(r"(Gives|Writes) ", paragraph)):
+            names = re.findall(r"`([^`\s]+)`", re.split(r"\.\s", paragraph)[0])
+            getattr(found[-1], match[1].lower()).extend(names)
+            assert names, paragraph
+        is_next = bool(commands)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """Folder of a run -> the command that made it: pages share the runs that they start from."""
+    return {}
+
+
+@pytest.fixture
+def run(small_world, ran, monkeypatch):
+    """Runs a command in `small_world`; a run that is there is taken as it is, if the same command made it."""
+    monkeypatch.chdir(small_world)
+    monkeypatch.delenv("LM_SHARED_DATA", raising=False)
+    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+
+    def call(arguments: list[str], made: set[str]) -> dict[str, float]:
+        """The summary of a run; {} for a tool. `made` are the folders of runs that the page has made so far."""
+        if arguments[0] != "-m":
+            monkeypatch.setattr(sys, "argv", arguments)
+            importlib.import_module(f"tools.{Path(arguments[0]).stem}").main()
+            return {}
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, flag_values=values)
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        whole = [arg.replace("--config=configs/", f"--config={ROOT}/configs/") for arg in arguments[1:]]
+        monkeypatch.setattr(sys, "argv", whole)  # where config_flags looks for --config.a.b
+        assert values(whole) == ["lm.main"], "arguments that are no flags"
+        workdir, recipe = Path(values.workdir), values.config
+        toys.shrink(recipe)
+        cfg = config.build(recipe)
+        started_from = {cfg.init_from, str(Path(cfg.tokenizer.path).parent) if cfg.tokenizer.path else ""} - {""}
+        assert started_from <= made, "the page does not make the run that this one starts from"
+        made.add(str(workdir))
+        if workdir not in ran:
+            train.train(cfg, workdir)
+        assert ran.setdefault(workdir, arguments) == arguments, f"{workdir}: two commands for one folder"
+        return json.loads((workdir / "summary.json").read_text())
+
+    return call
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_give_what_it_says(page, run):
+    found, made = blocks(page.read_text()), set()
+    assert any(block.gives for block in found)
+    for block in found:
+        for command in block.commands:
+            summary = run(command, made)
+            missing = [name for name in block.gives if name not in summary]
+            assert not missing, f"{shlex.join(command)} has {', '.join(sorted(summary))}"
+        for name in block.writes:
+            assert Path(name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_records_of_a_page_can_be_read(page):
+    """The fields that a page shows are those of the record that is read: none is lost."""
+    for line in re.findall(r"(?m)^    (\{.*\})$", page.read_text()):
+        shown = json.loads(line)
+        record = fields.normalise(shown, {})
+        assert record.keys() == shown.keys() or record.keys() == {"messages"}
+
+
+def test_the_list_of_pages_is_whole():
+    listed = re.findall(r"\]\(tasks/(\w+)\.md\)", (ROOT / "docs" / "README.md").read_text())
+    assert sorted(listed) == [page.stem for page in PAGES]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_a_page_names_keys_and_files_that_there_are(page):
+    keys = {key for key, _ in config.flatten(config.to_dict(config.Config()))}
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    text = page.read_text()
+    for name in re.findall(r"`(\w+\.\w+)(?:=[^`]*)?`", text):
+        if name.partition(".")[0] in sections and not name.endswith(".py"):
+            assert name in keys, f"{name} is no key of the config"
+    for name in re.findall(r"`((?:configs|tools|lm|tests)/[\w/]+\.py)(?::\w+)?`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / name).exists(), name
+
+
+def test_the_example_of_an_objective_learns_the_second_half_alone():
+    page = (ROOT / "docs" / "add_an_objective.md").read_text()
+    code = re.search(r"\n( +def second_half.*?return loss_fn\n)", page, flags=re.DOTALL)[1]
+    names = dict(vars(objectives))
+    exec(textwrap.dedent(code), names)
+    cfg, model, params = toys.decoder(toys.GPT2, 12)
+    batch, words = toys.batch(8, 12), SimpleNamespace(vocab_size=toys.VOCAB)
+    terms = names["second_half"](model.apply, config.Config(model=cfg), words)(params, batch, None)
+    batch["loss_weights"][:, :6] = 0
+    expected = objectives.mlm(model.apply, config.Config(model=cfg), words)(params, batch, None)
+    assert terms.weight == batch["loss_weights"].sum() > 0
+    assert terms.sum == pytest.approx(float(expected.sum), rel=1e-6)

@@ -1,0 +1,84 @@
+"""Every recipe, made small, computes on a mesh of eight devices what it computes on one."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from lm import build, config, evaluate, sharding, transfer
+from lm.config import MeshConfig
+from lm.data import tokenizer
+from tests import toys
+from tools import make_interactions, mix_tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", "__init__"))
+STEPS = 2
+
+
+@pytest.fixture
+def world(small_world, monkeypatch):
+    """Where recipes find their data by the paths that they have; what tools write of it, and a tokenizer, are there."""
+    monkeypatch.chdir(small_world)
+    monkeypatch.delenv("LM_SHARED_DATA", raising=False)
+    if not Path("runs/glue_mix_data").exists():
+        make_interactions.write(Path("runs/interactions.csv"), make_interactions.make(users=48, items=60, seed=0))
+        mix_tasks.mix(Path("runs/glue_mix_data"), ["sst2", "cola", "rte", "stsb"])
+        tokenizer.train([Path("../shared/data/tinystories/sample.txt").read_text()], 400, 50_000).save("small.model")
+    return small_world
+
+
+def small(recipe: str) -> config.Config:
+    """The recipe from scratch, with dropout. All have one optimizer and one tokenizer, so that those that compute the
+    same are compiled once."""
+    c = importlib.import_module(f"configs.{recipe}").get_config()
+    toys.shrink(c)
+    c.init_from, c.data.replay = "", 0.0
+    c.tokenizer.path = "" if c.data.format == "interactions" else "small.model"
+    c.init_rules = config.defaults().init_rules
+    c.model.dropout = 0.1
+    c.optim.learning_rate, c.optim.schedule = 1e-2, "constant"
+    c.optim.warmup_steps = c.optim.decay_steps = 0
+    c.optim.b2, c.optim.weight_decay = 0.95, 0.1
+    # Adam divides by the gradient's size: where that is rounding noise its direction is too. eps keeps it out.
+    c.optim.eps = 1e-3
+    return config.build(c)
+
+
+def figures(
+    cfg: config.Config, workdir: Path, mesh_cfg: MeshConfig, params: Any = None
+) -> tuple[dict[str, float], Any]:
+    """All metrics of an evaluation, then loss, weight and gradient norm of each step; and the parameters at the start,
+    which are `params` where they are given."""
+    planned = build.plan(cfg, None)
+    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[: 8 if params else 1])
+    run = build.run(planned, workdir, mesh, lambda _: None)
+    with jax.set_mesh(mesh):
+        if params is None:
+            params, _ = transfer.initialize(run.model, run.abstract_state.params, cfg.seed, None, {})
+            params = jax.device_get(params)
+        placed = jax.device_put(params, run.state_shardings.params)
+        row_ids, batches = build.eval_rows(run, run.data.valid)
+        place = build.placer(mesh, cfg.data.batch_size)
+        found, outputs = evaluate.evaluate(run.eval_step, placed, batches, place, len(row_ids))
+        if run.score:
+            found |= run.score(outputs, [run.data.valid.meta[i] for i in row_ids], run.cfg)
+        state = jax.jit(run.init_state, out_shardings=run.state_shardings)(placed)
+        batches = build.data_iterator(run, 0)
+        for step in range(STEPS):
+            state, metrics = run.train_step(state, place(next(batches)))
+            found |= {f"{name} of step {step}": float(metrics[name]) for name in ("loss", "grad_norm", "weight")}
+        batches.close()
+    return found, params
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_computes_on_the_mesh_2x2x2_what_it_does_on_one_device(recipe, world, tmp_path):
+    cfg = small(recipe)
+    one, params = figures(cfg, tmp_path / "one", MeshConfig(data=1))
+    many, _ = figures(cfg, tmp_path / "many", MeshConfig(data=2, fsdp=2, tensor=2), params)
+    assert one["grad_norm of step 0"] > 0
+    assert one["loss of step 0"] != one["loss of step 1"]
+    assert many == pytest.approx(one, rel=2e-5)
