@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> Any:
     c.data.path = common.shared_data("imdb/imdb_train.jsonl.gz")
     c.data.packing = "concat"
     c.data.seq_len = 128
-    c.data.batch_size = 32
+    c.data.batch_size = 16
 
     c.model.num_layers = 4
     c.model.embed_dim = 128
@@ -36,14 +36,14 @@ def get_config(arg: str | None = None) -> Any:
     c.model.tie_embeddings = False
     c.model.qk_norm = True
     c.model.unroll = 0  # all layers: faster on CPU
-    c.loss.chunk_len = 32  # 32 rows x 32 positions x 4,096 ids x 4 bytes = 16 MiB of logits at once
+    c.loss.chunk_len = 64  # 16 rows x 64 positions x 4,096 ids x 4 bytes = 16 MiB of logits at once
 
     c.optim.learning_rate = 3e-3
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 30
     c.optim.end_lr_ratio = 0.05
 
-    c.train.total_tokens = 2_000_000
+    c.train.total_tokens = 3_000_000
     c.eval.max_tokens = 32_768
     return c
 
@@ -64,12 +64,13 @@ def for_sentences(arg: str | None) -> Any:
     )
     c.objective = "classification"
     c.model.kind = "decoder" if is_decoder else "encoder"
-    c.model.pool = "last" if is_decoder else "mean"
+    c.model.pool = "mean"
     c.model.dropout = 0.1
     c.data.format = "table"
     c.data.task = "sentences"
     c.data.packing = "pad"
-    c.optim.learning_rate = 1e-3
+    c.data.batch_size = 32
+    c.optim.learning_rate = 5e-4
     c.optim.schedule = "linear"
     c.optim.warmup_steps = 20
     c.train.total_tokens = 0
