@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> Any:
     c.optim.warmup_steps = 30
     c.optim.end_lr_ratio = 0.05
 
-    c.train.total_tokens = 3_000_000
+    c.train.total_tokens = 2_000_000
     c.eval.max_tokens = 32_768
     return c
 
