@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lm import config, objectives, sharding, train
+from lm import config, objectives, report, sharding, train
 from lm.config import MeshConfig
 from lm.data import fields
 from tests import toys
@@ -62,6 +62,7 @@ def run(small_world, ran, monkeypatch):
     monkeypatch.delenv("LM_SHARED_DATA", raising=False)
     one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")  # pictures take a second a run
 
     def call(arguments: list[str], made: set[str]) -> dict[str, float]:
         """The summary of a run; {} for a tool. `made` are the folders of runs that the page has made so far."""

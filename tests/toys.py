@@ -141,7 +141,7 @@ def shrink(c: Any) -> None:
         c.tokenizer.vocab_size, c.tokenizer.train_bytes = 400, 50_000
     c.data.max_records, c.data.eval_fraction, c.data.batch_size = 48, 0.25, 8
     c.data.seq_len, c.data.target_len = seq_len, min(c.data.target_len, 32)
-    c.eval.batch_size, c.eval.max_tokens = 0, 16 * seq_len
+    c.eval.batch_size, c.eval.max_tokens = 0, 12 * seq_len  # the last batch is not full
 
     was_set = set()
     for section in c.values():
