@@ -50,7 +50,7 @@ def finalize(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     return out
 
 
-def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float:
+def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float | None:
     """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
 
     N counts the matrices a token is multiplied with: those of the blocks and the output projection, tied or not, but
@@ -62,7 +62,13 @@ def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> 
     Args:
       seq_len: positions in a row.
       vocab_size: rows of the output projection.
+
+    Returns:
+      None for a model whose positions do not all go through all layers once, which this does not count: an
+      encoder-decoder, a masked autoencoder.
     """
+    if model.decoder_layers or model.kind in ("encoder_decoder", "mae"):
+        return None
     heads, width = model.num_heads, model.embed_dim
     head_dim = model.head_dim or width // heads
     kv_heads = model.num_kv_heads or heads
@@ -106,7 +112,7 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for prefix, peak in PEAK_FLOPS if device_kind.startswith(prefix)), None)
 
 
-def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str, num_devices: int) -> float | None:
+def mfu(tokens_per_second: float, flops_per_token: float | None, device_kind: str, num_devices: int) -> float | None:
     """Model FLOPs utilisation in [0, 1]: the FLOP/s the model needs over the bfloat16 peak of all devices.
 
     Args:
@@ -116,7 +122,9 @@ def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str, num_
       num_devices: JAX devices, over all hosts.
 
     Returns:
-      None where the peak is not known.
+      None where the peak is not known, or the FLOPs.
     """
     peak = peak_flops(device_kind)
-    return None if peak is None else tokens_per_second * flops_per_token / (peak * num_devices)
+    return (
+        None if peak is None or flops_per_token is None else tokens_per_second * flops_per_token / (peak * num_devices)
+    )
