@@ -84,20 +84,23 @@ def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
       runs: name -> its folder.
     """
     words = [word for word in (arg or "").split(",") if word]
-    starts = [word for word in words if word in (*runs, "scratch")] or [next(iter(runs))]
-    hows = [word for word in words if word in HOWS] or ["full"]
+    starts = [word for word in words if word in (*runs, "scratch")]
+    hows = [word for word in words if word in HOWS]
+    if len(starts) > 1 or len(hows) > 1:
+        raise ConfigError(f"recipe argument '{arg}': one word each of where to start and of what learns")
+    start, how = (*starts, next(iter(runs)))[0], (*hows, "full")[0]
+    if how == "bias" and not c.model.use_bias:
+        raise ConfigError("recipe argument 'bias': this model has none but the head's; set 'head'")
     if unknown := [word for word in words if word not in (*runs, "scratch", *HOWS)]:
         raise ConfigError(
             f"recipe argument '{unknown[0]}': expected {', '.join((*runs, 'scratch'))}, {', '.join(HOWS)}"
         )
-    if starts[0] == "scratch":
+    if start == "scratch":
         c.tokenizer.path = f"{next(iter(runs.values()))}/tokenizer.model"
     else:
-        c.init_from = runs[starts[0]]
-        c.init_rules = (
-            fresh_adapters() if hows[0] in ("lora", "adapters") else ((r"head/.*", "reinit"), (r".*", "keep"))
-        )
-    match hows[0]:
+        c.init_from = runs[start]
+        c.init_rules = fresh_adapters() if how in ("lora", "adapters") else ((r"head/.*", "reinit"), (r".*", "keep"))
+    match how:
         case "head":
             c.optim.lr_rules = head_only()
         case "last2":

@@ -144,6 +144,13 @@ def make_model(cfg: Config, dtype: Any) -> ModelFns:
     return families.MODELS[cfg.model.kind](cfg, objectives.OBJECTIVES[cfg.objective].head(cfg), dtype)
 
 
+def predicts_tokens(cfg: Config) -> bool:
+    """Whether the model reads rows of tokens, each once, and predicts tokens."""
+    task = TASKS[cfg.data.task]
+    shape, _ = (task.batch or task.columns)(cfg).get("tokens", ((), None))
+    return objectives.OBJECTIVES[cfg.objective].head(cfg) is None and len(shape) == 1
+
+
 def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -> Run:
     """Reads the data and makes everything the loop needs; no parameter yet.
 

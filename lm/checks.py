@@ -9,10 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
-from lm.config import Config
+from lm.config import Config, LossConfig
 from lm.data import augment, corrupt, prompts
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
+
+# How the names of metrics end of which less is better.
+_BETTER_WHEN_SMALLER = ("loss", "nll", "bits_per_byte", "perplexity", "alignment", "uniformity")
 
 
 def fit(cfg: Config) -> None:
@@ -36,10 +39,19 @@ def fit(cfg: Config) -> None:
         if value not in fitting:
             raise ConfigError(f"'objective' {cfg.objective} does not fit '{key}' {value}; use {', '.join(fitting)}")
     (task.batch or task.columns)(cfg)  # refuses what leaves nothing to predict
+    usual = schema.to_dict(LossConfig())
+    for key, value in schema.to_dict(cfg.loss).items():
+        # A recipe may leave the size of a chunk for another objective: it changes no value.
+        if value != usual[key] and key not in (*objective.reads, "chunk_len"):
+            raise ConfigError(f"'loss.{key}' is {value}, but 'objective' {cfg.objective} does not read it")
+    if cfg.loss.r_drop and not cfg.model.dropout:
+        raise ConfigError("'loss.r_drop' compares two dropout masks, but 'model.dropout' is 0")
     if objective.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
     if (head := objective.head(cfg)) and head.size < 1:
         raise ConfigError(f"'data.labels' is empty, but 'objective' {cfg.objective} needs to know all labels")
+    if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
+        raise ConfigError(f"'model.pool' is first, which sees nothing else in a {cfg.model.kind}; use last or mean")
     gives_prefix = "is_prefix" in (task.batch or task.columns)(cfg)
     if task.prompt and gives_prefix != (cfg.model.kind == "prefix_decoder"):
         raise ConfigError(
@@ -55,6 +67,12 @@ def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, 
     measured, _ = jax.eval_shape(eval_step, params, batch)
     known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))), *names]
     known = sorted([*known, *(f"replay_{name}" for name in known if cfg.data.replay)])
+    wanted_mode = "min" if cfg.checkpoint.best_metric.endswith(_BETTER_WHEN_SMALLER) else "max"
+    if cfg.checkpoint.best_metric in known and cfg.checkpoint.best_mode != wanted_mode:
+        raise ConfigError(
+            f"'checkpoint.best_mode' is {cfg.checkpoint.best_mode}, but the best {cfg.checkpoint.best_metric} is the "
+            f"{'smallest' if wanted_mode == 'min' else 'largest'}; set it to {wanted_mode}"
+        )
     if cfg.checkpoint.best_metric not in known:
         wanted = cfg.checkpoint.best_metric
         hint = schema.nearest(wanted, known)

@@ -1,5 +1,6 @@
 """Evaluation: one compiled step over every held-out batch, summed exactly, divided once."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -37,7 +38,10 @@ def wait(waiting: Waiting, values: dict[str, float], cfg: Config) -> Waiting:
 
     Example, patience 2, losses 3.0 2.0 2.1 1.99 with min_delta 0.1: stops after the fourth, 1.99 being no better.
     """
-    value, sign = values[cfg.checkpoint.best_metric], _SIGN[cfg.checkpoint.best_mode]
+    value = values.get(cfg.checkpoint.best_metric, math.nan)  # a metric of weight 0 is left out
+    sign = _SIGN[cfg.checkpoint.best_mode]
+    if math.isnan(value):
+        return waiting._replace(evaluations=waiting.evaluations + 1)
     if waiting.best is None or sign * (value - waiting.best) > cfg.train.min_delta:
         return Waiting(value, 0)
     return Waiting(waiting.best, waiting.evaluations + 1)

@@ -99,7 +99,13 @@ def check_room(prompt_len: int, cfg: Config) -> None:
 
 
 def prompt_room(cfg: Config) -> int:
-    """How many ids of a prompt, beside `generate.max_new_tokens` new ones, are no more than was trained on."""
+    """How many ids of a prompt, beside `generate.max_new_tokens` new ones, are no more than was trained on.
+
+    Raises:
+      ConfigError: the model does not generate text.
+    """
+    if cfg.model.kind not in PROMPTING:
+        raise ConfigError(f"this run's 'model.kind' is {cfg.model.kind}, which does not generate text")
     return PROMPTING[cfg.model.kind].room(cfg.data.seq_len, cfg.generate.max_new_tokens)
 
 

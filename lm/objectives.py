@@ -34,6 +34,7 @@ class Objective(NamedTuple):
       head: config -> the output layer it needs; None = the model predicts tokens.
       score: (outputs, meta of the rows, config) -> metrics of all held-out rows together.
       scores: config -> names of those metrics.
+      reads: keys of `LossConfig` that it reads.
       couples_rows: the loss of a row depends on the others, so that a batch cannot be computed in parts.
     """
 
@@ -43,6 +44,7 @@ class Objective(NamedTuple):
     head: Callable[[Config], Head | None] = lambda cfg: None
     score: Callable[[Outputs, list[Any], Config], dict[str, float]] | None = None
     scores: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
+    reads: tuple[str, ...] = ()
     couples_rows: bool = False
 
 
@@ -85,7 +87,8 @@ def mlm(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
         if out.head is None:
             return terms
         pairs = losses.class_cross_entropy(out.head, batch["labels"], batch["loss_weights"].sum(axis=1))
-        named = terms.metrics | {"pair_accuracy": pairs.metrics["accuracy"]}
+        right_B = (pairs.outputs["prediction"] == batch["labels"]) * batch["row_weights"]
+        named = terms.metrics | {"pair_accuracy": (right_B.sum(), batch["row_weights"].sum())}
         return terms._replace(sum=terms.sum + pairs.sum, metrics=named)
 
     return loss_fn
@@ -320,13 +323,18 @@ _CLASS_SCORES, _NUMBER_SCORES = ("f1", "matthews"), ("pearson", "spearman")
 _RANKS = ("hr_at_10", "ndcg_at_10", "popularity_hr_at_10", "popularity_ndcg_at_10")
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 
+# What the cross-entropy of tokens reads of the config.
+_TOKENS = ("z_loss", "label_smoothing", "chunk_len")
+
 OBJECTIVES: dict[str, Objective] = {
-    "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text")),
-    "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption")),
-    "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_pairs"), head=_pair_head),
-    "next_item": Objective(item_ranking, ("decoder",), ("items",), score=scoring.ranks, scores=lambda cfg: _RANKS),
+    "clm": Objective(clm, ("decoder", "prefix_decoder"), ("text", "chat", "prefix_text"), reads=_TOKENS),
+    "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption"), reads=_TOKENS),
+    "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_pairs"), head=_pair_head, reads=_TOKENS),
+    "next_item": Objective(
+        item_ranking, ("decoder",), ("items",), score=scoring.ranks, scores=lambda cfg: _RANKS, reads=_TOKENS
+    ),
     "masked_item": Objective(
-        item_ranking, ("encoder",), ("masked_items",), score=scoring.ranks, scores=lambda cfg: _RANKS
+        item_ranking, ("encoder",), ("masked_items",), score=scoring.ranks, scores=lambda cfg: _RANKS, reads=_TOKENS
     ),
     "classification": Objective(
         classification,
@@ -335,9 +343,15 @@ OBJECTIVES: dict[str, Objective] = {
         head=lambda cfg: Head("pooled", len(cfg.data.labels)),
         score=scoring.classes,
         scores=lambda cfg: _CLASS_SCORES,
+        reads=("label_smoothing", "r_drop"),
     ),
     "verbalizer": Objective(
-        verbalizer, ("decoder",), ("prompted",), score=scoring.classes, scores=lambda cfg: ("f1", "matthews")
+        verbalizer,
+        ("decoder",),
+        ("prompted",),
+        score=scoring.classes,
+        scores=lambda cfg: _CLASS_SCORES,
+        reads=("label_smoothing",),
     ),
     "mae": Objective(mae, ("mae",), ("masked_images",)),
     "contrastive": Objective(
@@ -347,6 +361,7 @@ OBJECTIVES: dict[str, Objective] = {
         head=lambda cfg: Head("projection", cfg.model.projection_dim),
         score=scoring.views,
         scores=lambda cfg: ("alignment", "uniformity"),
+        reads=("temperature",),
         couples_rows=True,
     ),
     "regression": Objective(
@@ -364,6 +379,7 @@ OBJECTIVES: dict[str, Objective] = {
         head=lambda cfg: Head("pooled", sum(len(part.classes) or 1 for part in mixtures.parts(cfg.data.labels))),
         score=scoring.parts,
         scores=_part_scores,
+        reads=("label_smoothing",),
     ),
     "tagging": Objective(
         tagging,
@@ -372,6 +388,7 @@ OBJECTIVES: dict[str, Objective] = {
         head=lambda cfg: Head("token", len(cfg.data.labels)),
         score=data_tagging.score,
         scores=data_tagging.score_names,
+        reads=("label_smoothing",),
     ),
     "span_qa": Objective(
         span_qa,

@@ -100,7 +100,8 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
         if is_primary:
             summary |= (told := history(workdir, cfg))
             if cfg.train.patience:  # such a run is its best checkpoint, see `checkpoint.choose`
-                summary |= {key: value for key, value in told["best"].items() if key in summary and key != "steps"}
+                summary |= {key: value for key, value in told["best"].items() if key in summary and key != "seconds"}
+                summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}
             report.write_summary(workdir, summary)
             say(f"summary: {workdir}/summary.json, curves: {report.write_report(workdir)}")
         return summary
@@ -307,11 +308,12 @@ def describe(cfg: Config, workdir: str | Path) -> str:
 
 
 def history(workdir: Path, cfg: Config) -> dict[str, Any]:
-    """'before' = the evaluation at step 0, 'best' = the best one, by `checkpoint.best_metric`; also of resumed runs."""
+    """'before' = the evaluation at step 0, 'best' = the best one after it, by `checkpoint.best_metric`; also of resumed
+    runs."""
     rows, _ = monitor.read_rows(workdir / "metrics.jsonl")
     evaluations = [row for row in rows if row.pop("split") == "eval"]
     sign, name = (1 if cfg.checkpoint.best_mode == "max" else -1), cfg.checkpoint.best_metric
-    measured = [row for row in evaluations if row.get(name) is not None]
+    measured = [row for row in evaluations if row.get(name) is not None and row["step"] > 0]
     best = max(measured, key=lambda row: sign * row[name], default={})
     return {"before": next((row for row in evaluations if row["step"] == 0), {}), "best": best}
 
@@ -350,8 +352,10 @@ class Throughput:
 
     def __init__(self, run: build.Run, start: int, watch: monitor.Monitor):
         self.tokens_per_step = run.cfg.data.batch_size * run.cfg.data.seq_len
-        vocab_size = run.tokenizer.vocab_size if run.tokenizer else 0
-        self._flops = metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, vocab_size)
+        self._flops = None  # known where each position is computed once and predicts a token
+        if run.tokenizer and build.predicts_tokens(run.cfg):
+            size = run.tokenizer.vocab_size
+            self._flops = metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, size)
         self._run, self._start, self._watch = run, start, watch
         self._began = self._last = (start, self._busy())
 

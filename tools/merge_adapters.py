@@ -48,7 +48,12 @@ def merge(args: argparse.Namespace) -> None:
     rules = {name: getattr(OptimConfig(), name) for name in ("lr_rules", "decay_rules", "unfreeze_rules")}
     optim = dataclasses.replace(cfg.optim, **rules, to_init=0.0, mixout=0.0)
     plain = dataclasses.replace(
-        cfg, adapter=AdapterConfig(), optim=optim, init_from="", init_rules=config.Config().init_rules
+        cfg,
+        adapter=AdapterConfig(),
+        optim=optim,
+        data=dataclasses.replace(cfg.data, replay=0.0),  # of what init_from named
+        init_from="",
+        init_rules=config.Config().init_rules,
     )
     write(args.out, saved, plain, adapters.merge(params, cfg.adapter), words)
 

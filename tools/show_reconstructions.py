@@ -4,6 +4,7 @@ python tools/show_reconstructions.py runs/mae_cifar10 reconstructions.png [--row
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def reconstruct(run: str, rows: int) -> dict[str, np.ndarray]:
     cfg, model, params, _ = build.load_run(run)
     if cfg.objective != "mae":
         raise ConfigError(f"{run}: its 'objective' is {cfg.objective}; only mae makes images")
-    data = pipeline.build(cfg, None, sources.load(cfg.data))
+    own = dataclasses.replace(cfg.data, replay=0.0)  # not what it replayed
+    data = pipeline.build(dataclasses.replace(cfg, data=own), None, sources.load(own))
     rows = min(rows, len(data.valid))
     batch = next(
         pipeline.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1)

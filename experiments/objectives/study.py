@@ -76,7 +76,7 @@ ROWS: dict[str, Row] = {
     "sst2_selectors": Row(
         "SST-2, 500 labels, from MLM",
         "accuracy",
-        arms("sst2", "mlm,full", "mlm,last2", "mlm,lora", "mlm,adapters", "mlm,bias", "mlm,head"),
+        arms("sst2", "mlm,full", "mlm,last2", "mlm,lora", "mlm,adapters", "mlm,head"),
         FEW,
         needs=("mlm",),
         note="'beyond' compares with the head alone.",

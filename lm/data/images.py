@@ -70,6 +70,8 @@ def _masked_columns(cfg: Config) -> Columns:
 
 
 def _pair_columns(cfg: Config) -> Columns:
+    if not cfg.data.augment:
+        raise ConfigError("'data.task' image_pairs compares two views of an image, but 'data.augment' is empty")
     return {"images": ((2, *cfg.data.image_shape), np.uint8)}
 
 

@@ -28,7 +28,8 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
     document = np.array(zlib.crc32(str(record["source"]).encode()) & 0x7FFFFFFF, np.int32)
     groups: list[list[list[int]]] = [[]]
     for sentence in _BETWEEN_SENTENCES.split(record["text"]):
-        ids = tokenizer.encode(sentence)
+        # Each begins with white space: else the first of a document would tell where it belongs.
+        ids = tokenizer.encode(sentence if sentence[:1].isspace() else f" {sentence}")
         if len(ids) > room:
             counts["sentence_cut"] += 1
         if sum(map(len, groups[-1])) + len(ids) > room:

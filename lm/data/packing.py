@@ -45,7 +45,7 @@ def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tupl
     rows: list[Row] = []
     metas: list[Any] = []
     for row, meta in _rows(examples, columns, cfg):
-        if not cfg.mask_documents:
+        if not cfg.mask_documents and cfg.packing != "pad":
             row["segment_ids"] = np.minimum(row["segment_ids"], 1)
             row["positions"] = np.arange(len(row["segment_ids"])) * row["segment_ids"]
         rows.append(row)

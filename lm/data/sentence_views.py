@@ -9,6 +9,7 @@ from lm.data.examples import Columns, Example, Task, field_texts
 from lm.data.labelled import encode_pair
 from lm.data.records import Record
 from lm.data.tokenizer import Tokenizer
+from lm.schema import ConfigError
 
 
 def _views(fields: tuple[str, ...]) -> Task:
@@ -30,6 +31,8 @@ def _views(fields: tuple[str, ...]) -> Task:
         ]
 
     def columns(cfg: Config) -> Columns:
+        if len(fields) == 1 and not cfg.model.dropout:
+            raise ConfigError(f"'data.task' {cfg.data.task} compares two dropout masks, but 'model.dropout' is 0")
         shape = (len(fields), cfg.data.seq_len)
         return {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
 
