@@ -310,17 +310,6 @@ def contrastive(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
     return loss_fn
 
 
-def _part_scores(cfg: Config) -> tuple[str, ...]:
-    own = [
-        f"{part.name}_{name}"
-        for part in mixtures.parts(cfg.data.labels)
-        for name in (_CLASS_SCORES if part.classes else _NUMBER_SCORES)
-    ]
-    return (*own, "mean_score")
-
-
-_CLASS_SCORES, _NUMBER_SCORES = ("f1", "matthews"), ("pearson", "spearman")
-_RANKS = ("hr_at_10", "ndcg_at_10", "popularity_hr_at_10", "popularity_ndcg_at_10")
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 
 # What the cross-entropy of tokens reads of the config.
@@ -331,10 +320,10 @@ OBJECTIVES: dict[str, Objective] = {
     "seq2seq": Objective(clm, ("encoder_decoder",), ("translation", "span_corruption"), reads=_TOKENS),
     "mlm": Objective(mlm, ("encoder",), ("masked_text", "masked_pairs"), head=_pair_head, reads=_TOKENS),
     "next_item": Objective(
-        item_ranking, ("decoder",), ("items",), score=scoring.ranks, scores=lambda cfg: _RANKS, reads=_TOKENS
+        item_ranking, ("decoder",), ("items",), score=scoring.ranks, scores=scoring.rank_names, reads=_TOKENS
     ),
     "masked_item": Objective(
-        item_ranking, ("encoder",), ("masked_items",), score=scoring.ranks, scores=lambda cfg: _RANKS, reads=_TOKENS
+        item_ranking, ("encoder",), ("masked_items",), score=scoring.ranks, scores=scoring.rank_names, reads=_TOKENS
     ),
     "classification": Objective(
         classification,
@@ -342,7 +331,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("sentences", "images"),
         head=lambda cfg: Head("pooled", len(cfg.data.labels)),
         score=scoring.classes,
-        scores=lambda cfg: _CLASS_SCORES,
+        scores=scoring.class_names,
         reads=("label_smoothing", "r_drop"),
     ),
     "verbalizer": Objective(
@@ -350,7 +339,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("decoder",),
         ("prompted",),
         score=scoring.classes,
-        scores=lambda cfg: _CLASS_SCORES,
+        scores=scoring.class_names,
         reads=("label_smoothing",),
     ),
     "mae": Objective(mae, ("mae",), ("masked_images",)),
@@ -360,7 +349,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("lone_sentences", "sentence_pairs", "sentence_triples", "image_pairs"),
         head=lambda cfg: Head("projection", cfg.model.projection_dim),
         score=scoring.views,
-        scores=lambda cfg: ("alignment", "uniformity"),
+        scores=scoring.view_names,
         reads=("temperature",),
         couples_rows=True,
     ),
@@ -370,7 +359,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("scored_sentences",),
         head=lambda cfg: Head("pooled", 1),
         score=scoring.numbers,
-        scores=lambda cfg: _NUMBER_SCORES,
+        scores=scoring.number_names,
     ),
     "multitask": Objective(
         multitask,
@@ -378,7 +367,7 @@ OBJECTIVES: dict[str, Objective] = {
         ("mixed_sentences",),
         head=lambda cfg: Head("pooled", sum(len(part.classes) or 1 for part in mixtures.parts(cfg.data.labels))),
         score=scoring.parts,
-        scores=_part_scores,
+        scores=scoring.part_names,
         reads=("label_smoothing",),
     ),
     "tagging": Objective(

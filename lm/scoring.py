@@ -57,3 +57,36 @@ def ranks(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
     del cfg
     by_popularity = scores.ranking(np.array(meta))
     return scores.ranking(outputs["rank"]) | {f"popularity_{name}": value for name, value in by_popularity.items()}
+
+
+# What each of them gives, known before a run: config -> names.
+
+
+def class_names(cfg: Config) -> tuple[str, ...]:
+    """Of `classes`."""
+    return ("f1", "matthews")
+
+
+def number_names(cfg: Config) -> tuple[str, ...]:
+    """Of `numbers`."""
+    return ("pearson", "spearman")
+
+
+def view_names(cfg: Config) -> tuple[str, ...]:
+    """Of `views`."""
+    return ("alignment", "uniformity")
+
+
+def rank_names(cfg: Config) -> tuple[str, ...]:
+    """Of `ranks`."""
+    return ("hr_at_10", "ndcg_at_10", "popularity_hr_at_10", "popularity_ndcg_at_10")
+
+
+def part_names(cfg: Config) -> tuple[str, ...]:
+    """Of `parts`."""
+    own = [
+        f"{part.name}_{name}"
+        for part in mixtures.parts(cfg.data.labels)
+        for name in (class_names(cfg) if part.classes else number_names(cfg))
+    ]
+    return (*own, "mean_score")
