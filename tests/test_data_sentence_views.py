@@ -16,6 +16,7 @@ TOK = dataclasses.replace(tokenizer.train(TEXTS, 330, 100_000), extra_ids=1)
 
 
 def build(**options):
+    options = {"model": config.ModelConfig(dropout=0.1)} | options
     data = DataConfig(**({"seq_len": 16, "packing": "pad"} | options.pop("data")))
     records = [{"text": text, "source": f"f:{i}"} for i, text in enumerate(TEXTS)]
     if data.task != "masked_pairs":
