@@ -3,7 +3,7 @@
     python -m lm.main --config=configs/mae_cifar10.py --workdir=runs/mae_cifar10
     python tools/show_reconstructions.py runs/mae_cifar10 reconstructions.png
 
-Two CPU cores, about 3 minutes (20 passes over the images), estimated from 100 steps; not run in full.
+Two CPU cores, minutes (20 passes over the images). Held-out loss: see experiments/objectives/results.md.
 Reads ../shared/data/cifar10/*.tar (LM_SHARED_DATA names another place): 5,000 images, and 1,000 to evaluate on.
 `configs/cifar10_probe.py` and `configs/cifar10_finetune.py` go on from here.
 """
