@@ -4,7 +4,7 @@
     python -m lm.main --config=configs/bc5cdr_ner.py:scratch --workdir=runs/bc5cdr_ner_scratch
 
 Two CPU cores, minutes. Held-out entity F1: see experiments/objectives/results.md.
-The argument: 'mlm' = from runs/abstracts_mlm, or 'scratch'; and what learns (full, head, last2, bias, lora, adapters).
+The argument: 'mlm' = from runs/abstracts_mlm, or 'scratch'; and what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/bc5cdr/{train,devel}.tsv (LM_SHARED_DATA names another place).
 """
 

@@ -71,7 +71,7 @@ def fresh_adapters() -> tuple[tuple[str, str], ...]:
     return ((r".*/lora_.*|.*/adapter_.*|head/.*", "reinit"), (r".*", "keep"))
 
 
-HOWS = ("full", "head", "last2", "bias", "lora", "adapters")
+HOWS = ("full", "head", "last2", "lora", "adapters")
 
 
 def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
@@ -89,8 +89,6 @@ def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
     if len(starts) > 1 or len(hows) > 1:
         raise ConfigError(f"recipe argument '{arg}': one word each of where to start and of what learns")
     start, how = (*starts, next(iter(runs)))[0], (*hows, "full")[0]
-    if how == "bias" and not c.model.use_bias:
-        raise ConfigError("recipe argument 'bias': this model has none but the head's; set 'head'")
     if unknown := [word for word in words if word not in (*runs, "scratch", *HOWS)]:
         raise ConfigError(
             f"recipe argument '{unknown[0]}': expected {', '.join((*runs, 'scratch'))}, {', '.join(HOWS)}"
@@ -105,8 +103,6 @@ def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
             c.optim.lr_rules = head_only()
         case "last2":
             c.optim.lr_rules = last_layers(2, c.model.num_layers)
-        case "bias":
-            c.optim.lr_rules = bias_only()
         case "lora":
             c.adapter.kind = "lora"
             c.adapter.targets = r".*/(query|key|value|out|gate|up|down)"

@@ -4,7 +4,7 @@
     python -m lm.main --config=configs/imdb.py:clm,lora --workdir=runs/imdb_lora
 
 Two CPU cores, minutes. Held-out accuracy: see experiments/objectives/results.md.
-The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, bias, lora, adapters); the
+The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, lora, adapters); the
 first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
 Reads ../shared/data/imdb/imdb_{train,test}.jsonl.gz (LM_SHARED_DATA names another place).
 """

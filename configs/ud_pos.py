@@ -4,7 +4,7 @@
     python -m lm.main --config=configs/ud_pos.py:scratch --workdir=runs/ud_pos_scratch
 
 Two CPU cores, minutes. Held-out accuracy over words: see experiments/objectives/results.md.
-The argument: 'mlm' = from runs/reviews_mlm, or 'scratch'; and what learns (full, head, last2, bias, lora, adapters).
+The argument: 'mlm' = from runs/reviews_mlm, or 'scratch'; and what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/ud_ewt (LM_SHARED_DATA names another place).
 """
 

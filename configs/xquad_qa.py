@@ -6,7 +6,7 @@
 Two CPU cores, minutes. Held-out exact match and F1: see experiments/objectives/results.md.
 A fifth of the 1,190 questions is held out by hash; others about the same paragraphs are trained on. A thousand
 questions teach a model this small little: the recipe shows the way, not a result.
-The argument: 'mlm' = from runs/reviews_mlm, or 'scratch'; and what learns (full, head, last2, bias, lora, adapters).
+The argument: 'mlm' = from runs/reviews_mlm, or 'scratch'; and what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/xquad/xquad.en.json (LM_SHARED_DATA names another place).
 """
 
