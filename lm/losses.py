@@ -1,4 +1,7 @@
-"""Arrays in, `LossTerms` out. Shape letters as in `lm/types.py`, and C = positions of a row in one chunk."""
+"""Arrays in, `LossTerms` out. Shape letters as in `lm/types.py`, and C = positions of a row in one chunk.
+
+The loss of views, which couples the rows of a batch, is in `lm/contrast.py`.
+"""
 
 import dataclasses
 import functools
@@ -44,6 +47,7 @@ def token_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
     chunk_len: int = 0,
+    most_predicted: int = 0,
 ) -> LossTerms:
     """Weighted cross-entropy of the next token, from hidden states; [B, L, V] logits are never held at once.
 
@@ -62,6 +66,8 @@ def token_cross_entropy(
       vocab_size: the real vocabulary, at most V.
       z_loss, label_smoothing, softcap: 0 = off.
       chunk_len: positions of each row whose logits are held at once; 0 = all. It need not divide L.
+      most_predicted: where each row has at most this many positions with a weight, logits are made of these alone (as
+        in BERT's own code); 0 = of all. A row with more makes the sum, the metrics and the gradients NaN.
 
     Returns:
       LossTerms; metrics 'nll' (plain, in nats) and 'accuracy' (ties with the largest logit count as correct).
@@ -82,39 +88,13 @@ def token_cross_entropy(
     in_vocab_BxL = (targets_BxL >= 0) & (targets_BxL < vocab_size)
     weights_BxL = jnp.where(trained_BxL & ~in_vocab_BxL, jnp.nan, weights_BxL)
 
+    if 0 < most_predicted < L:
+        hidden_BxLxD, targets_BxL, weights_BxL = _weighted_first(most_predicted, hidden_BxLxD, targets_BxL, weights_BxL)
+        L = most_predicted
+
     options = _Options(vocab_size, z_loss, label_smoothing, softcap, min(chunk_len, L) or L)
     loss, nll, correct = _sums(options, hidden_BxLxD, unembed_DxV, targets_BxL, weights_BxL)
     return LossTerms(loss, weight, {"nll": (nll, weight), "accuracy": (correct, weight)})
-
-
-def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_smoothing: float = 0.0) -> LossTerms:
-    """Weighted cross-entropy over classes, of rows or of positions.
-
-    sum = sum_i w_i * [(1 - eps) * nll_i + eps * mean_c(-log p_ic)], in nats, with eps the label smoothing.
-
-    Args:
-      logits: float32 [..., C].
-      labels: int32 [...] in [0, C), or anything where the weight is 0. A label out of range with a weight makes the sum
-        NaN, so that it cannot pass unseen.
-      weights: float32 [...], 0 = does not count. No gradient flows to them.
-      label_smoothing: 0 = off.
-
-    Returns:
-      LossTerms; metrics 'nll' (plain, in nats) and 'accuracy'; outputs 'prediction', int32 [...].
-    """
-    weights = lax.stop_gradient(weights.astype(jnp.float32))
-    classes = logits.shape[-1]
-    in_range = (labels >= 0) & (labels < classes)
-    weights = jnp.where((weights != 0) & ~in_range, jnp.nan, weights)
-    # Where the weight is 0, not even an inf or NaN may pass.
-    log_probs = jax.nn.log_softmax(jnp.where(weights[..., None] != 0, logits, 0))
-    nll = -jnp.where(_column(logits) == labels[..., None], log_probs, 0).sum(axis=-1)
-    loss = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(axis=-1)
-    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    weight = weights.sum()
-    sums = [(weights * value).sum() for value in (loss, nll, prediction == labels)]
-    metrics = {"nll": (sums[1], weight), "accuracy": (sums[2], weight)}
-    return LossTerms(sums[0], weight, metrics, {"prediction": prediction})
 
 
 def sequence_log_likelihood(
@@ -147,6 +127,36 @@ def sequence_log_likelihood(
     totals_B = jnp.zeros(hidden_BxLxD.shape[0], jnp.float32)
     totals_B, _ = lax.scan(body, totals_B, _split(min(chunk_len, L) or L, hidden_BxLxD, targets_BxL, weights_BxL))
     return totals_B
+
+
+def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_smoothing: float = 0.0) -> LossTerms:
+    """Weighted cross-entropy over classes, of rows or of positions.
+
+    sum = sum_i w_i * [(1 - eps) * nll_i + eps * mean_c(-log p_ic)], in nats, with eps the label smoothing.
+
+    Args:
+      logits: float32 [..., C].
+      labels: int32 [...] in [0, C), or anything where the weight is 0. A label out of range with a weight makes the sum
+        NaN, so that it cannot pass unseen.
+      weights: float32 [...], 0 = does not count. No gradient flows to them.
+      label_smoothing: 0 = off.
+
+    Returns:
+      LossTerms; metrics 'nll' (plain, in nats) and 'accuracy'; outputs 'prediction', int32 [...].
+    """
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    classes = logits.shape[-1]
+    in_range = (labels >= 0) & (labels < classes)
+    weights = jnp.where((weights != 0) & ~in_range, jnp.nan, weights)
+    # Where the weight is 0, not even an inf or NaN may pass.
+    log_probs = jax.nn.log_softmax(jnp.where(weights[..., None] != 0, logits, 0))
+    nll = -jnp.where(_column(logits) == labels[..., None], log_probs, 0).sum(axis=-1)
+    loss = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(axis=-1)
+    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    weight = weights.sum()
+    sums = [(weights * value).sum() for value in (loss, nll, prediction == labels)]
+    metrics = {"nll": (sums[1], weight), "accuracy": (sums[2], weight)}
+    return LossTerms(sums[0], weight, metrics, {"prediction": prediction})
 
 
 def squared_error(predictions_B: Array, labels_B: Array, weights_B: Array) -> LossTerms:
@@ -200,6 +210,35 @@ def symmetric_divergence(logits_BxC: Array, other_BxC: Array, weights_B: Array) 
     p_BxC, q_BxC = jax.nn.log_softmax(logits_BxC), jax.nn.log_softmax(other_BxC)
     both_B = ((jnp.exp(p_BxC) - jnp.exp(q_BxC)) * (p_BxC - q_BxC)).sum(axis=-1) / 2
     return (lax.stop_gradient(weights_B) * both_B).sum()
+
+
+def patch_mse(
+    prediction_BxTxC: Array, patches_BxTxC: Array, masked_BxM: Array, weights_B: Array, *, eps: float = 1e-6
+) -> LossTerms:
+    """Mean squared error of the hidden patches alone, each target patch brought to mean 0 and variance 1 (MAE,
+    He et al. 2021, section 4: "reconstruction target").
+
+    sum = sum_b w_b * sum_m mean_c (prediction - (patch - mean_c patch) / sqrt(var_c patch + eps))^2.
+
+    Args:
+      prediction_BxTxC: what the model makes of all T patches, any float dtype.
+      patches_BxTxC: the image's patches, C numbers each; no gradient flows to them.
+      masked_BxM: int32 indices of the hidden patches.
+      weights_B: 0 = a row that does not count.
+      eps: keeps a patch of one colour at 0.
+
+    Returns:
+      LossTerms; its weight is that of the rows times M.
+    """
+    weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
+    target_BxMxC = jnp.take_along_axis(patches_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
+    target_BxMxC -= target_BxMxC.mean(axis=-1, keepdims=True)
+    target_BxMxC *= lax.rsqrt(jnp.square(target_BxMxC).mean(axis=-1, keepdims=True) + eps)
+    error_BxMxC = jnp.take_along_axis(prediction_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
+    error_BxMxC -= lax.stop_gradient(target_BxMxC)
+    error_BxMxC = jnp.where((weights_B != 0)[:, None, None], error_BxMxC, 0)
+    error_B = jnp.square(error_BxMxC).mean(axis=-1).sum(axis=-1)
+    return LossTerms((weights_B * error_B).sum(), weights_B.sum() * masked_BxM.shape[1], {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +338,18 @@ def _chunk(
     return sums_3xB, jnp.where(is_real_BxCxV, d_logits_BxCxV * weights_BxC[..., None], 0)
 
 
+def _weighted_first(
+    count: int, hidden_BxLxD: Array, targets_BxL: Array, weights_BxL: Array
+) -> tuple[Array, Array, Array]:
+    """The `count` first positions of each row with a weight, in order, then others; NaN weights where more have one."""
+    has_weight_BxL = weights_BxL != 0
+    at_BxK = jnp.argsort(~has_weight_BxL, axis=1, stable=True)[:, :count]
+    hidden_BxKxD = jnp.take_along_axis(hidden_BxLxD, at_BxK[..., None], axis=1)
+    targets_BxK, weights_BxK = (jnp.take_along_axis(x, at_BxK, axis=1) for x in (targets_BxL, weights_BxL))
+    fits_B = has_weight_BxL.sum(axis=1) <= count
+    return hidden_BxKxD, targets_BxK, jnp.where(fits_B[:, None], weights_BxK, jnp.nan)
+
+
 def _split(chunk_len: int, *arrays_BxL: Array) -> tuple[Array, ...]:
     """Each [B, L, ...] -> [chunks, B, chunk_len, ...] for a scan. Padding is 0, so its weight is 0.
 
@@ -317,82 +368,3 @@ def _split(chunk_len: int, *arrays_BxL: Array) -> tuple[Array, ...]:
 def _column(x: Array) -> Array:
     """Index along the last axis, in the shape of `x`."""
     return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-
-
-def patch_mse(
-    prediction_BxTxC: Array, patches_BxTxC: Array, masked_BxM: Array, weights_B: Array, *, eps: float = 1e-6
-) -> LossTerms:
-    """Mean squared error of the hidden patches alone, each target patch brought to mean 0 and variance 1 (MAE,
-    He et al. 2021, section 4: "reconstruction target").
-
-    sum = sum_b w_b * sum_m mean_c (prediction - (patch - mean_c patch) / sqrt(var_c patch + eps))^2.
-
-    Args:
-      prediction_BxTxC: what the model makes of all T patches, any float dtype.
-      patches_BxTxC: the image's patches, C numbers each; no gradient flows to them.
-      masked_BxM: int32 indices of the hidden patches.
-      weights_B: 0 = a row that does not count.
-      eps: keeps a patch of one colour at 0.
-
-    Returns:
-      LossTerms; its weight is that of the rows times M.
-    """
-    weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
-    target_BxMxC = jnp.take_along_axis(patches_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
-    target_BxMxC -= target_BxMxC.mean(axis=-1, keepdims=True)
-    target_BxMxC *= lax.rsqrt(jnp.square(target_BxMxC).mean(axis=-1, keepdims=True) + eps)
-    error_BxMxC = jnp.take_along_axis(prediction_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
-    error_BxMxC -= lax.stop_gradient(target_BxMxC)
-    error_BxMxC = jnp.where((weights_B != 0)[:, None, None], error_BxMxC, 0)
-    error_B = jnp.square(error_BxMxC).mean(axis=-1).sum(axis=-1)
-    return LossTerms((weights_B * error_B).sum(), weights_B.sum() * masked_BxM.shape[1], {})
-
-
-def contrastive(z_BxnxP: Array, weights_B: Array, *, temperature: float, symmetric: bool) -> LossTerms:
-    """Cross-entropy of finding a row's other view among the views of all rows, by their cosines / temperature.
-
-    With `symmetric`, each of views 0 and 1 looks for the other among all views but itself: NT-Xent (SimCLR, Chen et al.
-    2020, equation 1). Else view 0 looks for view 1 among all rows' views 1 and above: InfoNCE with negatives from the
-    batch (SimCSE, Gao et al. 2021, equation 1) and, where n = 3, a hard negative a row (equation 5).
-
-    Example, two rows, views named by row and view, who looks (left) for whom (first) among whom:
-
-        symmetric, n = 2       a0: a1 | b0 b1    a1: a0 | b0 b1    b0: b1 | a0 a1    b1: b0 | a0 a1
-        not symmetric, n = 3   a0: a1 | a2 b1 b2                   b0: b1 | b2 a1 a2
-
-    Args:
-      z_BxnxP: n >= 2 views of each row, not normalised, any float dtype. Where the weight is 0 they may be NaN.
-      weights_B: 0 = a row that neither looks nor is looked at. A row's views share its weight.
-      temperature: above 0.
-      symmetric: see above.
-
-    Returns:
-      LossTerms over the global batch; metric 'accuracy' of the largest cosine (ties count as correct).
-
-    Raises:
-      ValueError: there is no second view.
-    """
-    if z_BxnxP.shape[1] < 2:
-        raise ValueError(f"z is {z_BxnxP.shape}, expected two views of each row or more")
-    weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
-    is_row_B = weights_B != 0
-    z_BxnxP = jnp.where(is_row_B[:, None, None], z_BxnxP.astype(jnp.float32), 0)
-    z_BxnxP *= lax.rsqrt(jnp.maximum(jnp.square(z_BxnxP).sum(axis=-1, keepdims=True), 1e-12))
-    anchors, candidates = (slice(0, 2), slice(0, None)) if symmetric else (slice(0, 1), slice(1, None))
-    # Each device keeps its rows as anchors and gathers everyone's as candidates.
-    anchors_BxaxP = sharding.constrain(z_BxnxP[:, anchors], "batch", None, None)
-    candidates_BxcxP = sharding.constrain(z_BxnxP[:, candidates], None, None, None)
-    scores_BxaxBxc = jnp.einsum("iap,jcp->iajc", anchors_BxaxP, candidates_BxcxP, precision="float32") / temperature
-    scores_BxaxBxc = sharding.constrain(scores_BxaxBxc, "batch", None, None, None)
-
-    row_i, view_a, row_j, view_c = (lax.broadcasted_iota(jnp.int32, scores_BxaxBxc.shape, d) for d in range(4))
-    view_c += candidates.start
-    is_same = (row_i == row_j) & (view_a == view_c)
-    is_positive = (row_i == row_j) & (view_a + view_c == 1)
-    scores_BxaxBxc = jnp.where(is_same | ~is_row_B[None, None, :, None], MASKED_LOGIT, scores_BxaxBxc)
-    positive_Bxa = jnp.where(is_positive, scores_BxaxBxc, 0).sum(axis=(2, 3))
-    loss_B = (jax.nn.logsumexp(scores_BxaxBxc, axis=(2, 3)) - positive_Bxa).mean(axis=1)
-    correct_B = (positive_Bxa >= scores_BxaxBxc.max(axis=(2, 3))).mean(axis=1)
-    # Where a row does not count its scores are all masked, and finite.
-    weight = weights_B.sum()
-    return LossTerms((weights_B * loss_B).sum(), weight, {"accuracy": ((weights_B * correct_B).sum(), weight)})

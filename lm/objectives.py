@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import losses, metrics, ranks, scoring
+from lm import contrast, losses, metrics, ranks, scoring
 from lm.config import Config
-from lm.data import mixtures
+from lm.data import corrupt, mixtures
 from lm.data import span_qa as data_span_qa
 from lm.data import tagging as data_tagging
 from lm.data.tasks import TASKS
@@ -135,6 +135,7 @@ def _predict_tokens(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Toke
         label_smoothing=cfg.loss.label_smoothing,
         softcap=cfg.model.logit_softcap,
         chunk_len=cfg.loss.chunk_len,
+        most_predicted=corrupt.most_predicted(cfg),
     )
 
 
@@ -304,7 +305,7 @@ def contrastive(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
             views = 2
         z_RxP = apply(params, views_as_rows(batch, views), rng=rng).head
         z_BxnxP = z_RxP.reshape(-1, views, z_RxP.shape[-1])
-        terms = losses.contrastive(z_BxnxP, weights_B, temperature=cfg.loss.temperature, symmetric=is_image)
+        terms = contrast.info_nce(z_BxnxP, weights_B, temperature=cfg.loss.temperature, symmetric=is_image)
         return terms._replace(outputs={"first": z_BxnxP[:, 0], "second": z_BxnxP[:, 1]})
 
     return loss_fn

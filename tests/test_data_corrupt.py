@@ -136,6 +136,19 @@ def test_a_word_is_masked_whole_or_not_at_all(lengths, seed):
     assert len(chosen) < 2 or out["loss_weights"].sum() <= max(1, round(0.3 * ordinary))
 
 
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("task", ["masked_text", "masked_pairs"])
+def test_no_row_has_more_predicted_tokens_than_said(task, whole_words):
+    """Also where one word is longer than that: its first pieces are hidden."""
+    cfg = config(task, seq_len=64, rate=0.15, whole_words=whole_words)
+    row = packed([64], 64, 0)
+    row["tokens"][1:] = 4 + WORDS.index("mat")  # 63 pieces, one word
+    out = corrupt.mask_tokens(row, np.random.default_rng(0), TOKENIZER, cfg)
+    assert out["loss_weights"].sum() == (10 if whole_words else 9) and corrupt.most_predicted(cfg) == 10
+    assert not whole_words or np.flatnonzero(out["loss_weights"]).tolist() == list(range(1, 11))
+    assert corrupt.most_predicted(config("text", rate=0.15)) == 0
+
+
 def test_a_word_goes_on_until_a_space_a_line_or_a_document():
     ids = {piece: 4 + i for i, piece in enumerate(WORDS)}
     pieces = ["\u2581sat", "s", "<0xC3>", "\u2581", "mat", "<0x0A>", "ing", ".", "\u2581on"]

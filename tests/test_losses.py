@@ -93,6 +93,47 @@ def test_chunked_is_unchunked():
             assert_leaf_close(chunked_leaf, whole_leaf, rtol=1e-6)
 
 
+def at_most(weights, count):
+    """The weights, but 0 from each row's `count`-th positive one on."""
+    return np.where(np.cumsum(weights != 0, axis=1) <= count, weights, 0).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_logits_of_the_predicted_positions_alone_give_the_same(count):
+    hidden, unembed, targets, weights = make_inputs()
+    weights = at_most(weights, count)
+    assert (weights != 0).sum(axis=1).max() == count
+    hidden = jnp.where(weights[..., None] != 0, hidden, jnp.nan)
+    options = dict(vocab_size=VOCAB, z_loss=1e-2, label_smoothing=0.1)
+    clean = jnp.nan_to_num(hidden)
+    loss, nll, correct, d_hidden, d_unembed = reference.cross_entropy(clean, unembed, targets, weights, **options)
+    terms, grads = value_and_grads(hidden, unembed, targets, weights, **options, chunk_len=3, most_predicted=count)
+    np.testing.assert_allclose(terms.sum, loss, rtol=1e-6)
+    np.testing.assert_allclose(terms.metrics["nll"][0], nll, rtol=1e-6)
+    assert terms.metrics["accuracy"][0] == pytest.approx(correct, rel=1e-6)
+    assert_leaf_close(grads[0], d_hidden)
+    assert_leaf_close(grads[1], d_unembed)
+
+
+def test_logits_of_other_positions_are_not_made():
+    hidden, unembed, targets, weights = make_inputs()
+
+    def loss(hidden):
+        options = dict(vocab_size=VOCAB, chunk_len=0, most_predicted=2)
+        return losses.token_cross_entropy(hidden, unembed, targets, at_most(weights, 2), **options).sum
+
+    text = str(jax.make_jaxpr(loss)(hidden))
+    assert f"f32[{B},2,{V}]" in text and f"f32[{B},{L},{V}]" not in text
+
+
+def test_a_row_with_more_predicted_positions_than_said_cannot_pass_unseen():
+    hidden, unembed, targets, weights = make_inputs()
+    weights = at_most(weights, 3)
+    terms, grads = value_and_grads(hidden, unembed, targets, weights, vocab_size=VOCAB, most_predicted=2)
+    assert np.isnan([terms.sum, terms.metrics["nll"][0]]).all()
+    assert np.isnan(np.asarray(grads[1])).any()
+
+
 def test_any_cotangent_scales_the_gradients_and_metrics_have_none():
     hidden, unembed, targets, weights = make_inputs()
     expected = reference.cross_entropy(hidden, unembed, targets, weights, vocab_size=VOCAB)
@@ -265,6 +306,23 @@ def test_sharded_and_in_a_scan_of_micro_batches_is_the_same():
     np.testing.assert_allclose(total, expected[0], rtol=1e-6)
     assert_leaf_close(d_hidden, expected[3])
     assert_leaf_close(d_unembed, expected[4])
+
+
+def test_sharded_predicted_positions_are_the_same():
+    hidden, unembed, targets, weights = make_inputs()
+    weights = at_most(weights, 3)
+    expected = reference.cross_entropy(hidden, unembed, targets, weights, vocab_size=VOCAB)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        rows = PartitionSpec(("data", "fsdp"))
+        specs = [rows, PartitionSpec(None, "tensor"), rows, rows]
+        inputs = (hidden, unembed, targets, weights)
+        placed = [
+            jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), s)) for x, s in zip(inputs, specs, strict=True)
+        ]
+        terms, grads = value_and_grads(*placed, vocab_size=VOCAB, chunk_len=2, most_predicted=3)
+    np.testing.assert_allclose(terms.sum, expected[0], rtol=1e-6)
+    assert_leaf_close(grads[0], expected[3])
+    assert_leaf_close(grads[1], expected[4])
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -1,4 +1,4 @@
-"""losses.contrastive and losses.patch_mse against loops in float64 numpy, on one device and on eight."""
+"""contrast.info_nce and losses.patch_mse against loops in float64 numpy, on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import losses, objectives, scores, sharding
+from lm import contrast, losses, objectives, scores, sharding
 from lm.config import Config, LossConfig, MeshConfig
 from lm.types import ModelOutput
 
@@ -70,7 +70,7 @@ def test_contrastive_is_the_papers_equation(mesh, views, symmetric):
     z = make_views(views)
 
     def loss(z, weights):
-        terms = losses.contrastive(z, weights, temperature=0.2, symmetric=symmetric)
+        terms = contrast.info_nce(z, weights, temperature=0.2, symmetric=symmetric)
         return terms.sum, terms
 
     (_, terms), grad = on_mesh(jax.value_and_grad(loss, has_aux=True), MESHES[mesh], z, WEIGHTS)
@@ -88,7 +88,7 @@ def test_rows_of_weight_0_change_nothing_even_when_not_finite():
     junk = np.where((WEIGHTS == 0)[:, None, None], np.nan, z).astype(np.float32)
 
     def loss(z):
-        return losses.contrastive(z, jnp.asarray(WEIGHTS), temperature=0.05, symmetric=True).sum
+        return contrast.info_nce(z, jnp.asarray(WEIGHTS), temperature=0.05, symmetric=True).sum
 
     run = jax.jit(jax.value_and_grad(loss))
     (value, grad), clean = run(junk), run(z)
@@ -99,13 +99,13 @@ def test_rows_of_weight_0_change_nothing_even_when_not_finite():
 
 def test_contrastive_of_no_rows_is_0_and_of_one_view_refused():
     def loss(z):
-        terms = losses.contrastive(z, jnp.zeros(B), temperature=0.05, symmetric=True)
+        terms = contrast.info_nce(z, jnp.zeros(B), temperature=0.05, symmetric=True)
         return terms.sum, terms
 
     (_, terms), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(make_views(2))
     assert all(np.all(x == 0) for x in jax.tree.leaves((terms, grad)))
     with pytest.raises(ValueError, match=r"z is \(8, 1, 5\), expected two views"):
-        losses.contrastive(make_views(1), jnp.ones(B), temperature=0.05, symmetric=False)
+        contrast.info_nce(make_views(1), jnp.ones(B), temperature=0.05, symmetric=False)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

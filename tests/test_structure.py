@@ -24,6 +24,7 @@ MODULES = (
     # 1: arrays, optimizer, data
     "lm.sharding",
     "lm.losses",
+    "lm.contrast",
     "lm.ranks",
     "lm.metrics",
     "lm.scores",
@@ -169,7 +170,6 @@ def test_every_place_in_the_list_is_taken():
     [
         ("lm.trees", "from lm.config import ConfigError", None),
         ("lm.trees", "import lm\nimport jax", None),
-        ("lm.losses", "from lm import types", None),
         ("lm.config", "from lm import trees", "lm.config:1 imports lm.trees"),
         ("lm.config", "from lm.trees import flatten as f", "lm.config:1 imports lm.trees"),
         ("lm.config", "def f():\n    import lm.train", "lm.config:2 imports lm.train"),
@@ -329,7 +329,9 @@ def test_the_way_of_a_batch_is_five_hops():
         for _ in names:  # also through functions that objectives share
             called = called.union(*(calls(lm / "objectives.py", inside=other) for other in called & names))
         assert "apply" in called, f"objective {name} does not call apply"
-        assert any(target.startswith("losses.") for target in called), f"objective {name} calls nothing of lm.losses"
+        assert any(target.startswith(("losses.", "contrast.")) for target in called), (
+            f"objective {name} calls nothing of lm.losses"
+        )
 
 
 def test_there_is_no_other_way_of_a_batch():
@@ -338,14 +340,16 @@ def test_there_is_no_other_way_of_a_batch():
     def users(function: str) -> list[str]:
         return [name for name, path in files.items() if calls(path) & {function, function.partition(".")[2]}]
 
+    modules = ["losses.py", "contrast.py"]
     losses = [
         node.name
-        for node in parse(files["losses.py"]).body
+        for name in modules
+        for node in parse(files[name]).body
         if isinstance(node, ast.FunctionDef) and node.returns and dotted(node.returns) == "LossTerms"
     ]
     assert "token_cross_entropy" in losses
     for loss in losses:
-        assert set(users(f"losses.{loss}")) <= {"objectives.py", "losses.py"}, "only an objective computes a loss"
+        assert set(users(f"losses.{loss}")) <= {"objectives.py", *modules}, "only an objective computes a loss"
     # build binds the loss and the optimizer to the step, train runs it
     assert users("step.train_step") == ["build.py", "train.py"]
     assert set(users("step.eval_step")) <= {"build.py", "checks.py", "evaluate.py", "train.py"}

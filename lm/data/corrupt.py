@@ -16,6 +16,7 @@ from lm.schema import ConfigError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _MASKED, _REPLACED = 0.8, 0.1  # of the chosen tokens; the rest keep theirs (Devlin et al. 2019, section 3.1)
+_LONG_WORD = 8  # pieces: one of up to so many is hidden whole, however short the row
 PAIR_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 
 
@@ -53,8 +54,8 @@ def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config)
 
     Of n tokens that are neither padding nor control symbols round(corrupt.rate * n) are chosen, at least one if there
     is one. Of the chosen 80 % become the mask, 10 % a random id that is no control symbol, 10 % stay. With
-    corrupt.whole_words words are chosen in random order as long as the whole word fits that number, at least one word;
-    each of its pieces is then hidden on its own.
+    corrupt.whole_words words are chosen in random order as long as the whole word fits that number, at least one word
+    (of one longer than `most_predicted` its first pieces); each of its pieces is then hidden on its own.
 
     Worked, _ the mask, sixth token chosen and kept, eighth replaced:
 
@@ -83,7 +84,7 @@ def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config)
     size_W = np.bincount(word_M, minlength=len(order_W))
     fits_W = np.cumsum(size_W[order_W]) <= budget
     fits_W[:1] = True
-    chosen = at_M[np.isin(word_M, order_W[fits_W])]
+    chosen = at_M[np.isin(word_M, order_W[fits_W])][: _most(cfg, len(tokens_L))]
     fate = rng.random(len(chosen))
     random_ids = rng.choice(table.ordinary_ids, len(chosen))
     hidden_L = tokens_L.copy()
@@ -93,6 +94,15 @@ def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config)
     weights_L = np.zeros(len(tokens_L), np.float32)
     weights_L[chosen] = 1.0
     return row | {"tokens": hidden_L, "targets": tokens_L, "loss_weights": weights_L}
+
+
+def most_predicted(cfg: Config) -> int:
+    """Positions of a row that `data.task` ever gives a weight, where it hides a share of them; else 0, any number."""
+    return _most(cfg, cfg.data.seq_len) if cfg.data.task in ("masked_text", "masked_pairs") else 0
+
+
+def _most(cfg: Config, row_len: int) -> int:
+    return max(round(cfg.corrupt.rate * row_len), _LONG_WORD)
 
 
 class _Vocabulary(NamedTuple):
