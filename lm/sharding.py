@@ -115,6 +115,15 @@ def is_distributed_trace() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def platform() -> str:
+    """What is being traced will run on this: 'cpu', 'gpu' or 'tpu', of the mesh set by `jax.set_mesh`; 'cpu' without.
+
+    The mesh may be of devices that are not there, as where `tools/plan.py` compiles for a TPU pod.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device else "cpu"
+
+
 def row_groups() -> int:
     """In how many parts the mesh set by `jax.set_mesh` splits the rows of a batch; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -81,6 +81,7 @@ MODULES = (
     "lm.evaluate",
     "lm.generate",
     "lm.beam",
+    "lm.program",
     "lm.checks",
     "lm.build",
     # 6 and 7: the run and its flags
