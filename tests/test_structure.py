@@ -30,6 +30,7 @@ MODULES = (
     "lm.scores",
     "lm.selection",
     "lm.optim",
+    "lm.hlo",
     "lm.data.tokenizer",
     "lm.data.fields",
     "lm.data.records",
@@ -84,6 +85,7 @@ MODULES = (
     "lm.program",
     "lm.checks",
     "lm.build",
+    "lm.aot",
     # 6 and 7: the run and its flags
     "lm.train",
     "lm.main",

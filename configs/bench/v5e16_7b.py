@@ -1,4 +1,4 @@
-"""Pre-train a Llama-like model of 7B parameters on 16 chips, ZeRO-3 over all of them: a figure of docs/performance.md.
+"""Pre-train a Llama-like model of 7B parameters on 16 chips, ZeRO-3 over all: see docs/performance.md.
 
     python tools/plan.py --config=configs/bench/v5e16_7b.py
 

@@ -212,7 +212,7 @@ def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
     dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
     out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=_residual_init(cfg), name="out")
-    return checkpoint_name(out(y_BxLxHE, keys_B), "out")
+    return checkpoint_name(_apart(out(y_BxLxHE, keys_B)), "out")
 
 
 class Mlp(nn.Module):
@@ -232,8 +232,15 @@ class Mlp(nn.Module):
             return checkpoint_name(sharding.constrain(y, "batch", "length", "mlp"), name)
 
         y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
+        y_BxLxF = _apart(y_BxLxF)
         down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=_residual_init(cfg), name="down")
         return down(y_BxLxF, keys_B)
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    """Keeps a TPU's compiler from computing what follows inside the matmul before it (in the backward pass: what
+    precedes inside that after it), where it slows the matrix unit down by more than a pass over memory costs."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _residual_init(cfg: ModelConfig) -> layers.Init:
