@@ -74,26 +74,6 @@ def topology(name: str, slices: int) -> Topology:
     return Topology(name, CHIPS[chip], tuple(map(int, shape.split("x"))), slices)
 
 
-# Communication along with computation; and no matrix products cut in pieces to send them one by one: for layers of few
-# thousand columns the pieces are too small for the matrix unit.
-_LIBTPU_FLAGS = (
-    "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
-    "--xla_tpu_enable_async_collective_fusion=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
-    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-    "--xla_tpu_overlap_compute_collective_tc=true",
-    "--xla_enable_async_all_gather=true",
-    "--xla_enable_async_all_reduce=true",
-)
-
-
-def libtpu_flags(where: Topology) -> str:
-    """Flags of the compiler that helped on this chip, for LIBTPU_INIT_ARGS: docs/performance.md has the figures."""
-    del where
-    return " ".join(_LIBTPU_FLAGS)
-
-
 def prepare(flags: str) -> None:
     """Sets what libtpu reads once, when it is loaded. `flags`: as in LIBTPU_INIT_ARGS.
 

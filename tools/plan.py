@@ -27,7 +27,7 @@ _SLICES = flags.DEFINE_integer("slices", 1, "Slices, joined by the data-centre n
 _EVALUATION = flags.DEFINE_bool("evaluation", False, "The step of an evaluation instead of training.")
 _HLO = flags.DEFINE_string("dump_hlo", "", "Write the compiled program to this file.")
 _JSON = flags.DEFINE_string("json", "", "Write all figures to this file.")
-_FLAGS = flags.DEFINE_string("libtpu_flags", None, "For the compiler; default: those that training sets for the chip.")
+_FLAGS = flags.DEFINE_string("libtpu_flags", None, "For the compiler; default: those that training sets.")
 _TOKENS = flags.DEFINE_float("tokens", 0.0, "Training tokens to price.", lower_bound=0.0)
 _DOLLARS = flags.DEFINE_float("dollars_per_chip_hour", 0.0, "Price of a chip.", lower_bound=0.0)
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     try:
         where = aot.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
-        aot.prepare(aot.libtpu_flags(where) if _FLAGS.value is None else _FLAGS.value)
+        aot.prepare(lm_flags.LIBTPU if _FLAGS.value is None else _FLAGS.value)
         cfg = config.build(_CONFIG.value)
         print(f"compiling for {where.slices} x {where.name} ...", file=sys.stderr, flush=True)
         compiled = aot.compile_step(cfg, where, evaluation=_EVALUATION.value)
