@@ -18,6 +18,6 @@ def get_config(arg: str | None = None) -> Any:
     c.data.path = common.shared_data("pubmedqa/ori_pqal.json")
     c.data.rename = (("CONTEXTS", "text"),)
     c.data.eval_fraction = 0.05  # of 1,000 abstracts
-    c.train.total_tokens = 1_000_000
+    c.train.total_tokens = 3_000_000
     c.model.dropout = 0.1  # the 0.3 million tokens are seen several times
     return c

@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> Any:
     c.corrupt.rate = 0.3  # more to learn from each row than BERT's 0.15 (Wettig et al. 2023)
     c.model.kind = "encoder"
     c.model.pool = "mean"
+    c.train.total_tokens = 5_000_000
     if arg:
         c.data.task = "masked_pairs"
         c.data.packing = "pad"
