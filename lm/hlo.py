@@ -328,7 +328,7 @@ def _group_size(program: Program, op: Op) -> int:
 def kernel_flops(program: Program, where: str, op: Op, lanes: int = 1) -> float:
     """FLOPs of a splash attention kernel, causal, from its [rows, heads, length, width] queries; else 0.
 
-    It says nothing of its cost itself. Forward: scores and their sum over values; backward: the four products that these
+    It says nothing of its cost. Forward: scores and their sum over values; backward: the four products that these
     two give, without the scores that it makes again. The width is filled up to a multiple of `lanes`.
     """
     if op.opcode != "custom-call" or "tpu_custom_call" not in op.text or "splash" not in op.text:

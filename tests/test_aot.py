@@ -100,7 +100,13 @@ def test_a_topology_that_is_none_is_refused(name):
 
 
 def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
-    assert [aot.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [1, 2, 2, 3, 4]
+    assert [aot.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
+        1,
+        2,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):

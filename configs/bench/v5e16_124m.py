@@ -1,8 +1,9 @@
 """Pre-train a Llama-like model of 124M parameters on 16 chips, ZeRO-3 over all: see docs/performance.md.
 
     python tools/plan.py --config=configs/bench/v5e16_124m.py
+    python -m lm.main --distributed --config=configs/bench/v5e16_124m.py --workdir=/mnt/runs/v5e16_124m
 
-Compiled for TPU, not run on one.
+The first compiles its step without a TPU; the second is for every worker of the slice. Not run on one.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """Pre-train a Llama-like model of 1.37B parameters on 16 chips, ZeRO-3 over all: see docs/performance.md.
 
     python tools/plan.py --config=configs/bench/v5e16_1b.py
+    python -m lm.main --distributed --config=configs/bench/v5e16_1b.py --workdir=/mnt/runs/v5e16_1b
 
-Compiled for TPU, not run on one.
+The first compiles its step without a TPU; the second is for every worker of the slice. Not run on one.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """Pre-train a Llama-like model of 7B parameters on 256 chips, ZeRO-3 over all: see docs/performance.md.
 
     python tools/plan.py --config=configs/bench/v5e256_7b.py
+    python -m lm.main --distributed --config=configs/bench/v5e256_7b.py --workdir=/mnt/runs/v5e256_7b
 
-Compiled for TPU, not run on one.
+The first compiles its step without a TPU; the second is for every worker of the slice. Not run on one.
 """
 
 from typing import Any
