@@ -326,7 +326,7 @@ def _group_size(program: Program, op: Op) -> int:
 
 
 def kernel_flops(program: Program, where: str, op: Op, lanes: int = 1) -> float:
-    """FLOPs of a splash attention kernel, causal, from its [rows, heads, length, width] queries; else 0.
+    """FLOPs of a splash attention kernel, causal, from its queries [(rows,) heads, length, width]; else 0.
 
     It says nothing of its cost. Forward: scores and their sum over values; backward: the four products that these
     two give, without the scores that it makes again. The width is filled up to a multiple of `lanes`.
@@ -338,10 +338,11 @@ def kernel_flops(program: Program, where: str, op: Op, lanes: int = 1) -> float:
         for name in op.operands
         if name in program.computations[where]
         for array in arrays(program.computations[where][name].result)
-        if len(array.shape) == 4 and array.dtype in ("bf16", "f32")
+        if array.dtype in ("bf16", "f32") and len(array.shape) in (3, 4) and array.shape[-1] >= 32
     ]
     if not shapes:
         return 0.0
+    shapes.sort(key=len, reverse=True)  # a device with one row drops that axis
     *rows, length, width = shapes[0]
     width = math.ceil(width / lanes) * lanes
     products = 4 if "dkv" in op.attribute(r'op_name="([^"]*)"') else 2

@@ -106,7 +106,8 @@ def _gather(w: jax.Array, logical: LogicalAxes) -> jax.Array:
 
 
 def _gather_fwd(w: jax.Array, logical: LogicalAxes) -> tuple[jax.Array, None]:
-    return _gather(w, logical), None
+    # The constraint itself, which a remat policy knows not to keep (lm.models.blocks).
+    return _constrain(w, spec(logical, without=("fsdp",))), None
 
 
 def _gather_bwd(logical: LogicalAxes, _: None, gradient: jax.Array) -> tuple[jax.Array]:

@@ -44,9 +44,15 @@ def plan(tmp_path, *arguments, code=0, **changes):
     return figures, files[1].read_text() if files[1].exists() else "", done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The plan of the small model itself."""
+    return plan(tmp_path_factory.mktemp("plan"), "--tokens=1e9", "--dollars_per_chip_hour=2")
+
+
 @needs_libtpu
-def test_a_plan_is_what_arithmetic_says(tmp_path):
-    found, program, said = plan(tmp_path, "--tokens=1e9", "--dollars_per_chip_hour=2")
+def test_a_plan_is_what_arithmetic_says(small):
+    found, program, said = small
     kernels = 4 * WIDTH**2 + 3 * WIDTH * INNER
     parameters = LAYERS * (kernels + 2 * WIDTH) + 2 * VOCAB * WIDTH + WIDTH
     assert found["parameters"] == found["trained_parameters"] == parameters
@@ -66,8 +72,8 @@ def test_a_plan_is_what_arithmetic_says(tmp_path):
 
 
 @needs_libtpu
-def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(tmp_path):
-    found, _, _ = plan(tmp_path)
+def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(small):
+    found, _, _ = small
     gathers = {name: row for name, row in found["collectives"].items() if name.startswith("all-gather")}
     weights = 2 * (LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER) + 2 * VOCAB * WIDTH)
     in_bfloat16 = sum(row["bytes"] for name, row in gathers.items() if " bf16 " in name)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     try:
         where = aot.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
-        aot.prepare(lm_flags.LIBTPU if _FLAGS.value is None else _FLAGS.value)
+        aot.prepare(lm_flags.libtpu(where.name.partition(":")[0]) if _FLAGS.value is None else _FLAGS.value)
         cfg = config.build(_CONFIG.value)
         print(f"compiling for {where.slices} x {where.name} ...", file=sys.stderr, flush=True)
         compiled = aot.compile_step(cfg, where, evaluation=_EVALUATION.value)
