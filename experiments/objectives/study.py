@@ -3,11 +3,13 @@
     python experiments/objectives/study.py [--only=sst2,ner] [--seeds=3]
 
 Rows that are done are not run again, and a run that was stopped goes on: the same command finishes the study. After
-each row `results.md`, beside this file, is written anew from the summaries of the runs.
+each row `results.md`, beside this file, is written anew; figures of earlier studies are kept in `results.json` and hold
+as long as a run's config is the same.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -20,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 HERE = Path(__file__).resolve().parent
+KEPT = HERE / "results.json"
 
 SPREAD = "the two standard deviations added"
 
@@ -154,6 +157,9 @@ def main() -> None:
         sys.exit(f"error: --only: no row '{unknown[0]}'; there are {', '.join(ROWS)}")
     os.chdir(ROOT)  # recipes name runs and data from here
     use_compilation_cache()
+    for row in ROWS:  # what lies in folders already
+        for arm in ROWS[row].arms:
+            summaries(row, arm, args.seeds)
     for number, name in enumerate(wanted, 1):
         for needed in (*ROWS[name].needs, name):
             print(f"== row {number} of {len(wanted)}: {needed}", flush=True)
@@ -169,20 +175,27 @@ def use_compilation_cache() -> None:
 
 
 def run_row(name: str, seeds: int) -> None:
-    """Every run of a row that is not done yet."""
+    """Every run of a row that is not done yet; a pre-training also where its folder is gone, others start from it."""
     from lm import config, train
 
-    for arm in ROWS[name].arms:
-        for seed in range(1 if ROWS[name].once else seeds):
+    row = ROWS[name]
+    for arm in row.arms:
+        for seed in range(1 if row.once else seeds):
             folder = workdir(name, arm, seed)
-            if (folder / "summary.json").exists():
+            if found(name, arm, seed) and (not row.once or (folder / "summary.json").exists()):
                 continue
             began = time.monotonic()
-            recipe = importlib.import_module(f"configs.{arm.recipe}").get_config(arm.argument)
-            recipe.update_from_flattened_dict(ROWS[name].changes)
-            recipe.seed = seed
-            train.train(config.build(recipe), folder)
+            train.train(config.build(recipe_of(name, arm, seed)), folder)
+            found(name, arm, seed)
             print(f"{folder}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def recipe_of(name: str, arm: Arm, seed: int) -> Any:
+    """The config of a run."""
+    recipe = importlib.import_module(f"configs.{arm.recipe}").get_config(arm.argument)
+    recipe.update_from_flattened_dict(ROWS[name].changes)
+    recipe.seed = seed
+    return recipe
 
 
 def workdir(name: str, arm: Arm, seed: int) -> Path:
@@ -192,10 +205,37 @@ def workdir(name: str, arm: Arm, seed: int) -> Path:
     return Path("runs") / "objectives" / arm.recipe / f"{arm.argument.replace(',', '_') or 'default'}-{seed}"
 
 
+def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """What is known of a run: what it left in its folder, else what an earlier study kept of the same config.
+
+    Kept are the figures of the table, in results.json beside this file, so that they outlive the folders.
+    """
+    row = ROWS[name]
+    path = workdir(name, arm, seed) / "summary.json"
+    key = f"{name} {arm.recipe}:{arm.argument} {seed}"
+    same = fingerprint(recipe_of(name, arm, seed))
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    if path.exists():
+        summary = json.loads(path.read_text())
+        figures = {key: summary[key] for key in (row.metric, "seconds", "trained_parameters")}
+        figures |= {"before": {row.metric: summary["before"].get(row.metric)}, "config": same}
+        if kept.get(key) != figures:
+            KEPT.write_text(json.dumps(dict(sorted((kept | {key: figures}).items())), indent=1) + "\n")
+        return figures
+    return kept[key] if kept.get(key, {}).get("config") == same else None
+
+
+def fingerprint(recipe: Any) -> str:
+    """Of a config, but for where its data lies."""
+    values = {key: value for key, value in recipe.to_dict().items() if key != "data"}
+    values["data"] = {key: value for key, value in recipe.data.to_dict().items() if "path" not in key}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def summaries(name: str, arm: Arm, seeds: int) -> list[dict[str, Any]]:
-    """The summaries of an arm's runs that are done."""
-    paths = [workdir(name, arm, seed) / "summary.json" for seed in range(1 if ROWS[name].once else seeds)]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    """Of an arm's runs that are done."""
+    each = (found(name, arm, seed) for seed in range(1 if ROWS[name].once else seeds))
+    return [summary for summary in each if summary]
 
 
 def results(seeds: int) -> str:
