@@ -171,7 +171,7 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
     """
     import jax
 
-    from lm import build, checks, metrics, program, sharding, trees
+    from lm import build, checks, metrics, program, selection, sharding, trees
     from lm.data.tasks import TASKS
 
     planned = build.plan(cfg, None)
@@ -200,10 +200,11 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise DoesNotFit(_largest_buffers(str(error))) from None
+            raise DoesNotFit(_why(str(error), lowered.as_text())) from None
     seconds = time.monotonic() - began
     analysis = compiled.memory_analysis()
     flat = trees.flatten(state.params)
+    trained = selection.trained_part(made.optimizer.selection, state.params)
     replicated = [
         (leaf.size * leaf.dtype.itemsize, path) for path, leaf in flat.items() if leaf.sharding.is_fully_replicated
     ]
@@ -223,7 +224,7 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
             **({"start": _bytes_a_chip(state.start)} if state.start is not None else {}),
         },
         parameters=sum(leaf.size for leaf in flat.values()),
-        trained=sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) // 2,
+        trained=sum(leaf.size for leaf in jax.tree.leaves(trained)),
         largest_replicated=max(replicated, default=(0, "")),
         model_flops=per_token * tokens / (3 if evaluation else 1) / mesh.size if per_token else None,
         tokens=tokens,
@@ -239,13 +240,24 @@ def _bytes_a_chip(tree: Any) -> float:
     return float(sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _largest_buffers(message: str) -> str:
-    """Of the compiler's report: how much is needed, and the five largest buffers with what they are for."""
+def _why(message: str, program: str) -> str:
+    """How much is needed, and the five largest buffers: of the compiler's report, or, where it gives none, the five
+    largest types of array in the program before it is split over the chips."""
     needed = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    sizes = re.findall(r"Size: ([\d.]+\w).*?(?:Operator: op_name=\"([^\"]*)\"|\n\n).*?Shape: (\S+)", message, re.S)
-    head = f"it needs {needed[1]} of the chip's {needed[2]}" if needed else message.splitlines()[0][:300]
-    rows = [f"  {size:>8}  {shape.split('{')[0]}  {name}" for size, name, shape in sizes[:5]]
-    return "\n".join([head, "largest buffers:", *rows] if rows else [head])
+    head = f"it needs {needed[1]} of the chip's {needed[2]}" if needed else message.splitlines()[0].strip()
+    reported = re.findall(r"Size: ([\d.]+\w).*?Operator: op_name=\"([^\"]*)\".*?Shape: ([^\s{]+)", message, re.S)
+    if reported:
+        rows = [f"{size:>8}  {shape}  {name}" for size, name, shape in reported[:5]]
+        return "\n  ".join([head, "largest buffers of a chip:", *rows])
+    sizes = {}
+    for dims, dtype in set(re.findall(r"tensor<((?:\d+x)+)([a-z]+\d+)>", program)):
+        name = {"i": "s"}.get(dtype[0], dtype[0]) + dtype[1:]
+        if name in hlo.ITEM_BYTES:
+            shape = tuple(map(int, dims.strip("x").split("x")))
+            sizes[f"{name}{list(shape)}"] = hlo.Array(name, shape).bytes
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    rows = [f"{size / GIB:>8.1f}G  {array}" for array, size in largest]
+    return "\n  ".join([head, "largest arrays of the program, over all chips:", *rows])
 
 
 # The estimate ---------------------------------------------------------------------------------------------------------

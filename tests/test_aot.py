@@ -96,7 +96,23 @@ def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimiz
 @needs_libtpu
 def test_what_does_not_fit_is_an_answer(tmp_path):
     found, _, said = plan(tmp_path, code=3, **{"data.batch_size": 4 * 16_384, "model.remat": "none"})
-    assert found["fits"] is False and "does not fit" in said
+    assert found["fits"] is False and "does not fit" in said and "largest" in said
+    assert f"{4 * 16_384}, {LENGTH}" in found["why"], "the arrays that are too large are named"
+
+
+def test_the_compilers_own_report_is_read():
+    """In the form in which XLA lists allocations."""
+    report = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+Used 17.32G of 15.75G hbm. Exceeded hbm capacity by 1.57G.
+
+  1. Size: 2.06G
+     Operator: op_name="jit(train_step)/layers/mlp/up" source_file="x.py"
+     Shape: bf16[24,4,2048,5632]{3,2,1,0:T(8,128)(2,1)}
+     Unpadded size: 2.06G
+"""
+    said = aot._why(report, "")
+    assert "needs 17.32G of the chip's 15.75G" in said
+    assert "2.06G  bf16[24,4,2048,5632]  jit(train_step)/layers/mlp/up" in said
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4", "v5e:4x", ""])
