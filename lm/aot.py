@@ -102,7 +102,7 @@ def devices(where: Topology) -> list[Any]:
 
     options: dict[str, Any] = {"num_slices": where.slices} if where.slices > 1 else {}
     if where.links > len(where.shape):
-        options["wrap"] = [n >= where.chip.max_torus for n in where.shape]
+        options["wrap"] = [*(n >= where.chip.max_torus for n in where.shape), *[False] * (3 - len(where.shape))]
     if len(where.shape) == 2 and where.shape[0] * where.shape[1] > 16:
         options["chips_per_host_bounds"] = [2, 2, 1]
     try:

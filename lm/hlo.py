@@ -7,7 +7,7 @@ everything is multiplied out. Plain text in, numbers out: no JAX.
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 ITEM_BYTES = {
@@ -146,7 +146,7 @@ def walk(program: Program) -> Iterator[tuple[str, Op, int]]:
 
 
 def trip_count(program: Program, where: str, loop: Op) -> int:
-    """How often a loop as `lax.scan` makes them runs: its counter goes up by one from 0 to a constant.
+    """How often a loop of a fixed number of turns runs: its counter goes up from 0 to below a constant.
 
     Raises:
       ValueError: it is no such loop.
@@ -154,37 +154,41 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     known = loop.attribute(r'known_trip_count\\?"?:\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)')
     if known:
         return int(known)
-    condition = program.computations[loop.attribute(r"condition=(%[\w.\-]+)")]
+    condition, body = (program.computations[loop.attribute(rf"{part}=(%[\w.\-]+)")] for part in ("condition", "body"))
+    unreadable = ValueError(f"{loop.name}: how often it runs cannot be read from its condition")
     compared = next((op for op in _ops_inside(program, condition) if op.opcode == "compare"), None)
-    constants = [
-        int(op.attribute(r"constant\((-?\d+)\)")) for op in _ops_inside(program, condition) if op.opcode == "constant"
-    ]
-    if compared is None or "direction=LT" not in compared.text or len(constants) > 1:
-        raise ValueError(f"{loop.name}: how often it runs cannot be read from its condition")
-    if constants:
-        return constants[0]
-    # The bound is carried by the loop: found in the tuple that it starts from.
+    if compared is None or "direction=LT" not in compared.text:
+        raise unreadable
     root = next(op for op in condition.values() if op.is_root)
-    carried = [
-        int(condition[name].attribute(r"index=(\d+)"))
-        for name in root.operands
-        if condition[name].opcode == "get-tuple-element"
-    ]
-    start = program.computations[where][loop.operands[0]]
-    found = [_constant(program, where, start.operands[index]) for index in carried if index < len(start.operands)]
-    if bounds := [value for value in found if value]:
-        return max(bounds)
-    raise ValueError(f"{loop.name}: how often it runs cannot be read from its condition")
+    carried = [op for op in map(condition.get, root.operands) if op and op.opcode == "get-tuple-element"]
+    indices = [int(op.attribute(r"index=(\d+)")) for op in carried]
+    bounds = _constants(program, condition, condition)
+    start = program.computations[where][loop.operands[0]].operands
+    if not bounds and len(indices) == 2:  # the bound is carried too: of the two it is the one that starts above 0
+        begins = [_constants(program, program.computations[where], [start[index]]) for index in indices]
+        bounds = {value for values in begins for value in values if value > 0}
+        indices = [index for index, values in zip(indices, begins, strict=True) if values != bounds]
+    update = next(op for op in body.values() if op.is_root).operands[indices[0]] if len(indices) == 1 else ""
+    steps = _constants(program, body, [update, *body[update].operands]) if update in body else set()
+    if len(bounds) != 1 or len(steps) != 1:
+        raise unreadable
+    return math.ceil(bounds.pop() / steps.pop())
 
 
-def _constant(program: Program, where: str, name: str) -> int | None:
-    op = program.computations[where][name]
-    if op.opcode == "constant":
-        value = op.attribute(r"constant\((-?\d+)\)")
-        return int(value) if value else None
-    if op.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done") and op.operands:
-        return _constant(program, where, op.operands[0])
-    return None
+def _constants(program: Program, computation: dict[str, Op], names: Iterable[str]) -> set[int]:
+    """Values of those of the named ops that are constants, also inside a fusion or behind a copy."""
+    found = set()
+    for name in names:
+        op = computation.get(name)
+        if op is None:
+            continue
+        inside = program.computations.get(op.attribute(r"calls=(%[\w.\-]+)"), {})
+        found |= _constants(program, inside, inside)
+        if op.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
+            found |= _constants(program, computation, op.operands)
+        value = op.attribute(r"^constant\((-?\d+)\)")
+        found |= {int(value)} if value else set()
+    return found
 
 
 def _ops_inside(program: Program, computation: dict[str, Op]) -> Iterator[Op]:

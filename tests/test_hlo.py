@@ -1,5 +1,7 @@
 """lm/hlo.py: what it reads off compiled programs, against figures known beforehand."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -42,6 +44,16 @@ def test_a_loop_that_is_no_scan_is_refused():
     program = hlo.parse(jax.jit(fn).lower(jnp.ones((4, 4))).compile().as_text())
     with pytest.raises(ValueError, match="how often it runs"):
         hlo.flops(program)
+
+
+@pytest.mark.parametrize(("steps", "turns"), [(1, 10), (3, 4), (10, 1)])
+def test_a_counter_may_go_up_by_more_than_one(steps, turns):
+    def fn(x):
+        return jax.lax.while_loop(lambda c: c[0] < 10, lambda c: (c[0] + steps, jnp.tanh(c[1] @ c[1])), (0, x))[1]
+
+    text = jax.jit(fn).lower(jnp.ones((4, 4))).compile().as_text()
+    for known in (text, re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)):
+        assert hlo.flops(hlo.parse(known)) == turns * 2 * 4**3
 
 
 def test_communication_is_counted_with_its_loops():
