@@ -7,6 +7,7 @@ in a rule of its own: a rule that matches nothing is refused.
 import os
 from typing import Any
 
+from lm import config
 from lm.schema import ConfigError
 
 Rates = tuple[tuple[str, float], ...]
@@ -111,3 +112,31 @@ def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
             c.adapter.kind = "pfeiffer"
             c.adapter.rank = 16
             c.optim.lr_rules = adapter_rules()
+
+
+def llama(seq_len: int, batch_size: int, **model: Any) -> Any:
+    """Pre-training of a Llama-like model, as the benchmarks of configs/bench share it.
+
+    Args:
+      seq_len: positions of a row.
+      batch_size: rows of a step, over all devices.
+      **model: keys of the model's config, its sizes among them.
+    """
+    c = config.defaults()
+    c.tokenizer.vocab_size = model["vocab_size"]
+    c.data.format = "text"
+    c.data.path = shared_data("tinystories/TinyStories-valid-small.txt")
+    c.data.packing = "concat"
+    c.data.seq_len = seq_len
+    c.data.batch_size = batch_size
+    c.model.position = "rope"
+    c.model.norm = "rmsnorm"
+    c.model.mlp = "swiglu"
+    c.model.use_bias = False
+    c.model.tie_embeddings = False
+    c.model.update(model)
+    c.optim.learning_rate = 3e-4
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 1_000
+    c.train.total_steps = 10_000
+    return c

@@ -1,7 +1,6 @@
 """From config to objects: the only place where they meet. What is built is decided by values, never by the caller."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lm import (
     checkpoint,
@@ -20,10 +19,9 @@ from lm import (
     generate,
     objectives,
     optim,
+    program,
     replay,
-    selection,
     sharding,
-    step,
     transfer,
     trees,
 )
@@ -31,7 +29,7 @@ from lm.config import Config, DataConfig, MeshConfig
 from lm.data import examples, pipeline, sources
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
-from lm.models import adapters, families, transformer
+from lm.models import adapters, transformer
 from lm.schema import ConfigError
 from lm.types import Batch, ModelFns, Outputs, TrainState
 
@@ -126,7 +124,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     longest = max(cfg.data.seq_len, cfg.data.target_len)
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
     cfg = dataclasses.replace(cfg, model=resolved)
-    model = make_model(cfg, jnp.float32)
+    model = program.make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     adapters.check(cfg.adapter, trees.flatten(abstract))
     # Rules are checked now, on a schedule that always fits; the real one waits for the data's size.
@@ -137,11 +135,6 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     axes = trees.flatten(model.logical_axes())
     other = replay.source(cfg, workdir, init)
     return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused, anchored, other)
-
-
-def make_model(cfg: Config, dtype: Any) -> ModelFns:
-    """The functions of the model that `model.kind` names, with the head that the objective needs."""
-    return families.MODELS[cfg.model.kind](cfg, objectives.OBJECTIVES[cfg.objective].head(cfg), dtype)
 
 
 def predicts_tokens(cfg: Config) -> bool:
@@ -178,72 +171,30 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
 
-    size: dict[str, Any] = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len}
-    size["epoch_examples"] = data.epoch_examples
-    total_steps = cfg.train.total.to_steps(**size)
-    optimizer = optim.build(
-        cfg.optim,
-        planned.abstract_params,
-        total_steps=total_steps,
-        warmup_steps=cfg.optim.warmup.to_steps(**size),
-        decay_steps=cfg.optim.decay.to_steps(**size),
+    made = program.make(
+        cfg,
+        mesh,
+        words,
+        abstract_params=planned.abstract_params,
+        logical_axes=planned.logical_axes,
+        anchored=planned.anchored,
+        epoch_examples=data.epoch_examples,
     )
-    model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
     objective = objectives.OBJECTIVES[cfg.objective]
-    loss_fn = objective.loss(model.apply, cfg, words)
-    train_step = functools.partial(
-        step.train_step,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        seed=cfg.seed,
-        micro_batches=cfg.train.micro_batches,
-        ema_decay=cfg.optim.ema_decay,
-        mixout=cfg.optim.mixout,
-    )
-    state_shardings = _state_shardings(planned, optimizer, mesh, use_ema=cfg.optim.ema_decay > 0)
-    init_state = functools.partial(
-        step.init_state, optimizer=optimizer, use_ema=cfg.optim.ema_decay > 0, anchored=planned.anchored
-    )
-    shapes = jax.eval_shape(init_state, planned.abstract_params)
-    abstract_state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, state_shardings
-    )
-    everywhere = sharding.replicated(mesh)
-    eval_step = functools.partial(step.eval_step, loss_fn=loss_fn)
-    batch = abstract_batch(cfg, mesh, checks.eval_batch_size(cfg))
-    checks.metric(cfg, eval_step, planned.abstract_params, batch, objective.scores(cfg))
+    batch = program.abstract_batch(cfg, mesh, checks.eval_batch_size(cfg))
+    checks.metric(cfg, made.eval_step, planned.abstract_params, batch, objective.scores(cfg))
+    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
     return Run(
+        **made._asdict(),
         cfg=cfg,
         mesh=mesh,
-        model=model,
         tokenizer=words,
         prompts=prompts,
         data=data,
-        optimizer=optimizer,
-        total_steps=total_steps,
         every={"eval": cfg.eval.every.to_steps(**size), "checkpoint": cfg.checkpoint.every.to_steps(**size)},
-        state_shardings=state_shardings,
-        abstract_state=abstract_state,
-        init_state=init_state,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
-        eval_step=jax.jit(eval_step, out_shardings=everywhere),
         score=objective.score,
         replay=planned.replay,
     )
-
-
-def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and sharding of a batch of `rows` rows."""
-    task, where = TASKS[cfg.data.task], sharding.batch_sharding(mesh)
-    columns = (task.batch or task.columns)(cfg) | {"row_weights": ((), jnp.float32), "example_index": ((), jnp.int32)}
-    return {key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where) for key, (shape, dtype) in columns.items()}
-
-
-def compute_dtype(name: str, mesh: Mesh) -> Any:
-    """'auto' is bfloat16 where the hardware multiplies it natively; CPUs do not."""
-    if name == "auto":
-        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def tokenizer_for(
@@ -306,22 +257,6 @@ def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
     if not any(anchored.values()):
         raise ConfigError(f"{wanted[0]} draws parameters to where 'init_from' had them, but nothing comes from one")
     return anchored
-
-
-def _state_shardings(planned: Plan, optimizer: optim.Optimizer, mesh: Mesh, *, use_ema: bool) -> Any:
-    specs = {path: sharding.spec(axes) for path, axes in planned.logical_axes.items()}
-    abstract_trained = selection.trained_part(optimizer.selection, planned.abstract_params)
-    trained = trees.map_with_path(lambda path, _: specs[path], abstract_trained)
-    whole: Any = PartitionSpec()
-    tree = TrainState(
-        step=whole,
-        params=trees.unflatten(specs),
-        opt_state=optim.state_specs(optimizer, abstract_trained, trained),
-        ema=trained if use_ema else None,
-        skipped=whole,
-        start=trees.select(trained, planned.anchored) if planned.anchored else None,
-    )
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def data_iterator(run: Run, start_example: int) -> Any:
@@ -391,6 +326,6 @@ def read_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), planned.abstract_params
     )
-    model = make_model(planned.cfg, compute_dtype(cfg.model.dtype, mesh))
+    model = program.make_model(planned.cfg, program.compute_dtype(cfg.model.dtype, mesh))
     params, _ = transfer.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
     return planned, model, params

@@ -1,6 +1,24 @@
 """What the command lines of `lm.main` and the tools share."""
 
+import os
+
 from absl import app, logging
+
+# XLA may cut a matrix product in pieces, to send each as soon as it is done. It pays on v5e, whose links are slow, for
+# weights of some size (MiB); the pieces of smaller ones leave the matrix unit half empty (docs/performance.md).
+WINDOWED_FROM_MIB = {"v5e": 24}
+
+
+def libtpu(chip: str) -> str:
+    """Flags of the TPU compiler that help on a chip, as LIBTPU_INIT_ARGS takes them; `chip`: 'v5e', 'v5p', ..."""
+    return f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={WINDOWED_FROM_MIB.get(chip, 1_000_000)}"
+
+
+def set_libtpu() -> None:
+    """Sets them on a TPU VM, where the user has not set LIBTPU_INIT_ARGS; before JAX finds its devices."""
+    kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e").partition("-")[0]
+    if kind:
+        os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind))
 
 
 def parse(argv: list[str]) -> list[str]:

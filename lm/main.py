@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     try:
         cfg = config.build(_CONFIG.value)
+        lm_flags.set_libtpu()
         from lm import sharding, train  # imports JAX
 
         if _PRINT.value:

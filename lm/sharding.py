@@ -4,6 +4,7 @@ Arrays name their dimensions by logical axes ('batch', 'embed', …); `RULES` sa
 Axes are Auto: the compiler places what is not constrained, and a mesh of one device needs no second code path.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,9 +100,30 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return _constrain(x, spec(logical))
 
 
-def gather(w: jax.Array, *logical: str | None) -> jax.Array:
-    """A weight gathered over 'fsdp' for use (ZeRO-3); cast it to the compute dtype first, so that the cast travels."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(w: jax.Array, logical: LogicalAxes) -> jax.Array:
     return _constrain(w, spec(logical, without=("fsdp",)))
+
+
+def _gather_fwd(w: jax.Array, logical: LogicalAxes) -> tuple[jax.Array, None]:
+    # The constraint itself, which a remat policy knows not to keep (lm.models.blocks).
+    return _constrain(w, spec(logical, without=("fsdp",))), None
+
+
+def _gather_bwd(logical: LogicalAxes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Straight to where the weight lies: a reduce-scatter, where the transpose of the gather asks for an all-reduce.
+    return (_constrain(gradient, spec(logical)),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def gather(w: jax.Array, *logical: str | None) -> jax.Array:
+    """A weight gathered over 'fsdp' for use (ZeRO-3); cast it to the compute dtype first, so that the cast travels.
+
+    Its gradient is split as the weight is.
+    """
+    return _gather(w, logical)
 
 
 def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:
@@ -113,6 +135,15 @@ def is_distributed_trace() -> bool:
     """Whether what is being traced will run on more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
+
+
+def platform() -> str:
+    """What is being traced will run on this: 'cpu', 'gpu' or 'tpu', of the mesh set by `jax.set_mesh`; 'cpu' without.
+
+    The mesh may be of devices that are not there, as where `tools/plan.py` compiles for a TPU pod.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device else "cpu"
 
 
 def row_groups() -> int:

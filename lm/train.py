@@ -23,6 +23,7 @@ from lm import (
     generate,
     metrics,
     monitor,
+    program,
     report,
     schema,
     selection,
@@ -123,7 +124,7 @@ def loop(
 
     # Compiled once, ahead of time: a batch of another shape would be an error, never a silent recompilation.
     with watch.bucket("compile"):
-        batch_shape, eval_shape = (build.abstract_batch(cfg, run.mesh, rows) for rows in (batch_size, eval_rows))
+        batch_shape, eval_shape = (program.abstract_batch(cfg, run.mesh, rows) for rows in (batch_size, eval_rows))
         train_step = run.train_step.lower(run.abstract_state, batch_shape).compile()
         eval_step = run.eval_step.lower(run.abstract_state.params, eval_shape).compile()
     place, place_eval = build.placer(run.mesh, batch_size), build.placer(run.mesh, eval_rows)

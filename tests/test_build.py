@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, checkpoint, schema, sharding, step, trees
+from lm import build, checkpoint, program, schema, sharding, step, trees
 from lm.checkpoint import CheckpointError
 from lm.config import MeshConfig
 from lm.data import tokenizer
@@ -167,7 +167,7 @@ def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_pat
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 2, 16)
     shape = jax.eval_shape(lambda p: step.init_state(p, run.optimizer, use_ema=True), run.abstract_state.params)
     assert jax.tree.structure(shape) == jax.tree.structure(run.abstract_state)
-    got, batches = build.abstract_batch(run.cfg, run.mesh, 16), build.data_iterator(run, 0)
+    got, batches = program.abstract_batch(run.cfg, run.mesh, 16), build.data_iterator(run, 0)
     batch = build.placer(run.mesh, 16)(next(batches))
     batches.close()
     assert {key: (x.shape, x.dtype, x.sharding) for key, x in batch.items()} == {
@@ -176,7 +176,7 @@ def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_pat
 
 
 def test_the_compute_dtype_is_float32_on_cpus_unless_asked():
-    assert [build.compute_dtype(name, mesh()) for name in ("auto", "float32", "bfloat16")] == [
+    assert [program.compute_dtype(name, mesh()) for name in ("auto", "float32", "bfloat16")] == [
         jnp.float32,
         jnp.float32,
         jnp.bfloat16,

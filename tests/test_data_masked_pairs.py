@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import build, losses, objectives
+from lm import build, losses, objectives, program
 from lm.data import masked_pairs, pipeline, sources, tokenizer
 from tests import toys
 
@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_the_tokens_and_of_the_pairs(words, tmp_path):
     cfg = build.plan(settings(model__num_layers=1, model__dropout=0.0, data__seq_len=48), tmp_path).cfg
     _, [batch] = batches(cfg, words, 1)
     batch["loss_weights"][2] = 0  # a row that only fills up
-    model = build.make_model(cfg, np.float32)
+    model = program.make_model(cfg, np.float32)
     params = model.init(jax.random.key(0))
     loss = jax.jit(objectives.OBJECTIVES["mlm"].loss(model.apply, cfg, words))
     terms = loss(params, batch, None)

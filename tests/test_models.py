@@ -183,3 +183,41 @@ def test_bfloat16_gradients_of_tables_and_biases_are_summed_in_float32():
     x = jnp.ones((1, 1000, 4), jnp.bfloat16)
     grads = jax.grad(lambda p: dense.apply({"params": p}, x).sum().astype(jnp.float32))(params)
     np.testing.assert_array_equal(grads["bias"], [1000, 1000])
+
+
+@pytest.mark.parametrize(
+    ("window", "causal", "softcap"), [(0, True, 0.0), (0, False, 0.0), (32, True, 5.0), (32, False, 0.0)]
+)
+def test_the_tpu_kernel_is_the_plain_form(window, causal, softcap):
+    """Its values and gradients, run without a TPU: grouped heads, segments, padding, window and soft cap."""
+    rows, length, heads, kv_heads, width = 2, 256, 4, 2, 64
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(rows, length, heads, width)), jnp.float32)
+    key, value = (jnp.asarray(rng.normal(size=(rows, length, kv_heads, width)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray(np.repeat([[1, 1, 2, 3], [1, 2, 2, 0]], length // 4, axis=1), jnp.int32)
+    mask = attention.Mask(segments, segments, window, causal=causal)
+    assert attention.splash_fits(query, mask)
+    weights = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
+
+    def value_and_gradients(fn):
+        return jax.value_and_grad(lambda *args: (fn(*args) * weights).sum(), argnums=(0, 1, 2))(query, key, value)
+
+    total, gradients = value_and_gradients(lambda *args: attention.splash(*args, mask, softcap=softcap, interpret=True))
+    expected, others = value_and_gradients(lambda *args: attention._dense(*args, mask, softcap))
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    for found, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(found, other, rtol=0, atol=2e-5 * float(jnp.abs(other).max()))
+
+
+def test_what_the_tpu_kernel_lacks_is_left_to_the_plain_form():
+    query, segments = jnp.zeros((1, 256, 2, 8)), jnp.ones((1, 256), jnp.int32)
+    plain = attention.Mask(segments, segments, 0)
+    assert attention.splash_fits(query, plain)
+    for lacking in (
+        plain.replace(offset=3),
+        plain.replace(is_prefix_BxS=segments),
+        plain.replace(bias_HxLxS=jnp.zeros((2, 256, 256))),
+        plain.replace(key_segments_BxS=jnp.ones((1, 512), jnp.int32)),
+    ):
+        assert not attention.splash_fits(query, lacking)
+    assert not attention.splash_fits(query[:, :100], plain.replace(query_segments_BxL=segments[:, :100]))

@@ -112,7 +112,9 @@ def test_loss_and_every_gradient_leaf_equal_the_float64_reference(style, shards,
     assert_close(state.params, jax.tree.map(lambda g: g / weight, grads), 1e-5)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("full", 0), ("dots", 1), ("none", 0)])
+@pytest.mark.parametrize(
+    ("remat", "unroll"), [("full", 1), ("full", 0), ("minimal", 1), ("attention", 0), ("qkv", 1), ("none", 0)]
+)
 def test_remat_and_unrolling_change_no_gradient(remat, unroll):
     cfg, _, params, batch, (_, weight, grads) = expected("llama")
     other = dataclasses.replace(cfg, remat=remat, unroll=unroll)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ MODULES = (
     "lm.scores",
     "lm.selection",
     "lm.optim",
+    "lm.hlo",
     "lm.data.tokenizer",
     "lm.data.fields",
     "lm.data.records",
@@ -81,8 +83,10 @@ MODULES = (
     "lm.evaluate",
     "lm.generate",
     "lm.beam",
+    "lm.program",
     "lm.checks",
     "lm.build",
+    "lm.aot",
     # 6 and 7: the run and its flags
     "lm.train",
     "lm.main",
@@ -350,14 +354,18 @@ def test_there_is_no_other_way_of_a_batch():
     assert "token_cross_entropy" in losses
     for loss in losses:
         assert set(users(f"losses.{loss}")) <= {"objectives.py", *modules}, "only an objective computes a loss"
-    # build binds the loss and the optimizer to the step, train runs it
-    assert users("step.train_step") == ["build.py", "train.py"]
-    assert set(users("step.eval_step")) <= {"build.py", "checks.py", "evaluate.py", "train.py"}
+    # program binds the loss and the optimizer to the step, train runs it
+    assert users("step.train_step") == ["program.py", "train.py"]
+    assert set(users("step.eval_step")) <= {"program.py", "checks.py", "evaluate.py", "train.py"}
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
-RECIPES = [path.stem for path in python_files("configs") if path.stem not in ("common", "__init__")]
+RECIPES = [
+    path.relative_to(ROOT / "configs").with_suffix("").as_posix().replace("/", ".")
+    for path in python_files("configs")
+    if path.stem not in ("common", "__init__")
+]
 
 
 def test_there_are_recipes():
@@ -367,6 +375,6 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_builds(recipe):
     module = importlib.import_module(f"configs.{recipe}")
-    assert "lm.main --config=configs/" in (module.__doc__ or ""), "a recipe's docstring gives its command"
+    assert re.search("lm.main .*--config=configs/", module.__doc__ or ""), "a recipe's docstring gives its command"
     config = config_lib.build(module.get_config())
     assert isinstance(config, config_lib.Config)

@@ -2,13 +2,23 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm import sharding
+
+# The result of attention, in a remat policy (lm.models.blocks).
+NAME = "attention"
 
 # Query rows computed together on one device when there is no cache: later keys of a causal mask are never touched.
 QUERY_BLOCKS = 4
+# Positions of queries and of keys that the TPU kernel holds at once: the largest that divides the row.
+SPLASH_BLOCKS = (1024, 512, 256, 128)
+SPLASH_TILE = 128
 
 
 @flax.struct.dataclass
@@ -58,12 +68,82 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention; query head h reads key/value head h // (H / K).
 
-    The one place where a backend is chosen: causal query blocks where keys and queries are the same positions,
-    the plain form when decoding from a cache.
+    The one place where a backend is chosen: a kernel on TPU, causal query blocks where keys and queries are the same
+    positions, the plain form when decoding from a cache.
 
     Returns:
       [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
     """
+    if sharding.platform() == "tpu" and splash_fits(query_BxLxHxE, mask):
+        return splash(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap=softcap)
+    return checkpoint_name(_in_blocks(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap), NAME)
+
+
+def splash_fits(query_BxLxHxE: jax.Array, mask: Mask) -> bool:
+    """Whether the TPU kernel has this mask: no cache, prefix or bias, and rows that it can tile."""
+    plain = mask.offset is None and mask.is_prefix_BxS is None and mask.bias_HxLxS is None
+    same = mask.query_segments_BxL.shape == mask.key_segments_BxS.shape
+    return plain and same and query_BxLxHxE.shape[1] % SPLASH_TILE == 0
+
+
+def splash(
+    query_BxLxHxE: jax.Array,
+    key_BxLxKxE: jax.Array,
+    value_BxLxKxE: jax.Array,
+    mask: Mask,
+    *,
+    softcap: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's splash attention (block-sparse flash attention for TPU): scores are never held, hidden blocks not computed.
+
+    Rows and heads stay on their devices. Arguments as `attend`; `interpret` runs it without a TPU, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, _, width = query_BxLxHxE.shape[1:]
+    shape = (length, length)
+    reach = mask.window - 1 if mask.window else None
+    if reach is not None:
+        seen: Any = masks.LocalMask(shape, (reach, 0 if mask.causal else reach), 0)
+    else:
+        seen = masks.CausalMask(shape) if mask.causal else masks.FullMask(shape)
+    block = max(size for size in SPLASH_BLOCKS if length % size == 0)
+    sizes = kernel.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+    )
+
+    def on_device(query: jax.Array, key: jax.Array, value: jax.Array, segments_BxL: jax.Array) -> jax.Array:
+        attend_heads = kernel.make_splash_mha(
+            masks.MultiHeadMask([seen] * query.shape[2]),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap or None,
+            residual_checkpoint_name=NAME,
+            interpret=interpret,
+        )
+
+        def row(query_HxLxE: jax.Array, key: jax.Array, value: jax.Array, segments_L: jax.Array) -> jax.Array:
+            return attend_heads(query_HxLxE, key, value, kernel.SegmentIds(segments_L, segments_L))
+
+        query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        return jax.vmap(row)(query, key, value, segments_BxL).transpose(0, 2, 1, 3)
+
+    query_BxLxHxE = (query_BxLxHxE / math.sqrt(width)).astype(query_BxLxHxE.dtype)
+    split = [sharding.spec(("batch", None, name, None)) for name in ("heads", "kv_heads", "kv_heads")]
+    arrays = (query_BxLxHxE, key_BxLxKxE, value_BxLxKxE, mask.query_segments_BxL)
+    if not sharding.is_distributed_trace():
+        return on_device(*arrays)
+    rows = sharding.spec(("batch", None))
+    return jax.shard_map(on_device, in_specs=(*split, rows), out_specs=split[0], check_vma=False)(*arrays)
+
+
+def _in_blocks(
+    query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, softcap: float
+) -> jax.Array:
+    """Causal query blocks, whose later keys are never touched; all at once where that does not fit the mask."""
     length = query_BxLxHxE.shape[1]
     sees_later = not mask.causal or mask.is_prefix_BxS is not None
     if sees_later or mask.offset is not None or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:

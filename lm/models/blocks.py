@@ -13,18 +13,23 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.config import AdapterConfig, ModelConfig
-from lm.models import adapters, layers
+from lm.models import adapters, attention, layers
 from lm.models.attention import Mask, attend
 from lm.models.layers import fold
 
-# What is kept of a layer's forward pass for its backward pass; the rest is computed again.
+# What is kept of a layer's forward pass for its backward pass, by the names of `checkpoint_name`; the rest is computed
+# again. A weight gathered over 'fsdp' is never kept, but gathered again, or every layer's would be held (ZeRO-3).
+_QKV = ("query", "key", "value")
+_names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
-    # All but what only moves: a weight gathered over 'fsdp' is gathered again, or every layer's would be held (ZeRO-3).
     "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of weight matmuls
+    "minimal": _names(*_QKV, attention.NAME, "out", "gate", "up"),  # all matmuls but the last, whose result none needs
+    "attention": _names(*_QKV, attention.NAME),
+    "qkv": _names(*_QKV),
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
 }
 
@@ -142,11 +147,10 @@ class Attention(nn.Module):
         self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, cache_kv: Any, keys_B: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
-        query_BxLxHxE = _heads(self, "query", cfg.num_heads, x_BxLxD, keys_B)
-        key, value = (_heads(self, name, cfg.num_kv_heads, x_BxLxD, keys_B) for name in ("key", "value"))
-        if cfg.position == "rope":
-            query_BxLxHxE = layers.rope(query_BxLxHxE, positions_BxL, cfg.rope_theta)
-            key = layers.rope(key, positions_BxL, cfg.rope_theta)
+        turned = positions_BxL if cfg.position == "rope" else None
+        query_BxLxHxE = _heads(self, "query", cfg.num_heads, x_BxLxD, keys_B, turned)
+        key = _heads(self, "key", cfg.num_kv_heads, x_BxLxD, keys_B, turned)
+        value = _heads(self, "value", cfg.num_kv_heads, x_BxLxD, keys_B)
         if cache_kv is not None:
             at: Any = (0, mask.offset, 0, 0)
             key, value = (
@@ -178,16 +182,29 @@ class CrossAttention(nn.Module):
         return _output(self, y_BxLxHxE, keys_B), cache_kv
 
 
-def _heads(module: Any, name: str, heads: int, x_BxLxD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """The query, key or value of each head, [B, L, heads, E]; inside the call of an attention `module`."""
+def _heads(
+    module: Any,
+    name: str,
+    heads: int,
+    x_BxLxD: jax.Array,
+    keys_B: jax.Array | None,
+    turned_BxL: jax.Array | None = None,
+) -> jax.Array:
+    """The query, key or value of each head, [B, L, heads, E]; inside the call of an attention `module`.
+
+    `turned_BxL`: the positions by which rotary embedding turns them.
+    """
     cfg, axis = module.cfg, "heads" if name == "query" else "kv_heads"
     dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
     y = dense(heads * cfg.head_dim, ("embed", axis), name=name)(x_BxLxD, keys_B)
     y = sharding.constrain(y, "batch", "length", axis)
     y = y.reshape(*y.shape[:2], heads, cfg.head_dim)
-    if cfg.qk_norm and name != "value":
-        y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(y)
-    return y
+    is_normed = cfg.qk_norm and name != "value"
+    if is_normed:  # whose backward pass needs what it was given
+        y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(checkpoint_name(y, name))
+    if turned_BxL is not None:
+        y = layers.rope(y, turned_BxL, cfg.rope_theta)
+    return y if is_normed else checkpoint_name(y, name)
 
 
 def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.Array:
@@ -195,7 +212,7 @@ def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
     dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
     out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=_residual_init(cfg), name="out")
-    return out(y_BxLxHE, keys_B)
+    return checkpoint_name(_apart(out(y_BxLxHE, keys_B)), "out")
 
 
 class Mlp(nn.Module):
@@ -212,11 +229,18 @@ class Mlp(nn.Module):
 
         def widen(name: str) -> jax.Array:
             y = dense(cfg.mlp_dim, ("embed", "mlp"), name=name)(x_BxLxD, keys_B)
-            return sharding.constrain(y, "batch", "length", "mlp")
+            return checkpoint_name(sharding.constrain(y, "batch", "length", "mlp"), name)
 
         y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
+        y_BxLxF = _apart(y_BxLxF)
         down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=_residual_init(cfg), name="down")
         return down(y_BxLxF, keys_B)
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    """Keeps a TPU's compiler from computing what follows inside the matmul before it (in the backward pass: what
+    precedes inside that after it), where it slows the matrix unit down by more than a pass over memory costs."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _residual_init(cfg: ModelConfig) -> layers.Init:

@@ -1,0 +1,397 @@
+"""Reads a compiled program (HLO text): what it multiplies, what it sends, how often each loop runs.
+
+XLA's own `cost_analysis` counts the body of a loop once, so that a scanned model looks as cheap as one layer; here
+everything is multiplied out. Plain text in, numbers out: no JAX.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+ITEM_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "f8e4m3"), 1),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+    "c128": 16,
+}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_OP = re.compile(r"\s+(ROOT )?(%[\w.\-]+) = ")
+
+
+class Array(NamedTuple):
+    """Type of an array: dtype as HLO names it, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size without padding."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+
+class Op(NamedTuple):
+    """One instruction.
+
+    Attributes:
+      name: with its %.
+      opcode: 'fusion', 'dot', ...
+      result: its type as written, layouts included.
+      operands: names.
+      text: all from the opcode on.
+      is_root: whether it is what its computation returns.
+    """
+
+    name: str
+    opcode: str
+    result: str
+    operands: tuple[str, ...]
+    text: str
+    is_root: bool
+
+    def attribute(self, pattern: str) -> str:
+        """First group of a regular expression in the text, '' where it does not match."""
+        found = re.search(pattern, self.text)
+        return found[1] if found else ""
+
+
+class Program(NamedTuple):
+    """Computations by name, each name -> op in order, and which is run."""
+
+    computations: dict[str, dict[str, Op]]
+    entry: str
+
+
+class Collective(NamedTuple):
+    """One kind of communication.
+
+    Attributes:
+      kind: of `COLLECTIVES`.
+      devices: in a group.
+      dtype: of the first array that travels.
+      is_async: whether computation may go on meanwhile.
+      times: how often, loops multiplied out.
+      bytes: that arrive at or leave a device each time: all of what is gathered, all of what is reduced.
+    """
+
+    kind: str
+    devices: int
+    dtype: str
+    is_async: bool
+    times: int
+    bytes: int
+
+
+def arrays(text: str) -> list[Array]:
+    """The arrays of a type, also of a tuple. Example: '(f32[2,3]{1,0}, s32[])' -> f32 (2, 3) and s32 ()."""
+    found = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text))
+    return [Array(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found if dtype in ITEM_BYTES]
+
+
+def parse(text: str) -> Program:
+    """HLO text as `compiled.as_text()` gives it.
+
+    Raises:
+      ValueError: there is no ENTRY.
+    """
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}\}", "kernel_metadata={}}", text, flags=re.S)  # Pallas: over three lines
+    computations: dict[str, dict[str, Op]] = {}
+    current: dict[str, Op] | None = None
+    entry = ""
+    for line in text.splitlines():
+        if line[:1] not in (" ", ""):
+            head = re.match(r"(ENTRY )?(%[\w.\-]+) \(", line)
+            current = computations.setdefault(head[2], {}) if head and line.rstrip().endswith("{") else None
+            entry = head[2] if head and head[1] else entry
+        elif current is not None and (start := _OP.match(line)):
+            rest = line[start.end() :]
+            end = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
+            result, rest = rest[:end], rest[end:].lstrip()
+            opening = rest.index("(")
+            inside = rest[opening : _closing(rest, opening) + 1]
+            operands = tuple(re.findall(r"%[\w.\-]+", inside))
+            current[start[2]] = Op(start[2], rest[:opening], result, operands, rest, bool(start[1]))
+    if not entry:
+        raise ValueError("no ENTRY computation: expected the text of a compiled program")
+    return Program(computations, entry)
+
+
+def _closing(text: str, at: int) -> int:
+    depth = 0
+    for i in range(at, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    return len(text) - 1
+
+
+def walk(program: Program) -> Iterator[tuple[str, Op, int]]:
+    """(computation, op, how often it runs) of every op that a device executes; fusions are one op."""
+
+    def visit(name: str, times: int) -> Iterator[tuple[str, Op, int]]:
+        for op in program.computations[name].values():
+            if op.opcode == "while":
+                yield from visit(op.attribute(r"body=(%[\w.\-]+)"), times * trip_count(program, name, op))
+            elif op.opcode in ("call", "conditional"):
+                for callee in re.findall(r"(?:to_apply|\w+_computation)=(%[\w.\-]+)", op.text):
+                    yield from visit(callee, times)
+            else:
+                yield name, op, times
+
+    return visit(program.entry, 1)
+
+
+def trip_count(program: Program, where: str, loop: Op) -> int:
+    """How often a loop of a fixed number of turns runs: its counter goes up from 0 to below a constant.
+
+    Raises:
+      ValueError: it is no such loop.
+    """
+    known = loop.attribute(r'known_trip_count\\?"?:\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)')
+    if known:
+        return int(known)
+    condition, body = (program.computations[loop.attribute(rf"{part}=(%[\w.\-]+)")] for part in ("condition", "body"))
+    unreadable = ValueError(f"{loop.name}: how often it runs cannot be read from its condition")
+    compared = next((op for op in _ops_inside(program, condition) if op.opcode == "compare"), None)
+    if compared is None or "direction=LT" not in compared.text:
+        raise unreadable
+    root = next(op for op in condition.values() if op.is_root)
+    carried = [op for op in map(condition.get, root.operands) if op and op.opcode == "get-tuple-element"]
+    indices = [int(op.attribute(r"index=(\d+)")) for op in carried]
+    bounds = _constants(program, condition, condition)
+    start = program.computations[where][loop.operands[0]].operands
+    if not bounds and len(indices) == 2:  # the bound is carried too: of the two it is the one that starts above 0
+        begins = [_constants(program, program.computations[where], [start[index]]) for index in indices]
+        bounds = {value for values in begins for value in values if value > 0}
+        indices = [index for index, values in zip(indices, begins, strict=True) if values != bounds]
+    update = next(op for op in body.values() if op.is_root).operands[indices[0]] if len(indices) == 1 else ""
+    steps = _constants(program, body, [update, *body[update].operands]) if update in body else set()
+    if len(bounds) != 1 or len(steps) != 1:
+        raise unreadable
+    return math.ceil(bounds.pop() / steps.pop())
+
+
+def _constants(program: Program, computation: dict[str, Op], names: Iterable[str]) -> set[int]:
+    """Values of those of the named ops that are constants, also inside a fusion or behind a copy."""
+    found = set()
+    for name in names:
+        op = computation.get(name)
+        if op is None:
+            continue
+        inside = program.computations.get(op.attribute(r"calls=(%[\w.\-]+)"), {})
+        found |= _constants(program, inside, inside)
+        if op.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
+            found |= _constants(program, computation, op.operands)
+        value = op.attribute(r"^constant\((-?\d+)\)")
+        found |= {int(value)} if value else set()
+    return found
+
+
+def _ops_inside(program: Program, computation: dict[str, Op]) -> Iterator[Op]:
+    """Its ops and those of its fusions."""
+    for op in computation.values():
+        yield op
+        called = op.attribute(r"calls=(%[\w.\-]+)")
+        if called:
+            yield from _ops_inside(program, program.computations[called])
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+def flops(program: Program) -> float:
+    """FLOPs of all matrix products of one run, those of attention kernels included, loops multiplied out."""
+    return sum(
+        times * (op_flops(program, where, op) + kernel_flops(program, where, op)) for where, op, times in walk(program)
+    )
+
+
+def op_flops(program: Program, where: str, op: Op) -> float:
+    """FLOPs of the matrix products in one op, those inside a fusion included."""
+    called = op.attribute(r"calls=(%[\w.\-]+)")
+    return _called_flops(_Key(program), called) if called else _product_flops(program, where, op)
+
+
+class _Key:
+    """A program as a key of a cache, by identity."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __hash__(self) -> int:
+        return id(self.program.computations)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.program.computations is self.program.computations
+
+
+@functools.lru_cache(maxsize=100_000)
+def _called_flops(key: _Key, name: str) -> float:
+    program = key.program
+    return sum(op_flops(program, name, op) for op in program.computations.get(name, {}).values())
+
+
+def _product_flops(program: Program, where: str, op: Op) -> float:
+    """2 x (entries of the result) x (length of the contraction), of a dot or of a convolution that is one."""
+    if op.opcode not in ("dot", "convolution"):
+        return 0.0
+    left, right = (arrays(program.computations[where][name].result)[0].shape for name in op.operands[:2])
+    result = arrays(op.result)[0].shape
+    if op.opcode == "dot":
+        dims = op.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+        return 2.0 * math.prod(result) * math.prod(left[int(d)] for d in dims.split(",") if d)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
+    if labels is None:
+        raise ValueError(f"{op.name}: a convolution without dim_labels")
+    of_left, of_right, of_result = labels.groups()
+    flops = 2.0 * right[of_right.index("i")] * result[of_result.index("f")] * result[of_result.index("b")]
+    window = dict(pair.split("=") for pair in op.attribute(r"window=\{([^}]*)\}").split())
+    for number, label in enumerate(c for c in of_left if c.isdigit()):
+        option = {key: value.split("x")[number] for key, value in window.items()}
+        flops *= _window_products(left[of_left.index(label)], result[of_result.index(label)], option)
+    return flops / int(op.attribute(r"batch_group_count=(\d+)") or 1)
+
+
+def _window_products(inputs: int, outputs: int, option: dict[str, str]) -> int:
+    """How many pairs of a window's places and an input meet along one dimension, padding and dilation left out."""
+    size, stride = int(option.get("size", 1)), int(option.get("stride", 1))
+    low = int(option.get("pad", "0_0").split("_")[0])
+    stretch, spread = int(option.get("lhs_dilate", 1)), int(option.get("rhs_dilate", 1))
+    if size == 1 and stride == 1 and low == 0 and stretch == 1:
+        return outputs
+    starts = range(-low, -low + outputs * stride, stride)
+    places = (start + k * spread for start in starts for k in range(size))
+    return sum(place % stretch == 0 and 0 <= place // stretch < inputs for place in places)
+
+
+# Communication --------------------------------------------------------------------------------------------------------
+
+
+def collectives(program: Program) -> list[Collective]:
+    """All communication of one run, also what is fused with computation."""
+    found = []
+    for where, op, times in walk(program):
+        for inside, each, fused in _communicating(program, where, op):
+            kind = each.opcode.removesuffix("-start")
+            is_async = each.opcode.endswith("-start") or (fused and _is_async(program, op))
+            operands = [
+                array
+                for name in each.operands
+                if name in program.computations[inside]
+                for array in arrays(program.computations[inside][name].result)[:1]
+            ]
+            sent = sum(array.bytes for array in operands)
+            devices = _group_size(program, each)
+            if kind == "all-gather":
+                sent *= devices
+            if devices > 1 and operands:
+                found.append(Collective(kind, devices, operands[0].dtype, is_async, times, sent))
+    return found
+
+
+def _communicating(program: Program, where: str, op: Op) -> Iterator[tuple[str, Op, bool]]:
+    if op.opcode.removesuffix("-start") in COLLECTIVES:
+        yield where, op, False
+    elif op.opcode in ("fusion", "async-start"):
+        called = op.attribute(r"calls=(%[\w.\-]+)")
+        inside = program.computations.get(called, {})
+        targets = " ".join(each.text for each in inside.values() if each.opcode == "custom-call")
+        # Fusions carry a collective on from its start to its end; it is counted at the start.
+        if targets and "AsyncCollectiveStart" not in targets:
+            return
+        for each in inside.values():
+            carried = "async_collective_fusion_config" in each.text and not targets
+            if each.opcode.removesuffix("-start") in COLLECTIVES and not carried:
+                yield called, each, True
+
+
+def _is_async(program: Program, op: Op) -> bool:
+    inside = program.computations.get(op.attribute(r"calls=(%[\w.\-]+)"), {})
+    return op.opcode == "async-start" or any("AsyncCollectiveStart" in each.text for each in inside.values())
+
+
+def _group_size(program: Program, op: Op) -> int:
+    """Devices that talk to each other, of the several ways in which HLO writes groups."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", op.text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", op.text):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", op.text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
+    return 2 if "source_target_pairs=" in op.text else 1
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+def kernel_flops(program: Program, where: str, op: Op, lanes: int = 1) -> float:
+    """FLOPs of a splash attention kernel, causal, from its queries [(rows,) heads, length, width]; else 0.
+
+    It says nothing of its cost. Forward: scores and their sum over values; backward: the four products that these
+    two give, without the scores that it makes again. The width is filled up to a multiple of `lanes`.
+    """
+    if op.opcode != "custom-call" or "tpu_custom_call" not in op.text or "splash" not in op.text:
+        return 0.0
+    shapes = [
+        array.shape
+        for name in op.operands
+        if name in program.computations[where]
+        for array in arrays(program.computations[where][name].result)
+        if array.dtype in ("bf16", "f32") and len(array.shape) in (3, 4) and array.shape[-1] >= 32
+    ]
+    if not shapes:
+        return 0.0
+    shapes.sort(key=len, reverse=True)  # a device with one row drops that axis
+    *rows, length, width = shapes[0]
+    width = math.ceil(width / lanes) * lanes
+    products = 4 if "dkv" in op.attribute(r'op_name="([^"]*)"') else 2
+    blocks = max(length // 512, 1)
+    return products * 2.0 * math.prod(rows) * length**2 * width * (blocks + 1) / (2 * blocks)
+
+
+def hbm_bytes(program: Program, where: str, op: Op) -> float:
+    """Bytes that an op moves to and from HBM: operands and result, or what is sliced of them and written into them."""
+    known = program.computations[where]
+    inside = program.computations.get(op.attribute(r"calls=(%[\w.\-]+)"), {}) if op.opcode == "fusion" else {}
+    parameters = {
+        int(each.attribute(r"parameter\((\d+)\)")): each for each in inside.values() if each.opcode == "parameter"
+    }
+    total = 0.0
+    for number, name in enumerate(op.operands):
+        whole = _far_bytes(known[name].result) if name in known else 0
+        total += min(whole, _read_of(inside, parameters[number].name)) if number in parameters else whole
+    written = _far_bytes(op.result)
+    for each in inside.values():
+        if each.opcode == "dynamic-update-slice":
+            update = inside.get(each.operands[1])
+            written -= _far_bytes(each.result) - (_far_bytes(update.result) if update else 0)
+    return total + max(written, 0)
+
+
+_NEAR = re.compile(r"[a-z]\w*\[[\d,]*\]\{[^{}]*S\([1-9]\)[^{}]*\}")  # an array in the chip's vector memory
+
+
+def _far_bytes(text: str) -> int:
+    return sum(array.bytes for array in arrays(_NEAR.sub("", text)))
+
+
+def _read_of(inside: dict[str, Op], name: str) -> float:
+    """Bytes that a fusion reads of its parameter `name`."""
+    read = 0.0
+    for each in inside.values():
+        if name not in each.operands:
+            continue
+        if each.opcode in ("bitcast", "reshape", "copy", "convert", "transpose"):
+            read = max(read, _read_of(inside, each.name))
+        elif each.opcode in ("dynamic-slice", "slice", "gather") and each.operands[0] == name:
+            read = max(read, _far_bytes(each.result))
+        elif each.opcode == "dynamic-update-slice" and each.operands[0] == name:
+            continue
+        else:
+            return math.inf
+    return read

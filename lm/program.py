@@ -1,0 +1,144 @@
+"""The step functions of a run and what they work on, as shapes: all that a compiler needs, and no data."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm import objectives, optim, selection, sharding, step, trees
+from lm.config import Config
+from lm.data.tasks import TASKS
+from lm.models import families
+from lm.types import ModelFns, Params, TrainState
+
+
+class Program(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+      model: functions of the model.
+      optimizer: with its real schedule.
+      total_steps: of the run.
+      state_shardings: where each leaf of a `TrainState` lies.
+      abstract_state: shapes, dtypes and shardings of the state.
+      init_state: params -> the state before the first step.
+      train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
+      eval_step: (params, batch) -> (metrics, outputs), jitted.
+    """
+
+    model: ModelFns
+    optimizer: optim.Optimizer
+    total_steps: int
+    state_shardings: Any
+    abstract_state: TrainState
+    init_state: Callable[[Any], TrainState]
+    train_step: Any
+    eval_step: Any
+
+
+def make(
+    cfg: Config,
+    mesh: Mesh,
+    words: Any,
+    *,
+    abstract_params: Params,
+    logical_axes: Mapping[str, sharding.LogicalAxes],
+    anchored: Mapping[str, bool] | None,
+    epoch_examples: int,
+) -> Program:
+    """Makes the step functions; nothing is compiled, no array made, no device touched.
+
+    Args:
+      cfg: resolved.
+      mesh: the devices; they need not be there.
+      words: the run's tokenizer, or what stands for it.
+      abstract_params: shapes and dtypes of all parameters.
+      logical_axes: path -> logical axis names.
+      anchored: see `lm.step.init_state`.
+      epoch_examples: rows of an epoch, which durations may be counted in.
+
+    Raises:
+      ConfigError, ValueError: as `lm.optim.build`.
+    """
+    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": epoch_examples}
+    total_steps = cfg.train.total.to_steps(**size)
+    optimizer = optim.build(
+        cfg.optim,
+        abstract_params,
+        total_steps=total_steps,
+        warmup_steps=cfg.optim.warmup.to_steps(**size),
+        decay_steps=cfg.optim.decay.to_steps(**size),
+    )
+    model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
+    loss_fn = objectives.OBJECTIVES[cfg.objective].loss(model.apply, cfg, words)
+    train_step = functools.partial(
+        step.train_step,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        seed=cfg.seed,
+        micro_batches=cfg.train.micro_batches,
+        ema_decay=cfg.optim.ema_decay,
+        mixout=cfg.optim.mixout,
+    )
+    use_ema = cfg.optim.ema_decay > 0
+    init_state = functools.partial(step.init_state, optimizer=optimizer, use_ema=use_ema, anchored=anchored)
+    shardings = _state_shardings(optimizer, mesh, abstract_params, logical_axes, anchored, use_ema)
+    shapes = jax.eval_shape(init_state, abstract_params)
+    everywhere = sharding.replicated(mesh)
+    return Program(
+        model=model,
+        optimizer=optimizer,
+        total_steps=total_steps,
+        state_shardings=shardings,
+        abstract_state=jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+        ),
+        init_state=init_state,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        eval_step=jax.jit(functools.partial(step.eval_step, loss_fn=loss_fn), out_shardings=everywhere),
+    )
+
+
+def make_model(cfg: Config, dtype: Any) -> ModelFns:
+    """The functions of the model that `model.kind` names, with the head that the objective needs."""
+    return families.MODELS[cfg.model.kind](cfg, objectives.OBJECTIVES[cfg.objective].head(cfg), dtype)
+
+
+def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and sharding of a batch of `rows` rows."""
+    task, where = TASKS[cfg.data.task], sharding.batch_sharding(mesh)
+    columns = (task.batch or task.columns)(cfg) | {"row_weights": ((), jnp.float32), "example_index": ((), jnp.int32)}
+    return {key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where) for key, (shape, dtype) in columns.items()}
+
+
+def compute_dtype(name: str, mesh: Mesh) -> Any:
+    """'auto' is bfloat16 where the hardware multiplies it natively; CPUs do not."""
+    if name == "auto":
+        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _state_shardings(
+    optimizer: optim.Optimizer,
+    mesh: Mesh,
+    abstract_params: Params,
+    logical_axes: Mapping[str, sharding.LogicalAxes],
+    anchored: Mapping[str, bool] | None,
+    use_ema: bool,
+) -> Any:
+    specs = {path: sharding.spec(axes) for path, axes in logical_axes.items()}
+    abstract_trained = selection.trained_part(optimizer.selection, abstract_params)
+    trained = trees.map_with_path(lambda path, _: specs[path], abstract_trained)
+    whole: Any = PartitionSpec()
+    tree = TrainState(
+        step=whole,
+        params=trees.unflatten(specs),
+        opt_state=optim.state_specs(optimizer, abstract_trained, trained),
+        ema=trained if use_ema else None,
+        skipped=whole,
+        start=trees.select(trained, anchored) if anchored else None,
+    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))

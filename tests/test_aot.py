@@ -1,0 +1,137 @@
+"""lm/aot.py and tools/plan.py: the plan of a small model, by the real TPU compiler."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm import aot
+from lm.schema import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler here: pip install 'lm[tpu]'"
+)
+LAYERS, WIDTH, INNER, VOCAB, LENGTH = 3, 256, 512, 1024, 256
+CHIPS, ROWS = 4, 8
+SMALL = {
+    "model.num_layers": LAYERS,
+    "model.embed_dim": WIDTH,
+    "model.num_heads": 2,
+    "model.mlp_dim": INNER,
+    "tokenizer.vocab_size": VOCAB,
+    "model.vocab_size": VOCAB,
+    "data.seq_len": LENGTH,
+    "data.batch_size": ROWS,
+    "mesh.fsdp": CHIPS,
+}
+
+
+def plan(tmp_path, *arguments, code=0, **changes):
+    """(figures, program, what was printed) of tools/plan.py on the benchmark's recipe, made small."""
+    files = [tmp_path / "plan.json", tmp_path / "program.txt"]
+    keys = [f"--config.{key}={value}" for key, value in (SMALL | changes).items()]
+    command = [sys.executable, "tools/plan.py", "--config=configs/bench/v5e16_124m.py", "--topology=v5e:2x2"]
+    command += [*keys, *arguments, f"--json={files[0]}", f"--dump_hlo={files[1]}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    figures = json.loads(files[0].read_text()) if files[0].exists() else {}
+    return figures, files[1].read_text() if files[1].exists() else "", done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The plan of the small model itself."""
+    return plan(tmp_path_factory.mktemp("plan"), "--tokens=1e9", "--dollars_per_chip_hour=2")
+
+
+@needs_libtpu
+def test_a_plan_is_what_arithmetic_says(small):
+    found, program, said = small
+    kernels = 4 * WIDTH**2 + 3 * WIDTH * INNER
+    parameters = LAYERS * (kernels + 2 * WIDTH) + 2 * VOCAB * WIDTH + WIDTH
+    assert found["parameters"] == found["trained_parameters"] == parameters
+    assert found["chips"] == CHIPS and found["tokens_per_step"] == ROWS * LENGTH
+    tokens = ROWS * LENGTH / CHIPS
+    products = 6 * (LAYERS * kernels + VOCAB * WIDTH) * tokens
+    # No layer's matmul is computed twice: what is more is attention, forward and backward, its blocks not halved here.
+    attention = 6 * LAYERS * 2 * tokens * LENGTH * WIDTH
+    assert found["hlo_flops"] == pytest.approx(products + attention, rel=0.01)
+    # Split over the chips: float32 parameters and two moments; norms too small to split are whole.
+    split = 4 * (LAYERS * kernels + 2 * VOCAB * WIDTH) / CHIPS
+    assert found["state_parameters"] == pytest.approx(split, rel=0.01)
+    assert found["state_optimizer"] == pytest.approx(2 * split, rel=0.01)
+    assert found["largest_replicated"]["bytes"] < 2**20
+    assert found["fits"] and found["hbm_peak"] > found["hbm_arguments"]
+    assert "splash" in program and "estimated MFU" in said and "$" in said
+
+
+@needs_libtpu
+def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(small):
+    found, _, _ = small
+    gathers = {name: row for name, row in found["collectives"].items() if name.startswith("all-gather")}
+    weights = 2 * (LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER) + 2 * VOCAB * WIDTH)
+    in_bfloat16 = sum(row["bytes"] for name, row in gathers.items() if " bf16 " in name)
+    assert weights <= in_bfloat16 <= 2.2 * weights  # once forward and once backward
+    assert sum(row["bytes"] for name, row in gathers.items() if " f32 " in name) < 0.02 * weights
+
+
+@needs_libtpu
+def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimizer(tmp_path):
+    changes = {"adapter.kind": "lora", "adapter.rank": 4}
+    rules = "--config.optim.lr_rules=((r'.*/lora_.*', 1.0), (r'.*', 0.0))"
+    found, _, _ = plan(tmp_path, rules, **changes)
+    per_layer = 2 * 4 * (WIDTH + WIDTH)  # A and B of query and value
+    assert found["trained_parameters"] == LAYERS * per_layer
+    assert found["state_optimizer"] < 3 * 4 * LAYERS * per_layer
+    evaluated, _, _ = plan(tmp_path, "--evaluation")
+    assert evaluated["hlo_flops"] < found["hlo_flops"] / 1.8
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_an_answer(tmp_path):
+    found, _, said = plan(tmp_path, code=3, **{"data.batch_size": 4 * 16_384, "model.remat": "none"})
+    assert found["fits"] is False and "does not fit" in said and "largest" in said
+    assert f"{4 * 16_384}, {LENGTH}" in found["why"], "the arrays that are too large are named"
+
+
+def test_the_compilers_own_report_is_read():
+    """In the form in which XLA lists allocations."""
+    report = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+Used 17.32G of 15.75G hbm. Exceeded hbm capacity by 1.57G.
+
+  1. Size: 2.06G
+     Operator: op_name="jit(train_step)/layers/mlp/up" source_file="x.py"
+     Shape: bf16[24,4,2048,5632]{3,2,1,0:T(8,128)(2,1)}
+     Unpadded size: 2.06G
+"""
+    said = aot._why(report, "")
+    assert "needs 17.32G of the chip's 15.75G" in said
+    assert "2.06G  bf16[24,4,2048,5632]  jit(train_step)/layers/mlp/up" in said
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4", "v5e:4x", ""])
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(ConfigError, match="expected CHIP:AxB"):
+        aot.topology(name, 1)
+
+
+def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
+    assert [aot.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
+        1,
+        2,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"lm\[tpu\]"):
+        aot.prepare("")

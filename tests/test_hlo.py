@@ -1,0 +1,107 @@
+"""lm/hlo.py: what it reads off compiled programs, against figures known beforehand."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from lm import hlo, sharding
+from lm.config import MeshConfig
+
+LAYERS, ROWS, WIDTH, INNER = 5, 16, 32, 48
+
+
+def scanned(params, x):
+    """`LAYERS` times two matrix products."""
+
+    def body(x, layer):
+        return jnp.tanh(jnp.tanh(x @ layer["up"]) @ layer["down"]), None
+
+    return jax.lax.scan(body, x, params)[0].sum()
+
+
+def shapes():
+    """Abstract arguments of `scanned`."""
+    kernel = jax.ShapeDtypeStruct((LAYERS, WIDTH, INNER), jnp.float32)
+    other = jax.ShapeDtypeStruct((LAYERS, INNER, WIDTH), jnp.float32)
+    return {"up": kernel, "down": other}, jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+
+
+@pytest.mark.parametrize(("fn", "passes"), [(scanned, 1), (jax.grad(scanned), 3)])
+def test_flops_of_a_scan_are_those_of_all_its_layers(fn, passes):
+    program = hlo.parse(jax.jit(fn).lower(*shapes()).compile().as_text())
+    once = 2 * 2 * ROWS * WIDTH * INNER  # two products a layer
+    # Backward, the first layer's input needs no gradient, but the scan makes it all the same.
+    assert hlo.flops(program) == passes * LAYERS * once
+
+
+def test_a_loop_that_is_no_scan_is_refused():
+    def fn(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)
+
+    program = hlo.parse(jax.jit(fn).lower(jnp.ones((4, 4))).compile().as_text())
+    with pytest.raises(ValueError, match="how often it runs"):
+        hlo.flops(program)
+
+
+@pytest.mark.parametrize(("steps", "turns"), [(1, 10), (3, 4), (10, 1)])
+def test_a_counter_may_go_up_by_more_than_one(steps, turns):
+    def fn(x):
+        return jax.lax.while_loop(lambda c: c[0] < 10, lambda c: (c[0] + steps, jnp.tanh(c[1] @ c[1])), (0, x))[1]
+
+    text = jax.jit(fn).lower(jnp.ones((4, 4))).compile().as_text()
+    for known in (text, re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)):
+        assert hlo.flops(hlo.parse(known)) == turns * 2 * 4**3
+
+
+def test_communication_is_counted_with_its_loops():
+    """ZeRO-3 by hand: a kernel gathered in each layer, and one sum over all devices at the end."""
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+
+    def fn(kernels, x):
+        def body(x, kernel):
+            return jnp.tanh(x @ jax.lax.with_sharding_constraint(kernel, PartitionSpec())), None
+
+        return jax.lax.scan(body, x, kernels)[0].sum()
+
+    where = [jax.NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",))]
+    kernels = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=where[0])
+    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=where[1])
+    with jax.set_mesh(mesh):
+        program = hlo.parse(jax.jit(fn).lower(kernels, x).compile().as_text())
+    found = {(each.kind, each.devices, each.times, each.bytes) for each in hlo.collectives(program)}
+    assert found == {("all-gather", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", 8, 1, 4)}
+
+
+def test_types_are_read_with_and_without_layouts():
+    found = hlo.arrays("(f32[2,3]{1,0:T(8,128)S(1)}, /*index=1*/ bf16[4], s32[], token[])")
+    assert found == [hlo.Array("f32", (2, 3)), hlo.Array("bf16", (4,)), hlo.Array("s32", ())]
+    assert [array.bytes for array in found] == [24, 8, 4]
+
+
+TPU = """HloModule m, is_scheduled=true
+
+%fused.1 (p.0: bf16[24,64,128], p.1: s32[]) -> bf16[64,128] {
+  %p.0 = bf16[24,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %slice.1 = bf16[64,128]{1,0:T(8,128)(2,1)} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,64,128}
+}
+
+ENTRY %main (a: bf16[24,64,128], b: s32[]) -> bf16[64,128] {
+  %a = bf16[24,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = s32[]{:T(128)S(6)} parameter(1)
+  %conv.1 = f32[64,256]{1,0:T(8,128)} convolution(%x, %y), window={size=1}, dim_labels=0bf_0io->0bf
+  ROOT %fusion.1 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%a, %b), kind=kLoop, calls=%fused.1
+}
+"""
+
+
+def test_of_a_stack_a_fusion_reads_the_slice_it_takes():
+    program = hlo.parse(TPU)
+    op = program.computations["%main"]["%fusion.1"]
+    assert hlo.hbm_bytes(program, "%main", op) == 2 * (2 * 64 * 128)  # read and written
+    assert hlo.op_flops(program, "%main", op) == 0
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("not a program")
