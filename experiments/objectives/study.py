@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ class Row:
       once: a pre-training, done with one seed, in the folder where the recipes of other rows look for it.
       needs: rows whose runs this one starts from.
       note: what a reader should know of it.
+      data: a file to be made, and the tool that makes it.
     """
 
     title: str
@@ -57,6 +59,7 @@ class Row:
     once: bool = False
     needs: tuple[str, ...] = ()
     note: str = ""
+    data: tuple[str, str] | None = None
 
 
 def arms(recipe: str, *arguments: str) -> tuple[Arm, ...]:
@@ -142,7 +145,13 @@ ROWS: dict[str, Row] = {
         {"train.total_steps": 60, "optim.warmup_steps": 10},
         needs=("mae", "simclr"),
     ),
-    "next_item": Row("Next item, synthetic", "ndcg_at_10", (Arm("causal", "sasrec"), Arm("masked", "bert4rec"))),
+    "next_item": Row(
+        "Next item, synthetic",
+        "ndcg_at_10",
+        (Arm("causal", "sasrec"), Arm("masked", "bert4rec")),
+        note="users and items are made by tools/make_interactions.py; both lines are from scratch.",
+        data=("runs/interactions.csv", "tools/make_interactions.py"),
+    ),
 }
 
 
@@ -179,6 +188,8 @@ def run_row(name: str, seeds: int) -> None:
     from lm import config, train
 
     row = ROWS[name]
+    if row.data and not Path(row.data[0]).exists():
+        subprocess.run([sys.executable, row.data[1], row.data[0]], check=True)
     for arm in row.arms:
         for seed in range(1 if row.once else seeds):
             folder = workdir(name, arm, seed)
