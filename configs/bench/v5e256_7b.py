@@ -26,6 +26,6 @@ def get_config(arg: str | None = None) -> Any:
         vocab_size=32_000,
     )
     c.mesh.fsdp = 256
-    c.model.remat = "qkv"
+    c.model.remat = "attention"
     c.loss.chunk_len = 0
     return c

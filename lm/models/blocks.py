@@ -28,7 +28,7 @@ _names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
     "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
     "minimal": _names(*_QKV, attention.NAME, "out", "gate", "up"),  # all matmuls but the last, whose result none needs
-    "attention": _names(*_QKV, attention.NAME),
+    "attention": _names(*_QKV, attention.NAME, "out"),
     "qkv": _names(*_QKV),
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
 }
