@@ -114,27 +114,36 @@ def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
             c.optim.lr_rules = adapter_rules()
 
 
-def llama(seq_len: int, batch_size: int, **model: Any) -> Any:
-    """Pre-training of a Llama-like model, as the benchmarks of configs/bench share it.
+LLAMA_7B = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "mlp_dim": 11_008, "vocab_size": 32_000}
+
+
+def llama(chips: int, rows: int, seq_len: int, remat: str, sizes: dict[str, int]) -> Any:
+    """Pre-training of a Llama-like model by ZeRO-3, as the benchmarks of configs/bench share it.
 
     Args:
+      chips: over which everything is split.
+      rows: of a step, on one chip.
       seq_len: positions of a row.
-      batch_size: rows of a step, over all devices.
-      **model: keys of the model's config, its sizes among them.
+      remat: what is kept of a layer.
+      sizes: keys of the model's config.
     """
     c = config.defaults()
-    c.tokenizer.vocab_size = model["vocab_size"]
+    c.tokenizer.vocab_size = sizes["vocab_size"]
     c.data.format = "text"
-    c.data.path = shared_data("tinystories/TinyStories-valid-small.txt")
+    c.data.path = shared_data("tinystories/sample.txt")
+    c.data.separator = "<|endoftext|>"
     c.data.packing = "concat"
     c.data.seq_len = seq_len
-    c.data.batch_size = batch_size
+    c.data.batch_size = chips * rows
+    c.mesh.fsdp = chips
     c.model.position = "rope"
     c.model.norm = "rmsnorm"
     c.model.mlp = "swiglu"
     c.model.use_bias = False
     c.model.tie_embeddings = False
-    c.model.update(model)
+    c.model.remat = remat
+    c.model.update(sizes)
+    c.loss.chunk_len = 0
     c.optim.learning_rate = 3e-4
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 1_000

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm import hlo
+from lm import hlo, metrics
 from lm.config import Config
 from lm.schema import ConfigError
 
@@ -25,26 +25,32 @@ class Chip(NamedTuple):
     """A TPU chip, from its data sheet (cloud.google.com/tpu/docs).
 
     Attributes:
-      peak_flops: bfloat16 FLOP/s.
+      kind: as `jax.Device.device_kind` begins.
       hbm_bytes: memory.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s of one link of the interconnect, one way.
       clock: Hz of the core, which the compiler's cycles are counted in.
-      max_torus: slices of so many chips along an axis close to a ring there.
+      ring: slices of so many chips along an axis close to a ring there; 0 = taken not to (v5p: the guess is high for
+        slices of whole cubes, which do).
     """
 
-    peak_flops: float
+    kind: str
     hbm_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float
     clock: float
-    max_torus: int
+    ring: int
+
+    @property
+    def peak_flops(self) -> float:
+        """bfloat16 FLOP/s."""
+        return metrics.peak_flops(self.kind) or 0.0
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 4.5e10, 1.5e9, 16),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 9e10, 1.75e9, 4),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 9e10, 1.75e9, 16),
+    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 4.5e10, 1.5e9, 16),
+    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 9e10, 1.75e9, 0),
+    "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 9e10, 1.75e9, 16),
 }
 
 
@@ -59,7 +65,7 @@ class Topology(NamedTuple):
     @property
     def links(self) -> int:
         """Links of a chip that carry data one way: two along an axis that closes to a ring, else one."""
-        return sum(2 if n >= self.chip.max_torus and len(self.shape) == 2 else 1 for n in self.shape if n > 1) or 1
+        return sum(2 if n == self.chip.ring else 1 for n in self.shape if n > 1) or 1
 
 
 def topology(name: str, slices: int) -> Topology:
@@ -86,8 +92,6 @@ def prepare(flags: str) -> None:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "",
-        "TPU_WORKER_HOSTNAMES": "localhost",
         "LIBTPU_INIT_ARGS": flags,
     }
 
@@ -102,7 +106,7 @@ def devices(where: Topology) -> list[Any]:
 
     options: dict[str, Any] = {"num_slices": where.slices} if where.slices > 1 else {}
     if where.links > len(where.shape):
-        options["wrap"] = [*(n >= where.chip.max_torus for n in where.shape), *[False] * (3 - len(where.shape))]
+        options["wrap"] = [*(n == where.chip.ring for n in where.shape), *[False] * (3 - len(where.shape))]
     if len(where.shape) == 2 and where.shape[0] * where.shape[1] > 16:
         options["chips_per_host_bounds"] = [2, 2, 1]
     try:
@@ -171,7 +175,7 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
     """
     import jax
 
-    from lm import build, checks, metrics, program, selection, sharding, trees
+    from lm import build, checks, program, selection, sharding, trees
     from lm.data.tasks import TASKS
 
     planned = build.plan(cfg, None)

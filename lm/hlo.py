@@ -4,7 +4,6 @@ XLA's own `cost_analysis` counts the body of a loop once, so that a scanned mode
 everything is multiplied out. Plain text in, numbers out: no JAX.
 """
 
-import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -130,15 +129,19 @@ def _closing(text: str, at: int) -> int:
 
 
 def walk(program: Program) -> Iterator[tuple[str, Op, int]]:
-    """(computation, op, how often it runs) of every op that a device executes; fusions are one op."""
+    """(computation, op, how often it runs) of every op that a device executes; fusions are one op.
+
+    Of a conditional all branches count.
+    """
 
     def visit(name: str, times: int) -> Iterator[tuple[str, Op, int]]:
         for op in program.computations[name].values():
             if op.opcode == "while":
                 yield from visit(op.attribute(r"body=(%[\w.\-]+)"), times * trip_count(program, name, op))
             elif op.opcode in ("call", "conditional"):
-                for callee in re.findall(r"(?:to_apply|\w+_computation)=(%[\w.\-]+)", op.text):
-                    yield from visit(callee, times)
+                for callees in re.findall(r"(?:to_apply|\w+_computations?)=(\{[^}]*\}|%[\w.\-]+)", op.text):
+                    for callee in re.findall(r"%[\w.\-]+", callees):
+                        yield from visit(callee, times)
             else:
                 yield name, op, times
 
@@ -213,26 +216,9 @@ def flops(program: Program) -> float:
 def op_flops(program: Program, where: str, op: Op) -> float:
     """FLOPs of the matrix products in one op, those inside a fusion included."""
     called = op.attribute(r"calls=(%[\w.\-]+)")
-    return _called_flops(_Key(program), called) if called else _product_flops(program, where, op)
-
-
-class _Key:
-    """A program as a key of a cache, by identity."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def __hash__(self) -> int:
-        return id(self.program.computations)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.program.computations is self.program.computations
-
-
-@functools.lru_cache(maxsize=100_000)
-def _called_flops(key: _Key, name: str) -> float:
-    program = key.program
-    return sum(op_flops(program, name, op) for op in program.computations.get(name, {}).values())
+    if not called:
+        return _product_flops(program, where, op)
+    return sum(op_flops(program, called, each) for each in program.computations.get(called, {}).values())
 
 
 def _product_flops(program: Program, where: str, op: Op) -> float:

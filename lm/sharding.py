@@ -111,7 +111,7 @@ def _gather_fwd(w: jax.Array, logical: LogicalAxes) -> tuple[jax.Array, None]:
 
 
 def _gather_bwd(logical: LogicalAxes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    # Straight to where the weight lies: a reduce-scatter, where the transpose of the gather asks for an all-reduce.
+    # Asked for where the weight lies, and not, as the transpose of the gather would, whole on every device.
     return (_constrain(gradient, spec(logical)),)
 
 

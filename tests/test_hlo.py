@@ -46,6 +46,16 @@ def test_a_loop_that_is_no_scan_is_refused():
         hlo.flops(program)
 
 
+@pytest.mark.parametrize("branches", [2, 3])
+def test_of_a_conditional_all_branches_count(branches):
+    def fn(index, x):
+        return jax.lax.switch(index, [lambda x, n=n: jnp.tanh(x @ x) * n for n in range(1, branches + 1)], x)
+
+    text = jax.jit(fn).lower(0, jnp.ones((4, 4))).compile().as_text()
+    assert " conditional(" in text
+    assert hlo.flops(hlo.parse(text)) == branches * 2 * 4**3
+
+
 @pytest.mark.parametrize(("steps", "turns"), [(1, 10), (3, 4), (10, 1)])
 def test_a_counter_may_go_up_by_more_than_one(steps, turns):
     def fn(x):

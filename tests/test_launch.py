@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lm import flags as lm_flags
 from lm import interrupt
 from tools import launch
 
@@ -107,6 +108,18 @@ def test_it_does_only_what_it_is_told_and_stops_at_the_first_failure(tmp_path):
 )
 def test_what_is_missing_is_named(arguments, train, said):
     assert said in run(*arguments, code=1, train=train)[-1]
+
+
+@pytest.mark.parametrize(
+    ("machine", "given", "mib"),
+    [("v5litepod-16", "", "=24"), ("v5p-64", "", "=1000000"), ("", "", None), ("v5p-64", "--mine", "--mine")],
+)
+def test_training_sets_the_compilers_flags_on_a_tpu_unless_the_user_has(monkeypatch, machine, given, mib):
+    environment = {"TPU_ACCELERATOR_TYPE": machine} | ({"LIBTPU_INIT_ARGS": given} if given else {})
+    monkeypatch.setattr(os, "environ", environment)
+    lm_flags.set_libtpu()
+    found = environment.get("LIBTPU_INIT_ARGS")
+    assert found is None if mib is None else found.endswith(mib)
 
 
 def test_the_commands_of_the_page_are_launches():

@@ -16,16 +16,5 @@ TOPOLOGY = "v5e:4x4"
 def get_config(arg: str | None = None) -> Any:
     """8 rows of 1,024 positions a chip; `arg` is not used."""
     del arg
-    c = common.llama(
-        seq_len=1024,
-        batch_size=16 * 8,
-        num_layers=12,
-        embed_dim=768,
-        num_heads=12,
-        mlp_dim=2048,
-        vocab_size=32_768,
-    )
-    c.mesh.fsdp = 16
-    c.model.remat = "minimal"
-    c.loss.chunk_len = 0
-    return c
+    sizes = dict(num_layers=12, embed_dim=768, num_heads=12, mlp_dim=2048, vocab_size=32_768)
+    return common.llama(chips=16, rows=8, seq_len=1024, remat="minimal", sizes=sizes)

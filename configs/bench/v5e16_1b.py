@@ -16,16 +16,5 @@ TOPOLOGY = "v5e:4x4"
 def get_config(arg: str | None = None) -> Any:
     """4 rows of 2,048 positions a chip; `arg` is not used."""
     del arg
-    c = common.llama(
-        seq_len=2048,
-        batch_size=16 * 4,
-        num_layers=24,
-        embed_dim=2048,
-        num_heads=16,
-        mlp_dim=5632,
-        vocab_size=32_768,
-    )
-    c.mesh.fsdp = 16
-    c.model.remat = "minimal"
-    c.loss.chunk_len = 0
-    return c
+    sizes = dict(num_layers=24, embed_dim=2048, num_heads=16, mlp_dim=5632, vocab_size=32_768)
+    return common.llama(chips=16, rows=4, seq_len=2048, remat="minimal", sizes=sizes)

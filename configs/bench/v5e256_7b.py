@@ -16,16 +16,4 @@ TOPOLOGY = "v5e:16x16"
 def get_config(arg: str | None = None) -> Any:
     """4 rows of 2,048 positions a chip; `arg` is not used."""
     del arg
-    c = common.llama(
-        seq_len=2048,
-        batch_size=256 * 4,
-        num_layers=32,
-        embed_dim=4096,
-        num_heads=32,
-        mlp_dim=11_008,
-        vocab_size=32_000,
-    )
-    c.mesh.fsdp = 256
-    c.model.remat = "attention"
-    c.loss.chunk_len = 0
-    return c
+    return common.llama(chips=256, rows=4, seq_len=2048, remat="attention", sizes=common.LLAMA_7B)

@@ -16,16 +16,4 @@ TOPOLOGY = "v5p:2x4x4"
 def get_config(arg: str | None = None) -> Any:
     """4 rows of 4,096 positions a chip; `arg` is not used."""
     del arg
-    c = common.llama(
-        seq_len=4096,
-        batch_size=32 * 4,
-        num_layers=32,
-        embed_dim=4096,
-        num_heads=32,
-        mlp_dim=11_008,
-        vocab_size=32_000,
-    )
-    c.mesh.fsdp = 32
-    c.model.remat = "minimal"
-    c.loss.chunk_len = 0
-    return c
+    return common.llama(chips=32, rows=4, seq_len=4096, remat="minimal", sizes=common.LLAMA_7B)
