@@ -230,7 +230,7 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
     row = ROWS[name]
     path = workdir(name, arm, seed) / "summary.json"
     key = f"{name} {arm.recipe}:{arm.argument} {seed}"
-    same = fingerprint(recipe_of(name, arm, seed))
+    same = fingerprint(name, arm, seed)
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if path.exists():
         summary = json.loads(path.read_text())
@@ -242,10 +242,12 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
     return kept[key] if kept.get(key, {}).get("config") == same else None
 
 
-def fingerprint(recipe: Any) -> str:
-    """Of a config, but for where its data lies."""
+def fingerprint(name: str, arm: Arm, seed: int) -> str:
+    """Of a run's config and of those it starts from, but for where their data lies."""
+    recipe = recipe_of(name, arm, seed)
     values = {key: value for key, value in recipe.to_dict().items() if key != "data"}
     values["data"] = {key: value for key, value in recipe.data.to_dict().items() if "path" not in key}
+    values["needs"] = [fingerprint(needed, each, 0) for needed in ROWS[name].needs for each in ROWS[needed].arms]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
