@@ -41,5 +41,4 @@ def tagger(c: Any, arg: str | None, run: str) -> Any:
     c.eval.every_steps = 100
     c.eval.max_tokens = 65_536  # 1,024 rows
     c.checkpoint.best_metric = "entity_f1"
-    c.checkpoint.best_mode = "max"
     return c

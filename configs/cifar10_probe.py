@@ -37,5 +37,4 @@ def get_config(arg: str | None = None) -> Any:
     c.optim.warmup_steps = 20
     c.train.total_steps = 400
     c.checkpoint.best_metric = "accuracy"
-    c.checkpoint.best_mode = "max"
     return c

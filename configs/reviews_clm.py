@@ -79,5 +79,4 @@ def for_sentences(arg: str | None) -> Any:
     c.eval.every_epochs = 1.0
     c.eval.max_tokens = 0
     c.checkpoint.best_metric = "accuracy"
-    c.checkpoint.best_mode = "max"
     return c

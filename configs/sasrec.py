@@ -42,5 +42,4 @@ def get_config(arg: str | None = None) -> Any:
     c.train.total_epochs = 16.0
     c.eval.every_epochs = 4.0
     c.checkpoint.best_metric = "ndcg_at_10"
-    c.checkpoint.best_mode = "max"
     return c

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from lm.config import CheckpointConfig
+from lm.metrics import gain
 
 FORMAT = 1
 
@@ -91,7 +92,7 @@ class _Retention:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         counted = {c.step: self.metrics[c.step] for c in checkpoints if c.step in self.metrics}
         kept = sorted(counted)[-self.cfg.keep_latest :]
-        kept += _best_first(counted, self.cfg.best_metric, self.cfg.best_mode)[: self.cfg.keep_best]
+        kept += _best_first(counted, self.cfg.best_metric)[: self.cfg.keep_best]
         return [c.step in kept or c.step not in counted for c in checkpoints]
 
 
@@ -210,7 +211,7 @@ class Checkpoints:
     def is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether an evaluation is better than that of every checkpoint kept; always False when none is to be."""
         cfg = self._retention.cfg
-        ranked = _best_first({**self._retention.metrics, None: metrics}, cfg.best_metric, cfg.best_mode)
+        ranked = _best_first({**self._retention.metrics, None: metrics}, cfg.best_metric)
         return cfg.keep_best > 0 and ranked[:1] == [None]
 
 
@@ -263,10 +264,10 @@ def choose(run: str) -> Saved:
     if which == "latest" or not readable:
         which = str(saved[-1].step)
     elif which == "best":
-        how = readable[-1].info["config"]["checkpoint"]
-        ranked = _best_first({s.step: s.metrics for s in readable}, how["best_metric"], how["best_mode"])
+        name = readable[-1].info["config"]["checkpoint"]["best_metric"]
+        ranked = _best_first({s.step: s.metrics for s in readable}, name)
         if not ranked:
-            raise CheckpointError(f"'{run}': no step was evaluated on '{how['best_metric']}'; there are steps {steps}")
+            raise CheckpointError(f"'{run}': no step was evaluated on '{name}'; there are steps {steps}")
         which = str(ranked[0])
     for candidate in saved:
         if str(candidate.step) == which:
@@ -317,10 +318,10 @@ def load(saved: Saved, abstract: Any) -> Any:
     return state
 
 
-def _best_first(metrics: Mapping[Any, Mapping[str, float]], name: str, mode: str) -> list[Any]:
+def _best_first(evaluations: Mapping[Any, Mapping[str, float]], name: str) -> list[Any]:
     """The keys whose metrics have `name`, the best first; of equals the first. NaN is no value."""
-    values = {key: m[name] for key, m in metrics.items() if name in m and m[name] == m[name]}
-    return sorted(values, key=lambda key: values[key], reverse=mode == "max")
+    gains = {key: gain(name, m[name]) for key, m in evaluations.items() if name in m and m[name] == m[name]}
+    return sorted(gains, key=lambda key: gains[key], reverse=True)
 
 
 def _sha256(info: Mapping[str, Any]) -> str:

@@ -14,9 +14,6 @@ from lm.data import augment, corrupt, prompts
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
-# How the names of metrics end of which less is better.
-_BETTER_WHEN_SMALLER = ("loss", "nll", "bits_per_byte", "perplexity", "alignment", "uniformity")
-
 
 def fit(cfg: Config) -> None:
     """Refuses an objective, a task and a model that do not fit together, by what the objective says of itself.
@@ -67,12 +64,6 @@ def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, 
     measured, _ = jax.eval_shape(eval_step, params, batch)
     known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))), *names]
     known = sorted([*known, *(f"replay_{name}" for name in known if cfg.data.replay)])
-    wanted_mode = "min" if cfg.checkpoint.best_metric.endswith(_BETTER_WHEN_SMALLER) else "max"
-    if cfg.checkpoint.best_metric in known and cfg.checkpoint.best_mode != wanted_mode:
-        raise ConfigError(
-            f"'checkpoint.best_mode' is {cfg.checkpoint.best_mode}, but the best {cfg.checkpoint.best_metric} is the "
-            f"{'smallest' if wanted_mode == 'min' else 'largest'}; set it to {wanted_mode}"
-        )
     if cfg.checkpoint.best_metric not in known:
         wanted = cfg.checkpoint.best_metric
         hint = schema.nearest(wanted, known)

@@ -57,8 +57,7 @@ class DataConfig:
     ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
     synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
     replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
-    curriculum: Literal["none", "length"] = "none"  # at first draw from the short rows, then from ever longer ones too
-    curriculum_length: Duration = NEVER  # until all rows are drawn from, in epochs from then on
+    curriculum: Duration = NEVER  # at first draw from the short rows, then ever longer ones too, all after this long
     seq_len: int = 256  # positions in a row; of the encoder's input, where there is an encoder and a decoder
     target_len: int = 0  # positions of a row of the decoder, where there is an encoder too; 0 = seq_len
     batch_size: int = 16  # rows in a step, over all devices
@@ -67,8 +66,7 @@ class DataConfig:
     overlong: Literal["truncate", "drop"] = (
         "truncate"  # chat: cut the prompt from its left, translation: the end; or drop
     )
-    on_bad_record: Literal["error", "skip"] = "error"
-    max_bad_records: int = 100  # on_bad_record=skip: more than this is an error all the same
+    max_bad_records: int = 0  # so many are left out and counted, with their places; one more is an error
     max_records: int = 0  # 0 = all of them
 
 
@@ -203,8 +201,7 @@ class CheckpointConfig:
     every: Duration = NEVER  # none = only at the end and when an evaluation is the best so far
     keep_latest: int = 2
     keep_best: int = 1
-    best_metric: str = "loss"  # a key of the evaluation's metrics
-    best_mode: Literal["min", "max"] = "min"
+    best_metric: str = "loss"  # a key of the evaluation's metrics; lm.metrics knows whether less of it is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +220,7 @@ class MonitorConfig:
     """What is written while training."""
 
     log_every_steps: int = 10
-    profile_start_step: int = 0
-    profile_steps: int = 0  # 0 = no profile
+    profile: tuple[int, int] = (0, 0)  # the first step of a profiler trace, and of how many; 0 = none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,11 +349,8 @@ def _check(config: Config) -> None:
         f"'data.packing' is {data.packing}, but 'data.task' {data.task} has more than tokens in a row; use pad": (
             data.packing in TASK_PACKINGS.get(data.task, ("pad",))
         ),
-        f"'data.curriculum' is {data.curriculum}; set it, and with it one of 'data.curriculum_length_*', or neither": (
-            (data.curriculum == "none") == (data.curriculum_length == NEVER)
-        ),
-        f"'data.curriculum' goes by the length of one example; set data.packing=pad, not {data.packing}": (
-            data.curriculum == "none" or data.packing == "pad"
+        f"'data.curriculum_*' goes by the length of one example; set data.packing=pad, not {data.packing}": (
+            data.curriculum == NEVER or data.packing == "pad"
         ),
         "'data.replay' draws from the data of the run that 'init_from' names, which is ''": (
             not data.replay or bool(config.init_from)

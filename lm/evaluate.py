@@ -11,9 +11,6 @@ from lm import metrics
 from lm.config import Config, TrainConfig
 from lm.types import Batch, Outputs, Params
 
-# What counts as better than the best so far, by `checkpoint.best_mode`.
-_SIGN = {"min": -1.0, "max": 1.0}
-
 EvalStep = Callable[[Params, Batch], Any]
 
 
@@ -38,11 +35,11 @@ def wait(waiting: Waiting, values: dict[str, float], cfg: Config) -> Waiting:
 
     Example, patience 2, losses 3.0 2.0 2.1 1.99 with min_delta 0.1: stops after the fourth, 1.99 being no better.
     """
-    value = values.get(cfg.checkpoint.best_metric, math.nan)  # a metric of weight 0 is left out
-    sign = _SIGN[cfg.checkpoint.best_mode]
+    name = cfg.checkpoint.best_metric
+    value = values.get(name, math.nan)  # a metric of weight 0 is left out
     if math.isnan(value):
         return waiting._replace(evaluations=waiting.evaluations + 1)
-    if waiting.best is None or sign * (value - waiting.best) > cfg.train.min_delta:
+    if waiting.best is None or metrics.gain(name, value - waiting.best) > cfg.train.min_delta:
         return Waiting(value, 0)
     return Waiting(waiting.best, waiting.evaluations + 1)
 

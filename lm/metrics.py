@@ -17,6 +17,10 @@ from lm.config import ModelConfig
 Sums = dict[str, tuple[float, float]]
 
 
+# How the names of metrics end of which less is better.
+_BETTER_WHEN_SMALLER = ("loss", "nll", "bits_per_byte", "perplexity", "alignment", "uniformity")
+
+
 def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple[Any, Any]]:
     """The pairs that every token likelihood reports; for `LossTerms.metrics`, also inside jit.
 
@@ -35,6 +39,11 @@ def add(total: Mapping[str, tuple[Any, Any]], part: Mapping[str, tuple[Any, Any]
         old_value, old_weight = out.get(name, (0.0, 0.0))
         out[name] = (old_value + float(value), old_weight + float(weight))
     return out
+
+
+def gain(name: str, value: float) -> float:
+    """A number that is larger for the better value of a metric: `value`, or minus it where less is better."""
+    return -value if name.endswith(_BETTER_WHEN_SMALLER) else value
 
 
 def finalize(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:

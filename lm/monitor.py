@@ -121,10 +121,10 @@ class Monitor:
     def profile(self, step: int) -> None:
         """Starts or stops the JAX profiler; call before step `step` (from 0) is dispatched.
 
-        The trace of steps [profile_start_step, profile_start_step + profile_steps) goes to `workdir`/profile. Waits for
+        The trace of steps [first, first + count) of `monitor.profile` goes to `workdir`/profile. Waits for
         the device at both ends, so that the trace holds those steps and no others.
         """
-        first, count = self._config.profile_start_step, self._config.profile_steps
+        first, count = self._config.profile
         self._set_profiling(self._enabled and first <= step < first + count)
 
     @contextlib.contextmanager

@@ -313,9 +313,9 @@ def history(workdir: Path, cfg: Config) -> dict[str, Any]:
     runs."""
     rows, _ = monitor.read_rows(workdir / "metrics.jsonl")
     evaluations = [row for row in rows if row.pop("split") == "eval"]
-    sign, name = (1 if cfg.checkpoint.best_mode == "max" else -1), cfg.checkpoint.best_metric
+    name = cfg.checkpoint.best_metric
     measured = [row for row in evaluations if row.get(name) is not None and row["step"] > 0]
-    best = max(measured, key=lambda row: sign * row[name], default={})
+    best = max(measured, key=lambda row: metrics.gain(name, row[name]), default={})
     return {"before": next((row for row in evaluations if row["step"] == 0), {}), "best": best}
 
 

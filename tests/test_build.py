@@ -190,7 +190,6 @@ def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path
         tmp_path / "run",
         scores,
         checkpoint__best_metric="accuracy",
-        checkpoint__best_mode="max",
         tokenizer__path="gone.model",
     )
     for name, number in {"": 3, "@best": 2, "@1": 1}.items():

@@ -272,20 +272,20 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "losses", "kept"),
+    ("name", "values", "kept"),
     [
-        ("min", {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
-        ("max", {1: 3.0, 2: 9.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
-        ("min", {1: None, 2: None, 3: None, 4: None}, [3, 4]),
-        ("min", {1: 1.0, 2: None, 3: None, 4: None}, [1, 3, 4]),
-        ("min", {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, [3, 4]),
-        ("max", {1: float("nan"), 2: 2.0, 3: None, 4: float("nan"), 5: None}, [2, 4, 5]),
+        ("loss", {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
+        ("accuracy", {1: 3.0, 2: 9.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
+        ("loss", {1: None, 2: None, 3: None, 4: None}, [3, 4]),
+        ("loss", {1: 1.0, 2: None, 3: None, 4: None}, [1, 3, 4]),
+        ("loss", {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, [3, 4]),
+        ("accuracy", {1: float("nan"), 2: 2.0, 3: None, 4: float("nan"), 5: None}, [2, 4, 5]),
     ],
 )
-def test_the_latest_two_and_the_best_one_are_kept(mode, losses, kept, tmp_path):
-    save(tmp_path, losses, keep_latest=2, keep_best=1, best_mode=mode)
+def test_the_latest_two_and_the_best_one_are_kept(name, values, kept, tmp_path):
+    save(tmp_path, values, name, keep_latest=2, keep_best=1, best_metric=name)
     assert steps(tmp_path) == kept
-    if any(losses.values()):
+    if any(values.values()):
         assert checkpoint.choose(f"{tmp_path}@best").step == kept[0 if len(kept) == 3 else -1]
 
 
@@ -299,15 +299,15 @@ def test_retention_goes_on_over_restarts_and_can_keep_no_best(tmp_path):
 
 def test_is_best_compares_with_every_kept_step(tmp_path):
     answers = []
-    for cfg in (CheckpointConfig(), CheckpointConfig(best_mode="max"), CheckpointConfig(keep_best=0)):
-        workdir = tmp_path / f"{cfg.best_mode}{cfg.keep_best}"
+    for cfg in (CheckpointConfig(), CheckpointConfig(best_metric="f1"), CheckpointConfig(keep_best=0)):
+        workdir, name = tmp_path / f"{cfg.best_metric}{cfg.keep_best}", cfg.best_metric
         with checkpoint.Checkpoints(workdir, cfg) as saves:
-            first = saves.is_best({"loss": 9.0})
-            saves.save(1, small()[0], info(), {"loss": 2.0})
-            saves.save(2, small()[0], info(), {"loss": float("nan")})
+            first = saves.is_best({name: 9.0})
+            saves.save(1, small()[0], info(), {name: 2.0})
+            saves.save(2, small()[0], info(), {name: float("nan")})
             saves.save(3, small()[0], info(), None)
         with checkpoint.Checkpoints(workdir, cfg) as saves:
-            answers.append([first, *(saves.is_best({"loss": value}) for value in (1.0, 2.0, 3.0, float("nan")))])
+            answers.append([first, *(saves.is_best({name: value}) for value in (1.0, 2.0, 3.0, float("nan")))])
     assert answers == [[True, True, False, False, False], [True, False, False, True, False], [False] * 5]
 
 
@@ -325,7 +325,7 @@ def test_choose_names_one_step(tmp_path):
 
 def test_the_best_is_the_best_by_the_runs_own_metric(tmp_path):
     run = tmp_path / "run"
-    changes = {"keep_latest": 9, "best_metric": "accuracy", "best_mode": "max"}
+    changes = {"keep_latest": 9, "best_metric": "accuracy"}
     save(run, {1: 0.1, 2: 0.3, 3: 0.2}, name="accuracy", **changes)
     assert checkpoint.choose(f"{run}@best").step == 2
     save(tmp_path / "other", {1: None, 2: None}, **changes)

@@ -248,7 +248,7 @@ def test_replayed_rows_have_their_share_and_each_stream_its_epochs(share):
     assert own_left >= 23 > own_left - 2  # an epoch is one turn of each own row
 
 
-@pytest.mark.parametrize("curriculum", [{}, {"curriculum": "length", "curriculum_length": schema.Duration(steps=9)}])
+@pytest.mark.parametrize("curriculum", [{}, {"curriculum": schema.Duration(steps=9)}])
 def test_replay_and_curriculum_resume_anywhere_on_any_number_of_hosts(curriculum):
     data = replay_data(**curriculum)
     whole = take(20, data=data)
@@ -264,9 +264,7 @@ def test_replay_and_curriculum_resume_anywhere_on_any_number_of_hosts(curriculum
 
 
 def test_a_curriculum_begins_with_short_rows_and_ends_in_epochs():
-    cfg = make_config(
-        packing="pad", seq_len=48, batch_size=BATCH, curriculum="length", curriculum_length=schema.Duration(examples=90)
-    )
+    cfg = make_config(packing="pad", seq_len=48, batch_size=BATCH, curriculum=schema.Duration(examples=90))
     data = pipeline.build(cfg, TOK, sources.Split(marked("own", 40), marked("held", 5), "", ""))
     assert data.easy_first == 12 * BATCH  # 90 examples are 11.25 steps
     rows = np.concatenate([(b["segment_ids"] > 0).sum(axis=1) for b in take(30, data=data)])
@@ -278,7 +276,7 @@ def test_a_curriculum_begins_with_short_rows_and_ends_in_epochs():
     texts = texts_of(take(30, data=data))
     assert len(set(texts[96 : 96 + 40])) == len(set(texts[136 : 136 + 40])) == 40
     other = pipeline.build(
-        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, curriculum_length=schema.Duration(steps=13))),
+        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, curriculum=schema.Duration(steps=13))),
         TOK,
         sources.Split(marked("own", 40), marked("held", 5), "", ""),
     )

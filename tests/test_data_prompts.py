@@ -252,7 +252,6 @@ def test_a_run_learns_to_choose_the_word(tmp_path):
         train__total_steps=40,
         train__micro_batches=2,
         checkpoint__best_metric="f1",
-        checkpoint__best_mode="max",
     )
     summary = train.train(cfg, tmp_path / "run")
     assert summary["before"]["accuracy"] < 0.8

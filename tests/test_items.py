@@ -108,7 +108,7 @@ def test_a_time_that_is_no_number_is_named_or_counted(tmp_path, time):
     path = write(tmp_path / "a.csv", rows)
     with pytest.raises(DataError, match=rf"{path}:4: wrong type: 'time' is '{time}'; expected a finite number"):
         load(path)
-    split = load(path, on_bad_record="skip")
+    split = load(path, max_bad_records=100)
     assert split.valid[0]["items"] == ["a", "b"] and f"1 x wrong type\n    {path}:4: " in split.report
 
 
@@ -422,7 +422,7 @@ def recipe(path: Path, **changes) -> Config:
     c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 1, 32, 2, 32
     c.optim.learning_rate, c.optim.warmup_steps = 1e-2, 2
     c.train.total_steps = 40
-    c.checkpoint.best_metric, c.checkpoint.best_mode = "ndcg_at_10", "max"
+    c.checkpoint.best_metric = "ndcg_at_10"
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         setattr(c[section] if section else c, name, value)

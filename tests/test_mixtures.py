@@ -232,7 +232,7 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
     c.data.seq_len, c.data.batch_size, c.tokenizer.vocab_size = 16, 16, 290
     c.model.kind, c.model.num_layers, c.model.embed_dim, c.model.num_heads = "encoder", 1, 16, 2
     c.model.pool, c.optim.learning_rate, c.optim.warmup_steps = "mean", 1e-2, 1
-    c.train.total_steps, c.checkpoint.best_metric, c.checkpoint.best_mode = 40, "mean_score", "max"
+    c.train.total_steps, c.checkpoint.best_metric = 40, "mean_score"
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
     summary = train.train(config.build(c), tmp_path / "run")

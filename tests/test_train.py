@@ -136,23 +136,23 @@ def test_early_stopping_goes_back_to_the_best_and_a_resume_stops_at_the_same_ste
 
 
 @pytest.mark.parametrize(
-    ("mode", "values", "stops_after"),
+    ("name", "values", "stops_after"),
     [
-        ("min", [3.0, 2.0, 2.1, 1.99, 0.0], 4),
-        ("max", [0.5, 0.4, 0.7, 0.7, 0.75], 5),
-        ("min", [3.0, 2.0, 1.0, 0.5, 0.2], None),
-        ("max", [0.5, float("nan"), float("nan"), 0.9], 3),
+        ("loss", [3.0, 2.0, 2.1, 1.99, 0.0], 4),
+        ("accuracy", [0.5, 0.4, 0.7, 0.7, 0.75], 5),
+        ("replay_nll", [3.0, 2.0, 1.0, 0.5, 0.2], None),
+        ("f1", [0.5, float("nan"), float("nan"), 0.9], 3),
     ],
 )
-def test_patience_counts_what_is_not_better_by_min_delta(mode, values, stops_after):
+def test_patience_counts_what_is_not_better_by_min_delta(name, values, stops_after):
     cfg = dataclasses.replace(
         config.Config(),
         train=config.TrainConfig(patience=2, min_delta=0.1),
-        checkpoint=config.CheckpointConfig(best_mode=mode),
+        checkpoint=config.CheckpointConfig(best_metric=name),
     )
     waiting, stopped = evaluate.Waiting(), None
     for number, value in enumerate(values, 1):
-        waiting = evaluate.wait(waiting, {"loss": value}, cfg)
+        waiting = evaluate.wait(waiting, {name: value}, cfg)
         if stopped is None and waiting.is_over(cfg.train):
             stopped = number
     assert stopped == stops_after

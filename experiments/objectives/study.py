@@ -243,10 +243,15 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
 
 
 def fingerprint(name: str, arm: Arm, seed: int) -> str:
-    """Of a run's config and of those it starts from, but for where their data lies."""
-    recipe = recipe_of(name, arm, seed)
-    values = {key: value for key, value in recipe.to_dict().items() if key != "data"}
-    values["data"] = {key: value for key, value in recipe.data.to_dict().items() if "path" not in key}
+    """Of what differs from the defaults in a run's config and in those it starts from, but for where their data lies.
+
+    A key that is new changes no figure; a default that changes may, and is not noticed: delete results.json then.
+    """
+    from lm import config, schema
+
+    usual = dict(schema.flatten(config.defaults().to_dict()))
+    given = schema.flatten(recipe_of(name, arm, seed).to_dict())
+    values: dict[str, Any] = {key: value for key, value in given if value != usual[key] and "path" not in key}
     values["needs"] = [fingerprint(needed, each, 0) for needed in ROWS[name].needs for each in ROWS[needed].arms]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -24,13 +24,13 @@ from lm.data.packing import Rows
 from lm.data.records import DataError, Record
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
-from lm.schema import ConfigError
+from lm.schema import NEVER, ConfigError
 
 HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
 
 # Keys of DataConfig that decide what the rows of given records are.
 _SHAPES_ROWS = (
-    *("task", "labels", "image_shape", "templates", "augment", "curriculum", "replay"),
+    *("task", "labels", "image_shape", "templates", "augment", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
 _EVAL_SEED = 0
@@ -103,7 +103,7 @@ def build(
 
     Raises:
       DataError: a half has nothing to train on or to evaluate; the message gives the counts.
-      ConfigError: `data.curriculum` goes by a length that the rows do not have.
+      ConfigError: `data.curriculum_*` goes by a length that the rows do not have.
     """
     if (replayed is None) != (cfg.data.replay == 0):
         raise ValueError(f"data.replay is {cfg.data.replay}: the records to replay are given where it is above 0 only")
@@ -113,7 +113,7 @@ def build(
     valid, valid_report = _part(valid_records, "valid", cfg, tokenizer)
     report, replay = {"train": train_report, "valid": valid_report}, None
     if replayed:
-        plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0, curriculum="none"))
+        plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0, curriculum=NEVER))
         try:
             replay = build(plain, tokenizer, replayed)
         except DataError as error:
@@ -131,12 +131,12 @@ def build(
 
 def _easy_first(cfg: Config, data: Data) -> int:
     """How many examples of `train` the curriculum orders."""
-    if cfg.data.curriculum == "none":
+    if cfg.data.curriculum == NEVER:
         return 0
     if not any(name.endswith("segment_ids") for name in data.train.rows):
-        raise ConfigError(f"'data.curriculum' goes by length, but rows of data.task={cfg.data.task} have none")
+        raise ConfigError(f"'data.curriculum_*' goes by length, but rows of data.task={cfg.data.task} have none")
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
-    examples_in_all = cfg.data.curriculum_length.to_steps(**size) * cfg.data.batch_size
+    examples_in_all = cfg.data.curriculum.to_steps(**size) * cfg.data.batch_size
     return examples_in_all - math.floor(examples_in_all * data.share)
 
 

@@ -58,8 +58,8 @@ def load(cfg: DataConfig) -> Split:
     smaller number gives a subset of a larger one.
 
     Raises:
-      DataError: a bad file, or a bad record (see `lm.data.records`) unless `data.on_bad_record` is skip; more than
-        `data.max_bad_records` of them; no record left to train on or to hold out.
+      DataError: a bad file; more bad records (see `lm.data.records`) than `data.max_bad_records`; no record left to
+        train on or to hold out.
       ConfigError: a key is set that this format does not read.
     """
     split = FORMATS[cfg.format](cfg)
@@ -272,8 +272,8 @@ def _good_records(
         for item in reading:
             if not isinstance(item, Fault):
                 yield item
-            elif cfg.on_bad_record == "error":
-                hint = "data.on_bad_record=skip leaves such records out"
+            elif not cfg.max_bad_records:
+                hint = "data.max_bad_records=N leaves up to N such records out"
                 raise DataError(f"{item.where}: {item.kind}: {item.message} ({hint})")
             else:
                 faults.append(item)
