@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from lm import (
     trees,
 )
 from lm.config import Config, DataConfig, MeshConfig
-from lm.data import examples, pipeline, sources
+from lm.data import examples, feed, pipeline, sources
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.models import adapters, transformer
@@ -89,7 +89,7 @@ class Run(NamedTuple):
     model: ModelFns
     tokenizer: Tokenizer | None
     prompts: dict[str, list[int]]
-    data: pipeline.Data
+    data: feed.Data
     optimizer: optim.Optimizer
     total_steps: int
     every: dict[str, int]
@@ -155,10 +155,12 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     """
     cfg = planned.cfg
     checks.mesh_divides(cfg, mesh, planned.abstract_params, planned.logical_axes)
-    split = sources.load(cfg.data)
-    note(split.report)
-    examples.check_fields(TASKS[cfg.data.task], [*split.train, *split.valid], cfg.data, TASKS)
-    words = tokenizer_for(planned, split, note)
+    found = pipeline.load(cfg.data)
+    for source in found:
+        note(source.report)
+        if isinstance(source, sources.Split):
+            examples.check_fields(TASKS[cfg.data.task], [*source.train, *source.valid], cfg.data, TASKS)
+    words = tokenizer_for(planned, found, note)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
     if words:
@@ -166,7 +168,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         if jax.process_index() == 0:
             words.save(workdir / tokenizer_file(cfg))
     prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
-    data = pipeline.build(cfg, words, split, replay.load(planned.replay, cfg, note))
+    data = pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, cfg, note))
     checks.same_data(data.fingerprint)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
@@ -198,7 +200,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
 
 
 def tokenizer_for(
-    planned: Plan, split: sources.Split, note: Callable[[str], None] = lambda _: None
+    planned: Plan, found: Sequence[pipeline.Found], note: Callable[[str], None] = lambda _: None
 ) -> Tokenizer | None:
     """The run's tokenizer, trained where there is none yet; None where the task reads no text. Every process trains it:
     an error is then every process's, and the result, a function of the texts, is the same."""
@@ -206,7 +208,8 @@ def tokenizer_for(
     if task.texts is None or planned.tokenizer:
         return planned.tokenizer
     note(f"training a tokenizer of {cfg.vocab_size:,} ids")
-    texts = itertools.chain.from_iterable(map(task.texts, split.train))
+    records = itertools.chain.from_iterable(split.train for split in found if isinstance(split, sources.Split))
+    texts = itertools.chain.from_iterable(map(task.texts, records))
     return dataclasses.replace(task.words.train(texts, cfg), extra_ids=cfg.extra_ids)
 
 
@@ -224,6 +227,10 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
         candidates.append(epath.Path(cfg.tokenizer.path))
         if not candidates[-1].exists():
             raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a {words.file} of a run")
+    if cfg.data.format == "prepared":
+        candidates += [epath.Path(one.path).expanduser() / words.file for one in pipeline.by_source(cfg.data).values()]
+        if missing := [path for path in candidates if not path.exists()]:
+            raise ConfigError(f"no {missing[0]}: what the ids of the prepared data mean is lost; put it back")
     if init:
         candidates.append(init.path.parent.parent / words.file)
     found = {path: words.load(path) for path in candidates if path.exists()}
@@ -262,22 +269,29 @@ def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
 def data_iterator(run: Run, start_example: int) -> Any:
     """This process's part of the training batches, from a position in the stream."""
     rows = sharding.local_rows(run.mesh, run.cfg.data.batch_size)
-    return pipeline.train_batches(
+    return feed.train_batches(
         run.data,
         batch_size=run.cfg.data.batch_size,
         start_example=start_example,
         local_rows=rows,
         seed=run.cfg.seed,
+        total_examples=run.total_steps * run.cfg.data.batch_size,
     )
 
 
-def eval_rows(run: Run, part: pipeline.Part) -> tuple[np.ndarray, Any]:
+def consumed(run: Run, steps: int) -> dict[str, dict[str, float]]:
+    """Examples and epochs that the first `steps` steps took from each source."""
+    size = run.cfg.data.batch_size
+    return feed.consumed(run.data, steps * size, run.total_steps * size)
+
+
+def eval_rows(run: Run, part: feed.Part) -> tuple[np.ndarray, Any]:
     """The held-out rows that an evaluation reads, int64 [n], and this process's part of the batches of them."""
     limits = {"max_tokens": run.cfg.eval.max_tokens, "seq_len": run.cfg.data.seq_len}
     size = checks.eval_batch_size(run.cfg)
     rows = sharding.local_rows(run.mesh, size)
-    batches = pipeline.eval_batches(part, batch_size=size, local_rows=rows, **limits)
-    return pipeline.eval_row_ids(part, **limits), batches
+    made = feed.eval_batches(part, batch_size=size, local_rows=rows, **limits)
+    return feed.eval_row_ids(part, **limits), made
 
 
 def tokenizer_file(cfg: Config) -> str:

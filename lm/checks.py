@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
 from lm.config import Config, LossConfig
-from lm.data import augment, corrupt, prompts
+from lm.data import augment, corrupt, pipeline, prompts
+from lm.data.feed import REPLAY
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
@@ -63,7 +64,8 @@ def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, 
     """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
     measured, _ = jax.eval_shape(eval_step, params, batch)
     known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))), *names]
-    known = sorted([*known, *(f"replay_{name}" for name in known if cfg.data.replay)])
+    prefixes = [*pipeline.by_source(cfg.data), *([REPLAY] if cfg.data.replay else [])]
+    known = sorted({f"{prefix}_{name}" if prefix else name for prefix in ("", *prefixes) for name in known})
     if cfg.checkpoint.best_metric not in known:
         wanted = cfg.checkpoint.best_metric
         hint = schema.nearest(wanted, known)

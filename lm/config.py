@@ -30,9 +30,14 @@ class DataConfig:
 
     format: Literal[
         Literal["builtin_text", "builtin_instructions", "text", "jsonl", "table", "conll", "squad", "parallel"],
-        Literal["images", "interactions"],
+        Literal["images", "interactions", "prepared"],
     ] = "builtin_text"
-    path: str = ""  # a file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}
+    # A file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}; prepared: the
+    # folder that tools/prepare_data.py made.
+    path: str = ""
+    # Instead of `path`: (share of the run from which it counts, path, weight). Those of the largest share that the run
+    # has passed hold: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
+    mixture: tuple[tuple[float, str, float], ...] = ()
     eval_path: str = ""  # '' = hold out eval_fraction of the records of `path`, chosen by hash
     eval_fraction: float = 0.02
     separator: str = ""  # text only: splits one file into documents; '' = one document a file
@@ -335,7 +340,20 @@ def _check(config: Config) -> None:
             model.position != "learned" or not model.max_len or model.max_len >= max(data.seq_len, data.target_len)
         ),
         f"'data.path' is empty: data.format={data.format} needs a file, folder or glob": (
-            data.format.startswith("builtin") or bool(data.path)
+            data.format.startswith("builtin") or bool(data.path) or bool(data.mixture)
+        ),
+        f"'data.path' ({data.path!r}) and 'data.eval_path' must be empty, for 'data.mixture' says what is read": (
+            not data.mixture or not (data.path or data.eval_path or data.format.startswith("builtin"))
+        ),
+        f"'data.mixture' must begin at 0, its shares of the run be below 1 and its weights above 0: {data.mixture}": (
+            not data.mixture
+            or (
+                min(start for start, _, _ in data.mixture) == 0
+                and all(0 <= start < 1 and weight > 0 for start, _, weight in data.mixture)
+            )
+        ),
+        "'data.curriculum_*' orders one source, but there is a 'data.mixture'": (
+            not data.mixture or data.curriculum == NEVER
         ),
         f"'optim.decay_*' is read by schedule wsd only; 'optim.schedule' is {optim.schedule}": (
             optim.schedule == "wsd" or optim.decay == NEVER

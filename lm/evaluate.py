@@ -47,17 +47,17 @@ def wait(waiting: Waiting, values: dict[str, float], cfg: Config) -> Waiting:
 def evaluate(
     eval_step: EvalStep,
     params: Params,
-    batches: Iterable[dict[str, np.ndarray]],
     place: Callable[[dict[str, np.ndarray]], Batch],
+    batches: Iterable[dict[str, np.ndarray]],
     num_rows: int,
-) -> tuple[dict[str, float], Outputs]:
-    """Metric name -> value over all batches, and the objective's outputs of each row once, in order.
+) -> tuple[metrics.Sums, Outputs]:
+    """Metric name -> (sum, weight) over all batches, and the objective's outputs of each row once, in order.
 
     Args:
       eval_step: (params, batch) -> (name -> (sum, weight), name -> [B, ...]), compiled.
       params: what to evaluate.
-      batches: this process's rows of each batch; rows of weight 0 fill up the last one and count nothing.
       place: makes global arrays of a batch.
+      batches: this process's rows of each batch; rows of weight 0 fill up the last one and count nothing.
       num_rows: how many rows of all batches are real.
     """
     total: metrics.Sums = {}
@@ -78,4 +78,4 @@ def evaluate(
     if in_flight is not None:
         collect(in_flight)
     names = outputs[0] if outputs else {}
-    return metrics.finalize(total), {name: np.concatenate([o[name] for o in outputs])[:num_rows] for name in names}
+    return total, {name: np.concatenate([o[name] for o in outputs])[:num_rows] for name in names}

@@ -6,8 +6,9 @@ from pathlib import Path
 from lm import checkpoint, config, schema
 from lm.checkpoint import CheckpointError, Saved
 from lm.config import Config, DataConfig
-from lm.data import examples, sources
+from lm.data import examples, pipeline
 from lm.data.records import DataError
+from lm.data.sources import Split
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
@@ -26,14 +27,19 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
     if not cfg.data.replay:
         return None
     if init:
-        return config.build(init.info["config"]).data
+        other = config.build(init.info["config"]).data
+        if other.mixture:
+            raise ConfigError(
+                f"'data.replay' draws from one source, but {cfg.init_from} was trained on a 'data.mixture'"
+            )
+        return other
     for saved in reversed(checkpoint.list_saved(workdir) if workdir else []):
         if "unreadable" not in saved.info:
             return schema.build_section(DataConfig, saved.info["replay"], "data.")
     raise CheckpointError(f"none of the checkpoints of {workdir} can be read, which say what 'data.replay' draws from")
 
 
-def load(where: DataConfig | None, cfg: Config, note: Callable[[str], None] = lambda _: None) -> sources.Split | None:
+def load(where: DataConfig | None, cfg: Config, note: Callable[[str], None] = lambda _: None) -> pipeline.Found | None:
     """The records to replay, or None.
 
     Args:
@@ -49,11 +55,12 @@ def load(where: DataConfig | None, cfg: Config, note: Callable[[str], None] = la
         return None
     place = f"'data.replay': the data of {cfg.init_from}"
     try:
-        split = sources.load(where)
-        examples.check_fields(TASKS[cfg.data.task], [*split.train, *split.valid], cfg.data, TASKS)
+        (found,) = pipeline.load(where)
+        if isinstance(found, Split):
+            examples.check_fields(TASKS[cfg.data.task], [*found.train, *found.valid], cfg.data, TASKS)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
-    note(f"replayed: {split.report}")
-    return split
+    note(f"replayed: {found.report}")
+    return found

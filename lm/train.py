@@ -33,6 +33,7 @@ from lm import (
 )
 from lm.checkpoint import CheckpointError
 from lm.config import Config
+from lm.data.feed import REPLAY
 from lm.interrupt import Interrupt, Preempted
 from lm.schema import ConfigError
 from lm.types import TrainState
@@ -132,13 +133,7 @@ def loop(
     def evaluate_now(done: int) -> dict[str, float]:
         with watch.bucket("eval"):
             params = step.eval_params(state)
-            values: dict[str, float] = {}
-            for prefix, part in run.data.held_out.items():
-                row_ids, batches = build.eval_rows(run, part)
-                found, outputs = evaluate.evaluate(eval_step, params, batches, place_eval, len(row_ids))
-                if run.score:
-                    found |= run.score(outputs, [part.meta[i] for i in row_ids], cfg)
-                values |= {prefix + name: value for name, value in found.items()}
+            values = evaluate_all(run, functools.partial(evaluate.evaluate, eval_step, params, place_eval))
             watch.log(done, "eval", values)
             watch.note(f"[step {done:,}] held out: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
             for prompt, text in samples(run, params, done).items():
@@ -199,6 +194,26 @@ def loop(
     with watch.bucket("checkpoint"):
         saves.wait()
     return summarise(run, state, values or evaluate_now(int(state.step)), watch, rate)
+
+
+def evaluate_all(run: build.Run, evaluate_rows: Callable[[Any, int], Any]) -> dict[str, float]:
+    """Metrics of all held-out rows of the run's own data and, where it has several sources, of each by its name."""
+    total: metrics.Sums = {}
+    outputs: list[Any] = []
+    meta: list[Any] = []
+    by_source: dict[str, float] = {}
+    for name, source in run.data.sources.items():
+        row_ids, batches = build.eval_rows(run, source.valid)
+        sums, found = evaluate_rows(batches, len(row_ids))
+        about = [source.valid.meta[i] for i in row_ids] if run.score else []
+        if name:
+            values = metrics.finalize(sums) | (run.score(found, about, run.cfg) if run.score else {})
+            by_source |= {f"{name}_{key}": value for key, value in values.items()}
+        if name != REPLAY:
+            total, meta = metrics.add(total, sums), meta + about
+            outputs.append(found)
+    joined = {key: np.concatenate([found[key] for found in outputs]) for key in outputs[0]}
+    return metrics.finalize(total) | (run.score(joined, meta, run.cfg) if run.score else {}) | by_source
 
 
 def restore(
@@ -340,6 +355,7 @@ def summarise(
         "devices": run.mesh.devices.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": watch.goodput(),
+        **({"sources": build.consumed(run, done)} if len(run.data.sources) > 1 else {}),
     }
 
 

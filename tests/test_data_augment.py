@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm import checks, config
-from lm.data import augment, pipeline, sources, tokenizer
+from lm.data import augment, feed, pipeline, sources, tokenizer
 from lm.data.labelled import encode_pair
 from lm.data.records import DataError
 from lm.schema import ConfigError
@@ -197,13 +197,13 @@ def test_training_rows_are_changed_anew_each_epoch_and_held_out_ones_never():
     data = pipeline.build(cfg, TOK, sources.Split(records[:20], records[20:], "", ""))
 
     def rows(start, local):
-        stream = pipeline.train_batches(data, batch_size=20, start_example=start, local_rows=local, seed=3)
+        stream = feed.train_batches(data, batch_size=20, start_example=start, local_rows=local, seed=3)
         batch = next(stream)
         stream.close()
         return batch
 
     first, second = rows(0, np.arange(20)), rows(20, np.arange(20))
-    ids = pipeline.train_row_ids(20, 3, 0, 40)
+    ids = feed.train_row_ids(20, 3, 0, 40)
     changed = {row: x.tolist() for row, x in zip(ids[:20], first["tokens"], strict=True)}
     again = {row: x.tolist() for row, x in zip(ids[20:], second["tokens"], strict=True)}
     assert sum(changed[row] != again[row] for row in range(20)) > 15
@@ -211,5 +211,5 @@ def test_training_rows_are_changed_anew_each_epoch_and_held_out_ones_never():
     np.testing.assert_array_equal(parts[0]["tokens"][0], first["tokens"][7])
     np.testing.assert_array_equal(parts[1]["tokens"][0], first["tokens"][8])
     limits = {"batch_size": 4, "local_rows": np.arange(4), "max_tokens": 0, "seq_len": L}
-    held_out = np.concatenate([b["tokens"] for b in pipeline.eval_batches(data.valid, **limits)])
+    held_out = np.concatenate([b["tokens"] for b in feed.eval_batches(data.valid, **limits)])
     np.testing.assert_array_equal(held_out[:10], data.valid.rows["tokens"])

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 from lm import checks, config
 from lm.config import Config, DataConfig
-from lm.data import image_files, images, pipeline, sources
+from lm.data import feed, image_files, images, pipeline, sources
 from lm.data.records import DataError, Fault
 from lm.schema import ConfigError
 
@@ -233,10 +233,10 @@ def batches(cfg: Config) -> list[dict]:
     """The first training batch and the evaluation's, and the pixels that each row is of."""
     split = sources.load(cfg.data)
     data = pipeline.build(cfg, None, split)
-    train = next(pipeline.train_batches(data, batch_size=5, start_example=0, local_rows=np.arange(5), seed=0))
-    rows = pipeline.train_row_ids(len(data.train), 0, 0, 5)
+    train = next(feed.train_batches(data, batch_size=5, start_example=0, local_rows=np.arange(5), seed=0))
+    rows = feed.train_row_ids(len(data.train), 0, 0, 5)
     valid = next(
-        pipeline.eval_batches(data.valid, batch_size=5, local_rows=np.arange(5), max_tokens=0, seq_len=cfg.data.seq_len)
+        feed.eval_batches(data.valid, batch_size=5, local_rows=np.arange(5), max_tokens=0, seq_len=cfg.data.seq_len)
     )
     own = [[split.train[i] for i in rows], split.valid]
     return [batch | {"records": records} for batch, records in zip((train, valid), own, strict=True)]

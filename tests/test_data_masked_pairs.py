@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import build, losses, objectives, program
-from lm.data import masked_pairs, pipeline, sources, tokenizer
+from lm.data import feed, masked_pairs, pipeline, sources, tokenizer
 from tests import toys
 
 SENTENCES = ["The dog ran.", "Was it red?", "Not at all!\n", "A cat sat", " on the mat", ".", "\n\nIt slept. ", "Yes."]
@@ -72,7 +72,7 @@ def records(count: int) -> list[dict[str, str]]:
 def batches(cfg, words, count):
     data = pipeline.build(cfg, words, sources.Split(records(12), records(3), "", ""))
     local = np.arange(cfg.data.batch_size)
-    stream = pipeline.train_batches(data, batch_size=len(local), start_example=0, local_rows=local, seed=0)
+    stream = feed.train_batches(data, batch_size=len(local), start_example=0, local_rows=local, seed=0)
     made = [next(stream) for _ in range(count)]
     stream.close()
     return data, made
@@ -103,8 +103,8 @@ def test_the_label_says_whether_b_follows_a_in_the_document(words, pairs):
                 spoilt.add(second)
     assert pairs == "order" or len(spoilt) > 8, "any other row is as good"
     assert 0.3 < np.mean(labels) < 0.7
-    again = list(pipeline.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
-    twice = list(pipeline.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
+    again = list(feed.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
+    twice = list(feed.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
     for one, other in zip(again, twice, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 

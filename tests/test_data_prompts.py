@@ -242,7 +242,6 @@ def test_a_run_learns_to_choose_the_word(tmp_path):
         data__packing="pad",
         data__labels=("0", "1"),
         data__templates=("{text}. {label:bad|good}",),
-        data__shots=2,
         data__seq_len=64,
         data__eval_fraction=0.3,
         model__num_layers=1,

@@ -8,7 +8,7 @@ import pytest
 
 from lm import config
 from lm.config import Config, DataConfig
-from lm.data import pipeline, sources, tokenizer
+from lm.data import feed, pipeline, sources, tokenizer
 from lm.data.tasks import TASKS
 
 TEXTS = [" ".join(f"{chr(97 + i % 26)}{7 * i + j * j}" for j in range(9)) + "\n" for i in range(40)]
@@ -28,7 +28,7 @@ def build(**options):
 
 
 def take(data, count):
-    stream = pipeline.train_batches(data, batch_size=64, start_example=0, local_rows=np.arange(64), seed=0)
+    stream = feed.train_batches(data, batch_size=64, start_example=0, local_rows=np.arange(64), seed=0)
     batches = list(itertools.islice(stream, count))
     stream.close()
     return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lm import build, checks
-from lm.data import corrupt, pipeline, seq2seq, sources, tokenizer
+from lm.data import corrupt, feed, pipeline, seq2seq, sources, tokenizer
 from lm.schema import ConfigError
 from tests import toys
 
@@ -60,7 +60,7 @@ def test_a_long_pair_is_cut_before_its_end_or_dropped(words):
 def batches(cfg, words, records, count):
     data = pipeline.build(cfg, words, sources.Split(records, records, "", ""))
     rows = np.arange(cfg.data.batch_size)
-    stream = pipeline.train_batches(data, batch_size=len(rows), start_example=0, local_rows=rows, seed=cfg.seed)
+    stream = feed.train_batches(data, batch_size=len(rows), start_example=0, local_rows=rows, seed=cfg.seed)
     made = [next(stream) for _ in range(count)]
     stream.close()
     return data, made

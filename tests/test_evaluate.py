@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, evaluate, losses, sharding, step
+from lm import build, evaluate, losses, metrics, sharding, step
 from lm.config import MeshConfig
-from lm.data import pipeline
+from lm.data import feed
 from lm.models import transformer
 
 ROWS, SEQ_LEN = 11, 12
@@ -23,12 +23,13 @@ def run(eval_step, params, batch_size: int, shards: int, rows=None, max_tokens: 
     mesh = sharding.make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
     local = sharding.local_rows(mesh, batch_size)
     columns = {key: (x.shape[1:], x.dtype) for key, x in rows.items() if key != "example_index"}
-    part = pipeline.Part({key: rows[key] for key in columns}, [None] * len(rows["tokens"]), columns, columns)
-    batches = pipeline.eval_batches(
+    part = feed.Part(*feed.in_memory({key: rows[key] for key in columns}), [], columns, columns)
+    batches = feed.eval_batches(
         part, batch_size=batch_size, local_rows=local, max_tokens=max_tokens, seq_len=rows["tokens"].shape[1]
     )
     with jax.set_mesh(mesh):
-        return evaluate.evaluate(eval_step, params, batches, build.placer(mesh, batch_size), len(part))
+        sums, outputs = evaluate.evaluate(eval_step, params, build.placer(mesh, batch_size), batches, len(part))
+        return metrics.finalize(sums), outputs
 
 
 def count(_, batch):
@@ -89,4 +90,4 @@ def test_a_long_batch_cannot_be_drowned_by_short_ones():
 
 
 def test_no_batch_gives_no_metric():
-    assert evaluate.evaluate(count, None, [], dict, 0) == ({}, {})
+    assert evaluate.evaluate(count, None, dict, [], 0) == ({}, {})

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lm import build, config, objectives, ranks, scores, sharding, train
 from lm.config import Config, CorruptConfig, DataConfig, MeshConfig, ModelConfig, TokenizerConfig
-from lm.data import interactions, items, pipeline, sources
+from lm.data import feed, interactions, items, pipeline, sources
 from lm.data.items import ItemVocabulary
 from lm.data.records import DataError
 from lm.data.tasks import TASKS
@@ -352,7 +352,7 @@ def batch_of(task: str, histories=HISTORIES):
     records = [{"items": list(h), "user": "u", "source": "f", "target": t} for h, t in histories]
     cfg = make_config(VOCABULARY, task)
     data = pipeline.build(cfg, VOCABULARY, sources.Split(records, records, "", ""))
-    [batch] = pipeline.eval_batches(
+    [batch] = feed.eval_batches(
         data.valid, batch_size=len(records), local_rows=np.arange(len(records)), max_tokens=0, seq_len=6
     )
     return cfg, batch

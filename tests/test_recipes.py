@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from lm import build, config, evaluate, sharding, transfer
+from lm import build, config, evaluate, metrics, sharding, transfer
 from lm.config import MeshConfig
 from lm.data import tokenizer
 from tests import toys
@@ -62,14 +62,15 @@ def figures(
         placed = jax.device_put(params, run.state_shardings.params)
         row_ids, batches = build.eval_rows(run, run.data.valid)
         place = build.placer(mesh, cfg.data.batch_size)
-        found, outputs = evaluate.evaluate(run.eval_step, placed, batches, place, len(row_ids))
+        sums, outputs = evaluate.evaluate(run.eval_step, placed, place, batches, len(row_ids))
+        found = metrics.finalize(sums)
         if run.score:
             found |= run.score(outputs, [run.data.valid.meta[i] for i in row_ids], run.cfg)
         state = jax.jit(run.init_state, out_shardings=run.state_shardings)(placed)
         batches = build.data_iterator(run, 0)
         for step in range(STEPS):
-            state, metrics = run.train_step(state, place(next(batches)))
-            found |= {f"{name} of step {step}": float(metrics[name]) for name in ("loss", "grad_norm", "weight")}
+            state, made = run.train_step(state, place(next(batches)))
+            found |= {f"{name} of step {step}": float(made[name]) for name in ("loss", "grad_norm", "weight")}
         batches.close()
     return found, params
 

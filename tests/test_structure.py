@@ -56,7 +56,9 @@ MODULES = (
     "lm.data.augment",
     "lm.data.tasks",
     "lm.data.packing",
+    "lm.data.shards",
     "lm.data.order",
+    "lm.data.feed",
     "lm.data.pipeline",
     # 2: models, checkpoints
     "lm.models.layers",

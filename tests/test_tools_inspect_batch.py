@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lm import config
-from lm.data import pipeline
+from lm.data import feed
 from lm.data import tokenizer as tokenizers
 from tools import inspect_batch
 
@@ -119,7 +119,7 @@ def test_colours_tell_trained_from_masked_and_the_roles_apart(monkeypatch, capsy
 def test_the_rows_are_those_of_the_run(recipe):
     cfg = config.build(runpy.run_path(str(recipe))["get_config"]())
     tok, data = inspect_batch.load(cfg)
-    ids = pipeline.train_row_ids(len(data.train), cfg.seed, 3, 4)
+    ids = feed.train_row_ids(len(data.train), cfg.seed, 3, 4)
     batch = inspect_batch.batch_from(cfg, data, "train", example=3, rows=4)
     np.testing.assert_array_equal(batch["tokens"], data.train.rows["tokens"][ids])
     assert batch["example_index"].tolist() == [3, 4, 5, 6]

@@ -59,8 +59,10 @@ def main(argv: list[str]) -> None:
         if type(error).__module__.startswith("lm."):
             sys.exit(f"error: {error}")
         raise
-    report = f"{_SPLIT.value}: " + ", ".join(
-        f"{key} {round(value, 4):,}" for key, value in data.report[_SPLIT.value].items()
+    report = "\n".join(
+        f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items())
+        for name, counts in data.report.items()
+        if name.endswith(_SPLIT.value)
     )
     print_rows(rows, report)
     if _HTML.value:
@@ -71,26 +73,26 @@ def main(argv: list[str]) -> None:
 def load(cfg: Any) -> tuple[Any, Any]:
     """(tokenizer, packed data) of a run of this config that has not begun."""
     from lm import build, replay
-    from lm.data import pipeline, sources
+    from lm.data import pipeline
 
     planned = build.plan(cfg, None)
-    split = sources.load(cfg.data)
-    words = build.tokenizer_for(planned, split)
-    return words, pipeline.build(cfg, words, split, replay.load(planned.replay, planned.cfg))
+    found = pipeline.load(cfg.data)
+    words = build.tokenizer_for(planned, found)
+    return words, pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, planned.cfg))
 
 
 def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:
     """The rows that a run is given from the index `example` on, in training or in evaluation."""
     import numpy as np
 
-    from lm.data import pipeline
+    from lm.data import feed
 
     one: dict[str, Any] = {"batch_size": 1, "local_rows": np.arange(1)}
     if split == "train":
-        stream = pipeline.train_batches(data, start_example=example, seed=cfg.seed, **one)
+        stream = feed.train_batches(data, start_example=example, seed=cfg.seed, **one)
     else:
         limits = {"max_tokens": cfg.eval.max_tokens, "seq_len": cfg.data.seq_len}
-        evaluation = pipeline.eval_batches(data.valid, **limits, **one)
+        evaluation = feed.eval_batches(data.valid, **limits, **one)
         stream = itertools.islice(evaluation, example, None)
     found = list(itertools.islice(stream, rows))
     if not found:

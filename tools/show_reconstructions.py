@@ -36,18 +36,16 @@ def reconstruct(run: str, rows: int) -> dict[str, np.ndarray]:
     import jax
 
     from lm import build
-    from lm.data import pipeline, sources
+    from lm.data import feed, pipeline
     from lm.schema import ConfigError
 
     cfg, model, params, _ = build.load_run(run)
     if cfg.objective != "mae":
         raise ConfigError(f"{run}: its 'objective' is {cfg.objective}; only mae makes images")
     own = dataclasses.replace(cfg.data, replay=0.0)  # not what it replayed
-    data = pipeline.build(dataclasses.replace(cfg, data=own), None, sources.load(own))
+    data = pipeline.build(dataclasses.replace(cfg, data=own), None, *pipeline.load(own))
     rows = min(rows, len(data.valid))
-    batch = next(
-        pipeline.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1)
-    )
+    batch = next(feed.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1))
     prediction_BxTxC = np.asarray(jax.jit(model.apply)(params, batch).head)
     return panels(batch["images"], prediction_BxTxC, batch["masked_patches"], cfg.model.patch_size)
 

@@ -1,283 +1,152 @@
-"""From records to batches. The training stream is a pure function: global example index -> row."""
+"""From records, or from prepared shards, to the rows of a run."""
 
 import dataclasses
 import functools
 import hashlib
 import json
-import math
-import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from pathlib import PurePath
+from typing import Any
 
-import grain
 import numpy as np
 
 from lm import schema
-from lm.config import Config
-from lm.data import augment, examples, order, packing, sources
+from lm.config import Config, DataConfig
+from lm.data import augment, examples, feed, order, packing, shards, sources
 from lm.data.examples import Columns, Row, Task
+from lm.data.feed import REPLAY, Data, Finish, Part, Source
 from lm.data.packing import Rows
 from lm.data.records import DataError, Record
+from lm.data.shards import Prepared
+from lm.data.sources import Split
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.schema import NEVER, ConfigError
 
-HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
-
 # Keys of DataConfig that decide what the rows of given records are.
 _SHAPES_ROWS = (
-    *("task", "labels", "image_shape", "templates", "augment", "replay"),
+    *("task", "labels", "image_shape", "templates", "augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
-_EVAL_SEED = 0
+Found = Split | Prepared  # what a source gives
 _QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
 
 
-Finish = Callable[[Row, np.random.Generator], Row]
+def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
+    """The config of each source that examples come from: '' alone, or the last name of each path of `data.mixture`.
 
-
-class Part(NamedTuple):
-    """The rows of one half of the data, packed and in memory.
-
-    Attributes:
-      rows: as packed.
-      meta: what scoring needs of each row, see `examples.Example`.
-      stored: the columns of `rows` before they were made compact: batch key -> (shape of a row, dtype).
-      columns: the columns of a batch.
-      finish: (row, rng) -> row of a batch: what is drawn anew for each global example; None = nothing is.
+    Raises:
+      ConfigError: two paths end in the same name.
     """
-
-    rows: Rows
-    meta: list[Any]
-    stored: Columns
-    columns: Columns
-    finish: Finish | None = None
-
-    def __len__(self) -> int:
-        return len(next(iter(self.rows.values())))
-
-
-class Data(NamedTuple):
-    """All rows of a run.
-
-    Attributes:
-      train: training rows.
-      valid: held-out rows.
-      fingerprint: sha256 over all that decides which row is which example of the stream: records, tokenizer, settings,
-        seed and the training rows as packed.
-      report: 'train' and 'valid' -> counts: documents, examples, what was cut or dropped (see `examples.make`),
-        rows and, of tokens: tokens (positions filled), targets (positions trained on), bytes (UTF-8, of the targets),
-        fill; 'replay_train' and 'replay_valid' -> the same of what is replayed.
-      easy_first: this many examples of `train` come from the short rows first; 0 = none.
-      replay: the data of another run, as rows of this one, or None.
-      share: of the training examples, those that `replay` gives.
-    """
-
-    train: Part
-    valid: Part
-    fingerprint: str
-    report: dict[str, dict[str, float]]
-    easy_first: int = 0
-    replay: "Data | None" = None
-    share: Fraction = Fraction(0)
-
-    @property
-    def epoch_examples(self) -> int:
-        """Examples of the stream in which each row of `train` has its turn, once."""
-        return math.ceil(len(self.train) / (1 - self.share))
-
-    @property
-    def held_out(self) -> dict[str, Part]:
-        """What an evaluation measures: prefix of its metrics -> rows."""
-        return {"": self.valid} | ({"replay_": self.replay.valid} if self.replay else {})
+    if not cfg.mixture:
+        return {"": cfg}
+    paths = list(dict.fromkeys(path for _, path, _ in cfg.mixture))
+    names = [PurePath(path).name.split(".")[0] for path in paths]
+    for name in names:
+        if names.count(name) > 1 or name in ("", REPLAY):
+            raise ConfigError(f"'data.mixture': its paths must end in different names, not '{REPLAY}', got {names}")
+    return {name: dataclasses.replace(cfg, path=path, mixture=()) for name, path in zip(names, paths, strict=True)}
 
 
-def build(
-    cfg: Config, tokenizer: Tokenizer | None, split: sources.Split, replayed: sources.Split | None = None
-) -> Data:
-    """Makes and packs the examples of both halves of `split` and, where `data.replay` is set, of `replayed`.
+def load(cfg: DataConfig) -> list[Found]:
+    """What each source gives: records, or rows that were prepared. Raises DataError as `sources` and `shards` do."""
+    each = by_source(cfg).values()
+    if cfg.format != "prepared":
+        return [sources.load(one) for one in each]
+    return [shards.open_folder(one.path) for one in each]
+
+
+def _stages(cfg: DataConfig) -> tuple[tuple[float, tuple[Fraction, ...]], ...]:
+    """`data.mixture` by stage, and `data.replay` as the share of one source more."""
+    names, replay = by_source(cfg), Fraction(str(cfg.replay))
+    paths = [one.path for one in names.values()]
+    starts = sorted({start for start, _, _ in cfg.mixture}) or [0.0]
+    stages = []
+    for start in starts:
+        holds = {path: Fraction(str(weight)) for at, path, weight in cfg.mixture if at == start}
+        given = holds or {cfg.path: Fraction(1)}
+        total = sum(given.values())
+        own = [given.get(path, Fraction(0)) / total * (1 - replay) for path in paths]
+        stages.append((start, (*own, replay) if cfg.replay else tuple(own)))
+    return tuple(stages)
+
+
+def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Found | None = None) -> Data:
+    """Makes and packs the examples of both halves of each source and, where `data.replay` is set, of `replayed`.
+
+    Args:
+      cfg: of the run.
+      tokenizer: of the run.
+      found: what `load` gave, in its order.
+      replayed: what another run was trained on.
 
     Raises:
       DataError: a half has nothing to train on or to evaluate; the message gives the counts.
-      ConfigError: `data.curriculum_*` goes by a length that the rows do not have.
+      ConfigError: `data.curriculum_*` goes by a length that the rows do not have; rows that were prepared otherwise.
     """
     if (replayed is None) != (cfg.data.replay == 0):
         raise ValueError(f"data.replay is {cfg.data.replay}: the records to replay are given where it is above 0 only")
-    train, train_report = _part(split.train, "train", cfg, tokenizer)
-    held_out = TASKS[cfg.data.task].held_out
-    valid_records = held_out(split.train, split.valid, cfg) if held_out else split.valid
-    valid, valid_report = _part(valid_records, "valid", cfg, tokenizer)
-    report, replay = {"train": train_report, "valid": valid_report}, None
+    made: dict[str, Source] = {}
+    report: dict[str, dict[str, float]] = {}
+    content: list[Any] = []
+    for name, one in zip(by_source(cfg.data), found, strict=True):
+        made[name], counts, checksums = _source(one, cfg, tokenizer)
+        prefix = f"{name}_" if name else ""
+        report |= {f"{prefix}{half}": values for half, values in counts.items()}
+        content.append([one.fingerprint, checksums])
     if replayed:
         plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0, curriculum=NEVER))
         try:
-            replay = build(plain, tokenizer, replayed)
+            made[REPLAY], counts, checksums = _source(replayed, plain, tokenizer)
         except DataError as error:
             raise DataError(f"'data.replay': {error}") from None
-        report |= {f"replay_{name}": counts for name, counts in replay.report.items()}
-    data = Data(train, valid, "", report, replay=replay, share=Fraction(str(cfg.data.replay)))
+        report |= {f"{REPLAY}_{half}": values for half, values in counts.items()}
+        content.append([replayed.fingerprint, checksums])
+    data = Data(made, _stages(cfg.data), "", report)
     data = data._replace(easy_first=_easy_first(cfg, data))
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
     settings |= {"corrupt": schema.to_dict(cfg.corrupt), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
-    settings |= {"easy_first": data.easy_first, "replay_rows": replay.fingerprint if replay else ""}
-    checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(train.rows.items())}
-    parts = [split.fingerprint, tokenizer.hash if tokenizer else "", settings, checksums]
+    settings |= {"easy_first": data.easy_first}
+    parts = [content, tokenizer.hash if tokenizer else "", settings]
     return data._replace(fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
 
 
 def _easy_first(cfg: Config, data: Data) -> int:
-    """How many examples of `train` the curriculum orders."""
+    """How many examples of the one source the curriculum orders."""
     if cfg.data.curriculum == NEVER:
         return 0
-    if not any(name.endswith("segment_ids") for name in data.train.rows):
+    if not any(name.endswith("segment_ids") for name in data.train.stored):
         raise ConfigError(f"'data.curriculum_*' goes by length, but rows of data.task={cfg.data.task} have none")
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
     examples_in_all = cfg.data.curriculum.to_steps(**size) * cfg.data.batch_size
-    return examples_in_all - math.floor(examples_in_all * data.share)
+    return order.counts(data.mixture(0), examples_in_all)[0]
 
 
-def train_row_ids(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows of the global examples start ... start + count - 1, int64 [count]; epoch e, of `num_rows` examples, is a
-    permutation of the rows that (seed, e) decides."""
-    row_of = order.epochs(num_rows, seed)
-    return np.array([row_of(g) for g in range(start, start + count)], np.int64)
-
-
-def train_batches(
-    data: Data, *, batch_size: int, start_example: int, local_rows: np.ndarray, seed: int
-) -> Iterator[HostBatch]:
-    """Batches without end, made ahead by a background thread; stop it early with the iterator's `close()`.
-
-    Batch k is the global examples start_example + k * batch_size + (0 ... batch_size - 1), of which a host gets those
-    at `local_rows`: all hosts' rows together are the same batch however many hosts there are.
-
-    Args:
-      data: from `build`.
-      batch_size: rows of a batch over all hosts.
-      start_example: the state of the stream: examples consumed so far.
-      local_rows: int [b], offsets in the batch of the rows that this host needs, in the order it needs them.
-      seed: of the shuffle.
-
-    Yields:
-      The columns of the task as [b, ...], row_weights float32 [b] and example_index int32 [b] (modulo 2^31).
-    """
-    source = _Batches(
-        _streams(data, seed), data.share, batch_size, start_example, np.asarray(local_rows, np.int64), seed
-    )
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
-
-
-def eval_batches(
-    part: Part, *, batch_size: int, local_rows: np.ndarray, max_tokens: int, seq_len: int
-) -> Iterator[HostBatch]:
-    """Each row once, in batches of one shape: the last one is filled up with rows of zeros, which have no weight.
-
-    What `Part.finish` draws is the same in every evaluation, whatever the seed of the run.
-
-    Args:
-      part: held-out rows.
-      batch_size: rows of a batch over all hosts.
-      local_rows: int [b], as in `train_batches`.
-      max_tokens: see `eval_row_ids`.
-      seq_len: see `eval_row_ids`.
-
-    Yields:
-      As `train_batches`; example_index counts on over the rows of zeros.
-    """
-    row_ids = eval_row_ids(part, max_tokens, seq_len)
-    for start in range(0, len(row_ids), batch_size):
-        index = start + np.asarray(local_rows, np.int64)
-        is_row = index < len(row_ids)
-        batch = _gather(part, row_ids[np.where(is_row, index, 0)], index, seed=_EVAL_SEED)
-        yield {
-            key: x
-            if key == "example_index"
-            else np.where(is_row.reshape(-1, *[1] * (x.ndim - 1)), x, 0).astype(x.dtype)
-            for key, x in batch.items()
-        }
-
-
-def eval_row_ids(part: Part, max_tokens: int, seq_len: int) -> np.ndarray:
-    """The rows that an evaluation reads, in order: int64 [n].
-
-    Args:
-      part: held-out rows.
-      max_tokens: at most this many positions, rounded up to whole rows, evenly spaced over all of them; 0 = all rows.
-      seq_len: positions in a row.
-    """
-    count = min(len(part), math.ceil(max_tokens / seq_len)) if max_tokens else len(part)
-    return np.arange(count, dtype=np.int64) * len(part) // max(1, count)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-    """Random access to the batches of the training stream: what Grain calls a data source."""
-
-    streams: list[tuple[Part, order.Order]]
-    share: Fraction
-    batch_size: int
-    start: int
-    local_rows: np.ndarray
-    seed: int
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, k: int) -> HostBatch:
-        index_B = self.start + int(k) * self.batch_size + self.local_rows
-        stream_B, place_B = np.array([order.mixed(int(g), self.share) for g in index_B], np.int64).reshape(-1, 2).T
-        batch: HostBatch = {}
-        for number, (part, row_of) in enumerate(self.streams):
-            here = np.flatnonzero(stream_B == number)
-            if not len(here):
-                continue
-            found = _gather(part, np.array([row_of(int(i)) for i in place_B[here]]), index_B[here], self.seed)
-            for key, x in found.items():
-                batch.setdefault(key, np.zeros((len(index_B), *x.shape[1:]), x.dtype))[here] = x
-        return batch
-
-
-def _streams(data: Data, seed: int) -> list[tuple[Part, order.Order]]:
-    """The parts that training examples come from, each with the order of its rows."""
-    own = order.epochs(len(data.train), seed)
-    if data.easy_first:
-        own = order.easy_first(_lengths(data.train), seed, data.easy_first, own)
-    streams = [(data.train, own)]
-    if data.replay:
-        streams.append((data.replay.train, order.epochs(len(data.replay.train), seed, stream=1)))
-    return streams
-
-
-def _lengths(part: Part) -> np.ndarray:
-    """Positions of each row that are no padding, int64 [R]."""
-    segments = [x for name, x in part.rows.items() if name.endswith("segment_ids")]
-    return sum((np.count_nonzero(x.reshape(len(x), -1), axis=1) for x in segments), np.zeros(len(part), np.int64))
-
-
-def _gather(part: Part, row_ids: np.ndarray, index: np.ndarray, seed: int) -> HostBatch:
-    """Rows `row_ids` as the global examples `index`: what is drawn for a row depends on (seed, its index) alone."""
-    if part.finish is None:
-        batch = {key: part.rows[key][row_ids] for key in part.columns}
+def _source(
+    found: Found, cfg: Config, tokenizer: Tokenizer | None
+) -> tuple[Source, dict[str, dict[str, float]], dict[str, int]]:
+    """Both halves of a source, what was counted, and what stands for the training rows in a fingerprint."""
+    if isinstance(found, Prepared):
+        halves = {half: _prepared(found, half, cfg, tokenizer) for half in ("train", "valid")}
+        checksums: dict[str, int] = {}
     else:
-        finished = []
-        for row_id, g in zip(row_ids, index, strict=True):
-            rng = np.random.default_rng([seed % 2**32, int(g)])
-            row = {key: part.rows[key][row_id].astype(dtype) for key, (_, dtype) in part.stored.items()}
-            finished.append(part.finish(row, rng))
-        batch = {key: np.stack([row[key] for row in finished]) for key in part.columns}
-    batch = {key: x.astype(part.columns[key][1]) for key, x in batch.items()}
-    indices = {"example_index": (index % 2**31).astype(np.int32)}
-    return batch | {"row_weights": np.ones(len(index), np.float32)} | indices
+        task = TASKS[cfg.data.task]
+        held_out = task.held_out(found.train, found.valid, cfg) if task.held_out else found.valid
+        train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
+        valid, _, valid_counts = _packed(held_out, "valid", cfg, tokenizer)
+        halves = {"train": (train, counts), "valid": (valid, valid_counts)}
+    report = {half: counts for half, (_, counts) in halves.items()}
+    return Source(halves["train"][0], halves["valid"][0]), report, checksums
 
 
-def _part(
+def _packed(
     records: Sequence[Record], name: str, cfg: Config, tokenizer: Tokenizer | None
-) -> tuple[Part, dict[str, float]]:
+) -> tuple[Part, dict[str, int], dict[str, float]]:
+    """Records as rows in memory, checksums of the rows, and counts."""
     task, counts = TASKS[cfg.data.task], Counter[str]()
     made = examples.make(task, _progress(records, f"packing {name} rows"), tokenizer, cfg, counts)
     stored = task.columns(cfg)
@@ -297,19 +166,66 @@ def _part(
             f"the {name} data has no target: nothing in it counts for the loss ({found}); "
             f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )
-    finish = _finish(task, name == "train", cfg, tokenizer, rows, stored)
-    return Part(rows, meta, stored, (task.batch or task.columns)(cfg), finish), report
+    checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(rows.items())}
+    return _part(task, name, cfg, tokenizer, *feed.in_memory(rows), stored, meta), checksums, report
+
+
+def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | None) -> tuple[Part, dict[str, float]]:
+    """Rows that lie on disk, and what was counted when they were prepared.
+
+    Raises:
+      ConfigError: they are not what this run would make of their documents.
+      DataError: there are none.
+    """
+    task = TASKS[cfg.data.task]
+    stored = task.columns(cfg)
+    table = found.table(half, mask_documents=cfg.data.mask_documents, skip=cfg.data.max_bad_records)
+    if set(stored) != set(table.layout.names):
+        raise ConfigError(
+            f"{found.path}: rows of {', '.join(table.layout.names)}; 'data.task' {cfg.data.task} reads "
+            f"{', '.join(stored)}"
+        )
+    if (length := stored["tokens"][0][0]) != table.layout.length:
+        raise ConfigError(
+            f"{found.path}: rows of {table.layout.length} positions, this run needs {length}; set "
+            "data.seq_len, or prepare the data anew"
+        )
+    if (was := found.about["settings"]["packing"]) != cfg.data.packing:
+        raise ConfigError(f"{found.path}: 'data.packing' was {was} when it was prepared, and is {cfg.data.packing} now")
+    if not len(table):
+        raise DataError(f"{found.path}: no {half} rows; prepare it anew with more documents, or another held-out share")
+    return _part(task, half, cfg, tokenizer, len(table), table.take, stored, []), found.counts(half)
+
+
+def _part(
+    task: Task,
+    name: str,
+    cfg: Config,
+    tokenizer: Tokenizer | None,
+    size: int,
+    take: Callable[[np.ndarray], Rows],
+    stored: Columns,
+    meta: list[Any],
+) -> Part:
+    finish = _finish(task, name == "train", cfg, tokenizer, size, take, stored)
+    return Part(size, take, meta, stored, (task.batch or task.columns)(cfg), finish)
 
 
 def _finish(
-    task: Task, is_train: bool, cfg: Config, tokenizer: Tokenizer | None, rows: Rows, stored: Columns
+    task: Task,
+    is_train: bool,
+    cfg: Config,
+    tokenizer: Tokenizer | None,
+    size: int,
+    take: Callable[[np.ndarray], Rows],
+    stored: Columns,
 ) -> Finish | None:
     """What is done to a row each time it is used: augmentation while training, then the task's corruption."""
     steps: list[Finish] = []
     if is_train and not task.augments:
         steps += [functools.partial(_augment, name, strength, cfg, tokenizer) for name, strength in cfg.data.augment]
     if task.draws_other:
-        steps.append(functools.partial(_with_other, rows, stored))
+        steps.append(functools.partial(_with_other, size, take, stored))
     if task.corrupt is not None:
         corrupt = task.corrupt
         steps.append(lambda row, rng: corrupt(row, rng, tokenizer, cfg))
@@ -318,10 +234,12 @@ def _finish(
     return lambda row, rng: functools.reduce(lambda row, step: step(row, rng), steps, row)
 
 
-def _with_other(rows: Rows, stored: Columns, row: Row, rng: np.random.Generator) -> Row:
+def _with_other(
+    size: int, take: Callable[[np.ndarray], Rows], stored: Columns, row: Row, rng: np.random.Generator
+) -> Row:
     """The row, and beside it a random one of all rows."""
-    at = int(rng.integers(len(next(iter(rows.values())))))
-    return row | {f"other_{key}": rows[key][at].astype(dtype) for key, (_, dtype) in stored.items()}
+    other = take(rng.integers(size, size=1))
+    return row | {f"other_{key}": other[key][0].astype(dtype) for key, (_, dtype) in stored.items()}
 
 
 def _augment(

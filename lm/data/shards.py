@@ -1,0 +1,308 @@
+"""Prepared data on disk: packed rows of token ids in shards, read by index through memory maps.
+
+A folder holds `index.json`, written last, so that a folder without it is not prepared; the tokenizer; and one `.npy`
+file a shard, an array [R, W] of uint16 (uint32 where ids do not fit) of which a row is
+
+    L token ids | 2 halves of a checksum | S pairs of a length and a last target
+
+Worked, L 6, S 2, documents [a b] and [c], which begin with BOS (^) and end in EOS (.):
+
+    stored        ^ a b ^ c 0 | checksum | 3 . 2 .
+    tokens        ^ a b ^ c 0     as they are stored
+    segment_ids   1 1 1 2 2 0     by the lengths
+    positions     0 1 2 0 1 0     by the lengths
+    targets       a b . c . 0     the next token, but where a document ends its last target
+    loss_weights  1 1 1 1 1 0     1 where a document is
+
+so that a token costs two bytes and a batch is one copy and a few passes over it. Any bit that flips in a row changes
+its checksum: rows are verified whenever they are read.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lm.data.packing import Rows
+from lm.data.records import DataError
+
+FORMAT = 1
+INDEX = "index.json"
+_OPEN_SHARDS = 256  # each holds a file descriptor
+_HALVES = 2  # cells of a row that hold its checksum
+_SEED = 0x9E3779B9  # checksum of a row of zeros: one that was never written is damaged too
+
+
+class Layout(NamedTuple):
+    """What the rows of a folder have in common.
+
+    Attributes:
+      length: L, positions of a row.
+      shifted: whether a row has targets, its next tokens.
+      mask_documents: False = documents of a row see the ones before them: it is read as one segment.
+    """
+
+    length: int
+    shifted: bool
+    mask_documents: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Columns of a row."""
+        return ("tokens", "segment_ids", "positions", *(("targets", "loss_weights") if self.shifted else ()))
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, name: str, rows: Rows, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Writes one shard, whole or not at all, and returns what the index keeps of it.
+
+    Args:
+      folder: of the prepared data.
+      name: of the shard, such as 'train-00003-of-00008'.
+      rows: as `lm.data.packing.pack` makes them, of a task that reads text; at least one.
+      counts: what else the index is to say of it, such as documents and bytes.
+
+    Raises:
+      ValueError: rows that cannot be read back as they are, such as of a task that trains on a part of them.
+    """
+    stored = encode(rows)
+    temporary = folder / f"{name}.tmp"
+    with temporary.open("wb") as file:
+        np.save(file, stored, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    entry = {
+        "name": name,
+        "rows": len(stored),
+        "tokens": int(np.count_nonzero(rows["segment_ids"])),
+        "bytes_on_disk": temporary.stat().st_size,
+        "sha256": hashlib.sha256(temporary.read_bytes()).hexdigest(),
+    }
+    temporary.replace(folder / f"{name}.npy")
+    return {**entry, **counts}
+
+
+def encode(rows: Rows) -> np.ndarray:
+    """Rows as they are stored, [R, W]. Raises ValueError where `decode` would not give them back."""
+    tokens_RxL, segments_RxL = (rows[name].astype(np.int64) for name in ("tokens", "segment_ids"))
+    num_rows, length = tokens_RxL.shape
+    is_end_RxL = segments_RxL != np.pad(segments_RxL[:, 1:], ((0, 0), (0, 1)))
+    if "targets" in rows:  # of documents in one segment: the target is not the next token
+        is_end_RxL |= rows["targets"] != np.pad(tokens_RxL[:, 1:], ((0, 0), (0, 1)))
+    is_end_RxL &= segments_RxL > 0
+    counts_R = is_end_RxL.sum(axis=1)
+    row_N, end_N = np.nonzero(is_end_RxL)
+    place_N = np.arange(len(row_N)) - np.repeat(np.cumsum(counts_R) - counts_R, counts_R)
+    pairs_RxSx2 = np.zeros((num_rows, int(counts_R.max(initial=1)), 2), np.int64)
+    pairs_RxSx2[row_N, place_N, 0] = end_N - np.where(place_N == 0, -1, np.roll(end_N, 1))
+    pairs_RxSx2[row_N, place_N, 1] = rows["targets"][row_N, end_N] if "targets" in rows else 0
+    pairs_RxP = pairs_RxSx2.reshape(num_rows, -1)
+    dtype = np.uint16 if max(tokens_RxL.max(initial=0), pairs_RxP.max(initial=0)) < 2**16 else np.uint32
+    cells = np.concatenate([tokens_RxL, np.zeros((num_rows, _HALVES), np.int64), pairs_RxP], axis=1).astype(dtype)
+    sums_R = checksums(cells, length)
+    cells[:, length], cells[:, length + 1] = sums_R & 0xFFFF, sums_R >> 16
+    merged = bool((segments_RxL.max(axis=1, initial=0) < counts_R).any())
+    for name, found in decode(cells, Layout(length, "targets" in rows, not merged)).items():
+        if not np.array_equal(found, rows[name]):
+            raise ValueError(f"rows of this task cannot be stored: '{name}' does not follow from the tokens")
+    return cells
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Makes a folder prepared data.
+
+    Args:
+      folder: with the tokenizer and the shards.
+      index: "parts": 'train' and 'valid' -> what `write` returned of each shard; "layout": length and shifted;
+        "settings": what else shaped the rows, 'packing' at least; and what a person should find there.
+    """
+    temporary = folder / f"{INDEX}.tmp"
+    temporary.write_text(json.dumps({"format": FORMAT, **index}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(folder / INDEX)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """The rows of one part of a prepared folder.
+
+    Attributes:
+      paths: of the shards.
+      starts: first row of each shard, and the number of all rows, int64 [shards + 1].
+      layout: of the rows.
+      skip: so many damaged rows are read as rows of padding, which train nothing; one more is an error.
+      damaged: those that were, 'file: row'.
+    """
+
+    paths: tuple[str, ...]
+    starts: np.ndarray
+    layout: Layout
+    skip: int
+    damaged: set[str]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def take(self, row_ids: np.ndarray) -> Rows:
+        """Rows by number, as columns of a batch, [B, L].
+
+        Raises:
+          DataError: a row whose checksum is not what it was and that `skip` does not allow for, by file and number; or
+            a file that is gone.
+        """
+        shard_B = np.searchsorted(self.starts, row_ids, side="right") - 1
+        inside_B = row_ids - self.starts[shard_B]
+        if len(self.paths) == 1:
+            cells = _opened(self.paths[0])[inside_B]
+        else:
+            found = [_opened(self.paths[s])[r] for s, r in zip(shard_B.tolist(), inside_B.tolist(), strict=True)]
+            widest = max(found, key=lambda row: (row.itemsize, len(row)), default=np.zeros(0, np.uint16))
+            cells = np.zeros((len(found), max(map(len, found), default=0)), widest.dtype)
+            for row, values in zip(cells, found, strict=True):
+                row[: len(values)] = values
+        length = self.layout.length
+        written = cells[:, length].astype(np.uint32) | cells[:, length + 1].astype(np.uint32) << np.uint32(16)
+        for at in np.flatnonzero(written != checksums(cells, length)).tolist():
+            self._damaged(f"{self.paths[shard_B[at]]}: row {inside_B[at]}")
+            cells[at] = 0
+        return decode(cells, self.layout)
+
+    def _damaged(self, where: str) -> None:
+        message = f"{where} is damaged: its checksum is not the one it was written with"
+        if where not in self.damaged:
+            if len(self.damaged) >= self.skip:
+                hint = "copy the shard again, or prepare it anew; data.max_bad_records=N leaves up to N such rows out"
+                raise DataError(f"{message} ({len(self.damaged)} were left out before it); {hint}")
+            self.damaged.add(where)
+            print(f"warning: {message}; left out, {len(self.damaged)} of at most {self.skip}", file=sys.stderr)
+
+
+@functools.lru_cache(maxsize=_OPEN_SHARDS)
+def _opened(path: str) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def decode(cells: np.ndarray, layout: Layout) -> Rows:
+    """Columns of a batch from stored rows [B, W]: int32 [B, L], loss_weights float32; see the top of this file."""
+    num_rows, length = len(cells), layout.length
+    tokens_BxL = cells[:, :length].astype(np.int32)
+    lengths_BxS, last_BxS = cells[:, length + _HALVES :: 2].astype(np.int64), cells[:, length + _HALVES + 1 :: 2]
+    # Every row as runs, one a document and one of what is left: those of no length vanish.
+    runs_BxT = np.column_stack([lengths_BxS, length - lengths_BxS.sum(axis=1)])
+    ends_BxT = np.cumsum(runs_BxT).reshape(runs_BxT.shape)
+    number_T = np.arange(1, runs_BxT.shape[1] + 1, dtype=np.int32)
+    number_T[-1] = 0
+    runs_N = runs_BxT.ravel()
+    segments_BxL = np.repeat(np.tile(number_T, num_rows), runs_N).reshape(num_rows, length)
+    is_full = not runs_BxT[:, -1].any()
+    if layout.mask_documents:
+        starts_N = (ends_BxT - runs_BxT).ravel().astype(np.int32)
+        positions_BxL = np.arange(num_rows * length, dtype=np.int32) - np.repeat(starts_N, runs_N)
+        positions_BxL = positions_BxL.reshape(num_rows, length)
+    else:
+        segments_BxL = np.minimum(segments_BxL, 1)
+        positions_BxL = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
+    if not is_full:
+        positions_BxL = np.where(segments_BxL > 0, positions_BxL, 0)
+    columns = {"tokens": tokens_BxL, "segment_ids": segments_BxL, "positions": positions_BxL}
+    if layout.shifted:
+        targets_N = np.zeros(num_rows * length, np.int32)
+        targets_N[:-1] = tokens_BxL.ravel()[1:]
+        is_document = lengths_BxS > 0
+        targets_N[ends_BxT[:, :-1][is_document] - 1] = last_BxS[is_document]
+        targets_BxL = targets_N.reshape(num_rows, length)
+        weights_BxL = np.ones((num_rows, length), np.float32) if is_full else (segments_BxL > 0).astype(np.float32)
+        if not is_full:
+            targets_BxL = np.where(segments_BxL > 0, targets_BxL, 0)
+        columns |= {"targets": targets_BxL, "loss_weights": weights_BxL}
+    return columns
+
+
+def checksums(cells: np.ndarray, length: int) -> np.ndarray:
+    """Of stored rows [B, W] but for the checksum in them, uint32 [B]; zeros at the end change nothing.
+
+    Every cell times an odd number of its own, modulo 2^32: a change of one cell always shows.
+    """
+    odd_W = _odd(cells.shape[1], length)
+    return np.uint32(_SEED) + cells.astype(np.uint32) @ odd_W
+
+
+@functools.lru_cache(maxsize=64)
+def _odd(width: int, length: int) -> np.ndarray:
+    odd_W = (np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).astype(
+        np.uint32
+    )
+    odd_W |= np.uint32(1)
+    odd_W[length : length + _HALVES] = 0
+    return odd_W
+
+
+class Prepared(NamedTuple):
+    """A prepared folder, opened.
+
+    Attributes:
+      path: of it.
+      about: what its index says of it.
+      fingerprint: sha256 hex over the rows and how they were shaped; not over where they lie.
+    """
+
+    path: str
+    about: dict[str, Any]
+    fingerprint: str
+
+    def table(self, half: str, *, mask_documents: bool = True, skip: int = 0) -> Table:
+        """The rows of 'train' or 'valid', read as `Table` says."""
+        entries = self.about["parts"][half]
+        paths = tuple(str(epath.Path(self.path).expanduser() / f"{entry['name']}.npy") for entry in entries)
+        starts = np.cumsum([0, *(entry["rows"] for entry in entries)], dtype=np.int64)
+        return Table(paths, starts, Layout(**self.about["layout"], mask_documents=mask_documents), skip, set())
+
+    def counts(self, half: str) -> dict[str, float]:
+        """Sums over the shards of all that they count, and the fill of their rows."""
+        entries = self.about["parts"][half]
+        names = [name for name, value in entries[0].items() if isinstance(value, int)] if entries else []
+        total: dict[str, float] = {name: sum(entry[name] for entry in entries) for name in names}
+        if total:
+            total["fill"] = total["tokens"] / max(1, total["rows"] * self.about["layout"]["length"])
+        return total
+
+    @property
+    def report(self) -> str:
+        """What was found, for a person."""
+        rows = {half: f"{sum(e['rows'] for e in shards):,}" for half, shards in self.about["parts"].items()}
+        return f"prepared data in {self.path}: {rows['train']} train and {rows['valid']} valid rows"
+
+
+def open_folder(path: str) -> Prepared:
+    """Raises DataError where it is no prepared folder, of another version, or a shard is missing or cut short."""
+    folder = epath.Path(path).expanduser()
+    if not (folder / INDEX).exists():
+        raise DataError(f"data path '{path}': no {INDEX} in it; expected a folder that tools/prepare_data.py finished")
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        version, shards = index["format"], {half: index["parts"][half] for half in ("train", "valid")}
+        decisive = {"layout": Layout(**index["layout"]), "rows": [[e["sha256"] for e in s] for s in shards.values()]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / INDEX}: damaged ({type(error).__name__}: {error}); prepare the data anew") from None
+    if version != FORMAT:
+        raise DataError(f"{folder / INDEX}: format {version}, this code reads {FORMAT}; prepare the data anew")
+    for entry in (entry for entries in shards.values() for entry in entries):
+        file = folder / f"{entry['name']}.npy"
+        size = file.stat().length if file.exists() else None
+        if size != entry["bytes_on_disk"]:
+            found = "is missing" if size is None else f"has {size:,} bytes, expected {entry['bytes_on_disk']:,}"
+            raise DataError(f"{file}: {found}; copy it again, or prepare the data anew")
+    return Prepared(path, index, hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest())

@@ -1,0 +1,154 @@
+"""lm/data/shards.py: what is read back is what was packed, and a row that changed on disk is never used."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from lm import config
+from lm.data import examples, packing, shards, tokenizer
+from lm.data.records import DataError
+from lm.data.tasks import TASKS
+
+TEXTS = [f"document {i} says hello {'and again ' * (i % 23)}now.\n" for i in range(90)]
+TOK = tokenizer.train(TEXTS, 330, 100_000)
+
+
+def pack(task="text", **data):
+    cfg = dataclasses.replace(config.Config(), data=config.DataConfig(task=task, **({"seq_len": 48} | data)))
+    records = [{"text": text, "source": ""} for text in TEXTS]
+    columns = TASKS[task].columns(cfg)
+    made = examples.make(TASKS[task], records, TOK, cfg, examples.Counter())
+    rows, _ = packing.pack(made, columns, cfg.data)
+    return {key: rows[key].astype(dtype) for key, (_, dtype) in columns.items()}
+
+
+def layout(rows):
+    return shards.Layout(rows["tokens"].shape[1], "targets" in rows)
+
+
+def prepare(folder, rows, sizes):
+    """The rows in shards of so many each, with an index."""
+    folder.mkdir(exist_ok=True)
+    ends = np.cumsum([0, *sizes])
+    entries = [
+        shards.write(folder, f"train-{i}", {key: x[a:b] for key, x in rows.items()}, {"documents": 1})
+        for i, (a, b) in enumerate(itertools.pairwise(ends))
+    ]
+    about = {"length": rows["tokens"].shape[1], "shifted": "targets" in rows}
+    shards.write_index(folder, {"parts": {"train": entries, "valid": []}, "layout": about})
+    return entries
+
+
+@pytest.mark.parametrize("task", ["text", "prefix_text", "masked_text", "span_corruption"])
+@pytest.mark.parametrize("packing_", ["pad", "best_fit", "concat"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_rows_are_read_back_as_they_were_packed(tmp_path, task, packing_, mask):
+    if packing_ not in config.TASK_PACKINGS[task]:
+        pytest.skip("this task does not pack so")
+    rows = pack(task, packing=packing_, mask_documents=mask)
+    size = len(rows["tokens"])
+    prepare(tmp_path, rows, [5, 1, size - 6])
+    table = shards.open_folder(str(tmp_path)).table("train", mask_documents=mask)
+    assert len(table) == size
+    ids = np.random.default_rng(0).permutation(size)
+    found = table.take(ids)
+    assert found.keys() == rows.keys()
+    for key, column in rows.items():
+        np.testing.assert_array_equal(found[key], column[ids], strict=True)
+
+
+def test_large_ids_and_rows_of_one_document_are_kept():
+    tokens = np.array([[7, 70_000, 2**31 - 1, 0], [1, 2, 3, 4]])
+    segments = np.array([[1, 1, 1, 0], [1, 1, 2, 2]])
+    positions = np.array([[0, 1, 2, 0], [0, 1, 0, 1]])
+    rows = {"tokens": tokens, "segment_ids": segments, "positions": positions}
+    cells = shards.encode(rows)
+    assert cells.dtype == np.uint32 and cells.shape == (2, 4 + 2 + 2 * 2)
+    assert cells[:, 6:].tolist() == [[3, 0, 0, 0], [2, 0, 2, 0]]
+    for key, found in shards.decode(cells, layout(rows)).items():
+        assert found.tolist() == rows[key].tolist()
+
+
+def test_rows_that_tokens_do_not_decide_are_refused():
+    rows = pack()
+    weights = rows["loss_weights"].copy()
+    weights[0, 0] = 0.0
+    with pytest.raises(ValueError, match="'loss_weights' does not follow from the tokens"):
+        shards.encode(rows | {"loss_weights": weights})
+
+
+def test_every_bit_of_a_row_is_covered(tmp_path):
+    rows = {key: x[:3] for key, x in pack().items()}
+    prepare(tmp_path, rows, [3])
+    path = tmp_path / "train-0.npy"
+    whole = path.read_bytes()
+    begin = whole.index(b"\n") + 1
+    flips = np.random.default_rng(0).integers(begin * 8, len(whole) * 8, 400)
+    for number, bit in enumerate([*flips, begin * 8, len(whole) * 8 - 1]):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        row = (bit // 8 - begin) // ((len(whole) - begin) // 3)
+        copy = tmp_path / f"copy{number}"  # another name: files that were opened stay so
+        copy.mkdir()
+        shutil.copy(tmp_path / "index.json", copy)
+        (copy / path.name).write_bytes(damaged)
+        table = shards.open_folder(str(copy)).table("train")
+        with pytest.raises(DataError, match=rf"{copy}/train-0\.npy: row {row} is damaged: .*max_bad_records"):
+            table.take(np.arange(3))
+        table.take(np.array([i for i in range(3) if i != row]))
+    path.write_bytes(whole[:begin] + bytes(len(whole) - begin))
+    with pytest.raises(DataError, match="row 0 is damaged"):
+        shards.open_folder(str(tmp_path)).table("train").take(np.arange(3))
+
+
+def test_damaged_rows_are_left_out_up_to_a_limit_and_counted_once(tmp_path, capsys):
+    rows = pack(packing="pad")
+    prepare(tmp_path, rows, [4, 6])
+    for name, row in (("train-0", 3), ("train-1", 2)):
+        stored = np.load(tmp_path / f"{name}.npy")
+        stored[row, 7] ^= 1
+        np.save(tmp_path / f"{name}.npy", stored)
+    with pytest.raises(DataError, match=r"train-1\.npy: row 2 is damaged.*1 were left out before"):
+        shards.open_folder(str(tmp_path)).table("train", skip=1).take(np.arange(10))
+    table = shards.open_folder(str(tmp_path)).table("train", skip=2)
+    capsys.readouterr()
+    for _ in range(2):
+        found = table.take(np.arange(10))
+    assert capsys.readouterr().err.count("is damaged") == len(table.damaged) == 2
+    for key, column in rows.items():
+        good = np.arange(10)[~np.isin(np.arange(10), [3, 6])]
+        np.testing.assert_array_equal(found[key][good], column[good])
+        assert not found[key][[3, 6]].any()
+
+
+def test_what_is_no_whole_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=rf"data path '{tmp_path}': no index.json in it; .*prepare_data"):
+        shards.open_folder(str(tmp_path))
+    entries = prepare(tmp_path, pack(), [4, 4])
+    assert entries[0]["rows"] == 4 and entries[0]["documents"] == 1
+    (tmp_path / "train-1.npy").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"train-1\.npy: is missing"):
+        shards.open_folder(str(tmp_path))
+    (tmp_path / "train-1.npy").write_bytes((tmp_path / "elsewhere").read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train-1\.npy: has [\d,]+ bytes, expected"):
+        shards.open_folder(str(tmp_path))
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {"format": 9}))
+    with pytest.raises(DataError, match="format 9, this code reads 1"):
+        shards.open_folder(str(tmp_path))
+    (tmp_path / "index.json").write_text(json.dumps(index)[:40])
+    with pytest.raises(DataError, match=r"index\.json: damaged"):
+        shards.open_folder(str(tmp_path))
+
+
+def test_the_fingerprint_is_of_the_rows_wherever_they_lie(tmp_path):
+    rows = pack()
+    prepare(tmp_path / "a", rows, [4, 4])
+    prepare(tmp_path / "b", rows, [4, 4])
+    prepare(tmp_path / "c", {key: x[::-1] for key, x in rows.items()}, [4, 4])
+    a, b, c = (shards.open_folder(str(tmp_path / name)).fingerprint for name in "abc")
+    assert a == b != c
