@@ -105,7 +105,7 @@ def encode(rows: Rows) -> np.ndarray:
     pairs_RxSx2 = np.zeros((num_rows, int(counts_R.max(initial=1)), 2), np.int64)
     pairs_RxSx2[row_N, place_N, 0] = end_N - np.where(place_N == 0, -1, np.roll(end_N, 1))
     pairs_RxSx2[row_N, place_N, 1] = rows["targets"][row_N, end_N] if "targets" in rows else 0
-    pairs_RxP = pairs_RxSx2.reshape(num_rows, -1)
+    pairs_RxP = pairs_RxSx2.reshape(num_rows, pairs_RxSx2.shape[1] * 2)
     dtype = np.uint16 if max(tokens_RxL.max(initial=0), pairs_RxP.max(initial=0)) < 2**16 else np.uint32
     cells = np.concatenate([tokens_RxL, np.zeros((num_rows, _HALVES), np.int64), pairs_RxP], axis=1).astype(dtype)
     sums_R = checksums(cells, length)
