@@ -35,19 +35,21 @@ def epochs(num_rows: int, seed: int, stream: int = 0) -> Order:
 def permuted(index_B: np.ndarray, size: int, keys: Sequence[np.uint64]) -> np.ndarray:
     """Where a keyed permutation of [0, size) sends each index, int64 [B].
 
-    A Feistel network permutes the numbers of an even count of bits; what falls on `size` or above is sent on until it
-    does not, which leaves a permutation of the rest (cycle walking, Black and Rogaway 2002).
+    A Feistel network on pairs of numbers below about sqrt(size), the halves added modulo their ranges, permutes a few
+    numbers more than `size`; what falls outside is sent on until it does not, which leaves a permutation of the rest
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
-    mask = np.uint64((1 << int(half)) - 1)
+    high = np.uint64(math.isqrt(size - 1) + 1)
+    low = np.uint64(-(-size // int(high)))
     x = index_B.astype(np.uint64)
     outside = np.arange(len(x))
     while len(outside):
-        left, right = x[outside] >> half, x[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed_bits(right + key) & mask)
-        x[outside] = (left << half) | right
-        outside = outside[x[outside] >= size]
+        left, right = np.divmod(x[outside], low)
+        for left_key, right_key in zip(keys[::2], keys[1::2], strict=True):
+            left = (left + _mixed_bits(right + left_key) % high) % high
+            right = (right + _mixed_bits(left + right_key) % low) % low
+        x[outside] = moved = left * low + right
+        outside = outside[moved >= size]
     return x.astype(np.int64)
 
 
@@ -143,7 +145,8 @@ def counts(mixture: Mixture, index: int) -> list[int]:
     return total
 
 
-def _last_first(weights: Sequence[Fraction]) -> list[tuple[int, Fraction]]:
+@functools.lru_cache(maxsize=64)
+def _last_first(weights: tuple[Fraction, ...]) -> list[tuple[int, Fraction]]:
     """(stream, its share of what the streams behind it leave over), the last stream first: the first one gets all."""
     shares = [weights[k] / total if (total := sum(weights[: k + 1])) else Fraction(0) for k in range(len(weights))]
     shares[0] = Fraction(1)

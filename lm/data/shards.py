@@ -162,14 +162,12 @@ class Table(NamedTuple):
         """
         shard_B = np.searchsorted(self.starts, row_ids, side="right") - 1
         inside_B = row_ids - self.starts[shard_B]
-        if len(self.paths) == 1:
-            cells = _opened(self.paths[0])[inside_B]
-        else:
-            found = [_opened(self.paths[s])[r] for s, r in zip(shard_B.tolist(), inside_B.tolist(), strict=True)]
-            widest = max(found, key=lambda row: (row.itemsize, len(row)), default=np.zeros(0, np.uint16))
-            cells = np.zeros((len(found), max(map(len, found), default=0)), widest.dtype)
-            for row, values in zip(cells, found, strict=True):
-                row[: len(values)] = values
+        opened = {shard: _opened(self.paths[shard]) for shard in np.unique(shard_B).tolist()}
+        rows = [opened[shard][at] for shard, at in zip(shard_B.tolist(), inside_B.tolist(), strict=True)]
+        if len({shard.shape[1] for shard in opened.values()}) > 1:  # narrow ones lack pairs, which have no length then
+            width = max(shard.shape[1] for shard in opened.values())
+            rows = [np.pad(row, (0, width - len(row))) for row in rows]
+        cells = np.concatenate(rows).reshape(len(rows), -1)
         length = self.layout.length
         written = cells[:, length].astype(np.uint32) | cells[:, length + 1].astype(np.uint32) << np.uint32(16)
         for at in np.flatnonzero(written != checksums(cells, length)).tolist():
@@ -210,7 +208,7 @@ def decode(cells: np.ndarray, layout: Layout) -> Rows:
     is_full = not runs_BxT[:, -1].any()
     if layout.mask_documents:
         starts_N = (ends_BxT - runs_BxT).ravel().astype(np.int32)
-        positions_BxL = np.arange(num_rows * length, dtype=np.int32) - np.repeat(starts_N, runs_N)
+        positions_BxL = _ramp(num_rows * length) - np.repeat(starts_N, runs_N)
         positions_BxL = positions_BxL.reshape(num_rows, length)
     else:
         segments_BxL = np.minimum(segments_BxL, 1)
@@ -231,13 +229,18 @@ def decode(cells: np.ndarray, layout: Layout) -> Rows:
     return columns
 
 
+@functools.lru_cache(maxsize=8)
+def _ramp(size: int) -> np.ndarray:
+    return np.arange(size, dtype=np.int32)
+
+
 def checksums(cells: np.ndarray, length: int) -> np.ndarray:
     """Of stored rows [B, W] but for the checksum in them, uint32 [B]; zeros at the end change nothing.
 
     Every cell times an odd number of its own, modulo 2^32: a change of one cell always shows.
     """
     odd_W = _odd(cells.shape[1], length)
-    return np.uint32(_SEED) + cells.astype(np.uint32) @ odd_W
+    return np.uint32(_SEED) + np.einsum("bw,w->b", cells.astype(np.uint32), odd_W)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,180 @@
+"""What `tools/bench.py --input` measures: batches from prepared shards, and from text that is tokenized and packed.
+
+The prepared rows are of synthetic ids in documents of lognormal lengths, of 1,024 positions each, drawn from a mixture
+of three sources; ceilings are measured in turn with them, in the same run.
+"""
+
+import itertools
+import shutil
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm import config
+from lm.data import examples, feed, packing, pipeline, shards, sources, tokenizer
+from lm.data.packing import Rows
+from lm.data.tasks import TASKS
+
+LENGTH, BATCH = 1024, 128
+WEIGHTS = {"web": 0.6, "books": 0.3, "code": 0.1}  # also how much of the bytes each source has
+_SHARD_ROWS = 32_768  # of 64 MB
+_FAR = 10**9
+
+
+def measure(folder: Path, megabytes: list[int], seconds: float) -> dict[str, Any]:
+    """All figures.
+
+    Args:
+      folder: where the synthetic rows are written, and left to whoever made it.
+      megabytes: sizes of the prepared data to measure.
+      seconds: for which each thing is measured at each size.
+    """
+    sizes = {str(size): prepared(folder / str(size), size, seconds) for size in megabytes}
+    largest = sizes[str(max(megabytes))]
+    return {
+        **{name: largest[name] for name in ("prepared_tokens_per_second", "prepared_tokens_per_cpu_second")},
+        **{name: largest[name] for name in ("ratio_to_copy", "ratio_to_copy_of_tokens", "restore_seconds")},
+        "on_the_fly_tokens_per_second": on_the_fly(seconds),
+        "megabytes": sizes,
+    }
+
+
+def prepared(folder: Path, megabytes: int, seconds: float) -> dict[str, float]:
+    """Figures of data of one size: medians of rounds, in each of which the pipeline and the ceiling have their turn."""
+    for number, (name, share) in enumerate(WEIGHTS.items()):
+        write(folder / name, max(BATCH, round(megabytes * share * 1e6 / (2 * LENGTH))), number)
+    mixture = tuple((0.0, str(folder / name), weight) for name, weight in WEIGHTS.items())
+    cfg = config.Config(data=config.DataConfig(format="prepared", mixture=mixture, seq_len=LENGTH, batch_size=BATCH))
+    data = pipeline.build(cfg, None, *pipeline.load(cfg.data))
+    began = time.perf_counter()
+    next(batches := batches_of(data, _FAR))
+    restore = time.perf_counter() - began
+    batches.close()
+    folders = [folder / name for name in WEIGHTS]
+    # A batch has five arrays of one size; what is stored of them is little more than the tokens.
+    each = {"own": batches_of(data, 0), "batch": copied(folders, 5), "tokens": copied(folders, 1)}
+    for source in each.values():
+        next(source)
+    before, rounds = anonymous_megabytes(), list[dict[str, tuple[float, float]]]()
+    for _ in range(10):
+        rounds.append({name: rate(source, seconds / 10) for name, source in each.items()})
+    figures = {
+        "prepared_tokens_per_second": statistics.median(found["own"][0] for found in rounds),
+        "prepared_tokens_per_cpu_second": statistics.median(found["own"][1] for found in rounds),
+        # Of CPU time, which the other work of a machine moves less.
+        "ratio_to_copy": statistics.median(found["own"][1] / found["batch"][1] for found in rounds),
+        "ratio_to_copy_of_tokens": statistics.median(found["own"][1] / found["tokens"][1] for found in rounds),
+        "restore_seconds": restore,
+        "rows": sum(len(source.train) for source in data.sources.values()),
+        "memory_growth_megabytes": max(0, anonymous_megabytes() - before),
+    }
+    each["own"].close()
+    return figures
+
+
+def batches_of(data: feed.Data, start: int) -> Any:
+    """The batches of a run from an example on."""
+    local = np.arange(BATCH)
+    return feed.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local, seed=0)
+
+
+def copied(folders: list[Path], columns: int) -> Iterator[dict[str, np.ndarray]]:
+    """The ceiling: batches of so many arrays, all copied row by row out of the memory maps, and nothing computed."""
+    maps = [np.load(path, mmap_mode="r") for folder in folders for path in sorted(folder.glob("train*.npy"))]
+    rng = np.random.default_rng(0)
+    chosen = [(maps[i], int(rng.integers(len(maps[i])))) for i in rng.integers(len(maps), size=64 * BATCH)]
+    for start in itertools.cycle(range(0, len(chosen), BATCH)):
+        batch = [np.empty((BATCH, LENGTH), np.int32) for _ in range(columns)]
+        for at, (rows, row) in enumerate(chosen[start : start + BATCH]):
+            for column in batch:
+                column[at] = rows[row, :LENGTH]
+        yield {"tokens": batch[0]}
+
+
+def rate(batches: Iterator[dict[str, np.ndarray]], seconds: float) -> tuple[float, float]:
+    """Tokens a second, and a second of CPU time of all threads, over about so many seconds."""
+    began, cpu, tokens = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(8):
+            tokens += next(batches)["tokens"].size
+    return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)
+
+
+def write(folder: Path, num_rows: int, seed: int) -> None:
+    """A prepared folder of synthetic rows. The ids of its shards are the same: their bytes are not read twice."""
+    folder.mkdir(parents=True)
+    first = min(num_rows, _SHARD_ROWS)
+    entry = shards.write(folder, "train-00000", synthetic(first, seed), {})
+    entries = [entry]
+    for number in range(1, num_rows // first):
+        name = f"train-{number:05}"
+        shutil.copyfile(folder / "train-00000.npy", folder / f"{name}.npy")
+        entries.append(entry | {"name": name})
+    valid = [shards.write(folder, "valid-00000", synthetic(2, seed), {})]
+    about = {"layout": {"length": LENGTH, "shifted": True}, "settings": {"packing": "best_fit"}}
+    shards.write_index(folder, {"parts": {"train": entries, "valid": valid}, **about})
+
+
+def synthetic(num_rows: int, seed: int) -> Rows:
+    """Full rows of random ids in documents of lognormal lengths, about 350 tokens each."""
+    rng = np.random.default_rng(seed)
+    tokens_RxL = rng.integers(3, 32_000, (num_rows, LENGTH), dtype=np.int32)
+    is_start_RxL = rng.random((num_rows, LENGTH)) < 1 / 350
+    is_start_RxL[:, 0] = True
+    segments_RxL = np.cumsum(is_start_RxL, axis=1, dtype=np.int32)
+    place_L = np.arange(LENGTH, dtype=np.int32)
+    starts_RxL = np.maximum.accumulate(np.where(is_start_RxL, place_L, 0), axis=1)
+    ends_RxL = np.pad(is_start_RxL[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    return {
+        "tokens": tokens_RxL,
+        "targets": np.where(ends_RxL, 2, np.roll(tokens_RxL, -1, axis=1)),
+        "loss_weights": np.ones((num_rows, LENGTH), np.float32),
+        "segment_ids": segments_RxL,
+        "positions": place_L - starts_RxL,
+    }
+
+
+def on_the_fly(seconds: float) -> float:
+    """Tokens a second of tokenizing and packing the built-in text, on one core, the tokenizer at hand."""
+    cfg = config.Config(data=config.DataConfig(seq_len=LENGTH))
+    split = sources.load(cfg.data)
+    words = tokenizer.train([record["text"] for record in split.train], 8192, 2_000_000)
+    task, tokens, began = TASKS["text"], 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        rows, _ = packing.pack(examples.make(task, split.train, words, cfg, Counter()), task.columns(cfg), cfg.data)
+        tokens += int(np.count_nonzero(rows["segment_ids"]))
+    return tokens / (time.perf_counter() - began)
+
+
+def anonymous_megabytes() -> float:
+    """Memory of this process that is no file's (Linux; elsewhere 0)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
+
+
+def show(found: dict[str, Any]) -> None:
+    """The figures as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "prepared", "tokens/s", "tokens/s of CPU", "of a copy's", "of tokens alone", "at example 10^9", "memory grew by"
+    )
+    for size, figures in found["megabytes"].items():
+        table.add_row(
+            f"{int(size):,} MB",
+            f"{figures['prepared_tokens_per_second'] / 1e6:,.0f} M",
+            f"{figures['prepared_tokens_per_cpu_second'] / 1e6:,.0f} M",
+            f"{figures['ratio_to_copy']:.2f}",
+            f"{figures['ratio_to_copy_of_tokens']:.2f}",
+            f"{figures['restore_seconds']:.3f} s",
+            f"{figures['memory_growth_megabytes']:,.1f} MB",
+        )
+    Console().print(table)
+    print(f"on the fly, one core: {found['on_the_fly_tokens_per_second'] / 1e6:.2f} M tokens/s")
