@@ -40,6 +40,8 @@ MODULES = (
     "lm.data.prose",
     "lm.data.builtin",
     "lm.data.image_files",
+    "lm.data.files",
+    "lm.data.holdout",
     "lm.data.sources",
     "lm.data.examples",
     "lm.data.labelled",
