@@ -2,13 +2,11 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from lm.config import DataConfig
-from lm.data import builtin, files, holdout, image_files, interactions, tables
+from lm.data import array_records, builtin, columnar, files, holdout, image_files, interactions, tables, tfds_sets
 from lm.data.records import DataError, Fault, Record, read_jsonl, read_text
 from lm.schema import ConfigError
 
@@ -22,17 +20,14 @@ class Format(NamedTuple):
     """How the records of a format are found and read.
 
     Attributes:
+      find: (data.path, data.eval_path) -> the units of both; none of the latter where it is ''.
       read: (unit, config) -> its records and faults, one at a time, in their order.
-      suffixes: of the names that a folder is searched for; a file named in full, or by a glob, is read whatever its
-        name.
       reads: the keys among `_OPTIONAL` that it reads; the others are refused.
-      find: (path, suffixes) -> units.
     """
 
-    read: Callable[[Any, DataConfig], Iterator[Record | Fault]]
-    suffixes: tuple[str, ...]
+    find: Callable[[str, str], tuple[list[Unit], list[Unit]]]
+    read: Callable[[Unit, DataConfig], Iterator[Record | Fault]]
     reads: tuple[str, ...] = ()
-    find: Callable[[str, tuple[str, ...]], list[Any]] = files.find_files
 
 
 class Units(NamedTuple):
@@ -93,12 +88,7 @@ def find(cfg: DataConfig) -> Units:
     _check(cfg)
     if not cfg.eval_path and not cfg.eval_fraction:
         raise ConfigError("nothing is held out: set 'data.eval_path' or an 'data.eval_fraction' above 0")
-    chosen = FORMATS[cfg.format]
-    train = chosen.find(cfg.path, chosen.suffixes)
-    valid = chosen.find(cfg.eval_path, chosen.suffixes) if cfg.eval_path else []
-    if both := sorted(set(map(str, train)) & set(map(str, valid))):
-        raise DataError(f"{both[0]}: named by both data.path and data.eval_path; narrow data.path, by a glob perhaps")
-    return Units(train, valid)
+    return Units(*FORMATS[cfg.format].find(cfg.path, cfg.eval_path))
 
 
 def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault]:
@@ -112,7 +102,7 @@ def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault]:
 
 def parallel_records(path: str) -> list[Record]:
     """All pairs of a parallel corpus such as 'DIR/test.{en,de}.gz', in order. Raises DataError at the first fault."""
-    readings = [tables.read_parallel(*pair) for pair in files.file_pairs(path, FORMATS["parallel"].suffixes)]
+    readings = [tables.read_parallel(*pair) for pair in files.file_pairs(path, ("",))]
     return list(_good_records(readings, DataConfig(), []))
 
 
@@ -126,22 +116,41 @@ def _rename(cfg: DataConfig) -> dict[str, str]:
     return dict(cfg.rename)
 
 
-def _images(path: epath.Path, cfg: DataConfig) -> Iterator[Record | Fault]:
-    if cfg.image_shape[2] not in (1, 3):
-        raise ConfigError(f"'data.image_shape' is {cfg.image_shape}; expected 1 channel (grey) or 3 (RGB)")
-    return image_files.read_images(path, cfg.image_shape)
+def _named(
+    *suffixes: str, find_one: Callable[[str, tuple[str, ...]], list[Unit]] = files.find_files
+) -> Callable[[str, str], tuple[list[Unit], list[Unit]]]:
+    """Finds the files of two paths. `suffixes` are of the names that a folder is searched for; a file named in full, or
+    by a glob, is read whatever its name."""
+
+    def find_both(path: str, eval_path: str) -> tuple[list[Unit], list[Unit]]:
+        train = find_one(path, suffixes)
+        valid = find_one(eval_path, suffixes) if eval_path else []
+        if both := sorted(set(map(str, train)) & set(map(str, valid))):
+            hint = "narrow data.path, by a glob perhaps"
+            raise DataError(f"{both[0]}: named by both data.path and data.eval_path; {hint}")
+        return train, valid
+
+    return find_both
+
+
+def _renamed(reader: Callable[[Any, Mapping[str, str]], Iterator[Record | Fault]]) -> dict[str, Any]:
+    return {"read": lambda unit, cfg: reader(unit, _rename(cfg)), "reads": ("rename",)}
 
 
 FORMATS: dict[str, Format] = {
-    "text": Format(lambda path, cfg: read_text(path, cfg.separator), (".txt", ".text", ".md"), ("separator",)),
-    "jsonl": Format(lambda path, cfg: read_jsonl(path, _rename(cfg)), (".jsonl", ".json"), ("rename",)),
-    "table": Format(lambda path, cfg: tables.read_table(path, _rename(cfg)), (".tsv", ".csv"), ("rename",)),
-    "conll": Format(
-        lambda path, cfg: tables.read_conll(path, _rename(cfg)), (".conll", ".conllu", ".iob", ".tsv"), ("rename",)
+    "text": Format(
+        _named(".txt", ".text", ".md"), lambda path, cfg: read_text(path, cfg.separator), reads=("separator",)
     ),
-    "squad": Format(lambda path, cfg: tables.read_squad(path), (".json",)),
-    "parallel": Format(lambda pair, cfg: tables.read_parallel(*pair), ("",), find=files.file_pairs),
-    "images": Format(_images, image_files.SUFFIXES),
+    "jsonl": Format(_named(".jsonl", ".json"), **_renamed(read_jsonl)),
+    "table": Format(_named(".tsv", ".csv"), **_renamed(tables.read_table)),
+    "conll": Format(_named(".conll", ".conllu", ".iob", ".tsv"), **_renamed(tables.read_conll)),
+    "squad": Format(_named(".json"), lambda path, cfg: tables.read_squad(path)),
+    "parallel": Format(_named("", find_one=files.file_pairs), lambda pair, cfg: tables.read_parallel(*pair)),
+    "images": Format(_named(*image_files.SUFFIXES), lambda path, cfg: image_files.read_images(path, cfg.image_shape)),
+    "tfds": Format(tfds_sets.find, **_renamed(tfds_sets.read)),
+    "array_record": Format(_named(".array_record", ".arrayrecord"), **_renamed(array_records.read_array_record)),
+    "parquet": Format(_named(".parquet", find_one=columnar.find_parquet), **_renamed(columnar.read_parquet)),
+    "arrow": Format(_named(".arrow", find_one=columnar.find_arrow), **_renamed(columnar.read_arrow)),
 }
 
 
@@ -188,6 +197,8 @@ _UNREAD = {
 def _check(cfg: DataConfig) -> None:
     """Refuses options that the format does not read, before anything is read."""
     _rename(cfg)
+    if cfg.format == "images" and cfg.image_shape[2] not in (1, 3):
+        raise ConfigError(f"'data.image_shape' is {cfg.image_shape}; expected 1 channel (grey) or 3 (RGB)")
     for key in _UNREAD[cfg.format]:
         if value := getattr(cfg, key):
             raise ConfigError(f"'data.{key}' is {value!r}, but data.format={cfg.format} does not read it")
