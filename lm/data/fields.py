@@ -143,7 +143,7 @@ def question(value: Any) -> dict[str, Any]:
         raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
     raw, answers = value["context"], []
     record = {"question": string(value, "question"), "context": string(value, "context")}
-    for name, answer in _objects(value, "answers", ("text", "answer_start")):
+    for name, answer in _objects(_as_objects(value, "answers"), "answers", ("text", "answer_start")):
         text, start = string(answer, "text", f"{name}.text"), _moved(answer, "answer_start", raw, name)
         if record["context"][start : start + len(text)] != text:
             found = f"at {answer['answer_start']} 'context' has {_shown(raw[answer['answer_start'] :][: len(text)])}"
@@ -229,6 +229,20 @@ def _objects(
         if missing := [name for name in needed if name not in item]:
             raise BadRecord("missing field", f"'{field}[{i}]': {_found(item)}; expected '{missing[0]}'")
     return [(f"{field}[{i}]", item) for i, item in enumerate(found)]
+
+
+def _as_objects(value: dict[str, Any], field: str) -> dict[str, Any]:
+    """The value, where the field is an object of lists (so do TFDS and Hugging Face keep it) a list of objects there.
+
+    Worked: {"text": ["a", "b"], "at": [1, 2]} is [{"text": "a", "at": 1}, {"text": "b", "at": 2}].
+    """
+    found = value[field]
+    if not isinstance(found, dict) or not all(isinstance(items, list) for items in found.values()):
+        return value
+    if len({len(items) for items in found.values()}) > 1:
+        raise BadRecord("wrong length", f"'{field}' is {_shown(found)}; expected lists of one length")
+    objects = [dict(zip(found, items, strict=True)) for items in zip(*found.values(), strict=True)]
+    return value | {field: objects}
 
 
 def _moved(value: dict[str, Any], field: str, raw: str, name: str) -> int:
