@@ -265,7 +265,7 @@ def test_classes_in_lists_have_names_and_answers_are_objects(tfds_dir):
     }
     asked = {"id": "7", "context": "a b c", "question": "what?"}
     row = asked | {"answers": {"text": ["b", "c"], "answer_start": [2, 4]}}
-    small_sets.write_tfds(tfds_dir, "squad", features, {"train": [row]})
+    small_sets.write_tfds(tfds_dir, "squad/v1.1", features, {"train": [row]})
     assert contents(everything(DataConfig(format="tfds", path="ner"))) == [{"words": ["a", "b"], "tags": ["B", "O"]}]
     assert contents(everything(DataConfig(format="tfds", path="squad"))) == [
         asked | {"answers": [{"text": "b", "answer_start": 2}, {"text": "c", "answer_start": 4}]}

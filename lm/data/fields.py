@@ -57,7 +57,7 @@ def columns(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
     """Those of a table's columns that `normalise` reads in its rows. Raises BadRecord where no record can be made."""
     _form(_renamed(dict.fromkeys(names), rename))
     read = {*_OPTIONAL, *(field for form in FORMS for field in form)}
-    found = [name for name in names if rename.get(name, name) in read]
+    found = [name for name in names if name in rename or name in read]
     if twice := [name for name in found if found.count(name) > 1]:
         raise BadRecord("wrong column", f"found more than one column '{twice[0]}'; expected one")
     return found
