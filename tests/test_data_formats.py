@@ -132,6 +132,8 @@ def test_rename_and_a_field_that_is_missing(name, tmp_path, tfds_dir, monkeypatc
         DataError, match=r"missing field: found '(sentence', 'label|label', 'sentence)'; expected 'text'"
     ):
         sources.load(cfg)
+    with pytest.raises(ConfigError, match=r"'data.rename' names a field twice"):
+        sources.find(DataConfig(format=name, path=cfg.path, rename=(("a", "text"), ("sentence", "text"))))
     renamed = DataConfig(format=name, path=cfg.path, rename=(("sentence", "text"),))
     assert contents(everything(renamed)) == NAMED
 
@@ -272,12 +274,24 @@ def test_classes_in_lists_have_names_and_answers_are_objects(tfds_dir):
     ]
 
 
+@pytest.mark.parametrize("name", ["wikipedia/20230601.en", "imdb_reviews"])
+def test_the_sets_that_recipes_are_tested_on_have_the_names_and_features_of_the_real_ones(name, small_world):
+    import tensorflow_datasets.text  # noqa: F401
+
+    real = tfds.builder(name).info
+    [folder] = (small_world.parent / "tensorflow_datasets").glob(real.full_name)
+    small = tfds.builder_from_directory(folder).info
+    assert (small.full_name, repr(small.features)) == (real.full_name, repr(real.features))
+    names = {field: feature.names for field, feature in real.features.items() if hasattr(feature, "names")}
+    assert {field: small.features[field].names for field in names} == names
+
+
 # ArrayRecord ----------------------------------------------------------------------------------------------------------
 
 
 def test_array_records_are_json_objects_or_texts_and_nothing_else(tmp_path):
     example = b"\n\x12\n\x10\n\x04text\x12\x08\n\x06\n\x04good"  # a serialized tf.train.Example, valid as UTF-8
-    content = [b'{"text": "a"}', b"b\nc\td", example, b"\xff", b"{b", b' {"text": "d"}']
+    content = [b'{"text": "a"}', b"b\nc\td", example, b"e\nf\xff", b"{b", b' {"text": "d"}']
     path = small_sets.write_array_record(tmp_path / "a.array_record", content)
     cfg = DataConfig(format="array_record", path=str(path))
     found = everything(cfg)
@@ -346,13 +360,17 @@ def test_values_that_columns_can_have(tmp_path):
         {"words": ["b"], "tags": [0], "nested": None},
         {"words": ["c"], "tags": [5], "nested": None},
         {"words": None, "tags": [0], "nested": None},
+        {"words": ["d"], "tags": [-5], "nested": None},
     ]
     classes = {"tags": {"feature": small_sets.class_label("O", "B"), "_type": "Sequence"}, "words": {"_type": "List"}}
     path = small_sets.write_parquet(tmp_path / "a.parquet", small_sets.table(rows, classes))
     found = everything(DataConfig(format="parquet", path=str(path)))
     assert contents(found[:2]) == [{"words": ["a"], "tags": ["B"]}, {"words": ["b"], "tags": ["O"]}]
     assert found[2] == Fault("unknown label", f"{path}:3", "'tags[0]' is int 5; expected a number from 0 to 1")
-    assert (found[3].kind, found[3].where) == ("wrong type", f"{path}:4")
+    assert [(item.kind, item.where) for item in found[3:]] == [
+        ("wrong type", f"{path}:4"),
+        ("unknown label", f"{path}:5"),
+    ]
     text = pyarrow.array([b"good", b"caf\xe9", b"good"]).cast(pyarrow.string(), safe=False).dictionary_encode()
     small_sets.write_parquet(path, pyarrow.table({"text": pyarrow.array(["a"] * 3).dictionary_encode()}))
     assert contents(everything(DataConfig(format="parquet", path=str(path)))) == [{"text": "a"}] * 3
@@ -366,6 +384,25 @@ def test_values_that_columns_can_have(tmp_path):
     twice = pyarrow.Table.from_arrays([text, text], names=["text", "text"])
     with pytest.raises(DataError, match=r"b.parquet: wrong column: found more than one column 'text'"):
         everything(DataConfig(format="parquet", path=str(small_sets.write_parquet(tmp_path / "b.parquet", twice))))
+
+
+def test_numbers_in_a_file_of_columns_that_lead_nowhere_are_not_followed(tmp_path):
+    path = small_sets.write_arrow(tmp_path / "a.arrow", in_columns(ROWS), 20)
+    starts = np.cumsum([0, *(len(row["text"]) for row in ROWS)], dtype=np.int32)
+    content = path.read_bytes()
+    assert content.count(starts.tobytes()) == 1
+    for number in (2**30, -1):
+        wrong = starts.copy()
+        wrong[7] = number
+        path.write_bytes(content.replace(starts.tobytes(), wrong.tobytes()))
+        with pytest.raises(DataError, match=f"{path}: damaged or no arrow file"):
+            everything(DataConfig(format="arrow", path=str(path)))
+    path = small_sets.write_parquet(tmp_path / "a.parquet", in_columns(ROWS))
+    rows, more_rows = b"\x16\x28\x19", b"\x16\x2a\x19"  # 20 or 21 of them, in the list of a file's row groups
+    assert path.read_bytes().count(rows) == 1
+    path.write_bytes(path.read_bytes().replace(rows, more_rows))
+    with pytest.raises(DataError, match=f"{path}: read 20 rows; expected 21, as the file says"):
+        everything(DataConfig(format="parquet", path=str(path)))
 
 
 def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -386,7 +423,8 @@ DAMAGED_FILES, FUZZED_RECORDS = 200, 1000
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """Cut off, a bit flipped, bytes overwritten, empty, or with another beginning."""
-    at, changed = rng.randrange(len(content)), bytearray(content)
+    at = rng.choice([i for i, byte in enumerate(content) if byte])  # ArrayRecord files are mostly zeros
+    changed = bytearray(content)
     match rng.choice(["cut", "bit", "bytes", "empty", "magic"]):
         case "cut":
             return content[:at]

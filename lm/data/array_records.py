@@ -12,7 +12,7 @@ from lm.data import fields, records
 from lm.data.fields import BadRecord
 from lm.data.records import DataError, Fault, Record
 
-_READ_AT_ONCE = 64  # records
+_READ_AT_ONCE = 256  # records
 
 
 def read_array_record(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
