@@ -247,7 +247,8 @@ def test_a_set_in_another_format_a_missing_and_a_foreign_shard_are_errors(imdb):
     info = imdb / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(
-        DataError, match=r"in the format tfrecord; expected array_record. To prepare it again:\n  .*python"
+        DataError,
+        match=r"in the format tfrecord; expected array_record. Move this folder away, and prepare .*:\n  .*python",
     ):
         sources.load(cfg)
     info.write_text("{")

@@ -285,7 +285,7 @@ def test_a_path_without_files_is_an_error(tmp_path, monkeypatch, path, says):
 def test_more_bad_records_than_allowed_is_an_error_and_the_report_is_capped(tmp_path):
     path = write(tmp_path / "a.jsonl", b"\n".join([*GOOD, *[b"{}"] * 5, b"{", b"{"]))
     split = read(path, max_bad_records=7)
-    assert "read 8 records of 1 files\nskipped 7 bad records:\n  5 x missing field\n" in split.report
+    assert f"read 8 records of 1 files\n  {path}\nskipped 7 bad records:\n  5 x missing field\n" in split.report
     assert "2 x malformed JSON" in split.report
     assert [f"{path}:{line}: " in split.report for line in range(9, 16)] == [True] * 3 + [False] * 2 + [True] * 2
     with pytest.raises(DataError, match=r"more than data.max_bad_records=6: skipped 7 bad records:\n  5 x missing"):

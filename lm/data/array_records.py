@@ -45,6 +45,8 @@ def read_range(
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
+    if "://" in str(path):
+        raise DataError(f"{path}: ArrayRecord files are read from local disks only; copy it to one")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     reader = ArrayRecordReader(str(path))

@@ -171,7 +171,7 @@ def _class_names(schema: Any) -> Names:
     """The names of classes that a Hugging Face data set keeps in the schema's metadata."""
     try:
         return _names(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (KeyError, TypeError, ValueError):  # of another writer
+    except (LookupError, TypeError, ValueError):  # of another writer
         return None
 
 

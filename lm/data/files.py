@@ -2,12 +2,23 @@
 
 import os
 import re
+from typing import NamedTuple
 
 from etils import epath
 
 from lm.data.records import DataError
 
 _ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a parallel corpus: {en,de}
+
+
+class Pair(NamedTuple):
+    """Two files whose lines translate each other."""
+
+    source: epath.Path
+    target: epath.Path
+
+    def __str__(self) -> str:
+        return f"{self.source} with {self.target}"
 
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
@@ -36,8 +47,8 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     return found
 
 
-def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[tuple[epath.Path, epath.Path]]:
-    """(source, target) files of 'DIR/train.{en,de}.gz', where the braces name the two sides.
+def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[Pair]:
+    """Files of 'DIR/train.{en,de}.gz', where the braces name the two sides.
 
     Raises:
       DataError: not one pair of braces in `path`, no such files, or more of one side than of the other.
@@ -47,7 +58,7 @@ def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[tuple[epath.Path, e
     source, target = (find_files(_ENDINGS.sub(rf"\{side}", path), suffixes) for side in (1, 2))
     if len(source) != len(target):
         raise DataError(f"data path '{path}': {len(source)} files of the first side, but {len(target)} of the second")
-    return list(zip(source, target, strict=True))
+    return [Pair(*both) for both in zip(source, target, strict=True)]
 
 
 def _files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:

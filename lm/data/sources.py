@@ -211,6 +211,7 @@ def _read_all(cfg: DataConfig) -> Split:
     units, faults = find(cfg), list[Fault]()
     train, valid = (list(_good_records((read(unit, cfg) for unit in part), cfg, faults)) for part in units)
     report = [f"read {len(train) + len(valid):,} records of {len(units.train) + len(units.valid):,} files"]
+    report += [f"  {' to '.join(dict.fromkeys((str(part[0]), str(part[-1]))))}" for part in units if part]
     if faults:
         report.append(_describe(faults))
     if cfg.eval_path:

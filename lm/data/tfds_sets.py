@@ -64,7 +64,7 @@ def _load(name: str) -> Any:
     if builder.info.file_format.value != "array_record":
         raise DataError(
             f"{builder.data_dir}: TFDS set '{name}' is there in the format {builder.info.file_format.value}; expected "
-            f"array_record. To prepare it again:\n    {_command(name, data_dir)}"
+            f"array_record. Move this folder away, and prepare it again:\n    {_command(name, data_dir)}"
         )
     return builder
 
