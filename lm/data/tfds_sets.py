@@ -37,7 +37,7 @@ def find(name: str, eval_split: str) -> tuple[list[Shard], list[Shard]]:
       eval_split: as TFDS has it: 'test', 'train[:1%]'; '' = none.
 
     Raises:
-      DataError: there is no such set, or no such split of it, or its files are of another format.
+      DataError: there is no such set, no such split of it, or a file of the split is missing or of another format.
     """
     builder = _load(name)
     held_out = _shards(builder, eval_split) if eval_split else []
@@ -51,28 +51,26 @@ def _load(name: str) -> Any:
     """The set's description, from its files alone: the code that makes it is not needed, and nothing is downloaded."""
     from tensorflow_datasets.core import read_only_builder, registered
 
-    data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    code = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()"
+    how = (
+        "TFDS prepares it with TensorFlow, in an environment of its own:\n"
+        "    pip install tensorflow tensorflow-datasets array_record\n"
+        f'    python -c "import tensorflow_datasets as tfds; {code}"'
+    )
     try:
-        builder = read_only_builder.builder_from_files(name, data_dir=os.path.expanduser(data_dir))
+        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except registered.DatasetNotFoundError:
-        raise DataError(
-            f"TFDS set '{name}': not found in {data_dir} (TFDS_DATA_DIR names another folder). To download and prepare "
-            f"it:\n    {_command(name, data_dir)}"
-        ) from None
+        found = f"not found in {data_dir} (TFDS_DATA_DIR names another folder)"
+        raise DataError(f"TFDS set '{name}': {found}. {how}") from None
     except Exception as error:  # a name that does not parse, a damaged description: whatever TFDS stumbles over
         raise DataError(f"TFDS set '{name}' in {data_dir}: {type(error).__name__}: {error}") from error
     if builder.info.file_format.value != "array_record":
         raise DataError(
             f"{builder.data_dir}: TFDS set '{name}' is there in the format {builder.info.file_format.value}; expected "
-            f"array_record. Move this folder away, and prepare it again:\n    {_command(name, data_dir)}"
+            f"array_record. Move this folder away. {how}"
         )
     return builder
-
-
-def _command(name: str, data_dir: str) -> str:
-    # The package of text sets is imported by hand: without TensorFlow, TFDS does not find all of its own sets.
-    code = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()"
-    return f'python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text; {code}"'
 
 
 def _shards(builder: Any, split: str) -> list[Shard]:
@@ -81,6 +79,8 @@ def _shards(builder: Any, split: str) -> list[Shard]:
     except Exception as error:  # ValueError, KeyError, AssertionError: TFDS has no common one
         known = ", ".join(builder.info.splits)
         raise DataError(f"TFDS set '{builder.info.full_name}': no split '{split}' ({error}); it has {known}") from None
+    if missing := [file.filename for file in found if not epath.Path(file.filename).is_file()]:
+        raise DataError(f"{missing[0]}: no such file; expected it, for {builder.data_dir}/dataset_info.json names it")
     folder = str(builder.data_dir)
     return [
         Shard(folder, epath.Path(file.filename).name, file.skip, file.skip + file.take, file.examples_in_shard)
