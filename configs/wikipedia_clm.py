@@ -1,9 +1,9 @@
-"""Pre-train a Llama-like model of 124M parameters on English Wikipedia, as TFDS has it.
+"""Pre-train a Llama-like model of 110M parameters on English Wikipedia, as TFDS has it.
 
     python -m lm.main --config=configs/wikipedia_clm.py --workdir=runs/wikipedia_clm
 
 Not run on the whole set. It is read and packed in the host's memory before the first step; 10,000 steps are 2.6 billion
-tokens, about 20 a parameter, for a slice of 16 chips or more.
+tokens, 24 a parameter, for a slice of 16 chips or more.
 Reads the TFDS set wikipedia/20230601.en from TFDS_DATA_DIR (~/tensorflow_datasets); the error of a set that is not
 there has the command that prepares it.
 """

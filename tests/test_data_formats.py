@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from lm.config import DataConfig
-from lm.data import columnar, sources
+from lm.data import array_records, columnar, sources
 from lm.data.records import DataError, Fault
 from lm.schema import ConfigError
 from tests import small_sets
@@ -299,6 +299,8 @@ def test_array_records_are_json_objects_or_texts_and_nothing_else(tmp_path):
     assert faults == [("no text", f"{path}:3"), ("invalid UTF-8", f"{path}:4"), ("malformed JSON", f"{path}:5")]
     [fault] = everything(DataConfig(format="array_record", path=str(small_sets.write_array_record(tmp_path / "b", []))))
     assert (fault.kind, fault.where) == ("empty file", str(tmp_path / "b"))
+    with pytest.raises(DataError, match=r"gs://bucket/a: ArrayRecord files are read from local disks only"):
+        list(array_records.read_array_record(epath.Path("gs://bucket/a"), {}))
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
@@ -349,6 +351,15 @@ def test_a_saved_set_that_is_not_whole_is_an_error_before_it_is_read(tmp_path):
         (folder / "state.json").write_text(state)
         with pytest.raises(DataError, match=rf"{folder}.*{says}"):
             sources.find(cfg)
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrow", "array_record"])
+@pytest.mark.parametrize("path", ["xyz://bucket/a", "missing", "a.txt/b", "*.none"])
+def test_a_path_without_files_is_an_error(name, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=f"data path '{path.replace('*', '.')}': "):
+        sources.find(DataConfig(format=name, path=path))
 
 
 def test_values_that_columns_can_have(tmp_path):

@@ -39,11 +39,15 @@ def find_arrow(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     Raises:
       DataError: a file that the set should have is not there, or it has several splits and no 'train'.
     """
-    folder = epath.Path(path).expanduser()
-    if (folder / "dataset_dict.json").is_file():
-        _train_of(path, _json(folder / "dataset_dict.json").get("splits", ()))
-        folder /= "train"
-    if not (folder / "state.json").is_file():
+    try:
+        folder = epath.Path(path).expanduser()
+        if (folder / "dataset_dict.json").is_file():
+            _train_of(path, _json(folder / "dataset_dict.json").get("splits", ()))
+            folder /= "train"
+        is_saved = (folder / "state.json").is_file()
+    except (KeyError, NotImplementedError, OSError):  # of which find_files says what it is
+        return files.find_files(path, suffixes)
+    if not is_saved:
         return files.find_files(str(folder), suffixes)
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
