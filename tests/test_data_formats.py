@@ -403,8 +403,13 @@ def test_numbers_in_a_file_of_columns_that_lead_nowhere_are_not_followed(tmp_pat
         wrong = starts.copy()
         wrong[7] = number
         path.write_bytes(content.replace(starts.tobytes(), wrong.tobytes()))
-        with pytest.raises(DataError, match=f"{path}: damaged or no arrow file"):
+        with pytest.raises(DataError, match=f"{path}: damaged or no arrow file behind row 0 "):
             everything(DataConfig(format="arrow", path=str(path)))
+    path = small_sets.write_arrow(path, in_columns(ROWS), 5)
+    content = path.read_bytes()
+    path.write_bytes(content[: 3 * len(content) // 4])
+    with pytest.raises(DataError, match=f"{path}: damaged or no arrow file behind row 10 "):
+        everything(DataConfig(format="arrow", path=str(path)))
     path = small_sets.write_parquet(tmp_path / "a.parquet", in_columns(ROWS))
     rows, more_rows = b"\x16\x28\x19", b"\x16\x2a\x19"  # 20 or 21 of them, in the list of a file's row groups
     assert path.read_bytes().count(rows) == 1

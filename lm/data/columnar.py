@@ -137,7 +137,8 @@ def _reading(path: epath.Path, kind: str) -> Iterator[None]:
         raise DataError(f"{path}: no such file") from None
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{path}: damaged or no {kind} file ({reason}); expected a whole one") from error
+        place = "".join(getattr(error, "__notes__", ()))
+        raise DataError(f"{path}: damaged or no {kind} file{place} ({reason}); expected a whole one") from error
 
 
 def _columns(schema: Any, path: epath.Path, rename: Mapping[str, str]) -> list[str]:
@@ -151,10 +152,15 @@ def _rows(
     batches: Iterable[Any], names: Names, path: epath.Path, rename: Mapping[str, str], total: int | None
 ) -> Iterator[Record | Fault]:
     number = 0
-    for batch in batches:
-        for row in range(batch.num_rows):
-            number += 1
-            yield records.to_record(functools.partial(_record, batch, names=names, rename=rename), row, path, number)
+    try:
+        for batch in batches:
+            parse = functools.partial(_record, batch, names=names, rename=rename)
+            for row in range(batch.num_rows):
+                number += 1
+                yield records.to_record(parse, row, path, number)
+    except Exception as error:
+        error.add_note(f" behind row {number}")  # for `_reading`, which knows the file but not how far it was
+        raise
     if total is not None and number != total:
         raise DataError(f"{path}: read {number:,} rows; expected {total:,}, as the file says")
     if not number:
