@@ -23,6 +23,8 @@ def version() -> str:
     return match[1]
 
 
+PARQUET = ["pyarrow>=25.0,<26"]  # apache-beam needs < 26
+
 setup(
     name="lm",
     version=version(),
@@ -36,6 +38,7 @@ setup(
     # Lower bounds are the oldest versions that the tests were run with. jax >= 0.11 needs Python >= 3.12.
     install_requires=[
         "absl-py>=2.5",
+        "array-record>=0.8.6",
         "etils[epath]>=1.15",
         "flax>=0.12.8",
         "grain>=0.2.18",
@@ -57,9 +60,11 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "scores": SCORES,
+        "parquet": PARQUET,  # and Arrow files
         # ruff and mypy are held to one minor version: a new one may find new faults in unchanged code.
         "test": [
             *SCORES,
+            *PARQUET,
             "hypothesis>=6.170",
             "mypy>=2.4.1,<2.5",
             "pytest>=9.2",

@@ -30,19 +30,21 @@ class DataConfig:
 
     format: Literal[
         Literal["builtin_text", "builtin_instructions", "text", "jsonl", "table", "conll", "squad", "parallel"],
-        Literal["images", "interactions", "prepared"],
+        Literal["images", "interactions", "tfds", "array_record", "parquet", "arrow", "prepared"],
     ] = "builtin_text"
-    # A file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}; prepared: the
-    # folder that tools/prepare_data.py made.
+    # A file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}; tfds: the name
+    # of a set such as wikipedia/20230601.en, whose split 'train' is read; prepared: the folder that
+    # tools/prepare_data.py made.
     path: str = ""
     # Instead of `path`: (share of the run from which it counts, path, weight). Those of the largest share that the run
     # has passed hold: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
     mixture: tuple[tuple[float, str, float], ...] = ()
-    eval_path: str = ""  # '' = hold out eval_fraction of the records of `path`, chosen by hash
+    # '' = hold out eval_fraction of the records of `path`, chosen by hash; tfds: a split such as test or train[:1%].
+    eval_path: str = ""
     eval_fraction: float = 0.02
     separator: str = ""  # text only: splits one file into documents; '' = one document a file
-    # jsonl, table, conll and interactions only: (field in the file, field expected) pairs. Numbers, from 1, name the
-    # columns of a table that has no header.
+    # (field in the file, field expected) pairs, where records have fields. Numbers, from 1, name the columns of a table
+    # that has no header.
     rename: tuple[tuple[str, str], ...] = ()
     task: Literal[
         Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],

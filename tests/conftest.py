@@ -59,10 +59,12 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory, shared_data) -> Path:
-    """A folder to run the commands of the documentation in: '../shared/data' is a small copy of the shared data."""
+    """A folder to run the commands of the documentation in: '../shared/data' is a small copy of the shared data, and
+    '../tensorflow_datasets' has sets of TFDS, which `TFDS_DATA_DIR` must name."""
     folder = tmp_path_factory.mktemp("small_world")
-    for name in (*small_data.FILES, *small_data.TARS):
+    for name in (*small_data.FILES, *small_data.TARS, small_data.WIKIPEDIA):
         shared_data(name)
     small_data.write(shared_data("."), folder / "shared" / "data")
+    small_data.write_sets(shared_data("."), folder / "tensorflow_datasets")
     (folder / "work").mkdir()
     return folder / "work"

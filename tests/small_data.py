@@ -7,6 +7,8 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import small_sets
+
 RECORDS = 64  # of a file; evenly spaced, for some are sorted by label
 
 
@@ -54,6 +56,7 @@ FILES: dict[str, Callable[[str], str]] = {
     "pubmedqa/ori_pqal.json": _abstracts,
     "xquad/xquad.en.json": _questions,
 }
+WIKIPEDIA = "wikitext2/test.txt"
 TARS = tuple(f"cifar10/cifar10_jpg_{part}.tar" for part in ("train_500perclass", "test_100perclass"))
 
 
@@ -70,3 +73,20 @@ def write(shared: Path, folder: Path) -> None:
         with tarfile.open(shared / name) as whole, tarfile.open(folder / name, "w") as part:
             for member in spread([member for member in whole if member.isfile()]):
                 part.addfile(member, whole.extractfile(member))
+
+
+def write_sets(shared: Path, folder: Path) -> None:
+    """TFDS sets of the names and features of the real ones, of a part of the shared data."""
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text()
+    articles = re.split(r"\n (?== [^=]+ = \n)", (shared / WIKIPEDIA).read_text())[1:]
+    pages = [{"title": article.split(" = ")[0].strip("= "), "text": article[:2000]} for article in spread(articles)]
+    small_sets.write_tfds(folder, "wikipedia/20230601.en", {"title": text, "text": text}, {"train": pages})
+    splits = {"unsupervised": [{"text": "a film", "label": -1}]}
+    for part in ("train", "test"):
+        with gzip.open(shared / f"imdb/imdb_{part}.jsonl.gz", "rt", encoding="utf-8") as file:
+            reviews = [json.loads(line) for line in spread(list(file))]
+        splits[part] = [{"text": review["text"], "label": review["label"]} for review in reviews]
+    features = {"text": text, "label": tfds.features.ClassLabel(names=["neg", "pos"])}
+    small_sets.write_tfds(folder, "imdb_reviews/plain_text", features, splits)

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 from lm import checks, config
 from lm.config import Config, DataConfig
-from lm.data import feed, image_files, images, pipeline, sources
+from lm.data import feed, files, image_files, images, pipeline, sources
 from lm.data.records import DataError, Fault
 from lm.schema import ConfigError
 
@@ -71,7 +71,7 @@ def test_tar_and_folder_give_the_pixels_and_the_folder_as_label(tmp_path, name):
     for member, content in named("tree/").items():
         write(tmp_path / member, content)
     from_tar = read(packed)
-    paths = sources.find_files(str(tmp_path / "tree"), image_files.SUFFIXES)
+    paths = files.find_files(str(tmp_path / "tree"), image_files.SUFFIXES)
     from_folder = [record for path in paths for record in read(path)]
     assert [r["source"] for r in from_tar] == [f"{packed}:{member}" for member in named("train/")]
     assert {r["source"] for r in from_folder} == {str(tmp_path / member) for member in named("tree/")}

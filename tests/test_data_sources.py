@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm.config import DataConfig
-from lm.data import builtin, records, sources
+from lm.data import builtin, files, holdout, records, sources
 from lm.data.records import DataError, Fault, read_jsonl, read_text
 from lm.schema import ConfigError
 
@@ -108,11 +108,11 @@ def test_separator_splits_documents_and_sources_name_their_first_lines(tmp_path)
 def test_a_folder_is_read_recursively_in_sorted_order_and_a_glob_as_it_says(tmp_path):
     for name in ("b.txt", "a/z.txt.gz", "a/y.md", "README", ".hidden.txt", ".git/c.txt"):
         write(tmp_path / name, name.encode())
-    found = sources.find_files(str(tmp_path), sources.SUFFIXES["text"])
+    found = files.find_files(str(tmp_path), (".txt", ".text", ".md"))
     assert [str(p.relative_to(tmp_path)) for p in found] == ["a/y.md", "a/z.txt.gz", "b.txt"]
-    matches = sources.find_files(str(tmp_path / "*" / "[xy].*"), sources.SUFFIXES["text"])
+    matches = files.find_files(str(tmp_path / "*" / "[xy].*"), (".txt", ".text", ".md"))
     assert [p.name for p in matches] == ["y.md"]
-    assert [p.name for p in sources.find_files(str(tmp_path / "README"), (".txt",))] == ["README"]
+    assert [p.name for p in files.find_files(str(tmp_path / "README"), (".txt",))] == ["README"]
     split = read(tmp_path, format="text", eval_path=str(tmp_path / "README"))
     assert contents(split.train) == ["a/y.md", "a/z.txt.gz", "b.txt"]
     assert contents(split.valid) == ["README"]
@@ -285,7 +285,7 @@ def test_a_path_without_files_is_an_error(tmp_path, monkeypatch, path, says):
 def test_more_bad_records_than_allowed_is_an_error_and_the_report_is_capped(tmp_path):
     path = write(tmp_path / "a.jsonl", b"\n".join([*GOOD, *[b"{}"] * 5, b"{", b"{"]))
     split = read(path, max_bad_records=7)
-    assert "read 8 records of 1 files\nskipped 7 bad records:\n  5 x missing field\n" in split.report
+    assert f"read 8 records of 1 files\n  {path}\nskipped 7 bad records:\n  5 x missing field\n" in split.report
     assert "2 x malformed JSON" in split.report
     assert [f"{path}:{line}: " in split.report for line in range(9, 16)] == [True] * 3 + [False] * 2 + [True] * 2
     with pytest.raises(DataError, match=r"more than data.max_bad_records=6: skipped 7 bad records:\n  5 x missing"):
@@ -379,14 +379,14 @@ def test_the_same_content_is_never_on_both_sides_and_no_side_is_empty(texts, fra
     items = [{"text": text, "source": f"x:{i}"} for i, text in enumerate(texts)]
     if len(set(texts)) < 2:
         with pytest.raises(DataError, match=r"cannot hold records out: found .*, 1 distinct; expected two or more"):
-            sources.hold_out(items, fraction)
+            holdout.hold_out(items, fraction)
         return
-    train, valid = sources.hold_out(items, fraction)
+    train, valid = holdout.hold_out(items, fraction)
     assert train and valid
     assert not set(contents(train)) & set(contents(valid))
     assert sorted(contents(train) + contents(valid)) == sorted(texts)
     random.shuffle(items)
-    assert set(contents(sources.hold_out(items, fraction)[1])) == set(contents(valid))
+    assert set(contents(holdout.hold_out(items, fraction)[1])) == set(contents(valid))
 
 
 def test_eval_path_is_held_out_and_what_it_shares_with_train_is_told(tmp_path):

@@ -60,6 +60,7 @@ def run(small_world, ran, monkeypatch):
     """Runs a command in `small_world`; a run that is there is taken as it is, if the same command made it."""
     monkeypatch.chdir(small_world)
     monkeypatch.delenv("LM_SHARED_DATA", raising=False)
+    monkeypatch.setenv("TFDS_DATA_DIR", "../tensorflow_datasets")
     one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
     monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")  # pictures take a second a run

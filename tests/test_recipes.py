@@ -23,6 +23,7 @@ def world(small_world, monkeypatch):
     """Where recipes find their data by the paths that they have; what tools write of it, and a tokenizer, are there."""
     monkeypatch.chdir(small_world)
     monkeypatch.delenv("LM_SHARED_DATA", raising=False)
+    monkeypatch.setenv("TFDS_DATA_DIR", "../tensorflow_datasets")
     if not Path("runs/glue_mix_data").exists():
         make_interactions.write(Path("runs/interactions.csv"), make_interactions.make(users=48, items=60, seed=0))
         mix_tasks.mix(Path("runs/glue_mix_data"), ["sst2", "cola", "rte", "stsb"])

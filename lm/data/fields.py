@@ -4,7 +4,7 @@ Every text is cleaned alike (see `clean`). Where that takes characters away, off
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm.data.tokenizer import ROLES
@@ -49,14 +49,56 @@ def normalise(value: Any, rename: Mapping[str, str]) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a JSON object")
+    renamed = _renamed(value, rename)
+    return FORMS[_form(renamed)](renamed)
+
+
+def columns(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
+    """Those of a table's columns that `normalise` reads in its rows. Raises BadRecord where no record can be made."""
+    _form(_renamed(dict.fromkeys(names), rename))
+    read = {*_OPTIONAL, *(field for form in FORMS for field in form)}
+    found = [name for name in names if name in rename or name in read]
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise BadRecord("wrong column", f"found more than one column '{twice[0]}'; expected one")
+    return found
+
+
+def _renamed(value: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
     for old, new in rename.items():
         if old not in value:
             raise BadRecord("missing field", f"{_found(value)}; expected '{old}', which data.rename maps to '{new}'")
-    value = {k: v for k, v in value.items() if k not in rename} | {new: value[old] for old, new in rename.items()}
-    for fields, parse in FORMS.items():
+    return {k: v for k, v in value.items() if k not in rename} | {new: value[old] for old, new in rename.items()}
+
+
+def _form(value: Mapping[str, Any]) -> tuple[str, ...]:
+    for fields in FORMS:
         if all(field in value for field in fields):
-            return parse(value)
+            return fields
     raise BadRecord("missing field", f"{_found(value)}; expected {_EXPECTED}")
+
+
+# The names of the classes that numbers stand for: of a number its names, of a list [that of an item], of an object
+# {field: that of its value}; None = the value is no class.
+Names = tuple[str, ...] | list[Any] | dict[str, Any] | None
+
+
+def named(value: Any, names: Names, what: str) -> Any:
+    """A value with the names of its classes in place of their numbers; -1 is what data sets write for 'unknown': None.
+
+    Worked: {"label": 1, "text": "a"} with {"label": ("neg", "pos")} is {"label": "pos", "text": "a"}.
+
+    Raises:
+      BadRecord: a number that has no name.
+    """
+    if isinstance(names, dict) and isinstance(value, dict):
+        return {field: named(item, names.get(field), field) for field, item in value.items()}
+    if isinstance(names, list) and isinstance(value, list):
+        return [named(item, names[0], f"{what}[{i}]") for i, item in enumerate(value)]
+    if not isinstance(names, tuple) or value is None or isinstance(value, str) or value == -1:
+        return None if isinstance(names, tuple) and value == -1 else value
+    if not isinstance(value, int) or not 0 <= value < len(names):
+        raise BadRecord("unknown label", f"'{what}' is {_shown(value)}; expected a number from 0 to {len(names) - 1}")
+    return names[value]
 
 
 def _conversation(value: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +143,7 @@ def question(value: Any) -> dict[str, Any]:
         raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
     raw, answers = value["context"], []
     record = {"question": string(value, "question"), "context": string(value, "context")}
-    for name, answer in _objects(value, "answers", ("text", "answer_start")):
+    for name, answer in _objects(_as_objects(value, "answers"), "answers", ("text", "answer_start")):
         text, start = string(answer, "text", f"{name}.text"), _moved(answer, "answer_start", raw, name)
         if record["context"][start : start + len(text)] != text:
             found = f"at {answer['answer_start']} 'context' has {_shown(raw[answer['answer_start'] :][: len(text)])}"
@@ -158,6 +200,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("text", "entities"): _entities,
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
 }
+_OPTIONAL = ("input", "text_pair", "negative", "label", "id")  # read where they are
 _EXPECTED = (
     "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "
     "'words' and 'tags', or 'text' and 'entities' (data.rename maps other names)"
@@ -186,6 +229,20 @@ def _objects(
         if missing := [name for name in needed if name not in item]:
             raise BadRecord("missing field", f"'{field}[{i}]': {_found(item)}; expected '{missing[0]}'")
     return [(f"{field}[{i}]", item) for i, item in enumerate(found)]
+
+
+def _as_objects(value: dict[str, Any], field: str) -> dict[str, Any]:
+    """The value, where the field is an object of lists (so do TFDS and Hugging Face keep it) a list of objects there.
+
+    Worked: {"text": ["a", "b"], "at": [1, 2]} is [{"text": "a", "at": 1}, {"text": "b", "at": 2}].
+    """
+    found = value[field]
+    if not isinstance(found, dict) or not all(isinstance(items, list) for items in found.values()):
+        return value
+    if len({len(items) for items in found.values()}) > 1:
+        raise BadRecord("wrong length", f"'{field}' is {_shown(found)}; expected lists of one length")
+    objects = [dict(zip(found, items, strict=True)) for items in zip(*found.values(), strict=True)]
+    return value | {field: objects}
 
 
 def _moved(value: dict[str, Any], field: str, raw: str, name: str) -> int:

@@ -69,7 +69,7 @@ def read_jsonl(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
     empty = True
     for line_number, value in objects:
         empty = False
-        yield to_record(lambda parsed: fields.normalise(_parse(parsed), rename), value, path, line_number)
+        yield to_record(lambda parsed: fields.normalise(parse_json(parsed), rename), value, path, line_number)
     if empty:
         yield empty_file(path)
 
@@ -234,8 +234,8 @@ def _reason(error: Exception) -> str:
     )
 
 
-def _parse(value: Any) -> Any:
-    """The object of one JSON line; what comes from a list is parsed already."""
+def parse_json(value: Any) -> Any:
+    """The object of one JSON line; what comes from a list is parsed already. Raises BadRecord."""
     if not isinstance(value, bytes):
         return value
     text = decode(value)

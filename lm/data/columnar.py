@@ -1,0 +1,199 @@
+"""Parquet files and Arrow streams to records, a batch of rows at a time; a row's columns are a JSON line's fields.
+
+Numbers that a Hugging Face data set has names for (`ClassLabel`) become their names. A folder that holds several splits
+stands for its 'train': name another one by its own folder or a glob.
+"""
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from lm.data import fields, files, records
+from lm.data.fields import BadRecord, Names
+from lm.data.records import DataError, Fault, Record
+
+_ROWS_AT_ONCE = 256
+_BUFFER_BYTES = 1 << 20  # of a column that is read while its rows are
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")  # as Hugging Face names them: train-00000-of-00002.parquet
+
+
+def find_parquet(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
+    """As `files.find_files`; of a folder with shards of several splits, those of 'train'."""
+    found = files.find_files(path, suffixes)
+    splits = {match[1] if (match := _SHARD.fullmatch(file.name)) else "" for file in found}
+    if len(splits) > 1 and epath.Path(path).expanduser().is_dir():
+        _train_of(path, splits)
+        found = [file for file in found if file.name.startswith("train-")]
+    return found
+
+
+def find_arrow(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
+    """The files of a data set that Hugging Face's `save_to_disk` wrote, in its order; else as `files.find_files`.
+
+    Raises:
+      DataError: a file that the set should have is not there, or it has several splits and no 'train'.
+    """
+    try:
+        folder = epath.Path(path).expanduser()
+        if (folder / "dataset_dict.json").is_file():
+            _train_of(path, _json(folder / "dataset_dict.json").get("splits", ()))
+            folder /= "train"
+        is_saved = (folder / "state.json").is_file()
+    except (KeyError, NotImplementedError, OSError):  # of which find_files says what it is
+        return files.find_files(path, suffixes)
+    if not is_saved:
+        return files.find_files(str(folder), suffixes)
+    state = _json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder}: a selection of the rows of its files; save it again after flatten_indices()")
+    try:
+        found = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'state.json'}: {error!r}; expected the list '_data_files' of save_to_disk"
+        ) from None
+    if missing := [file for file in found if not file.is_file()]:
+        raise DataError(f"{missing[0]}: no such file; expected it, for {folder / 'state.json'} names it")
+    if not found:
+        raise DataError(f"{folder / 'state.json'}: names no file; expected at least one")
+    return found
+
+
+def _train_of(path: str, splits: Iterable[str]) -> None:
+    if "train" not in splits:
+        names = ", ".join(map(repr, sorted(splits)))
+        raise DataError(f"data path '{path}': holds {names} and no 'train'; name one by its folder or a glob")
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: {error}; expected the JSON that save_to_disk writes") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: found {type(content).__name__}; expected the object that save_to_disk writes")
+    return content
+
+
+def read_parquet(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+    """Rows of a parquet file.
+
+    Args:
+      path: the file.
+      rename: column -> field expected. Columns that no record has are not read.
+
+    Raises:
+      DataError: the file cannot be read to its end, or its columns make no record.
+    """
+    with _reading(path, "parquet"), path.open("rb") as file:
+        from pyarrow import parquet
+
+        table = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        names = _columns(table.schema_arrow, path, rename)
+        batches = table.iter_batches(_ROWS_AT_ONCE, columns=names, use_threads=False)
+        yield from _rows(batches, _class_names(table.schema_arrow), path, rename, table.metadata.num_rows)
+
+
+def read_arrow(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+    """Rows of a file in Arrow's stream format, such as Hugging Face's `save_to_disk` writes. See `read_parquet`."""
+    with _reading(path, "arrow"), path.open("rb") as file:
+        import pyarrow
+
+        stream = pyarrow.ipc.open_stream(file)
+        names = _columns(stream.schema, path, rename)
+        batches = (_checked(batch).select(names) for batch in stream)
+        yield from _rows(batches, _class_names(stream.schema), path, rename, None)
+        # A stream that is cut off between two batches ends like a whole one.
+        end = file.tell()
+        file.seek(-len(_END_OF_STREAM), 2)
+        if file.read() != _END_OF_STREAM or file.tell() != end:
+            raise DataError(f"{path}: truncated or damaged: no end of the stream where it ends; expected a whole file")
+
+
+def _checked(batch: Any) -> Any:
+    """The batch; offsets that lead out of it would be followed unseen."""
+    batch.validate(full=True)
+    return batch
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path, kind: str) -> Iterator[None]:
+    """What pyarrow stumbles over, as DataError that names the file."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(f"{path}: reading {kind} needs the package pyarrow: pip install -e '.[parquet]'") from None
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        place = "".join(getattr(error, "__notes__", ()))
+        raise DataError(f"{path}: damaged or no {kind} file{place} ({reason}); expected a whole one") from error
+
+
+def _columns(schema: Any, path: epath.Path, rename: Mapping[str, str]) -> list[str]:
+    try:
+        return fields.columns(schema.names, rename)
+    except BadRecord as error:
+        raise DataError(f"{path}: {error.args[0]}: {error.args[1]}") from None
+
+
+def _rows(
+    batches: Iterable[Any], names: Names, path: epath.Path, rename: Mapping[str, str], total: int | None
+) -> Iterator[Record | Fault]:
+    number = 0
+    try:
+        for batch in batches:
+            parse = functools.partial(_record, batch, names=names, rename=rename)
+            for row in range(batch.num_rows):
+                number += 1
+                yield records.to_record(parse, row, path, number)
+    except Exception as error:
+        error.add_note(f" behind row {number}")  # for `_reading`, which knows the file but not how far it was
+        raise
+    if total is not None and number != total:
+        raise DataError(f"{path}: read {number:,} rows; expected {total:,}, as the file says")
+    if not number:
+        yield records.empty_file(path)
+
+
+def _record(batch: Any, row: int, names: Names, rename: Mapping[str, str]) -> Record:
+    values = {}
+    for field, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[field] = column[row].as_py()
+        except UnicodeDecodeError as error:
+            raise BadRecord("invalid UTF-8", f"'{field}' is not UTF-8 ({error.reason}); expected UTF-8 text") from None
+    return fields.normalise(fields.named(values, names, ""), rename)
+
+
+def _class_names(schema: Any) -> Names:
+    """The names of classes that a Hugging Face data set keeps in the schema's metadata."""
+    try:
+        return _names(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (LookupError, TypeError, ValueError):  # of another writer
+        return None
+
+
+def _names(feature: Any) -> Names:
+    """{"names": [...], "_type": "ClassLabel"}, alone or in lists and objects, which carry a '_type' or none."""
+    if isinstance(feature, list):
+        return [_names(feature[0])]
+    if not isinstance(feature, dict):
+        return None
+    kind = feature.get("_type")
+    if kind == "ClassLabel":
+        return tuple(map(str, feature["names"]))
+    if isinstance(kind, str):
+        return [_names(feature["feature"])] if "feature" in feature else None
+    return {field: _names(inner) for field, inner in feature.items()}
