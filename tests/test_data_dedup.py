@@ -1,4 +1,4 @@
-"""Signatures estimate the Jaccard similarity; near duplicates are those that going through every band one by one finds."""
+"""Signatures estimate the Jaccard similarity; near duplicates are those that going through bands one by one finds."""
 
 import numpy as np
 import pytest

@@ -47,7 +47,7 @@ def read(paths: Sequence[epath.Path], n: int) -> Evaluation:
     hashes, files, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)], set[int]()
     texts = unchecked = 0
     for number, path in enumerate(paths):
-        found = list(_texts(path))
+        found = [text for text in _texts(path) if text.strip()]
         hash_W, text_W = ngrams.word_hashes(found)
         size_T = np.bincount(text_W, minlength=len(found))
         texts, unchecked = texts + len(found), unchecked + int(np.count_nonzero(size_T < LEAST_WORDS))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.data import examples, packing, shards, spool, stages, tokenizer
+from lm.data.records import DataError
 from lm.data.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
 from lm.data.tasks import TASKS
 
@@ -38,9 +39,24 @@ def shard_names(job: Job) -> list[str]:
             row_D = spool.array(folder, "row")[slice(*stages.span(folder, *stages.keys_of_part(job, part)))]
             is_kept_D = spool.array(job.work / "measure" / name, "verdict")[row_D] == 0
             size += int(spool.array(folder, "size")[row_D[is_kept_D]].sum())
-        count = max(1, -(-size // job.shard_bytes))
+        if not size:
+            raise DataError(_nothing_left(job, part))
+        count = -(-size // job.shard_bytes)
         names += [f"{part}-{number:05}-of-{count:05}" for number in range(count)]
     return names
+
+
+def _nothing_left(job: Job, part: str) -> str:
+    reasons = Counter[str]()
+    for name in stages.blocks(job):
+        counts = np.bincount(spool.array(job.work / "measure" / name, "verdict"))
+        reasons.update({why: int(n) for why, n in zip(stages.verdicts(job), counts, strict=False)})
+    kept, total = reasons.pop("", 0), reasons.total()
+    dropped = ", ".join(f"{why} {n:,}" for why, n in reasons.items() if n) or "none"
+    return (
+        f"no {part} document is left of {kept + total:,} (dropped: {dropped}); give more data, other --filters, or "
+        "another data.eval_fraction"
+    )
 
 
 def documents(job: Job, part: str, number: int, count: int) -> Documents:
@@ -79,7 +95,7 @@ def _add_block(
     folder, measured = job.work / "read" / name, job.work / "measure" / name
     key_D, rest_D, source_D, size_D = (spool.array(folder, column) for column in ("key", "rest", "source", "size"))
     verdict_D, held = spool.array(measured, "verdict"), spool.info(measured)["held"]
-    reasons = ["", *job.filters, CONTAMINATED]
+    reasons = stages.verdicts(job)
 
     def why(row: int) -> dict[str, Any]:
         """Why a document goes, and what of; {} = it stays."""

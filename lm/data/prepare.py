@@ -165,6 +165,8 @@ def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float
             progress(stage.name, done, len(units), seconds)
         if stage.name == "read":
             faults = _faults(job)
+        if stage.name == "match":
+            gather.shard_names(job)  # an error where a part has no document, before the slow stages
     return _finish(planned, faults)
 
 
@@ -227,11 +229,7 @@ def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
         parts[name.partition("-")[0]] += [info["entry"]] if info["entry"] else []
     statistics = _statistics(job, infos, parts, faults)
     if empty := [part for part in PARTS if not parts[part]]:
-        dropped = ", ".join(f"{why} {count:,}" for why, (count, _) in statistics["dropped"].items()) or "none"
-        raise DataError(
-            f"no {empty[0]} document is left of {statistics['documents']:,} (dropped: {dropped}); give more data, "
-            "other --filters, or another data.eval_fraction"
-        )
+        raise DataError(f"no {empty[0]} document is left: all are duplicates of others; give more data")
     with (job.folder / "removed.jsonl.tmp").open("wb") as file:
         for fault in faults:
             line = {"source": fault.where, "why": fault.kind, "message": fault.message}

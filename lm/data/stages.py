@@ -206,6 +206,11 @@ def evaluation(files: tuple[str, ...], ngram: int) -> decontaminate.Evaluation:
     return decontaminate.read([epath.Path(file) for file in files], ngram)
 
 
+def verdicts(job: Job) -> list[str]:
+    """Why a document goes, by the number that `measure` gives: '' = it stays."""
+    return ["", *job.filters, CONTAMINATED]
+
+
 def measure(job: Job, name: str) -> None:
     """What is to be known of each document of a block: why it goes ('' = it stays), signature, bands."""
     folder = job.work / "read" / name
@@ -229,7 +234,7 @@ def measure(job: Job, name: str) -> None:
         hash_E = dedup.band_hashes(signature_KxK[compared]).ravel()
         order_E = np.argsort(hash_E)
         entry_hash_E, entry_row_E = hash_E[order_E], np.repeat(rows[compared], dedup.BANDS)[order_E]
-    reasons = ["", *job.filters, CONTAMINATED]
+    reasons = verdicts(job)
     verdict_D = np.zeros(count, np.uint8)
     verdict_D[row_D] = [reasons.index(why) for why in why_D]
     found = {str(row_D[kept[i]]): counts for i, counts in held.items()}
