@@ -98,7 +98,7 @@ def show(index: dict[str, Any], seconds: dict[str, float]) -> None:
     for why, (count, size) in found["dropped"].items():
         table.add_row(f"  {why}", f"{count:,}", f"{size / 1e6:,.1f}")
     for part, kept in found["kept"].items():
-        tokens = f"{kept['tokens']:,} tokens in {kept['rows']:,} rows, fill {kept['fill']:.1%}"
+        tokens = f"{kept['tokens']:,} tokens in {kept['rows']:,} rows"
         table.add_row(f"{part}: {tokens}", f"{kept['documents']:,}", f"{kept['bytes'] / 1e6:,.1f}")
     Console(width=120).print(table)
     for stage, spent in seconds.items():

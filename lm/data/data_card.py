@@ -23,7 +23,7 @@ def write(folder: Path, index: Mapping[str, Any]) -> None:
 def text(index: Mapping[str, Any]) -> str:
     """The data card, Markdown."""
     settings, found = index["settings"], index["statistics"]
-    data, how = settings["data"], settings["prepare"]
+    data, how, length = settings["data"], settings["prepare"], index["layout"]["length"]
     rows = [("read", found["documents"], found["bytes"])]
     rows += [(_reason(why), -documents, -size) for why, (documents, size) in found["dropped"].items()]
     rows += [(f"kept: {part}", kept["documents"], kept["bytes"]) for part, kept in found["kept"].items()]
@@ -32,7 +32,7 @@ def text(index: Mapping[str, Any]) -> str:
             part,
             f"{len(index['parts'][part]):,}",
             *(f"{kept[key]:,}" for key in ("rows", "tokens")),
-            f"{kept['fill']:.1%}",
+            f"{kept['tokens'] / kept['rows'] / length:.1%}",
         )
         for part, kept in found["kept"].items()
     ]
@@ -41,8 +41,7 @@ def text(index: Mapping[str, Any]) -> str:
     held = "data.eval_path" if data["eval_path"] else f"a share of {data['eval_fraction']}, by the hash of the content"
     sections = [
         "# Prepared data",
-        f"Packed rows of {data['seq_len']} tokens for `data.task={data['task']}`, packing {data['packing']}, "
-        f"{'a document sees itself alone' if data['mask_documents'] else 'documents of a row see the ones before'}.",
+        f"Rows of {length} tokens for `data.task={data['task']}`, `data.packing={settings['packing']}`.",
         "    python -m lm.main --config=RECIPE --workdir=RUN --config.data.format=prepared --config.data.path=FOLDER",
         "## Source",
         f"`data.format={data['format']}`, `{data['path']}`: {len(settings['files']):,} files, {found['records']:,} "

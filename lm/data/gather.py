@@ -146,7 +146,8 @@ def write(job: Job, name: str) -> None:
             lengths[min(LENGTH_BINS - 1, length.bit_length())] += 1
             yield from of_record
 
-    rows, _ = packing.pack(made(), task.columns(job.cfg), job.cfg.data)
+    # Whether documents of a row see one another is a matter of reading.
+    rows, _ = packing.pack(made(), task.columns(job.cfg), dataclasses.replace(job.cfg.data, mask_documents=True))
     info: dict[str, Any] = {"dropped": found.dropped, "lengths": lengths.tolist(), "entry": None}
     info["bytes"] = sum(len(text.encode()) for _, _, text in found.kept)
     info["documents"] = len(found.kept)

@@ -14,7 +14,7 @@ from etils import epath
 
 from lm import schema
 from lm.config import Config
-from lm.data import data_card, examples, gather, shards, sources, spool, stages, tokenizer
+from lm.data import data_card, gather, shards, sources, spool, stages, tokenizer
 from lm.data.filters import FILTERS
 from lm.data.jobs import JobError, Runner
 from lm.data.records import DataError, Fault
@@ -22,10 +22,12 @@ from lm.data.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
 
+# Tasks that read text alone, and whose rows shards can hold.
+_TASKS = ("text", "prefix_text", "masked_text", "span_corruption")
 # Keys of the config that decide what a prepared folder holds.
 _DATA_KEYS = (
     *("format", "path", "eval_path", "eval_fraction", "separator", "rename"),
-    *("task", "seq_len", "packing", "mask_documents", "overlong"),
+    *("task", "seq_len"),
 )
 
 
@@ -78,9 +80,8 @@ def plan(
     """
     if "://" in str(folder):
         raise ConfigError(f"--out={folder} is a URL; expected a folder, local or mounted (NFS, gcsfuse)")
-    if TASKS[cfg.data.task].make not in (examples.text, examples.whole_text):
-        fits = [name for name, task in TASKS.items() if task.make in (examples.text, examples.whole_text)]
-        raise ConfigError(f"'data.task' is {cfg.data.task}; data is prepared for {', '.join(fits)}")
+    if cfg.data.task not in _TASKS:
+        raise ConfigError(f"'data.task' is {cfg.data.task}; data is prepared for {', '.join(_TASKS)}")
     for name in filters:
         if name not in FILTERS:
             raise ConfigError(
@@ -108,6 +109,7 @@ def plan(
         shard_bytes=shard_bytes,
     )
     settings = {
+        "packing": cfg.data.packing,
         "data": {name: getattr(cfg.data, name) for name in _DATA_KEYS},
         "tokenizer": {**schema.to_dict(cfg.tokenizer), "hash": words.hash if words else ""},
         "prepare": {"ngram": ngram, "filters": job.filters, "near": near, "shard_bytes": shard_bytes},
@@ -237,10 +239,10 @@ def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
         for name in names:
             file.write(spool.array(job.work / "write" / name, "removed").tobytes())
     (job.folder / "removed.jsonl.tmp").replace(job.folder / "removed.jsonl")
-    has_targets = "targets" in TASKS[job.cfg.data.task].columns(job.cfg)
+    columns = TASKS[job.cfg.data.task].columns(job.cfg)
     index = {
         "parts": parts,
-        "layout": shards.Layout(job.cfg.data.seq_len, has_targets, job.cfg.data.mask_documents)._asdict(),
+        "layout": {"length": columns["tokens"][0][0], "shifted": "targets" in columns},
         "tokenizer_hash": tokenizer.load(job.folder / "tokenizer.model").hash,
         "settings": planned.settings,
         "statistics": statistics,
@@ -262,7 +264,6 @@ def _statistics(
     kept = {
         part: {
             **{key: sum(entry[key] for entry in entries) for key in ("documents", "bytes", "tokens", "rows")},
-            "fill": sum(e["tokens"] for e in entries) / max(1, job.cfg.data.seq_len * sum(e["rows"] for e in entries)),
         }
         for part, entries in parts.items()
     }
