@@ -103,7 +103,7 @@ def show(index: dict[str, Any], seconds: dict[str, float]) -> None:
     Console(width=120).print(table)
     for stage, spent in seconds.items():
         if spent:
-            print(f"{stage}: {spent:,.1f} s of a core, {found['bytes'] / 1e6 / spent:,.1f} MB/s of the text read")
+            print(f"{stage}: {spent:.1f} s of CPU, {found['bytes'] / 1e6 / spent:,.1f} MB/s of the text read")
 
 
 if __name__ == "__main__":

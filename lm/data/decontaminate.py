@@ -25,7 +25,8 @@ class Evaluation(NamedTuple):
       files: their paths.
       hash_G: uint64, sorted; one that is in several files is there several times.
       file_G: index into `files` of each.
-      lengths: the n for which there are n-grams.
+      seen: bool [2^k]: whether an n-gram has these first k bits, which most n-grams of other texts do not.
+      lengths: the n for which there are n-grams, increasing.
       texts: texts read.
       unchecked: texts of them that are shorter than `LEAST_WORDS` words.
     """
@@ -33,6 +34,7 @@ class Evaluation(NamedTuple):
     files: tuple[str, ...]
     hash_G: np.ndarray
     file_G: np.ndarray
+    seen: np.ndarray
     lengths: tuple[int, ...]
     texts: int
     unchecked: int
@@ -65,7 +67,10 @@ def read(paths: Sequence[epath.Path], n: int) -> Evaluation:
     hash_G, file_G = np.concatenate(hashes), np.concatenate(files)
     order = np.lexsort((file_G, hash_G))
     names = tuple(map(str, paths))
-    return Evaluation(names, hash_G[order], file_G[order], tuple(sorted(lengths)), texts, unchecked)
+    bits = 4 + len(hash_G).bit_length()
+    seen = np.zeros(1 << bits, bool)
+    seen[hash_G >> np.uint64(64 - bits)] = True
+    return Evaluation(names, hash_G[order], file_G[order], seen, tuple(sorted(lengths)), texts, unchecked)
 
 
 def matches(evaluation: Evaluation, hash_W: np.ndarray, text_W: np.ndarray) -> dict[int, Counter[str]]:
@@ -76,13 +81,15 @@ def matches(evaluation: Evaluation, hash_W: np.ndarray, text_W: np.ndarray) -> d
       hash_W, text_W: from `ngrams.word_hashes`.
     """
     found: dict[int, Counter[str]] = {}
-    for length in evaluation.lengths:
-        hash_N, text_N = ngrams.ngrams(hash_W, text_W, length)
-        first_N = np.searchsorted(evaluation.hash_G, hash_N)
-        is_hit_N = evaluation.hash_G[np.minimum(first_N, len(evaluation.hash_G) - 1)] == hash_N
-        last_N = np.searchsorted(evaluation.hash_G, hash_N[is_hit_N], side="right")
-        for text, first, last in zip(text_N[is_hit_N], first_N[is_hit_N], last_N, strict=True):
-            found.setdefault(int(text), Counter()).update(evaluation.files[i] for i in evaluation.file_G[first:last])
+    shift = np.uint64(65 - len(evaluation.seen).bit_length())
+    for hash_N, text_N in ngrams.of_lengths(hash_W, text_W, evaluation.lengths):
+        is_seen_N = evaluation.seen[hash_N >> shift]
+        hash_N, text_N = hash_N[is_seen_N], text_N[is_seen_N]
+        first_N, last_N = (np.searchsorted(evaluation.hash_G, hash_N, side) for side in ("left", "right"))
+        for text, first, last in zip(text_N.tolist(), first_N.tolist(), last_N.tolist(), strict=True):
+            if first < last:
+                names = (evaluation.files[i] for i in evaluation.file_G[first:last])
+                found.setdefault(text, Counter()).update(names)
     return found
 
 

@@ -97,9 +97,12 @@ def _top_ngram(n: int, page: Page) -> float:
 
 def _repeated_ngrams(n: int, page: Page) -> float:
     """Share of the words' characters in a run of n words that came before, each character counted once."""
+    runs = list(zip(*(page.words[i:] for i in range(n)), strict=False))
+    if len(set(runs)) == len(runs):
+        return 0.0
     seen: set[tuple[str, ...]] = set()
     repeated = covered_to = 0
-    for i, run in enumerate(zip(*(page.words[i:] for i in range(n)), strict=False)):
+    for i, run in enumerate(runs):
         if run in seen:
             repeated += sum(map(len, page.words[max(i, covered_to) : i + n]))
             covered_to = i + n

@@ -11,7 +11,7 @@ from typing import Any
 
 from lm.schema import ConfigError
 
-# (function of a unit, units) -> seconds that each took, as they are done, in any order
+# (function of a unit, units) -> CPU seconds that each took, as they are done, in any order
 Runner = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[float]]
 
 
@@ -72,21 +72,21 @@ def beam(runner: str, options: Sequence[str]) -> Iterator[Runner]:
     def run(work: Callable[[Any], None], units: Sequence[Any]) -> Iterator[float]:
         if not units:
             return
-        start = time.perf_counter()
+        start = time.process_time()
         with apache_beam.Pipeline(options=flags) as pipeline:
             created = pipeline | apache_beam.Create(list(units))
             # Without it, a runner may fuse all units into one piece of work.
             _ = created | apache_beam.Reshuffle() | apache_beam.Map(work)
         # Beam does not tell of single units.
-        yield from [(time.perf_counter() - start) / len(units)] * len(units)
+        yield from [(time.process_time() - start) / len(units)] * len(units)
 
     yield run
 
 
 def _timed(work: Callable[[Any], None], unit: Any) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work(unit)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def _end_with_parent() -> None:

@@ -45,12 +45,21 @@ def ngrams(hash_W: np.ndarray, text_W: np.ndarray, n: int) -> tuple[np.ndarray, 
 
     Hashes of runs of different n are different too.
     """
-    count = max(0, len(hash_W) - n + 1)
-    hash_G = np.full(count, n, np.uint64)
-    for shift in range(n):
-        hash_G = hash_G * np.uint64(_BASE) + hash_W[shift : shift + count]
-    is_whole = text_W[:count] == text_W[n - 1 : n - 1 + count]
-    return mix(hash_G[is_whole]), text_W[:count][is_whole]
+    return next(of_lengths(hash_W, text_W, [n]))
+
+
+def of_lengths(
+    hash_W: np.ndarray, text_W: np.ndarray, lengths: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `ngrams` gives for each of the lengths, which increase; a longer run is hashed from a shorter one."""
+    sum_W = np.zeros_like(hash_W)
+    for n in range(1, max(lengths, default=0) + 1):
+        count = max(0, len(hash_W) - n + 1)
+        sum_W = sum_W[:count] * np.uint64(_BASE)
+        sum_W += hash_W[n - 1 :]
+        if n in lengths:
+            is_whole = text_W[:count] == text_W[n - 1 :]
+            yield mix(sum_W[is_whole] ^ np.uint64(n)), text_W[:count][is_whole]
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:
