@@ -2,7 +2,7 @@
 
     python experiments/prepare/study.py [--megabytes=1000] [--workers=2]
 
-Writes `results.md`, beside this file. Scratch files, some five times the text, go to a temporary folder below --scratch.
+Writes `results.md`, beside this file. Scratch files, some five times the text, go to a temporary folder in --scratch.
 """
 
 import argparse
