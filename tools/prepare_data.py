@@ -1,7 +1,7 @@
 """Prepares the text of a recipe for training: cleaned, without duplicates and evaluation data, tokenized, packed.
 
     python tools/prepare_data.py --config=configs/NAME.py --out=FOLDER [--config.data.path=FILES] [--workers=2] \
-        [--evaluation=FILE,...] [--ngram=13] [--near=0.75] [--filters=NAME,...] [--shard_megabytes=32] \
+        [--evaluation=FILE,...] [--ngram=13] [--near=0.75] [--filters=NAME,...] [--shard_megabytes=16] \
         [--runner=DirectRunner [--runner_option=--project=X ...]]
 
 A run then reads it with --config.data.format=prepared --config.data.path=FOLDER. Killed, the same command goes on where
@@ -35,7 +35,7 @@ _NEAR = flags.DEFINE_float(
     "near", 0.75, "Least similarity of near duplicates; 0 = keep them.", lower_bound=0, upper_bound=1
 )
 _FILTERS = flags.DEFINE_list("filters", list(filters.DEFAULT), f"Of {', '.join(filters.FILTERS)}; '' = none.")
-_SHARD = flags.DEFINE_float("shard_megabytes", 32.0, "Text of a shard.", lower_bound=0.001)
+_SHARD = flags.DEFINE_float("shard_megabytes", 16.0, "Text of a shard.", lower_bound=0.001)
 
 
 def main(argv: list[str]) -> None:

@@ -59,7 +59,7 @@ def of_lengths(
         sum_W += hash_W[n - 1 :]
         if n in lengths:
             is_whole = text_W[:count] == text_W[n - 1 :]
-            yield mix(sum_W[is_whole] ^ np.uint64(n)), text_W[:count][is_whole]
+            yield mix(sum_W[is_whole]), text_W[:count][is_whole]
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:

@@ -64,7 +64,7 @@ def plan(
     ngram: int = 13,
     filters: Sequence[str] = (),
     near: float = 0.75,
-    shard_bytes: int = 1 << 25,
+    shard_bytes: int = 1 << 24,
 ) -> Plan:
     """Checks all that can be checked before anything is read, and reads the evaluation files.
 

@@ -290,12 +290,13 @@ def places(sorted_N: np.ndarray, low: int, high: int) -> tuple[int, int]:
 
 
 def _same_content(job: Job, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids, ids of the first document of the same content, `SAME` for each; of keys in [low, high)."""
+    """ids, ids of the first document of the same content, `SAME` for each; of keys in [low, high).
+
+    Those that a filter dropped are among them: what has the same content was dropped with them."""
     columns = []
     for number, name in enumerate(blocks(job)):
         folder = job.work / "read" / name
         row_D = spool.array(folder, "row")[slice(*span(folder, low, high))]
-        row_D = row_D[spool.array(job.work / "measure" / name, "verdict")[row_D] == 0]
         key_D, rest_D = (spool.array(folder, column)[row_D] for column in ("key", "rest"))
         columns.append((key_D, rest_D, _ids(number, row_D)))
     key_N, rest_N, id_N = (np.concatenate(column) for column in zip(*columns, strict=True))
