@@ -187,9 +187,9 @@ def test_a_job_goes_on_to_the_same_bytes_wherever_it_stopped(corpus, prepared, t
     planned = prepare.plan(recipe(folder / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES, **options)
     starts = 0
     while not (tmp_path / "out" / "index.json").exists():
-        starts += 1
+        assert (starts := starts + 1) < 100
         for scratch in (tmp_path / "out").rglob("work/read"):
-            (scratch / ".000000-000000.1.tmp").mkdir(exist_ok=True)  # what a kill leaves
+            (scratch / ".00000000-00000000.1.tmp").mkdir(exist_ok=True)  # what a kill leaves
         try:
             prepare.run(planned, interrupted(after=2), lambda *_: None)
         except KeyboardInterrupt:
@@ -422,6 +422,7 @@ def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, t
         (recipe(folder / "raw"), {"filters": ["wrods"]}, tmp_path / "out", r"no filter 'wrods' \(did you mean 'words'"),
         (recipe(folder / "raw"), {"evaluation": ["gone"]}, tmp_path / "out", "'gone': no such file"),
         (recipe(tmp_path / "gone"), {}, tmp_path / "out", "gone': no such file"),
+        (recipe("", mixture=((0.0, "a", 1.0),)), {}, tmp_path / "out", "'data.mixture' names several sources"),
     ]
     for cfg, options, out, message in cases:
         with pytest.raises((ConfigError, DataError), match=message):
@@ -433,3 +434,6 @@ def test_nothing_left_is_said_with_the_counts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(DataError, match=r"no valid document is left of 2 \(dropped: words 2\)"):
         run(recipe(tmp_path / "a.jsonl"), tmp_path / "out", filters=["words"])
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"no valid document is left of 0 \(dropped: none\)"):
+        run(recipe(tmp_path / "b.jsonl", max_bad_records=1), tmp_path / "empty")

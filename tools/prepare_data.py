@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
         runner = jobs.beam(_RUNNER.value, _OPTIONS.value) if _RUNNER.value else jobs.processes(_WORKERS.value)
         with runner as run, bars() as (update, seconds):
             index = prepare.run(planned, run, update)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it stopped")
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("lm."):
             raise

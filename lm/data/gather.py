@@ -17,6 +17,7 @@ from lm.data.records import DataError
 from lm.data.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
 from lm.data.tasks import TASKS
 
+_COUNTED = ("documents", "examples", "cut_in_pieces", "dropped_empty")  # of what `examples.make` counts
 LENGTH_BINS = 32  # of documents, by the logarithm to base 2 of their tokens
 
 
@@ -33,17 +34,23 @@ def shard_names(job: Job) -> list[str]:
     """Names of all shards, each of about `shard_bytes` of text. Raises DataError where a part has no document."""
     names = []
     for part in PARTS:
-        size = 0
-        for _, name in stages.blocks_of_part(job, part):
-            folder = job.work / "read" / name
-            row_D = spool.array(folder, "row")[slice(*stages.span(folder, *stages.keys_of_part(job, part)))]
-            is_kept_D = spool.array(job.work / "measure" / name, "verdict")[row_D] == 0
-            size += int(spool.array(folder, "size")[row_D[is_kept_D]].sum())
+        size = _bytes_of_part(job, part)
         if not size:
             raise DataError(_nothing_left(job, part))
         count = -(-size // job.shard_bytes)
         names += [f"{part}-{number:05}-of-{count:05}" for number in range(count)]
     return names
+
+
+def _bytes_of_part(job: Job, part: str) -> int:
+    """Of the texts that the filters keep, duplicates among them."""
+    size = 0
+    for _, name in stages.blocks_of_part(job, part):
+        folder = job.work / "read" / name
+        row_D = spool.array(folder, "row")[slice(*stages.span(folder, *stages.keys_of_part(job, part)))]
+        is_kept_D = spool.array(job.work / "measure" / name, "verdict")[row_D] == 0
+        size += int(spool.array(folder, "size")[row_D[is_kept_D]].sum())
+    return size
 
 
 def _nothing_left(job: Job, part: str) -> str:
@@ -125,8 +132,7 @@ def make_tokenizer(job: Job, name: str) -> None:
     if cfg.path:
         words = tokenizer.load(cfg.path)
     else:
-        size = sum(int(spool.array(job.work / "read" / block, "size").sum()) for block in stages.blocks(job))
-        sample = documents(job, "train", 0, max(1, size // cfg.train_bytes))
+        sample = documents(job, "train", 0, max(1, _bytes_of_part(job, "train") // cfg.train_bytes))
         words = tokenizer.train((text for _, _, text in sample.kept), cfg.vocab_size, cfg.train_bytes)
     words.save(job.folder / name)
 
@@ -152,7 +158,7 @@ def write(job: Job, name: str) -> None:
     info["bytes"] = sum(len(text.encode()) for _, _, text in found.kept)
     info["documents"] = len(found.kept)
     if len(rows["tokens"]):
-        kept = {"documents": len(found.kept), "bytes": info["bytes"]}
-        info["entry"] = shards.write(job.folder, name, rows, {**counts, **kept})
+        counted = {key: counts[key] for key in _COUNTED} | {"bytes": info["bytes"]}
+        info["entry"] = shards.write(job.folder, name, rows, counted)
     removed = np.frombuffer("".join(found.removed).encode(), np.uint8)
     spool.write(job.work / "write" / name, {"removed": removed}, info)

@@ -89,6 +89,8 @@ def plan(
             )
     if cfg.data.max_records:
         raise ConfigError(f"'data.max_records' is {cfg.data.max_records}; expected 0: all records are prepared")
+    if cfg.data.mixture:
+        raise ConfigError("'data.mixture' names several sources; prepare each by itself, with its 'data.path'")
     if cfg.init_from and not cfg.tokenizer.path:
         raise ConfigError("the tokenizer of 'init_from' is to be used: set tokenizer.path=RUN/tokenizer.model")
     words = tokenizer.load(cfg.tokenizer.path) if cfg.tokenizer.path else None
@@ -167,14 +169,14 @@ def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float
             progress(stage.name, done, len(units), seconds)
         if stage.name == "read":
             faults = _faults(job)
-        if stage.name == "match":
+        if stage.name == "measure":
             gather.shard_names(job)  # an error where a part has no document, before the slow stages
     return _finish(planned, faults)
 
 
 def _stages(groups: list[tuple[int, tuple[Any, ...]]]) -> tuple[Stage, ...]:
     def below(stage: str) -> Callable[[Job, Any], Path]:
-        return lambda job, unit: job.work / stage / (unit if isinstance(unit, str) else f"{unit[0]:06}")
+        return lambda job, unit: job.work / stage / (unit if isinstance(unit, str) else f"{unit[0]:08}")
 
     return (
         Stage("read", lambda job: groups, stages.read, below("read")),
@@ -212,7 +214,7 @@ def _is_finished(planned: Plan) -> bool:
 
 def _faults(job: Job) -> list[Fault]:
     """All bad records. Raises DataError where there are more than data.max_bad_records."""
-    infos = (spool.info(job.work / "read" / f"{group:06}") for group in range(job.num_groups))
+    infos = (spool.info(job.work / "read" / f"{group:08}") for group in range(job.num_groups))
     faults = [Fault(*fault) for found in infos for fault in found["faults"]]
     stages.check_faults(faults, job.cfg.data.max_bad_records)
     return faults
@@ -256,7 +258,7 @@ def _statistics(
     job: Job, infos: list[dict[str, Any]], parts: Mapping[str, list[dict[str, Any]]], faults: list[Fault]
 ) -> dict[str, Any]:
     """What was read, what went and why, what is there. Raises RuntimeError if that does not add up."""
-    read = [spool.info(job.work / "read" / f"{group:06}") for group in range(job.num_groups)]
+    read = [spool.info(job.work / "read" / f"{group:08}") for group in range(job.num_groups)]
     dropped = {why: [0, 0] for why in (*job.filters, CONTAMINATED, EXACT, NEAR)}
     for info in infos:
         for why, count in info["dropped"].items():

@@ -33,7 +33,7 @@ SAME = 2.0  # stands for the similarity of documents whose content is the same
 KEYS = 2**64  # a key is the first 8 bytes of a content's sha256; those below eval_fraction * KEYS are held out
 CONTAMINATED, EXACT, NEAR = "contaminated", "exact_duplicate", "near_duplicate"
 MOST_BYTES = 1 << 24  # of a document
-_BLOCK_NAME = re.compile(r"\d{6}-\d{6}")  # group of files, and which of its blocks
+_BLOCK_NAME = re.compile(r"\d{8}-\d{8}")  # group of files, and which of its blocks
 _BLOCK_DOCUMENTS = 1 << 15
 _MATCH_ENTRIES = 1 << 19  # bands in a range of hashes: bounds the memory of `match`
 
@@ -80,13 +80,16 @@ def blocks_of_part(job: Job, part: str) -> list[tuple[int, str]]:
     numbered = list(enumerate(blocks(job)))
     if not job.held_groups:
         return numbered
-    return [(at, name) for at, name in numbered if (int(name[:6]) < job.held_groups) == (part == "valid")]
+    is_held = {name: int(name.partition("-")[0]) < job.held_groups for _, name in numbered}
+    return [(at, name) for at, name in numbered if is_held[name] == (part == "valid")]
 
 
 def keys_of_part(job: Job, part: str) -> tuple[int, int]:
     """The range [low, high) of keys that documents of a part have, in its blocks."""
-    held = 0 if job.held_groups else int(job.cfg.data.eval_fraction * KEYS)
-    return (0, held or KEYS) if part == "valid" else (held, KEYS)
+    if job.held_groups:
+        return 0, KEYS
+    held = int(job.cfg.data.eval_fraction * KEYS)
+    return (0, held) if part == "valid" else (held, KEYS)
 
 
 # Read -----------------------------------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ def read(job: Job, group: tuple[int, tuple[Any, ...]]) -> None:
     def flush() -> None:
         nonlocal count, size, texts, places
         if texts:
-            _write_block(job, f"{number:06}-{count:06}", texts, places)
+            _write_block(job, f"{number:08}-{count:08}", texts, places)
             count, size, texts, places = count + 1, 0, [], []
 
     for found in (record for unit in units for record in sources.read(unit, job.cfg.data)):
@@ -139,7 +142,7 @@ def read(job: Job, group: tuple[int, tuple[Any, ...]]) -> None:
         size, total = size + length, total + length
     flush()
     info = {"blocks": count, "documents": documents, "bytes": total, "normalised": normalised, "faults": faults}
-    spool.write(job.work / "read" / f"{number:06}", {}, info)
+    spool.write(job.work / "read" / f"{number:08}", {}, info)
 
 
 def check_faults(faults: list[Fault], most: int) -> None:
@@ -274,7 +277,7 @@ def match(job: Job, part: tuple[int, int]) -> None:
     key_N = rows_of(job, "key", id_N)
     order = np.lexsort((id_N, key_N))
     arrays = {"key": key_N, "id": id_N, "of_id": of_N, "of": rows_of(job, "source", of_N), "similarity": similarity_N}
-    spool.write(job.work / "match" / f"{number:06}", {name: x[order] for name, x in arrays.items()}, {})
+    spool.write(job.work / "match" / f"{number:08}", {name: x[order] for name, x in arrays.items()}, {})
 
 
 def span(folder: Path, low: int, high: int) -> tuple[int, int]:
