@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from lm import config
-from lm.data import examples, jobs, prepare, shards, sources, stages, tokenizer
+from lm.data import examples, holdout, jobs, prepare, shards, stages, tokenizer
 from lm.data import packing as rows_of
 from lm.data.records import DataError
 from lm.data.tasks import TASKS
@@ -119,7 +120,7 @@ def test_shards_hold_what_is_to_be_kept(corpus, prepared):
     kept = [text for text, reason in expected.items() if not reason]
     assert sorted(found["train"] + found["valid"]) == sorted(kept)
     # The same documents are held out as a run that reads the raw text holds out.
-    _, valid = sources.hold_out([{"text": text, "source": ""} for text in kept], 0.1)
+    _, valid = holdout.hold_out([{"text": text, "source": ""} for text in kept], 0.1)
     assert sorted(found["valid"]) == sorted(record["text"] for record in valid)
     # A shard is a range of hashes, and sorted.
     digests = [hashlib.sha256(json.dumps({"text": text}).encode()).digest() for text in found["train"]]
@@ -263,16 +264,21 @@ def test_a_worker_that_is_killed_is_told(tmp_path):
         list(runner(os._exit, [9]))
 
 
-def test_the_files_do_not_decide_which_shard_a_document_is_in(corpus, prepared, tmp_path):
-    """One file of the same lines, in the order of their files."""
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_the_files_do_not_decide_which_shard_a_document_is_in(corpus, prepared, tmp_path, form):
+    """One file of the same records, in the order of their files."""
     folder, _, _ = corpus
     whole = b"\n".join(
         gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()
         for p in sorted((folder / "raw").iterdir())
     )
-    (tmp_path / "all.jsonl").write_bytes(whole)
+    if form == "parquet":
+        table = pyarrow.table({"text": [json.loads(line)["text"] for line in whole.splitlines()]})
+        pyarrow.parquet.write_table(table, tmp_path / "all.parquet", row_group_size=100)
+    else:
+        (tmp_path / "all.jsonl").write_bytes(whole)
     run(
-        recipe(tmp_path / "all.jsonl"),
+        recipe(tmp_path / f"all.{form}", format=form),
         tmp_path / "out",
         evaluation=[str(folder / "questions.txt")],
         filters=["words"],
@@ -319,7 +325,7 @@ def test_rows_are_those_of_a_run_that_reads_raw_text(corpus, tmp_path, task, pac
 
 def sorted_documents(path, part, fraction):
     texts = dict.fromkeys(json.loads(line)["text"].strip() for line in gzip.decompress(path.read_bytes()).splitlines())
-    digests = sorted((stages.digest(text), text) for text in texts)
+    digests = sorted((hashlib.sha256(json.dumps({"text": text}).encode()).digest(), text) for text in texts)
     return [{"text": t} for d, t in digests if (int.from_bytes(d[:8]) < fraction * 2**64) == (part == "valid")]
 
 
@@ -422,6 +428,7 @@ def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, t
         (recipe(folder / "raw"), {"filters": ["wrods"]}, tmp_path / "out", r"no filter 'wrods' \(did you mean 'words'"),
         (recipe(folder / "raw"), {"evaluation": ["gone"]}, tmp_path / "out", "'gone': no such file"),
         (recipe(tmp_path / "gone"), {}, tmp_path / "out", "gone': no such file"),
+        (recipe("", format="builtin_text"), {}, tmp_path / "out", "'data.format' is builtin_text"),
         (recipe("", mixture=((0.0, "a", 1.0),)), {}, tmp_path / "out", "'data.mixture' names several sources"),
     ]
     for cfg, options, out, message in cases:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from lm import schema
 from lm.config import Config
-from lm.data import data_card, gather, shards, sources, spool, stages, tokenizer
+from lm.data import data_card, files, gather, shards, sources, spool, stages, tokenizer
 from lm.data.filters import FILTERS
 from lm.data.jobs import JobError, Runner
 from lm.data.records import DataError, Fault
@@ -82,6 +81,8 @@ def plan(
         raise ConfigError(f"--out={folder} is a URL; expected a folder, local or mounted (NFS, gcsfuse)")
     if cfg.data.task not in _TASKS:
         raise ConfigError(f"'data.task' is {cfg.data.task}; data is prepared for {', '.join(_TASKS)}")
+    if cfg.data.format not in sources.FORMATS:
+        raise ConfigError(f"'data.format' is {cfg.data.format}; data is prepared from {', '.join(sources.FORMATS)}")
     for name in filters:
         if name not in FILTERS:
             raise ConfigError(
@@ -95,7 +96,7 @@ def plan(
         raise ConfigError("the tokenizer of 'init_from' is to be used: set tokenizer.path=RUN/tokenizer.model")
     words = tokenizer.load(cfg.tokenizer.path) if cfg.tokenizer.path else None
     units = sources.find(cfg.data)
-    looked_for = [file for path in evaluation for file in sources.find_files(path, ("",))]
+    looked_for = [file for path in evaluation for file in files.find_files(path, ("",))]
     block_bytes = max(1, shard_bytes // 2)
     groups = [stages.group_units(part, block_bytes) for part in (units.valid, units.train)]
     job = Job(
@@ -125,9 +126,10 @@ def plan(
     )
 
 
-def _state(unit: Any) -> list[int]:
-    """Size and time of change of a file, to see that it is the same when a job goes on."""
-    return [unit.stat().length, int(unit.stat().mtime)] if isinstance(unit, epath.Path) else []
+def _state(unit: sources.Unit) -> list[int]:
+    """Size and time of change of its files, to see that they are the same when a job goes on."""
+    found = [file.stat() for file in stages.files_of(unit)]
+    return [value for stat in found for value in (stat.length, int(stat.mtime))]
 
 
 def run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float], None]) -> dict[str, Any]:

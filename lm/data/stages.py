@@ -13,8 +13,6 @@ D documents of a block, E entries (a band of a document each), N documents that 
 
 import dataclasses
 import functools
-import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from lm.config import Config
-from lm.data import decontaminate, dedup, filters, ngrams, sources, spool
+from lm.data import decontaminate, dedup, filters, holdout, ngrams, sources, spool
 from lm.data.records import DataError, Fault, Record
 
 PARTS = ("valid", "train")
@@ -95,12 +93,19 @@ def keys_of_part(job: Job, part: str) -> tuple[int, int]:
 # Read -----------------------------------------------------------------------------------------------------------------
 
 
+def files_of(unit: sources.Unit) -> list[epath.Path]:
+    """The files that a unit is read from, where it says so."""
+    parts = unit if isinstance(unit, tuple) else (unit,)
+    return [part for part in parts if isinstance(part, epath.Path)]
+
+
 def group_units(units: Iterable[Any], job_bytes: int) -> list[tuple[Any, ...]]:
     """Consecutive units, put together while their files have at most `job_bytes`: many small files are one group."""
     groups: list[tuple[Any, ...]] = []
     size = job_bytes
     for unit in units:
-        length = unit.stat().length if isinstance(unit, epath.Path) else job_bytes
+        found = files_of(unit)
+        length = sum(file.stat().length for file in found) if found else job_bytes
         if size + length > job_bytes:
             groups.append(())
             size = 0
@@ -169,13 +174,9 @@ def _normalise(record: Record) -> Record | Fault:
     return record if text == record["text"] else {**record, "text": text}
 
 
-def digest(text: str) -> bytes:
-    """sha256 of a document's content, by which runs that read raw text hold records out too."""
-    return hashlib.sha256(json.dumps({"text": text}).encode()).digest()
-
-
 def _write_block(job: Job, name: str, texts: list[str], places: list[str]) -> None:
-    digests = [digest(text) for text in texts]
+    # As runs that read raw text do, so that they hold the same documents out.
+    digests = [holdout.digest({"text": text}) for text in texts]
     key_D = np.array([int.from_bytes(d[:8]) for d in digests], np.uint64)
     row_D = np.argsort(key_D, kind="stable").astype(np.uint32)
     ordered = [texts[row].encode() for row in row_D]
