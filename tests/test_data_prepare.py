@@ -288,6 +288,21 @@ def test_the_files_do_not_decide_which_shard_a_document_is_in(corpus, prepared, 
     assert all(found[name] == expected[name] for name in found if name.endswith((".npy", ".model")))
 
 
+def test_small_files_are_read_together_and_none_is_left_out(corpus, tmp_path):
+    _, expected, _ = corpus
+    kept = [text for text, reason in expected.items() if not reason][:60]
+    (tmp_path / "raw").mkdir()
+    for i in range(20):
+        lines = (json.dumps({"text": text}) for text in kept[i::20])
+        (tmp_path / "raw" / f"{i:02}.jsonl").write_text("\n".join(lines))
+    planned = prepare.plan(recipe(tmp_path / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES)
+    sizes = [sum(file.stat().length for file in group) for _, group in planned.groups]
+    assert 1 < len(planned.groups) < 20 and max(sizes) <= SHARD_BYTES // 2
+    prepare.run(planned, jobs.here, lambda *_: None)
+    found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "valid")
+    assert sorted(found) == sorted(kept)
+
+
 def test_held_out_files_win_over_the_same_text_to_train_on(corpus, tmp_path):
     _, expected, _ = corpus
     kept = [text for text, reason in expected.items() if not reason]

@@ -76,7 +76,7 @@ def beam(runner: str, options: Sequence[str]) -> Iterator[Runner]:
         with apache_beam.Pipeline(options=flags) as pipeline:
             created = pipeline | apache_beam.Create(list(units))
             # Without it, a runner may fuse all units into one piece of work.
-            _ = created | apache_beam.Reshuffle() | apache_beam.Map(work)
+            _ = created | apache_beam.Reshuffle() | "a unit" >> apache_beam.Map(work)
         # Beam does not tell of single units.
         yield from [(time.process_time() - start) / len(units)] * len(units)
 
