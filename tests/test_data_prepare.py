@@ -295,10 +295,13 @@ def test_small_files_are_read_together_and_none_is_left_out(corpus, tmp_path):
     for i in range(20):
         lines = (json.dumps({"text": text}) for text in kept[i::20])
         (tmp_path / "raw" / f"{i:02}.jsonl").write_text("\n".join(lines))
-    planned = prepare.plan(recipe(tmp_path / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES)
+    (tmp_path / "raw" / "00-empty.jsonl").write_text("")  # the first one
+    cfg = recipe(tmp_path / "raw", max_bad_records=1)
+    planned = prepare.plan(cfg, tmp_path / "out", shard_bytes=SHARD_BYTES)
     sizes = [sum(file.stat().length for file in group) for _, group in planned.groups]
     assert 1 < len(planned.groups) < 20 and max(sizes) <= SHARD_BYTES // 2
-    prepare.run(planned, jobs.here, lambda *_: None)
+    index = prepare.run(planned, jobs.here, lambda *_: None)
+    assert index["statistics"]["faults"] == {"empty file": 1}
     found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "valid")
     assert sorted(found) == sorted(kept)
 

@@ -52,8 +52,8 @@ def main(argv: list[str]) -> None:
             near=_NEAR.value,
             shard_bytes=round(_SHARD.value * 2**20),
         )
-        for note in planned.notes:
-            print(note, file=sys.stderr)
+        if planned.note:
+            print(planned.note, file=sys.stderr)
         runner = jobs.beam(_RUNNER.value, _OPTIONS.value) if _RUNNER.value else jobs.processes(_WORKERS.value)
         with runner as run, bars() as (update, seconds):
             index = prepare.run(planned, run, update)

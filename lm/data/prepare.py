@@ -37,13 +37,13 @@ class Plan(NamedTuple):
       job: what is to be done.
       groups: of units of data, for the stage that reads.
       settings: all that decides the bytes of the folder, by key.
-      notes: what a person should know before it starts.
+      note: what a person should know before it starts, or ''.
     """
 
     job: Job
-    groups: list[tuple[int, tuple[Any, ...]]]
+    groups: list[tuple[int, list[sources.Unit]]]
     settings: dict[str, Any]
-    notes: list[str]
+    note: str
 
 
 class Stage(NamedTuple):
@@ -121,9 +121,8 @@ def plan(
     }
     held = stages.evaluation(job.evaluation, ngram)
     note = f"evaluation files: {len(held.files)}, of {held.texts:,} texts; {held.unchecked:,} too short to look for"
-    return Plan(
-        job, list(enumerate(groups[0] + groups[1])), json.loads(json.dumps(settings)), [note] * bool(held.files)
-    )
+    numbered = list(enumerate(groups[0] + groups[1]))
+    return Plan(job, numbered, json.loads(json.dumps(settings)), note if held.files else "")
 
 
 def _state(unit: sources.Unit) -> list[int]:
@@ -176,7 +175,7 @@ def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float
     return _finish(planned, faults)
 
 
-def _stages(groups: list[tuple[int, tuple[Any, ...]]]) -> tuple[Stage, ...]:
+def _stages(groups: list[tuple[int, list[sources.Unit]]]) -> tuple[Stage, ...]:
     def below(stage: str) -> Callable[[Job, Any], Path]:
         return lambda job, unit: job.work / stage / (unit if isinstance(unit, str) else f"{unit[0]:08}")
 

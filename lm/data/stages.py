@@ -17,7 +17,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -99,22 +98,22 @@ def files_of(unit: sources.Unit) -> list[epath.Path]:
     return [part for part in parts if isinstance(part, epath.Path)]
 
 
-def group_units(units: Iterable[Any], job_bytes: int) -> list[tuple[Any, ...]]:
-    """Consecutive units, put together while their files have at most `job_bytes`: many small files are one group."""
-    groups: list[tuple[Any, ...]] = []
-    size = job_bytes
+def group_units(units: Iterable[sources.Unit], most_bytes: int) -> list[list[sources.Unit]]:
+    """Consecutive units, put together while their files have at most `most_bytes`: many small files are one group."""
+    groups: list[list[sources.Unit]] = []
+    size = 0
     for unit in units:
         found = files_of(unit)
-        length = sum(file.stat().length for file in found) if found else job_bytes
-        if size + length > job_bytes:
-            groups.append(())
+        length = sum(file.stat().length for file in found) if found else most_bytes
+        if not groups or size + length > most_bytes:
+            groups.append([])
             size = 0
-        groups[-1] += (unit,)
+        groups[-1].append(unit)
         size += length
     return groups
 
 
-def read(job: Job, group: tuple[int, tuple[Any, ...]]) -> None:
+def read(job: Job, group: tuple[int, list[sources.Unit]]) -> None:
     """Reads (number, units) into blocks, one after the other.
 
     Raises:
