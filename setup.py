@@ -49,7 +49,7 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "pillow>=13.0",
+        "pillow>=12.3",
         "rich>=15.0",
         "sentencepiece>=0.2.3",
         "tensorboardX>=2.6.5",
@@ -61,6 +61,8 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
+        # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
+        "beam": ["apache-beam>=2.77"],
         # ruff and mypy are held to one minor version: a new one may find new faults in unchanged code.
         "test": [
             *SCORES,

@@ -105,6 +105,23 @@ def test_separator_splits_documents_and_sources_name_their_first_lines(tmp_path)
     assert [(r["text"], r["source"][-2:]) for r in blank_lines] == [("one", ":1"), ("two", ":5"), ("three", ":7")]
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 5, 1 << 20])
+@pytest.mark.parametrize("separator", ["<|end|>", "\n\n", "\n"])
+def test_parts_of_a_text_do_not_depend_on_its_chunks(tmp_path, monkeypatch, chunk_bytes, separator):
+    monkeypatch.setattr(records, "_CHUNK_BYTES", chunk_bytes)
+    content = b"\xef\xbb\xbfOne\r\n<|end|>" + b"long " * 9 + b"\r\n\r\n\r<|en<|end|><|end|>\n\nlast\r\n"
+    path = epath.Path(write(tmp_path / "a.txt", content))
+    expected = content.decode("utf-8-sig").replace("\r\n", "\n").split(separator)
+    assert [part.decode() for part in records._parts(path, separator.encode())] == expected
+    found = [(record["text"], record["source"]) for record in read_text(path, separator)]
+    lines = [1 + sum(part.count("\n") + separator.count("\n") for part in expected[:i]) for i in range(len(expected))]
+    assert found == [
+        (part.strip("\n"), f"{path}:{line + len(part) - len(part.lstrip(chr(10)))}")
+        for part, line in zip(expected, lines, strict=True)
+        if part.strip()
+    ]
+
+
 def test_a_folder_is_read_recursively_in_sorted_order_and_a_glob_as_it_says(tmp_path):
     for name in ("b.txt", "a/z.txt.gz", "a/y.md", "README", ".hidden.txt", ".git/c.txt"):
         write(tmp_path / name, name.encode())

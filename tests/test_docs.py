@@ -1,9 +1,11 @@
-"""Every command in docs/tasks, run in its order on a little data, gives what its page says."""
+"""Every command in docs/tasks and docs/data.md, run in its order on a little data, gives what its page says."""
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -144,3 +146,24 @@ def test_the_example_of_an_objective_learns_the_second_half_alone():
     expected = objectives.mlm(model.apply, config.Config(model=cfg), words)(params, batch, None)
     assert terms.weight == batch["loss_weights"].sum() > 0
     assert terms.sum == pytest.approx(float(expected.sum), rel=1e-6)
+
+
+def test_the_commands_of_preparing_data_give_what_the_page_says(run, small_world):
+    """docs/data.md: the tool with its own process and a small recipe, then a run on what it wrote."""
+    found = [
+        block for block in blocks((ROOT / "docs" / "data.md").read_text()) if "--config=..." not in block.commands[0]
+    ]
+    (prepare,), (train_on_it,) = (block.commands for block in found)
+    small = small_world / "tinystories_small.py"
+    small.write_text(
+        "from configs import tinystories\nfrom tests import toys\n\n\ndef get_config():\n"
+        "    c = tinystories.get_config()\n    toys.shrink(c)\n    c.data.max_records = 0\n    return c\n"
+    )
+    arguments = [str(ROOT / prepare[0]), *(arg.replace("configs/tinystories.py", str(small)) for arg in prepare[1:])]
+    path = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], env=os.environ | path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    missing = [name for name in found[0].writes if not Path(name).exists()]
+    assert found[0].writes and not missing
+    summary = run(train_on_it, set())
+    assert found[1].gives and [name for name in found[1].gives if name not in summary] == []

@@ -40,9 +40,8 @@ class Fault(NamedTuple):
 
 def read_text(path: epath.Path, separator: str) -> Iterator[Record | Fault]:
     """Documents of a text file: the whole file as it is, or the parts between `separator`s without outer newlines."""
-    content = read_bytes(path).replace(b"\r\n", b"\n")
     line, empty = 1, True
-    for part in content.split(separator.encode()) if separator else [content]:
+    for part in _parts(path, separator.encode()):
         if part.strip():
             empty = False
             start = len(part) - len(part.lstrip(b"\n")) if separator else 0
@@ -153,6 +152,24 @@ def lines(path: epath.Path) -> Iterator[bytes]:
         rest.append(tail)
     last = b"".join(rest)
     yield _without_bom(last) if first else last
+
+
+def _parts(path: epath.Path, separator: bytes) -> Iterator[bytes]:
+    """What is between separators, CRLF as LF, held one part and one chunk at a time; without a separator, all of it."""
+    rest, fresh, first = b"", list[bytes](), True
+    for chunk in _chunks(path):
+        fresh.append(chunk)
+        # Looked through once it has doubled, so that a part of many chunks takes time in proportion to its length.
+        if separator and sum(map(len, fresh)) >= len(rest):
+            *ended, rest = b"".join([rest, *fresh]).replace(b"\r\n", b"\n").split(separator)
+            for part in ended:
+                yield _without_bom(part) if first else part
+                first = False
+            fresh = []
+    whole = b"".join([rest, *fresh]).replace(b"\r\n", b"\n")
+    for part in whole.split(separator) if separator else [whole]:
+        yield _without_bom(part) if first else part
+        first = False
 
 
 def _without_bom(content: bytes) -> bytes:

@@ -1,0 +1,464 @@
+"""Prepared shards hold what plain Python keeps of the same texts, whoever made them and however often killed."""
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from lm import config
+from lm.data import examples, holdout, jobs, prepare, shards, stages, tokenizer
+from lm.data import packing as rows_of
+from lm.data.records import DataError
+from lm.data.tasks import TASKS
+from lm.schema import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARD_BYTES = 20_000
+
+
+def recipe(path, **data):
+    made = config.Config()
+    settings = {"format": "jsonl", "path": str(path), "seq_len": 64, "packing": "concat", "eval_fraction": 0.1} | data
+    return dataclasses.replace(
+        made,
+        data=dataclasses.replace(made.data, **settings),
+        tokenizer=dataclasses.replace(made.tokenizer, vocab_size=400, train_bytes=20_000),
+    )
+
+
+def run(cfg, out, runner=jobs.here, **options):
+    return prepare.run(prepare.plan(cfg, out, **{"shard_bytes": SHARD_BYTES, **options}), runner, lambda *_: None)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def removed(folder):
+    return [json.loads(line) for line in (folder / "removed.jsonl").read_text().splitlines()]
+
+
+def documents_in(folder, part):
+    """The texts in the shards of a part, in their order."""
+    words, opened = tokenizer.load(folder / "tokenizer.model"), shards.open_folder(str(folder)).table(part)
+    rows = opened.take(np.arange(len(opened)))
+    ids, texts = [], []
+    for tokens, targets, segments in zip(*(rows[k].ravel() for k in ("tokens", "targets", "segment_ids")), strict=True):
+        if segments:
+            ids.append(int(tokens))
+            if targets == words.eos_id:
+                texts.append(words.decode(ids))
+                ids = []
+    assert not ids
+    return texts
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of raw files and an evaluation file; text -> the reason why it must go, of all that is in the files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+
+    def words(count):
+        return [
+            f"{'bcdfgh'[k % 6]}{'aeiou'[k // 6 % 5]}{'lmnrst'[k // 30 % 6]}{k}" for k in rng.integers(0, 5000, count)
+        ]
+
+    originals = [words(rng.integers(60, 150)) for _ in range(150)]
+    questions = [words(20) for _ in range(8)]
+    lines, expected = [], {}
+
+    def add(text, reason, written=None):
+        lines.append({"text": written or text, "label": len(lines)})
+        expected.setdefault(text, reason)
+
+    for i, original in enumerate(originals):
+        add(" ".join(original), "", written="  " + " ".join(original) + "\r\n\n")
+        if i % 5 == 0:
+            add(" ".join(original), "exact_duplicate")
+        if i % 6 == 0:
+            changed = list(original)
+            changed[len(original) // 2] = f"other{i}"  # 5 of at least 56 runs differ: similarity above .83
+            add(" ".join(changed), "near_duplicate")
+        if i % 20 == 3:
+            add(" ".join(words(40) + questions[i // 20] + words(40)), "contaminated")
+        if i % 10 == 4:
+            add(" ".join(words(49)), "words")
+    (folder / "raw").mkdir()
+    thirds = [lines[: len(lines) // 3], lines[len(lines) // 3 : -9], lines[-9:]]
+    for name, part in zip(("a.jsonl", "b.jsonl", "c.jsonl.gz"), thirds, strict=True):
+        content = "\n".join(map(json.dumps, part)).encode()
+        (folder / "raw" / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
+    (folder / "questions.txt").write_text("\n".join(map(" ".join, questions)))
+    return folder, expected, len(lines)
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory):
+    folder, _, _ = corpus
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    index = run(recipe(folder / "raw"), out, evaluation=[str(folder / "questions.txt")], filters=["words"])
+    return out, index
+
+
+def test_shards_hold_what_is_to_be_kept(corpus, prepared):
+    _, expected, _ = corpus
+    out, index = prepared
+    found = {part: documents_in(out, part) for part in ("train", "valid")}
+    kept = [text for text, reason in expected.items() if not reason]
+    assert sorted(found["train"] + found["valid"]) == sorted(kept)
+    # The same documents are held out as a run that reads the raw text holds out.
+    _, valid = holdout.hold_out([{"text": text, "source": ""} for text in kept], 0.1)
+    assert sorted(found["valid"]) == sorted(record["text"] for record in valid)
+    # A shard is a range of hashes, and sorted.
+    digests = [hashlib.sha256(json.dumps({"text": text}).encode()).digest() for text in found["train"]]
+    assert digests == sorted(digests)
+    assert len(index["parts"]["train"]) > 2
+    assert all(entry["documents"] > 5 for entry in index["parts"]["train"])
+
+
+def test_what_went_is_counted_and_listed(corpus, prepared):
+    folder, expected, count = corpus
+    out, index = prepared
+    found, lines = index["statistics"], removed(out)
+    gone = collections.Counter(line["why"] for line in lines)
+    wanted = collections.Counter(reason for reason in expected.values() if reason)
+    wanted["exact_duplicate"] = 150 // 5  # the texts themselves are kept, as originals
+    assert gone == wanted == {why: documents for why, (documents, _) in found["dropped"].items()}
+    kept = sum(part["documents"] for part in found["kept"].values())
+    assert found["records"] == found["documents"] == count == kept + sum(gone.values())
+    at = {line["source"]: line for line in lines}
+    texts = {}
+    for path in sorted((folder / "raw").iterdir()):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for number, line in enumerate(content.splitlines(), 1):
+            texts[f"{path}:{number}"] = json.loads(line)["text"].strip()
+    for place, line in at.items():
+        assert expected[texts[place]] == line["why"] or line["why"] == "exact_duplicate"
+        if line["why"] == "exact_duplicate":
+            assert texts[line["of"]] == texts[place]
+        if line["why"] == "near_duplicate":
+            assert line["of"] not in at and len(set(texts[line["of"]].split()) ^ set(texts[place].split())) <= 2
+        if line["why"] == "contaminated":
+            assert line["ngrams"] == {str(folder / "questions.txt"): 20 - 13 + 1}
+
+
+def test_it_describes_itself(prepared):
+    out, index = prepared
+    assert set(contents(out)) == {"README.md", "index.json", "lengths.png", "removed.jsonl", "tokenizer.model"} | {
+        f"{entry['name']}.npy" for part in index["parts"].values() for entry in part
+    }
+    card = (out / "README.md").read_text()
+    assert "| near_duplicate: much like an earlier one | -25 |" in card and "questions.txt" in card
+    found = index["statistics"]
+    assert sum(found["lengths"]) == sum(part["documents"] for part in found["kept"].values())
+    tokens = found["kept"]["train"]["tokens"]
+    table = shards.open_folder(str(out)).table("train")
+    assert tokens == np.count_nonzero(table.take(np.arange(len(table)))["segment_ids"])
+
+
+def interrupted(after):
+    """A runner that ends, as by a kill, before it runs a unit more than `after`."""
+    left = iter(range(after))
+
+    def runner(work, units):
+        for unit in units:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            yield from jobs.here(work, [unit])
+
+    return runner
+
+
+def test_a_job_goes_on_to_the_same_bytes_wherever_it_stopped(corpus, prepared, tmp_path):
+    folder, _, _ = corpus
+    options = {"evaluation": [str(folder / "questions.txt")], "filters": ["words"]}
+    planned = prepare.plan(recipe(folder / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES, **options)
+    starts = 0
+    while not (tmp_path / "out" / "index.json").exists():
+        assert (starts := starts + 1) < 100
+        for scratch in (tmp_path / "out").rglob("work/read"):
+            (scratch / ".00000000-00000000.1.tmp").mkdir(exist_ok=True)  # what a kill leaves
+        try:
+            prepare.run(planned, interrupted(after=2), lambda *_: None)
+        except KeyboardInterrupt:
+            continue
+    assert starts > 10
+    assert contents(tmp_path / "out") == contents(prepared[0])
+
+
+def test_workers_and_a_kill_give_the_same_bytes(corpus, prepared, tmp_path):
+    """The tool, killed with all its processes at work, then started again."""
+    folder, _, _ = corpus
+    script = tmp_path / "recipe.py"
+    cfg = recipe(folder / "raw")
+    lines = [
+        f"    c.data.{key} = {getattr(cfg.data, key)!r}"
+        for key in ("format", "path", "seq_len", "packing", "eval_fraction")
+    ]
+    lines += [f"    c.tokenizer.{key} = {getattr(cfg.tokenizer, key)!r}" for key in ("vocab_size", "train_bytes")]
+    body = "\n".join(
+        [
+            "from lm import config",
+            "def get_config():",
+            "    c = config.defaults()",
+            "    c.train.total_epochs = 1.0",
+            *lines,
+            "    return c",
+        ]
+    )
+    script.write_text(body + "\n")
+    out = tmp_path / "out"
+    arguments = [f"--config={script}", f"--out={out}", "--workers=2", "--filters=words"]
+    arguments += [f"--evaluation={folder / 'questions.txt'}", f"--shard_megabytes={SHARD_BYTES / 2**20}"]
+    command = [sys.executable, "tools/prepare_data.py", *arguments]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **options, start_new_session=True)
+    while process.poll() is None and not list(out.glob("work/measure/0*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / "index.json").exists()
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(prepared[0])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="Apache Beam is not installed: lm[beam]")
+def test_beam_gives_the_same_bytes(corpus, prepared, tmp_path):
+    folder, _, _ = corpus
+    with jobs.beam("DirectRunner", []) as runner:
+        run(
+            recipe(folder / "raw"),
+            tmp_path / "out",
+            runner,
+            evaluation=[str(folder / "questions.txt")],
+            filters=["words"],
+        )
+    assert contents(tmp_path / "out") == contents(prepared[0])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Apache Beam is installed")
+def test_without_beam_the_extra_is_named():
+    with (
+        pytest.raises(ConfigError, match=r"--runner=DirectRunner needs Apache Beam: pip install 'lm\[beam\]'"),
+        jobs.beam("DirectRunner", []),
+    ):
+        pass
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    with pytest.raises(jobs.JobError, match="a worker process ended"), jobs.processes(2) as runner:
+        list(runner(os._exit, [9]))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_the_files_do_not_decide_which_shard_a_document_is_in(corpus, prepared, tmp_path, form):
+    """One file of the same records, in the order of their files."""
+    folder, _, _ = corpus
+    whole = b"\n".join(
+        gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()
+        for p in sorted((folder / "raw").iterdir())
+    )
+    if form == "parquet":
+        table = pyarrow.table({"text": [json.loads(line)["text"] for line in whole.splitlines()]})
+        pyarrow.parquet.write_table(table, tmp_path / "all.parquet", row_group_size=100)
+    else:
+        (tmp_path / "all.jsonl").write_bytes(whole)
+    run(
+        recipe(tmp_path / f"all.{form}", format=form),
+        tmp_path / "out",
+        evaluation=[str(folder / "questions.txt")],
+        filters=["words"],
+    )
+    found, expected = contents(tmp_path / "out"), contents(prepared[0])
+    assert {name for name in found if name.endswith(".npy")} == {name for name in expected if name.endswith(".npy")}
+    assert all(found[name] == expected[name] for name in found if name.endswith((".npy", ".model")))
+
+
+def test_small_files_are_read_together_and_none_is_left_out(corpus, tmp_path):
+    _, expected, _ = corpus
+    kept = [text for text, reason in expected.items() if not reason][:60]
+    (tmp_path / "raw").mkdir()
+    for i in range(20):
+        lines = (json.dumps({"text": text}) for text in kept[i::20])
+        (tmp_path / "raw" / f"{i:02}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "raw" / "00-empty.jsonl").write_text("")  # the first one
+    cfg = recipe(tmp_path / "raw", max_bad_records=1)
+    planned = prepare.plan(cfg, tmp_path / "out", shard_bytes=SHARD_BYTES)
+    sizes = [sum(file.stat().length for file in group) for _, group in planned.groups]
+    assert 1 < len(planned.groups) < 20 and max(sizes) <= SHARD_BYTES // 2
+    index = prepare.run(planned, jobs.here, lambda *_: None)
+    assert index["statistics"]["faults"] == {"empty file": 1}
+    found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "valid")
+    assert sorted(found) == sorted(kept)
+
+
+def test_held_out_files_win_over_the_same_text_to_train_on(corpus, tmp_path):
+    _, expected, _ = corpus
+    kept = [text for text, reason in expected.items() if not reason]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in kept))
+    (tmp_path / "valid.jsonl").write_text("\n".join(json.dumps({"text": text + " more"}) for text in kept[:20]))
+    cfg = recipe(tmp_path / "train.jsonl", eval_path=str(tmp_path / "valid.jsonl"))
+    run(cfg, tmp_path / "out")
+    assert sorted(documents_in(tmp_path / "out", "valid")) == sorted(text + " more" for text in kept[:20])
+    assert sorted(documents_in(tmp_path / "out", "train")) == sorted(kept[20:])
+
+
+@pytest.mark.parametrize(
+    ("task", "packing"), [("text", "pad"), ("text", "concat"), ("masked_text", "best_fit"), ("span_corruption", "pad")]
+)
+def test_rows_are_those_of_a_run_that_reads_raw_text(corpus, tmp_path, task, packing):
+    folder, _, _ = corpus
+    cfg = recipe(folder / "raw" / "c.jsonl.gz", task=task, packing=packing, seq_len=32, eval_fraction=0.3)
+    run(cfg, tmp_path / "out", near=0, shard_bytes=1 << 20)
+    opened = shards.open_folder(str(tmp_path / "out"))
+    for part in ("train", "valid"):
+        texts = [d["text"] for d in sorted_documents(folder / "raw" / "c.jsonl.gz", part, 0.3)]
+        made = examples.make(
+            TASKS[task],
+            [{"text": text, "source": ""} for text in texts],
+            tokenizer.load(tmp_path / "out" / "tokenizer.model"),
+            cfg,
+            collections.Counter(),
+        )
+        rows, _ = rows_of.pack(made, TASKS[task].columns(cfg), cfg.data)
+        found = opened.table(part).take(np.arange(len(opened.table(part))))
+        assert found.keys() == rows.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, rows[name])
+
+
+def sorted_documents(path, part, fraction):
+    texts = dict.fromkeys(json.loads(line)["text"].strip() for line in gzip.decompress(path.read_bytes()).splitlines())
+    digests = sorted((hashlib.sha256(json.dumps({"text": text}).encode()).digest(), text) for text in texts)
+    return [{"text": t} for d, t in digests if (int.from_bytes(d[:8]) < fraction * 2**64) == (part == "valid")]
+
+
+# Faults and refusals --------------------------------------------------------------------------------------------------
+
+
+def fuzzed(rng, good):
+    """1,000 lines of JSON, most of them damaged in some way."""
+    lines = []
+    for i in range(1000):
+        line = json.dumps({"text": good[i % len(good)] + f" line {i} é日"}, ensure_ascii=False).encode()
+        kind = i % 12
+        cut = int(rng.integers(1, len(line)))
+        values = (
+            "null",
+            "3",
+            "[]",
+            '{"text": 3}',
+            '{"text": null}',
+            '{"text": ""}',
+            '{"text": "\\ud800"}',
+            "{}",
+            "NaN",
+        )
+        damaged = {
+            1: line[:cut],
+            2: line[:-3],  # in the middle of a character
+            3: line.replace(b"line", b"\0"),
+            4: line.replace(b"line", b"\xff\xfe"),
+            5: values[i // 12 % len(values)].encode(),
+            6: b"[" * 100_000 if i < 100 else b"{" * cut,
+            7: json.dumps({"text": "x" * 200_000}).encode() if i < 100 else b'{"text": "' + b"\\u0000" + b'"}',
+            8: bytes(rng.integers(0, 256, cut).astype(np.uint8)).replace(b"\n", b""),
+            9: json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode(),
+            10: b'{"text": "' + b"9" * cut + b'", "n": ' + b"9" * 5000 + b"}",
+            11: json.dumps({"text": "\u3000\u3000"}).encode(),
+        }
+        lines.append(damaged.get(kind, line))
+    return lines
+
+
+def test_fuzzed_lines_are_read_or_reported(corpus, tmp_path, monkeypatch):
+    _, expected, _ = corpus
+    monkeypatch.setattr(stages, "MOST_BYTES", 100_000)
+    lines = fuzzed(np.random.default_rng(0), [text for text, reason in expected.items() if not reason][:50])
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    cfg = recipe(tmp_path / "a.jsonl", max_bad_records=1000)
+    index = run(cfg, tmp_path / "out", filters=["words"])
+    found = index["statistics"]
+    total = sum(1 for line in lines if line.strip())
+    bad, gone = sum(found["faults"].values()), sum(count for count, _ in found["dropped"].values())
+    kept = sum(part["documents"] for part in found["kept"].values())
+    assert found["records"] == total == bad + gone + kept
+    assert len(removed(tmp_path / "out")) == bad + gone
+    assert kept > 20
+    kinds = ("malformed JSON", "invalid UTF-8", "NUL", "wrong type", "missing field", "empty text", "document too long")
+    assert set(found["faults"]) >= set(kinds)
+    with pytest.raises(DataError, match=r"a\.jsonl:\d+: .*more than data\.max_bad_records=3"):
+        run(recipe(tmp_path / "a.jsonl", max_bad_records=3), tmp_path / "strict")
+
+
+def test_bad_records_are_counted_over_all_files(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2: wrong type: .*more than data\.max_bad_records=1"):
+        run(recipe(tmp_path, max_bad_records=1), tmp_path / "out", shard_bytes=2)
+
+
+def test_other_settings_are_refused_with_the_difference(corpus, prepared):
+    folder, _, _ = corpus
+    options = {"evaluation": [str(folder / "questions.txt")], "filters": ["words"]}
+    before = contents(prepared[0])
+    with pytest.raises(ConfigError, match=r"(?s)other settings.*\n  data\.seq_len: 64 in the folder, 32 now"):
+        run(recipe(folder / "raw", seq_len=32), prepared[0], **options)
+    with pytest.raises(ConfigError, match=r"  prepare\.near: 0\.75 in the folder, 0\.5 now"):
+        run(recipe(folder / "raw"), prepared[0], near=0.5, **options)
+    assert run(recipe(folder / "raw"), prepared[0], **options) == json.loads((prepared[0] / "index.json").read_text())
+    assert contents(prepared[0]) == before
+
+
+def test_input_that_changed_between_starts_is_refused(corpus, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(path), tmp_path / "out", interrupted(after=1))
+    path.write_text('{"text": "one"}\n{"text": "two, and more"}\n')
+    with pytest.raises(ConfigError, match=r"files\..*a\.jsonl: \[32, "):
+        run(recipe(path), tmp_path / "out")
+
+
+def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, tmp_path):
+    folder, _, _ = corpus
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    cases = [
+        (recipe(folder / "raw"), {}, other, "holds other files"),
+        (recipe(folder / "raw", task="chat"), {}, tmp_path / "out", "'data.task' is chat"),
+        (recipe(folder / "raw", max_records=5), {}, tmp_path / "out", "'data.max_records' is 5"),
+        (recipe(folder / "raw"), {"filters": ["wrods"]}, tmp_path / "out", r"no filter 'wrods' \(did you mean 'words'"),
+        (recipe(folder / "raw"), {"evaluation": ["gone"]}, tmp_path / "out", "'gone': no such file"),
+        (recipe(tmp_path / "gone"), {}, tmp_path / "out", "gone': no such file"),
+        (recipe("", format="builtin_text"), {}, tmp_path / "out", "'data.format' is builtin_text"),
+        (recipe("", mixture=((0.0, "a", 1.0),)), {}, tmp_path / "out", "'data.mixture' names several sources"),
+    ]
+    for cfg, options, out, message in cases:
+        with pytest.raises((ConfigError, DataError), match=message):
+            run(cfg, out, **options)
+    assert not (tmp_path / "out").exists() and contents(other) == {"mine.txt": b"mine"}
+
+
+def test_nothing_left_is_said_with_the_counts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(DataError, match=r"no valid document is left of 2 \(dropped: words 2\)"):
+        run(recipe(tmp_path / "a.jsonl"), tmp_path / "out", filters=["words"])
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"no valid document is left of 0 \(dropped: none\)"):
+        run(recipe(tmp_path / "b.jsonl", max_bad_records=1), tmp_path / "empty")
