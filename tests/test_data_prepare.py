@@ -186,6 +186,7 @@ def test_a_job_goes_on_to_the_same_bytes_wherever_it_stopped(corpus, prepared, t
     folder, _, _ = corpus
     options = {"evaluation": [str(folder / "questions.txt")], "filters": ["words"]}
     planned = prepare.plan(recipe(folder / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES, **options)
+    (tmp_path / "out" / ".work.1.tmp").mkdir(parents=True)  # killed while the folder was made
     starts = 0
     while not (tmp_path / "out" / "index.json").exists():
         assert (starts := starts + 1) < 100
@@ -437,8 +438,8 @@ def test_input_that_changed_between_starts_is_refused(corpus, tmp_path):
 def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, tmp_path):
     folder, _, _ = corpus
     other = tmp_path / "other"
-    other.mkdir()
-    (other / "mine.txt").write_text("mine")
+    (other / "work").mkdir(parents=True)
+    (other / "work" / "mine.txt").write_text("mine")
     cases = [
         (recipe(folder / "raw"), {}, other, "holds other files"),
         (recipe(folder / "raw", task="chat"), {}, tmp_path / "out", "'data.task' is chat"),
@@ -452,7 +453,7 @@ def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, t
     for cfg, options, out, message in cases:
         with pytest.raises((ConfigError, DataError), match=message):
             run(cfg, out, **options)
-    assert not (tmp_path / "out").exists() and contents(other) == {"mine.txt": b"mine"}
+    assert not (tmp_path / "out").exists() and contents(other) == {"work/mine.txt": b"mine"}
 
 
 def test_nothing_left_is_said_with_the_counts(tmp_path):

@@ -23,6 +23,7 @@ from lm.schema import ConfigError
 
 # Tasks that read text alone, and whose rows shards can hold.
 _TASKS = ("text", "prefix_text", "masked_text", "span_corruption")
+_UNMADE_WORK = ".work."  # begins the name of what a kill leaves while the folder is made
 # Keys of the config that decide what a prepared folder holds.
 _DATA_KEYS = (
     *("format", "path", "eval_path", "eval_fraction", "separator", "rename"),
@@ -192,9 +193,8 @@ def _is_finished(planned: Plan) -> bool:
     """Whether the folder is there and whole; makes it if it is new. Raises ConfigError where it is something else."""
     folder, work = planned.job.folder, planned.job.work
     finished = (folder / shards.INDEX).exists()
-    if finished or (work / "settings.json").exists():
-        text = (folder / shards.INDEX if finished else work / "settings.json").read_text()
-        there = json.loads(text)["settings"]
+    if finished or work.exists():
+        there = json.loads((folder / shards.INDEX).read_text())["settings"] if finished else _settings(work)
         old, new = dict(schema.flatten(there)), dict(schema.flatten(planned.settings))
         if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
             lines = [
@@ -206,11 +206,21 @@ def _is_finished(planned: Plan) -> bool:
                 + "\n".join(lines[:20] + ["  ..."] * (len(lines) > 20))
             )
         return finished
-    if folder.exists() and any(folder.iterdir()):
+    left = [path for path in folder.iterdir() if path.name.startswith(_UNMADE_WORK)] if folder.exists() else []
+    if folder.exists() and len(left) < len(list(folder.iterdir())):
         raise ConfigError(f"--out={folder} holds other files; expected a new or empty folder")
-    work.mkdir(parents=True, exist_ok=True)
-    _write_text(work / "settings.json", json.dumps({"settings": planned.settings}))
+    for scratch in left:
+        shutil.rmtree(scratch)
+    spool.write(work, {}, planned.settings)
     return False
+
+
+def _settings(work: Path) -> Any:
+    """Of the job that a folder `work` is of. Raises ConfigError where it is of none."""
+    try:
+        return spool.info(work)
+    except FileNotFoundError:
+        raise ConfigError(f"--out={work.parent} holds other files; expected a new or empty folder") from None
 
 
 def _faults(job: Job) -> list[Fault]:
@@ -265,9 +275,7 @@ def _statistics(
         for why, count in info["dropped"].items():
             dropped[why] = [a + b for a, b in zip(dropped[why], count, strict=True)]
     kept = {
-        part: {
-            **{key: sum(entry[key] for entry in entries) for key in ("documents", "bytes", "tokens", "rows")},
-        }
+        part: {key: sum(entry[key] for entry in entries) for key in ("documents", "bytes", "tokens", "rows")}
         for part, entries in parts.items()
     }
     found = {
@@ -284,10 +292,3 @@ def _statistics(
     if found["documents"] != gone + sum(info["documents"] for info in infos):
         raise RuntimeError(f"documents were lost between the stages: {found}")
     return found
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
