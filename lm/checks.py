@@ -14,6 +14,7 @@ from lm.data import augment, corrupt, pipeline, prompts
 from lm.data.feed import REPLAY
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
+from lm.types import LENGTH_KEYS
 
 
 def fit(cfg: Config) -> None:
@@ -50,6 +51,10 @@ def fit(cfg: Config) -> None:
         raise ConfigError(f"'data.labels' is empty, but 'objective' {cfg.objective} needs to know all labels")
     if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
         raise ConfigError(f"'model.pool' is first, which sees nothing else in a {cfg.model.kind}; use last or mean")
+    if cfg.mesh.context > 1 and cfg.model.kind in ("vit", "mae"):
+        raise ConfigError(
+            f"'mesh.context' splits the positions of a text; 'model.kind' {cfg.model.kind} needs it to be 1"
+        )
     gives_prefix = "is_prefix" in (task.batch or task.columns)(cfg)
     if task.prompt and gives_prefix != (cfg.model.kind == "prefix_decoder"):
         raise ConfigError(
@@ -89,6 +94,13 @@ def mesh_divides(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: di
         raise ConfigError(
             f"'eval.batch_size' ({eval_batch_size(cfg)}) must be a multiple of {shards}, as the mesh splits"
         )
+    task = TASKS[cfg.data.task]
+    for key, (shape, _) in (task.batch or task.columns)(cfg).items():
+        if key in LENGTH_KEYS and shape[-1] % mesh.shape["context"]:
+            raise ConfigError(
+                f"mesh.context={mesh.shape['context']} does not divide the {shape[-1]} positions of '{key}': change "
+                "'data.seq_len' or 'data.target_len'"
+            )
     if cfg.model.num_kv_heads % mesh.shape["tensor"]:
         raise ConfigError(
             f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads"

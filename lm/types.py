@@ -29,6 +29,12 @@ import jax
 #   visible_patches, masked_patches  int32 [B, n] indices of patches
 Batch = dict[str, jax.Array]
 
+# Keys whose last axis is of positions.
+LENGTH_KEYS = (
+    *("tokens", "targets", "loss_weights", "segment_ids", "positions", "type_ids", "is_prefix"),
+    *("inputs", "input_segment_ids", "input_positions"),
+)
+
 # Name -> numpy array [R, ...]: what an objective says of each of R held-out rows.
 Outputs = dict[str, Any]
 
