@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from lm import build, config, train
+from lm.schema import ConfigError
 from tools import show_reconstructions
 
 SHAPE = (8, 8, 3)
