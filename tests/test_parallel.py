@@ -64,10 +64,8 @@ def on_one_device(style):
     ("style", "sizes"),
     [
         ("llama", {"context": 2, "fsdp": 2, "tensor": 2}),
-        ("llama", {"context": 4, "data": 2}),
         ("llama", {"context": 8}),
-        ("gpt2", {"context": 2}),
-        ("gpt2", {"context": 4, "fsdp": 2}),
+        ("gpt2", {"context": 4, "data": 2}),
     ],
     ids=str,
 )
