@@ -22,11 +22,12 @@ from lm.models.attention import Mask, attend
 from lm.models.layers import fold
 
 # What is kept of a layer's forward pass for its backward pass, by the names of `checkpoint_name`; the rest is computed
-# again. A weight gathered over 'fsdp' is never kept, but gathered again, or every layer's would be held (ZeRO-3).
+# again. What is gathered for use is never kept, but gathered again, or every layer's would be held: weights (ZeRO-3), the
+# keys and values of positions that lie elsewhere.
 _QKV = ("query", "key", "value")
 _names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
-    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
+    "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "all_gather"),
     "minimal": _names(*_QKV, attention.NAME, "out", "gate", "up"),  # all matmuls but the last, whose result none needs
     "attention": _names(*_QKV, attention.NAME, "out"),
     "qkv": _names(*_QKV),
