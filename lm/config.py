@@ -120,6 +120,7 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
     norm_eps: float = 1e-5
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu
+    experts: tuple[int, int] = (0, 0)  # so many MLPs of mlp_dim in a layer, of which a position goes through so many
     use_bias: bool = True  # False
     tie_embeddings: bool = True
     qk_norm: bool = False
@@ -175,6 +176,7 @@ class MeshConfig:
 
     data: int = -1  # copies of the model, inside a slice
     fsdp: int = 1  # parameters, moments and batch split (ZeRO-3)
+    expert: int = 1  # experts split, and all else as by fsdp
     context: int = 1  # positions of each row split, and parameters and moments as by fsdp
     tensor: int = 1  # heads, MLP width and vocabulary split
     dcn_data: int = 1  # data parallel over slices, across the data-centre network
@@ -306,7 +308,7 @@ _AT_LEAST_ONE = {
     *("model.num_layers", "model.embed_dim", "model.num_heads", "model.patch_size", "model.projection_dim"),
     *("data.seq_len", "data.batch_size", "adapter.rank", "corrupt.mean_span"),
     *("train.micro_batches", "checkpoint.keep_latest", "monitor.log_every_steps", "generate.max_new_tokens"),
-    *("mesh.fsdp", "mesh.context", "mesh.tensor", "mesh.dcn_data"),
+    *("mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.dcn_data"),
 }
 _BELOW_ONE = {
     *("model.dropout", "adapter.dropout", "loss.label_smoothing", "data.eval_fraction", "data.replay", "corrupt.rate"),

@@ -16,6 +16,8 @@ from lm.types import LossTerms
 
 # Logit of a padded vocabulary column: exp() of it is exactly 0, and it survives division by a small temperature.
 MASKED_LOGIT = -1e30
+# Weights of a router's balance and z-loss (Fedus et al. 2021, section 2.2; Zoph et al. 2022, section 3).
+BALANCE, ROUTER_Z = 0.01, 0.001
 
 
 def logits(hidden: Array, unembed_DxV: Array, *, vocab_size: int, softcap: float = 0.0) -> Array:
@@ -133,6 +135,21 @@ def sequence_log_likelihood(
     totals_R = jnp.zeros(rows, jnp.float32)
     totals_R, _ = lax.scan(body, totals_R, _split(min(chunk_len, L) or L, hidden_BxLxD, targets_BxL, weights_BxL))
     return totals_R.reshape(-1, B).sum(axis=0)
+
+
+def routing(routing_2xB: Array, weights_BxL: Array) -> tuple[Array, Array]:
+    """A router's loss, and how unevenly it uses the experts alone: float32 [] each, sums over the rows.
+
+    Each row counts as often as it has predicted tokens, so that the mean over tokens of a batch has the mean over rows
+    beside it, and a batch is still the sum of its parts.
+
+    Args:
+      routing_2xB: see `lm.types.ModelOutput`.
+      weights_BxL: of the tokens; a row without any does not count.
+    """
+    weights_B = lax.stop_gradient(weights_BxL.astype(jnp.float32)).sum(axis=1)
+    uneven, z = jnp.where(weights_B[None] != 0, weights_B[None] * routing_2xB, 0).sum(axis=1)
+    return BALANCE * uneven + ROUTER_Z * z, uneven
 
 
 def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_smoothing: float = 0.0) -> LossTerms:

@@ -18,16 +18,18 @@ from lm.config import MeshConfig
 from lm.schema import ConfigError
 from lm.types import LENGTH_KEYS
 
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> mesh axes. Activations: batch, length, and row_parts, see `parts_of_rows`. Weights: embed (the axis
-# ZeRO-3 splits, over devices that share rows too) and those that tensor parallelism splits. Names that are absent are
-# never split.
+# ZeRO-3 splits, over devices that share rows too; expert_embed of experts, which are split already) and those that
+# tensor parallelism splits. Names that are absent are never split.
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "context",
-    "row_parts": ("context", "data", "fsdp"),
-    "embed": ("context", "fsdp"),
+    "row_parts": ("context", "data", "fsdp", "expert"),
+    "embed": ("context", "fsdp", "expert"),
+    "experts": "expert",
+    "expert_embed": ("context", "fsdp"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -59,14 +61,14 @@ def mesh_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
-    fixed = cfg.dcn_data * cfg.fsdp * cfg.context * cfg.tensor
+    fixed = cfg.dcn_data * cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
     data = num_devices // fixed if cfg.data == -1 else cfg.data
     if fixed * data != num_devices or data < 1:
         raise ConfigError(
-            f"mesh data={cfg.data} fsdp={cfg.fsdp} context={cfg.context} tensor={cfg.tensor} dcn_data={cfg.dcn_data} "
-            f"does not fit {num_devices} devices: their product must be {num_devices}"
+            f"mesh data={cfg.data} fsdp={cfg.fsdp} expert={cfg.expert} context={cfg.context} tensor={cfg.tensor} "
+            f"dcn_data={cfg.dcn_data} does not fit {num_devices} devices: their product must be {num_devices}"
         )
-    return cfg.dcn_data, data, cfg.fsdp, cfg.context, cfg.tensor
+    return cfg.dcn_data, data, cfg.fsdp, cfg.expert, cfg.context, cfg.tensor
 
 
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -96,27 +98,26 @@ def spec(logical: LogicalAxes, whole: tuple[str, ...] = ()) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Asks for `x` to lie as its logical axes say, on the mesh set by `jax.set_mesh`; without one, does nothing.
-
-    A length that the mesh does not divide, as of the one position that is decoded at a time, stays whole.
-    """
-    return _constrain(x, spec(logical, whole=() if divides_length(x, logical) else ("length",)))
+    """Asks for `x` to lie as its logical axes say, on the mesh set by `jax.set_mesh`; without one, does nothing."""
+    return _constrain(x, spec_of(x, logical))
 
 
-def divides_length(x: jax.Array, logical: LogicalAxes) -> bool:
-    """Whether each device of the mesh set by `jax.set_mesh` can hold as much of the 'length' of `x`."""
+def spec_of(x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
+    """PartitionSpec of an activation. A length that the mesh does not divide, as of the one position that is decoded at
+    a time, stays whole."""
     parts = length_parts()
-    return all(size % parts == 0 for size, name in zip(x.shape, logical, strict=True) if name == "length")
+    divides = all(size % parts == 0 for size, name in zip(x.shape, logical, strict=True) if name == "length")
+    return spec(logical, whole=() if divides else ("length",))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(w: jax.Array, logical: LogicalAxes) -> jax.Array:
-    return _constrain(w, spec(logical, whole=("embed",)))
+    return _constrain(w, spec(logical, whole=("embed", "expert_embed")))
 
 
 def _gather_fwd(w: jax.Array, logical: LogicalAxes) -> tuple[jax.Array, None]:
     # The constraint itself, which a remat policy knows not to keep (lm.models.blocks).
-    return _constrain(w, spec(logical, whole=("embed",))), None
+    return _constrain(w, spec(logical, whole=("embed", "expert_embed"))), None
 
 
 def _gather_bwd(logical: LogicalAxes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
@@ -184,7 +185,7 @@ def parts_of_rows(x_BxL: jax.Array) -> jax.Array:
 
 def batch_shards(mesh: Any) -> int:
     """In how many parts the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def batch_sharding(mesh: Mesh, key: str = "", ndim: int = 1) -> NamedSharding:

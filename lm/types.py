@@ -87,12 +87,14 @@ class ModelOutput(NamedTuple):
         that has another head instead.
       cache: the updated key/value cache when one was passed, else None.
       head: float32, what the model's `Head` gives, or None when it has none.
+      routing_2xB: float32, means over layers of `lm.models.experts.balance`; None in a model without experts.
     """
 
     hidden_BxLxD: jax.Array
     unembed_DxV: Any
     cache: Any = None
     head: Any = None
+    routing_2xB: Any = None
 
 
 class Head(NamedTuple):

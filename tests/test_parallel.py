@@ -2,20 +2,22 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import optim, sharding, step, trees
-from lm.config import LossConfig, MeshConfig, OptimConfig
+from lm import objectives, optim, sharding, step, trees
+from lm.config import Config, LossConfig, MeshConfig, OptimConfig
 from lm.models import attention
 from tests import toys
-from tests.test_step import assert_close, loss_of
+from tests.test_step import assert_close
 
 SEQ_LEN, ROWS, STEPS = 16, 8, 5
 LOSS = LossConfig(z_loss=1e-3, label_smoothing=0.1, chunk_len=3)
+STYLES = toys.STYLES | {"experts": toys.MOE}
 
 
 def mesh_of(**sizes):
@@ -35,7 +37,7 @@ def steps_of(model, cfg, params, batch, mesh):
 
     one = functools.partial(
         step.train_step,
-        loss_fn=loss_of(model, cfg, LOSS),
+        loss_fn=objectives.mlm(model.apply, Config(model=cfg, loss=LOSS), SimpleNamespace(vocab_size=toys.VOCAB)),
         optimizer=adamw._replace(update=update),
         seed=3,
         micro_batches=1,
@@ -54,8 +56,8 @@ def steps_of(model, cfg, params, batch, mesh):
 
 @functools.cache
 def on_one_device(style):
-    heads = {"num_heads": 8, "head_dim": 4, "num_kv_heads": 4 if style == "llama" else 8}
-    cfg, model, params = toys.decoder(dataclasses.replace(toys.STYLES[style], dropout=0.2, **heads), SEQ_LEN)
+    heads = {"num_heads": 8, "head_dim": 4, "num_kv_heads": 8 if style == "gpt2" else 4}
+    cfg, model, params = toys.decoder(dataclasses.replace(STYLES[style], dropout=0.2, **heads), SEQ_LEN)
     params, batch = jax.device_get(params), toys.batch(ROWS, SEQ_LEN)
     return model, cfg, params, batch, steps_of(model, cfg, params, batch, mesh_of())
 
@@ -66,14 +68,16 @@ def on_one_device(style):
         ("llama", {"context": 2, "fsdp": 2, "tensor": 2}),
         ("llama", {"context": 8}),
         ("gpt2", {"context": 4, "data": 2}),
+        ("experts", {"expert": 4, "tensor": 2}),
+        ("experts", {"expert": 2, "fsdp": 2, "context": 2}),
     ],
     ids=str,
 )
 def test_a_mesh_takes_the_steps_of_one_device(style, sizes):
     """Packed rows, whose documents lie across devices; the Llama form has a window and soft caps."""
     model, cfg, params, batch, expected = on_one_device(style)
-    ends = batch["segment_ids"].reshape(ROWS, sizes["context"], -1)
-    assert (ends[:, 1:, 0] == ends[:, :-1, -1]).any(), "a document goes on on the next device"
+    ends = batch["segment_ids"].reshape(ROWS, sizes.get("context", 1), -1)
+    assert "context" not in sizes or (ends[:, 1:, 0] == ends[:, :-1, -1]).any(), "documents go on on the next device"
     found = steps_of(model, cfg, params, batch, mesh_of(**sizes))
     for (loss, gradients), (other_loss, other_gradients) in zip(found, expected, strict=True):
         assert loss == pytest.approx(other_loss, rel=1e-5)

@@ -22,14 +22,15 @@ def mesh(devices: int = 8, **sizes):
 @pytest.mark.parametrize(
     ("sizes", "devices", "want"),
     [
-        ({}, 8, (1, 8, 1, 1, 1)),
-        ({}, 1, (1, 1, 1, 1, 1)),
-        ({"fsdp": 4}, 8, (1, 2, 4, 1, 1)),
-        ({"fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 2)),
-        ({"fsdp": 4, "dcn_data": 2}, 16, (2, 2, 4, 1, 1)),
-        ({"data": 1, "tensor": 8}, 8, (1, 1, 1, 1, 8)),
-        ({"context": 4}, 8, (1, 2, 1, 4, 1)),
+        ({}, 8, (1, 8, 1, 1, 1, 1)),
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({"fsdp": 4}, 8, (1, 2, 4, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"fsdp": 4, "dcn_data": 2}, 16, (2, 2, 4, 1, 1, 1)),
+        ({"data": 1, "tensor": 8}, 8, (1, 1, 1, 1, 1, 8)),
+        ({"context": 4}, 8, (1, 2, 1, 1, 4, 1)),
+        ({"expert": 4, "tensor": 2}, 8, (1, 1, 1, 4, 1, 2)),
     ],
 )
 def test_mesh_sizes(sizes, devices, want):
@@ -49,7 +50,7 @@ def test_mesh_sizes(sizes, devices, want):
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
     cfg = MeshConfig(**sizes)
-    sizes = [f"{axis}={getattr(cfg, axis)}" for axis in ("data", "fsdp", "context", "tensor", "dcn_data")]
+    sizes = [f"{axis}={getattr(cfg, axis)}" for axis in (*sharding.AXES, "dcn_data")]
     asked = f"mesh {' '.join(sizes)} does not fit {devices} devices"
     with pytest.raises(ConfigError, match=f"^{asked}: their product must be {devices}$"):
         sharding.mesh_sizes(cfg, devices)
@@ -57,18 +58,20 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
 
 def test_the_mesh_names_its_axes():
     made = mesh(fsdp=4)
-    assert dict(made.shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    assert dict(made.shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     assert made.devices.size == 8 and sharding.batch_shards(made) == 8
     assert sharding.batch_shards(mesh(fsdp=2, tensor=2)) == sharding.batch_shards(mesh(context=2)) == 4
+    assert sharding.batch_shards(mesh(expert=4)) == 8
 
 
 def test_specs():
     cases = {
-        ("layers", "embed", "mlp"): P(None, ("context", "fsdp"), "tensor"),
-        ("vocab", "embed"): P("tensor", ("context", "fsdp")),
-        ("batch", "length", None): P(("data", "fsdp"), "context", None),
-        ("row_parts", None): P(("context", "data", "fsdp"), None),
-        ("embed", "kv_heads"): P(("context", "fsdp"), "tensor"),
+        ("layers", "embed", "mlp"): P(None, ("context", "fsdp", "expert"), "tensor"),
+        ("vocab", "embed"): P("tensor", ("context", "fsdp", "expert")),
+        ("batch", "length", None): P(("data", "fsdp", "expert"), "context", None),
+        ("row_parts", None): P(("context", "data", "fsdp", "expert"), None),
+        ("experts", "expert_embed", "mlp"): P("expert", ("context", "fsdp"), "tensor"),
+        ("embed", "kv_heads"): P(("context", "fsdp", "expert"), "tensor"),
         (None,): P(None),
         (): P(),
     }

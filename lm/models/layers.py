@@ -27,8 +27,13 @@ def weight(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axe
 
 
 def fan_in_normal(scale: float = 1.0) -> Init:
-    """Normal with standard deviation scale / sqrt(fan-in) for kernels [in, out]."""
-    return lambda key, shape, dtype: scale / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
+    """Normal with standard deviation scale / sqrt(fan-in) for kernels [..., in, out]."""
+    return lambda key, shape, dtype: scale / math.sqrt(shape[-2]) * jax.random.normal(key, shape, dtype)
+
+
+def residual_normal(num_layers: int) -> Init:
+    """Smaller by sqrt(2N): the residual stream's variance then does not grow with depth (GPT-2, section 2.3)."""
+    return fan_in_normal(1.0 / math.sqrt(2 * num_layers))
 
 
 class Dense(nn.Module):
