@@ -88,6 +88,26 @@ def test_no_position_is_dropped_when_all_choose_one_expert():
     np.testing.assert_allclose(y, mixture(x, logits, kernels, 1), rtol=0, atol=2e-5)
 
 
+def test_the_tpu_kernel_is_the_plain_form():
+    """Values and gradients, run without a TPU: an empty group, groups that are no multiple of a tile, rows of none."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(256, 128)).astype(np.float32), rng.normal(size=(3, 128, 128)).astype(np.float32)
+    weights, sizes = rng.normal(size=(256, 128)).astype(np.float32), jnp.array([100, 0, 77], jnp.int32)
+    x[177:] = np.nan
+
+    def run(interpret):
+        def total(x, kernel):
+            return (experts.by_group(x, kernel, sizes, interpret=interpret) * weights).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, kernel)
+
+    (total, gradients), (expected, others) = run(True), run(False)
+    rows = np.concatenate([x[:100] @ kernel[0], x[100:177] @ kernel[2]])
+    np.testing.assert_allclose([total, expected], (rows * weights[:177]).sum(), rtol=1e-4)
+    for found, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(found, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+
+
 def test_balance_is_that_of_each_rows_real_positions():
     _, logits, _ = made()
     segments = np.array([[1, 1, 2, 2, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], np.int32)

@@ -22,6 +22,9 @@ from lm.models import layers
 # Where a layer's `balance` of its router is sown.
 ROUTING = "routing"
 
+# Rows and columns that the TPU kernel holds at once: the largest tile that divides the rows, at most so many columns.
+TILES, MAX_WIDTH = (512, 256, 128), 1024
+
 
 class Experts(nn.Module):
     """sum_c gate_c * mlp_c(x) over the chosen experts, their gates the router's probabilities."""
@@ -116,18 +119,37 @@ def _through(
     group_R = jnp.where(is_here_TxC, chosen_TxC, experts).reshape(-1)
     order_R = jnp.argsort(group_R, stable=True)
     sizes_X = (group_R[:, None] == jnp.arange(experts)[None, :]).sum(axis=0, dtype=jnp.int32)
-    # What comes after the last group is of no expert here, and what a product makes of it is not defined.
-    is_here_Rx1 = (jnp.arange(order_R.size) < sizes_X.sum())[:, None]
-    x_RxD = jnp.where(is_here_Rx1, x_TxD[order_R // choices], 0)
-    *widen, down = kernels
-    wide = [
-        checkpoint_name(jax.lax.ragged_dot(x_RxD, kernel, sizes_X), name)
-        for name, kernel in zip(("up", "gate"), reversed(widen), strict=False)
-    ]
-    y_RxF = jax.nn.silu(wide[1]) * wide[0] if len(wide) == 2 else jax.nn.gelu(wide[0])
-    y_RxD = jnp.where(is_here_Rx1, jax.lax.ragged_dot(y_RxF, down, sizes_X), 0)
+    x_RxD = x_TxD[order_R // choices]
+    *gate, up, down = kernels
+    wide_RxF = checkpoint_name(by_group(x_RxD, up, sizes_X), "up")
+    if gate:
+        y_RxF = jax.nn.silu(checkpoint_name(by_group(x_RxD, gate[0], sizes_X), "gate")) * wide_RxF
+    else:
+        y_RxF = jax.nn.gelu(wide_RxF)
+    y_RxD = by_group(y_RxF, down, sizes_X)
     y_TxCxD = y_RxD[jnp.argsort(order_R)].reshape(*chosen_TxC.shape, -1)
     return (gates_TxC[..., None] * y_TxCxD.astype(jnp.float32)).sum(axis=1)
+
+
+def by_group(x_RxI: jax.Array, kernel_XxIxO: jax.Array, sizes_X: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """The first sizes_X[0] rows times the first kernel, the next sizes_X[1] rows times the second, …: [R, O].
+
+    Rows after the last group give 0. On TPU a kernel, whose gradients skip them too; `interpret` runs it without one.
+    Elsewhere the compiler's, which on CPU multiplies every row with every kernel.
+    """
+    rows, outer, inner = *x_RxI.shape, kernel_XxIxO.shape[-1]
+    is_in_Rx1 = (jnp.arange(rows) < sizes_X.sum())[:, None]
+    # Such rows are 0 on their way in, too: a kernel leaves what it has no part in as it was, NaN perhaps.
+    x_RxI = jnp.where(is_in_Rx1, x_RxI, 0)
+    if interpret or (sharding.platform() == "tpu" and rows % TILES[-1] == 0):
+        from jax.experimental.pallas.ops.tpu import megablox
+
+        tile = next(size for size in TILES if rows % size == 0)
+        tiling = (tile, min(outer, MAX_WIDTH), min(inner, MAX_WIDTH))
+        y_RxO = megablox.gmm(x_RxI, kernel_XxIxO, sizes_X, x_RxI.dtype, tiling, interpret=interpret)
+    else:
+        y_RxO = jax.lax.ragged_dot(x_RxI, kernel_XxIxO, sizes_X)
+    return jnp.where(is_in_Rx1, y_RxO, 0)
 
 
 def balance(logits_BxLxX: jax.Array, chosen_BxLxC: jax.Array, segments_BxL: jax.Array) -> jax.Array:
