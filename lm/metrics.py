@@ -18,7 +18,7 @@ Sums = dict[str, tuple[float, float]]
 
 
 # How the names of metrics end of which less is better.
-_BETTER_WHEN_SMALLER = ("loss", "nll", "bits_per_byte", "perplexity", "alignment", "uniformity")
+_BETTER_WHEN_SMALLER = ("loss", "nll", "bits_per_byte", "perplexity", "alignment", "uniformity", "balance")
 
 
 def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple[Any, Any]]:
