@@ -112,7 +112,8 @@ def test_balance_is_that_of_each_rows_real_positions():
     _, logits, _ = made()
     segments = np.array([[1, 1, 2, 2, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], np.int32)
     chosen = np.argsort(-logits, axis=-1)[..., :2]
-    found = experts.balance(jnp.asarray(logits, jnp.float32), jnp.asarray(chosen), jnp.asarray(segments))
+    balance = jax.jit(experts.balance)
+    found = balance(jnp.asarray(logits, jnp.float32), jnp.asarray(chosen), jnp.asarray(segments))
     for b, real in enumerate((4, 1, 0)):
         share, p = np.zeros(X), np.zeros(X)
         for t in range(real):
@@ -121,7 +122,7 @@ def test_balance_is_that_of_each_rows_real_positions():
         np.testing.assert_allclose(found[0, b], X * (share * p).sum(), rtol=1e-5)
         z = np.log(np.exp(logits[b, :real]).sum(-1)) ** 2
         np.testing.assert_allclose(found[1, b], z.mean() if real else 0, rtol=1e-5)
-    even = experts.balance(jnp.zeros((1, X, X)), jnp.arange(X)[None, :, None], jnp.ones((1, X), jnp.int32))
+    even = balance(jnp.zeros((1, X, X)), jnp.arange(X)[None, :, None], jnp.ones((1, X), jnp.int32))
     np.testing.assert_allclose(even[0], 1.0, rtol=1e-6)
 
 
@@ -129,10 +130,9 @@ def test_balance_is_that_of_each_rows_real_positions():
     "holds",
     [
         test_models.test_packed_equals_unpacked,
-        test_models.test_cached_decoding_equals_the_full_forward,
         functools.partial(test_models.test_another_document_changes_nothing_bitwise, seq_len=test_models.SEQ_LEN),
     ],
-    ids=["packed", "cached", "documents"],
+    ids=["packed", "documents"],
 )
 def test_what_holds_of_every_decoder(holds, monkeypatch):
     monkeypatch.setitem(toys.STYLES, "experts", toys.MOE)
