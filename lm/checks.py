@@ -14,6 +14,7 @@ from lm.data import augment, corrupt, pipeline, prompts
 from lm.data.feed import REPLAY
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
+from lm.types import LENGTH_KEYS
 
 
 def fit(cfg: Config) -> None:
@@ -50,6 +51,7 @@ def fit(cfg: Config) -> None:
         raise ConfigError(f"'data.labels' is empty, but 'objective' {cfg.objective} needs to know all labels")
     if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
         raise ConfigError(f"'model.pool' is first, which sees nothing else in a {cfg.model.kind}; use last or mean")
+    _of_text(cfg)
     gives_prefix = "is_prefix" in (task.batch or task.columns)(cfg)
     if task.prompt and gives_prefix != (cfg.model.kind == "prefix_decoder"):
         raise ConfigError(
@@ -58,6 +60,27 @@ def fit(cfg: Config) -> None:
         )
     if cfg.generate.prompts and (task.prompt is None or head or cfg.model.kind == "encoder"):
         raise ConfigError("'generate.prompts' is set, but this model does not generate text; set it to ()")
+
+
+def _of_text(cfg: Config) -> None:
+    """Refuses what only models of text have, and what experts need."""
+    model, is_vision = cfg.model, cfg.model.kind in ("vit", "mae")
+    needs = {
+        f"'mesh.context' splits the positions of a text; 'model.kind' {model.kind} needs it to be 1": (
+            not is_vision or cfg.mesh.context == 1
+        ),
+        f"'model.experts' is for models of text; 'model.kind' {model.kind} needs it to be (0, 0)": (
+            not is_vision or not any(model.experts)
+        ),
+        f"'model.experts' is {model.experts}: expected (experts, of which 1 or more for each position), or (0, 0)": (
+            not any(model.experts) or 0 < model.experts[1] <= model.experts[0]
+        ),
+        "'mesh.expert' splits experts, but 'model.experts' is (0, 0): set mesh.fsdp instead": (
+            any(model.experts) or cfg.mesh.expert == 1
+        ),
+    }
+    if broken := [message for message, holds in needs.items() if not holds]:
+        raise ConfigError(broken[0])
 
 
 def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, names: tuple[str, ...]) -> None:
@@ -89,6 +112,13 @@ def mesh_divides(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: di
         raise ConfigError(
             f"'eval.batch_size' ({eval_batch_size(cfg)}) must be a multiple of {shards}, as the mesh splits"
         )
+    task = TASKS[cfg.data.task]
+    for key, (shape, _) in (task.batch or task.columns)(cfg).items():
+        if key in LENGTH_KEYS and shape[-1] % mesh.shape["context"]:
+            raise ConfigError(
+                f"mesh.context={mesh.shape['context']} does not divide the {shape[-1]} positions of '{key}': change "
+                "'data.seq_len' or 'data.target_len'"
+            )
     if cfg.model.num_kv_heads % mesh.shape["tensor"]:
         raise ConfigError(
             f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads"

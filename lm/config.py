@@ -122,6 +122,7 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
     norm_eps: float = 1e-5
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu
+    experts: tuple[int, int] = (0, 0)  # so many MLPs of mlp_dim in a layer, of which a position goes through so many
     use_bias: bool = True  # False
     tie_embeddings: bool = True
     qk_norm: bool = False
@@ -145,7 +146,7 @@ class LossConfig:
     label_smoothing: float = 0.0
     temperature: float = 0.05  # contrastive only: similarities are divided by it
     r_drop: float = 0.0  # classification only: weight of the divergence between two dropout masks (R-Drop); 0 = off
-    chunk_len: int = 128  # positions of each row whose logits are held at once; 0 = all
+    chunk_len: int = 128  # positions of each row (of a device's part of it) whose logits are held at once; 0 = all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,8 @@ class MeshConfig:
 
     data: int = -1  # copies of the model, inside a slice
     fsdp: int = 1  # parameters, moments and batch split (ZeRO-3)
+    expert: int = 1  # experts split, and all else as by fsdp
+    context: int = 1  # positions of each row split, and parameters and moments as by fsdp
     tensor: int = 1  # heads, MLP width and vocabulary split
     dcn_data: int = 1  # data parallel over slices, across the data-centre network
 
@@ -307,7 +310,7 @@ _AT_LEAST_ONE = {
     *("model.num_layers", "model.embed_dim", "model.num_heads", "model.patch_size", "model.projection_dim"),
     *("data.seq_len", "data.batch_size", "adapter.rank", "corrupt.mean_span"),
     *("train.micro_batches", "checkpoint.keep_latest", "monitor.log_every_steps", "generate.max_new_tokens"),
-    *("mesh.fsdp", "mesh.tensor", "mesh.dcn_data"),
+    *("mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.dcn_data"),
 }
 _BELOW_ONE = {
     *("model.dropout", "adapter.dropout", "loss.label_smoothing", "data.eval_fraction", "data.replay", "corrupt.rate"),

@@ -319,7 +319,8 @@ def kernel_flops(program: Program, where: str, op: Op, lanes: int = 1) -> float:
     """FLOPs of a splash attention kernel, causal, from its queries [(rows,) heads, length, width]; else 0.
 
     It says nothing of its cost. Forward: scores and their sum over values; backward: the four products that these
-    two give, without the scores that it makes again. The width is filled up to a multiple of `lanes`.
+    two give, without the scores that it makes again. The width is filled up to a multiple of `lanes`. There are more
+    keys than queries where positions are split over devices, which share the causal mask out evenly.
     """
     if op.opcode != "custom-call" or "tpu_custom_call" not in op.text or "splash" not in op.text:
         return 0.0
@@ -334,10 +335,11 @@ def kernel_flops(program: Program, where: str, op: Op, lanes: int = 1) -> float:
         return 0.0
     shapes.sort(key=len, reverse=True)  # a device with one row drops that axis
     *rows, length, width = shapes[0]
+    keys = max(shape[-2] for shape in shapes if shape[-1] == width)
     width = math.ceil(width / lanes) * lanes
     products = 4 if "dkv" in op.attribute(r'op_name="([^"]*)"') else 2
-    blocks = max(length // 512, 1)
-    return products * 2.0 * math.prod(rows) * length**2 * width * (blocks + 1) / (2 * blocks)
+    blocks = max(keys // 512, 1)
+    return products * 2.0 * math.prod(rows) * length * keys * width * (blocks + 1) / (2 * blocks)
 
 
 def hbm_bytes(program: Program, where: str, op: Op) -> float:

@@ -16,6 +16,8 @@ from lm.types import LossTerms
 
 # Logit of a padded vocabulary column: exp() of it is exactly 0, and it survives division by a small temperature.
 MASKED_LOGIT = -1e30
+# Weights of a router's balance and z-loss (Fedus et al. 2021, section 2.2; Zoph et al. 2022, section 3).
+BALANCE, ROUTER_Z = 0.01, 0.001
 
 
 def logits(hidden: Array, unembed_DxV: Array, *, vocab_size: int, softcap: float = 0.0) -> Array:
@@ -65,7 +67,8 @@ def token_cross_entropy(
       weights_BxL: 0 = not trained on. No gradient flows to them.
       vocab_size: the real vocabulary, at most V.
       z_loss, label_smoothing, softcap: 0 = off.
-      chunk_len: positions of each row whose logits are held at once; 0 = all. It need not divide L.
+      chunk_len: positions of each row, or of a device's part of it, whose logits are held at once; 0 = all. It need
+        not divide L.
       most_predicted: where each row has at most this many positions with a weight, logits are made of these alone (as
         in BERT's own code); 0 = of all. A row with more makes the sum, the metrics and the gradients NaN.
 
@@ -88,6 +91,9 @@ def token_cross_entropy(
     in_vocab_BxL = (targets_BxL >= 0) & (targets_BxL < vocab_size)
     weights_BxL = jnp.where(trained_BxL & ~in_vocab_BxL, jnp.nan, weights_BxL)
 
+    # Positions do not meet here, so that what lies on one device can be a row of its own.
+    hidden_BxLxD, targets_BxL, weights_BxL = map(sharding.parts_of_rows, (hidden_BxLxD, targets_BxL, weights_BxL))
+    L = hidden_BxLxD.shape[1]
     if 0 < most_predicted < L:
         hidden_BxLxD, targets_BxL, weights_BxL = _weighted_first(most_predicted, hidden_BxLxD, targets_BxL, weights_BxL)
         L = most_predicted
@@ -114,19 +120,36 @@ def sequence_log_likelihood(
     """
 
     @jax.checkpoint
-    def body(totals_B: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+    def body(totals_R: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         hidden_BxCxD, targets_BxC, weights_BxC = chunk
         hidden_BxCxD = jnp.where(weights_BxC[..., None] != 0, hidden_BxCxD, 0)  # 0 * NaN = NaN
         logits_BxCxV = logits(hidden_BxCxD, unembed_DxV, vocab_size=vocab_size, softcap=softcap)
         log_probs_BxCxV = jax.nn.log_softmax(logits_BxCxV)
         is_target_BxCxV = _column(logits_BxCxV) == targets_BxC[..., None]
         found_BxC = jnp.where(is_target_BxCxV, log_probs_BxCxV, 0).sum(axis=-1)
-        return totals_B + (weights_BxC * found_BxC).sum(axis=-1), None
+        return totals_R + (weights_BxC * found_BxC).sum(axis=-1), None
 
-    L = hidden_BxLxD.shape[1]
-    totals_B = jnp.zeros(hidden_BxLxD.shape[0], jnp.float32)
-    totals_B, _ = lax.scan(body, totals_B, _split(min(chunk_len, L) or L, hidden_BxLxD, targets_BxL, weights_BxL))
-    return totals_B
+    B = hidden_BxLxD.shape[0]
+    hidden_BxLxD, targets_BxL, weights_BxL = map(sharding.parts_of_rows, (hidden_BxLxD, targets_BxL, weights_BxL))
+    rows, L, _ = hidden_BxLxD.shape
+    totals_R = jnp.zeros(rows, jnp.float32)
+    totals_R, _ = lax.scan(body, totals_R, _split(min(chunk_len, L) or L, hidden_BxLxD, targets_BxL, weights_BxL))
+    return totals_R.reshape(-1, B).sum(axis=0)
+
+
+def routing(routing_2xB: Array, weights_BxL: Array) -> tuple[Array, Array]:
+    """A router's loss, and how unevenly it uses the experts alone: float32 [] each, sums over the rows.
+
+    Each row counts as often as it has predicted tokens, so that the mean over tokens of a batch has the mean over rows
+    beside it, and a batch is still the sum of its parts.
+
+    Args:
+      routing_2xB: see `lm.types.ModelOutput`.
+      weights_BxL: of the tokens; a row without any does not count.
+    """
+    weights_B = lax.stop_gradient(weights_BxL.astype(jnp.float32)).sum(axis=1)
+    uneven, z = jnp.where(weights_B[None] != 0, weights_B[None] * routing_2xB, 0).sum(axis=1)
+    return BALANCE * uneven + ROUTER_Z * z, uneven
 
 
 def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_smoothing: float = 0.0) -> LossTerms:
@@ -287,7 +310,7 @@ def _sums_fwd(
     # One sum for each group of rows that lie together, so that devices add theirs up once, not once a chunk.
     groups = math.gcd(sharding.row_groups(), B)
     d_unembed_GxDxV = jnp.zeros((groups, *unembed_DxV.shape), jnp.float32)
-    init = jnp.zeros((3, B), jnp.float32), sharding.constrain(d_unembed_GxDxV, "batch", None, "vocab")
+    init = jnp.zeros((3, B), jnp.float32), sharding.constrain(d_unembed_GxDxV, "row_parts", None, "vocab")
     chunks = _split(options.chunk_len, hidden_BxLxD, targets_BxL, weights_BxL)
     (totals_3xB, d_unembed_GxDxV), d_hidden_nxBxCxD = lax.scan(body, init, chunks)
     d_hidden_BxLxD = jnp.moveaxis(d_hidden_nxBxCxD, 0, 1).reshape(B, -1, hidden_BxLxD.shape[2])[:, :L]

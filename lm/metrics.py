@@ -18,7 +18,7 @@ Sums = dict[str, tuple[float, float]]
 
 
 # How the names of metrics end of which less is better.
-_BETTER_WHEN_SMALLER = ("loss", "nll", "bits_per_byte", "perplexity", "alignment", "uniformity")
+_BETTER_WHEN_SMALLER = ("loss", "nll", "bits_per_byte", "perplexity", "alignment", "uniformity", "balance")
 
 
 def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple[Any, Any]]:
@@ -62,11 +62,11 @@ def finalize(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
 def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float | None:
     """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
 
-    N counts the matrices a token is multiplied with: those of the blocks and the output projection, tied or not, but
-    not the embedding, which is a look-up; norms and biases are left out, being below 0.1%. The second term is the
-    attention scores and their sum over values, not halved for causality, so that figures compare with published ones
-    (PaLM, arXiv:2204.02311, appendix B). The context is seq_len, or the sliding window when that is shorter.
-    Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
+    N counts the matrices a token is multiplied with: those of the blocks (of the experts it goes through only) and the
+    output projection, tied or not, but not the embedding, which is a look-up; norms and biases are left out, being
+    below 0.1%. The second term is the attention scores and their sum over values, not halved for causality, so that
+    figures compare with published ones (PaLM, arXiv:2204.02311, appendix B). The context is seq_len, or the sliding
+    window when that is shorter. Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
 
     Args:
       seq_len: positions in a row.
@@ -84,6 +84,8 @@ def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> 
     mlp_dim = model.mlp_dim or 4 * width
     attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
     mlp = width * mlp_dim * (3 if model.mlp == "swiglu" else 2)
+    if experts := model.experts[0]:
+        mlp = model.experts[1] * mlp + width * experts  # the router
     matrices = model.num_layers * (attention + mlp) + width * vocab_size
     context = min(seq_len, model.sliding_window or seq_len)
     return 6.0 * matrices + 12.0 * model.num_layers * heads * head_dim * context

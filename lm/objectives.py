@@ -125,7 +125,7 @@ def item_ranking(apply: Apply, cfg: Config, vocabulary: Any) -> LossFn:
 
 
 def _predict_tokens(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Tokenizer) -> LossTerms:
-    return losses.token_cross_entropy(
+    terms = losses.token_cross_entropy(
         out.hidden_BxLxD,
         out.unembed_DxV,
         batch["targets"],
@@ -137,6 +137,10 @@ def _predict_tokens(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Toke
         chunk_len=cfg.loss.chunk_len,
         most_predicted=corrupt.most_predicted(cfg),
     )
+    if out.routing_2xB is None:
+        return terms
+    routing, uneven = losses.routing(out.routing_2xB, batch["loss_weights"])
+    return terms._replace(sum=terms.sum + routing, metrics=terms.metrics | {"balance": (uneven, terms.weight)})
 
 
 def classification(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:

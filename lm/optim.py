@@ -21,6 +21,7 @@ What the keys of `OptimConfig` mean for each direction; all moments are float32:
                output head, norms, biases and LoRA's matrices go to adamw with b1, b2, eps
 
 Weights of layers are stacked on axis 0, `[N, in, out]`: muon and adafactor treat each of the N as a weight of its own.
+Of experts, `[N, X, in, out]`, muon treats each of the X so too.
 """
 
 import math
@@ -269,7 +270,7 @@ def _is_stacked(path: str, _: Any) -> bool:
 
 
 def _is_stacked_kernel(path: str, leaf: Any) -> bool:
-    return _is_stacked(path, leaf) and leaf.ndim == 3 and path.endswith("/kernel")
+    return _is_stacked(path, leaf) and path.endswith("kernel")
 
 
 def _partition(
@@ -316,15 +317,18 @@ def _per_layer(transform: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _muon(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Muon for leaves `[N, in, out]`, each `[in, out]` made orthogonal, then scaled to an RMS of `MUON_RMS`."""
-    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    """Muon for leaves `[N, ..., in, out]`, each `[in, out]` made orthogonal, then scaled to an RMS of `MUON_RMS`."""
+
+    def axes(leaf: Any) -> Any:
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+
     return optax.chain(
         optax.contrib.scale_by_muon(
             beta=cfg.b1,
             eps=cfg.eps,
-            weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: axes, updates),
+            weight_dimension_numbers=lambda updates: jax.tree.map(axes, updates),
         ),
         optax.stateless(
-            lambda updates, _: jax.tree.map(lambda leaf: MUON_RMS * math.sqrt(max(leaf.shape[1:])) * leaf, updates)
+            lambda updates, _: jax.tree.map(lambda leaf: MUON_RMS * math.sqrt(max(leaf.shape[-2:])) * leaf, updates)
         ),
     )

@@ -109,9 +109,14 @@ def make_model(cfg: Config, dtype: Any) -> ModelFns:
 
 def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `rows` rows."""
-    task, where = TASKS[cfg.data.task], sharding.batch_sharding(mesh)
+    task = TASKS[cfg.data.task]
     columns = (task.batch or task.columns)(cfg) | {"row_weights": ((), jnp.float32), "example_index": ((), jnp.int32)}
-    return {key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where) for key, (shape, dtype) in columns.items()}
+
+    def abstract(key: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        where = sharding.batch_sharding(mesh, key, 1 + len(shape))
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
+
+    return {key: abstract(key, *column) for key, column in columns.items()}
 
 
 def compute_dtype(name: str, mesh: Mesh) -> Any:

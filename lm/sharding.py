@@ -5,23 +5,31 @@ Axes are Auto: the compiler places what is not constrained, and a mesh of one de
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import MeshConfig
 from lm.schema import ConfigError
+from lm.types import LENGTH_KEYS
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# Logical axis -> mesh axes. Activations: batch, length. Weights: embed (the axis ZeRO-3 splits) and those that tensor
-# parallelism splits. Names that are absent are never split.
+# Logical axis -> mesh axes. Activations: batch, length, and row_parts, see `parts_of_rows`. Weights: embed (the axis
+# ZeRO-3 splits, over devices that share rows too; expert_embed of experts, which are split already) and those that
+# tensor parallelism splits. Names that are absent are never split.
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
+    "batch": ("data", "fsdp", "expert"),
+    "length": "context",
+    "row_parts": ("context", "data", "fsdp", "expert"),
+    "embed": ("context", "fsdp", "expert"),
+    "experts": "expert",
+    "expert_embed": ("context", "fsdp"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -47,67 +55,69 @@ def initialize_processes(coordinator: str = "", num_processes: int = 0, process_
         jax.distributed.initialize()
 
 
-def mesh_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
-    """(dcn_data, data, fsdp, tensor) whose product is `num_devices`; `data` = -1 takes what the others leave.
+def mesh_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """dcn_data, then the sizes of `AXES`: their product is `num_devices`. `data` = -1 takes what the others leave.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
-    fixed = cfg.dcn_data * cfg.fsdp * cfg.tensor
+    fixed = cfg.dcn_data * cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
     data = num_devices // fixed if cfg.data == -1 else cfg.data
     if fixed * data != num_devices or data < 1:
         raise ConfigError(
-            f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} dcn_data={cfg.dcn_data} does not fit "
-            f"{num_devices} devices: their product must be {num_devices}"
+            f"mesh data={cfg.data} fsdp={cfg.fsdp} expert={cfg.expert} context={cfg.context} tensor={cfg.tensor} "
+            f"dcn_data={cfg.dcn_data} does not fit {num_devices} devices: their product must be {num_devices}"
         )
-    return cfg.dcn_data, data, cfg.fsdp, cfg.tensor
+    return cfg.dcn_data, data, cfg.fsdp, cfg.expert, cfg.context, cfg.tensor
 
 
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh with axes `AXES`; slices (dcn_data) are the outer part of 'data', so only it crosses the DCN."""
     devices = jax.devices() if devices is None else devices
-    dcn, data, fsdp, tensor = mesh_sizes(cfg, len(devices))
+    dcn, *sizes = mesh_sizes(cfg, len(devices))
     auto = (AxisType.Auto,) * len(AXES)
     if dcn == 1:
-        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=auto, devices=devices)
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
     from jax.experimental import mesh_utils
 
     # Without slices (CPU, GPU) the processes are what the slow network joins.
     grid = mesh_utils.create_hybrid_device_mesh(
-        (data, fsdp, tensor), (dcn, 1, 1), devices, process_is_granule=not hasattr(devices[0], "slice_index")
+        sizes, (dcn, *[1] * len(sizes[1:])), devices, process_is_granule=not hasattr(devices[0], "slice_index")
     )
     return Mesh(grid, AXES, axis_types=auto)
 
 
-def spec(logical: LogicalAxes, without: tuple[str, ...] = ()) -> PartitionSpec:
-    """PartitionSpec of logical axes. Example: ('layers', 'embed', 'mlp') -> P(None, 'fsdp', 'tensor').
+def spec(logical: LogicalAxes, whole: tuple[str, ...] = ()) -> PartitionSpec:
+    """PartitionSpec of logical axes. Example: ('layers', 'embed', 'mlp') -> P(None, ('fsdp', 'context'), 'tensor').
 
     Args:
       logical: one name or None a dimension.
-      without: mesh axes to leave out.
+      whole: names that are not to be split here.
     """
-
-    def mesh_axes(name: str | None) -> str | tuple[str, ...] | None:
-        axes = RULES.get(name, ()) if name else ()
-        kept = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if a not in without)
-        return kept[0] if len(kept) == 1 else kept or None
-
-    return PartitionSpec(*map(mesh_axes, logical))
+    return PartitionSpec(*(RULES.get(name) if name and name not in whole else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Asks for `x` to lie as its logical axes say, on the mesh set by `jax.set_mesh`; without one, does nothing."""
-    return _constrain(x, spec(logical))
+    return _constrain(x, spec_of(x, logical))
+
+
+def spec_of(x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
+    """PartitionSpec of an activation. A length that the mesh does not divide, as of the one position that is decoded at
+    a time, stays whole."""
+    parts = length_parts()
+    divides = all(size % parts == 0 for size, name in zip(x.shape, logical, strict=True) if name == "length")
+    return spec(logical, whole=() if divides else ("length",))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(w: jax.Array, logical: LogicalAxes) -> jax.Array:
-    return _constrain(w, spec(logical, without=("fsdp",)))
+    return _constrain(w, spec(logical, whole=("embed", "expert_embed")))
 
 
 def _gather_fwd(w: jax.Array, logical: LogicalAxes) -> tuple[jax.Array, None]:
     # The constraint itself, which a remat policy knows not to keep (lm.models.blocks).
-    return _constrain(w, spec(logical, without=("fsdp",))), None
+    return _constrain(w, spec(logical, whole=("embed", "expert_embed"))), None
 
 
 def _gather_bwd(logical: LogicalAxes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
@@ -119,7 +129,7 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def gather(w: jax.Array, *logical: str | None) -> jax.Array:
-    """A weight gathered over 'fsdp' for use (ZeRO-3); cast it to the compute dtype first, so that the cast travels.
+    """A weight whose 'embed' axis is gathered for use (ZeRO-3); cast it to the compute dtype first: the cast travels.
 
     Its gradient is split as the weight is.
     """
@@ -147,19 +157,41 @@ def platform() -> str:
 
 
 def row_groups() -> int:
-    """In how many parts the mesh set by `jax.set_mesh` splits the rows of a batch; 1 without one."""
+    """In how many parts the mesh set by `jax.set_mesh` splits 'row_parts'; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else batch_shards(mesh)
+    return 1 if mesh.empty else batch_shards(mesh) * mesh.shape["context"]
+
+
+def length_parts() -> int:
+    """In how many parts the mesh set by `jax.set_mesh` splits each row; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(mesh.shape["context"])
+
+
+def parts_of_rows(x_BxL: jax.Array) -> jax.Array:
+    """[B, L, …] -> [parts * B, L / parts, …]: what each device holds of a row becomes a row of its own.
+
+    For what treats positions one by one: a loop over them then takes some of every device's. Nothing moves.
+    Example, 2 parts: [[1, 2, 3, 4], [5, 6, 7, 8]] -> [[1, 2], [5, 6], [3, 4], [7, 8]]. Where the mesh does not divide L
+    the rows stay as they are.
+    """
+    B, L, *rest = x_BxL.shape
+    parts = length_parts()
+    if parts == 1 or L % parts:
+        return x_BxL
+    split = jnp.moveaxis(x_BxL.reshape(B, parts, L // parts, *rest), 1, 0).reshape(parts * B, L // parts, *rest)
+    return constrain(split, "row_parts", *[None] * (x_BxL.ndim - 1))
 
 
 def batch_shards(mesh: Any) -> int:
     """In how many parts the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of any batch array: rows split, the rest whole."""
-    return NamedSharding(mesh, spec(("batch",)))
+def batch_sharding(mesh: Mesh, key: str = "", ndim: int = 1) -> NamedSharding:
+    """Sharding of a batch's array: its rows, and where the key says that the last axis is of positions, those too."""
+    last = ("length",) if key in LENGTH_KEYS else ()
+    return NamedSharding(mesh, spec(("batch", *[None] * (ndim - 1 - len(last)), *last)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -179,12 +211,11 @@ def check_divisible(shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, Lo
       ConfigError: naming the parameter, the dimension and the mesh axis.
     """
     for path, shape in shapes.items():
-        for size, name, mesh_axis in zip(shape, axes[path], spec(axes[path]), strict=True):
-            parts = mesh.shape[mesh_axis] if isinstance(mesh_axis, str) else 1
-            if size % parts:
-                raise ConfigError(
-                    f"mesh.{mesh_axis}={parts} does not divide '{name}' ({size}) of parameter '{path}' {shape}"
-                )
+        for size, name, split in zip(shape, axes[path], spec(axes[path]), strict=True):
+            over = [axis for axis in ((split,) if isinstance(split, str) else split or ()) if mesh.shape[axis] > 1]
+            if size % math.prod(mesh.shape[axis] for axis in over):
+                sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
+                raise ConfigError(f"{sizes} does not divide '{name}' ({size}) of parameter '{path}' {shape}")
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -194,7 +225,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, …] from this process's part of them.
+    """Global arrays [batch_size, …] from this process's part of them; each device gets its rows, or its part of them.
 
     Args:
       batch: arrays [len(rows), …], the rows of the global batch named by `rows`.
@@ -202,14 +233,14 @@ def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
       batch_size: rows of the global batch.
       mesh: where it goes.
     """
-    sharding = batch_sharding(mesh)
 
-    def make(local: np.ndarray) -> jax.Array:
+    def make(key: str, local: np.ndarray) -> jax.Array:
         def piece(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))
-            return local[first : first + stop - start]
+            return local[first : first + stop - start, *index[1:]]
 
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, piece)
+        where = batch_sharding(mesh, key, local.ndim)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), where, piece)
 
-    return {key: make(value) for key, value in batch.items()}
+    return {key: make(key, value) for key, value in batch.items()}

@@ -29,6 +29,12 @@ import jax
 #   visible_patches, masked_patches  int32 [B, n] indices of patches
 Batch = dict[str, jax.Array]
 
+# Keys whose last axis is of positions.
+LENGTH_KEYS = (
+    *("tokens", "targets", "loss_weights", "segment_ids", "positions", "type_ids", "is_prefix"),
+    *("inputs", "input_segment_ids", "input_positions"),
+)
+
 # Name -> numpy array [R, ...]: what an objective says of each of R held-out rows.
 Outputs = dict[str, Any]
 
@@ -81,12 +87,14 @@ class ModelOutput(NamedTuple):
         that has another head instead.
       cache: the updated key/value cache when one was passed, else None.
       head: float32, what the model's `Head` gives, or None when it has none.
+      routing_2xB: float32, means over layers of `lm.models.experts.balance`; None in a model without experts.
     """
 
     hidden_BxLxD: jax.Array
     unembed_DxV: Any
     cache: Any = None
     head: Any = None
+    routing_2xB: Any = None
 
 
 class Head(NamedTuple):

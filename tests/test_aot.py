@@ -83,12 +83,17 @@ def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(small):
 
 @needs_libtpu
 def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimizer(tmp_path):
-    changes = {"adapter.kind": "lora", "adapter.rank": 4}
+    """LoRA on rows whose positions are split, each device's queries in the kernel with everyone's keys."""
+    changes = {"adapter.kind": "lora", "adapter.rank": 4, "data.seq_len": 2 * LENGTH, "data.batch_size": ROWS // 2}
+    changes |= {"mesh.fsdp": 2, "mesh.context": 2}
     rules = "--config.optim.lr_rules=((r'.*/lora_.*', 1.0), (r'.*', 0.0))"
-    found, _, _ = plan(tmp_path, rules, **changes)
+    found, program, _ = plan(tmp_path, rules, **changes)
     per_layer = 2 * 4 * (WIDTH + WIDTH)  # A and B of query and value
     assert found["trained_parameters"] == LAYERS * per_layer
     assert found["state_optimizer"] < 3 * 4 * LAYERS * per_layer
+    queries, keys = (f"bf16[2,2,{length},128]" for length in (LENGTH, 2 * LENGTH))
+    kernels = [line for line in program.splitlines() if "splash" in line and "tpu_custom_call" in line]
+    assert kernels and all(queries in line and keys in line for line in kernels)
     evaluated, _, _ = plan(tmp_path, "--evaluation")
     assert evaluated["hlo_flops"] < found["hlo_flops"] / 1.8
 

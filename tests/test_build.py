@@ -137,6 +137,11 @@ def test_plan_refuses_what_does_not_fit(tmp_path):
             {"fsdp": 8},
             "mesh.fsdp=8 does not divide 'embed' (12) of parameter",
         ),
+        (
+            {"data__seq_len": 36},
+            {"context": 8},
+            "mesh.context=8 does not divide the 36 positions of 'tokens': change 'data.seq_len'",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_before_data_is_read(changes, sizes, message, tmp_path):

@@ -90,7 +90,7 @@ REFUSED = {
     "unknown in a section": ({"optim": {"learning_ratee": 1.0}}, r"'optim\.learning_ratee' .*'learning_rate'"),
     "unknown at the top": ({"sede": 1}, r"'sede' .*'seed'"),
     "unknown section": ({"optimizer": {}}, r"'optimizer' .*'optim'"),
-    "unknown, nothing near": ({"mesh": {"zzzzzz": 1}}, r"'mesh\.zzzzzz'; known here: data, fsdp, tensor, dcn_data"),
+    "unknown, nothing near": ({"mesh": {"zzzzzz": 1}}, r"'mesh\.zzzzzz'; known here: data, fsdp, expert, context"),
     "duration without its unit": ({"optim": {"warmup": 10}}, r"'optim\.warmup' .*'warmup_\w+'"),
     "duration with a wrong unit": ({"train": {"total_step": 10}}, r"'train\.total_step' .*'total_steps'"),
     # wrong types

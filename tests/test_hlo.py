@@ -56,6 +56,22 @@ def test_of_a_conditional_all_branches_count(branches):
     assert hlo.flops(hlo.parse(text)) == branches * 2 * 4**3
 
 
+@pytest.mark.parametrize(("queries", "blocks"), [(4096, 8), (1024, 8)])
+@pytest.mark.parametrize(("kernel", "products"), [("mha_fwd", 2), ("mha_dkv", 4)])
+def test_flops_of_an_attention_kernel(queries, blocks, kernel, products):
+    """Causal: of 8 x 8 blocks of 512 those below and on the diagonal, or a fourth of them, as devices share them."""
+    text = f"""
+ENTRY %main (q: bf16[8,{queries},64], k: bf16[2,4096,64]) -> bf16[8,{queries},64] {{
+  %q = bf16[8,{queries},64]{{2,1,0}} parameter(0)
+  %k = bf16[2,4096,64]{{2,1,0}} parameter(1)
+  %lse = f32[8,8,{queries}]{{2,1,0}} broadcast(%q)
+  ROOT %out = bf16[8,{queries},64]{{2,1,0}} custom-call(%q, %k, %k, %lse), custom_call_target="tpu_custom_call", metadata={{op_name="splash_{kernel}"}}
+}}
+"""  # noqa: E501
+    below = 8 * 512**2 * blocks * (blocks + 1) / 2 * queries / 4096
+    assert hlo.flops(hlo.parse(text)) == products * 2 * 64 * below
+
+
 @pytest.mark.parametrize(("steps", "turns"), [(1, 10), (3, 4), (10, 1)])
 def test_a_counter_may_go_up_by_more_than_one(steps, turns):
     def fn(x):

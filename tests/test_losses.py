@@ -308,21 +308,28 @@ def test_sharded_and_in_a_scan_of_micro_batches_is_the_same():
     assert_leaf_close(d_unembed, expected[4])
 
 
-def test_sharded_predicted_positions_are_the_same():
+def test_rows_split_over_devices_give_the_same():
+    """Positions too: of the predicted ones alone, and how likely each row is."""
     hidden, unembed, targets, weights = make_inputs()
-    weights = at_most(weights, 3)
+    hidden, targets, weights = hidden[:, :6], targets[:, :6], at_most(weights[:, :6], 2)
     expected = reference.cross_entropy(hidden, unembed, targets, weights, vocab_size=VOCAB)
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        rows = PartitionSpec(("data", "fsdp"))
+    likelihood = functools.partial(losses.sequence_log_likelihood, vocab_size=VOCAB, chunk_len=2)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))):
+        rows = PartitionSpec(("data", "fsdp"), "context")
         specs = [rows, PartitionSpec(None, "tensor"), rows, rows]
         inputs = (hidden, unembed, targets, weights)
         placed = [
             jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), s)) for x, s in zip(inputs, specs, strict=True)
         ]
-        terms, grads = value_and_grads(*placed, vocab_size=VOCAB, chunk_len=2, most_predicted=3)
+        terms, grads = value_and_grads(*placed, vocab_size=VOCAB, chunk_len=2, most_predicted=2)
+        found_B = jax.jit(likelihood)(*placed)
     np.testing.assert_allclose(terms.sum, expected[0], rtol=1e-6)
     assert_leaf_close(grads[0], expected[3])
     assert_leaf_close(grads[1], expected[4])
+    for b, found in enumerate(np.asarray(found_B)):
+        one = slice(b, b + 1)
+        nll = reference.cross_entropy(hidden[one], unembed, targets[one], weights[one], vocab_size=VOCAB)[1]
+        np.testing.assert_allclose(found, -nll, rtol=1e-6)
 
 
 def test_shapes_that_do_not_fit_are_refused():

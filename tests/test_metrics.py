@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import math
 
 import jax
@@ -78,6 +80,17 @@ def test_train_flops_of_grouped_heads_gate_and_window():
     matrices = 2 * (384 + 96 + 480) + 8 * 50
     assert metrics.train_flops_per_token(model, seq_len=16, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 5
     assert metrics.train_flops_per_token(model, seq_len=3, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 3
+
+
+def test_train_flops_count_the_experts_that_a_token_goes_through():
+    dense = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=32, mlp="swiglu")
+    three, model = (
+        dataclasses.replace(dense, mlp_dim=3 * 32),
+        dataclasses.replace(dense, experts=(7, 3)),
+    )
+    router = 6 * 3 * 8 * 7
+    flops = functools.partial(metrics.train_flops_per_token, seq_len=16, vocab_size=100)
+    assert flops(model) == flops(three) + router
 
 
 def test_mfu_of_a_hand_worked_case():

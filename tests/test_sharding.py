@@ -22,13 +22,15 @@ def mesh(devices: int = 8, **sizes):
 @pytest.mark.parametrize(
     ("sizes", "devices", "want"),
     [
-        ({}, 8, (1, 8, 1, 1)),
-        ({}, 1, (1, 1, 1, 1)),
-        ({"fsdp": 4}, 8, (1, 2, 4, 1)),
-        ({"fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 2)),
-        ({"fsdp": 4, "dcn_data": 2}, 16, (2, 2, 4, 1)),
-        ({"data": 1, "tensor": 8}, 8, (1, 1, 1, 8)),
+        ({}, 8, (1, 8, 1, 1, 1, 1)),
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({"fsdp": 4}, 8, (1, 2, 4, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"fsdp": 4, "dcn_data": 2}, 16, (2, 2, 4, 1, 1, 1)),
+        ({"data": 1, "tensor": 8}, 8, (1, 1, 1, 1, 1, 8)),
+        ({"context": 4}, 8, (1, 2, 1, 1, 4, 1)),
+        ({"expert": 4, "tensor": 2}, 8, (1, 1, 1, 4, 1, 2)),
     ],
 )
 def test_mesh_sizes(sizes, devices, want):
@@ -37,34 +39,44 @@ def test_mesh_sizes(sizes, devices, want):
 
 @pytest.mark.parametrize(
     ("sizes", "devices"),
-    [({"data": 3}, 8), ({"fsdp": 3}, 8), ({"fsdp": 16}, 8), ({"data": 1}, 8), ({"data": 8, "dcn_data": 2}, 8)],
+    [
+        ({"data": 3}, 8),
+        ({"fsdp": 3}, 8),
+        ({"context": 3}, 8),
+        ({"fsdp": 16}, 8),
+        ({"data": 1}, 8),
+        ({"data": 8, "dcn_data": 2}, 8),
+    ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
     cfg = MeshConfig(**sizes)
-    asked = f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} dcn_data={cfg.dcn_data} does not fit {devices}"
-    with pytest.raises(ConfigError, match=f"^{asked} devices: their product must be {devices}$"):
+    sizes = [f"{axis}={getattr(cfg, axis)}" for axis in (*sharding.AXES, "dcn_data")]
+    asked = f"mesh {' '.join(sizes)} does not fit {devices} devices"
+    with pytest.raises(ConfigError, match=f"^{asked}: their product must be {devices}$"):
         sharding.mesh_sizes(cfg, devices)
 
 
 def test_the_mesh_names_its_axes():
     made = mesh(fsdp=4)
-    assert dict(made.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(made.shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     assert made.devices.size == 8 and sharding.batch_shards(made) == 8
-    assert sharding.batch_shards(mesh(fsdp=2, tensor=2)) == 4
+    assert sharding.batch_shards(mesh(fsdp=2, tensor=2)) == sharding.batch_shards(mesh(context=2)) == 4
+    assert sharding.batch_shards(mesh(expert=4)) == 8
 
 
 def test_specs():
     cases = {
-        ("layers", "embed", "mlp"): P(None, "fsdp", "tensor"),
-        ("vocab", "embed"): P("tensor", "fsdp"),
-        ("batch", "length", None): P(("data", "fsdp"), None, None),
-        ("embed", "kv_heads"): P("fsdp", "tensor"),
+        ("layers", "embed", "mlp"): P(None, ("context", "fsdp", "expert"), "tensor"),
+        ("vocab", "embed"): P("tensor", ("context", "fsdp", "expert")),
+        ("batch", "length", None): P(("data", "fsdp", "expert"), "context", None),
+        ("row_parts", None): P(("context", "data", "fsdp", "expert"), None),
+        ("experts", "expert_embed", "mlp"): P("expert", ("context", "fsdp"), "tensor"),
+        ("embed", "kv_heads"): P(("context", "fsdp", "expert"), "tensor"),
         (None,): P(None),
         (): P(),
     }
     assert {axes: sharding.spec(axes) for axes in cases} == cases
-    assert sharding.spec(("vocab", "embed"), without=("fsdp",)) == P("tensor", None)
-    assert sharding.spec(("batch", "length"), without=("fsdp",)) == P("data", None)
+    assert sharding.spec(("vocab", "embed"), whole=("embed",)) == P("tensor", None)
 
 
 def test_constrain_and_gather_place_what_is_computed_and_do_nothing_without_a_mesh():
@@ -76,18 +88,46 @@ def test_constrain_and_gather_place_what_is_computed_and_do_nothing_without_a_me
         gathered = jax.jit(lambda w: sharding.gather(w, "vocab", "embed"))(w)
     assert split.sharding.shard_shape(w.shape) == (8, 2)
     assert gathered.sharding.shard_shape(w.shape) == (8, 8)
+    with jax.set_mesh(mesh(data=1, context=4, tensor=2)):
+        rows, one = (jax.jit(lambda x: sharding.constrain(x, "batch", "length"))(w[:, :n]) for n in (8, 1))
+        gathered = jax.jit(lambda w: sharding.gather(w, "vocab", "embed"))(w)
+    assert rows.sharding.shard_shape(rows.shape) == (16, 2)
+    assert one.sharding.shard_shape(one.shape) == (16, 1), "one position that is decoded lies on all devices"
+    assert gathered.sharding.shard_shape(w.shape) == (8, 8)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}])
+def test_parts_of_rows_are_what_each_device_holds():
+    x = np.arange(8 * 12 * 2, dtype=np.float32).reshape(8, 12, 2)
+    made = mesh(data=2, context=4)
+    placed = jax.device_put(x, jax.NamedSharding(made, sharding.spec(("batch", "length", None))))
+    with jax.set_mesh(made):
+        got = jax.jit(sharding.parts_of_rows)(placed)
+        assert jax.jit(sharding.parts_of_rows)(x[:, :10]).shape == (8, 10, 2), "not divisible: whole"
+    np.testing.assert_array_equal(got, np.concatenate(np.split(x, 4, axis=1), axis=0))
+    before, after = ({s.device: s.data for s in array.addressable_shards} for array in (placed, got))
+    for device, held in before.items():
+        np.testing.assert_array_equal(after[device], held, err_msg="nothing moves")
+    np.testing.assert_array_equal(sharding.parts_of_rows(x), x)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}, {"context": 4}])
 def test_local_rows_and_to_global_put_a_batch_together_again(sizes):
     made = mesh(**sizes)
     rows = sharding.local_rows(made, 16)
     assert rows.dtype == np.int64 and rows.tolist() == list(range(16)), "one process holds them all, each once"
-    host = {"tokens": np.arange(16 * 3, dtype=np.int32).reshape(16, 3), "example_index": np.arange(16, dtype=np.int32)}
+    parts = made.shape["context"]
+    host = {
+        "tokens": np.arange(16 * 4, dtype=np.int32).reshape(16, 4),
+        "example_index": np.arange(16, dtype=np.int32),
+        "labels": np.arange(16 * 2, dtype=np.int32).reshape(16, 2),
+        "targets": np.arange(16 * 24, dtype=np.int32).reshape(16, 3, 8),
+    }
     made_global = sharding.to_global(host, rows, 16, made)
     for key, value in host.items():
         assert np.array_equal(made_global[key], value) and made_global[key].dtype == value.dtype
-        assert made_global[key].sharding.shard_shape(value.shape)[0] == 16 // sharding.batch_shards(made)
+        rows, *_, last = (*made_global[key].sharding.shard_shape(value.shape), 0)[: value.ndim + (value.ndim == 1)]
+        assert rows == 16 // sharding.batch_shards(made)
+        assert value.ndim == 1 or last == value.shape[-1] // (parts if key in ("tokens", "targets") else 1)
 
 
 def test_to_global_takes_rows_by_their_place_in_the_global_batch():
@@ -109,6 +149,8 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_refused_by_name():
     match = r"mesh.fsdp=4 does not divide 'embed' \(18\) of parameter 'decoder/layers/mlp/up/kernel' \(2, 18, 24\)$"
     with pytest.raises(ConfigError, match=match):
         sharding.check_divisible({path: (2, 18, 24) for path in shapes}, axes, mesh(fsdp=4))
+    with pytest.raises(ConfigError, match=r"^mesh.context=2 x mesh.fsdp=4 does not divide 'embed' \(12\)"):
+        sharding.check_divisible({path: (2, 12, 24) for path in shapes}, axes, mesh(fsdp=4, context=2))
     with pytest.raises(ConfigError, match=r"mesh.tensor=8 does not divide 'mlp' \(20\)"):
         sharding.check_divisible({path: (2, 16, 20) for path in shapes}, axes, mesh(data=1, tensor=8))
 
@@ -122,7 +164,7 @@ def test_every_large_parameter_is_split_over_fsdp_and_over_tensor(style):
     shapes = trees.flatten(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
     large = {path: leaf.shape for path, leaf in shapes.items() if leaf.size >= 64 * 64}
     assert len(large) >= 7
-    for sizes in ({"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8}):
+    for sizes in ({"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8}, {"data": 1, "fsdp": 2, "context": 4}):
         made = mesh(**sizes)
         sharding.check_divisible(large, axes, made)
         for path, shape in large.items():

@@ -80,6 +80,7 @@ MODULES = (
     "lm.models.adapters",
     "lm.models.attention",
     "lm.models.heads",
+    "lm.models.experts",
     "lm.models.blocks",
     "lm.models.transformer",
     "lm.models.encoder_decoder",

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from lm import build, config, train
+from lm.schema import ConfigError
 from tools import show_reconstructions
 
 SHAPE = (8, 8, 3)
@@ -47,6 +48,12 @@ def test_a_linear_probe_keeps_the_encoder_and_learns_its_head(pretrained):
         assert origin == (None if path.startswith("head/") else f"params/{path}")
         assert planned.optimizer.selection.trained[path] == path.startswith("head/")
     assert {path.split("/")[0] for path in planned.unused} == {"decoder", "decoder_embed", "mask_token", "pixels"}
+
+
+def test_a_picture_has_no_positions_to_split(tmp_path):
+    cfg = recipe(tmp_path, objective="mae", data__task="masked_images", model__kind="mae", mesh__context=2)
+    with pytest.raises(ConfigError, match=r"^'mesh.context' splits the positions of a text; 'model.kind' mae"):
+        build.plan(cfg, None)
 
 
 def test_the_picture_shows_what_is_seen_and_made(pretrained, tmp_path):

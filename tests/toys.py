@@ -35,6 +35,7 @@ LLAMA = ModelConfig(
     sliding_window=5,
 )
 STYLES = {"gpt2": GPT2, "llama": LLAMA}
+MOE = dataclasses.replace(LLAMA, experts=(4, 2), sliding_window=0)
 T5 = dataclasses.replace(
     LLAMA, kind="encoder_decoder", position="relative", sliding_window=0, num_layers=2, decoder_layers=3
 )

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
@@ -68,22 +69,27 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention; query head h reads key/value head h // (H / K).
 
-    The one place where a backend is chosen: a kernel on TPU, causal query blocks where keys and queries are the same
-    positions, the plain form when decoding from a cache.
+    The one place where a backend is chosen: a kernel on TPU; where positions are split over devices, each device's own
+    queries with everyone's keys; causal query blocks where keys and queries are the same positions; the plain form when
+    decoding from a cache.
 
     Returns:
       [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
     """
     if sharding.platform() == "tpu" and splash_fits(query_BxLxHxE, mask):
         return splash(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap=softcap)
-    return checkpoint_name(_in_blocks(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap), NAME)
+    parts = sharding.length_parts()
+    is_split = parts > 1 and mask.offset is None and query_BxLxHxE.shape[1] % parts == key_BxSxKxE.shape[1] % parts == 0
+    plain = _over_context if is_split else _in_blocks
+    return checkpoint_name(plain(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap), NAME)
 
 
 def splash_fits(query_BxLxHxE: jax.Array, mask: Mask) -> bool:
     """Whether the TPU kernel has this mask: no cache, prefix or bias, and rows that it can tile."""
     plain = mask.offset is None and mask.is_prefix_BxS is None and mask.bias_HxLxS is None
     same = mask.query_segments_BxL.shape == mask.key_segments_BxS.shape
-    return plain and same and query_BxLxHxE.shape[1] % SPLASH_TILE == 0
+    parts = sharding.length_parts()
+    return plain and same and query_BxLxHxE.shape[1] % (SPLASH_TILE * (2 * parts if parts > 1 else 1)) == 0
 
 
 def splash(
@@ -97,47 +103,120 @@ def splash(
 ) -> jax.Array:
     """JAX's splash attention (block-sparse flash attention for TPU): scores are never held, hidden blocks not computed.
 
-    Rows and heads stay on their devices. Arguments as `attend`; `interpret` runs it without a TPU, for tests.
+    Rows and heads stay on their devices. Where positions are split too, keys and values are gathered, and each device
+    has its own queries. Under a causal mask the shares would be unequal, and all would wait for the last device: so two
+    devices exchange half of their queries first, see `_shares`.
+
+    Arguments as `attend`; `interpret` runs it without a TPU, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    length, _, width = query_BxLxHxE.shape[1:]
-    shape = (length, length)
-    reach = mask.window - 1 if mask.window else None
+    parts, (length, _, width) = sharding.length_parts(), query_BxLxHxE.shape[1:]
+    reach = mask.window - 1 if 0 < mask.window < length else None
+    is_full, is_uneven = not mask.causal and reach is None, parts > 1 and mask.causal and reach is None
     if reach is not None:
-        seen: Any = masks.LocalMask(shape, (reach, 0 if mask.causal else reach), 0)
-    else:
-        seen = masks.CausalMask(shape) if mask.causal else masks.FullMask(shape)
-    block = max(size for size in SPLASH_BLOCKS if length % size == 0)
+        seen: Any = masks.LocalMask((length, length), (reach, 0 if mask.causal else reach), 0)
+    elif mask.causal:
+        seen = masks.CausalMask((length, length))
+        seen.q_sequence = _shares(length, parts)
+    else:  # the same for all devices; made for all at once, the library cannot take it apart
+        seen = masks.FullMask((length // parts, length))
+    block, block_q = (
+        max(size for size in SPLASH_BLOCKS if rows % size == 0)
+        for rows in (length, length // parts // (2 if is_uneven else 1))
+    )
     sizes = kernel.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+        block_q=block_q, block_kv=block, block_q_dkv=block_q, block_kv_dkv=block, use_fused_bwd_kernel=True
+    )
+    # Of one head: all have the same mask.
+    attend_heads = kernel.make_splash_mha(
+        masks.MultiHeadMask([seen]),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1 if is_full else parts,
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=NAME,
+        interpret=interpret,
     )
 
-    def on_device(query: jax.Array, key: jax.Array, value: jax.Array, segments_BxL: jax.Array) -> jax.Array:
-        attend_heads = kernel.make_splash_mha(
-            masks.MultiHeadMask([seen] * query.shape[2]),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=softcap or None,
-            residual_checkpoint_name=NAME,
-            interpret=interpret,
-        )
+    def on_device(
+        attend_heads: Any,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        query_segments_BxL: jax.Array,
+        key_segments_BxL: jax.Array,
+    ) -> jax.Array:
+        def row(query_HxLxE: jax.Array, key: jax.Array, value: jax.Array, *segments_L: jax.Array) -> jax.Array:
+            out: jax.Array = attend_heads(query_HxLxE, key, value, kernel.SegmentIds(*segments_L))
+            return out
 
-        def row(query_HxLxE: jax.Array, key: jax.Array, value: jax.Array, segments_L: jax.Array) -> jax.Array:
-            return attend_heads(query_HxLxE, key, value, kernel.SegmentIds(segments_L, segments_L))
-
+        if parts > 1:
+            key, value, key_segments_BxL = map(_gather_positions, (key, value, key_segments_BxL))
+        if is_uneven:
+            query, query_segments_BxL = (_swap_halves(x, parts) for x in (query, query_segments_BxL))
         query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-        return jax.vmap(row)(query, key, value, segments_BxL).transpose(0, 2, 1, 3)
+        out = jax.vmap(row)(query, key, value, query_segments_BxL, key_segments_BxL).transpose(0, 2, 1, 3)
+        return _swap_halves(out, parts) if is_uneven else out
 
     query_BxLxHxE = (query_BxLxHxE / math.sqrt(width)).astype(query_BxLxHxE.dtype)
-    split = [sharding.spec(("batch", None, name, None)) for name in ("heads", "kv_heads", "kv_heads")]
-    arrays = (query_BxLxHxE, key_BxLxKxE, value_BxLxKxE, mask.query_segments_BxL)
+    arrays = (query_BxLxHxE, key_BxLxKxE, value_BxLxKxE, mask.query_segments_BxL, mask.key_segments_BxS)
     if not sharding.is_distributed_trace():
-        return on_device(*arrays)
-    rows = sharding.spec(("batch", None))
-    return jax.shard_map(on_device, in_specs=(*split, rows), out_specs=split[0], check_vma=False)(*arrays)
+        return on_device(attend_heads, *arrays)
+    by_query: Any = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(None, None if is_full else "context"))
+    split = [sharding.spec(("batch", "length", name, None)) for name in ("heads", "kv_heads", "kv_heads")]
+    rows = sharding.spec(("batch", "length"))
+    specs = (attend_heads.manual_sharding_spec(by_query), *split, rows, rows)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=split[0], check_vma=False)(attend_heads, *arrays)
+
+
+def _shares(length: int, parts: int) -> np.ndarray:
+    """Query positions in the order in which devices attend: int32 [length], equal work of a causal mask for each.
+
+    Device i of n has the first half of its own positions and the second half of device n - 1 - i's. Example, 8
+    positions on 2 devices: [0 1 6 7 | 4 5 2 3], which see 1 + 2 + 7 + 8 and 5 + 6 + 3 + 4 keys. One device has them in
+    their order.
+    """
+    if parts == 1:
+        return np.arange(length, dtype=np.int32)
+    half_PxIxT = np.arange(length, dtype=np.int32).reshape(parts, 2, -1)
+    return np.stack([half_PxIxT[:, 0], half_PxIxT[::-1, 1]], axis=1).ravel()
+
+
+def _swap_halves(x_BxLxX: jax.Array, parts: int) -> jax.Array:
+    """A device's positions in the order of `_shares`, and from there back again; inside `jax.shard_map`."""
+    first, second = jnp.split(x_BxLxX, 2, axis=1)
+    second = jax.lax.ppermute(second, "context", [(i, parts - 1 - i) for i in range(parts)])
+    return jnp.concatenate([first, second], axis=1)
+
+
+def _gather_positions(x_BxLxX: jax.Array) -> jax.Array:
+    """What all devices hold of the rows of this one; inside `jax.shard_map`."""
+    gathered: jax.Array = jax.lax.all_gather(x_BxLxX, "context", axis=1, tiled=True)
+    return gathered
+
+
+def _over_context(
+    query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, softcap: float
+) -> jax.Array:
+    """The reference, of each device's own queries with everyone's keys and values (Llama 3, section 3.3.2)."""
+
+    def on_device(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
+        own = dataclasses.replace(mask, offset=jax.lax.axis_index("context") * query.shape[1])
+        return _dense(query, _gather_positions(key), _gather_positions(value), own, softcap)
+
+    split = [sharding.spec(("batch", "length", name, None)) for name in ("heads", "kv_heads", "kv_heads")]
+    keys = sharding.spec(("batch", None))
+    changes: dict[str, Any] = {"query_segments_BxL": sharding.spec(("batch", "length")), "key_segments_BxS": keys}
+    if mask.is_prefix_BxS is not None:
+        changes["is_prefix_BxS"] = keys
+    if mask.bias_HxLxS is not None:
+        changes["bias_HxLxS"] = sharding.spec(("heads", "length", None))
+    masks = dataclasses.replace(mask, **changes)
+    return jax.shard_map(on_device, in_specs=(*split, masks), out_specs=split[0], check_vma=False)(
+        query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask
+    )
 
 
 def _in_blocks(

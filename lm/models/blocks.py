@@ -6,7 +6,6 @@ unrolled: a checkpoint of one is a checkpoint of the other.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -17,16 +16,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.config import AdapterConfig, ModelConfig
-from lm.models import adapters, attention, layers
+from lm.models import adapters, attention, experts, layers
 from lm.models.attention import Mask, attend
 from lm.models.layers import fold
 
 # What is kept of a layer's forward pass for its backward pass, by the names of `checkpoint_name`; the rest is computed
-# again. A weight gathered over 'fsdp' is never kept, but gathered again, or every layer's would be held (ZeRO-3).
+# again. What is gathered for use is never kept, but gathered again, or every layer's would be held: weights (ZeRO-3),
+# and the keys and values of positions that lie elsewhere.
 _QKV = ("query", "key", "value")
 _names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
-    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
+    "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "all_gather"),
     "minimal": _names(*_QKV, attention.NAME, "out", "gate", "up"),  # all matmuls but the last, whose result none needs
     "attention": _names(*_QKV, attention.NAME, "out"),
     "qkv": _names(*_QKV),
@@ -77,7 +77,7 @@ class Stack(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=unroll > 1)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, experts.ROUTING: 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=cfg.num_layers,
@@ -130,7 +130,11 @@ class Block(nn.Module):
             y_BxLxD, cross_kv = cross(normed_BxLxD, memory, cross_kv, fold(keys_B, 5))
             cache_kv = None if cache_kv is None else (*cache_kv, *cross_kv)
             x_BxLxD += added("cross_attention", y_BxLxD, 4)
-        y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(norm("mlp_norm", x_BxLxD), fold(keys_B, 3))
+        normed_BxLxD = norm("mlp_norm", x_BxLxD)
+        if cfg.experts[0]:
+            y_BxLxD = experts.Experts(cfg, self.dtype, name="mlp")(normed_BxLxD, mask.query_segments_BxL)
+        else:
+            y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(normed_BxLxD, fold(keys_B, 3))
         x_BxLxD += added("mlp", y_BxLxD, 1)
         return sharding.constrain(x_BxLxD, "batch", "length", None), cache_kv
 
@@ -211,7 +215,7 @@ def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.
     cfg = module.cfg
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
     dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
-    out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=_residual_init(cfg), name="out")
+    out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="out")
     return checkpoint_name(_apart(out(y_BxLxHE, keys_B)), "out")
 
 
@@ -233,7 +237,7 @@ class Mlp(nn.Module):
 
         y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
         y_BxLxF = _apart(y_BxLxF)
-        down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=_residual_init(cfg), name="down")
+        down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="down")
         return down(y_BxLxF, keys_B)
 
 
@@ -241,8 +245,3 @@ def _apart(x: jax.Array) -> jax.Array:
     """Keeps a TPU's compiler from computing what follows inside the matmul before it (in the backward pass: what
     precedes inside that after it), where it slows the matrix unit down by more than a pass over memory costs."""
     return jax.lax.optimization_barrier(x)
-
-
-def _residual_init(cfg: ModelConfig) -> layers.Init:
-    """Smaller by sqrt(2N): the residual stream's variance then does not grow with depth (GPT-2, section 2.3)."""
-    return layers.fan_in_normal(1.0 / math.sqrt(2 * cfg.num_layers))

@@ -27,8 +27,13 @@ def weight(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axe
 
 
 def fan_in_normal(scale: float = 1.0) -> Init:
-    """Normal with standard deviation scale / sqrt(fan-in) for kernels [in, out]."""
-    return lambda key, shape, dtype: scale / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
+    """Normal with standard deviation scale / sqrt(fan-in) for kernels [..., in, out]."""
+    return lambda key, shape, dtype: scale / math.sqrt(shape[-2]) * jax.random.normal(key, shape, dtype)
+
+
+def residual_normal(num_layers: int) -> Init:
+    """Smaller by sqrt(2N): the residual stream's variance then does not grow with depth (GPT-2, section 2.3)."""
+    return fan_in_normal(1.0 / math.sqrt(2 * num_layers))
 
 
 class Dense(nn.Module):
@@ -102,7 +107,10 @@ def _lookup_fwd(table_VxD: jax.Array, ids_BxL: jax.Array) -> Any:
 
 def _lookup_bwd(saved: Any, d_BxLxD: jax.Array) -> Any:
     table_VxD, ids_BxL = saved
-    d_table_VxD = jnp.zeros_like(table_VxD, jnp.float32).at[ids_BxL].add(d_BxLxD.astype(jnp.float32))
+    # The table's gradient is split over 'embed': on the way there, positions become whole before rows do. In one go the
+    # compiler finds no other way than through all of it on every device.
+    d_BxLxD = sharding.constrain(d_BxLxD.astype(jnp.float32), "batch", None, "length")
+    d_table_VxD = jnp.zeros_like(table_VxD, jnp.float32).at[ids_BxL].add(d_BxLxD)
     return d_table_VxD.astype(table_VxD.dtype), None
 
 
@@ -214,8 +222,8 @@ class RelativeBias(nn.Module):
         init = nn.initializers.normal(1.0 / math.sqrt(RELATIVE_BUCKETS))
         table_RxH = weight(self, "table", init, (RELATIVE_BUCKETS, self.num_heads), ("buckets", "heads"))
         distance_LxS = jnp.arange(keys)[None, :] - (jnp.arange(queries) + offset)[:, None]
-        bias_LxSxH = lookup(table_RxH, relative_buckets(distance_LxS, self.bidirectional))
-        return sharding.constrain(bias_LxSxH.transpose(2, 0, 1), "heads", None, None)
+        bias_LxSxH = jnp.take(table_RxH, relative_buckets(distance_LxS, self.bidirectional), axis=0)
+        return sharding.constrain(bias_LxSxH.transpose(2, 0, 1), "heads", "length", None)
 
 
 def relative_buckets(distance: jax.Array, bidirectional: bool) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm import sharding
 from lm.config import AdapterConfig, ModelConfig
-from lm.models import layers
+from lm.models import experts, layers
 from lm.models.attention import Mask
 from lm.models.blocks import Stack
 from lm.models.heads import HeadLayer
@@ -84,7 +84,10 @@ def functions(module: Any, batch: Mapping[str, Any], cached: ModelConfig | None 
         keys_B = None
         if rng is not None:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["example_index"])
-        out: Any = module.apply({"params": params}, batch, keys_B, cache)
+        out, sown = module.apply({"params": params}, batch, keys_B, cache, mutable=[experts.ROUTING])
+        layers_of_each = jax.tree.leaves(sown)  # [N, 2, B] of each stack
+        if layers_of_each:
+            out = out._replace(routing_2xB=jnp.concatenate(layers_of_each).mean(axis=0))
         return out
 
     def logical_axes() -> Any:
