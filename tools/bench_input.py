@@ -17,7 +17,7 @@ import numpy as np
 
 from lm import config
 from lm.data import examples, feed, packing, pipeline, shards, sources, tokenizer
-from lm.data.packing import Rows
+from lm.data.examples import Rows
 from lm.data.tasks import TASKS
 
 LENGTH, BATCH = 1024, 128

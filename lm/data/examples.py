@@ -26,6 +26,7 @@ class Example(NamedTuple):
 
 
 Row = dict[str, np.ndarray]  # one row of a batch
+Rows = dict[str, np.ndarray]  # batch key -> [R, ...], in the smallest dtype that holds the values
 Columns = dict[str, tuple[tuple[int, ...], Any]]  # batch key -> (shape of a row, dtype)
 
 

@@ -11,8 +11,7 @@ import grain
 import numpy as np
 
 from lm.data import order
-from lm.data.examples import Columns, Row
-from lm.data.packing import Rows
+from lm.data.examples import Columns, Row, Rows
 
 HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
 Finish = Callable[[Row, np.random.Generator], Row]

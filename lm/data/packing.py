@@ -9,9 +9,7 @@ import numpy as np
 from grain import experimental
 
 from lm.config import DataConfig
-from lm.data.examples import Columns, Example, Row
-
-Rows = dict[str, np.ndarray]  # batch key -> [R, ...], in the smallest dtype that holds the values
+from lm.data.examples import Columns, Example, Row, Rows
 
 # Best fit packs this many examples (or positions) at a time, longest first: Grain closes all open rows when one example
 # fits nowhere, so each window gets as many rows as examples and none is closed early.

@@ -17,9 +17,8 @@ import numpy as np
 from lm import schema
 from lm.config import Config, DataConfig
 from lm.data import augment, examples, feed, order, packing, shards, sources
-from lm.data.examples import Columns, Row, Task
+from lm.data.examples import Columns, Row, Rows, Task
 from lm.data.feed import REPLAY, Data, Finish, Part, Source
-from lm.data.packing import Rows
 from lm.data.records import DataError, Record
 from lm.data.shards import Prepared
 from lm.data.sources import Split

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm.data.packing import Rows
+from lm.data.examples import Rows
 from lm.data.records import DataError
 
 FORMAT = 1
@@ -75,7 +75,7 @@ def write(folder: Path, name: str, rows: Rows, counts: Mapping[str, int]) -> dic
       ValueError: rows that cannot be read back as they are, such as of a task that trains on a part of them.
     """
     stored = encode(rows)
-    temporary = folder / f"{name}.tmp"
+    temporary = folder / f"{name}.{os.getpid()}.tmp"  # two processes may be given the same shard
     with temporary.open("wb") as file:
         np.save(file, stored, allow_pickle=False)
         file.flush()
