@@ -9,6 +9,12 @@ from absl import app, logging
 WINDOWED_FROM_MIB = {"v5e": 24}
 
 
+def windowed_from(device_kind: str) -> float:
+    """Bytes of a weight from which on the compiler does so on such a device, named as `jax.Device.device_kind`."""
+    chip = device_kind.removeprefix("TPU ").replace(" lite", "e")
+    return WINDOWED_FROM_MIB.get(chip, 1_000_000) * 2**20
+
+
 def libtpu(chip: str) -> str:
     """Flags of the TPU compiler that help on a chip, as LIBTPU_INIT_ARGS takes them; `chip`: 'v5e', 'v5p', ..."""
     return f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={WINDOWED_FROM_MIB.get(chip, 1_000_000)}"

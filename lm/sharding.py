@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lm import flags
 from lm.config import MeshConfig
 from lm.schema import ConfigError
 from lm.types import LENGTH_KEYS
@@ -35,6 +36,9 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
+
+# Devices in one ring of `sum_where_it_lies`, at most.
+LONGEST_RING = 32
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -77,7 +81,8 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     dcn, *sizes = mesh_sizes(cfg, len(devices))
     auto = (AxisType.Auto,) * len(AXES)
     if dcn == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+        mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+        return Mesh(_as_ring(mesh.devices), AXES, axis_types=auto) if max(sizes) == len(devices) else mesh
     from jax.experimental import mesh_utils
 
     # Without slices (CPU, GPU) the processes are what the slow network joins.
@@ -85,6 +90,25 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         sizes, (dcn, *[1] * len(sizes[1:])), devices, process_is_granule=not hasattr(devices[0], "slice_index")
     )
     return Mesh(grid, AXES, axis_types=auto)
+
+
+def _as_ring(devices: np.ndarray) -> np.ndarray:
+    """The TPU chips of one long axis, in JAX's order or to and fro through the slice: where neighbours are closer."""
+    flat = devices.ravel()
+    if flat.size > LONGEST_RING or not all(hasattr(device, "coords") for device in flat):
+        return devices
+    coords_NxC = np.array([device.coords for device in flat])
+    coords_NxC -= coords_NxC.min(axis=0)
+    place_N = np.zeros(flat.size, np.int64)
+    for axis in np.argsort(sizes_C := coords_NxC.max(axis=0) + 1, kind="stable"):
+        there_N, size = coords_NxC[:, axis], sizes_C[axis]
+        place_N = place_N * size + np.where(place_N % 2, size - 1 - there_N, there_N)
+
+    def hops(order_N: np.ndarray) -> int:
+        return int(np.abs(coords_NxC[order_N] - coords_NxC[np.roll(order_N, -1)]).sum())
+
+    best_N = min(np.arange(flat.size), np.argsort(place_N, kind="stable"), key=hops)
+    return flat[best_N].reshape(devices.shape)
 
 
 def spec(logical: LogicalAxes, whole: tuple[str, ...] = ()) -> PartitionSpec:
@@ -134,6 +158,82 @@ def gather(w: jax.Array, *logical: str | None) -> jax.Array:
     Its gradient is split as the weight is.
     """
     return _gather(w, logical)
+
+
+def goes_round(kernel_IxO: jax.Array, logical: LogicalAxes, rows: tuple[int, ...]) -> bool:
+    """Whether `sum_where_it_lies` is for the gradient of this kernel, from activations of this shape [B, L, ...].
+
+    Not where the compiler does better: where it multiplies a large kernel in pieces while they travel (`lm.flags`),
+    which it does over up to 16 devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "embed" not in logical or min(kernel_IxO.shape) % 2:
+        return False
+    devices = math.prod(mesh.shape[axis] for axis in RULES["embed"])
+    is_split = rows[0] % batch_shards(mesh) == 0 and rows[1] % length_parts() == 0
+    in_pieces = kernel_IxO.nbytes >= flags.windowed_from(mesh.abstract_device.device_kind) and devices <= 16
+    return mesh.size > 1 and is_split and not in_pieces
+
+
+def sum_where_it_lies(partial_IxO: jax.Array, logical: LogicalAxes) -> jax.Array:
+    """The gradient of a weight, of which each device has its own rows' part, summed: each device keeps what it holds of
+    the weight. For the body of a `jax.shard_map` over all axes.
+
+    Over the axes that split the weight it goes round a ring, in both directions at once, a part after the other. So
+    what travels are permutations, beside which a TPU computes other things; for a reduction of its own it would stand
+    still. Over the rest, copies of the model on other devices and slices, only the part that is kept is summed.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    rest = [axis for axis in AXES if axis != "tensor" and shape[axis] > 1]
+    for dim, name in enumerate(logical):
+        for axis in RULES["embed"] if name == "embed" else ():
+            if axis in rest:
+                partial_IxO = _scatter_sum(partial_IxO, axis, shape[axis], dim)
+                rest.remove(axis)
+    return jax.lax.psum(partial_IxO, tuple(rest)) if rest else partial_IxO
+
+
+def _scatter_sum(x_IxO: jax.Array, axis: str, size: int, dim: int) -> jax.Array:
+    """Reduce-scatter over a mesh axis along `dim`, by a ring; many devices are a grid, whose rows and then columns are
+    rings: a ring's steps are as many as its devices."""
+    columns = size if size <= LONGEST_RING else max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    shape = list(x_IxO.shape)
+    grid = x_IxO.reshape(*shape[:dim], size // columns, columns, shape[dim] // size, *shape[dim + 1 :])
+    other = dim + 3 if dim == 0 else 0
+    grid = _ring(grid, axis, size, (columns, 1), dim + 1, other)
+    if columns < size:
+        grid = _ring(grid, axis, size, (size // columns, columns), dim, other)
+    shape[dim] //= size
+    return grid.reshape(shape)
+
+
+def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int, other: int) -> jax.Array:
+    """Sums what the devices of each ring have; of dimension `dim`, as long as the ring, each keeps its own place.
+
+    One half of dimension `other` travels to the right, one to the left. Example, 3 devices, of the half that goes to
+    the right device 1's place: device 2 begins with its own, 0 adds its own to that, and 1 adds its own.
+
+    Args:
+      x: of this device.
+      axis: of the mesh, of `size` devices.
+      ring: how many devices a ring has, and how far neighbours are from each other.
+      dim, other: see above.
+    """
+    count, stride = ring
+    place = jax.lax.axis_index(axis) // stride % count
+
+    def neighbour(i: int, way: int) -> int:
+        return i + ((i // stride + way) % count - i // stride % count) * stride
+
+    sums = []
+    for half, way in zip(jnp.split(x, 2, axis=other), (1, -1), strict=True):
+        total = None
+        for step in range(1, count + 1):
+            own = jax.lax.dynamic_slice_in_dim(half, (place - way * step) % count, 1, dim)
+            to = [(i, neighbour(i, way)) for i in range(size)]
+            total = own if total is None else jax.lax.ppermute(total, axis, to) + own
+        sums.append(total)
+    return jnp.concatenate(sums, axis=other)
 
 
 def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:

@@ -82,6 +82,17 @@ def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(small):
 
 
 @needs_libtpu
+def test_gradients_of_layers_go_round_a_ring_beside_the_computation(small):
+    """Each of a kernel's four parts takes three steps, one half of it this way and one that."""
+    found, _, _ = small
+    sent = {name: row for name, row in found["collectives"].items() if name.startswith("collective-permute")}
+    kernels = 2 * LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)
+    assert list(sent) == ["collective-permute bf16 over 2 async"]
+    assert sum(row["bytes"] for row in sent.values()) == pytest.approx(kernels * (CHIPS - 1) / CHIPS)
+    assert not any(name.startswith("all-reduce bf16") for name in found["collectives"])
+
+
+@needs_libtpu
 def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimizer(tmp_path):
     """LoRA on rows whose positions are split, each device's queries in the kernel with everyone's keys."""
     changes = {"adapter.kind": "lora", "adapter.rank": 4, "data.seq_len": 2 * LENGTH, "data.batch_size": ROWS // 2}

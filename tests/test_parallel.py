@@ -77,12 +77,27 @@ def test_a_mesh_takes_the_steps_of_one_device(style, sizes):
     model, cfg, params, batch, (expected, expected_state) = on_one_device(style)
     ends = batch["segment_ids"].reshape(ROWS, sizes.get("context", 1), -1)
     assert "context" not in sizes or (ends[:, 1:, 0] == ends[:, :-1, -1]).any(), "documents go on on the next device"
-    found, state = steps_of(model, cfg, params, batch, mesh_of(**sizes))
-    for (loss, gradients), (other_loss, other_gradients) in zip(found, expected, strict=True):
+    assert_the_same_steps(steps_of(model, cfg, params, batch, mesh_of(**sizes)), (expected, expected_state))
+
+
+def assert_the_same_steps(found, expected):
+    for (loss, gradients), (other_loss, other_gradients) in zip(found[0], expected[0], strict=True):
         assert loss == pytest.approx(other_loss, rel=1e-5)
         assert_close(gradients, other_gradients, 1e-5)
-    for tree, other in zip(state, expected_state, strict=True):
+    for tree, other in zip(found[1], expected[1], strict=True):
         assert_close(tree, other, 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}], ids=str)
+def test_gradients_that_go_round_rings_are_those_of_one_device(sizes, monkeypatch):
+    """Layers as on TPU, all else as on CPU: these rows are too short for the attention kernel."""
+    model, cfg, params, batch, expected = on_one_device("llama")
+    summed, calls = sharding.sum_where_it_lies, []
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(sharding, "sum_where_it_lies", lambda *args: calls.append(1) or summed(*args))
+    found = steps_of(model, cfg, params, batch, mesh_of(**sizes))
+    assert len(calls) == 7, "one each of the kernels of the scanned layer"
+    assert_the_same_steps(found, expected)
 
 
 # Attention over context -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from jax import P
 
 from lm import sharding, trees
 from lm.config import MeshConfig
-from lm.models import transformer
+from lm.models import layers, transformer
 from lm.schema import ConfigError
 
 
@@ -94,6 +94,25 @@ def test_constrain_and_gather_place_what_is_computed_and_do_nothing_without_a_me
     assert rows.sharding.shard_shape(rows.shape) == (16, 2)
     assert one.sharding.shard_shape(one.shape) == (16, 1), "one position that is decoded lies on all devices"
     assert gathered.sharding.shard_shape(w.shape) == (8, 8)
+
+
+@pytest.mark.parametrize("longest", [32, 2])
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}, {"expert": 4, "data": 2}]
+)
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("heads", "embed")])
+def test_gradients_of_weights_are_summed_in_rings_and_lie_as_the_weights(sizes, axes, longest, monkeypatch):
+    """Of whole numbers, so that no order of summing rounds; rings of all devices of an axis, and rows and columns."""
+    monkeypatch.setattr(sharding, "LONGEST_RING", longest)
+    rng, made = np.random.default_rng(0), mesh(**{"data": 1} | sizes)
+    x, w, c = (jnp.asarray(rng.integers(-4, 5, shape), jnp.float32) for shape in ((8, 4, 16), (16, 32), (8, 4, 32)))
+    with jax.set_mesh(made):
+        where = jax.NamedSharding(made, sharding.spec(axes))
+        loss = jax.jit(jax.grad(lambda x, w: (layers.apart(x, w, axes, True) * c).sum(), argnums=(0, 1)))
+        d_x, d_w = loss(x, jax.device_put(w, where))
+    assert d_w.sharding.is_equivalent_to(where, 2)
+    np.testing.assert_array_equal(d_w, np.einsum("bli,blo->io", x, c))
+    np.testing.assert_array_equal(d_x, np.einsum("blo,io->bli", c, w))
 
 
 def test_parts_of_rows_are_what_each_device_holds():

@@ -3,6 +3,7 @@
 Shape letters: see `lm.types`.
 """
 
+import functools
 import math
 import re
 import zlib
@@ -59,7 +60,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., features]; `keys_B`, a key a row, turns the adapter's dropout on."""
         kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        y = matmul(x, sharding.gather(kernel.astype(self.dtype), *self.axes))
+        y = project(x, kernel.astype(self.dtype), self.axes)
         if self.use_bias:
             bias = weight(self, "bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
             # Cast after broadcasting, so that the gradient is summed over positions in float32.
@@ -79,6 +80,53 @@ class Dense(nn.Module):
             x = dropout(x, cfg.dropout, own_B)
         low = matmul(x, sharding.gather(a.astype(self.dtype), axis_in, None))
         return cfg.alpha / cfg.rank * matmul(low, sharding.gather(b.astype(self.dtype), None, axis_out))
+
+
+def project(x: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
+    """x [..., I] @ kernel -> [..., O]; the kernel is gathered for use, and its gradient split as it is."""
+    if sharding.platform() == "tpu" and x.ndim == 3:
+        return apart(x, kernel_IxO, axes, sharding.goes_round(kernel_IxO, axes, x.shape))
+    return matmul(x, sharding.gather(kernel_IxO, *axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def apart(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None], in_ring: bool) -> jax.Array:
+    """`project` on TPU: the two products of its backward pass are kept apart from what is computed around them, which
+    would take the memory beside the matrix unit, and be computed once for each.
+
+    Args:
+      x_BxLxI, kernel_IxO, axes: see `project`.
+      in_ring: the kernel's gradient is summed by `sharding.sum_where_it_lies`, each device making that of its rows.
+    """
+    return x_BxLxI @ sharding.gather(kernel_IxO, *axes)
+
+
+def _apart_fwd(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: Any, in_ring: bool) -> Any:
+    return apart(x_BxLxI, kernel_IxO, axes, in_ring), (x_BxLxI, kernel_IxO)
+
+
+def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d_BxLxO: jax.Array) -> Any:
+    x_BxLxI, kernel_IxO = saved
+    kernel_IxO, give_back = jax.vjp(lambda kernel: sharding.gather(kernel, *axes), kernel_IxO)
+    d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
+    d_BxLxI = jax.lax.optimization_barrier(d_BxLxO @ kernel_IxO.T)
+
+    def on_device(x_BxLxI: jax.Array, d_BxLxO: jax.Array) -> jax.Array:
+        return jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO)
+
+    if not in_ring:
+        return d_BxLxI, *give_back(on_device(x_BxLxI, d_BxLxO))
+    rows = [sharding.spec(("batch", "length", name), whole=("embed",)) for name in axes]
+    summed = jax.shard_map(
+        lambda *arrays: sharding.sum_where_it_lies(on_device(*arrays), axes),
+        in_specs=tuple(rows),
+        out_specs=sharding.spec(axes),
+        check_vma=False,
+    )
+    return d_BxLxI, summed(x_BxLxI, d_BxLxO)
+
+
+apart.defvjp(_apart_fwd, _apart_bwd)
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
