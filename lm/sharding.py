@@ -227,12 +227,9 @@ def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int, o
 
     sums = []
     for half, way in zip(jnp.split(x, 2, axis=other), (1, -1), strict=True):
-        total = None
-        for step in range(1, count + 1):
-            own = jax.lax.dynamic_slice_in_dim(half, (place - way * step) % count, 1, dim)
-            to = [(i, neighbour(i, way)) for i in range(size)]
-            total = own if total is None else jax.lax.ppermute(total, axis, to) + own
-        sums.append(total)
+        to = [(i, neighbour(i, way)) for i in range(size)]
+        own = [jax.lax.dynamic_slice_in_dim(half, (place - way * n) % count, 1, dim) for n in range(1, count + 1)]
+        sums.append(functools.reduce(lambda total, part: jax.lax.ppermute(total, axis, to) + part, own))
     return jnp.concatenate(sums, axis=other)
 
 
