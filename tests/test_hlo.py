@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import hlo, sharding
+from lm import hlo, sharding, traffic
 from lm.config import MeshConfig
 
 LAYERS, ROWS, WIDTH, INNER = 5, 16, 32, 48
@@ -97,7 +97,7 @@ def test_communication_is_counted_with_its_loops():
     x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=where[1])
     with jax.set_mesh(mesh):
         program = hlo.parse(jax.jit(fn).lower(kernels, x).compile().as_text())
-    found = {(each.kind, each.devices, each.times, each.bytes) for each in hlo.collectives(program)}
+    found = {(each.kind, each.devices, each.times, each.bytes) for each in traffic.collectives(program)}
     assert found == {("all-gather", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", 8, 1, 4)}
 
 
