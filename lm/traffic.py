@@ -14,6 +14,8 @@ from lm.hlo import Op, Program
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "dcn_data"  # the mesh axis that crosses the data-centre network
 
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
+
 
 class Collective(NamedTuple):
     """One kind of communication.
@@ -97,20 +99,26 @@ def axes_of(groups: list[list[int]], mesh: Mapping[str, int]) -> str:
 def device_groups(op: Op) -> list[list[int]]:
     """The devices that talk to each other, of the several ways in which HLO writes groups; [] where it says none."""
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.text):
-        shape, dims, order = (list(map(int, part.split(","))) if part else None for part in found.groups())
-        ids = np.arange(math.prod(dims or [])).reshape(dims)
-        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+        return _iota(found[2], found[3]).reshape(*map(int, found[1].split(","))).tolist()
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", op.text):
         return [list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1])]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", op.text):
+    if found := _MESH.search(op.text):
         named = re.findall(r"'([^']+)'=(\d+)", found[1])
-        inside = re.findall(r"'([^']+)'", found[2])
+        inside = re.findall(r"'([^']+)'", found[4])
         sizes = [int(size) for _, size in named]
         rest = [i for i, (axis, _) in enumerate(named) if axis not in inside]
         within = [i for i, (axis, _) in enumerate(named) if axis in inside]
-        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(rest + within)
+        ids = _iota(found[2] or str(math.prod(sizes)), found[3]).reshape(sizes).transpose(rest + within)
         return ids.reshape(-1, math.prod(sizes[i] for i in within)).tolist()
     return []
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Numbers of devices in the order that '2,3' and '1,0' stand for: [0, 3, 1, 4, 2, 5]."""
+    shape = list(map(int, dims.split(",")))
+    return (
+        np.arange(math.prod(shape)).reshape(shape).transpose([*map(int, order.split(","))] if order else None).ravel()
+    )
 
 
 def _communicating(program: Program, where: str, op: Op) -> Iterator[tuple[str, Op, bool]]:
