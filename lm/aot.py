@@ -260,8 +260,7 @@ def compile_step(lowered: Lowered) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         answer = DoesNotFit(_why(str(error), lowered.stage.as_text()))
-        if found := _USED.search(str(error)):
-            answer.needed = float(found[1][:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found[1][-1]]
+        answer.needed = _needed(str(error), sum(lowered.state.values()))
         raise answer from None
     seconds = time.monotonic() - began
     analysis = compiled.memory_analysis()
@@ -289,13 +288,25 @@ def _bytes_a_chip(tree: Any) -> float:
     return float(sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves))
 
 
-_USED = re.compile(r"Used ([\d.]+[KMGT]) of ([\d.]+\w) hbm")
+_SIZE = r"([\d.]+[KMGT])"
+
+
+def _needed(message: str, state: float) -> float:
+    """Bytes that a step would take, of the compiler's refusal; 0 where it does not say. `state`: bytes of it, which one
+    form of the message leaves out."""
+    used = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
+    beside = re.search(rf"HLO temporaries \({_SIZE}\) exceeds", message)
+    found = used or beside
+    if found is None:
+        return 0.0
+    size = float(found[1][:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found[1][-1]]
+    return size if used else size + state
 
 
 def _why(message: str, program: str) -> str:
     """How much is needed, and the five largest buffers: of the compiler's report, or, where it gives none, the five
     largest types of array in the program before it is split over the chips."""
-    needed = _USED.search(message)
+    needed = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
     head = f"it needs {needed[1]} of the chip's {needed[2]}" if needed else message.splitlines()[0].strip()
     reported = re.findall(r"Size: ([\d.]+\w).*?Operator: op_name=\"([^\"]*)\".*?Shape: ([^\s{]+)", message, re.S)
     if reported:

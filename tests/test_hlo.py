@@ -97,8 +97,11 @@ def test_communication_is_counted_with_its_loops():
     x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=where[1])
     with jax.set_mesh(mesh):
         program = hlo.parse(jax.jit(fn).lower(kernels, x).compile().as_text())
-    found = {(each.kind, each.devices, each.times, each.bytes) for each in traffic.collectives(program)}
-    assert found == {("all-gather", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", 8, 1, 4)}
+    found = {
+        (each.kind, each.axes, each.devices, each.times, each.bytes)
+        for each in traffic.collectives(program, dict(mesh.shape))
+    }
+    assert found == {("all-gather", "fsdp", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", "fsdp", 8, 1, 4)}
 
 
 def test_types_are_read_with_and_without_layouts():
