@@ -16,9 +16,9 @@ import numpy as np
 from lm import aot
 from lm.settings import Candidate, Guess, keeps_more
 
-# How alike two settings are that differ in one thing (of `Candidate`, in order), and how far off the arithmetic is
-# taken to be: of the logarithm of time, and of memory in parts of the chip's.
-_ALIKE = np.array([0.6, 0.8, 0.8, 0.9, 0.6])
+# How alike two settings are that differ in one thing (of `Candidate`, in order), in time and in memory; and how far off
+# the arithmetic is taken to be: of the logarithm of time, and of memory in parts of the chip's.
+_ALIKE_IN_TIME, _ALIKE_IN_MEMORY = np.array([0.6, 0.8, 0.8, 0.9, 0.6]), np.array([0.5, 0.7, 0.7, 0.9, 0.9])
 _TIME_ERROR, _MEMORY_ERROR, _NOISE = 0.25, 0.15, 0.01
 
 
@@ -66,8 +66,8 @@ def choose(
     with_memory = {i: (each.peak - peak[i]) / capacity for i, each in known.items() if each and each.peak}
     with_time = {i: math.log(each.ms / ms[i]) for i, each in known.items() if each and each.ms}
     pending = [i for i, each in known.items() if each is None]
-    more, unsure = _predict(codes, with_memory, _MEMORY_ERROR, pending)
-    factor, unsure_ms = _predict(codes, with_time, _TIME_ERROR, pending)
+    more, unsure = _predict(codes, with_memory, _ALIKE_IN_MEMORY, _MEMORY_ERROR, pending)
+    factor, unsure_ms = _predict(codes, with_time, _ALIKE_IN_TIME, _TIME_ERROR, pending)
     score = np.log(ms) + factor - unsure_ms
     score[(peak / capacity + more - unsure > 1) | (at_least > capacity)] = np.inf
     score[list(known)] = np.inf
@@ -79,12 +79,14 @@ def choose(
     return None
 
 
-def _predict(codes: Any, seen: Mapping[int, float], error: float, pending: Sequence[int]) -> tuple[Any, Any]:
-    """Mean and standard deviation of a Gaussian process of mean 0 at all rows of `codes`; see `_ALIKE`."""
+def _predict(
+    codes: Any, seen: Mapping[int, float], factors: Any, error: float, pending: Sequence[int]
+) -> tuple[Any, Any]:
+    """Mean and standard deviation of a Gaussian process of mean 0 at all rows of `codes`, after some were seen."""
     at = list(seen)
 
     def alike(rows: list[int]) -> Any:
-        return np.prod(np.where(codes[:, None] == codes[rows][None], 1.0, _ALIKE), axis=-1)
+        return np.prod(np.where(codes[:, None] == codes[rows][None], 1.0, factors), axis=-1)
 
     def spread(rows: list[int]) -> Any:
         return np.linalg.inv(alike(rows)[rows] + _NOISE * np.eye(len(rows)))
