@@ -221,7 +221,8 @@ def guess(cfg: Config, model: Sizes, where: aot.Topology, one: Candidate) -> Gue
     at_least = state + held + (4 * mine if micro > 1 else 0)
     chunk = min(1.0, (one.chunk_len or cfg.data.seq_len) / (cfg.data.seq_len / over["context"]))
     logits = tokens / micro * chunk * model.vocab / over["tensor"] * (4 + model.item)
-    inputs *= tokens / micro * model.item * (one.remat == "none")  # those of all matmuls are kept too
+    # Without remat what is between the matmuls is kept too, much of it in float32: about this often their inputs' size.
+    inputs *= 4 * tokens / micro * model.item * (one.remat == "none")
     peak = at_least + inputs + logits + 2 * model.item * gathered / max(layers, 1) + 4 * mine
     # Time. A sum over all chips of a slice has all their links, one along a part of the mesh those of one axis.
     copies = over["fsdp"] * over["expert"] * over["context"]

@@ -89,8 +89,8 @@ def test_arithmetic_of_the_state_and_of_what_is_kept_by_hand(small):
     norms = (2 * layers + 1) * width
     split = layers * (4 * width**2 + 3 * width * inner) + 2 * SMALL["model.vocab_size"] * width
     tokens = cfg.data.batch_size * LENGTH / 4
-    # Float32 parameters and two moments over 4 chips, those of norms whole; in bfloat16 of each layer what it was given, and for 'minimal'
-    # queries, keys, values, the kernel's result, its projection and both halves of the MLP.
+    # Float32 parameters and two moments over 4 chips, those of norms whole; in bfloat16 of each layer what it was
+    # given, and for 'minimal' queries, keys, values, the kernel's result, its projection and both halves of the MLP.
     full = by_setting[made("full", flags="--a")].at_least
     assert full == pytest.approx(12 * (split / 4 + norms) + 2 * tokens * layers * width, rel=1e-6)
     minimal = by_setting[made("minimal", flags="--a")].at_least
