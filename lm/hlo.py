@@ -130,7 +130,7 @@ def walk(program: Program) -> Iterator[tuple[str, Op, int]]:
 
 
 def trip_count(program: Program, where: str, loop: Op) -> int:
-    """How often a loop of a fixed number of turns runs: its counter goes up from 0 to below a constant.
+    """How often a loop of a fixed number of turns runs: its counter goes up from a constant to below one.
 
     Raises:
       ValueError: it is no such loop.
@@ -156,7 +156,9 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     steps = _constants(program, body, [update, *body[update].operands]) if update in body else set()
     if len(bounds) != 1 or len(steps) != 1:
         raise unreadable
-    return math.ceil(bounds.pop() / steps.pop())
+    # The compiler may take turns out of a loop, to be done before it: the counter then starts above 0.
+    begins_at = _constants(program, program.computations[where], [start[indices[0]]]) or {0}
+    return math.ceil((bounds.pop() - begins_at.pop()) / steps.pop())
 
 
 def _constants(program: Program, computation: dict[str, Op], names: Iterable[str]) -> set[int]:
