@@ -3,15 +3,18 @@
 The compiler is libtpu's, as on the pod (Python package 'jax[tpu]'). `prepare` comes before anything imports JAX.
 """
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm import hlo, metrics
+from lm import hlo, metrics, traffic
 from lm.config import Config
 from lm.schema import ConfigError
 
@@ -29,6 +32,7 @@ class Chip(NamedTuple):
       hbm_bytes: memory.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s of one link of the interconnect, one way.
+      dcn_bandwidth: bytes/s of a chip's share of its host's network cards, one way.
       clock: Hz of the core, which the compiler's cycles are counted in.
       ring: slices of so many chips along an axis close to a ring there; 0 = taken not to (v5p: the guess is high for
         slices of whole cubes, which do).
@@ -38,6 +42,7 @@ class Chip(NamedTuple):
     hbm_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float
+    dcn_bandwidth: float
     clock: float
     ring: int
 
@@ -48,9 +53,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 4.5e10, 1.5e9, 16),
-    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 9e10, 1.75e9, 0),
-    "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 9e10, 1.75e9, 16),
+    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 4.5e10, 3.125e9, 1.5e9, 16),
+    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 9e10, 6.25e9, 1.75e9, 0),
+    "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 9e10, 12.5e9, 1.75e9, 16),
 }
 
 
@@ -129,12 +134,12 @@ class Ids:
         return np.ones(self.vocab_size, np.float32)
 
 
-class Compiled(NamedTuple):
-    """A compiled step.
+class Lowered(NamedTuple):
+    """A step before it is compiled, and what is known of it by then.
 
     Attributes:
-      text: HLO after all passes.
-      memory: bytes on a chip: 'arguments', 'temporaries', 'peak'.
+      stage: of JAX.
+      mesh: 'dcn_data' and all axes of the mesh -> size.
       state: bytes on a chip of 'parameters', 'optimizer' and, where there are any, other parts of the state.
       parameters: of the model; `trained` of them.
       trained: see above.
@@ -142,11 +147,11 @@ class Compiled(NamedTuple):
       model_flops: of one step on one chip; None where they are not counted.
       tokens: positions of one step, over all chips.
       chips: over all slices.
-      seconds: of compilation.
+      saved: bytes that a save of the state takes, over all hosts; each array once.
     """
 
-    text: str
-    memory: dict[str, float]
+    stage: Any
+    mesh: dict[str, int]
     state: dict[str, float]
     parameters: int
     trained: int
@@ -154,15 +159,34 @@ class Compiled(NamedTuple):
     model_flops: float | None
     tokens: int
     chips: int
+    saved: float
+
+
+class Compiled(NamedTuple):
+    """A compiled step.
+
+    Attributes:
+      text: HLO after all passes.
+      memory: bytes on a chip: 'arguments', 'temporaries', 'peak'.
+      seconds: of compilation.
+    """
+
+    text: str
+    memory: dict[str, float]
     seconds: float
 
 
 class DoesNotFit(Exception):
-    """The compiler found no way to hold the step in memory; the message says what takes most of it."""
+    """The compiler found no way to hold the step in memory; the message says what takes most of it.
+
+    `needed`: bytes of a chip, as far as the compiler says; else 0.
+    """
+
+    needed = 0.0
 
 
-def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Compiled:
-    """Compiles the step that a run of this config would take.
+def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Lowered:
+    """Traces the step that a run of this config would take.
 
     Args:
       cfg: from `lm.config.build`.
@@ -171,7 +195,6 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
 
     Raises:
       ConfigError: the config does not fit itself, or the slices.
-      DoesNotFit: it needs more memory than the chip has.
     """
     import jax
 
@@ -196,17 +219,8 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
     batch = program.abstract_batch(cfg, mesh, rows)
     state = made.abstract_state
     step, argument = (made.eval_step, state.params) if evaluation else (made.train_step, state)
-    began = time.monotonic()
     with jax.set_mesh(mesh):
         lowered = step.lower(argument, batch)
-        try:
-            compiled = lowered.compile()
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DoesNotFit(_why(str(error), lowered.as_text())) from None
-    seconds = time.monotonic() - began
-    analysis = compiled.memory_analysis()
     flat = trees.flatten(state.params)
     trained = selection.trained_part(made.optimizer.selection, state.params)
     replicated = [
@@ -214,13 +228,9 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
     ]
     per_token = metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, words.vocab_size)
     tokens = rows * cfg.data.seq_len
-    return Compiled(
-        text=compiled.as_text(),
-        memory={
-            "arguments": analysis.argument_size_in_bytes,
-            "temporaries": analysis.temp_size_in_bytes,
-            "peak": analysis.peak_memory_in_bytes,
-        },
+    return Lowered(
+        stage=lowered,
+        mesh=dict(zip((traffic.BETWEEN_SLICES, *sharding.AXES), sharding.mesh_sizes(cfg.mesh, mesh.size), strict=True)),
         state={
             "parameters": _bytes_a_chip(state.params),
             "optimizer": _bytes_a_chip(state.opt_state),
@@ -233,8 +243,42 @@ def compile_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> C
         model_flops=per_token * tokens / (3 if evaluation else 1) / mesh.size if per_token else None,
         tokens=tokens,
         chips=mesh.size,
-        seconds=seconds,
+        saved=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
     )
+
+
+def compile_step(lowered: Lowered) -> Compiled:
+    """Compiles it.
+
+    Raises:
+      DoesNotFit: it needs more memory than the chip has.
+    """
+    began = time.monotonic()
+    try:
+        compiled = lowered.stage.compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        answer = DoesNotFit(_why(str(error), lowered.stage.as_text()))
+        answer.needed = _needed(str(error), sum(lowered.state.values()))
+        raise answer from None
+    seconds = time.monotonic() - began
+    analysis = compiled.memory_analysis()
+    memory = {
+        "arguments": analysis.argument_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "peak": analysis.peak_memory_in_bytes,
+    }
+    return Compiled(compiled.as_text(), memory, seconds)
+
+
+def key(lowered: Lowered, where: Topology, flags: str) -> str:
+    """What a result is remembered by: a hash of the step, the slices, the compiler, its flags, and what reads its
+    program."""
+    parts = [lowered.stage.as_text(), repr(where), flags, importlib.metadata.version("libtpu")]
+    parts += [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (hlo, traffic)]
+    parts += [Path(__file__).read_text(encoding="utf-8")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _bytes_a_chip(tree: Any) -> float:
@@ -244,10 +288,25 @@ def _bytes_a_chip(tree: Any) -> float:
     return float(sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves))
 
 
+_SIZE = r"([\d.]+[KMGT])"
+
+
+def _needed(message: str, state: float) -> float:
+    """Bytes that a step would take, of the compiler's refusal; 0 where it does not say. `state`: bytes of it, which one
+    form of the message leaves out."""
+    used = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
+    beside = re.search(rf"HLO temporaries \({_SIZE}\) exceeds", message)
+    found = used or beside
+    if found is None:
+        return 0.0
+    size = float(found[1][:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found[1][-1]]
+    return size if used else size + state
+
+
 def _why(message: str, program: str) -> str:
     """How much is needed, and the five largest buffers: of the compiler's report, or, where it gives none, the five
     largest types of array in the program before it is split over the chips."""
-    needed = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    needed = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
     head = f"it needs {needed[1]} of the chip's {needed[2]}" if needed else message.splitlines()[0].strip()
     reported = re.findall(r"Size: ([\d.]+\w).*?Operator: op_name=\"([^\"]*)\".*?Shape: ([^\s{]+)", message, re.S)
     if reported:
@@ -277,6 +336,7 @@ class Estimate(NamedTuple):
       exposed: communication that computation waits for: all that is synchronous, and what of the rest is longer than
         the computation.
       hidden: communication meanwhile.
+      between: waits for other slices: what of a transfer is longer than the computation from its start to its end.
     """
 
     matmul: float
@@ -284,18 +344,28 @@ class Estimate(NamedTuple):
     other: float
     exposed: float
     hidden: float
+    between: float
 
     @property
     def total(self) -> float:
         """Of the step."""
-        return self.matmul + self.kernel + self.other + self.exposed
+        return self.matmul + self.kernel + self.other + self.exposed + self.between
 
 
 def estimate(program: hlo.Program, where: Topology) -> Estimate:
-    """Guesses the time of a step; latencies, stragglers, the host and slower links between slices are left out."""
+    """Guesses the time of a step; latencies, stragglers and the host are left out."""
     chip = where.chip
-    matmul = kernel = other = 0.0
+    matmul = kernel = other = between = 0.0
+    on_wire = 0.0  # when the network between slices is free again, on the clock of computation
+    ends: dict[str, float] = {}  # receiving op -> when all of it is there
     for inside, op, times in hlo.walk(program):
+        now = matmul + kernel + other + between
+        if traffic.is_between_slices(op, "recv"):
+            passes = 2 * (where.slices - 1) / where.slices  # a ring of slices reduces, then gathers
+            on_wire = max(on_wire, now) + times * passes * hlo.arrays(op.result)[0].bytes / chip.dcn_bandwidth
+            ends[op.name] = on_wire
+        elif traffic.is_between_slices(op, "recv-done"):
+            between += max(0.0, ends[op.operands[0]] - now)
         cycles = float(op.attribute(r'"estimated_cycles":"(\d+)"') or 0)
         seconds = cycles / chip.clock if cycles < 2**62 else 0.0
         if flops := hlo.kernel_flops(program, inside, op, lanes=128):
@@ -305,14 +375,16 @@ def estimate(program: hlo.Program, where: Topology) -> Estimate:
         elif seconds:
             other += times * min(seconds, hlo.hbm_bytes(program, inside, op) / chip.hbm_bandwidth)
     waits = hides = 0.0
-    for each in hlo.collectives(program):
+    for each in traffic.collectives(program):
+        if each.axes == traffic.BETWEEN_SLICES:
+            continue
         seconds = each.times * _wire_seconds(each, where)
         waits, hides = (waits, hides + seconds) if each.is_async else (waits + seconds, hides)
     exposed = waits + max(0.0, hides - matmul - kernel - other)
-    return Estimate(*(1e3 * seconds for seconds in (matmul, kernel, other, exposed, hides)))
+    return Estimate(*(1e3 * seconds for seconds in (matmul, kernel, other, exposed, hides, between)))
 
 
-def _wire_seconds(each: hlo.Collective, where: Topology) -> float:
+def _wire_seconds(each: traffic.Collective, where: Topology) -> float:
     """A ring along every link of the chip at once, where all chips of the slice take part; else along one axis."""
     chips = int(np.prod(where.shape))
     links = where.links if each.devices >= chips else 1

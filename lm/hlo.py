@@ -1,4 +1,6 @@
-"""Reads a compiled program (HLO text): what it multiplies, what it sends, how often each loop runs.
+"""Reads a compiled program (HLO text): what it multiplies, what it moves, how often each loop runs.
+
+What it sends is read by `lm.traffic`.
 
 XLA's own `cost_analysis` counts the body of a loop once, so that a scanned model looks as cheap as one layer; here
 everything is multiplied out. Plain text in, numbers out: no JAX.
@@ -16,7 +18,6 @@ ITEM_BYTES = {
     **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
     "c128": 16,
 }
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _OP = re.compile(r"\s+(ROOT )?(%[\w.\-]+) = ")
 
@@ -63,26 +64,6 @@ class Program(NamedTuple):
 
     computations: dict[str, dict[str, Op]]
     entry: str
-
-
-class Collective(NamedTuple):
-    """One kind of communication.
-
-    Attributes:
-      kind: of `COLLECTIVES`.
-      devices: in a group.
-      dtype: of the first array that travels.
-      is_async: whether computation may go on meanwhile.
-      times: how often, loops multiplied out.
-      bytes: that arrive at or leave a device each time: all of what is gathered, all of what is reduced.
-    """
-
-    kind: str
-    devices: int
-    dtype: str
-    is_async: bool
-    times: int
-    bytes: int
 
 
 def arrays(text: str) -> list[Array]:
@@ -149,7 +130,7 @@ def walk(program: Program) -> Iterator[tuple[str, Op, int]]:
 
 
 def trip_count(program: Program, where: str, loop: Op) -> int:
-    """How often a loop of a fixed number of turns runs: its counter goes up from 0 to below a constant.
+    """How often a loop of a fixed number of turns runs: its counter goes up from a constant to below one.
 
     Raises:
       ValueError: it is no such loop.
@@ -175,7 +156,9 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     steps = _constants(program, body, [update, *body[update].operands]) if update in body else set()
     if len(bounds) != 1 or len(steps) != 1:
         raise unreadable
-    return math.ceil(bounds.pop() / steps.pop())
+    # The compiler may take turns out of a loop, to be done before it: the counter then starts above 0.
+    begins_at = _constants(program, program.computations[where], [start[indices[0]]]) or {0}
+    return math.ceil((bounds.pop() - begins_at.pop()) / steps.pop())
 
 
 def _constants(program: Program, computation: dict[str, Op], names: Iterable[str]) -> set[int]:
@@ -252,64 +235,6 @@ def _window_products(inputs: int, outputs: int, option: dict[str, str]) -> int:
     starts = range(-low, -low + outputs * stride, stride)
     places = (start + k * spread for start in starts for k in range(size))
     return sum(place % stretch == 0 and 0 <= place // stretch < inputs for place in places)
-
-
-# Communication --------------------------------------------------------------------------------------------------------
-
-
-def collectives(program: Program) -> list[Collective]:
-    """All communication of one run, also what is fused with computation."""
-    found = []
-    for where, op, times in walk(program):
-        for inside, each, fused in _communicating(program, where, op):
-            kind = each.opcode.removesuffix("-start")
-            is_async = each.opcode.endswith("-start") or (fused and _is_async(program, op))
-            operands = [
-                array
-                for name in each.operands
-                if name in program.computations[inside]
-                for array in arrays(program.computations[inside][name].result)[:1]
-            ]
-            sent = sum(array.bytes for array in operands)
-            devices = _group_size(program, each)
-            if kind == "all-gather":
-                sent *= devices
-            if devices > 1 and operands:
-                found.append(Collective(kind, devices, operands[0].dtype, is_async, times, sent))
-    return found
-
-
-def _communicating(program: Program, where: str, op: Op) -> Iterator[tuple[str, Op, bool]]:
-    if op.opcode.removesuffix("-start") in COLLECTIVES:
-        yield where, op, False
-    elif op.opcode in ("fusion", "async-start"):
-        called = op.attribute(r"calls=(%[\w.\-]+)")
-        inside = program.computations.get(called, {})
-        targets = " ".join(each.text for each in inside.values() if each.opcode == "custom-call")
-        # Fusions carry a collective on from its start to its end; it is counted at the start.
-        if targets and "AsyncCollectiveStart" not in targets:
-            return
-        for each in inside.values():
-            carried = "async_collective_fusion_config" in each.text and not targets
-            if each.opcode.removesuffix("-start") in COLLECTIVES and not carried:
-                yield called, each, True
-
-
-def _is_async(program: Program, op: Op) -> bool:
-    inside = program.computations.get(op.attribute(r"calls=(%[\w.\-]+)"), {})
-    return op.opcode == "async-start" or any("AsyncCollectiveStart" in each.text for each in inside.values())
-
-
-def _group_size(program: Program, op: Op) -> int:
-    """Devices that talk to each other, of the several ways in which HLO writes groups."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", op.text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", op.text):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", op.text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
-    return 2 if "source_target_pairs=" in op.text else 1
 
 
 # Time -----------------------------------------------------------------------------------------------------------------

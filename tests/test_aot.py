@@ -113,6 +113,7 @@ def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimiz
 def test_what_does_not_fit_is_an_answer(tmp_path):
     found, _, said = plan(tmp_path, code=3, **{"data.batch_size": 4 * 16_384, "model.remat": "none"})
     assert found["fits"] is False and "does not fit" in said and "largest" in said
+    assert found["hbm_needed"] > 16 * aot.GIB
     assert f"{4 * 16_384}, {LENGTH}" in found["why"], "the arrays that are too large are named"
 
 
@@ -129,6 +130,31 @@ Used 17.32G of 15.75G hbm. Exceeded hbm capacity by 1.57G.
     said = aot._why(report, "")
     assert "needs 17.32G of the chip's 15.75G" in said
     assert "2.06G  bf16[24,4,2048,5632]  jit(train_step)/layers/mlp/up" in said
+
+
+def test_the_memory_needed_is_read_of_both_forms_of_refusal():
+    used = "Ran out of memory in memory space hbm. Used 17.32G of 15.75G hbm. Exceeded"
+    beside = "the total memory required for HLO temporaries (29.03G) exceeds available HBM (15.75G)."
+    assert aot._needed(used, 2.0**30) == pytest.approx(17.32 * 2**30)
+    assert aot._needed(beside, 2.0**30) == pytest.approx(30.03 * 2**30)
+    assert aot._needed("something else", 2.0**30) == 0
+
+
+@needs_libtpu
+def test_slices_send_each_other_only_a_chips_share_of_the_gradients(tmp_path):
+    """A hierarchical reduction: first inside a slice, to the chip that has the weight, then across."""
+    found, _, _ = plan(tmp_path, "--slices=2", **{"mesh.dcn_data": 2, "data.batch_size": 2 * ROWS})
+    across = {name: row["bytes"] for name, row in found["collectives"].items() if "over dcn_data (2)" in name}
+    layers = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER) / CHIPS
+    assert sum(size for name, size in across.items() if " bf16 " in name) == pytest.approx(2 * layers, rel=0.01)
+    # The embedding's and the output projection's, in float32; a shard narrower than 128 is filled up.
+    rest = 4 * 2 * VOCAB * WIDTH / CHIPS
+    assert rest <= sum(size for name, size in across.items() if " f32 " in name) < 1.6 * rest
+    assert found["chips"] == 2 * CHIPS and found["estimated_ms"]["between"] > 0
+    assert found["mesh"]["dcn_data"] == 2 and all(
+        "over fsdp (4)" in name for name in found["collectives"].keys() - across
+    )
+    assert found["host_bytes_to_save"] == pytest.approx(4 * 3 * found["parameters"], rel=0.01), "one of the copies"
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4", "v5e:4x", ""])

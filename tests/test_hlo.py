@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import hlo, sharding
+from lm import hlo, sharding, traffic
 from lm.config import MeshConfig
 
 LAYERS, ROWS, WIDTH, INNER = 5, 16, 32, 48
@@ -72,10 +72,10 @@ ENTRY %main (q: bf16[8,{queries},64], k: bf16[2,4096,64]) -> bf16[8,{queries},64
     assert hlo.flops(hlo.parse(text)) == products * 2 * 64 * below
 
 
-@pytest.mark.parametrize(("steps", "turns"), [(1, 10), (3, 4), (10, 1)])
-def test_a_counter_may_go_up_by_more_than_one(steps, turns):
+@pytest.mark.parametrize(("begin", "steps", "turns"), [(0, 1, 10), (0, 3, 4), (0, 10, 1), (1, 1, 9), (1, 4, 3)])
+def test_a_counter_may_start_above_0_and_go_up_by_more_than_one(begin, steps, turns):
     def fn(x):
-        return jax.lax.while_loop(lambda c: c[0] < 10, lambda c: (c[0] + steps, jnp.tanh(c[1] @ c[1])), (0, x))[1]
+        return jax.lax.while_loop(lambda c: c[0] < 10, lambda c: (c[0] + steps, jnp.tanh(c[1] @ c[1])), (begin, x))[1]
 
     text = jax.jit(fn).lower(jnp.ones((4, 4))).compile().as_text()
     for known in (text, re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)):
@@ -97,8 +97,11 @@ def test_communication_is_counted_with_its_loops():
     x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=where[1])
     with jax.set_mesh(mesh):
         program = hlo.parse(jax.jit(fn).lower(kernels, x).compile().as_text())
-    found = {(each.kind, each.devices, each.times, each.bytes) for each in hlo.collectives(program)}
-    assert found == {("all-gather", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", 8, 1, 4)}
+    found = {
+        (each.kind, each.axes, each.devices, each.times, each.bytes)
+        for each in traffic.collectives(program, dict(mesh.shape))
+    }
+    assert found == {("all-gather", "fsdp", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", "fsdp", 8, 1, 4)}
 
 
 def test_types_are_read_with_and_without_layouts():

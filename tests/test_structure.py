@@ -32,6 +32,7 @@ MODULES = (
     "lm.selection",
     "lm.optim",
     "lm.hlo",
+    "lm.traffic",
     "lm.data.tokenizer",
     "lm.data.fields",
     "lm.data.records",
@@ -105,6 +106,8 @@ MODULES = (
     "lm.checks",
     "lm.build",
     "lm.aot",
+    "lm.settings",
+    "lm.search",
     # 6 and 7: the run and its flags
     "lm.train",
     "lm.main",

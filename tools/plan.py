@@ -2,13 +2,24 @@
 
     python tools/plan.py --config=configs/bench/v5e16_1b.py [--topology=v5e:4x4] [--slices=2] [--json=FILE] \
         [--dump_hlo=FILE] [--evaluation] [--libtpu_flags='--xla_...'] [--tokens=20e9 --dollars_per_chip_hour=1.2]
+    python tools/plan.py --config=configs/bench/v5e16_1b.py --search [--compiles=20] [--workers=2] [--plot=FILE.png]
 
 Needs the TPU compiler: pip install 'lm[tpu]'. Memory, FLOPs and communication are read off the compiled program; time
 is a guess, see docs/performance.md. A step that does not fit is an answer too: its largest buffers, and exit status 3.
+
+--search looks for the fastest mesh, remat policy, micro-batches, chunks of the loss and compiler flags that fit, the
+batch unchanged (`lm/search.py`). Any of these that the command line sets (--config.mesh.tensor=1, --libtpu_flags=...)
+is not searched. Results are kept in --cache: the same command again goes on. The winner goes to --winner, a file for
+--flagfile.
 """
 
 import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +28,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
-from lm import aot, config, hlo
+from lm import aot, config, hlo, traffic
 from lm import flags as lm_flags
 from lm.schema import ConfigError
 
@@ -30,6 +41,12 @@ _JSON = flags.DEFINE_string("json", "", "Write all figures to this file.")
 _FLAGS = flags.DEFINE_string("libtpu_flags", None, "For the compiler; default: those that training sets.")
 _TOKENS = flags.DEFINE_float("tokens", 0.0, "Training tokens to price.", lower_bound=0.0)
 _DOLLARS = flags.DEFINE_float("dollars_per_chip_hour", 0.0, "Price of a chip.", lower_bound=0.0)
+_CACHE = flags.DEFINE_string("cache", "", "Folder of compiled results; search: '' = plans/ and the recipe's name.")
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest setting that fits.")
+_COMPILES = flags.DEFINE_integer("compiles", 20, "Search: candidates to compile, those in the cache included.", 1)
+_WORKERS = flags.DEFINE_integer("workers", 2, "Search: compilers side by side, of some 3 GB each.", lower_bound=1)
+_WINNER = flags.DEFINE_string("winner", "", "Search: file to write the winner to; '' = winner.flags in the cache.")
+_PLOT = flags.DEFINE_string("plot", "", "Search: PNG to draw, memory against time.")
 
 
 def main(argv: list[str]) -> None:
@@ -38,22 +55,46 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     try:
         where = aot.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
-        aot.prepare(lm_flags.libtpu(where.name.partition(":")[0]) if _FLAGS.value is None else _FLAGS.value)
+        usual = lm_flags.libtpu(where.name.partition(":")[0])
+        libtpu_flags = usual if _FLAGS.value is None else _FLAGS.value
+        aot.prepare(libtpu_flags)
         cfg = config.build(_CONFIG.value)
+        if _SEARCH.value:
+            look_for_the_best(cfg, where, usual)
+            return
         print(f"compiling for {where.slices} x {where.name} ...", file=sys.stderr, flush=True)
-        compiled = aot.compile_step(cfg, where, evaluation=_EVALUATION.value)
-    except aot.DoesNotFit as answer:
-        print(f"does not fit: {answer}")
-        write(_JSON.value, json.dumps({"fits": False, "why": str(answer)}, indent=1))
-        sys.exit(3)
+        found = planned(cfg, where, libtpu_flags)
     except ValueError as error:
         if type(error).__module__.startswith("lm."):
             sys.exit(f"error: {error}")
         raise
-    write(_HLO.value, compiled.text)
-    found = figures(compiled, where, _TOKENS.value, _DOLLARS.value)
+    if "why" not in found:
+        price(found, _TOKENS.value, _DOLLARS.value)
     write(_JSON.value, json.dumps(found, indent=1))
+    if "why" in found:
+        print(f"does not fit: {found['why']}")
+        sys.exit(3)
     show(found)
+
+
+def planned(cfg: config.Config, where: aot.Topology, libtpu_flags: str) -> dict[str, Any]:
+    """Figures of a step, or why it does not fit; of the cache, where the same program is there already."""
+    lowered = aot.lower_step(cfg, where, evaluation=_EVALUATION.value)
+    cache = Path(_CACHE.value, f"{aot.key(lowered, where, libtpu_flags)}.json") if _CACHE.value else None
+    if cache and cache.exists() and not _HLO.value:
+        return json.loads(cache.read_text(encoding="utf-8")) | {"from_cache": True}
+    try:
+        compiled = aot.compile_step(lowered)
+        write(_HLO.value, compiled.text)
+        found = figures(lowered, compiled, where)
+    except aot.DoesNotFit as answer:
+        found = {"fits": False, "hbm_needed": answer.needed, "why": str(answer)}
+    if cache:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}.tmp")
+        write(str(partial), json.dumps(found, indent=1))
+        partial.rename(cache)
+    return found
 
 
 def topology_of_recipe() -> str:
@@ -74,45 +115,44 @@ def topology_of_recipe() -> str:
     return str(recipe.TOPOLOGY)
 
 
-def figures(compiled: aot.Compiled, where: aot.Topology, tokens: float, dollars: float) -> dict[str, Any]:
+def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: aot.Topology) -> dict[str, Any]:
     """All that is known of a compiled step, as JSON takes it. Bytes and FLOPs are of one chip and one step."""
     program = hlo.parse(compiled.text)
     guess = aot.estimate(program, where)
-    sent: dict[str, dict[str, Any]] = {}
-    for each in hlo.collectives(program):
-        how = "async" if each.is_async else "sync"
-        row = sent.setdefault(f"{each.kind} {each.dtype} over {each.devices} {how}", {"times": 0, "bytes": 0})
-        row["times"] += each.times
-        row["bytes"] += each.times * each.bytes
     seconds = guess.total / 1e3
     found: dict[str, Any] = {
         "fits": compiled.memory["peak"] <= where.chip.hbm_bytes,
         "topology": where.name,
         "slices": where.slices,
-        "chips": compiled.chips,
-        "parameters": compiled.parameters,
-        "trained_parameters": compiled.trained,
-        "largest_replicated": {"bytes": compiled.largest_replicated[0], "path": compiled.largest_replicated[1]},
-        "tokens_per_step": compiled.tokens,
+        "chips": lowered.chips,
+        "parameters": lowered.parameters,
+        "trained_parameters": lowered.trained,
+        "largest_replicated": {"bytes": lowered.largest_replicated[0], "path": lowered.largest_replicated[1]},
+        "tokens_per_step": lowered.tokens,
         "hbm_capacity": where.chip.hbm_bytes,
         **{f"hbm_{name}": size for name, size in compiled.memory.items()},
-        **{f"state_{name}": size for name, size in compiled.state.items()},
-        "host_bytes_to_save": sum(compiled.state.values()) * compiled.chips,
-        "model_flops": compiled.model_flops,
+        **{f"state_{name}": size for name, size in lowered.state.items()},
+        "host_bytes_to_save": lowered.saved,
+        "model_flops": lowered.model_flops,
         "hlo_flops": hlo.flops(program),
-        "collectives": sent,
+        "mesh": lowered.mesh,
+        "collectives": traffic.in_table(traffic.collectives(program, lowered.mesh)),
         "compile_seconds": round(compiled.seconds, 1),
         "estimated_ms": {name: round(value, 2) for name, value in guess._asdict().items()},
         "estimated_step_ms": round(guess.total, 2),
     }
-    if compiled.model_flops:
-        found["model_over_hlo_flops"] = compiled.model_flops / found["hlo_flops"]
-        found["estimated_mfu"] = compiled.model_flops / seconds / where.chip.peak_flops
-    if tokens:
-        hours = tokens / compiled.tokens * seconds / 3600
-        found["estimated_hours"] = hours
-        found["estimated_dollars"] = hours * compiled.chips * dollars
+    if lowered.model_flops:
+        found["model_over_hlo_flops"] = lowered.model_flops / found["hlo_flops"]
+        found["estimated_mfu"] = lowered.model_flops / seconds / where.chip.peak_flops
     return found
+
+
+def price(found: dict[str, Any], tokens: float, dollars: float) -> None:
+    """Adds hours and dollars for a number of training tokens."""
+    if tokens:
+        hours = tokens / found["tokens_per_step"] * found["estimated_step_ms"] / 3.6e6
+        found["estimated_hours"] = hours
+        found["estimated_dollars"] = hours * found["chips"] * dollars
 
 
 def show(found: dict[str, Any]) -> None:
@@ -148,6 +188,111 @@ def show(found: dict[str, Any]) -> None:
     Console(width=140).print(table)
     if not found["fits"]:
         print("does not fit: the peak is above the chip's memory")
+
+
+def look_for_the_best(cfg: config.Config, where: aot.Topology, usual: str) -> None:
+    """Searches, with progress; prints what was found, and writes the winner.
+
+    Raises:
+      ConfigError: nothing that can be tried.
+    """
+    from lm import search, settings
+
+    recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
+    cache = Path(_CACHE.value or f"plans/{recipe}")
+    given = [arg for arg in sys.argv[1:] if re.match(r"--?config[.=]", arg)]
+    pinned = [key for key in settings.KEYS if any(re.match(rf"--?config\.{key}=", arg) for arg in given)]
+    sets = settings.flag_sets(usual) if _FLAGS.value is None else [_FLAGS.value]
+    candidates = settings.space(cfg, where, sets, pinned)
+    model = settings.sizes(cfg)
+    guesses = [settings.guess(cfg, model, where, one) for one in candidates]
+    fitting = sum(each.at_least <= where.chip.hbm_bytes for each in guesses)
+    print(f"{len(candidates):,} settings, of which {fitting:,} may fit; compiling up to {_COMPILES.value}", flush=True)
+    began = time.monotonic()
+
+    kept = [arg for arg in given if not any(f"config.{key}=" in arg for key in pinned)]
+
+    def measure(one: settings.Candidate) -> search.Found:
+        return compiled_elsewhere(one, kept, cache)
+
+    def note(number: int, one: settings.Candidate, found: search.Found) -> None:
+        each = (time.monotonic() - began) / number
+        left = f"at most {each * (_COMPILES.value - number) / 60:,.0f} min left"
+        print(f"[{number}/{_COMPILES.value}] {in_words(found)}  {one}  ({left})", flush=True)
+
+    found = search.run(
+        candidates,
+        guesses,
+        where.chip.hbm_bytes,
+        measure,
+        compiles=_COMPILES.value,
+        workers=_WORKERS.value,
+        note=note,
+    )
+    best = search.frontier(found)
+    report(candidates, found, best)
+    if not best:
+        print(f"none of {len(found)} settings fits")
+        sys.exit(3)
+    winner = Path(_WINNER.value or cache / "winner.flags")
+    write(str(winner), search.flag_file(candidates[best[0]], found[best[0]], usual))
+    print(f"the fastest: python -m lm.main {' '.join(given)} --flagfile={winner}")
+    if _PLOT.value:
+        plot(_PLOT.value, found, best, where)
+
+
+def compiled_elsewhere(one: Any, given: list[str], cache: Path) -> Any:
+    """What a process of its own says of a candidate: the compiler reads its flags once a process."""
+    from lm import search
+
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch, "plan.json")
+        command = [sys.executable, __file__, *given, *(f"--config.{key}={v}" for key, v in one.overrides().items())]
+        command += [f"--topology={_TOPOLOGY.value}", f"--slices={_SLICES.value}", f"--libtpu_flags={one.flags}"]
+        command += [f"--cache={cache}", f"--json={answer}", f"--evaluation={_EVALUATION.value}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not answer.exists():
+            said = (done.stderr.strip() or "nothing").splitlines()[-1]
+            return search.Found(None, 0.0, False, failed=True, note=f"failed: {said}")
+        return search.read(json.loads(answer.read_text(encoding="utf-8")))
+
+
+def in_words(found: Any) -> str:
+    """Time and memory of a candidate."""
+    memory = f"{found.peak / aot.GIB:6.2f} GiB" if found.peak else " " * 10
+    return f"{found.ms:8,.1f} ms {memory}" if found.fits else f"does not fit {memory}{'' if found.peak else found.note}"
+
+
+def report(candidates: list[Any], found: dict[int, Any], best: list[int]) -> None:
+    """All that was found, the fastest first; a star marks the frontier of memory against time."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="estimated time of a step and peak memory of a chip; * = none is faster and smaller")
+    for name in ("", "found", "setting"):
+        table.add_column(name)
+    for index, each in sorted(found.items(), key=lambda item: item[1].ms or float("inf")):
+        table.add_row("*" if index in best else "", in_words(each), str(candidates[index]))
+    Console(width=140).print(table)
+
+
+def plot(path: str, found: dict[int, Any], best: list[int], where: aot.Topology) -> None:
+    """Memory against time, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    fitting = [each for each in found.values() if each.fits]
+    axes.scatter([each.peak / aot.GIB for each in fitting], [each.ms for each in fitting], color="0.6")
+    axes.plot([found[i].peak / aot.GIB for i in best], [found[i].ms for i in best], "o-", color="C0")
+    axes.axvline(where.chip.hbm_bytes / aot.GIB, color="C3", linestyle="--")
+    axes.set_xlabel("peak memory of a chip, GiB (dashed: all there is)")
+    axes.set_ylabel("estimated step, ms")
+    axes.set_title(f"{where.slices} x {where.name}: line = none is faster and smaller", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def write(path: str, text: str) -> None:

@@ -1,0 +1,262 @@
+"""What a run can be set to on a TPU slice without changing its batch, and what arithmetic says of each setting.
+
+Mesh, remat policy, micro-batches, chunks of the loss, and flags of the compiler. Of every setting: what memory it takes
+at least, and roughly what memory and time, from the sizes of the model alone; nothing is compiled.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lm import aot, build, checks, selection, sharding, trees
+from lm.config import Config
+from lm.models.blocks import REMAT_POLICIES
+from lm.schema import ConfigError
+
+POLICIES = tuple(REMAT_POLICIES)  # from the one that keeps most to the one that keeps least
+# Results of a layer's matmuls that a policy keeps at least; 'none' keeps more. 'core' is the attention kernel's.
+_QKV = ("query", "key", "value")
+_OUTSIDE_MLP = ("core", *_QKV, "out")
+_KEPT = {
+    "none": (*_OUTSIDE_MLP, "gate", "up"),
+    "minimal": (*_OUTSIDE_MLP, "gate", "up"),
+    "attention": _OUTSIDE_MLP,
+    "qkv": _QKV,
+    "full": (),
+}
+MATMUL_EFFICIENCY = 0.85  # share of the peak, in the arithmetic only
+
+
+class Candidate(NamedTuple):
+    """A setting.
+
+    Attributes:
+      mesh: sizes of `sharding.AXES`.
+      remat: of `POLICIES`.
+      micro_batches: of a step.
+      chunk_len: of the loss; 0 = all positions at once.
+      flags: of the TPU compiler.
+    """
+
+    mesh: tuple[int, ...]
+    remat: str
+    micro_batches: int
+    chunk_len: int
+    flags: str
+
+    def overrides(self) -> dict[str, Any]:
+        """Config key -> value."""
+        mesh = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, self.mesh, strict=True)}
+        rest = {"model.remat": self.remat, "train.micro_batches": self.micro_batches, "loss.chunk_len": self.chunk_len}
+        return mesh | rest
+
+    def __str__(self) -> str:
+        """Short: 'fsdp=16 minimal micro=1 chunk=0 windowed=24'."""
+        axes = [f"{axis}={size}" for axis, size in zip(sharding.AXES, self.mesh, strict=True) if size > 1]
+        windowed = re.search(r"windowed_einsum_mib=(\d+)", self.flags)
+        flags = f"windowed={windowed[1]}" if windowed else f"flags={self.flags or 'none'}"
+        return " ".join([*axes, self.remat, f"micro={self.micro_batches}", f"chunk={self.chunk_len}", flags])
+
+
+class Guess(NamedTuple):
+    """Of arithmetic: bytes of a chip that are taken `at_least`, all of them (`peak`), and `ms` of a step."""
+
+    at_least: float
+    peak: float
+    ms: float
+
+
+KEYS = (*(f"mesh.{axis}" for axis in sharding.AXES), "model.remat", "train.micro_batches", "loss.chunk_len")
+
+
+def flag_sets(flags: str) -> list[str]:
+    """Those of a chip, and the same with other sizes (MiB) from which products are cut up to be sent in pieces."""
+    pattern = r"(windowed_einsum_mib=)\d+"
+    others = [re.sub(pattern, rf"\g<1>{mib}", flags) for mib in (24, 1_000_000)]
+    return list(dict.fromkeys([flags, *others]))
+
+
+def space(cfg: Config, where: aot.Topology, flags: Sequence[str], pinned: Collection[str] = ()) -> list[Candidate]:
+    """All settings that this run can have on these slices, its batch unchanged.
+
+    Args:
+      cfg: from `lm.config.build`.
+      where: the slices.
+      flags: sets of flags to try.
+      pinned: config keys, of `KEYS`, whose values stay as they are.
+
+    Raises:
+      ConfigError: there is none; the config is not of these slices.
+    """
+    if cfg.mesh.dcn_data != where.slices:
+        raise ConfigError(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {where.slices}, the number of slices")
+    planned = build.plan(cfg, None)
+    chips = math.prod(where.shape)
+    divisors = [n for n in range(1, chips + 1) if chips % n == 0]
+    per_axis = [
+        [getattr(cfg.mesh, axis)] if f"mesh.{axis}" in pinned and getattr(cfg.mesh, axis) != -1 else divisors
+        for axis in sharding.AXES
+    ]
+    meshes = [sizes for sizes in itertools.product(*per_axis) if math.prod(sizes) == chips]
+    chunks = [cfg.loss.chunk_len] if "loss.chunk_len" in pinned else sorted({0, cfg.data.seq_len // 4, 128})
+    micros = [n for n in (1, 2, 4, 8) if cfg.data.batch_size % n == 0]
+    micros = [cfg.train.micro_batches] if "train.micro_batches" in pinned else micros
+    policies = (cfg.model.remat,) if "model.remat" in pinned else POLICIES
+    found = []
+    for mesh, micro in itertools.product(meshes, micros):
+        one = Candidate(mesh, policies[0], micro, chunks[0], flags[0])
+        try:
+            changed = apply(planned.cfg, one, where.slices)
+            checks.fit(changed)
+            sizes = (mesh[0] * where.slices, *mesh[1:])
+            abstract = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+            checks.mesh_divides(changed, abstract, planned.abstract_params, planned.logical_axes)
+        except ConfigError:
+            continue
+        rest = itertools.product(policies, chunks, flags)
+        found += [Candidate(mesh, remat, micro, chunk, flag) for remat, chunk, flag in rest]
+    if not found:
+        raise ConfigError(f"no mesh of {chips} chips divides this model and its batch of {cfg.data.batch_size} rows")
+    return found
+
+
+def apply(cfg: Config, candidate: Candidate, slices: int) -> Config:
+    """The config with a setting."""
+    mesh = dict(zip(sharding.AXES, candidate.mesh, strict=True), dcn_data=slices)
+    return dataclasses.replace(
+        cfg,
+        mesh=dataclasses.replace(cfg.mesh, **mesh),
+        model=dataclasses.replace(cfg.model, remat=candidate.remat),
+        train=dataclasses.replace(cfg.train, micro_batches=candidate.micro_batches),
+        loss=dataclasses.replace(cfg.loss, chunk_len=candidate.chunk_len),
+    )
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """What the arithmetic knows of a model.
+
+    Attributes:
+      kernels: of the layers: (name, number of layers, size of one in, size out, split of in, split of out), splits
+        being the logical axes; of experts the width that a position goes through.
+      parameters: (size, logical axes) of all.
+      state_bytes: of the state, on average of a parameter.
+      item: bytes of an activation.
+      vocab: columns of the output projection.
+      width: of the layers.
+    """
+
+    kernels: list[tuple[str, int, int, int, str | None, str | None]]
+    parameters: list[tuple[int, sharding.LogicalAxes]]
+    state_bytes: float
+    item: int
+    vocab: int
+    width: int
+
+
+def sizes(cfg: Config) -> Sizes:
+    """Of a config's model and optimizer."""
+    planned = build.plan(cfg, None)
+    cfg, flat, axes = planned.cfg, trees.flatten(planned.abstract_params), planned.logical_axes
+    trained = selection.trained_part(planned.optimizer.selection, planned.abstract_params)
+    moments = jax.eval_shape(planned.optimizer.init, trained)
+
+    def total(tree: Any) -> float:
+        return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+    copies = total(planned.abstract_params) + total(moments) + total(trained) * (cfg.optim.ema_decay > 0)
+    kernels = []
+    for path, leaf in flat.items():
+        *_, name, last = path.split("/")
+        if "/layers/" in path and last == "kernel" and len(leaf.shape) == 3:
+            N, before, after = leaf.shape
+            kernels.append((name, N, before, after, axes[path][1], axes[path][2]))
+    parameters = [(leaf.size, axes[path]) for path, leaf in flat.items()]
+    item = 4 if cfg.model.dtype == "float32" else 2
+    per_parameter = copies / sum(size for size, _ in parameters)
+    return Sizes(kernels, parameters, per_parameter, item, cfg.model.vocab_size, cfg.model.embed_dim)
+
+
+def guess(cfg: Config, model: Sizes, where: aot.Topology, one: Candidate) -> Guess:
+    """Arithmetic of one setting.
+
+    At least taken: the state, and what is kept of the layers for the backward pass. On top come gathered weights,
+    logits and gradients, of which how many are alive at once only the compiler knows.
+    """
+    over = dict(zip(sharding.AXES, one.mesh, strict=True))
+
+    def parts(logical: str | None) -> int:
+        split = sharding.RULES.get(logical or "", ())
+        return math.prod(over[axis] for axis in ((split,) if isinstance(split, str) else split))
+
+    def shard(size: int, axes: sharding.LogicalAxes, whole: tuple[str, ...] = ()) -> float:
+        return size / math.prod(parts(axis) for axis in axes if axis not in whole)
+
+    chip, micro, kept = where.chip, one.micro_batches, _KEPT[one.remat]
+    rows = cfg.data.batch_size / where.slices / (over["data"] * over["fsdp"] * over["expert"])
+    tokens = rows * cfg.data.seq_len / over["context"]  # of a chip and a step
+    mine = sum(shard(*each) for each in model.parameters)
+    gathered = sum(shard(*each, whole=("embed", "expert_embed")) for each in model.parameters)
+    state = mine * model.state_bytes
+    activations = again = attention = layers = inputs = 0.0
+    products = 3 * 2 * gathered * tokens  # forward and, twice that, backward; the look-up of the embedding aside
+    for name, N, before, after, axis_in, axis_out in model.kernels:
+        width_in, width_out = before / _tensor(parts, axis_in), after / _tensor(parts, axis_out)
+        activations += N * width_out * (name in kept)
+        inputs += N * width_in * (name in ("query", "gate", "up", "down"))
+        again += N * 2 * width_in * width_out * tokens * (name not in (*kept, "down"))
+        if name == "out":
+            layers += N
+            activations += N * (width_in * ("core" in kept) + model.width)  # and the layer's input
+            attention += N * 2 * 2 * width_in * tokens * cfg.data.seq_len / 2  # causal
+    attention *= 3.5 if "core" in kept else 4.5  # forward, 2.5 times that backward, forward again
+    held = tokens / micro * model.item * activations
+    at_least = state + held + (4 * mine if micro > 1 else 0)
+    chunk = min(1.0, (one.chunk_len or cfg.data.seq_len) / (cfg.data.seq_len / over["context"]))
+    logits = tokens / micro * chunk * model.vocab / over["tensor"] * (4 + model.item)
+    # Without remat what is between the matmuls is kept too, much of it in float32: about this often their inputs' size.
+    inputs *= 4 * tokens / micro * model.item * (one.remat == "none")
+    peak = at_least + inputs + logits + 2 * model.item * gathered / max(layers, 1) + 4 * mine
+    # Time. A sum over all chips of a slice has all their links, one along a part of the mesh those of one axis.
+    copies = over["fsdp"] * over["expert"] * over["context"]
+
+    def wire(payload: float, n: int, passes: float) -> float:
+        links = where.links if n == math.prod(where.shape) else 1
+        return passes * payload * (n - 1) / n / (links * chip.link_bandwidth)
+
+    gathers = wire(model.item * gathered * micro, copies, 2)
+    waits = wire(model.item * gathered * micro, copies, 1)
+    waits += wire(4 * mine * micro, over["data"], 2)
+    waits += wire(layers * tokens * model.width * model.item, over["tensor"], 2 * (4 if "out" in kept else 5))
+    kv = sum(N * after / _tensor(parts, axis) for name, N, _, after, _, axis in model.kernels if name in _QKV[1:])
+    waits += wire(tokens * over["context"] * kv * model.item, over["context"], 3)
+    seconds = (products + again) / MATMUL_EFFICIENCY + attention / aot.KERNEL_EFFICIENCY
+    seconds /= chip.peak_flops
+    moved = 2 * state + micro * (3 * model.item * gathered + 8 * mine) + 6 * tokens * model.item * activations
+    return Guess(at_least, peak, 1e3 * (max(seconds, gathers) + moved / chip.hbm_bandwidth + waits))
+
+
+def _tensor(parts: Callable[[str | None], int], axis: str | None) -> int:
+    """In how many parts an activation is split along the axis that its kernel names so."""
+    return 1 if axis in ("embed", None) else parts(axis)
+
+
+def keeps_more(one: Candidate, other: Candidate) -> bool:
+    """Whether `one` needs no less memory than `other` does: all the same, but more kept, or at once."""
+
+    def chunk(each: Candidate) -> float:
+        return each.chunk_len or math.inf
+
+    return (
+        (one.mesh, one.flags) == (other.mesh, other.flags)
+        and POLICIES.index(one.remat) <= POLICIES.index(other.remat)
+        and one.micro_batches == other.micro_batches
+        and chunk(one) >= chunk(other)
+    )

@@ -1,0 +1,252 @@
+"""lm/settings.py, lm/search.py and `tools/plan.py --search`: arithmetic, choosing, resuming, and what is written."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from test_aot import LENGTH, ROOT, SMALL, needs_libtpu
+
+from lm import aot, config, search, settings, sharding
+from lm.models.blocks import REMAT_POLICIES
+from lm.schema import ConfigError, flatten
+from lm.search import Found
+from lm.settings import Candidate
+
+GIB = aot.GIB
+RECIPE = ROOT / "configs/bench/v5e16_124m.py"
+
+
+def recipe(argv=()):
+    """The benchmark's config, made small, as the command line of a run gives it."""
+    argv = ["x", f"--config={RECIPE}", *(f"--config.{key}={value}" for key, value in SMALL.items()), *argv]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(values.read_flags_from_files(argv, force_gnu=False))
+    return config.build(holder.value)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(config, slices, settings, arithmetic of each) of the small model on 2 x 2 chips."""
+    cfg, where = recipe(), aot.topology("v5e:2x2", 1)
+    candidates = settings.space(cfg, where, ["--a", "--b"])
+    model = settings.sizes(cfg)
+    return cfg, where, candidates, [settings.guess(cfg, model, where, one) for one in candidates]
+
+
+def made(remat="minimal", mesh=(1, 4, 1, 1, 1), micro=1, chunk=0, flags=""):
+    return Candidate(mesh, remat, micro, chunk, flags)
+
+
+def test_what_a_policy_keeps_is_known_of_all_of_them_and_ever_less():
+    assert tuple(settings._KEPT) == settings.POLICIES == tuple(REMAT_POLICIES)
+    kept = [set(settings._KEPT[policy]) for policy in settings.POLICIES]
+    assert all(more >= less for more, less in itertools.pairwise(kept))
+
+
+def test_settings_fit_the_chips_and_leave_the_batch_alone(small):
+    cfg, _, candidates, _ = small
+    assert len(set(candidates)) == len(candidates)
+    meshes = {one.mesh for one in candidates}
+    assert (1, 4, 1, 1, 1) in meshes and (1, 2, 1, 1, 2) in meshes and (1, 1, 1, 4, 1) in meshes
+    for one in candidates:
+        sizes = dict(zip(sharding.AXES, one.mesh, strict=True))
+        assert sizes["expert"] == 1 and sizes["tensor"] <= cfg.model.num_heads
+        rows = sizes["data"] * sizes["fsdp"] * one.micro_batches
+        assert cfg.data.batch_size % rows == 0
+        changed = settings.apply(cfg, one, 1)
+        allowed = {*settings.KEYS, "mesh.dcn_data"}
+        assert {key for key in config.diff(cfg, changed)} <= allowed
+    assert {one.flags for one in candidates} == {"--a", "--b"}
+
+
+def test_what_is_pinned_stays_and_what_cannot_be_is_refused(small):
+    cfg, where, _, _ = small
+    found = settings.space(cfg, where, [""], ["mesh.fsdp", "model.remat", "loss.chunk_len", "train.micro_batches"])
+    assert {one.mesh for one in found} == {(1, 4, 1, 1, 1)} and {one.remat for one in found} == {cfg.model.remat}
+    assert len(found) == 1
+    odd = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=3, seq_len=255))
+    with pytest.raises(ConfigError, match="divides"):
+        settings.space(odd, where, [""], ["mesh.tensor"])
+    with pytest.raises(ConfigError, match="dcn_data"):
+        settings.space(cfg, aot.topology("v5e:2x2", 2), [""])
+
+
+def test_arithmetic_of_the_state_and_of_what_is_kept_by_hand(small):
+    cfg, _, candidates, guesses = small
+    by_setting = dict(zip(candidates, guesses, strict=True))
+    layers, width, inner = (SMALL[f"model.{key}"] for key in ("num_layers", "embed_dim", "mlp_dim"))
+    norms = (2 * layers + 1) * width
+    split = layers * (4 * width**2 + 3 * width * inner) + 2 * SMALL["model.vocab_size"] * width
+    tokens = cfg.data.batch_size * LENGTH / 4
+    # Float32 parameters and two moments over 4 chips, those of norms whole; in bfloat16 of each layer what it was
+    # given, and for 'minimal' queries, keys, values, the kernel's result, its projection and both halves of the MLP.
+    full = by_setting[made("full", flags="--a")].at_least
+    assert full == pytest.approx(12 * (split / 4 + norms) + 2 * tokens * layers * width, rel=1e-6)
+    minimal = by_setting[made("minimal", flags="--a")].at_least
+    assert minimal - full == pytest.approx(2 * tokens * layers * (5 * width + 2 * inner))
+    # Two micro-batches hold half of it, and a float32 sum of gradients.
+    halved = by_setting[made("minimal", micro=2, flags="--a")].at_least
+    state = full - 2 * tokens * layers * width
+    assert halved == pytest.approx(state + (minimal - state) / 2 + state / 3)
+    # Tensor parallel over 2 of the 4: queries and the MLP are split, what a layer is given is not.
+    tensor = by_setting[made("full", mesh=(1, 2, 1, 1, 2), flags="--a")].at_least
+    assert tensor - state == pytest.approx(2 * (2 * tokens) * layers * width, rel=0.01)
+    assert by_setting[made("full", flags="--a")].ms > by_setting[made("minimal", flags="--a")].ms
+
+
+def test_what_keeps_more_of_the_same_does_not_fit_either():
+    assert settings.keeps_more(made("none"), made("attention")) and settings.keeps_more(made(), made())
+    assert not settings.keeps_more(made("full"), made("attention"))
+    assert settings.keeps_more(made(chunk=0), made(chunk=128)) and not settings.keeps_more(
+        made(chunk=64), made(chunk=128)
+    )
+    for other in (made(mesh=(4, 1, 1, 1, 1)), made(flags="--x"), made(micro=2)):
+        assert not settings.keeps_more(made("none"), other)
+
+
+def test_the_next_is_the_one_that_may_be_fastest_and_may_fit():
+    candidates = [made(remat, flags=flag) for remat in settings.POLICIES for flag in ("--a", "--b")]
+    guesses = [
+        settings.Guess(peak, peak, ms)
+        for peak, ms in zip((20, 12, 8, 6, 4), (100.0, 101.0, 110.0, 120.0, 130.0), strict=True)
+        for _ in range(2)
+    ]
+    number = {one: i for i, one in enumerate(candidates)}
+
+    def choose(**known):
+        found = {number[made(name.split("_")[0], flags=f"--{name[-1]}")]: each for name, each in known.items()}
+        chosen = search.choose(candidates, guesses, 16.0, found)
+        return chosen if chosen is None else (candidates[chosen].remat, candidates[chosen].flags)
+
+    assert choose() == ("minimal", "--a"), "'none' cannot fit, by arithmetic"
+    assert choose(minimal_a=None) != ("minimal", "--a"), "one that is being compiled is not chosen again"
+    slow = Found(300.0, 12.0, True)
+    assert choose(minimal_a=slow)[1] == "--b", "flags that turn out slow are slow elsewhere too"
+    too_large = Found(None, 19.0, False)
+    assert choose(minimal_a=too_large)[0] != "minimal", "what is measured as too large is too large with other flags"
+    assert choose(minimal_a=Found(None, 0.0, False), minimal_b=Found(None, 0.0, False))[0] == "attention"
+    everything = {f"{remat}_{flag}": Found(None, 99.0, False) for remat in settings.POLICIES for flag in "ab"}
+    assert choose(**everything) is None
+
+
+def landscape(one):
+    """A made-up machine: flags --b are 1.5 times as fast, tensor parallelism is slower than arithmetic says."""
+    ms = {"none": 100, "minimal": 102, "attention": 108, "qkv": 115, "full": 130}[one.remat] * (1 + 0.05 * one.mesh[4])
+    ms *= (1.5 if one.flags == "--a" else 1.0) * (1 + 0.02 * (one.micro_batches - 1)) * (1 + (one.chunk_len > 0) / 50)
+    peak = {"none": 20, "minimal": 12, "attention": 8, "qkv": 6, "full": 4}[one.remat] / one.micro_batches * GIB
+    return Found(ms, peak, True) if peak <= 16 * GIB else Found(None, peak, False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_search_finds_the_best_and_goes_the_same_way_again(small, workers):
+    _, where, candidates, guesses = small
+    capacity = where.chip.hbm_bytes
+    fitting = [landscape(one) for one in candidates]
+    best = min(each.ms for each in fitting if each.fits)
+    orders, seen, lock = [], {}, threading.Lock()
+
+    def measure(one):
+        time.sleep(0.003 * (len(one.remat) % 3))  # who starts first does not end first
+        with lock:
+            seen[one] = seen.get(one, 0) + 1
+        return landscape(one)
+
+    for _ in range(2):
+        notes: list[int] = []
+        found = search.run(
+            candidates,
+            guesses,
+            capacity,
+            measure,
+            compiles=20,
+            workers=workers,
+            note=lambda *said, notes=notes: notes.append(said[0]),
+        )
+        orders.append(list(found))
+        assert len(found) == 20 and notes == [*range(1, 21)]
+        assert found[search.frontier(found)[0]].ms <= 1.02 * best
+    assert orders[0] == orders[1] and set(seen.values()) == {2}
+
+
+def test_the_frontier_of_memory_against_time():
+    found = {
+        0: Found(10.0, 8.0, True),
+        1: Found(12.0, 9.0, True),  # slower and larger than 0
+        2: Found(11.0, 7.0, True),
+        3: Found(None, 99.0, False),
+        4: Found(20.0, 2.0, True),
+        5: Found(20.0, 3.0, True),
+    }
+    assert search.frontier(found) == [0, 2, 4]
+    assert search.frontier({3: found[3]}) == []
+
+
+def test_the_file_of_the_winner_sets_it(small, tmp_path):
+    cfg, _, _, _ = small
+    one = made("attention", mesh=(1, 2, 1, 1, 2), micro=2, chunk=64, flags="--xla_x=1")
+    path = tmp_path / "winner.flags"
+    path.write_text(search.flag_file(one, Found(12.3, 4 * GIB, True), usual_flags=""))
+    assert recipe([f"--flagfile={path}"]) == settings.apply(cfg, one, 1)
+    assert "LIBTPU_INIT_ARGS='--xla_x=1'" in path.read_text()
+    assert "LIBTPU" not in search.flag_file(one, Found(1.0, 1.0, True), usual_flags="--xla_x=1")
+
+
+def test_results_are_read_back():
+    assert search.read({"fits": True, "estimated_step_ms": 3.0, "hbm_peak": 5}) == Found(3.0, 5.0, True)
+    unfit = search.read({"fits": False, "hbm_needed": 7.0, "why": "it needs 7G\n  largest"})
+    assert unfit == Found(None, 7.0, False, note="it needs 7G")
+    assert not search.read({"fits": False, "hbm_peak": 17}).fits
+
+
+@needs_libtpu
+def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compiled(tmp_path):
+    """Two real compilations, in which what is kept of the layers is most of the memory."""
+    pinned = SMALL | {"data.batch_size": 512, "mesh.data": 1, "mesh.context": 1, "mesh.tensor": 1, "loss.chunk_len": 32}
+    pinned |= {"mesh.expert": 1, "train.micro_batches": 1}
+    command = [sys.executable, "tools/plan.py", f"--config={RECIPE.relative_to(ROOT)}", "--topology=v5e:2x2"]
+    command += [*(f"--config.{key}={value}" for key, value in pinned.items()), "--search", "--compiles=2"]
+    command += ["--workers=1", "--libtpu_flags=", f"--cache={tmp_path}/cache", f"--plot={tmp_path}/plot.png"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    killed = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 400
+    while not (first := [*tmp_path.glob("cache/*.json")]) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (first,) = first
+    before = first.stat().st_mtime_ns
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("cache/*.json")]
+    assert len(results) == 2 and first.stat().st_mtime_ns == before, "the first one is not compiled again"
+    assert "[2/2]" in done.stdout and "min left" in done.stdout
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    where = aot.topology("v5e:2x2", 1)
+    winner = recipe(
+        [f"--config.{key}={value}" for key, value in pinned.items()] + [f"--flagfile={tmp_path}/cache/winner.flags"]
+    )
+    cfg = recipe([f"--config.{key}={value}" for key, value in pinned.items()])
+    changed = {key for key, (old, new) in config.diff(cfg, winner).items() if old != new}
+    assert changed <= {"model.remat"}
+    compiled = dict(re.findall(r"\[\d/2\].* ([\d.]+) GiB.* (none|minimal|attention|qkv|full) ", done.stdout))
+    model = settings.sizes(cfg)
+    assert len(compiled) == 2
+    for peak, remat in compiled.items():
+        guess = settings.guess(cfg, model, where, made(remat, chunk=32))
+        assert 0.4 * float(peak) * GIB < guess.at_least <= float(peak) * GIB
+        assert guess.peak == pytest.approx(float(peak) * GIB, rel=0.5)
+    assert dict(flatten(config.to_dict(winner)))["model.remat"] in compiled.values()
