@@ -87,7 +87,7 @@ def test_gradients_of_layers_go_round_a_ring_beside_the_computation(small):
     found, _, _ = small
     sent = {name: row for name, row in found["collectives"].items() if name.startswith("collective-permute")}
     kernels = 2 * LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)
-    assert list(sent) == ["collective-permute bf16 over 2 async"]
+    assert list(sent) == ["collective-permute bf16 over fsdp async"]
     assert sum(row["bytes"] for row in sent.values()) == pytest.approx(kernels * (CHIPS - 1) / CHIPS)
     assert not any(name.startswith("all-reduce bf16") for name in found["collectives"])
 
