@@ -147,7 +147,10 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     carried = [op for op in map(condition.get, root.operands) if op and op.opcode == "get-tuple-element"]
     indices = [int(op.attribute(r"index=(\d+)")) for op in carried]
     bounds = _constants(program, condition, condition)
-    start = program.computations[where][loop.operands[0]].operands
+    given = program.computations[where][loop.operands[0]]
+    while given.opcode in ("copy", "bitcast", "optimization-barrier") and given.operands:
+        given = program.computations[where][given.operands[0]]
+    start = given.operands if given.opcode == "tuple" else ()
     if not bounds and len(indices) == 2:  # the bound is carried too: of the two it is the one that starts above 0
         begins = [_constants(program, program.computations[where], [start[index]]) for index in indices]
         bounds = {value for values in begins for value in values if value > 0}
@@ -157,7 +160,7 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     if len(bounds) != 1 or len(steps) != 1:
         raise unreadable
     # The compiler may take turns out of a loop, to be done before it: the counter then starts above 0.
-    begins_at = _constants(program, program.computations[where], [start[indices[0]]]) or {0}
+    begins_at = _constants(program, program.computations[where], start[indices[0] : indices[0] + 1]) or {0}
     return math.ceil((bounds.pop() - begins_at.pop()) / steps.pop())
 
 
