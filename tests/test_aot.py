@@ -151,9 +151,8 @@ def test_slices_send_each_other_only_a_chips_share_of_the_gradients(tmp_path):
     rest = 4 * 2 * VOCAB * WIDTH / CHIPS
     assert rest <= sum(size for name, size in across.items() if " f32 " in name) < 1.6 * rest
     assert found["chips"] == 2 * CHIPS and found["estimated_ms"]["between"] > 0
-    assert found["mesh"]["dcn_data"] == 2 and all(
-        "over fsdp (4)" in name for name in found["collectives"].keys() - across
-    )
+    assert found["mesh"]["dcn_data"] == 2
+    assert all("over fsdp" in name for name in found["collectives"].keys() - across)
     assert found["host_bytes_to_save"] == pytest.approx(4 * 3 * found["parameters"], rel=0.01), "one of the copies"
 
 
