@@ -61,6 +61,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
+        "peer": ["torch>=2.13", "transformers>=5.24"],  # what tools/bench.py compares with
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
         "beam": ["apache-beam>=2.77"],
         # ruff and mypy are held to one minor version: a new one may find new faults in unchanged code.

@@ -1,0 +1,161 @@
+"""tools/bench.py: its figures are of the real training, and the peer beside it computes the same."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from lm import sharding
+from lm.config import MeshConfig
+from lm.schema import ConfigError
+from tests import toys
+from tools import bench, bench_input, bench_peer
+
+GPT2 = {
+    "data__packing": "concat",
+    "data__mask_documents": False,
+    "model__vocab_size": 300,
+    "model__dropout": 0.0,
+    "optim__ema_decay": 0.0,
+    "optim__warmup_steps": 3,  # the learning rate moves
+    "optim__weight_decay": 1.0,
+    "optim__clip_norm": 0.5,
+}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+
+
+@pytest.fixture
+def cfg(tmp_path, one_device):
+    return toys.recipe(toys.write_texts(tmp_path / "texts"), **GPT2)
+
+
+@pytest.fixture
+def peer_there():
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"no {name}: pip install -e '.[peer]' to compare with it")
+
+
+def test_figures_are_of_the_projects_own_training(cfg, tmp_path, capsys):
+    found = bench.measure(cfg, tmp_path, rounds=3, seconds=0.01)
+    assert found["tokens_per_step"] == 16 * 32
+    assert 0 < found["tokens_per_second_spread"]["min"] <= found["tokens_per_second"]
+    assert found["tokens_per_second"] <= found["tokens_per_second_spread"]["max"]
+    assert found["tokens_per_cpu_second"] > 0
+    assert found["mfu"] is None and 0 < found["share_of_matmul"] < 1  # of a CPU no peak is known
+    assert found["seconds_to_first_step"] == pytest.approx(sum(found["seconds_of_it"].values()))
+    json.dumps(found)
+    bench.show(found)
+    assert f"{found['parameters']:,}" in capsys.readouterr().out
+
+
+def test_training_that_is_timed_learns_from_batch_after_batch(cfg, tmp_path):
+    own = bench.prepare(cfg, tmp_path, keep_start=False)
+    assert own.start is None
+    assert own.advance(20) < own.loss - 0.5
+
+
+def test_the_peer_computes_the_same_steps(cfg, tmp_path, peer_there):
+    found = bench.measure(cfg, tmp_path, rounds=2, seconds=0.01, peer=True)
+    peer = found["peer"]
+    for name, tolerance in (("loss_at_start", bench.AGREE_AT_START), ("loss_after_a_step", bench.AGREE_AFTER)):
+        assert peer[name]["peer"] == pytest.approx(peer[name]["own"], rel=tolerance)
+    assert peer["loss_after_a_step"]["own"] != peer["loss_at_start"]["own"]
+    assert peer["ratio"]["min"] <= peer["ratio"]["median"] <= peer["ratio"]["max"]
+    assert peer["activation"] == "gelu_new"
+    bench.show(found)
+
+
+@pytest.mark.parametrize("path", ["embed/position_embedding", "decoder/layers/attention/key/kernel"])
+def test_another_model_in_the_peers_place_is_not_timed(path, cfg, tmp_path, peer_there, monkeypatch):
+    rename = bench_peer.weights
+
+    def moved(params, num_layers):
+        flat = {key: np.array(x) for key, x in bench_peer.trees.flatten(params).items()}
+        flat[path] += 0.05 * np.arange(flat[path].size).reshape(flat[path].shape) % 0.3
+        return rename(bench_peer.trees.unflatten(flat), num_layers)
+
+    monkeypatch.setattr(bench_peer, "weights", moved)
+    with pytest.raises(bench.Disagree, match="does not compute the same: loss"):
+        bench.measure(cfg, tmp_path, rounds=1, seconds=0.01, peer=True)
+
+
+def test_another_optimizer_in_the_peers_place_is_not_timed(cfg, tmp_path, peer_there, monkeypatch):
+    make = bench_peer.make
+
+    def slower(cfg, params, rates, *rest):
+        return make(cfg, params, (0.9 * rate for rate in rates), *rest)
+
+    monkeypatch.setattr(bench_peer, "make", slower)
+    with pytest.raises(bench.Disagree):
+        bench.measure(cfg, tmp_path, rounds=1, seconds=0.01, peer=True)
+
+
+def test_a_missing_peer_names_what_to_install(cfg, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"torch and transformers not installed: pip install -e '\.\[peer\]'"):
+        bench_peer.check(cfg, "cpu")
+
+
+def test_what_is_not_gpt2_is_refused_by_its_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    changed = {"model__position": "rope", "optim__name": "lion", "data__mask_documents": True}
+    other = toys.recipe(toys.write_texts(tmp_path / "texts"), **GPT2 | changed)
+    with pytest.raises(ConfigError, match=r"data\.mask_documents \(False\).*optim\.name.*model\.position"):
+        bench_peer.check(other, "cpu")
+    with pytest.raises(ConfigError, match="JAX is on gpu"):
+        bench_peer.check(other, "gpu")
+
+
+def call(*arguments):
+    """What the command ends with: None, or its error."""
+    try:
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["bench.py", *arguments])
+        bench.main(["bench.py"])
+    except SystemExit as end:
+        return end.code
+    finally:
+        flags.FLAGS.unparse_flags()
+        for name in ("input", "json", "megabytes", "seconds"):
+            flags.FLAGS[name].unparse()
+    return None
+
+
+def test_the_input_alone_is_measured_in_a_folder_that_goes_again(tmp_path, monkeypatch):
+    seen = []
+
+    def measure(folder, megabytes, seconds):
+        assert folder.is_dir()
+        seen.append((folder, megabytes, seconds))
+        return {"prepared_tokens_per_second": 1.0}
+
+    monkeypatch.setattr(bench_input, "measure", measure)
+    monkeypatch.setattr(bench_input, "show", lambda found: seen.append(found))
+    file = tmp_path / "figures.json"
+    assert call("--input", "--megabytes=3,4", "--seconds=0.5", f"--json={file}") is None
+    (folder, *rest), shown = seen
+    assert rest == [[3, 4], 0.5] and not folder.exists()
+    assert json.loads(file.read_text()) == shown == {"prepared_tokens_per_second": 1.0}
+
+
+def test_neither_a_recipe_nor_the_input_is_an_error():
+    assert "either --config=configs/NAME.py or --input" in call()
+
+
+def test_the_benchmarks_recipe_is_what_the_peer_can_be(monkeypatch, one_device):
+    from configs.bench import cpu_gpt2
+    from lm import build, config
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    bench_peer.check(build.plan(config.build(cpu_gpt2.get_config()), None).cfg, "cpu")
+    assert "torch" not in sys.modules or importlib.util.find_spec("torch")
