@@ -75,6 +75,9 @@ def _of_text(cfg: Config) -> None:
         f"'model.experts' is {model.experts}: expected (experts, of which 1 or more for each position), or (0, 0)": (
             not any(model.experts) or 0 < model.experts[1] <= model.experts[0]
         ),
+        f"'model.mup_base' is for models of text; 'model.kind' {model.kind} needs it to be (0, 0)": (
+            not is_vision or not any(model.mup_base)
+        ),
         "'mesh.expert' splits experts, but 'model.experts' is (0, 0): set mesh.fsdp instead": (
             any(model.experts) or cfg.mesh.expert == 1
         ),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm import sharding
+from lm import mup, sharding
 from lm.config import AdapterConfig, ModelConfig
 from lm.models import adapters, attention, experts, layers
 from lm.models.attention import Mask, attend
@@ -208,6 +208,8 @@ def _heads(
         y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(checkpoint_name(y, name))
     if turned_BxL is not None:
         y = layers.rope(y, turned_BxL, cfg.rope_theta)
+    if name == "query" and mup.query_scale(cfg) != 1:
+        y *= mup.query_scale(cfg)
     return y if is_normed else checkpoint_name(y, name)
 
 
