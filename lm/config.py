@@ -135,7 +135,7 @@ class ModelConfig:
     dropout: float = 0.0
     embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto = bfloat16, but float32 on CPU
-    remat: Literal["none", "minimal", "attention", "qkv", "full"] = "none"  # lm.models.blocks: what is computed again
+    remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.blocks
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
 
 

@@ -24,10 +24,17 @@ from lm.models.layers import fold
 # again. What is gathered for use is never kept, but gathered again, or every layer's would be held: weights (ZeRO-3),
 # and the keys and values of positions that lie elsewhere.
 _QKV = ("query", "key", "value")
+_MATMULS = (*_QKV, attention.NAME, "out", "gate", "up")  # all matmuls but the last, whose result none needs
 _names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
     "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "all_gather"),
-    "minimal": _names(*_QKV, attention.NAME, "out", "gate", "up"),  # all matmuls but the last, whose result none needs
+    "minimal": _names(*_MATMULS),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory meanwhile
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=_MATMULS,
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "attention": _names(*_QKV, attention.NAME, "out"),
     "qkv": _names(*_QKV),
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
