@@ -59,6 +59,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
+        "quantization": ["qwix>=0.1.8"],  # model.dtype int8 and fp8
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.

@@ -134,7 +134,7 @@ class ModelConfig:
     projection_dim: int = 128  # contrastive only: width of the projection head's output
     dropout: float = 0.0
     embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto = bfloat16, but float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # compute, see lm.program.compute_dtype
     remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.blocks
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
 

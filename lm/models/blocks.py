@@ -193,6 +193,14 @@ class CrossAttention(nn.Module):
         return _output(self, y_BxLxHxE, keys_B), cache_kv
 
 
+def _dense(module: Any) -> Any:
+    """`layers.Dense` as the model of this attention or MLP has it."""
+    cfg, quantize = module.cfg, layers.quantized_type(module.cfg.dtype)
+    return functools.partial(
+        layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter, quantize=quantize
+    )
+
+
 def _heads(
     module: Any,
     name: str,
@@ -206,7 +214,7 @@ def _heads(
     `turned_BxL`: the positions by which rotary embedding turns them.
     """
     cfg, axis = module.cfg, "heads" if name == "query" else "kv_heads"
-    dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
+    dense = _dense(module)
     y = dense(heads * cfg.head_dim, ("embed", axis), name=name)(x_BxLxD, keys_B)
     y = sharding.constrain(y, "batch", "length", axis)
     y = y.reshape(*y.shape[:2], heads, cfg.head_dim)
@@ -223,7 +231,7 @@ def _heads(
 def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.Array:
     cfg = module.cfg
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
-    dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
+    dense = _dense(module)
     out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="out")
     return checkpoint_name(_apart(out(y_BxLxHE, keys_B)), "out")
 
@@ -238,7 +246,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         cfg = self.cfg
-        dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=self.dtype, adapter=self.adapter)
+        dense = _dense(self)
 
         def widen(name: str) -> jax.Array:
             y = dense(cfg.mlp_dim, ("embed", "mlp"), name=name)(x_BxLxD, keys_B)
