@@ -59,6 +59,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
+        "quantization": ["qwix>=0.1.8"],  # model.dtype int8 and fp8
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
         "peer": ["torch>=2.13", "transformers>=5.24"],  # what tools/bench.py compares with

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from lm.config import CheckpointConfig
@@ -259,7 +260,8 @@ def choose(run: str) -> Saved:
     steps = ", ".join(str(s.step) for s in saved)
     readable = [s for s in saved if "unreadable" not in s.info]
     if which == "default":
-        stops_early = readable and readable[-1].info["config"].get("train", {}).get("patience", 0) > 0
+        # Of a run from before it was a pair it is a number.
+        stops_early = readable and np.ravel(readable[-1].info["config"].get("train", {}).get("patience", 0))[0] > 0
         which = "best" if stops_early else "latest"
     if which == "latest" or not readable:
         which = str(saved[-1].step)

@@ -1,5 +1,6 @@
 """What is refused before anything is computed: parts of a config that are each right and do not fit together."""
 
+import importlib.util
 import re
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,7 @@ def fit(cfg: Config) -> None:
 
 
 def _of_text(cfg: Config) -> None:
-    """Refuses what only models of text have, and what experts need."""
+    """Refuses what only models of text have, and what experts and 8 bits need."""
     model, is_vision = cfg.model, cfg.model.kind in ("vit", "mae")
     needs = {
         f"'mesh.context' splits the positions of a text; 'model.kind' {model.kind} needs it to be 1": (
@@ -74,6 +75,15 @@ def _of_text(cfg: Config) -> None:
         ),
         f"'model.experts' is {model.experts}: expected (experts, of which 1 or more for each position), or (0, 0)": (
             not any(model.experts) or 0 < model.experts[1] <= model.experts[0]
+        ),
+        f"'model.mup_base' is for models of text; 'model.kind' {model.kind} needs it to be (0, 0)": (
+            not is_vision or not any(model.mup_base)
+        ),
+        f"'model.dtype' is {model.dtype}, which needs qwix: pip install -e '.[quantization]'": (
+            model.dtype not in ("int8", "fp8") or importlib.util.find_spec("qwix") is not None
+        ),
+        f"'model.dtype' is {model.dtype}, which experts do not have: set auto": (
+            model.dtype not in ("int8", "fp8") or not any(model.experts)
         ),
         "'mesh.expert' splits experts, but 'model.experts' is (0, 0): set mesh.fsdp instead": (
             any(model.experts) or cfg.mesh.expert == 1

@@ -126,6 +126,7 @@ class ModelConfig:
     use_bias: bool = True  # False
     tie_embeddings: bool = True
     qk_norm: bool = False
+    mup_base: tuple[int, int] = (0, 0)  # muP: embed_dim and head_dim (0 = as here) of the tuned recipe; (0, 0) = off
     logit_softcap: float = 0.0  # 0 = off; else logits = cap * tanh(logits / cap)
     attention_softcap: float = 0.0  # the same, on attention scores
     sliding_window: int = 0  # 0 = off; else a position sees itself and the window - 1 before it
@@ -133,8 +134,8 @@ class ModelConfig:
     projection_dim: int = 128  # contrastive only: width of the projection head's output
     dropout: float = 0.0
     embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto = bfloat16, but float32 on CPU
-    remat: Literal["none", "minimal", "attention", "qkv", "full"] = "none"  # lm.models.blocks: what is computed again
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # compute, see lm.program.compute_dtype
+    remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.blocks
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
 
 
@@ -189,8 +190,7 @@ class TrainConfig:
     """How long, and in how many pieces a step is computed."""
 
     total: Duration = NEVER
-    patience: int = 0  # evaluations without a better checkpoint.best_metric before stopping early; 0 = never
-    min_delta: float = 0.0  # a change of that metric by less is not better
+    patience: tuple[int, float] = (0, 0.0)  # evaluations without a gain above the 2nd before stopping; 0 = never
     micro_batches: int = 1  # the batch is split in this many, their gradients summed: less memory, the same result
 
 
@@ -322,10 +322,11 @@ def _check(config: Config) -> None:
     """Refuses values that no run could use, whatever the data."""
     model, data, optim, train = config.model, config.data, config.optim, config.train
     for key, value in flatten(to_dict(config)):
-        if not isinstance(value, int | float) or key in ("mesh.data", "seed"):
+        numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
+        if not numbers or key in ("mesh.data", "seed"):
             continue
         least = 1 if key in _AT_LEAST_ONE else 0
-        if value < least:
+        if min(numbers) < least:
             raise ConfigError(f"'{key}' must {f'be at least {least}' if least else 'not be negative'}, got {value}")
         if key in _BELOW_ONE and value >= 1:
             raise ConfigError(f"'{key}' must be in [0, 1), got {value}")
@@ -384,12 +385,13 @@ def _check(config: Config) -> None:
         "and width": not is_vision or not any(size % model.patch_size for size in data.image_shape[:2]),
         f"'model.position' is {model.position}, but 'model.kind' {model.kind} needs "
         f"{'sincos' if is_vision else 'another'}": is_vision == (model.position == "sincos"),
+        "'model.mup_base' lacks its first number, an embed_dim": model.mup_base[0] > 0 or not any(model.mup_base),
         "'loss.temperature' must be greater than 0": config.loss.temperature > 0,
         "'train.patience' counts evaluations, but no 'eval.every_*' is set": (
-            not train.patience or config.eval.every != NEVER
+            not train.patience[0] or config.eval.every != NEVER
         ),
         "'train.patience' goes back to the best checkpoint, but 'checkpoint.keep_best' is 0": (
-            not train.patience or config.checkpoint.keep_best > 0
+            not train.patience[0] or config.checkpoint.keep_best > 0
         ),
         f"'seed' must be in [-2^31, 2^31), got {config.seed}": -(2**31) <= config.seed < 2**31,
         "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != NEVER,

@@ -26,20 +26,20 @@ class Waiting(NamedTuple):
     evaluations: int = 0
 
     def is_over(self, cfg: TrainConfig) -> bool:
-        """Whether to stop: `train.patience` evaluations brought nothing better; never, where it is 0."""
-        return 0 < cfg.patience <= self.evaluations
+        """Whether to stop: `train.patience[0]` evaluations brought nothing better; never, where it is 0."""
+        return 0 < cfg.patience[0] <= self.evaluations
 
 
 def wait(waiting: Waiting, values: dict[str, float], cfg: Config) -> Waiting:
-    """The state after an evaluation. Better = better by more than `train.min_delta`; NaN never is.
+    """The state after an evaluation. Better = better by more than `train.patience[1]`; NaN never is.
 
-    Example, patience 2, losses 3.0 2.0 2.1 1.99 with min_delta 0.1: stops after the fourth, 1.99 being no better.
+    Example, patience (2, 0.1), losses 3.0 2.0 2.1 1.99: stops after the fourth, 1.99 being no better.
     """
     name = cfg.checkpoint.best_metric
     value = values.get(name, math.nan)  # a metric of weight 0 is left out
     if math.isnan(value):
         return waiting._replace(evaluations=waiting.evaluations + 1)
-    if waiting.best is None or metrics.gain(name, value - waiting.best) > cfg.train.min_delta:
+    if waiting.best is None or metrics.gain(name, value - waiting.best) > cfg.train.patience[1]:
         return Waiting(value, 0)
     return Waiting(waiting.best, waiting.evaluations + 1)
 

@@ -4,11 +4,12 @@ One step, on the trained parameters only:
 
     gradients -> clip by global norm -> direction (adamw | lion | adafactor | muon)
     parameter -= learning_rate(step) * lr_multiplier[path] * (
-        direction + weight_decay * parameter (if decayed[path]) + to_init * (parameter - where it started)
+        scale[path] * direction + weight_decay * parameter (if decayed[path]) + to_init * (parameter - where it started)
     )
 
-`to_init` is L2-SP (Li et al., arXiv:1802.01483), decoupled from the direction as weight decay is. A parameter that
-`unfreeze_rules` hold back has a gradient of 0 until its time comes, and its direction then begins as at a first step.
+`scale` is 1 but where a recipe is transferred to another width, see `lm.mup`. `to_init` is L2-SP (Li et al.,
+arXiv:1802.01483), decoupled from the direction as weight decay is. A parameter that `unfreeze_rules` hold back has a
+gradient of 0 until its time comes, and its direction then begins as at a first step.
 
 What the keys of `OptimConfig` mean for each direction; all moments are float32:
 
@@ -131,7 +132,13 @@ def schedule(cfg: OptimConfig, *, total_steps: int, warmup_steps: int, decay_ste
 
 
 def build(
-    cfg: OptimConfig, abstract_params: Params, *, total_steps: int, warmup_steps: int, decay_steps: int
+    cfg: OptimConfig,
+    abstract_params: Params,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    decay_steps: int,
+    scales: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Resolves the rules over the parameters' paths and makes the optimizer; no array is made, no device touched.
 
@@ -139,6 +146,7 @@ def build(
       cfg: the whole section but `ema_decay` is read here.
       abstract_params: all parameters, trained or not; only shapes and dtypes are read.
       total_steps, warmup_steps, decay_steps: as in `schedule`.
+      scales: path -> factor of the direction; None = 1.
 
     Raises:
       ConfigError, ValueError: as `selection.resolve` and `schedule`.
@@ -169,7 +177,8 @@ def build(
         lr, anchors = learning_rate(step), trees.flatten(start_params or {})
 
         def move(path: str, param: jax.Array, direction: jax.Array) -> jax.Array:
-            change = direction + cfg.weight_decay * decayed[path] * param
+            scale = scales[path] if scales else 1.0
+            change = scale * direction + cfg.weight_decay * decayed[path] * param
             if path in anchors:
                 change += cfg.to_init * (param - anchors[path])
             return param - once_begun(path, lr * multiplier[path] * change)
@@ -262,15 +271,16 @@ def _direction(cfg: OptimConfig, trained: Mapping[str, Any]) -> optax.GradientTr
             adafactor = _adafactor(cfg)
             return _partition({"layers": _per_layer(adafactor), "rest": adafactor}, trained, _is_stacked)
         case "muon":
-            return _partition({"layers": _muon(cfg), "rest": adamw}, trained, _is_stacked_kernel)
+            return _partition({"layers": _muon(cfg), "rest": adamw}, trained, is_stacked_kernel)
 
 
 def _is_stacked(path: str, _: Any) -> bool:
     return "layers" in path.split("/")
 
 
-def _is_stacked_kernel(path: str, leaf: Any) -> bool:
-    return _is_stacked(path, leaf) and path.endswith("kernel")
+def is_stacked_kernel(path: str, _: Any = None) -> bool:
+    """Whether muon takes it."""
+    return _is_stacked(path, _) and path.endswith("kernel")
 
 
 def _partition(

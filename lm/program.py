@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import objectives, optim, selection, sharding, step, trees
+from lm import mup, objectives, optim, selection, sharding, step, trees
 from lm.config import Config
 from lm.data.tasks import TASKS
 from lm.models import families
@@ -71,6 +71,7 @@ def make(
         total_steps=total_steps,
         warmup_steps=cfg.optim.warmup.to_steps(**size),
         decay_steps=cfg.optim.decay.to_steps(**size),
+        scales=mup.direction_scales(cfg.optim.name, logical_axes, mup.width_ratio(cfg.model)),
     )
     model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
     loss_fn = objectives.OBJECTIVES[cfg.objective].loss(model.apply, cfg, words)
@@ -120,8 +121,9 @@ def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDty
 
 
 def compute_dtype(name: str, mesh: Mesh) -> Any:
-    """'auto' is bfloat16 where the hardware multiplies it natively; CPUs do not."""
-    if name == "auto":
+    """'auto' is bfloat16 where the hardware multiplies it natively; CPUs do not. So is 'int8' or 'fp8', but for the
+    matmuls of the blocks' kernels, see `lm.models.layers.quantized`."""
+    if name in ("auto", "int8", "fp8"):
         name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 

@@ -101,7 +101,7 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
             summary = loop(run, workdir, state, position, watch, saves, interrupt)
         if is_primary:
             summary |= (told := history(workdir, cfg))
-            if cfg.train.patience:  # such a run is its best checkpoint, see `checkpoint.choose`
+            if cfg.train.patience[0]:  # such a run is its best checkpoint, see `checkpoint.choose`
                 summary |= {key: value for key, value in told["best"].items() if key in summary and key != "seconds"}
                 summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}
             report.write_summary(workdir, summary)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import losses, trees
+from lm import losses, sharding, trees
 from lm.models import attention, layers, transformer
 from lm.schema import ConfigError
 from tests import toys
@@ -207,6 +208,72 @@ def test_the_tpu_kernel_is_the_plain_form(window, causal, softcap):
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     for found, other in zip(gradients, others, strict=True):
         np.testing.assert_allclose(found, other, rtol=0, atol=2e-5 * float(jnp.abs(other).max()))
+
+
+def gpu_case(form):
+    """Arrays of two packed rows in bfloat16, and their mask."""
+    rows, length, heads, kv_heads, width = 2, 32, 4, 2, 8
+    rng = np.random.default_rng(0)
+    sizes = [(rows, length, heads, width), *[(rows, length, kv_heads, width)] * 2]
+    arrays = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes]
+    segments = jnp.asarray(np.repeat([[1, 1, 2, 3], [1, 2, 2, 0]], length // 4, axis=1), jnp.int32)
+    mask = attention.Mask(segments, segments, 5 if form == "window" else 0, causal=form != "both sides")
+    return arrays, mask.replace(is_prefix_BxS=segments % 2) if form == "prefix" else mask
+
+
+@pytest.mark.parametrize("form", ["causal", "window", "both sides", "prefix"])
+def test_what_the_gpu_kernel_is_given_is_the_plain_form(form):
+    """The same arguments in the other implementation that JAX has; values and gradients."""
+    arrays, mask = gpu_case(form)
+    assert attention.cudnn_fits(arrays[0], mask, 0.0)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
+    arrays = [x.astype(jnp.float32) for x in arrays]
+
+    def value_and_gradients(fn):
+        return jax.value_and_grad(lambda *args: (fn(*args) * weights).sum(), argnums=(0, 1, 2))(*arrays)
+
+    total, gradients = value_and_gradients(lambda *args: attention.cudnn(*args, mask, implementation="xla"))
+    expected, others = value_and_gradients(lambda *args: attention._dense(*args, mask, 0.0))
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    for found, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(found, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("form", ["causal", "window", "both sides", "prefix"])
+def test_a_gpu_runs_its_kernel_forward_and_backward(form, monkeypatch):
+    """Lowered for one, with what it would ask of a GPU's libraries answered; not run."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    arrays, mask = gpu_case(form)
+
+    def lowered(softcap):
+        total = jax.grad(lambda *args: attention.attend(*args, mask, softcap=softcap).sum().astype(jnp.float32))
+        return jax.jit(total).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = lowered(0.0)
+    calls = re.findall(r"@(__cudnn\$\w+)", text)
+    assert any("Backward" in call for call in calls) and any("Backward" not in call for call in calls), calls
+    kind = "CAUSAL" if form in ("causal", "window") else "NO_MASK"
+    assert re.findall(r'"mask_type": "(\w+)"', text.replace("\\22", '"')) == [kind] * 2
+    assert "__cudnn" not in lowered(5.0)
+
+
+def test_what_the_gpu_kernel_lacks_is_left_to_the_plain_form():
+    query, segments = jnp.zeros((1, 32, 2, 8), jnp.bfloat16), jnp.ones((1, 32), jnp.int32)
+    mask = attention.Mask(segments, segments, 0)
+    assert attention.cudnn_fits(query, mask, 0.0)
+    for lacking in (
+        (query.astype(jnp.float32), mask, 0.0),
+        (jnp.zeros((1, 32, 2, 12), jnp.bfloat16), mask, 0.0),
+        (jnp.zeros((1, 32, 2, 256), jnp.bfloat16), mask, 0.0),
+        (query, mask, 5.0),
+        (query, mask.replace(offset=3), 0.0),
+        (query, mask.replace(bias_HxLxS=jnp.zeros((2, 32, 32))), 0.0),
+        (query, mask.replace(key_segments_BxS=segments[:, :31]), 0.0),
+    ):
+        assert not attention.cudnn_fits(*lacking)
 
 
 def test_what_the_tpu_kernel_lacks_is_left_to_the_plain_form():

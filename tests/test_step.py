@@ -108,7 +108,8 @@ def test_loss_and_every_gradient_leaf_equal_the_float64_reference(style, shards,
 
 
 @pytest.mark.parametrize(
-    ("remat", "unroll"), [("full", 1), ("full", 0), ("minimal", 1), ("attention", 0), ("qkv", 1), ("none", 0)]
+    ("remat", "unroll"),
+    [("full", 1), ("full", 0), ("minimal", 1), ("offload", 1), ("attention", 0), ("qkv", 1), ("none", 0)],
 )
 def test_remat_and_unrolling_change_no_gradient(remat, unroll):
     cfg, _, params, batch, (_, weight, grads) = expected("llama")

@@ -31,6 +31,7 @@ MODULES = (
     "lm.scores",
     "lm.selection",
     "lm.optim",
+    "lm.mup",
     "lm.hlo",
     "lm.traffic",
     "lm.data.tokenizer",

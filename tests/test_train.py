@@ -111,12 +111,11 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
 
 
 def test_early_stopping_goes_back_to_the_best_and_a_resume_stops_at_the_same_step(texts, tmp_path):
-    """A rate at which nothing improves by min_delta: the third evaluation is the second without a better one."""
+    """A rate at which nothing improves enough: the third evaluation is the second without a better one."""
     cfg = toys.recipe(
         texts,
         train__total_steps=40,
-        train__patience=2,
-        train__min_delta=1.0,
+        train__patience=(2, 1.0),
         optim__learning_rate=1e-2,
         eval__every_steps=2,
         checkpoint__every_steps=1,
@@ -144,10 +143,10 @@ def test_early_stopping_goes_back_to_the_best_and_a_resume_stops_at_the_same_ste
         ("f1", [0.5, float("nan"), float("nan"), 0.9], 3),
     ],
 )
-def test_patience_counts_what_is_not_better_by_min_delta(name, values, stops_after):
+def test_patience_counts_what_is_not_better_by_enough(name, values, stops_after):
     cfg = dataclasses.replace(
         config.Config(),
-        train=config.TrainConfig(patience=2, min_delta=0.1),
+        train=config.TrainConfig(patience=(2, 0.1)),
         checkpoint=config.CheckpointConfig(best_metric=name),
     )
     waiting, stopped = evaluate.Waiting(), None

@@ -155,7 +155,7 @@ def shrink(c: Any) -> None:
                 section[key] = type(value)(0)
     c.train.total_steps = 2
     c.optim.warmup_steps = c.optim.decay_steps = int("decay" in was_set)
-    c.eval.every_steps = int("every" in was_set and c.train.patience > 0)
+    c.eval.every_steps = int("every" in was_set and c.train.patience[0] > 0)
     c.data.curriculum_steps = int("curriculum" in was_set)
     c.generate.prompts = c.generate.prompts[:1]
     c.generate.max_new_tokens = 4

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -69,19 +70,57 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention; query head h reads key/value head h // (H / K).
 
-    The one place where a backend is chosen: a kernel on TPU; where positions are split over devices, each device's own
-    queries with everyone's keys; causal query blocks where keys and queries are the same positions; the plain form when
-    decoding from a cache.
+    The one place where a backend is chosen: a kernel on TPU and on GPU; where positions are split over devices, each
+    device's own queries with everyone's keys; causal query blocks where keys and queries are the same positions; the
+    plain form when decoding from a cache.
 
     Returns:
       [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
     """
     if sharding.platform() == "tpu" and splash_fits(query_BxLxHxE, mask):
         return splash(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap=softcap)
+    if sharding.platform() == "gpu" and cudnn_fits(query_BxLxHxE, mask, softcap):
+        return checkpoint_name(cudnn(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask), NAME)
     parts = sharding.length_parts()
     is_split = parts > 1 and mask.offset is None and query_BxLxHxE.shape[1] % parts == key_BxSxKxE.shape[1] % parts == 0
     plain = _over_context if is_split else _in_blocks
     return checkpoint_name(plain(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap), NAME)
+
+
+def cudnn_fits(query_BxLxHxE: jax.Array, mask: Mask, softcap: float) -> bool:
+    """Whether the GPU kernel has this: 16 bits, narrow heads, no soft cap, cache or bias, whole rows on a device."""
+    width, lengths = query_BxLxHxE.shape[-1], (mask.query_segments_BxL.shape[1], mask.key_segments_BxS.shape[1])
+    plain = mask.offset is None and mask.bias_HxLxS is None and not softcap and sharding.length_parts() == 1
+    half = query_BxLxHxE.dtype in (jnp.bfloat16, jnp.float16)
+    return plain and half and width % 8 == 0 and width <= 128 and not any(length % 2 for length in lengths)
+
+
+def cudnn(
+    query_BxLxHxE: jax.Array,
+    key_BxSxKxE: jax.Array,
+    value_BxSxKxE: jax.Array,
+    mask: Mask,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """cuDNN's flash attention by `jax.nn`: scores are never held, nor computed beyond the diagonal of a causal mask.
+
+    The mask is drawn, [B, 1, L, S] for all heads. The kernel's own layout of packed rows wants the largest number of
+    documents in a row beforehand, and leaves the result at padding undefined; its window goes with no other mask.
+
+    Arguments as `attend`; `implementation` runs it without a GPU, for tests.
+    """
+    length = query_BxLxHxE.shape[1]
+    is_causal = mask.causal and mask.is_prefix_BxS is None and length == key_BxSxKxE.shape[1]
+
+    def on_device(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask.draw()[:, None], is_causal=is_causal, implementation=implementation
+        )
+
+    attend_on = _on_devices if sharding.is_distributed_trace() else lambda fn, *arrays: fn(*arrays)
+    out: jax.Array = attend_on(on_device, query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask)
+    return out
 
 
 def splash_fits(query_BxLxHxE: jax.Array, mask: Mask) -> bool:
@@ -206,6 +245,13 @@ def _over_context(
         own = dataclasses.replace(mask, offset=jax.lax.axis_index("context") * query.shape[1])
         return _dense(query, _gather_positions(key), _gather_positions(value), own, softcap)
 
+    return _on_devices(on_device, query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask)
+
+
+def _on_devices(
+    fn: Callable[..., jax.Array], query_BxLxHxE: jax.Array, key: jax.Array, value: jax.Array, mask: Mask
+) -> jax.Array:
+    """`fn` of the rows, positions and heads that a device has, and of its part of a mask that knows all keys."""
     split = [sharding.spec(("batch", "length", name, None)) for name in ("heads", "kv_heads", "kv_heads")]
     keys = sharding.spec(("batch", None))
     changes: dict[str, Any] = {"query_segments_BxL": sharding.spec(("batch", "length")), "key_segments_BxS": keys}
@@ -214,8 +260,8 @@ def _over_context(
     if mask.bias_HxLxS is not None:
         changes["bias_HxLxS"] = sharding.spec(("heads", "length", None))
     masks = dataclasses.replace(mask, **changes)
-    return jax.shard_map(on_device, in_specs=(*split, masks), out_specs=split[0], check_vma=False)(
-        query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask
+    return jax.shard_map(fn, in_specs=(*split, masks), out_specs=split[0], check_vma=False)(
+        query_BxLxHxE, key, value, mask
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm import sharding
+from lm import mup, sharding
 from lm.config import AdapterConfig, ModelConfig
 from lm.models import adapters, attention, experts, layers
 from lm.models.attention import Mask, attend
@@ -24,10 +24,17 @@ from lm.models.layers import fold
 # again. What is gathered for use is never kept, but gathered again, or every layer's would be held: weights (ZeRO-3),
 # and the keys and values of positions that lie elsewhere.
 _QKV = ("query", "key", "value")
+_MATMULS = (*_QKV, attention.NAME, "out", "gate", "up")  # all matmuls but the last, whose result none needs
 _names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
     "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "all_gather"),
-    "minimal": _names(*_QKV, attention.NAME, "out", "gate", "up"),  # all matmuls but the last, whose result none needs
+    "minimal": _names(*_MATMULS),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory meanwhile
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=_MATMULS,
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "attention": _names(*_QKV, attention.NAME, "out"),
     "qkv": _names(*_QKV),
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
@@ -186,6 +193,14 @@ class CrossAttention(nn.Module):
         return _output(self, y_BxLxHxE, keys_B), cache_kv
 
 
+def _dense(module: Any) -> Any:
+    """`layers.Dense` as the model of this attention or MLP has it."""
+    cfg, quantize = module.cfg, layers.quantized_type(module.cfg.dtype)
+    return functools.partial(
+        layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter, quantize=quantize
+    )
+
+
 def _heads(
     module: Any,
     name: str,
@@ -199,7 +214,7 @@ def _heads(
     `turned_BxL`: the positions by which rotary embedding turns them.
     """
     cfg, axis = module.cfg, "heads" if name == "query" else "kv_heads"
-    dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
+    dense = _dense(module)
     y = dense(heads * cfg.head_dim, ("embed", axis), name=name)(x_BxLxD, keys_B)
     y = sharding.constrain(y, "batch", "length", axis)
     y = y.reshape(*y.shape[:2], heads, cfg.head_dim)
@@ -208,13 +223,15 @@ def _heads(
         y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(checkpoint_name(y, name))
     if turned_BxL is not None:
         y = layers.rope(y, turned_BxL, cfg.rope_theta)
+    if name == "query" and mup.query_scale(cfg) != 1:
+        y *= mup.query_scale(cfg)
     return y if is_normed else checkpoint_name(y, name)
 
 
 def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.Array:
     cfg = module.cfg
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
-    dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter)
+    dense = _dense(module)
     out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="out")
     return checkpoint_name(_apart(out(y_BxLxHE, keys_B)), "out")
 
@@ -229,7 +246,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         cfg = self.cfg
-        dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=self.dtype, adapter=self.adapter)
+        dense = _dense(self)
 
         def widen(name: str) -> jax.Array:
             y = dense(cfg.mlp_dim, ("embed", "mlp"), name=name)(x_BxLxD, keys_B)

@@ -16,7 +16,7 @@ from lm.models import transformer
 from lm.models.attention import Mask
 from lm.models.blocks import Memory, Stack
 from lm.models.layers import fold
-from lm.models.transformer import Embed, Unembed, disturb, extend
+from lm.models.transformer import Embed, disturb, extend, unembed
 from lm.types import Batch, ModelFns, ModelOutput
 
 
@@ -65,8 +65,7 @@ class EncoderDecoder(nn.Module):
             mask, cache = extend(cache, batch, cfg.sliding_window)
             cache["input_segment_ids"] = encoder_segments_BxS
             hidden_BxLxD, cache["layers"] = stack(x_BxLxD, mask, positions_BxL, keys_B, cache["layers"], memory)
-        unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, self.dtype, name="lm_head")()
-        return ModelOutput(hidden_BxLxD, unembed_DxV, cache)
+        return ModelOutput(hidden_BxLxD, unembed(cfg, self.dtype, embedding_VxD), cache)
 
     def _encode(
         self, embed: Embed, batch: Batch, keys_B: jax.Array | None, cache: Any

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm import sharding
+from lm import mup, sharding
 from lm.config import ModelConfig
 from lm.models import layers
 
@@ -42,7 +42,8 @@ class Experts(nn.Module):
             return layers.weight(self, f"{name}_kernel", init, shape, axes)
 
         # Small at the start, so that all experts are tried (Switch, section 2.4). Float32: a choice hangs on it.
-        router_DxX = kernel("router", layers.fan_in_normal(0.1), (outer, experts), "embed", None)
+        small = layers.fan_in_normal(0.1 * mup.width_ratio(cfg) ** 0.5)
+        router_DxX = kernel("router", small, (outer, experts), "embed", None)
         logits_BxLxX = x_BxLxD.astype(jnp.float32) @ sharding.gather(router_DxX, "embed", None)
         logits_BxLxX = sharding.constrain(logits_BxLxX, "batch", "length", None)
         widen, narrow = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")

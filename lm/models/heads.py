@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm import mup
 from lm.config import ModelConfig
 from lm.models import layers
 from lm.types import Head
@@ -29,17 +30,21 @@ class HeadLayer(nn.Module):
     def __call__(self, hidden_BxLxD: jax.Array, segments_BxL: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         hidden_BxLxD = hidden_BxLxD.astype(jnp.float32)
         if self.head.kind == "token":
-            return self._dense(self.head.size, "classifier")(layers.dropout(hidden_BxLxD, self.cfg.dropout, keys_B))
+            return self._out("classifier")(layers.dropout(hidden_BxLxD, self.cfg.dropout, keys_B))
         pooled_BxD = pool(hidden_BxLxD, segments_BxL, self.cfg.pool)
         width = pooled_BxD.shape[-1]
         if self.head.kind == "projection":
-            return self._dense(self.head.size, "out")(jax.nn.gelu(self._dense(width, "hidden")(pooled_BxD)))
+            return self._out("out")(jax.nn.gelu(self._hidden(width, "hidden")(pooled_BxD)))
         if self.cfg.pool == "first":
-            pooled_BxD = jnp.tanh(self._dense(width, "pooler")(pooled_BxD))  # Devlin et al. 2019
-        return self._dense(self.head.size, "classifier")(layers.dropout(pooled_BxD, self.cfg.dropout, keys_B))
+            pooled_BxD = jnp.tanh(self._hidden(width, "pooler")(pooled_BxD))  # Devlin et al. 2019
+        return self._out("classifier")(layers.dropout(pooled_BxD, self.cfg.dropout, keys_B))
 
-    def _dense(self, features: int, name: str) -> Any:
-        return layers.Dense(features, ("head_in", "head_out"), use_bias=True, dtype=jnp.float32, name=name)
+    def _hidden(self, features: int, name: str) -> Any:
+        return layers.Dense(features, ("head_in", "head_hidden"), use_bias=True, dtype=jnp.float32, name=name)
+
+    def _out(self, name: str) -> Any:
+        init = layers.fan_in_normal(mup.width_ratio(self.cfg) ** 0.5)
+        return layers.Dense(self.head.size, ("head_in", "head_out"), True, jnp.float32, init, name=name)
 
 
 def pool(hidden_BxLxD: jax.Array, segments_BxL: jax.Array, how: str) -> jax.Array:

@@ -45,6 +45,7 @@ class Dense(nn.Module):
       axes: logical axes of the kernel, (input, output).
       use_bias: whether there is a bias.
       dtype: compute dtype.
+      quantize: type in which the kernel is multiplied, see `quantized`; None = `dtype`.
       kernel_init: initialiser of the kernel.
       adapter: of the model; its targets are matched against this layer's path.
     """
@@ -54,13 +55,18 @@ class Dense(nn.Module):
     use_bias: bool
     dtype: Any
     kernel_init: Init = fan_in_normal()
+    quantize: Any = None
     adapter: AdapterConfig = NO_ADAPTER
 
     @nn.compact
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., features]; `keys_B`, a key a row, turns the adapter's dropout on."""
         kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        y = project(x, kernel.astype(self.dtype), self.axes)
+        kernel = kernel.astype(self.dtype)
+        if self.quantize is None:
+            y = project(x, kernel, self.axes)
+        else:
+            y = quantized(self.quantize, x, sharding.gather(kernel, *self.axes))
         if self.use_bias:
             bias = weight(self, "bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
             # Cast after broadcasting, so that the gradient is summed over positions in float32.
@@ -138,6 +144,44 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if sharding.is_distributed_trace():
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def quantized(qtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`matmul` in 8 bits by qwix, and so the gradient of x; that of the kernel, a long sum, in the dtype of x.
+
+    What is multiplied has a scale for each row of x and each column of the kernel, from its largest entry at the time
+    (SwitchBack, Wortsman et al., arXiv:2304.13013).
+    """
+    return _product(qtype, x, kernel, 0)
+
+
+def _product(qtype: Any, x: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
+    """x [..., n] times the kernel, over its axis `summed` of size n."""
+    import qwix  # an extra, see setup.py
+
+    rows = qwix.quantize(x, qtype, channelwise_axes=range(x.ndim - 1))
+    columns = qwix.quantize(kernel, qtype, channelwise_axes=[1 - summed])
+    y: jax.Array = qwix.dot_general(rows, columns, (((x.ndim - 1,), (summed,)), ((), ())))
+    return y.astype(x.dtype)
+
+
+def _quantized_fwd(qtype: Any, x: jax.Array, kernel: jax.Array) -> Any:
+    return _product(qtype, x, kernel, 0), (x, kernel)
+
+
+def _quantized_bwd(qtype: Any, saved: Any, d_y: jax.Array) -> Any:
+    x, kernel = saved
+    over = tuple(range(x.ndim - 1))
+    return _product(qtype, d_y, kernel, 1), jax.lax.dot_general(x, d_y, ((over, over), ((), ())))
+
+
+quantized.defvjp(_quantized_fwd, _quantized_bwd)
+
+
+def quantized_type(name: str) -> Any:
+    """What `model.dtype` says kernels of blocks are multiplied in; None = the compute dtype."""
+    return {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}.get(name)
 
 
 @jax.custom_vjp

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
+from lm import mup, sharding
 from lm.config import AdapterConfig, ModelConfig
 from lm.models import experts, layers
 from lm.models.attention import Mask
@@ -152,7 +152,7 @@ class TextModel(nn.Module):
             layer = HeadLayer(cfg, self.head, name="head")
             out = layer(hidden_BxLxD, segments_BxL, fold(keys_B, cfg.num_layers + 1))
         if self.head is None or self.head.keeps_unembed:
-            unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, self.dtype, name="lm_head")()
+            unembed_DxV = unembed(cfg, self.dtype, embedding_VxD)
         return ModelOutput(hidden_BxLxD, unembed_DxV, cache, out)
 
 
@@ -181,7 +181,7 @@ class Embed(nn.Module):
             return sharding.gather(rows_xD.astype(self.dtype), *axes)
 
         # The residual stream starts with entries of size 1, unless the table makes the logits too: then they do.
-        std = cfg.embed_dim**-0.5 if cfg.tie_embeddings else 1.0
+        std = (mup.width_ratio(cfg) * cfg.embed_dim) ** -0.5 if cfg.tie_embeddings else 1.0
         embedding_VxD = table("embedding", cfg.vocab_size, "vocab", std)
         x_BxLxD = layers.lookup(embedding_VxD, tokens_BxL)
         if cfg.position == "learned":
@@ -190,6 +190,13 @@ class Embed(nn.Module):
             types_BxL = jnp.zeros_like(tokens_BxL) if types_BxL is None else types_BxL
             x_BxLxD += layers.lookup(table("type_embedding", 2, "type", 0.02), types_BxL)
         return x_BxLxD, embedding_VxD
+
+
+def unembed(cfg: ModelConfig, dtype: Any, embedding_VxD: jax.Array) -> jax.Array:
+    """The output projection, [D, V]; inside the call of a module. What muP makes of the logits is in it."""
+    ratio = mup.width_ratio(cfg)
+    unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, dtype, name="lm_head")()
+    return unembed_DxV if ratio == 1 else ratio * unembed_DxV
 
 
 class Unembed(nn.Module):
@@ -202,5 +209,6 @@ class Unembed(nn.Module):
     def __call__(self) -> jax.Array:
         axes = ("embed", "vocab")
         shape = (self.cfg.embed_dim, self.cfg.vocab_size)
-        kernel_DxV = layers.weight(self, "kernel", layers.fan_in_normal(), shape, axes)
+        init = layers.fan_in_normal(mup.width_ratio(self.cfg) ** -0.5)
+        kernel_DxV = layers.weight(self, "kernel", init, shape, axes)
         return sharding.gather(kernel_DxV.astype(self.dtype), *axes)
