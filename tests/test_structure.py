@@ -73,6 +73,7 @@ MODULES = (
     "lm.data.data_card",
     "lm.data.prepare",
     "lm.data.order",
+    "lm.data.ahead",
     "lm.data.feed",
     "lm.data.pipeline",
     # 2: models, checkpoints
