@@ -104,6 +104,7 @@ MODULES = (
     "lm.beam",
     "lm.program",
     "lm.checks",
+    "lm.resume",
     "lm.build",
     "lm.aot",
     # 6 and 7: the run and its flags

@@ -105,8 +105,8 @@ def rate(batches: Iterator[dict[str, np.ndarray]], seconds: float) -> tuple[floa
 
 
 def write(folder: Path, num_rows: int, seed: int) -> None:
-    """A prepared folder of synthetic rows, the same in each shard but for their checksums. The sha256 of a shard's bytes,
-    which a run does not read, is that of the first one."""
+    """A prepared folder of synthetic rows, the same in each shard but for their checksums. The sha256 in the index,
+    which a run does not check, is the first one's."""
     folder.mkdir(parents=True)
     first = min(num_rows, _SHARD_ROWS)
     entry = shards.write(folder, "train-00000", synthetic(first, seed), {})

@@ -71,6 +71,7 @@ class Data(NamedTuple):
         or dropped (see `examples.make`), rows and, of tokens: tokens (positions filled), targets (positions trained
         on), bytes (UTF-8, of the targets), fill.
       easy_first: this many examples of the one source come from the short rows first; 0 = none.
+      about: what the fingerprint is over, for a person who looks for what changed.
     """
 
     sources: dict[str, Source]
@@ -78,6 +79,7 @@ class Data(NamedTuple):
     fingerprint: str
     report: dict[str, dict[str, float]]
     easy_first: int = 0
+    about: Mapping[str, str | int] = {}
 
     @property
     def train(self) -> Part:

@@ -111,7 +111,15 @@ def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Fou
     settings |= {"corrupt": schema.to_dict(cfg.corrupt), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     settings |= {"easy_first": data.easy_first}
     parts = [content, tokenizer.hash if tokenizer else "", settings]
-    return data._replace(fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
+    about: dict[str, str | int] = {"tokenizer": _sha256(parts[1])[:12], "settings": _sha256(settings)[:12]}
+    for (name, source), each in zip(made.items(), content, strict=True):
+        prefix = f"{name}: " if name else ""
+        about |= {f"{prefix}content": _sha256(each)[:12], f"{prefix}training rows": len(source.train)}
+    return data._replace(fingerprint=_sha256(parts), about=about)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _easy_first(cfg: Config, data: Data) -> int:
