@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import time
 import zlib
 from collections import Counter
@@ -155,7 +156,8 @@ def _packed(
 ) -> tuple[Part, dict[str, int], dict[str, float]]:
     """Records as rows in memory, checksums of the rows, and counts."""
     task, counts = TASKS[cfg.data.task], Counter[str]()
-    made = examples.make(task, _progress(records, f"packing {name} rows"), tokenizer, cfg, counts)
+    progress = _progress(records, f"packing {name} rows")
+    made = examples.make(task, progress, tokenizer, cfg, counts, os.cpu_count() or 1)
     stored = task.columns(cfg)
     rows, meta = packing.pack(made, stored, cfg.data)
     report: dict[str, float] = {**counts, "rows": len(next(iter(rows.values())))}
