@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from configs import common
 from lm import config, train
 from lm.data import ahead, feed, order, pipeline, shards, sources, tokenizer
 from lm.data.records import DataError
@@ -148,6 +149,16 @@ def test_a_source_goes_on_where_it_stopped_when_mixture_or_length_changed(folder
         assert [i % 1000 for i in given] == rows.tolist()
 
 
+def test_a_mixture_has_a_temperature():
+    sizes = {"web": 900, "books": 90, "code": 10}
+    assert common.mixture(sizes) == ((0.0, "web", 0.9), (0.0, "books", 0.09), (0.0, "code", 0.01))
+    assert common.mixture({"web": 9e12, "code": 1e12}, 2.0, 0.5) == ((0.5, "web", 0.75), (0.5, "code", 0.25))
+    assert [weight for _, _, weight in common.mixture(sizes, 1e9)] == pytest.approx([1 / 3] * 3)
+    for wrong in ((sizes, 0.0), ({"web": 0}, 1.0), ({}, 1.0)):
+        with pytest.raises(ConfigError, match="must be above 0"):
+            common.mixture(*wrong)
+
+
 def test_no_offset_where_nothing_changed(folders):
     data = mixed(folders)
     for example in (0, 8, 200, 399):
@@ -203,6 +214,9 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
         alone(folders / "web", seq_len=32)
     with pytest.raises(ConfigError, match=r"'data\.packing' was best_fit when it was prepared, and is concat now"):
         mixed(folders, packing="concat")
+    for unread in ({"max_records": 3}, {"rename": (("a", "b"),)}):
+        with pytest.raises(ConfigError, match=rf"'data\.{next(iter(unread))}' is .* prepared data does not read it"):
+            mixed(folders, **unread)
     with pytest.raises(ConfigError, match=r"'data\.task' masked_text reads"):
         mixed(folders, task="masked_text")
     empty = tmp_path / "none"

@@ -32,6 +32,7 @@ _SHAPES_ROWS = (
     *("task", "labels", "image_shape", "templates", "augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
+_UNREAD_BY_PREPARED = ("eval_path", "separator", "rename", "max_records")
 Found = Split | Prepared  # what a source gives
 _QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
 
@@ -53,10 +54,20 @@ def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
 
 
 def load(cfg: DataConfig) -> list[Found]:
-    """What each source gives: records, or rows that were prepared. Raises DataError as `sources` and `shards` do."""
+    """What each source gives: records, or rows that were prepared.
+
+    Raises:
+      DataError: as `sources` and `shards` do.
+      ConfigError: a key is set that prepared data does not read.
+    """
     each = by_source(cfg).values()
     if cfg.format != "prepared":
         return [sources.load(one) for one in each]
+    for key in _UNREAD_BY_PREPARED:
+        if value := getattr(cfg, key):
+            raise ConfigError(
+                f"'data.{key}' is {value!r}, but prepared data does not read it; prepare the data with it"
+            )
     return [shards.open_folder(one.path) for one in each]
 
 
