@@ -31,8 +31,8 @@ class Position(NamedTuple):
 
 def position(saved: Saved) -> Position:
     """Where a checkpoint is."""
-    data = saved.info["data"]
-    return Position(data["example"], data.get("sources"), evaluate.Waiting(**saved.info.get("waiting", {})))
+    there = saved.info["data"]
+    return Position(there["example"], there.get("sources"), evaluate.Waiting(**saved.info.get("waiting", {})))
 
 
 def about_data(data: Data, example: int, consumed: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -212,6 +212,12 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
             pipeline.load(cfg)
     with pytest.raises(ConfigError, match="rows of 16 positions, this run needs 32"):
         alone(folders / "web", seq_len=32)
+    words = tokenizer.train(["one two three " * 9], 285, 1000)
+    found = shards.open_folder(str(folders / "web"))
+    other = found._replace(about=found.about | {"tokenizer_hash": "of another one"})
+    one = dataclasses.replace(config.Config(), data=config.DataConfig(format="prepared", path="web", seq_len=LENGTH))
+    with pytest.raises(ConfigError, match="rows were made with tokenizer of another o, but this run has"):
+        pipeline.build(one, words, other)
     with pytest.raises(ConfigError, match=r"'data\.packing' was best_fit when it was prepared, and is concat now"):
         mixed(folders, packing="concat")
     for unread in ({"max_records": 3}, {"rename": (("a", "b"),)}):

@@ -469,6 +469,20 @@ def test_input_that_changed_between_starts_is_refused(corpus, tmp_path):
         run(recipe(path), tmp_path / "out")
 
 
+def test_input_that_changes_while_it_is_prepared_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "one and {i}"}}\n' for i in range(40)))
+
+    def changes(work, units):
+        with path.open("a") as file:
+            file.write('{"text": "one more"}\n')
+        return jobs.here(work, units)
+
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was prepared"):
+        run(recipe(path), tmp_path / "out", changes)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, tmp_path):
     folder, _, _ = corpus
     other = tmp_path / "other"

@@ -205,6 +205,11 @@ def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | No
             f"{found.path}: rows of {', '.join(table.layout.names)}; 'data.task' {cfg.data.task} reads "
             f"{', '.join(stored)}"
         )
+    if tokenizer and (was := found.about.get("tokenizer_hash", tokenizer.hash)) != tokenizer.hash:
+        raise ConfigError(
+            f"{found.path}: its rows were made with tokenizer {was[:12]}, but this run has {tokenizer.hash[:12]}: ids "
+            "would mean other text; put its tokenizer.model back"
+        )
     if (length := stored["tokens"][0][0]) != table.layout.length:
         raise ConfigError(
             f"{found.path}: rows of {table.layout.length} positions, this run needs {length}; set "

@@ -174,7 +174,17 @@ def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float
             faults = _faults(job)
         if stage.name == "measure":
             gather.shard_names(job)  # an error where a part has no document, before the slow stages
+    _check_files(planned)
     return _finish(planned, faults)
+
+
+def _check_files(planned: Plan) -> None:
+    """Raises DataError where a file changed since the job began: some of it may have been read before, some after."""
+    was = planned.settings["files"]
+    for unit in (unit for _, units in planned.groups for unit in units):
+        now = _state(unit) if all(file.exists() for file in stages.files_of(unit)) else "gone"
+        if was[str(unit)] != now:
+            raise DataError(f"{unit} changed while it was prepared (size, time: {was[str(unit)]} -> {now}); start anew")
 
 
 def _stages(groups: list[tuple[int, list[sources.Unit]]]) -> tuple[Stage, ...]:
