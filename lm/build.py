@@ -21,6 +21,7 @@ from lm import (
     optim,
     program,
     replay,
+    resume,
     sharding,
     transfer,
     trees,
@@ -266,23 +267,39 @@ def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
     return anchored
 
 
-def data_iterator(run: Run, start_example: int) -> Any:
-    """This process's part of the training batches, from a position in the stream."""
-    rows = sharding.local_rows(run.mesh, run.cfg.data.batch_size)
+class Stream(NamedTuple):
+    """The training examples of a run: how many there are to be, and `lm.data.feed.offsets`."""
+
+    total_examples: int
+    offsets: tuple[int, ...] = ()
+
+
+def stream(run: Run, start_step: int, at: resume.Position) -> Stream:
+    """From where a state is: the steps that are left are of `data.batch_size`, whatever those before were."""
+    total = at.example + (run.total_steps - start_step) * run.cfg.data.batch_size
+    if at.sources is None:
+        return Stream(total)
+    return Stream(total, feed.offsets(run.data, at.sources, at.example, total))
+
+
+def data_iterator(run: Run, start_example: int, given: Stream | None = None) -> feed.Ahead:
+    """This process's part of the training batches, from a position in the stream; None = of a run from its start."""
+    given = given or Stream(run.total_steps * run.cfg.data.batch_size)
     return feed.train_batches(
         run.data,
         batch_size=run.cfg.data.batch_size,
         start_example=start_example,
-        local_rows=rows,
+        local_rows=sharding.local_rows(run.mesh, run.cfg.data.batch_size),
         seed=run.cfg.seed,
-        total_examples=run.total_steps * run.cfg.data.batch_size,
+        total_examples=given.total_examples,
+        offsets=given.offsets,
     )
 
 
-def consumed(run: Run, steps: int) -> dict[str, dict[str, float]]:
-    """Examples and epochs that the first `steps` steps took from each source."""
-    size = run.cfg.data.batch_size
-    return feed.consumed(run.data, steps * size, run.total_steps * size)
+def consumed(run: Run, examples: int, given: Stream) -> dict[str, dict[str, float]]:
+    """Examples, tokens (positions of their rows) and epochs that the first `examples` took from each source."""
+    found = feed.consumed(run.data, examples, given.total_examples, given.offsets)
+    return {name: {**used, "tokens": used["examples"] * run.cfg.data.seq_len} for name, used in found.items()}
 
 
 def eval_rows(run: Run, part: feed.Part) -> tuple[np.ndarray, Any]:

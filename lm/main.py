@@ -11,6 +11,7 @@ from lm import flags as lm_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
 _PRINT = flags.DEFINE_bool("print_config", False, "Print the resolved config and the parameter table; do not train.")
+_ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Go on with other data, or another seed, than the run began.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; found by itself on a TPU pod.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it is not found by itself.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes there are, with --coordinator.")
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
             return
         if _DISTRIBUTED.value or _COORDINATOR.value:
             sharding.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train.train(cfg, _WORKDIR.value or "")
+        train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
     except KeyboardInterrupt:
         sys.exit("stopped before the first step of this start; what was saved before is kept")
     except (ValueError, RuntimeError, OSError) as error:

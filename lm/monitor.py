@@ -92,7 +92,14 @@ class Monitor:
         if self._enabled:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def progress(self, step: int, loss: float, tokens_per_second: float, mfu: float | None = None) -> None:
+    def progress(
+        self,
+        step: int,
+        loss: float,
+        tokens_per_second: float,
+        mfu: float | None = None,
+        input_bound: float | None = None,
+    ) -> None:
         """Updates the progress bar. Without a terminal: a line, at most every 10 s, and one at the last step.
 
         The time left is estimated from the steps since the first call, so that compilation does not count.
@@ -100,6 +107,7 @@ class Monitor:
         Args:
           step: steps done.
           mfu: in [0, 1], or None where the peak is not known.
+          input_bound: in [0, 1], the share of the time in which the devices waited for the input; None = not shown.
         """
         if not self._enabled:
             return
@@ -108,6 +116,8 @@ class Monitor:
         figures = [f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s"]
         if mfu is not None:
             figures.append(f"MFU {mfu:.1%}")
+        if input_bound is not None:
+            figures.append(f"input-bound {input_bound:.0%}")
         if first_step < step:
             left = (now - first_time) / (step - first_step) * (self._total_steps - step)
             figures.append(f"ETA {datetime.timedelta(seconds=round(left))}")

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from lm import (
     monitor,
     program,
     report,
+    resume,
     schema,
     selection,
     sharding,
@@ -35,7 +36,6 @@ from lm.checkpoint import CheckpointError
 from lm.config import Config
 from lm.data.feed import REPLAY
 from lm.interrupt import Interrupt, Preempted
-from lm.schema import ConfigError
 from lm.types import TrainState
 
 Say = Callable[[str], None]
@@ -45,19 +45,14 @@ class Diverged(RuntimeError):
     """The loss or the gradient is not finite. The message names the step, the examples and the last good checkpoint."""
 
 
-class Position(NamedTuple):
-    """Where in a run a state is, beside its step: examples consumed, and how long no evaluation was better."""
-
-    example: int
-    waiting: evaluate.Waiting
-
-
-def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
+def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -> dict[str, Any]:
     """Trains as `cfg` says, or goes on where the run in `workdir` stopped.
 
     Args:
       cfg: from `lm.config.build`.
       workdir: the run's folder; all that is written goes there.
+      accept_changed_data: go on although the data, or the seed, is not what the run began with: each source from the
+        example at which it stopped.
 
     Returns:
       What summary.json holds.
@@ -76,7 +71,8 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     # Devices, data, and the functions of a step.
     saved = checkpoint.list_saved(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
-        refuse_changes(config.build(readable[-1].info["config"]), cfg, workdir)
+        old = config.build(readable[-1].info["config"])
+        resume.refuse_changes(old, cfg, workdir, accept_changed_data)
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     mesh = sharding.make_mesh(cfg.mesh)
@@ -86,7 +82,7 @@ def train(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         # The state: this run's newest readable checkpoint, else `init_from`, else scratch.
-        state, position, origin = restore(run, planned, saved, say)
+        state, position, origin = restore(run, planned, saved, say, accept_changed_data)
         start = int(state.step)
         say(parameter_table(planned, run.optimizer, origin))
         is_over = start >= run.total_steps or position.waiting.is_over(cfg.train)
@@ -113,15 +109,16 @@ def loop(
     run: build.Run,
     workdir: Path,
     state: TrainState,
-    position: Position,
+    position: resume.Position,
     watch: monitor.Monitor,
     saves: checkpoint.Checkpoints,
     interrupt: Interrupt,
 ) -> dict[str, Any]:
     """Steps from `state` to the last one, evaluating and saving on the way. Returns the summary."""
     cfg, total, start = run.cfg, run.total_steps, int(state.step)
-    example, waiting = position
+    example, _, waiting = position
     batch_size, eval_rows = cfg.data.batch_size, checks.eval_batch_size(cfg)
+    stream = build.stream(run, start, position)
 
     # Compiled once, ahead of time: a batch of another shape would be an error, never a silent recompilation.
     with watch.bucket("compile"):
@@ -143,7 +140,7 @@ def loop(
     def save_now(done: int, values: dict[str, float] | None) -> None:
         with watch.bucket("checkpoint"):
             info: dict[str, Any] = {"config": schema.to_dict(cfg), "tokenizer_hash": build.tokenizer_hash(run)}
-            info["data"] = {"example": example, "fingerprint": run.data.fingerprint}
+            info["data"] = resume.about_data(run.data, example, build.consumed(run, example, stream))
             info["replay"] = schema.to_dict(run.replay) if run.replay else None
             info["waiting"] = waiting._asdict()
             saves.save(done, state, info, values)
@@ -153,9 +150,12 @@ def loop(
     values: dict[str, float] | None = None
     pending: tuple[int, Any, np.ndarray] | None = None  # figures of the last step, fetched while the next one runs
     rate = Throughput(run, start, watch)
-    batches = build.data_iterator(run, example)
+    batches = build.data_iterator(run, example, stream)
     for done in range(start + 1, 1 + (start if waiting.is_over(cfg.train) else total)):
         watch.profile(done - 1)
+        if pending and not batches.ready():
+            with watch.bucket("step"):  # the device is at work: only what comes after is a wait for the input
+                jax.block_until_ready(pending[1])
         with watch.bucket("input"):
             batch = next(batches)
         with watch.bucket("step"):
@@ -193,7 +193,8 @@ def loop(
     watch.profile(total)
     with watch.bucket("checkpoint"):
         saves.wait()
-    return summarise(run, state, values or evaluate_now(int(state.step)), watch, rate)
+    batches.close()
+    return summarise(run, state, values or evaluate_now(int(state.step)), watch, rate, example, stream)
 
 
 def evaluate_all(run: build.Run, evaluate_rows: Callable[[Any, int], Any]) -> dict[str, float]:
@@ -217,8 +218,8 @@ def evaluate_all(run: build.Run, evaluate_rows: Callable[[Any, int], Any]) -> di
 
 
 def restore(
-    run: build.Run, planned: build.Plan, saved: list[checkpoint.Saved], say: Say
-) -> tuple[TrainState, Position, dict[str, str]]:
+    run: build.Run, planned: build.Plan, saved: list[checkpoint.Saved], say: Say, accept_changed_data: bool = False
+) -> tuple[TrainState, resume.Position, dict[str, str]]:
     """The state to start from, where in the run that is, and where each parameter came from.
 
     Raises:
@@ -230,16 +231,13 @@ def restore(
         except CheckpointError as error:
             say(f"{error}\ngoing back to the checkpoint before it")
             continue
-        position = candidate.info["data"]
-        if position["fingerprint"] != run.data.fingerprint:
-            raise CheckpointError(
-                f"{candidate.path} was trained on other data (fingerprint {position['fingerprint'][:12]}, now "
-                f"{run.data.fingerprint[:12]}): going on would repeat or skip examples. Put the data back, or start "
-                f"another --workdir with --config.init_from={candidate.path.parent.parent}"
-            )
+        resume.same_data(candidate, run.data, accept_changed_data, say)
         say(f"resuming from {candidate.path}")
-        at = Position(position["example"], evaluate.Waiting(**candidate.info.get("waiting", {})))
-        return state, at, dict.fromkeys(run.optimizer.selection.trained, f"this run, step {candidate.step:,}")
+        return (
+            state,
+            resume.position(candidate),
+            dict.fromkeys(run.optimizer.selection.trained, f"this run, step {candidate.step:,}"),
+        )
     if saved:
         raise CheckpointError(f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read")
     if planned.init:
@@ -248,22 +246,7 @@ def restore(
         run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
     )
     state = jax.jit(run.init_state, out_shardings=run.state_shardings)(params)
-    return state, Position(0, evaluate.Waiting()), origin
-
-
-def refuse_changes(old: Config, new: Config, workdir: Path) -> None:
-    """Raises ConfigError when a resumed run would compute other steps than it began with."""
-    changed = {
-        key: values
-        for key, values in config.diff(old, new).items()
-        if not any(key == known or key.startswith(known + ".") for known in config.RESUMABLE)
-    }
-    if changed:
-        lines = "\n".join(f"  {key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
-        raise ConfigError(
-            f"{workdir} holds a run with another config:\n{lines}\n"
-            f"put the old values back, or start another --workdir (with --config.init_from={workdir} to build on it)"
-        )
+    return state, resume.Position(0, None, evaluate.Waiting()), origin
 
 
 def observe(
@@ -286,8 +269,8 @@ def observe(
             "optim.clip_norm, or look at the examples with tools/inspect_batch.py"
         )
     tokens_per_second = rate.update(done)
-    mfu = rate.mfu(tokens_per_second)
-    watch.progress(done, values["loss"], tokens_per_second, mfu)
+    mfu, values["input_bound"] = rate.mfu(tokens_per_second), rate.input_bound
+    watch.progress(done, values["loss"], tokens_per_second, mfu, rate.input_bound)
     if is_due(done, run.cfg.monitor.log_every_steps) or done == run.total_steps:
         values["tokens_per_second"] = tokens_per_second
         watch.log(done, "train", values | ({"mfu": mfu} if mfu is not None else {}) | metrics.finalize(sums))
@@ -335,7 +318,13 @@ def history(workdir: Path, cfg: Config) -> dict[str, Any]:
 
 
 def summarise(
-    run: build.Run, state: TrainState, values: dict[str, float], watch: monitor.Monitor, rate: "Throughput"
+    run: build.Run,
+    state: TrainState,
+    values: dict[str, float],
+    watch: monitor.Monitor,
+    rate: "Throughput",
+    example: int,
+    stream: build.Stream,
 ) -> dict[str, Any]:
     """The figures of a finished run, the final evaluation's among them."""
     cfg, done = run.cfg, int(state.step)
@@ -347,7 +336,7 @@ def summarise(
         **answer,
         "steps": done,
         "skipped_steps": int(state.skipped),
-        "tokens": done * rate.tokens_per_step,
+        "tokens": example * cfg.data.seq_len,
         "seconds": watch.seconds(),
         "tokens_per_second": rate.overall(done),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(whole)),
@@ -355,7 +344,8 @@ def summarise(
         "devices": run.mesh.devices.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": watch.goodput(),
-        **({"sources": build.consumed(run, done)} if len(run.data.sources) > 1 else {}),
+        "input_bound": rate.overall_input_bound(),
+        **({"sources": build.consumed(run, example, stream)} if len(run.data.sources) > 1 else {}),
     }
 
 
@@ -365,34 +355,42 @@ def is_due(done: int, every: int) -> bool:
 
 
 class Throughput:
-    """Positions per second of training, compilation, evaluation and saving left out."""
+    """Positions per second of training, compilation, evaluation and saving left out; and the share of that time in
+    which the devices had no batch."""
 
     def __init__(self, run: build.Run, start: int, watch: monitor.Monitor):
-        self.tokens_per_step = run.cfg.data.batch_size * run.cfg.data.seq_len
+        self.tokens_per_step, self.input_bound = run.cfg.data.batch_size * run.cfg.data.seq_len, 0.0
         self._flops = None  # known where each position is computed once and predicts a token
         if run.tokenizer and build.predicts_tokens(run.cfg):
             size = run.tokenizer.vocab_size
             self._flops = metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, size)
         self._run, self._start, self._watch = run, start, watch
-        self._began = self._last = (start, self._busy())
+        self._began = self._last = (start, *self._busy())
 
-    def _busy(self) -> float:
+    def _busy(self) -> tuple[float, float]:
+        """Seconds of training, and those of waiting for the input among them."""
         seconds = self._watch.goodput()
-        return seconds["step"] + seconds["input"]
+        return seconds["step"] + seconds["input"], seconds["input"]
 
-    def _since(self, mark: tuple[int, float], done: int) -> float:
-        return (done - mark[0]) * self.tokens_per_step / max(self._busy() - mark[1], 1e-9)
+    def _since(self, mark: tuple[int, float, float], done: int) -> tuple[float, float]:
+        busy, waited = self._busy()
+        seconds = max(busy - mark[1], 1e-9)
+        return (done - mark[0]) * self.tokens_per_step / seconds, (waited - mark[2]) / seconds
 
     def update(self, done: int) -> float:
         """Tokens a second over the last steps: enough of them to fill 5 seconds, where there are."""
-        value = self._since(self._last, done)
-        if self._busy() - self._last[1] > 5:
-            self._last = (done, self._busy())
+        value, self.input_bound = self._since(self._last, done)
+        if self._busy()[0] - self._last[1] > 5:
+            self._last = (done, *self._busy())
         return value
 
     def overall(self, done: int) -> float:
         """Tokens a second since this process began the loop; 0 when it did no step."""
-        return self._since(self._began, done) if done > self._start else 0.0
+        return self._since(self._began, done)[0] if done > self._start else 0.0
+
+    def overall_input_bound(self) -> float:
+        """In [0, 1], since this process began the loop."""
+        return self._since(self._began, 0)[1]
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation, or None where the device's peak is not known."""

@@ -19,7 +19,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import build, checkpoint, optim, schema, sharding, step, train, trees
+from lm import build, checkpoint, optim, resume, schema, sharding, step, train, trees
 from lm.checkpoint import CheckpointError
 from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
 from lm.data import tokenizer
@@ -455,7 +455,7 @@ def run_of(abstract, fingerprint: str = "f"):
     """As much of a `build.Run` as `lm.train.restore` reads when there are checkpoints."""
     return SimpleNamespace(
         abstract_state=abstract,
-        data=SimpleNamespace(fingerprint=fingerprint),
+        data=SimpleNamespace(fingerprint=fingerprint, about={}),
         optimizer=SimpleNamespace(selection=SimpleNamespace(trained={"a": True})),
     )
 
@@ -487,14 +487,14 @@ def test_restore_fails_when_no_step_can_be_read_rather_than_start_again(tmp_path
 
 def test_restore_refuses_other_data(tmp_path):
     save(tmp_path, {2: None})
-    match = r"checkpoints/2 was trained on other data \(fingerprint f, now g\).*--config.init_from="
+    match = r"(?s)checkpoints/2 was trained on other data \(fingerprint f, now g\).*--config.init_from="
     with pytest.raises(CheckpointError, match=match):
         train.restore(run_of(small()[1], "g"), None, checkpoint.list_saved(tmp_path), lambda _: None)
 
 
 def test_a_resumed_run_may_change_only_what_changes_no_step():
     old = Config()
-    train.refuse_changes(old, old, Path("run"))
+    resume.refuse_changes(old, old, Path("run"))
     free = {
         "mesh": MeshConfig(fsdp=4),
         "eval": dataclasses.replace(old.eval, max_tokens=9),
@@ -504,14 +504,14 @@ def test_a_resumed_run_may_change_only_what_changes_no_step():
         "model": dataclasses.replace(old.model, remat="full", unroll=0),
         "loss": dataclasses.replace(old.loss, chunk_len=16),
     }
-    train.refuse_changes(old, dataclasses.replace(old, **free), Path("run"))
+    resume.refuse_changes(old, dataclasses.replace(old, **free), Path("run"))
     for name, value in {
         "seed": 1,
         "optim": OptimConfig(b2=0.9),
         "model": dataclasses.replace(old.model, unroll=2, dropout=0.1),
     }.items():
         with pytest.raises(ConfigError) as error:
-            train.refuse_changes(old, dataclasses.replace(old, **{name: value}), Path("run"))
+            resume.refuse_changes(old, dataclasses.replace(old, **{name: value}), Path("run"))
         key = {"seed": "seed: 0 -> 1", "optim": "optim.b2: 0.95 -> 0.9", "model": "model.dropout: 0.0 -> 0.1"}[name]
         assert str(error.value).splitlines()[:2] == ["run holds a run with another config:", f"  {key}"]
         assert "unroll" not in str(error.value)

@@ -154,3 +154,23 @@ def test_texts_are_all_that_a_tokenizer_may_learn_from():
     assert list(TASKS["chat"].texts(conversation(("user", "two"), ("assistant", "three")))) == ["two", "three"]
     pair = {"text": "one", "text_pair": "two", "label": "no"}
     assert list(TASKS["sentences"].texts(pair)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_neither_examples_nor_their_order_nor_counts(threads):
+    cfg = Config(data=DataConfig(task="text", seq_len=16))
+    records = [{"text": f"one two three {i} " * (i % 9), "source": f"f:{i}"} for i in range(200)]
+    counts = [Counter(), Counter()]
+    alone, shared = (
+        list(examples.make(TASKS["text"], records, TOK, cfg, own, n))
+        for own, n in zip(counts, (1, threads), strict=True)
+    )
+    assert counts[0] == counts[1] and len(alone) == len(shared) > 200
+    for one, other in zip(alone, shared, strict=True):
+        for key, column in one.columns.items():
+            np.testing.assert_array_equal(other.columns[key], column, strict=True)
+    chats = [conversation(("user", "hi"), ("assistant", "yo")) | {"source": "f:1"} for _ in range(90)]
+    chats[70]["messages"][0]["role"] = "wrong"
+    made = examples.make(TASKS["chat"], chats, TOK, Config(data=DataConfig(task="chat")), Counter(), threads)
+    with pytest.raises(DataError, match="unknown role 'wrong'"):
+        list(made)

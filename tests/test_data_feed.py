@@ -3,13 +3,15 @@
 import dataclasses
 import itertools
 import shutil
+import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from configs import common
 from lm import config, train
-from lm.data import feed, pipeline, shards, sources, tokenizer
+from lm.data import ahead, feed, order, pipeline, shards, sources, tokenizer
 from lm.data.records import DataError
 from lm.schema import ConfigError
 from tests import toys
@@ -63,15 +65,14 @@ def mixed(folders, stages=((0.0, (6, 3, 1)), (0.5, (2, 2, 4)), (0.9, (0, 0, 1)))
     return pipeline.build(cfg, None, *pipeline.load(cfg.data))
 
 
-def take(data, count, start=0, local_rows=None, threads=1):
-    local_rows = np.arange(BATCH) if local_rows is None else local_rows
+def take(data, count, start=0, local_rows=None, threads=1, batch=BATCH, **more):
     made = feed.train_batches(
         data,
-        batch_size=BATCH,
+        batch_size=batch,
         start_example=start,
-        local_rows=local_rows,
+        local_rows=np.arange(batch) if local_rows is None else local_rows,
         seed=5,
-        total_examples=TOTAL,
+        **{"total_examples": TOTAL} | more,
         threads=threads,
     )
     found = list(itertools.islice(made, count))
@@ -91,17 +92,91 @@ def test_one_order_for_any_hosts_and_threads_and_from_any_example(folders):
     assert whole["example_index"].tolist() == list(range(TOTAL))
     for hosts, threads in itertools.product((1, 2, 4), (0, 1, 2)):
         parts = [take(data, TOTAL // BATCH, 0, np.arange(h, BATCH, hosts), threads) for h in range(hosts)]
-        order = np.argsort(np.concatenate([part["example_index"] for part in parts]))
-        assert_equal({key: np.concatenate([part[key] for part in parts])[order] for key in whole}, whole)
+        by_index = np.argsort(np.concatenate([part["example_index"] for part in parts]))
+        assert_equal({key: np.concatenate([part[key] for part in parts])[by_index] for key in whole}, whole)
     rng = np.random.default_rng(0)
     for start, hosts, threads in zip(
         rng.integers(0, TOTAL - BATCH, 20), rng.choice([1, 2, 4], 20), rng.integers(0, 3, 20), strict=True
     ):
         count = min(6, (TOTAL - start) // BATCH)
         parts = [take(data, count, int(start), np.arange(h, BATCH, hosts), int(threads)) for h in range(hosts)]
-        order = np.argsort(np.concatenate([part["example_index"] for part in parts]))
-        resumed = {key: np.concatenate([part[key] for part in parts])[order] for key in whole}
+        by_index = np.argsort(np.concatenate([part["example_index"] for part in parts]))
+        resumed = {key: np.concatenate([part[key] for part in parts])[by_index] for key in whole}
         assert_equal(resumed, {key: x[start : start + count * BATCH] for key, x in whole.items()})
+
+
+def ids_of(batches):
+    """Global ids of examples: source and row, as the first token of each says."""
+    return batches["tokens"][:, 0].tolist()
+
+
+@pytest.mark.parametrize(("hosts", "workers"), list(itertools.product((1, 2, 4), (0, 1, 2))))
+def test_killed_at_20_places_a_run_has_the_ids_of_one_that_was_not(folders, hosts, workers):
+    """Every start has another number of hosts and workers than the one before, and of rows in a batch; the first has
+    those of the parameters. A kill loses what was made ahead."""
+    data = mixed(folders)
+    whole = ids_of(take(data, TOTAL // BATCH))
+    rng = np.random.default_rng(hosts * 3 + workers)
+    example, found = 0, []
+    for kill in range(21):
+        batch = int(rng.choice([4, 8])) if kill else BATCH
+        count = int(rng.integers(1, 4)) if kill < 20 else (TOTAL - example) // batch
+        parts = [take(data, count, example, np.arange(h, batch, hosts), workers, batch) for h in range(hosts)]
+        by_index = np.argsort(np.concatenate([part["example_index"] for part in parts]))
+        found += np.concatenate([part["tokens"][:, 0] for part in parts])[by_index].tolist()
+        example += count * batch
+        hosts, workers = int(rng.choice([1, 2, 4])), int(rng.integers(3))
+    assert len(found) > TOTAL - 8 and found == whole[: len(found)]
+
+
+def test_a_source_goes_on_where_it_stopped_when_mixture_or_length_changed(folders):
+    """Nothing is lost, repeated or reordered in a source; a source that is new begins at its beginning."""
+    old, new = mixed(folders, stages=((0.0, (6, 3, 0.5)),)), mixed(folders, stages=((0.0, (1, 2, 3)), (0.5, (1, 0, 0))))
+    taken = {name: used["examples"] for name, used in feed.consumed(old, 96, TOTAL).items()}
+    del taken["code"]
+    offsets = feed.offsets(new, taken, 96, 1000)
+    after = feed.consumed(new, 96, 1000, offsets)
+    assert {name: used["examples"] for name, used in after.items()} == {**taken, "code": 0}
+    again = {name: used["examples"] for name, used in feed.consumed(new, 496, 1000, offsets).items()}
+    assert feed.offsets(new, again, 496, 1000) == offsets
+    before = np.array(ids_of(take(old, 12)))
+    behind = np.array(ids_of(take(new, 50, 96, total_examples=1000, offsets=offsets)))
+    for number, name in enumerate(ROWS):
+        only = alone(folders / name)
+        seen = [*(before if name != "code" else []), *behind]
+        given = [i for i in seen if i // 1000 == number + 1]
+        rows = order.epochs(len(only.train), 5, number)(np.arange(len(given)))
+        assert [i % 1000 for i in given] == rows.tolist()
+
+
+def test_a_mixture_has_a_temperature():
+    sizes = {"web": 900, "books": 90, "code": 10}
+    assert common.mixture(sizes) == ((0.0, "web", 0.9), (0.0, "books", 0.09), (0.0, "code", 0.01))
+    assert common.mixture({"web": 9e12, "code": 1e12}, 2.0, 0.5) == ((0.5, "web", 0.75), (0.5, "code", 0.25))
+    assert [weight for _, _, weight in common.mixture(sizes, 1e9)] == pytest.approx([1 / 3] * 3)
+    for wrong in ((sizes, 0.0), ({"web": 0}, 1.0), ({}, 1.0)):
+        with pytest.raises(ConfigError, match="must be above 0"):
+            common.mixture(*wrong)
+
+
+def test_no_offset_where_nothing_changed(folders):
+    data = mixed(folders)
+    for example in (0, 8, 200, 399):
+        taken = {name: used["examples"] for name, used in feed.consumed(data, example, TOTAL).items()}
+        assert feed.offsets(data, taken, example, TOTAL) == (0, 0, 0)
+
+
+def test_a_source_that_hangs_is_an_error(folders, monkeypatch):
+    monkeypatch.setattr(ahead, "HUNG_SECONDS", 0.5)
+    monkeypatch.setattr(ahead, "_LOOK_SECONDS", 0.1)
+    data, never = mixed(folders), threading.Event()
+    web = data.sources["web"]
+    _, _, meta, stored, columns, _ = tuple.__iter__(web.train)
+    hangs = feed.Part(web.train.size, lambda ids: never.wait(), meta, stored, columns)
+    data = data._replace(sources={**data.sources, "web": web._replace(train=hangs)})
+    with pytest.raises(ahead.InputError, match=r"(?s)input-0.*hangs"):
+        take(data, 1)
+    never.set()
 
 
 def test_every_row_has_its_turn_once_an_epoch_and_sources_their_shares(folders):
@@ -137,8 +212,17 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
             pipeline.load(cfg)
     with pytest.raises(ConfigError, match="rows of 16 positions, this run needs 32"):
         alone(folders / "web", seq_len=32)
+    words = tokenizer.train(["one two three " * 9], 285, 1000)
+    found = shards.open_folder(str(folders / "web"))
+    other = found._replace(about=found.about | {"tokenizer_hash": "of another one"})
+    one = dataclasses.replace(config.Config(), data=config.DataConfig(format="prepared", path="web", seq_len=LENGTH))
+    with pytest.raises(ConfigError, match="rows were made with tokenizer of another o, but this run has"):
+        pipeline.build(one, words, other)
     with pytest.raises(ConfigError, match=r"'data\.packing' was best_fit when it was prepared, and is concat now"):
         mixed(folders, packing="concat")
+    for unread in ({"max_records": 3}, {"rename": (("a", "b"),)}):
+        with pytest.raises(ConfigError, match=rf"'data\.{next(iter(unread))}' is .* prepared data does not read it"):
+            mixed(folders, **unread)
     with pytest.raises(ConfigError, match=r"'data\.task' masked_text reads"):
         mixed(folders, task="masked_text")
     empty = tmp_path / "none"

@@ -6,10 +6,12 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from lm.data import packing as rows_of
 from lm.data.records import DataError
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
+from tests import busy
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 20_000
@@ -261,8 +264,39 @@ def test_without_beam_the_extra_is_named():
 
 
 def test_a_worker_that_is_killed_is_told(tmp_path):
-    with pytest.raises(jobs.JobError, match="a worker process ended"), jobs.processes(2) as runner:
+    with (
+        pytest.raises(jobs.JobError, match=r"worker process \d+, at 9, ended without a word, exit code 9"),
+        jobs.processes(2) as runner,
+    ):
         list(runner(os._exit, [9]))
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"), [(signal.SIGKILL, "ended without a word, exit code -9"), (signal.SIGSTOP, "hangs: no CPU time")]
+)
+def test_a_worker_that_is_killed_or_stopped_is_named(sent, says, monkeypatch):
+    """With the process and the unit it was at, within 30 s; the other worker ends too."""
+    assert jobs.HUNG_SECONDS + jobs._LOOK_SECONDS < 30
+    monkeypatch.setattr(jobs, "HUNG_SECONDS", 4.0)
+    with jobs.processes(2) as runner:
+        running = runner(busy.spin, [0.0, 3600.0, 3601.0])
+        next(running)
+        workers = multiprocessing.active_children()
+        threading.Timer(1.0, os.kill, (workers[0].pid, sent)).start()
+        with pytest.raises(
+            jobs.JobError, match=rf"process {workers[0].pid}, at 360[01]\.0, {says}.*same command again"
+        ):
+            next(running)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_an_error_in_a_worker_is_the_jobs_and_processes_are_replaced(monkeypatch):
+    monkeypatch.setattr(jobs, "_UNITS_A_PROCESS", 2)
+    with jobs.processes(2) as runner:
+        assert len(list(runner(abs, range(9)))) == 9
+        assert list(runner(abs, [])) == []
+        with pytest.raises(TypeError, match="bad operand"):
+            list(runner(abs, [1, "text", 2]))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -433,6 +467,20 @@ def test_input_that_changed_between_starts_is_refused(corpus, tmp_path):
     path.write_text('{"text": "one"}\n{"text": "two, and more"}\n')
     with pytest.raises(ConfigError, match=r"files\..*a\.jsonl: \[32, "):
         run(recipe(path), tmp_path / "out")
+
+
+def test_input_that_changes_while_it_is_prepared_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "one and {i}"}}\n' for i in range(40)))
+
+    def changes(work, units):
+        with path.open("a") as file:
+            file.write('{"text": "one more"}\n')
+        return jobs.here(work, units)
+
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was prepared"):
+        run(recipe(path), tmp_path / "out", changes)
+    assert not (tmp_path / "out" / "index.json").exists()
 
 
 def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, tmp_path):

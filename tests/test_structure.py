@@ -75,6 +75,7 @@ MODULES = (
     "lm.data.data_card",
     "lm.data.prepare",
     "lm.data.order",
+    "lm.data.ahead",
     "lm.data.feed",
     "lm.data.pipeline",
     # 2: models, checkpoints
@@ -105,6 +106,7 @@ MODULES = (
     "lm.beam",
     "lm.program",
     "lm.checks",
+    "lm.resume",
     "lm.build",
     "lm.aot",
     "lm.settings",

@@ -1,5 +1,8 @@
 """Raw records to model examples: one function a task, each counting what it cut or left out."""
 
+import collections
+import concurrent.futures
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +14,8 @@ from lm.data import tokenizer as sentencepiece
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
 from lm.schema import ConfigError
+
+_CHUNK_RECORDS = 32  # that a thread takes at a time
 
 
 class Example(NamedTuple):
@@ -82,9 +87,16 @@ class Task(NamedTuple):
 
 
 def make(
-    task: Task, records: Iterable[Record], tokenizer: Tokenizer | None, cfg: Config, counts: Counter[str]
+    task: Task,
+    records: Iterable[Record],
+    tokenizer: Tokenizer | None,
+    cfg: Config,
+    counts: Counter[str],
+    threads: int = 1,
 ) -> Iterator[Example]:
-    """Yields the examples of `records`, adding to `counts` what became of them.
+    """Yields the examples of `records` in their order, adding to `counts` what became of them.
+
+    SentencePiece works while other threads run Python: `threads` of them tokenize, a few records ahead.
 
     Counted: documents, examples; cut_in_pieces (text longer than seq_len); prompt_cut, answer_cut (chat longer than
     seq_len, by data.overlong); dropped_overlong, dropped_empty, dropped_no_target (nothing in it to train on); and what
@@ -93,14 +105,40 @@ def make(
     Raises:
       DataError: a record has a role or a label that is not known.
     """
-    for record in records:
-        counts["documents"] += 1
-        for example in task.make(record, tokenizer, cfg, counts):
+
+    def of_records(chunk: list[Record]) -> tuple[list[Example], Counter[str]]:
+        own = Counter({"documents": len(chunk)})
+        return [example for record in chunk for example in task.make(record, tokenizer, cfg, own)], own
+
+    for found, own in _ahead(of_records, _chunks(records), threads):
+        counts.update(own)
+        for example in found:
             if "loss_weights" in example.columns and not example.columns["loss_weights"].any():
                 counts["dropped_no_target"] += 1
                 continue
             counts["examples"] += 1
             yield example
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    records = iter(records)
+    while chunk := list(itertools.islice(records, _CHUNK_RECORDS)):
+        yield chunk
+
+
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+    """function(item) of each item in its order, by so many threads."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque[Any] = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def sequence_columns(names: tuple[str, ...], length: int) -> Columns:
@@ -124,8 +162,9 @@ def text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     if not ids:
         counts["dropped_empty"] += 1
         return []
-    whole = shifted([tokenizer.bos_id, *ids, tokenizer.eos_id], [True] * (len(ids) + 2))
-    return _pieces(whole, cfg, counts)
+    whole = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    columns = {"tokens": whole[:-1], "targets": whole[1:], "loss_weights": np.ones(len(whole) - 1, np.float32)}
+    return _pieces(columns, cfg, counts)
 
 
 def whole_text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:

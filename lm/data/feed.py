@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from lm.data import order
+from lm.data.ahead import Ahead
 from lm.data.examples import Columns, Row, Rows
 
 HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
@@ -72,6 +71,7 @@ class Data(NamedTuple):
         or dropped (see `examples.make`), rows and, of tokens: tokens (positions filled), targets (positions trained
         on), bytes (UTF-8, of the targets), fill.
       easy_first: this many examples of the one source come from the short rows first; 0 = none.
+      about: what the fingerprint is over, for a person who looks for what changed.
     """
 
     sources: dict[str, Source]
@@ -79,6 +79,7 @@ class Data(NamedTuple):
     fingerprint: str
     report: dict[str, dict[str, float]]
     easy_first: int = 0
+    about: Mapping[str, str | int] = {}
 
     @property
     def train(self) -> Part:
@@ -124,8 +125,9 @@ def train_batches(
     local_rows: np.ndarray,
     seed: int,
     total_examples: int = 0,
+    offsets: Sequence[int] = (),
     threads: int = 1,
-) -> Iterator[HostBatch]:
+) -> Ahead:
     """Batches without end, made ahead by background threads; stop it early with the iterator's `close()`.
 
     Batch k is the global examples start_example + k * batch_size + (0 ... batch_size - 1), of which a host gets those
@@ -138,21 +140,25 @@ def train_batches(
       local_rows: int [b], offsets in the batch of the rows that this host needs, in the order it needs them.
       seed: of the shuffle.
       total_examples: of the run, which says where a mixture's later stages begin; 0 = never.
+      offsets: of each source, from `offsets`; none = 0 each.
       threads: that make batches; the batches are the same for any number, 0 = made when they are asked for.
 
     Yields:
       The columns of the task as [b, ...], row_weights float32 [b] and example_index int32 [b] (modulo 2^31).
+
+    Raises (the iterator):
+      InputError: a thread hangs.
     """
-    source = _Batches(
+    batches = _Batches(
         _streams(data, seed),
         data.mixture(total_examples),
         batch_size,
         start_example,
         np.asarray(local_rows, np.int64),
         seed,
+        np.array(offsets or [0] * len(data.sources), np.int64),
     )
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    return Ahead(batches.__getitem__, threads)
 
 
 def eval_batches(
@@ -199,7 +205,7 @@ def eval_row_ids(part: Part, max_tokens: int, seq_len: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """Random access to the batches of the training stream: what Grain calls a data source."""
+    """Random access to the batches of the training stream."""
 
     streams: list[tuple[Part, order.Order]]
     mixture: order.Mixture
@@ -207,16 +213,15 @@ class _Batches:
     start: int
     local_rows: np.ndarray
     seed: int
-
-    def __len__(self) -> int:
-        return sys.maxsize
+    offset_S: np.ndarray
 
     def __getitem__(self, k: int) -> HostBatch:
         index_B = self.start + int(k) * self.batch_size + self.local_rows
         if len(self.streams) == 1:
             ((part, row_of),) = self.streams
-            return _gather(part, row_of(index_B), index_B, self.seed)
+            return _gather(part, row_of(index_B + self.offset_S[0]), index_B, self.seed)
         stream_B, place_B = order.mixed(self.mixture, index_B)
+        place_B += self.offset_S[stream_B]
         batch: HostBatch = {}
         for number in np.unique(stream_B).tolist():
             part, row_of = self.streams[number]
@@ -260,11 +265,27 @@ def _gather(part: Part, row_ids: np.ndarray, index: np.ndarray, seed: int) -> Ho
     return batch | {"row_weights": np.ones(len(index), np.float32)} | indices
 
 
-def consumed(data: Data, examples: int, total_examples: int) -> dict[str, dict[str, float]]:
+def consumed(
+    data: Data, examples: int, total_examples: int, offsets: Sequence[int] = ()
+) -> dict[str, dict[str, float]]:
     """What the first `examples` of a run took from each source: examples, and epochs of its rows."""
     given = order.counts(data.mixture(total_examples), examples)
     sizes: Mapping[str, int] = {name: len(source.train) for name, source in data.sources.items()}
     return {
-        name: {"examples": count, "epochs": count / size}
-        for (name, size), count in zip(sizes.items(), given, strict=True)
+        name: {"examples": count + offset, "epochs": (count + offset) / size}
+        for (name, size), count, offset in zip(sizes.items(), given, offsets or [0] * len(sizes), strict=True)
     }
+
+
+def offsets(data: Data, taken: Mapping[str, float], examples: int, total_examples: int) -> tuple[int, ...]:
+    """What to add to the place in each source so that each one goes on where it stopped: 0, unless the run is of
+    another length, batch size or mixture now than when it took the first `examples`.
+
+    Args:
+      data: as it is now.
+      taken: source -> its examples so far, of `consumed`; one that is missing begins.
+      examples: how many these are together.
+      total_examples: as in `train_batches`.
+    """
+    now = order.counts(data.mixture(total_examples), examples)
+    return tuple(int(taken.get(name, 0)) - count for name, count in zip(data.sources, now, strict=True))

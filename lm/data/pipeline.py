@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import time
 import zlib
 from collections import Counter
@@ -31,6 +32,7 @@ _SHAPES_ROWS = (
     *("task", "labels", "image_shape", "templates", "augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
+_UNREAD_BY_PREPARED = ("eval_path", "separator", "rename", "max_records")
 Found = Split | Prepared  # what a source gives
 _QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
 
@@ -52,10 +54,20 @@ def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
 
 
 def load(cfg: DataConfig) -> list[Found]:
-    """What each source gives: records, or rows that were prepared. Raises DataError as `sources` and `shards` do."""
+    """What each source gives: records, or rows that were prepared.
+
+    Raises:
+      DataError: as `sources` and `shards` do.
+      ConfigError: a key is set that prepared data does not read.
+    """
     each = by_source(cfg).values()
     if cfg.format != "prepared":
         return [sources.load(one) for one in each]
+    for key in _UNREAD_BY_PREPARED:
+        if value := getattr(cfg, key):
+            raise ConfigError(
+                f"'data.{key}' is {value!r}, but prepared data does not read it; prepare the data with it"
+            )
     return [shards.open_folder(one.path) for one in each]
 
 
@@ -111,7 +123,15 @@ def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Fou
     settings |= {"corrupt": schema.to_dict(cfg.corrupt), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     settings |= {"easy_first": data.easy_first}
     parts = [content, tokenizer.hash if tokenizer else "", settings]
-    return data._replace(fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
+    about: dict[str, str | int] = {"tokenizer": _sha256(parts[1])[:12], "settings": _sha256(settings)[:12]}
+    for (name, source), each in zip(made.items(), content, strict=True):
+        prefix = f"{name}: " if name else ""
+        about |= {f"{prefix}content": _sha256(each)[:12], f"{prefix}training rows": len(source.train)}
+    return data._replace(fingerprint=_sha256(parts), about=about)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _easy_first(cfg: Config, data: Data) -> int:
@@ -147,7 +167,8 @@ def _packed(
 ) -> tuple[Part, dict[str, int], dict[str, float]]:
     """Records as rows in memory, checksums of the rows, and counts."""
     task, counts = TASKS[cfg.data.task], Counter[str]()
-    made = examples.make(task, _progress(records, f"packing {name} rows"), tokenizer, cfg, counts)
+    progress = _progress(records, f"packing {name} rows")
+    made = examples.make(task, progress, tokenizer, cfg, counts, os.cpu_count() or 1)
     stored = task.columns(cfg)
     rows, meta = packing.pack(made, stored, cfg.data)
     report: dict[str, float] = {**counts, "rows": len(next(iter(rows.values())))}
@@ -183,6 +204,11 @@ def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | No
         raise ConfigError(
             f"{found.path}: rows of {', '.join(table.layout.names)}; 'data.task' {cfg.data.task} reads "
             f"{', '.join(stored)}"
+        )
+    if tokenizer and (was := found.about.get("tokenizer_hash", tokenizer.hash)) != tokenizer.hash:
+        raise ConfigError(
+            f"{found.path}: its rows were made with tokenizer {was[:12]}, but this run has {tokenizer.hash[:12]}: ids "
+            "would mean other text; put its tokenizer.model back"
         )
     if (length := stored["tokens"][0][0]) != table.layout.length:
         raise ConfigError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from lm import schema
 from lm.config import Config
@@ -149,7 +150,7 @@ def run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float]
     job = planned.job
     if _is_finished(planned):
         shutil.rmtree(job.work, ignore_errors=True)
-        return json.loads((job.folder / shards.INDEX).read_text())
+        return shards.read_index(epath.Path(job.folder))
     with (job.work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go however this process ends
@@ -173,7 +174,17 @@ def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float
             faults = _faults(job)
         if stage.name == "measure":
             gather.shard_names(job)  # an error where a part has no document, before the slow stages
+    _check_files(planned)
     return _finish(planned, faults)
+
+
+def _check_files(planned: Plan) -> None:
+    """Raises DataError where a file changed since the job began: some of it may have been read before, some after."""
+    was = planned.settings["files"]
+    for unit in (unit for _, units in planned.groups for unit in units):
+        now = _state(unit) if all(file.exists() for file in stages.files_of(unit)) else "gone"
+        if was[str(unit)] != now:
+            raise DataError(f"{unit} changed while it was prepared (size, time: {was[str(unit)]} -> {now}); start anew")
 
 
 def _stages(groups: list[tuple[int, list[sources.Unit]]]) -> tuple[Stage, ...]:
@@ -194,7 +205,7 @@ def _is_finished(planned: Plan) -> bool:
     folder, work = planned.job.folder, planned.job.work
     finished = (folder / shards.INDEX).exists()
     if finished or work.exists():
-        there = json.loads((folder / shards.INDEX).read_text())["settings"] if finished else _settings(work)
+        there = shards.read_index(epath.Path(folder))["settings"] if finished else _settings(work)
         old, new = dict(schema.flatten(there)), dict(schema.flatten(planned.settings))
         if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
             lines = [

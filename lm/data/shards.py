@@ -14,8 +14,9 @@ Worked, L 6, S 2, documents [a b] and [c], which begin with BOS (^) and end in E
     targets       a b . c . 0     the next token, but where a document ends its last target
     loss_weights  1 1 1 1 1 0     1 where a document is
 
-so that a token costs two bytes and a batch is one copy and a few passes over it. Any bit that flips in a row changes
-its checksum: rows are verified whenever they are read.
+so that a token costs two bytes and a batch is one copy and a few passes over it. The checksum is over the row, its
+number and the name of its shard: a bit that flips, and a row or a shard that stands in the place of another one, are
+seen whenever a row is read. The index holds a checksum of itself.
 """
 
 import functools
@@ -23,6 +24,7 @@ import hashlib
 import json
 import os
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +35,11 @@ from etils import epath
 from lm.data.examples import Rows
 from lm.data.records import DataError
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 _OPEN_SHARDS = 256  # each holds a file descriptor
 _HALVES = 2  # cells of a row that hold its checksum
-_SEED = 0x9E3779B9  # checksum of a row of zeros: one that was never written is damaged too
+_ROW = np.uint32(0x9E3779B1)  # odd, so that each row of a shard has another checksum, 2^32 of them
 
 
 class Layout(NamedTuple):
@@ -74,7 +76,7 @@ def write(folder: Path, name: str, rows: Rows, counts: Mapping[str, int]) -> dic
     Raises:
       ValueError: rows that cannot be read back as they are, such as of a task that trains on a part of them.
     """
-    stored = encode(rows)
+    stored = stamp(encode(rows), rows["tokens"].shape[1], name)
     temporary = folder / f"{name}.{os.getpid()}.tmp"  # two processes may be given the same shard
     with temporary.open("wb") as file:
         np.save(file, stored, allow_pickle=False)
@@ -92,7 +94,8 @@ def write(folder: Path, name: str, rows: Rows, counts: Mapping[str, int]) -> dic
 
 
 def encode(rows: Rows) -> np.ndarray:
-    """Rows as they are stored, [R, W]. Raises ValueError where `decode` would not give them back."""
+    """Rows as they are stored but for their checksums, [R, W]. Raises ValueError where `decode` would not give them
+    back."""
     tokens_RxL, segments_RxL = (rows[name].astype(np.int64) for name in ("tokens", "segment_ids"))
     num_rows, length = tokens_RxL.shape
     is_end_RxL = segments_RxL != np.pad(segments_RxL[:, 1:], ((0, 0), (0, 1)))
@@ -108,12 +111,17 @@ def encode(rows: Rows) -> np.ndarray:
     pairs_RxP = pairs_RxSx2.reshape(num_rows, pairs_RxSx2.shape[1] * 2)
     dtype = np.uint16 if max(tokens_RxL.max(initial=0), pairs_RxP.max(initial=0)) < 2**16 else np.uint32
     cells = np.concatenate([tokens_RxL, np.zeros((num_rows, _HALVES), np.int64), pairs_RxP], axis=1).astype(dtype)
-    sums_R = checksums(cells, length)
-    cells[:, length], cells[:, length + 1] = sums_R & 0xFFFF, sums_R >> 16
     merged = bool((segments_RxL.max(axis=1, initial=0) < counts_R).any())
     for name, found in decode(cells, Layout(length, "targets" in rows, not merged)).items():
         if not np.array_equal(found, rows[name]):
             raise ValueError(f"rows of this task cannot be stored: '{name}' does not follow from the tokens")
+    return cells
+
+
+def stamp(cells: np.ndarray, length: int, name: str) -> np.ndarray:
+    """Puts the checksums of the shard `name` into its rows [R, W], in place."""
+    sums_R = checksums(cells, length, seeds(name, np.arange(len(cells))))
+    cells[:, length], cells[:, length + 1] = sums_R & 0xFFFF, sums_R >> 16
     return cells
 
 
@@ -125,9 +133,15 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
       index: "parts": 'train' and 'valid' -> what `write` returned of each shard; "layout": length and shifted;
         "settings": what else shaped the rows, 'packing' at least; and what a person should find there.
     """
+    whole = {**index, "format": FORMAT}
     temporary = folder / f"{INDEX}.tmp"
-    temporary.write_text(json.dumps({"format": FORMAT, **index}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps({**whole, "sha256": _sha256(whole)}, indent=1, sort_keys=True)
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(folder / INDEX)
+
+
+def _sha256(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -140,6 +154,7 @@ class Table(NamedTuple):
       paths: of the shards.
       starts: first row of each shard, and the number of all rows, int64 [shards + 1].
       layout: of the rows.
+      seeds: what the checksums of the first row of each shard begin with, uint32 [shards].
       skip: so many damaged rows are read as rows of padding, which train nothing; one more is an error.
       damaged: those that were, 'file: row'.
     """
@@ -147,6 +162,7 @@ class Table(NamedTuple):
     paths: tuple[str, ...]
     starts: np.ndarray
     layout: Layout
+    seeds: np.ndarray
     skip: int
     damaged: set[str]
 
@@ -162,7 +178,8 @@ class Table(NamedTuple):
         """
         shard_B = np.searchsorted(self.starts, row_ids, side="right") - 1
         inside_B = row_ids - self.starts[shard_B]
-        opened = {shard: _opened(self.paths[shard]) for shard in np.unique(shard_B).tolist()}
+        rows_in = np.diff(self.starts).tolist()
+        opened = {shard: _opened(self.paths[shard], rows_in[shard]) for shard in np.unique(shard_B).tolist()}
         rows = [opened[shard][at] for shard, at in zip(shard_B.tolist(), inside_B.tolist(), strict=True)]
         if len({shard.shape[1] for shard in opened.values()}) > 1:  # narrow ones lack pairs, which have no length then
             width = max(shard.shape[1] for shard in opened.values())
@@ -170,7 +187,8 @@ class Table(NamedTuple):
         cells = np.concatenate(rows).reshape(len(rows), -1)
         length = self.layout.length
         written = cells[:, length].astype(np.uint32) | cells[:, length + 1].astype(np.uint32) << np.uint32(16)
-        for at in np.flatnonzero(written != checksums(cells, length)).tolist():
+        seed_B = self.seeds[shard_B] + inside_B.astype(np.uint32) * _ROW
+        for at in np.flatnonzero(written != checksums(cells, length, seed_B)).tolist():
             self._damaged(f"{self.paths[shard_B[at]]}: row {inside_B[at]}")
             cells[at] = 0
         return decode(cells, self.layout)
@@ -186,11 +204,18 @@ class Table(NamedTuple):
 
 
 @functools.lru_cache(maxsize=_OPEN_SHARDS)
-def _opened(path: str) -> np.ndarray:
+def _opened(path: str, num_rows: int) -> np.ndarray:
+    """The rows of a shard; its header must say what its size does, so that no damage to it moves or hides a row."""
     try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        is_whole = stored.ndim == 2 and len(stored) == num_rows and stored.dtype in (np.uint16, np.uint32)
+        is_whole = is_whole and stored.offset + stored.nbytes == os.path.getsize(path)
+    except Exception as error:  # of bytes that are no header, numpy's reader raises anything
+        raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}; copy it again") from error
+    if not is_whole:
+        found = f"{stored.dtype} {stored.shape}"
+        raise DataError(f"{path}: its header is damaged: {found} where {num_rows:,} rows are expected; copy it again")
+    return np.asarray(stored)
 
 
 def decode(cells: np.ndarray, layout: Layout) -> Rows:
@@ -234,13 +259,18 @@ def _ramp(size: int) -> np.ndarray:
     return np.arange(size, dtype=np.int32)
 
 
-def checksums(cells: np.ndarray, length: int) -> np.ndarray:
+def checksums(cells: np.ndarray, length: int, seed_B: np.ndarray) -> np.ndarray:
     """Of stored rows [B, W] but for the checksum in them, uint32 [B]; zeros at the end change nothing.
 
     Every cell times an odd number of its own, modulo 2^32: a change of one cell always shows.
     """
     odd_W = _odd(cells.shape[1], length)
-    return np.uint32(_SEED) + np.einsum("bw,w->b", cells.astype(np.uint32), odd_W)
+    return seed_B + np.einsum("bw,w->b", cells.astype(np.uint32), odd_W)
+
+
+def seeds(name: str, row_B: np.ndarray) -> np.ndarray:
+    """What the checksums of rows of the shard `name` begin with, uint32 [B]: no row fits in the place of another."""
+    return np.uint32(zlib.crc32(name.encode())) + row_B.astype(np.uint32) * _ROW
 
 
 @functools.lru_cache(maxsize=64)
@@ -271,7 +301,8 @@ class Prepared(NamedTuple):
         entries = self.about["parts"][half]
         paths = tuple(str(epath.Path(self.path).expanduser() / f"{entry['name']}.npy") for entry in entries)
         starts = np.cumsum([0, *(entry["rows"] for entry in entries)], dtype=np.int64)
-        return Table(paths, starts, Layout(**self.about["layout"], mask_documents=mask_documents), skip, set())
+        firsts = np.array([seeds(entry["name"], np.zeros(1))[0] for entry in entries], np.uint32)
+        return Table(paths, starts, Layout(**self.about["layout"], mask_documents=mask_documents), firsts, skip, set())
 
     def counts(self, half: str) -> dict[str, float]:
         """Sums over the shards of all that they count, and the fill of their rows."""
@@ -289,23 +320,33 @@ class Prepared(NamedTuple):
         return f"prepared data in {self.path}: {rows['train']} train and {rows['valid']} valid rows"
 
 
+def read_index(folder: epath.Path) -> dict[str, Any]:
+    """The index of a prepared folder. Raises DataError where it is not the one that was written."""
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_text())
+        version, written = index["format"], index.get("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: damaged ({type(error).__name__}: {error}); prepare the data anew") from None
+    if version != FORMAT:
+        raise DataError(f"{file}: format {version}, this code reads {FORMAT}; prepare the data anew")
+    if written != _sha256({key: value for key, value in index.items() if key != "sha256"}):
+        raise DataError(f"{file}: damaged: it is not what was written; copy it again, or prepare the data anew")
+    return index
+
+
 def open_folder(path: str) -> Prepared:
     """Raises DataError where it is no prepared folder, of another version, or a shard is missing or cut short."""
     folder = epath.Path(path).expanduser()
     if not (folder / INDEX).exists():
         raise DataError(f"data path '{path}': no {INDEX} in it; expected a folder that tools/prepare_data.py finished")
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        version, shards = index["format"], {half: index["parts"][half] for half in ("train", "valid")}
-        decisive = {"layout": Layout(**index["layout"]), "rows": [[e["sha256"] for e in s] for s in shards.values()]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / INDEX}: damaged ({type(error).__name__}: {error}); prepare the data anew") from None
-    if version != FORMAT:
-        raise DataError(f"{folder / INDEX}: format {version}, this code reads {FORMAT}; prepare the data anew")
-    for entry in (entry for entries in shards.values() for entry in entries):
+    index = read_index(folder)
+    parts = {half: index["parts"][half] for half in ("train", "valid")}
+    for entry in (entry for entries in parts.values() for entry in entries):
         file = folder / f"{entry['name']}.npy"
         size = file.stat().length if file.exists() else None
         if size != entry["bytes_on_disk"]:
             found = "is missing" if size is None else f"has {size:,} bytes, expected {entry['bytes_on_disk']:,}"
             raise DataError(f"{file}: {found}; copy it again, or prepare the data anew")
+    decisive = {"layout": Layout(**index["layout"]), "rows": [[e["sha256"] for e in s] for s in parts.values()]}
     return Prepared(path, index, hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest())

@@ -1,0 +1,80 @@
+"""lm/data/ahead.py: items in order from any number of threads, and an error that names a thread that hangs."""
+
+import gc
+import itertools
+import threading
+import time
+
+import pytest
+
+from lm.data import ahead
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 5])
+def test_items_come_in_order_and_no_more_than_two_a_thread_are_made_ahead(threads):
+    made = []
+    items = ahead.Ahead(lambda k: (made.append(k), time.sleep(0.001 * (k % 3)))[0] or k, threads)
+    assert list(itertools.islice(items, 40)) == list(range(40))
+    time.sleep(0.1)
+    assert sorted(made) == list(range(40 + 2 * threads))
+    assert items.ready() == (threads > 0)
+    items.close()
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_an_error_is_raised_in_its_turn(threads):
+    items = ahead.Ahead(lambda k: 1 // (3 - k), threads)
+    assert list(itertools.islice(items, 3)) == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+
+
+def test_threads_end_with_the_iterator():
+    items = ahead.Ahead(lambda k: k, 3)
+    next(items)
+    threads = items._threads
+    del items
+    gc.collect()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_a_thread_that_hangs_is_named_within_30_seconds(monkeypatch):
+    assert ahead.HUNG_SECONDS + ahead._LOOK_SECONDS < 30
+    monkeypatch.setattr(ahead, "HUNG_SECONDS", 0.5)
+    monkeypatch.setattr(ahead, "_LOOK_SECONDS", 0.1)
+    never = threading.Event()
+
+    def read_a_dead_mount(k):
+        if k == 3:
+            never.wait()
+        return k
+
+    items = ahead.Ahead(read_a_dead_mount, 2)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ahead.InputError, match=r"(?s)thread 'input-\d' hangs: .* at batch 3 .*read_a_dead_mount"):
+        next(items)
+    never.set()
+
+
+def test_a_thread_that_is_slow_but_at_work_is_waited_for(monkeypatch):
+    monkeypatch.setattr(ahead, "HUNG_SECONDS", 0.3)
+    monkeypatch.setattr(ahead, "_LOOK_SECONDS", 0.1)
+    seconds = itertools.count()
+    monkeypatch.setattr(ahead, "_cpu_seconds", lambda _: next(seconds))
+    assert next(ahead.Ahead(lambda k: (time.sleep(1.0), k)[1], 1)) == 0
+
+
+def test_the_time_of_a_thread_is_its_own():
+    never = threading.Event()
+    busy = threading.Thread(target=lambda: (sum(range(10**6)), never.wait()), daemon=True)
+    idle = threading.Thread(target=never.wait, daemon=True)
+    for thread in (busy, idle):
+        thread.start()
+    while (spent := ahead._cpu_seconds(busy)) < 0.005:
+        time.sleep(0.01)
+    assert ahead._cpu_seconds(idle) < 0.005 < spent
+    never.set()
