@@ -114,7 +114,7 @@ def space(cfg: Config, where: aot.Topology, flags: Sequence[str], pinned: Collec
             changed = apply(planned.cfg, one, where.slices)
             checks.fit(changed)
             sizes = (mesh[0] * where.slices, *mesh[1:])
-            abstract = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+            abstract: Any = jax.sharding.AbstractMesh(sizes, sharding.AXES)
             checks.mesh_divides(changed, abstract, planned.abstract_params, planned.logical_axes)
         except ConfigError:
             continue
@@ -128,10 +128,11 @@ def space(cfg: Config, where: aot.Topology, flags: Sequence[str], pinned: Collec
 def apply(cfg: Config, candidate: Candidate, slices: int) -> Config:
     """The config with a setting."""
     mesh = dict(zip(sharding.AXES, candidate.mesh, strict=True), dcn_data=slices)
+    remat: Any = candidate.remat
     return dataclasses.replace(
         cfg,
         mesh=dataclasses.replace(cfg.mesh, **mesh),
-        model=dataclasses.replace(cfg.model, remat=candidate.remat),
+        model=dataclasses.replace(cfg.model, remat=remat),
         train=dataclasses.replace(cfg.train, micro_batches=candidate.micro_batches),
         loss=dataclasses.replace(cfg.loss, chunk_len=candidate.chunk_len),
     )
