@@ -1,6 +1,7 @@
 """A GPT-2-like model for two CPU cores, to compare speed on: see docs/performance.md.
 
     python tools/bench.py --config=configs/bench/cpu_gpt2.py --peer=transformers
+    python -m lm.main --config=configs/bench/cpu_gpt2.py --workdir=runs/cpu_gpt2    # trains it; not run
 
 13.9 M parameters, 16 x 256 tokens a step, float32. Documents are cut into full rows and see the ones before them, so
 that attention is causal and nothing else, as GPT-2's own; the learning rate is constant.
