@@ -45,7 +45,8 @@ class _Worker:
         self.done = 0
 
     def start(self, work: Callable[[Any], None], unit: Any) -> None:
-        self.unit, self.since, self.spent = unit, time.monotonic(), -1.0
+        self.unit, self.since = unit, time.monotonic()
+        self.spent: float | None = -1.0
         with contextlib.suppress(OSError):  # it ended; `check` tells
             self.pipe.send((work, unit))
 
@@ -102,7 +103,7 @@ def processes(count: int) -> Iterator[Runner]:
             for worker in workers:
                 if worker.unit is None and left:
                     worker.start(work, left.pop())
-            at_work = {worker.pipe: worker for worker in workers if worker.unit is not None}
+            at_work: dict[Any, _Worker] = {worker.pipe: worker for worker in workers if worker.unit is not None}
             for pipe in multiprocessing.connection.wait(list(at_work), _LOOK_SECONDS):
                 yield at_work[pipe].finish()
             for worker in at_work.values():
