@@ -471,7 +471,8 @@ def test_input_that_changed_between_starts_is_refused(corpus, tmp_path):
 
 def test_input_that_changes_while_it_is_prepared_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(f'{{"text": "one and {i}"}}\n' for i in range(40)))
+    texts = [f"one and {i}: {hashlib.sha256(bytes([i])).hexdigest()}" for i in range(200)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     def changes(work, units):
         with path.open("a") as file:

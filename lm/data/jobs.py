@@ -42,11 +42,11 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.unit: Any = None
-        self.done, self.since = 0, 0.0
-        self.spent: float | None = None
+        self.done = 0
 
     def start(self, work: Callable[[Any], None], unit: Any) -> None:
-        self.unit, self.since, self.spent = unit, time.monotonic(), None
+        self.unit, self.since = unit, time.monotonic()
+        self.spent: float | None = -1.0
         with contextlib.suppress(OSError):  # it ended; `check` tells
             self.pipe.send((work, unit))
 
