@@ -18,7 +18,8 @@ from lm.config import Config
 from lm.models.blocks import REMAT_POLICIES
 from lm.schema import ConfigError
 
-POLICIES = tuple(REMAT_POLICIES)  # from the one that keeps most to the one that keeps least
+# From the one that keeps most to the one that keeps least. What lies with the host meanwhile is not searched.
+POLICIES = tuple(name for name in REMAT_POLICIES if name != "offload")
 # Results of a layer's matmuls that a policy keeps at least; 'none' keeps more. 'core' is the attention kernel's.
 _QKV = ("query", "key", "value")
 _OUTSIDE_MLP = ("core", *_QKV, "out")

@@ -132,7 +132,7 @@ def test_what_each_weight_has():
     assert scales["adamw"] == scales["lion"] == scales["adafactor"]
     of_adam = {
         "embed/embedding": (1.0, 1.0),
-        "embed/position": (None, 1.0),
+        "embed/position_embedding": (None, 1.0),
         "decoder/layers/attention/query/kernel": (1 / 256, 1 / 4),
         "decoder/layers/attention/query/bias": (None, 1.0),
         "decoder/layers/mlp/router_kernel": (0.01 / 4 / 256, 1 / 4),

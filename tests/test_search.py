@@ -49,7 +49,7 @@ def made(remat="minimal", mesh=(1, 4, 1, 1, 1), micro=1, chunk=0, flags=""):
 
 
 def test_what_a_policy_keeps_is_known_of_all_of_them_and_ever_less():
-    assert tuple(settings._KEPT) == settings.POLICIES == tuple(REMAT_POLICIES)
+    assert tuple(settings._KEPT) == settings.POLICIES == tuple(name for name in REMAT_POLICIES if name != "offload")
     kept = [set(settings._KEPT[policy]) for policy in settings.POLICIES]
     assert all(more >= less for more, less in itertools.pairwise(kept))
 

@@ -2,18 +2,22 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from lm import sharding
 from lm.config import MeshConfig
 from lm.schema import ConfigError
 from tests import toys
-from tools import bench, bench_input, bench_peer
+from tools import bench_peer
+from tools import bench_training as bench
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GPT2 = {
     "data__packing": "concat",
@@ -117,39 +121,24 @@ def test_what_is_not_gpt2_is_refused_by_its_keys(tmp_path, monkeypatch):
 
 
 def call(*arguments):
-    """What the command ends with: None, or its error."""
-    try:
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS(["bench.py", *arguments])
-        bench.main(["bench.py"])
-    except SystemExit as end:
-        return end.code
-    finally:
-        flags.FLAGS.unparse_flags()
-        for name in ("input", "json", "megabytes", "seconds"):
-            flags.FLAGS[name].unparse()
-    return None
+    """(status, what it said) of the command."""
+    command = [sys.executable, "tools/bench.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
 
 
-def test_the_input_alone_is_measured_in_a_folder_that_goes_again(tmp_path, monkeypatch):
-    seen = []
-
-    def measure(folder, megabytes, seconds):
-        assert folder.is_dir()
-        seen.append((folder, megabytes, seconds))
-        return {"prepared_tokens_per_second": 1.0}
-
-    monkeypatch.setattr(bench_input, "measure", measure)
-    monkeypatch.setattr(bench_input, "show", lambda found: seen.append(found))
+def test_the_input_alone_is_measured(tmp_path):
     file = tmp_path / "figures.json"
-    assert call("--input", "--megabytes=3,4", "--seconds=0.5", f"--json={file}") is None
-    (folder, *rest), shown = seen
-    assert rest == [[3, 4], 0.5] and not folder.exists()
-    assert json.loads(file.read_text()) == shown == {"prepared_tokens_per_second": 1.0}
+    status, said = call("--input", "--megabytes=1,2", "--seconds=0.02", f"--json={file}")
+    assert status == 0, said
+    found = json.loads(file.read_text())
+    assert set(found["megabytes"]) == {"1", "2"} and "on the fly" in said
+    assert found["prepared_tokens_per_second"] > 0 and found["ratio_to_copy"] > 0
 
 
 def test_neither_a_recipe_nor_the_input_is_an_error():
-    assert "either --config=configs/NAME.py or --input" in call()
+    status, said = call()
+    assert status == 1 and "either --config=configs/NAME.py or --input" in said
 
 
 def test_the_benchmarks_recipe_is_what_the_peer_can_be(monkeypatch, one_device):
