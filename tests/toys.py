@@ -140,7 +140,9 @@ def shrink(c: Any) -> None:
     m.unroll = 1
     if c.data.format != "interactions":  # whose ids are items
         c.tokenizer.vocab_size, c.tokenizer.train_bytes = 400, 50_000
-    c.data.max_records, c.data.eval_fraction, c.data.batch_size = 48, 0.25, 8
+    # Rows that are prepared are all read.
+    c.data.max_records = 0 if c.data.format == "prepared" else 48
+    c.data.eval_fraction, c.data.batch_size = 0.25, 8
     c.data.seq_len, c.data.target_len = seq_len, min(c.data.target_len, 32)
     c.eval.batch_size, c.eval.max_tokens = 0, 12 * seq_len  # the last batch is not full
 
