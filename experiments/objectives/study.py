@@ -143,7 +143,7 @@ ROWS: dict[str, Row] = {
         arms("multi30k_translation", "pretrained", "scratch"),
         {"data.max_records": 4_000},
         needs=("t5",),
-        note="less is better, so pre-training loses: it read English stories only, and a model this small has to unlearn.",
+        note="less is better, so pre-training loses: it read English stories only, and has to unlearn.",
     ),
     "finetune": Row(
         "CIFAR-10, all parameters",
