@@ -167,8 +167,8 @@ def goes_round(kernel_IxO: jax.Array, logical: LogicalAxes, rows: tuple[int, ...
     which it does over up to 16 devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "embed" not in logical or min(kernel_IxO.shape) % 2:
-        return False
+    if mesh.empty or "embed" not in logical or any(size % (2 * mesh.shape["tensor"]) for size in kernel_IxO.shape):
+        return False  # halves go either way
     devices = math.prod(mesh.shape[axis] for axis in RULES["embed"])
     is_split = rows[0] % batch_shards(mesh) == 0 and rows[1] % length_parts() == 0
     in_pieces = kernel_IxO.nbytes >= flags.windowed_from(mesh.abstract_device.device_kind) and devices <= 16
