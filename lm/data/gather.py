@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm.data import examples, shards, spool, stages, tokenizer
+from lm.data import examples, packing, shards, spool, stages, tokenizer
 from lm.data.records import DataError
 from lm.data.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
 from lm.data.tasks import TASKS
@@ -141,8 +141,6 @@ def write(job: Job, name: str) -> None:
     """Tokenizes and packs one shard."""
     part, number, _, count = name.split("-")
     found = documents(job, part, int(number), int(count))
-    from lm.data import packing  # brings Grain and JAX, which no other stage needs
-
     words = dataclasses.replace(tokenizer.load(job.folder / "tokenizer.model"), extra_ids=job.cfg.tokenizer.extra_ids)
     task, counts, lengths = TASKS[job.cfg.data.task], Counter[str](), np.zeros(LENGTH_BINS, np.int64)
 

@@ -1,18 +1,16 @@
 """Examples to rows of one length: padded, best fit, or concatenated and split."""
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import grain
 import numpy as np
-from grain import experimental
 
 from lm.config import DataConfig
 from lm.data.examples import Columns, Example, Row, Rows
 
-# Best fit packs this many examples (or positions) at a time, longest first: Grain closes all open rows when one example
-# fits nowhere, so each window gets as many rows as examples and none is closed early.
+# Best fit packs this many examples (or positions) at a time, longest first.
 _WINDOW_EXAMPLES, _WINDOW_POSITIONS = 1024, 2**22
 _CHUNK = 1024  # rows made compact at a time, so that wide ones are never all held
 
@@ -40,49 +38,74 @@ def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tupl
       ValueError: an example is longer than its row, and packing is not `concat`.
     """
     chunks: list[Rows] = []
-    rows: list[Row] = []
     metas: list[Any] = []
-    for row, meta in _rows(examples, columns, cfg):
+    for chunk, of_rows in _chunks(examples, columns, cfg):
         if not cfg.mask_documents and cfg.packing != "pad":
-            row["segment_ids"] = np.minimum(row["segment_ids"], 1)
-            row["positions"] = np.arange(len(row["segment_ids"])) * row["segment_ids"]
-        rows.append(row)
-        metas.append(meta)
-        if len(rows) == _CHUNK:
-            chunks.append(_stack(rows, columns))
-            rows = []
-    if rows:
-        chunks.append(_stack(rows, columns))
+            is_used_RxL = chunk["segment_ids"] > 0
+            chunk["segment_ids"] = is_used_RxL.astype(np.int32)
+            chunk["positions"] = np.arange(cfg.seq_len, dtype=np.int32) * is_used_RxL
+        chunks.append({key: _compact(chunk[key]) for key in columns})
+        metas += of_rows
     if not chunks:
         return {key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in columns.items()}, []
     return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in columns}, metas
 
 
-def _rows(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> Iterator[tuple[Row, Any]]:
-    if cfg.packing == "pad":
-        yield from ((_padded(example.columns, columns), example.meta) for example in examples)
-        return
-    names = [name for name in columns if name not in ("segment_ids", "positions")]
-    for packed in _packers(examples, {name: columns[name][0][0] for name in names}, cfg):
-        for row in packed:
-            yield (
-                {name: row[name] for name in names}
-                | {"segment_ids": row["tokens_segment_ids"], "positions": row["tokens_positions"]},
-                None,
-            )
-
-
-def _packers(examples: Iterable[Example], lengths: dict[str, int], cfg: DataConfig) -> Iterator[grain.IterDataset[Any]]:
-    if cfg.packing == "concat":
-        yield experimental.ConcatThenSplitIterDataset(_Stream(examples), length_struct=lengths)
-        return
+def _chunks(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> Iterator[tuple[Rows, list[Any]]]:
     examples = iter(examples)
-    size = max(1, min(_WINDOW_EXAMPLES, _WINDOW_POSITIONS // cfg.seq_len))
-    while window := list(itertools.islice(examples, size)):
-        window.sort(key=lambda example: -len(example.columns["tokens"]))
-        yield experimental.BestFitPackIterDataset(
-            _Stream(window), length_struct=lengths, num_packing_bins=len(window), shuffle_bins=False
-        )
+    if cfg.packing == "best_fit":
+        size = max(1, min(_WINDOW_EXAMPLES, _WINDOW_POSITIONS // cfg.seq_len))
+        while window := list(itertools.islice(examples, size)):
+            rows = _best_fit([example.columns for example in window], columns, cfg.seq_len)
+            yield rows, [None] * len(rows["segment_ids"])
+        return
+    rows_and_metas = _concatenated(examples, columns) if cfg.packing == "concat" else _one_each(examples, columns)
+    while some := list(itertools.islice(rows_and_metas, _CHUNK)):
+        yield {key: np.stack([row[key] for row, _ in some]) for key in columns}, [meta for _, meta in some]
+
+
+def _best_fit(examples: list[Row], columns: Columns, length: int) -> Rows:
+    """Rows of `length` positions: longest example first, each into the fullest row it fits in, the first of equals."""
+    examples.sort(key=lambda example: -len(example["tokens"]))
+    places: list[tuple[int, int, int]] = []  # of each example: row, start, segment
+    segments: list[int] = []  # of each row
+    free: list[tuple[int, int]] = []  # (positions, row), in order
+    for example in examples:
+        size = len(example["tokens"])
+        if size > length:
+            raise ValueError(f"an example of {size} positions does not fit in a row of {length}")
+        if (best := bisect.bisect_left(free, (size, 0))) < len(free):
+            left, row = free.pop(best)
+        else:
+            left, row = length, len(segments)
+            segments.append(0)
+        segments[row] += 1
+        places.append((row, length - left, segments[row]))
+        if left > size:
+            bisect.insort(free, (left - size, row))
+    packed = {name: np.zeros((len(segments), *shape), dtype) for name, (shape, dtype) in columns.items()}
+    position_L = np.arange(length, dtype=np.int32)
+    for example, (row, start, segment) in zip(examples, places, strict=True):
+        size = len(example["tokens"])
+        for name, array in example.items():
+            packed[name][row, start : start + size] = array
+        packed["segment_ids"][row, start : start + size] = segment
+        packed["positions"][row, start : start + size] = position_L[:size]
+    return packed
+
+
+def _concatenated(examples: Iterable[Example], columns: Columns) -> Iterator[tuple[Row, Any]]:
+    from grain import experimental
+
+    names = [name for name in columns if name not in ("segment_ids", "positions")]
+    lengths = {name: columns[name][0][0] for name in names}
+    for row in experimental.ConcatThenSplitIterDataset(_stream(examples), length_struct=lengths):
+        about = {"segment_ids": row["tokens_segment_ids"], "positions": row["tokens_positions"]}
+        yield {name: row[name] for name in names} | about, None
+
+
+def _one_each(examples: Iterable[Example], columns: Columns) -> Iterator[tuple[Row, Any]]:
+    return ((_padded(example.columns, columns), example.meta) for example in examples)
 
 
 def _padded(given: Row, columns: Columns) -> Row:
@@ -98,10 +121,6 @@ def _padded(given: Row, columns: Columns) -> Row:
     return row
 
 
-def _stack(rows: list[Row], columns: Columns) -> Rows:
-    return {key: _compact(np.stack([row[key] for row in rows])) for key in columns}
-
-
 def _compact(array: np.ndarray) -> np.ndarray:
     """The same values in the smallest unsigned dtype, or as they are if they are not whole numbers from 0 on."""
     if array.dtype.itemsize == 1:
@@ -110,27 +129,26 @@ def _compact(array: np.ndarray) -> np.ndarray:
     return small if np.array_equal(small, array) else array
 
 
-class _Stream(grain.IterDataset[Any]):
+def _stream(examples: Iterable[Example]) -> Any:
     """Examples as a Grain dataset, read once; it needs no state, since the packed rows are held whole."""
+    import grain
 
-    def __init__(self, examples: Iterable[Example]):
-        super().__init__()
-        self._examples = examples
+    class Stream(grain.IterDataset[Any]):
+        def __iter__(self) -> grain.DatasetIterator[Any]:
+            return StreamIterator(iter(examples))
 
-    def __iter__(self) -> grain.DatasetIterator[Any]:
-        return _StreamIterator(iter(self._examples))
+    class StreamIterator(grain.DatasetIterator[Any]):
+        def __init__(self, examples: Iterator[Example]):
+            super().__init__()
+            self._examples = examples
 
+        def __next__(self) -> dict[str, np.ndarray]:
+            return next(self._examples).columns
 
-class _StreamIterator(grain.DatasetIterator[Any]):
-    def __init__(self, examples: Iterator[Example]):
-        super().__init__()
-        self._examples = examples
+        def get_state(self) -> dict[str, Any]:
+            return {}
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._examples).columns
+        def set_state(self, state: dict[str, Any]) -> None:
+            raise NotImplementedError
 
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+    return Stream()
