@@ -1,7 +1,8 @@
 # make quickstart    install, then train, fine-tune and compare: minutes on two cores
-# make test          install, then the tests
+# make test          install, then the tests but those marked `slow`
+# make slow          install, then the slow ones
 # make lint          install, then ruff and mypy
-# make check         lint and test
+# make check         lint, test and slow
 # make clean         remove the environment and all caches; runs/ stays
 #
 # PYTHON=python3.12 names the interpreter that .venv is made with.
@@ -11,15 +12,19 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo $(p))))
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PYTEST_ARGS ?=
 
-.PHONY: quickstart test lint check clean
+.PHONY: quickstart test slow lint check clean
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python tools/quickstart.py
 
 test: $(INSTALLED)
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+slow: $(INSTALLED)
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
@@ -28,6 +33,7 @@ lint: $(INSTALLED)
 
 check: lint
 	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory slow
 
 $(INSTALLED): setup.py
 	@if [ ! -x $(BIN)/python ]; then \

@@ -93,6 +93,7 @@ def run(small_world, ran, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_give_what_it_says(page, run):
     found, made = blocks(page.read_text()), set()
@@ -148,6 +149,7 @@ def test_the_example_of_an_objective_learns_the_second_half_alone():
     assert terms.sum == pytest.approx(float(expected.sum), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_commands_of_preparing_data_give_what_the_page_says(run, small_world):
     """docs/data.md: the tool with its own process and a small recipe, then a run on what it wrote."""
     found = [

@@ -208,6 +208,7 @@ def test_results_are_read_back():
     assert not search.read({"fits": False, "hbm_peak": 17}).fits
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compiled(tmp_path):
     """Two real compilations, in which what is kept of the layers is most of the memory."""

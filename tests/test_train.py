@@ -67,6 +67,7 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
     """kill -9 at random steps and a SIGTERM; warm-up ends at step 5 and decay begins at 15, both across a resume."""
     cfg = toys.recipe(

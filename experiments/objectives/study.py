@@ -96,7 +96,11 @@ ROWS: dict[str, Row] = {
     "mae": once("MAE on CIFAR-10", "loss", "mae_cifar10"),
     "simclr": once("SimCLR on CIFAR-10", "accuracy", "simclr_cifar10"),
     "cifar10_probe": Row(
-        "CIFAR-10, linear probe", "accuracy", arms("cifar10_probe", "mae", "simclr", "random"), needs=("mae", "simclr")
+        "CIFAR-10, linear probe",
+        "accuracy",
+        arms("cifar10_probe", "mae", "simclr", "random"),
+        {"train.total_steps": 150},
+        needs=("mae", "simclr"),
     ),
     "abstracts": once("MLM on abstracts", "nll", "abstracts_mlm"),
     "ner": Row(
@@ -112,7 +116,14 @@ ROWS: dict[str, Row] = {
     "cola": Row(
         "CoLA, 2,000 sentences", "matthews", arms("cola", "mlm", "scratch"), FEWER, needs=("mlm",), note=NO_GRAMMAR
     ),
-    "rte": Row("RTE, 2,000 pairs", "accuracy", arms("rte", "mlm", "scratch"), FEWER, needs=("mlm",), note=NO_PAIRS),
+    "rte": Row(
+        "RTE, 1,000 pairs",
+        "accuracy",
+        arms("rte", "mlm", "scratch"),
+        FEWER | {"data.max_records": 1_000},
+        needs=("mlm",),
+        note=NO_PAIRS,
+    ),
     "pos": Row(
         "Parts of speech, UD EWT, 1,000 sentences",
         "token_accuracy",
