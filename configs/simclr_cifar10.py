@@ -2,7 +2,7 @@
 
     python -m lm.main --config=configs/simclr_cifar10.py --workdir=runs/simclr_cifar10
 
-Two CPU cores, minutes (7 passes over the images). Held-out accuracy: see experiments/objectives/results.md.
+Two CPU cores, minutes (10 passes over the images). Held-out accuracy: see experiments/objectives/results.md.
 Data as in `configs/mae_cifar10.py`; `configs/cifar10_probe.py` and `configs/cifar10_finetune.py` go on from here.
 """
 
@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> Any:
     c.model.projection_dim = 64
 
     c.optim.warmup_steps = 20
-    c.train.total_steps = 300
+    c.train.total_steps = 400
     c.eval.every_steps = 100
     c.checkpoint.every_steps = 100
     return c

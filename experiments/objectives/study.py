@@ -99,7 +99,6 @@ ROWS: dict[str, Row] = {
         "CIFAR-10, linear probe",
         "accuracy",
         arms("cifar10_probe", "mae", "simclr", "random"),
-        {"train.total_steps": 150},
         needs=("mae", "simclr"),
     ),
     "abstracts": once("MLM on abstracts", "nll", "abstracts_mlm"),
