@@ -43,7 +43,7 @@ def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tupl
         if not cfg.mask_documents and cfg.packing != "pad":
             is_used_RxL = chunk["segment_ids"] > 0
             chunk["segment_ids"] = is_used_RxL.astype(np.int32)
-            chunk["positions"] = np.arange(cfg.seq_len, dtype=np.int32) * is_used_RxL
+            chunk["positions"] = np.arange(is_used_RxL.shape[1], dtype=np.int32) * is_used_RxL
         chunks.append({key: _compact(chunk[key]) for key in columns})
         metas += of_rows
     if not chunks:
@@ -56,7 +56,7 @@ def _chunks(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> I
     if cfg.packing == "best_fit":
         size = max(1, min(_WINDOW_EXAMPLES, _WINDOW_POSITIONS // cfg.seq_len))
         while window := list(itertools.islice(examples, size)):
-            rows = _best_fit([example.columns for example in window], columns, cfg.seq_len)
+            rows = _best_fit([example.columns for example in window], columns)
             yield rows, [None] * len(rows["segment_ids"])
         return
     rows_and_metas = _concatenated(examples, columns) if cfg.packing == "concat" else _one_each(examples, columns)
@@ -64,8 +64,9 @@ def _chunks(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> I
         yield {key: np.stack([row[key] for row, _ in some]) for key in columns}, [meta for _, meta in some]
 
 
-def _best_fit(examples: list[Row], columns: Columns, length: int) -> Rows:
-    """Rows of `length` positions: longest example first, each into the fullest row it fits in, the first of equals."""
+def _best_fit(examples: list[Row], columns: Columns) -> Rows:
+    """Longest example first, each into the fullest row it fits in, the first of equals."""
+    length = columns["tokens"][0][0]
     examples.sort(key=lambda example: -len(example["tokens"]))
     places: list[tuple[int, int, int]] = []  # of each example: row, start, segment
     segments: list[int] = []  # of each row
