@@ -76,6 +76,7 @@ def figures(
     return found, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_computes_on_the_mesh_2x2x2_what_it_does_on_one_device(recipe, world, tmp_path):
     cfg = small(recipe)
