@@ -117,15 +117,6 @@ def test_compact_dtypes_lose_nothing():
     assert sum(array.nbytes for array in pack(DOCS, seq_len=4).values()) == 2 * 4 * (2 + 2 + 1 + 1 + 1)
 
 
-class Stream(grain.IterDataset):
-    def __init__(self, examples):
-        super().__init__()
-        self.examples = examples
-
-    def __iter__(self):
-        return grain.MapDataset.source(self.examples).to_iter_dataset().__iter__()
-
-
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=60))
 def test_best_fit_makes_the_rows_that_grain_makes_of_examples_in_that_order(lengths):
     made = [example(i, length) for i, length in enumerate(lengths, start=1)]
@@ -134,7 +125,7 @@ def test_best_fit_makes_the_rows_that_grain_makes_of_examples_in_that_order(leng
     # As many bins as examples: with fewer, Grain closes all that are open when one example fits nowhere.
     expected = list(
         experimental.BestFitPackIterDataset(
-            Stream(longest_first),
+            grain.MapDataset.source(longest_first).to_iter_dataset(),
             length_struct=dict.fromkeys(names, 16),
             num_packing_bins=len(made),
             shuffle_bins=False,

@@ -56,18 +56,20 @@ def _chunks(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> I
     if cfg.packing == "best_fit":
         size = max(1, min(_WINDOW_EXAMPLES, _WINDOW_POSITIONS // cfg.seq_len))
         while window := list(itertools.islice(examples, size)):
-            rows = _best_fit([example.columns for example in window], columns)
-            yield rows, [None] * len(rows["segment_ids"])
+            packed = _best_fit([example.columns for example in window], columns)
+            yield packed, [None] * len(packed["segment_ids"])
         return
-    rows_and_metas = _concatenated(examples, columns) if cfg.packing == "concat" else _one_each(examples, columns)
-    while some := list(itertools.islice(rows_and_metas, _CHUNK)):
-        yield {key: np.stack([row[key] for row, _ in some]) for key in columns}, [meta for _, meta in some]
+    if cfg.packing == "concat":
+        examples = _concatenated(examples, columns)
+    while some := list(itertools.islice(examples, _CHUNK)):
+        rows = [_padded(example.columns, columns) for example in some]
+        yield {key: np.stack([row[key] for row in rows]) for key in columns}, [example.meta for example in some]
 
 
 def _best_fit(examples: list[Row], columns: Columns) -> Rows:
     """Longest example first, each into the fullest row it fits in, the first of equals."""
     length = columns["tokens"][0][0]
-    examples.sort(key=lambda example: -len(example["tokens"]))
+    examples = sorted(examples, key=lambda example: -len(example["tokens"]))
     places: list[tuple[int, int, int]] = []  # of each example: row, start, segment
     segments: list[int] = []  # of each row
     free: list[tuple[int, int]] = []  # (positions, row), in order
@@ -95,18 +97,15 @@ def _best_fit(examples: list[Row], columns: Columns) -> Rows:
     return packed
 
 
-def _concatenated(examples: Iterable[Example], columns: Columns) -> Iterator[tuple[Row, Any]]:
+def _concatenated(examples: Iterable[Example], columns: Columns) -> Iterator[Example]:
+    """Whole rows, as examples that fill theirs; by Grain, which is imported where it is used: it takes a while."""
     from grain import experimental
 
     names = [name for name in columns if name not in ("segment_ids", "positions")]
     lengths = {name: columns[name][0][0] for name in names}
     for row in experimental.ConcatThenSplitIterDataset(_stream(examples), length_struct=lengths):
         about = {"segment_ids": row["tokens_segment_ids"], "positions": row["tokens_positions"]}
-        yield {name: row[name] for name in names} | about, None
-
-
-def _one_each(examples: Iterable[Example], columns: Columns) -> Iterator[tuple[Row, Any]]:
-    return ((_padded(example.columns, columns), example.meta) for example in examples)
+        yield Example({name: row[name] for name in names} | about)
 
 
 def _padded(given: Row, columns: Columns) -> Row:
