@@ -24,9 +24,12 @@ def world(small_world, monkeypatch):
     monkeypatch.chdir(small_world)
     monkeypatch.delenv("LM_SHARED_DATA", raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", "../tensorflow_datasets")
-    if not Path("runs/glue_mix_data").exists():
+    # Each by itself: the world is the session's, and the pages of the docs make the first two in it as well.
+    if not Path("runs/interactions.csv").exists():
         make_interactions.write(Path("runs/interactions.csv"), make_interactions.make(users=48, items=60, seed=0))
+    if not Path("runs/glue_mix_data").exists():
         mix_tasks.mix(Path("runs/glue_mix_data"), ["sst2", "cola", "rte", "stsb"])
+    if not Path("small.model").exists():
         tokenizer.train([Path("../shared/data/tinystories/sample.txt").read_text()], 400, 50_000).save("small.model")
     return small_world
 
