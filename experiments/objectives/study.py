@@ -47,7 +47,6 @@ class Row:
       arms: compared with each other; each with that of its kind from scratch, else with the last one.
       changes: keys of the config that differ from the recipe's: fewer labels, a shorter run.
       once: a pre-training, done with one seed, in the folder where the recipes of other rows look for it.
-      needs: rows whose runs this one starts from.
       note: what a reader should know of it.
       data: a file to be made, and the tool that makes it.
     """
@@ -57,7 +56,6 @@ class Row:
     arms: tuple[Arm, ...]
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     once: bool = False
-    needs: tuple[str, ...] = ()
     note: str = ""
     data: tuple[str, str] | None = None
 
@@ -67,9 +65,9 @@ def arms(recipe: str, *arguments: str) -> tuple[Arm, ...]:
     return tuple(Arm(argument, recipe, argument) for argument in arguments)
 
 
-def once(title: str, metric: str, recipe: str, *needs: str) -> Row:
+def once(title: str, metric: str, recipe: str) -> Row:
     """A pre-training."""
-    return Row(title, metric, (Arm("", recipe),), once=True, needs=needs)
+    return Row(title, metric, (Arm("", recipe),), once=True)
 
 
 SENTENCES = ("mlm", "scratch", "clm", "clm,scratch")
@@ -84,13 +82,12 @@ NO_GRAMMAR = (
 ROWS: dict[str, Row] = {
     "mlm": once("MLM on reviews", "nll", "reviews_mlm"),
     "clm": once("CLM on reviews", "bits_per_byte", "reviews_clm"),
-    "sst2": Row("SST-2, 500 labels", "accuracy", arms("sst2", *SENTENCES), FEW, needs=("mlm", "clm")),
+    "sst2": Row("SST-2, 500 labels", "accuracy", arms("sst2", *SENTENCES), FEW),
     "sst2_selectors": Row(
         "SST-2, 500 labels, from MLM",
         "accuracy",
         arms("sst2", "mlm,full", "mlm,last2", "mlm,lora", "mlm,adapters", "mlm,head"),
         FEW,
-        needs=("mlm",),
         note="'beyond' compares with the head alone.",
     ),
     "mae": once("MAE on CIFAR-10", "loss", "mae_cifar10"),
@@ -99,7 +96,6 @@ ROWS: dict[str, Row] = {
         "CIFAR-10, linear probe",
         "accuracy",
         arms("cifar10_probe", "mae", "simclr", "random"),
-        needs=("mae", "simclr"),
     ),
     "abstracts": once("MLM on abstracts", "nll", "abstracts_mlm"),
     "ner": Row(
@@ -107,20 +103,16 @@ ROWS: dict[str, Row] = {
         "entity_f1",
         arms("bc5cdr_ner", "mlm", "scratch"),
         {"data.max_records": 1_000, "eval.every_steps": 0},
-        needs=("abstracts",),
     ),
-    "imdb_mlm": Row("IMDB, 500 labels", "accuracy", arms("imdb", *SENTENCES[:2]), REVIEWS, needs=("mlm",)),
-    "imdb_clm": Row("IMDB, 500 labels", "accuracy", arms("imdb", *SENTENCES[2:]), REVIEWS, needs=("clm",)),
-    "stsb": Row("STS-B, 2,000 pairs", "pearson", arms("stsb", "mlm", "scratch"), FEWER, needs=("mlm",), note=NO_PAIRS),
-    "cola": Row(
-        "CoLA, 2,000 sentences", "matthews", arms("cola", "mlm", "scratch"), FEWER, needs=("mlm",), note=NO_GRAMMAR
-    ),
+    "imdb_mlm": Row("IMDB, 500 labels", "accuracy", arms("imdb", *SENTENCES[:2]), REVIEWS),
+    "imdb_clm": Row("IMDB, 500 labels", "accuracy", arms("imdb", *SENTENCES[2:]), REVIEWS),
+    "stsb": Row("STS-B, 2,000 pairs", "pearson", arms("stsb", "mlm", "scratch"), FEWER, note=NO_PAIRS),
+    "cola": Row("CoLA, 2,000 sentences", "matthews", arms("cola", "mlm", "scratch"), FEWER, note=NO_GRAMMAR),
     "rte": Row(
         "RTE, 1,000 pairs",
         "accuracy",
         arms("rte", "mlm", "scratch"),
         FEWER | {"data.max_records": 1_000},
-        needs=("mlm",),
         note=NO_PAIRS,
     ),
     "pos": Row(
@@ -128,23 +120,20 @@ ROWS: dict[str, Row] = {
         "token_accuracy",
         arms("ud_pos", "mlm", "scratch"),
         {"data.max_records": 1_000},
-        needs=("mlm",),
     ),
-    "qa": Row("Span QA, XQuAD", "f1", arms("xquad_qa", "mlm", "scratch"), needs=("mlm",)),
-    "simcse": once("SimCSE on SST-2's sentences", "uniformity", "simcse", "mlm"),
+    "qa": Row("Span QA, XQuAD", "f1", arms("xquad_qa", "mlm", "scratch")),
+    "simcse": once("SimCSE on SST-2's sentences", "uniformity", "simcse"),
     "stories": once("CLM on stories", "bits_per_byte", "tinystories"),
     "continued": Row(
         "CLM on stories, then abstracts: abstracts",
         "bits_per_byte",
         arms("continue_pubmedqa", "", "no_replay"),
-        needs=("stories",),
         note="'' replays a quarter of stories.",
     ),
     "forgotten": Row(
         "the same runs: stories",
         "replay_bits_per_byte",
         arms("continue_pubmedqa", "", "no_replay"),
-        needs=("continued",),
     ),
     "t5": once("Span corruption on stories", "nll", "t5_tinystories"),
     "translation": Row(
@@ -152,7 +141,6 @@ ROWS: dict[str, Row] = {
         "nll",
         arms("multi30k_translation", "pretrained", "scratch"),
         {"data.max_records": 4_000},
-        needs=("t5",),
         note="less is better, so pre-training loses: it read English stories only, and has to unlearn.",
     ),
     "finetune": Row(
@@ -160,7 +148,6 @@ ROWS: dict[str, Row] = {
         "accuracy",
         arms("cifar10_finetune", "mae", "simclr", "random"),
         {"train.total_steps": 60, "optim.warmup_steps": 10},
-        needs=("mae", "simclr"),
     ),
     "next_item": Row(
         "Next item, synthetic",
@@ -187,7 +174,7 @@ def main() -> None:
         for arm in ROWS[row].arms:
             summaries(row, arm, args.seeds)
     for number, name in enumerate(wanted, 1):
-        for needed in (*ROWS[name].needs, name):
+        for needed in (*needs(name), name):
             print(f"== row {number} of {len(wanted)}: {needed}", flush=True)
             run_row(needed, args.seeds)
         (HERE / "results.md").write_text(results(args.seeds), encoding="utf-8")
@@ -226,6 +213,19 @@ def recipe_of(name: str, arm: Arm, seed: int) -> Any:
     return recipe
 
 
+def starts_from(recipe: Any) -> list[str]:
+    """The pre-trainings whose checkpoint or tokenizer a config reads."""
+    read = [Path(path) for path in (recipe.init_from, recipe.tokenizer.path) if path]
+    folders = {name: workdir(name, row.arms[0], 0) for name, row in ROWS.items() if row.once}
+    return [name for name, folder in folders.items() if any(path.is_relative_to(folder) for path in read)]
+
+
+def needs(name: str) -> list[str]:
+    """The rows to run before this one."""
+    found_first = [needed for arm in ROWS[name].arms for needed in starts_from(recipe_of(name, arm, 0))]
+    return list(dict.fromkeys(found_first))
+
+
 def workdir(name: str, arm: Arm, seed: int) -> Path:
     """Where a run lies; that of a pre-training, where the recipes look for it."""
     if ROWS[name].once:
@@ -261,9 +261,10 @@ def fingerprint(name: str, arm: Arm, seed: int) -> str:
     from lm import config, schema
 
     usual = dict(schema.flatten(config.defaults().to_dict()))
-    given = schema.flatten(recipe_of(name, arm, seed).to_dict())
+    recipe = recipe_of(name, arm, seed)
+    given = schema.flatten(recipe.to_dict())
     values: dict[str, Any] = {key: value for key, value in given if value != usual[key] and "path" not in key}
-    values["needs"] = [fingerprint(needed, each, 0) for needed in ROWS[name].needs for each in ROWS[needed].arms]
+    values["needs"] = [fingerprint(needed, ROWS[needed].arms[0], 0) for needed in starts_from(recipe)]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
