@@ -1,6 +1,7 @@
 """What the command lines of `lm.main` and the tools share."""
 
 import os
+import sys
 
 from absl import app, logging
 
@@ -25,6 +26,19 @@ def set_libtpu() -> None:
     kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e").partition("-")[0]
     if kind:
         os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind))
+
+
+def use_huge_pages() -> None:
+    """Starts this program anew, on Linux, with the C library asking for memory in pages of 2 MiB; once, before JAX.
+
+    A step on CPU takes its temporaries from the kernel and gives them back: in pages of 4 KiB that is a fault for each,
+    hundreds of thousands a step (docs/performance.md). The C library reads GLIBC_TUNABLES when a program starts and not
+    after; glibc.malloc.hugetlb=0 in it turns this off, and a C library before glibc 2.35 knows nothing of it.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".removeprefix(":")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def parse(argv: list[str]) -> list[str]:

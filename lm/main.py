@@ -46,4 +46,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    lm_flags.use_huge_pages()
     app.run(main, flags_parser=lm_flags.parse)

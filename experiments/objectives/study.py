@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results.json"
 
@@ -329,4 +330,5 @@ def beyond(name: str, arm: Arm, seeds: int) -> str:
 
 
 if __name__ == "__main__":
+    importlib.import_module("lm.flags").use_huge_pages()
     main()
