@@ -3,9 +3,9 @@
     python -m lm.main --config=configs/continue_pubmedqa.py --workdir=runs/continue_pubmedqa
     python -m lm.main --config=configs/continue_pubmedqa.py:no_replay --workdir=runs/continue_pubmedqa_no_replay
 
-Two CPU cores, about two minutes. In summary.json `bits_per_byte` is of held-out abstracts and
-`replay_bits_per_byte` of held-out stories, at the end and, under 'before', at the start: what is learnt of the new text
-and what is lost of the old one. Not run.
+Two CPU cores, minutes. In summary.json `bits_per_byte` is of held-out abstracts and `replay_bits_per_byte` of held-out
+stories, at the end and, under 'before', at the start: what is learnt of the new text and what is lost of the old one;
+experiments/objectives/results.md has both.
 Reads ../shared/data/pubmedqa/ori_pqal.json (LM_SHARED_DATA names another place) and starts from runs/tinystories, whose
 data must still be there. The argument 'no_replay' trains on abstracts alone, and measures the same.
 """

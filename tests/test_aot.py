@@ -92,6 +92,7 @@ def test_gradients_of_layers_go_round_a_ring_beside_the_computation(small):
     assert not any(name.startswith("all-reduce bf16") for name in found["collectives"])
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimizer(tmp_path):
     """LoRA on rows whose positions are split, each device's queries in the kernel with everyone's keys."""
@@ -140,6 +141,7 @@ def test_the_memory_needed_is_read_of_both_forms_of_refusal():
     assert aot._needed("something else", 2.0**30) == 0
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_slices_send_each_other_only_a_chips_share_of_the_gradients(tmp_path):
     """A hierarchical reduction: first inside a slice, to the chip that has the weight, then across."""

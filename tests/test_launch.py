@@ -122,6 +122,26 @@ def test_training_sets_the_compilers_flags_on_a_tpu_unless_the_user_has(monkeypa
     assert found is None if mib is None else found.endswith(mib)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_a_program_starts_anew_with_huge_pages_once_and_with_its_arguments(given, found):
+    program = "import os, sys; from lm import flags; print('began'); sys.stdout.flush(); flags.use_huge_pages(); "
+    program += "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    environment |= {"GLIBC_TUNABLES": given} if given else {}
+    command = [sys.executable, "-c", program, "--a=b c", ""]
+    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    began = 1 if given == found else 2
+    assert said.splitlines() == ["began"] * began + [f"{found} ['--a=b c', '']"]
+
+
 def test_the_commands_of_the_page_are_launches():
     page = (ROOT / "docs" / "launching.md").read_text().replace("\\\n", " ")
     commands = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("    python tools/launch.py")]

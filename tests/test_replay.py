@@ -33,6 +33,7 @@ def arrays(workdir):
     return {name: entry["fingerprint"] for name, entry in checkpoint.list_saved(workdir)[-1].info["arrays"].items()}
 
 
+@pytest.mark.slow
 def test_replay_is_measured_from_the_start_and_outlives_the_run_it_came_from(base, domain, tmp_path):
     cfg, run, before = base
     moved = shutil.copytree(run, tmp_path / "moved")

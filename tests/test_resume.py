@@ -37,6 +37,7 @@ def test_other_data_and_another_seed_are_refused_unless_asked_for(tmp_path):
     assert "--accept_changed_data" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_batch_size_and_with_other_data(tmp_path, monkeypatch, capsys):
     texts = toys.write_texts(tmp_path / "texts", documents=30)
     cfg = toys.recipe(texts, train__total_steps=6, eval__at_start=False)

@@ -381,6 +381,7 @@ def test_mixout_of_a_step_is_seen_by_the_gradient_alone():
 # --- a whole run ---
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monkeypatch):
     """`init_from`, LoRA, the last layer, a late start, the draw to the start, mixout, the average: through lm.train."""
     one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

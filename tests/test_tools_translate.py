@@ -14,6 +14,7 @@ from lm import build, generate, sharding, train
 from lm.config import MeshConfig
 from tests import toys
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 LEXICON = {"a": "ein", "dog": "Hund", "cat": "Kater", "and": "und", "sees": "sieht", "red": "roter", "big": "großer"}
 

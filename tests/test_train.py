@@ -111,6 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
     assert [row["step"] for row in evals if row["split"] == "eval"] == [0, 10, 20]
 
 
+@pytest.mark.slow
 def test_early_stopping_goes_back_to_the_best_and_a_resume_stops_at_the_same_step(texts, tmp_path):
     """A rate at which nothing improves enough: the third evaluation is the second without a better one."""
     cfg = toys.recipe(
@@ -158,6 +159,7 @@ def test_patience_counts_what_is_not_better_by_enough(name, values, stops_after)
     assert stopped == stops_after
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_equal_one_of_eight(texts, tmp_path):
     """Losses, gradient norms, learning rates and the final evaluation agree; samples reach the one that writes."""
     cfg = toys.recipe(

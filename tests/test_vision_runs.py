@@ -8,6 +8,7 @@ from lm import build, config, train
 from lm.schema import ConfigError
 from tools import show_reconstructions
 
+pytestmark = pytest.mark.slow
 SHAPE = (8, 8, 3)
 
 
