@@ -76,10 +76,12 @@ SENTENCES = ("mlm", "scratch", "clm", "clm,scratch")
 FEW = {"data.max_records": 500, "train.total_epochs": 8.0, "eval.every_epochs": 0.0}
 REVIEWS = FEW | {"train.total_epochs": 4.0, "eval.max_tokens": 128_000}
 FEWER = {"data.max_records": 2_000, "eval.every_epochs": 0.0}
+SHORTER = {"train.total_steps": 100, "eval.every_steps": 0}
 NO_PAIRS = "low either way: this model has read single texts only, and too few to judge what two mean together."
 NO_GRAMMAR = (
     "near 0 either way, within the spread: a million parameters do not judge grammar after one pass of reviews."
 )
+INTERACTIONS = ("runs/interactions.csv", "tools/make_interactions.py")
 ROWS: dict[str, Row] = {
     "mlm": once("MLM on reviews", "nll", "reviews_mlm"),
     "clm": once("CLM on reviews", "bits_per_byte", "reviews_clm"),
@@ -97,6 +99,7 @@ ROWS: dict[str, Row] = {
         "CIFAR-10, linear probe",
         "accuracy",
         arms("cifar10_probe", "mae", "simclr", "random"),
+        {"train.total_steps": 160},
     ),
     "abstracts": once("MLM on abstracts", "nll", "abstracts_mlm"),
     "ner": Row(
@@ -129,12 +132,14 @@ ROWS: dict[str, Row] = {
         "CLM on stories, then abstracts: abstracts",
         "bits_per_byte",
         arms("continue_pubmedqa", "", "no_replay"),
+        SHORTER,
         note="'' replays a quarter of stories.",
     ),
     "forgotten": Row(
         "the same runs: stories",
         "replay_bits_per_byte",
         arms("continue_pubmedqa", "", "no_replay"),
+        SHORTER,
     ),
     "t5": once("Span corruption on stories", "nll", "t5_tinystories"),
     "translation": Row(
@@ -155,7 +160,15 @@ ROWS: dict[str, Row] = {
         "ndcg_at_10",
         (Arm("causal", "sasrec"), Arm("masked", "bert4rec")),
         note="users and items are made by tools/make_interactions.py; both lines are from scratch.",
-        data=("runs/interactions.csv", "tools/make_interactions.py"),
+        data=INTERACTIONS,
+    ),
+    "items": Row("Masked items, synthetic", "ndcg_at_10", (Arm("", "bert4rec"),), {}, once=True, data=INTERACTIONS),
+    "next_item_short": Row(
+        "Next item, synthetic, 3 passes",
+        "ndcg_at_10",
+        arms("sasrec", "masked", "scratch"),
+        {"train.total_epochs": 3.0, "eval.every_epochs": 0.0},
+        data=INTERACTIONS,
     ),
 }
 
