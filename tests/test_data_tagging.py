@@ -188,6 +188,7 @@ def test_scores_put_the_parts_of_a_sentence_together_again():
 # All of BC5CDR --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_words_of_bc5cdr(shared_data):
     cfg, cut = config(24, ("O", "B-Chemical", "I-Chemical", "B-Disease", "I-Disease")), 0
     counts: Counter[str] = Counter()

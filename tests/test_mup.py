@@ -87,6 +87,7 @@ def exponents(cfg, name, base):
     return np.log(changes(cfg, name, WIDE, base) / changes(cfg, name, BASE, (0, 0))) / np.log(WIDE / BASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cfg", "name", "base"),
     [
