@@ -1,5 +1,6 @@
 """Studies: what is committed is what their figures say, and the figures are those of the configs as they are."""
 
+import itertools
 import json
 import runpy
 from pathlib import Path
@@ -30,10 +31,16 @@ def test_every_figure_is_of_a_config_as_it_is(study):
     assert not stale, "run these rows again, or take them out of results.json"
 
 
-def test_what_a_row_starts_from_is_read_from_its_configs(study):
-    needs = study["needs"]
-    assert needs("sst2") == ["mlm", "clm"]
-    assert needs("simcse") == ["mlm"]
-    assert needs("cifar10_probe") == ["mae", "simclr"]
-    assert needs("translation") == ["t5"]
-    assert needs("next_item") == []
+@pytest.mark.parametrize(
+    ("row", "started_from"),
+    [
+        ("sst2", [["mlm"], ["mlm"], ["clm"], ["clm"]]),  # from scratch it is the tokenizer
+        ("simcse", [["mlm"]]),
+        ("cifar10_probe", [["mae"], ["simclr"], []]),
+        ("next_item_short", [["items"], []]),
+    ],
+)
+def test_what_a_run_starts_from_is_read_from_its_config(study, row, started_from):
+    recipes = [study["recipe_of"](row, arm, 0) for arm in study["ROWS"][row].arms]
+    assert [study["starts_from"](recipe) for recipe in recipes] == started_from
+    assert study["needs"](row) == list(dict.fromkeys(itertools.chain(*started_from)))

@@ -7,6 +7,7 @@ _BEGAN = time.perf_counter()
 
 import itertools
 import os
+import resource
 import statistics
 from collections.abc import Callable
 from importlib.metadata import version
@@ -24,10 +25,11 @@ class Disagree(RuntimeError):
 
 
 class Round(NamedTuple):
-    """Seconds of wall time, and of CPU time over all threads of the process."""
+    """Seconds of wall time, and of CPU time over all threads of the process; pages that it took from the kernel."""
 
     wall: float
     cpu: float
+    page_faults: int
 
 
 class Training(NamedTuple):
@@ -107,6 +109,7 @@ def measure(
         "rounds": rounds,
         "steps_per_round": steps,
         **speeds(found["own"], tokens),
+        "page_faults_per_step": statistics.median(each.page_faults for each in found["own"]) / steps,
         "seconds_to_first_step": sum(own.seconds.values()),
         "seconds_of_it": own.seconds,
         "model_flops_per_token": flops,
@@ -182,9 +185,14 @@ def agree(own: float, peer: float, tolerance: float) -> dict[str, float]:
 
 def timed(advance: Callable[[int], float], steps: int) -> Round:
     """One round."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu, faults = time.perf_counter(), time.process_time(), page_faults()
     advance(steps)
-    return Round(time.perf_counter() - wall, time.process_time() - cpu)
+    return Round(time.perf_counter() - wall, time.process_time() - cpu, page_faults() - faults)
+
+
+def page_faults() -> int:
+    """Of this process so far, without those that read a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def speeds(rounds: list[Round], tokens: int) -> dict[str, Any]:
@@ -232,6 +240,7 @@ def show(found: dict[str, Any]) -> None:
         "timed": f"{found['rounds']} rounds of {found['steps_per_round']} steps of {found['tokens_per_step']:,} tokens",
         "tokens/s": rate(found),
         "tokens/s of CPU time": f"{found['tokens_per_cpu_second']:,.0f}",
+        "page faults a step": f"{found['page_faults_per_step']:,.0f}",
     }
     if found["mfu"] is not None:
         rows["MFU"] = f"{found['mfu']:.1%}"

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -66,9 +67,9 @@ def arms(recipe: str, *arguments: str) -> tuple[Arm, ...]:
     return tuple(Arm(argument, recipe, argument) for argument in arguments)
 
 
-def once(title: str, metric: str, recipe: str) -> Row:
+def once(title: str, metric: str, recipe: str, data: tuple[str, str] | None = None) -> Row:
     """A pre-training."""
-    return Row(title, metric, (Arm("", recipe),), once=True)
+    return Row(title, metric, (Arm("", recipe),), once=True, data=data)
 
 
 SENTENCES = ("mlm", "scratch", "clm", "clm,scratch")
@@ -168,7 +169,7 @@ ROWS: dict[str, Row] = {
         note="users and items are made by tools/make_interactions.py; both lines are from scratch.",
         data=INTERACTIONS,
     ),
-    "items": Row("Masked items, synthetic", "ndcg_at_10", (Arm("", "bert4rec"),), {}, once=True, data=INTERACTIONS),
+    "items": once("Masked items, synthetic", "ndcg_at_10", "bert4rec", INTERACTIONS),
     "next_item_short": Row(
         "Next item, synthetic, 3 passes",
         "ndcg_at_10",
@@ -242,8 +243,8 @@ def starts_from(recipe: Any) -> list[str]:
 
 def needs(name: str) -> list[str]:
     """The rows to run before this one."""
-    found_first = [needed for arm in ROWS[name].arms for needed in starts_from(recipe_of(name, arm, 0))]
-    return list(dict.fromkeys(found_first))
+    each = (starts_from(recipe_of(name, arm, 0)) for arm in ROWS[name].arms)
+    return list(dict.fromkeys(itertools.chain(*each)))
 
 
 def workdir(name: str, arm: Arm, seed: int) -> Path:
@@ -349,5 +350,7 @@ def beyond(name: str, arm: Arm, seeds: int) -> str:
 
 
 if __name__ == "__main__":
-    importlib.import_module("lm.flags").use_huge_pages()
+    from lm import flags
+
+    flags.use_huge_pages()
     main()
