@@ -12,8 +12,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo $(p))))
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# Pages of 2 MiB, as lm.main asks for them (lm/flags.py).
-PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PYTEST_ARGS ?=
 
 .PHONY: quickstart test slow lint check clean

@@ -7,6 +7,7 @@ _BEGAN = time.perf_counter()
 
 import itertools
 import os
+import platform
 import resource
 import statistics
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def measure(
         "device": device.device_kind,
         "devices": devices,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor(),
         "versions": {name: version(name) for name in ("jax", "jaxlib")},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(own.run.abstract_state.params)),
         "tokens_per_step": tokens // steps,
@@ -116,7 +118,7 @@ def measure(
         "mfu": metrics.mfu(per_second, flops, device.device_kind, devices),
     }
     if flops and figures["mfu"] is None:  # no peak is known: beside what one large matrix product reaches
-        ceiling = matmul_flops()
+        ceiling = matmul_flops(jax_product)
         figures |= {"matmul_flops_per_second": ceiling, "share_of_matmul": per_second * flops / ceiling}
     if peer:
         pairs = list(zip(found["own"], found["peer"], strict=True))
@@ -209,19 +211,35 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def matmul_flops(size: int = 2048) -> float:
-    """FLOP/s that JAX reaches on one product of two float32 [size, size], the best of eight."""
+def jax_product(size: int) -> Callable[[], Any]:
+    """Multiplies two float32 [size, size] by JAX at each call."""
     import jax
 
     square = jax.random.normal(jax.random.key(0), (size, size))
     product = jax.jit(lambda x: x @ x)
-    product(square).block_until_ready()
+    return lambda: product(square).block_until_ready()
+
+
+def matmul_flops(make_product: Callable[[int], Callable[[], Any]], size: int = 2048) -> float:
+    """FLOP/s of one product of two float32 [size, size], the best of eight."""
+    product = make_product(size)
+    product()
     times = []
     for _ in range(8):
         began = time.perf_counter()
-        product(square).block_until_ready()
+        product()
         times.append(time.perf_counter() - began)
     return 2.0 * size**3 / min(times)
+
+
+def processor() -> str:
+    """Name of the CPU, as Linux knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def show(found: dict[str, Any]) -> None:
@@ -229,7 +247,8 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False, title=f"{found['devices']} x {found['device']}, {found['cores']} cores")
+    device = f"{found['devices']} x {found['device']}, {found['cores']} cores, {found['processor']}"
+    table = Table(show_header=False, title=device)
 
     def rate(figures: dict[str, Any]) -> str:
         each = figures["tokens_per_second_spread"]
@@ -254,6 +273,7 @@ def show(found: dict[str, Any]) -> None:
         start, after = peer["loss_at_start"], peer["loss_after_a_step"]
         rows |= {
             f"tokens/s of {name}": rate(peer),
+            "its own matmul": f"{peer['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s",
             "losses of the two": f"{start['own']:.5f} and {start['peer']:.5f}; after a step "
             f"{after['own']:.5f} and {after['peer']:.5f}",
             "times as fast": "{median:.2f} ({min:.2f} to {max:.2f})".format(**peer["ratio"]),
