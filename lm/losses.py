@@ -314,7 +314,12 @@ def _sums_fwd(
     chunks = _split(options.chunk_len, hidden_BxLxD, targets_BxL, weights_BxL)
     (totals_3xB, d_unembed_GxDxV), d_hidden_nxBxCxD = lax.scan(body, init, chunks)
     d_hidden_BxLxD = jnp.moveaxis(d_hidden_nxBxCxD, 0, 1).reshape(B, -1, hidden_BxLxD.shape[2])[:, :L]
-    return tuple(totals_3xB.sum(axis=1)), (d_hidden_BxLxD, d_unembed_GxDxV.sum(axis=0).astype(unembed_DxV.dtype))
+    axes, is_apart = ("embed", "vocab"), groups == sharding.row_groups() and sharding.platform() == "tpu"
+    if is_apart and sharding.can_go_round(unembed_DxV, axes):
+        d_unembed_DxV = sharding.sum_parts(d_unembed_GxDxV, axes)  # beside the backward pass of the layers
+    else:
+        d_unembed_DxV = d_unembed_GxDxV.sum(axis=0)
+    return tuple(totals_3xB.sum(axis=1)), (d_hidden_BxLxD, d_unembed_DxV.astype(unembed_DxV.dtype))
 
 
 def _sums_bwd(

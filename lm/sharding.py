@@ -167,12 +167,30 @@ def goes_round(kernel_IxO: jax.Array, logical: LogicalAxes, rows: tuple[int, ...
     which it does over up to 16 devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "embed" not in logical or any(size % (2 * mesh.shape["tensor"]) for size in kernel_IxO.shape):
-        return False  # halves go either way
+    if not can_go_round(kernel_IxO, logical):
+        return False
     devices = math.prod(mesh.shape[axis] for axis in RULES["embed"])
-    is_split = rows[0] % batch_shards(mesh) == 0 and rows[1] % length_parts() == 0
     in_pieces = kernel_IxO.nbytes >= flags.windowed_from(mesh.abstract_device.device_kind) and devices <= 16
-    return mesh.size > 1 and is_split and not in_pieces
+    return rows[0] % batch_shards(mesh) == 0 and rows[1] % length_parts() == 0 and not in_pieces
+
+
+def can_go_round(kernel_IxO: jax.Array, logical: LogicalAxes) -> bool:
+    """Whether the mesh has what `sum_where_it_lies` needs: several devices, and a kernel that they divide in halves."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or "embed" not in logical:
+        return False
+    return not any(size % (2 * mesh.shape["tensor"]) for size in kernel_IxO.shape)  # halves go either way
+
+
+def sum_parts(parts_PxIxO: jax.Array, logical: LogicalAxes) -> jax.Array:
+    """The gradient of a weight from what each device makes of its rows, [P, I, O] with P = `row_groups`."""
+    summed: jax.Array = jax.shard_map(
+        lambda part_1xIxO: sum_where_it_lies(part_1xIxO[0], logical),
+        in_specs=spec(("row_parts", *logical), whole=("embed",)),
+        out_specs=spec(logical),
+        check_vma=False,
+    )(parts_PxIxO)
+    return summed
 
 
 def sum_where_it_lies(partial_IxO: jax.Array, logical: LogicalAxes) -> jax.Array:

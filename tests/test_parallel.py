@@ -96,7 +96,7 @@ def test_gradients_that_go_round_rings_are_those_of_one_device(sizes, monkeypatc
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(sharding, "sum_where_it_lies", lambda *args: calls.append(1) or summed(*args))
     found = steps_of(model, cfg, params, batch, mesh_of(**sizes))
-    assert len(calls) == 7, "one each of the kernels of the scanned layer"
+    assert len(calls) == 8, "one each of the kernels of the scanned layer, and the output projection's"
     assert_the_same_steps(found, expected)
 
 

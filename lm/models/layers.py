@@ -102,7 +102,7 @@ def apart(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str
 
     Args:
       x_BxLxI, kernel_IxO, axes: see `project`.
-      in_ring: the kernel's gradient is summed by `sharding.sum_where_it_lies`, each device making that of its rows.
+      in_ring: the kernel's gradient is summed by `sharding.sum_parts`, each device making that of its rows.
     """
     return x_BxLxI @ sharding.gather(kernel_IxO, *axes)
 
@@ -115,21 +115,22 @@ def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d
     x_BxLxI, kernel_IxO = saved
     kernel_IxO, give_back = jax.vjp(lambda kernel: sharding.gather(kernel, *axes), kernel_IxO)
     d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
-    d_BxLxI = jax.lax.optimization_barrier(d_BxLxO @ kernel_IxO.T)
 
-    def on_device(x_BxLxI: jax.Array, d_BxLxO: jax.Array) -> jax.Array:
+    def product(x_BxLxI: jax.Array, d_BxLxO: jax.Array) -> jax.Array:
         return jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO)
 
-    if not in_ring:
-        return d_BxLxI, *give_back(on_device(x_BxLxI, d_BxLxO))
-    rows = [sharding.spec(("batch", "length", name), whole=("embed",)) for name in axes]
-    summed = jax.shard_map(
-        lambda *arrays: sharding.sum_where_it_lies(on_device(*arrays), axes),
-        in_specs=tuple(rows),
-        out_specs=sharding.spec(axes),
-        check_vma=False,
-    )
-    return d_BxLxI, summed(x_BxLxI, d_BxLxO)
+    if in_ring:
+        rows = tuple(sharding.spec(("batch", "length", name), whole=("embed",)) for name in axes)
+        parts = sharding.spec(("row_parts", *axes), whole=("embed",))
+        on_device = jax.shard_map(lambda *xs: product(*xs)[None], in_specs=rows, out_specs=parts, check_vma=False)
+        d_kernel, finish = on_device(x_BxLxI, d_BxLxO), lambda parts_PxIxO: sharding.sum_parts(parts_PxIxO, axes)
+    else:
+        (d_kernel,), finish = give_back(product(x_BxLxI, d_BxLxO)), lambda d_IxO: d_IxO
+    if axes[1] == "embed":
+        # What adds to the residual stream is where the backward pass of a block begins: the kernel is gathered during
+        # the product that does without it.
+        d_BxLxO, d_kernel = jax.lax.optimization_barrier((d_BxLxO, d_kernel))
+    return jax.lax.optimization_barrier(d_BxLxO @ kernel_IxO.T), finish(d_kernel)
 
 
 apart.defvjp(_apart_fwd, _apart_bwd)
