@@ -83,12 +83,15 @@ def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(small):
 
 @needs_libtpu
 def test_gradients_of_layers_go_round_a_ring_beside_the_computation(small):
-    """Each of a kernel's four parts takes three steps, one half of it this way and one that."""
+    """Each of a kernel's four parts takes three steps, one half of it this way and one that; so does the output
+    projection's gradient, a sum in float32."""
     found, _, _ = small
     sent = {name: row for name, row in found["collectives"].items() if name.startswith("collective-permute")}
-    kernels = 2 * LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)
-    assert list(sent) == ["collective-permute bf16 over fsdp async"]
-    assert sum(row["bytes"] for row in sent.values()) == pytest.approx(kernels * (CHIPS - 1) / CHIPS)
+    sizes = {"bf16": 2 * LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER), "f32": 4 * WIDTH * VOCAB}
+    assert {f"collective-permute {dtype} over fsdp async" for dtype in sizes} == sent.keys()
+    for dtype, size in sizes.items():
+        each = sent[f"collective-permute {dtype} over fsdp async"]["bytes"]
+        assert each == pytest.approx(size * (CHIPS - 1) / CHIPS), dtype
     assert not any(name.startswith("all-reduce bf16") for name in found["collectives"])
 
 

@@ -122,12 +122,8 @@ def measure(
         figures |= {"matmul_flops_per_second": ceiling, "share_of_matmul": per_second * flops / ceiling}
     if peer:
         pairs = list(zip(found["own"], found["peer"], strict=True))
-        compared |= {
-            "name": "transformers",
-            "activation": activation,
-            **bench_peer.about(),
-            **speeds(found["peer"], tokens),
-        }
+        compared |= {"name": "transformers", "activation": activation, **bench_peer.about()}
+        compared |= speeds(found["peer"], tokens)
         compared["ratio"] = spread([theirs.wall / ours.wall for ours, theirs in pairs])
         compared["ratio_of_cpu_time"] = spread([theirs.cpu / ours.cpu for ours, theirs in pairs])
         figures["peer"] = compared
