@@ -123,25 +123,23 @@ def make(
 
 
 def about() -> dict[str, Any]:
-    """Versions and settings of the peer, and what its own large matrix product reaches.
-
-    The last differs between makes of processor: the MKL that PyTorch comes with leaves AVX-512 to Intel's.
-    """
+    """Versions and settings of the peer."""
     import torch
     import transformers
-
-    from tools.bench_training import matmul_flops
-
-    def product(size: int) -> Callable[[], Any]:
-        square = torch.randn(size, size)
-        return lambda: square @ square
 
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
-        "matmul_flops_per_second": matmul_flops(product),
     }
+
+
+def product(size: int) -> Callable[[], Any]:
+    """Multiplies two float32 [size, size] by PyTorch at each call, whose MKL leaves AVX-512 to Intel's processors."""
+    import torch
+
+    square = torch.randn(size, size)
+    return lambda: square @ square
 
 
 def weights(params: Mapping[str, Any], num_layers: int) -> dict[str, np.ndarray]:

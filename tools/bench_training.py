@@ -123,7 +123,7 @@ def measure(
     if peer:
         pairs = list(zip(found["own"], found["peer"], strict=True))
         compared |= {"name": "transformers", "activation": activation, **bench_peer.about()}
-        compared |= speeds(found["peer"], tokens)
+        compared |= {**speeds(found["peer"], tokens), "matmul_flops_per_second": matmul_flops(bench_peer.product)}
         compared["ratio"] = spread([theirs.wall / ours.wall for ours, theirs in pairs])
         compared["ratio_of_cpu_time"] = spread([theirs.cpu / ours.cpu for ours, theirs in pairs])
         figures["peer"] = compared
