@@ -8,6 +8,10 @@ from absl import app, logging
 # XLA may cut a matrix product in pieces, to send each as soon as it is done. It pays on v5e, whose links are slow, for
 # weights of some size (MiB); the pieces of smaller ones leave the matrix unit half empty (docs/performance.md).
 WINDOWED_FROM_MIB = {"v5e": 24}
+# Vector memory that one operation may use, MiB, for models from a width on. With the compiler's own 16 the pieces of
+# matrix products are so small that the matrix unit waits; what they take is missing where results stay until they are
+# used (docs/performance.md).
+SCOPED_VMEM_MIB: dict[str, dict[int, int]] = {"v5e": {0: 28, 4096: 48}, "v5p": {0: 48}}
 
 
 def windowed_from(device_kind: str) -> float:
@@ -16,16 +20,19 @@ def windowed_from(device_kind: str) -> float:
     return WINDOWED_FROM_MIB.get(chip, 1_000_000) * 2**20
 
 
-def libtpu(chip: str) -> str:
-    """Flags of the TPU compiler that help on a chip, as LIBTPU_INIT_ARGS takes them; `chip`: 'v5e', 'v5p', ..."""
-    return f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={WINDOWED_FROM_MIB.get(chip, 1_000_000)}"
+def libtpu(chip: str, embed_dim: int) -> str:
+    """Flags of the TPU compiler that help a model of this width on a chip, 'v5e' or the like, as LIBTPU_INIT_ARGS
+    takes them."""
+    windowed = f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={WINDOWED_FROM_MIB.get(chip, 1_000_000)}"
+    mib = [mib for width, mib in SCOPED_VMEM_MIB.get(chip, {}).items() if width <= embed_dim]
+    return " ".join([windowed, *(f"--xla_tpu_scoped_vmem_limit_kib={1024 * last}" for last in mib[-1:])])
 
 
-def set_libtpu() -> None:
+def set_libtpu(embed_dim: int) -> None:
     """Sets them on a TPU VM, where the user has not set LIBTPU_INIT_ARGS; before JAX finds its devices."""
     kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e").partition("-")[0]
     if kind:
-        os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind))
+        os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind, embed_dim))
 
 
 def use_huge_pages() -> None:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     try:
         cfg = config.build(_CONFIG.value)
-        lm_flags.set_libtpu()
+        lm_flags.set_libtpu(cfg.model.embed_dim)
         from lm import sharding, train  # imports JAX
 
         if _PRINT.value:

@@ -33,6 +33,9 @@ _KEPT = {
 MATMUL_EFFICIENCY = 0.85  # share of the peak, in the arithmetic only
 
 
+_WINDOWED, _VMEM = "windowed_einsum_mib", "scoped_vmem_limit_kib"
+
+
 class Candidate(NamedTuple):
     """A setting.
 
@@ -57,11 +60,12 @@ class Candidate(NamedTuple):
         return mesh | rest
 
     def __str__(self) -> str:
-        """Short: 'fsdp=16 minimal micro=1 chunk=0 windowed=24'."""
+        """Short: 'fsdp=16 minimal micro=1 chunk=0 windowed=24 vmem=28'."""
         axes = [f"{axis}={size}" for axis, size in zip(sharding.AXES, self.mesh, strict=True) if size > 1]
-        windowed = re.search(r"windowed_einsum_mib=(\d+)", self.flags)
-        flags = f"windowed={windowed[1]}" if windowed else f"flags={self.flags or 'none'}"
-        return " ".join([*axes, self.remat, f"micro={self.micro_batches}", f"chunk={self.chunk_len}", flags])
+        windowed, vmem = (re.search(rf"{flag}=(\d+)", self.flags) for flag in (_WINDOWED, _VMEM))
+        flags = [f"windowed={windowed[1]}" if windowed else f"flags={self.flags or 'none'}"]
+        flags += [f"vmem={int(vmem[1]) // 1024}"] if windowed and vmem else []
+        return " ".join([*axes, self.remat, f"micro={self.micro_batches}", f"chunk={self.chunk_len}", *flags])
 
 
 class Guess(NamedTuple):
@@ -76,9 +80,14 @@ KEYS = (*(f"mesh.{axis}" for axis in sharding.AXES), "model.remat", "train.micro
 
 
 def flag_sets(flags: str) -> list[str]:
-    """Those of a chip, and the same with other sizes (MiB) from which products are cut up to be sent in pieces."""
-    pattern = r"(windowed_einsum_mib=)\d+"
-    others = [re.sub(pattern, rf"\g<1>{mib}", flags) for mib in (24, 1_000_000)]
+    """Those of a chip, and the same with other sizes (MiB) from which products are cut up to be sent in pieces, and
+    with other vector memory for one operation."""
+
+    def changed(windowed: int, vmem: int) -> str:
+        one = re.sub(rf"({_WINDOWED}=)\d+", rf"\g<1>{windowed}", flags)
+        return re.sub(rf"({_VMEM}=)\d+", rf"\g<1>{1024 * vmem}", one)
+
+    others = [changed(windowed, vmem) for windowed in (24, 1_000_000) for vmem in (16, 28, 48)]
     return list(dict.fromkeys([flags, *others]))
 
 

@@ -111,15 +111,23 @@ def test_what_is_missing_is_named(arguments, train, said):
 
 
 @pytest.mark.parametrize(
-    ("machine", "given", "mib"),
-    [("v5litepod-16", "", "=24"), ("v5p-64", "", "=1000000"), ("", "", None), ("v5p-64", "--mine", "--mine")],
+    ("machine", "width", "given", "expected"),
+    [
+        ("v5litepod-16", 2048, "", ["windowed_einsum_mib=24", f"vmem_limit_kib={28 * 1024}"]),
+        ("v5litepod-16", 4096, "", ["windowed_einsum_mib=24", f"vmem_limit_kib={48 * 1024}"]),
+        ("v5p-64", 2048, "", ["windowed_einsum_mib=1000000", f"vmem_limit_kib={48 * 1024}"]),
+        ("v6e-16", 4096, "", ["windowed_einsum_mib=1000000"]),
+        ("", 2048, "", []),
+        ("v5p-64", 2048, "--mine", ["--mine"]),
+    ],
 )
-def test_training_sets_the_compilers_flags_on_a_tpu_unless_the_user_has(monkeypatch, machine, given, mib):
+def test_training_sets_the_compilers_flags_on_a_tpu_unless_the_user_has(monkeypatch, machine, width, given, expected):
     environment = {"TPU_ACCELERATOR_TYPE": machine} | ({"LIBTPU_INIT_ARGS": given} if given else {})
     monkeypatch.setattr(os, "environ", environment)
-    lm_flags.set_libtpu()
-    found = environment.get("LIBTPU_INIT_ARGS")
-    assert found is None if mib is None else found.endswith(mib)
+    lm_flags.set_libtpu(width)
+    found = environment.get("LIBTPU_INIT_ARGS", "").split()
+    assert len(found) == len(expected)
+    assert all(one.endswith(end) for one, end in zip(found, expected, strict=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from test_aot import LENGTH, ROOT, SMALL, needs_libtpu
 
 from lm import aot, config, search, settings, sharding
+from lm.flags import libtpu
 from lm.models.blocks import REMAT_POLICIES
 from lm.schema import ConfigError, flatten
 from lm.search import Found
@@ -68,6 +69,15 @@ def test_settings_fit_the_chips_and_leave_the_batch_alone(small):
         allowed = {*settings.KEYS, "mesh.dcn_data"}
         assert {key for key in config.diff(cfg, changed)} <= allowed
     assert {one.flags for one in candidates} == {"--a", "--b"}
+
+
+def test_the_compilers_flags_are_searched_from_those_of_the_chip_on():
+    usual = libtpu("v5e", 2048)
+    first, *others = settings.flag_sets(usual)
+    assert first == usual and len({usual, *others}) == len(others) + 1 == 6
+    assert str(made(flags=usual)) == "fsdp=4 minimal micro=1 chunk=0 windowed=24 vmem=28"
+    assert all(one.count("--") == usual.count("--") for one in others)
+    assert settings.flag_sets("--a") == ["--a"], "nothing of it is known"
 
 
 def test_what_is_pinned_stays_and_what_cannot_be_is_refused(small):

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
                 bench_input.show(found)
             else:
                 cfg = config.build(_CONFIG.value)
-                lm_flags.set_libtpu()
+                lm_flags.set_libtpu(cfg.model.embed_dim)
                 found = bench_training.measure(
                     cfg,
                     Path(folder),

@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     try:
         where = aot.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
-        usual = lm_flags.libtpu(where.name.partition(":")[0])
+        cfg = config.build(_CONFIG.value)
+        usual = lm_flags.libtpu(where.name.partition(":")[0], cfg.model.embed_dim)
         libtpu_flags = usual if _FLAGS.value is None else _FLAGS.value
         aot.prepare(libtpu_flags)
-        cfg = config.build(_CONFIG.value)
         if _SEARCH.value:
             look_for_the_best(cfg, where, usual)
             return
