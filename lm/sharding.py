@@ -215,40 +215,43 @@ def _scatter_sum(x_IxO: jax.Array, axis: str, size: int, dim: int) -> jax.Array:
     """Reduce-scatter over a mesh axis along `dim`, by a ring; many devices are a grid, whose rows and then columns are
     rings: a ring's steps are as many as its devices."""
     columns = size if size <= LONGEST_RING else max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-    shape = list(x_IxO.shape)
-    grid = x_IxO.reshape(*shape[:dim], size // columns, columns, shape[dim] // size, *shape[dim + 1 :])
-    other = dim + 3 if dim == 0 else 0
-    grid = _ring(grid, axis, size, (columns, 1), dim + 1, other)
+    first = jnp.moveaxis(x_IxO, dim, 0)
+    grid = first.reshape(size // columns, columns, first.shape[0] // size, first.shape[1])
+    grid = _ring(grid, axis, size, (columns, 1), 1)
     if columns < size:
-        grid = _ring(grid, axis, size, (size // columns, columns), dim, other)
-    shape[dim] //= size
-    return grid.reshape(shape)
+        grid = _ring(grid, axis, size, (size // columns, columns), 0)
+    return jnp.moveaxis(grid[0, 0], 0, dim)
 
 
-def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int, other: int) -> jax.Array:
+def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int) -> jax.Array:
     """Sums what the devices of each ring have; of dimension `dim`, as long as the ring, each keeps its own place.
 
-    One half of dimension `other` travels to the right, one to the left. Example, 3 devices, of the half that goes to
+    One half of the last dimension travels to the right, one to the left. Example, 3 devices, of the half that goes to
     the right device 1's place: device 2 begins with its own, 0 adds its own to that, and 1 adds its own.
 
     Args:
       x: of this device.
       axis: of the mesh, of `size` devices.
       ring: how many devices a ring has, and how far neighbours are from each other.
-      dim, other: see above.
+      dim: see above.
     """
     count, stride = ring
     place = jax.lax.axis_index(axis) // stride % count
+    sizes = (*(1 if i == dim else n for i, n in enumerate(x.shape[:-1])), x.shape[-1] // 2)
 
     def neighbour(i: int, way: int) -> int:
         return i + ((i // stride + way) % count - i // stride % count) * stride
 
+    def own(n: int, half: int, way: int) -> jax.Array:
+        starts = [(place - way * n) % count if i == dim else 0 for i in range(x.ndim - 1)]
+        return jax.lax.dynamic_slice(x, [*starts, half * sizes[-1]], sizes)
+
     sums = []
-    for half, way in zip(jnp.split(x, 2, axis=other), (1, -1), strict=True):
+    for half, way in enumerate((1, -1)):
         to = [(i, neighbour(i, way)) for i in range(size)]
-        own = [jax.lax.dynamic_slice_in_dim(half, (place - way * n) % count, 1, dim) for n in range(1, count + 1)]
-        sums.append(functools.reduce(lambda total, part: jax.lax.ppermute(total, axis, to) + part, own))
-    return jnp.concatenate(sums, axis=other)
+        parts = [own(n, half, way) for n in range(1, count + 1)]
+        sums.append(functools.reduce(lambda total, part: jax.lax.ppermute(total, axis, to) + part, parts))
+    return jnp.concatenate(sums, axis=-1)
 
 
 def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:

@@ -115,22 +115,26 @@ def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d
     x_BxLxI, kernel_IxO = saved
     kernel_IxO, give_back = jax.vjp(lambda kernel: sharding.gather(kernel, *axes), kernel_IxO)
     d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
-
-    def product(x_BxLxI: jax.Array, d_BxLxO: jax.Array) -> jax.Array:
-        return jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO)
-
+    adds = axes[1] == "embed"  # to the residual stream, where the backward pass of a block begins
+    # Where the split dimension is the last, of the transpose: what goes round is then a slice, and needs no copy.
+    names, products = (axes[::-1], (d_BxLxO, x_BxLxI)) if adds else (axes, (x_BxLxI, d_BxLxO))
     if in_ring:
-        rows = tuple(sharding.spec(("batch", "length", name), whole=("embed",)) for name in axes)
-        parts = sharding.spec(("row_parts", *axes), whole=("embed",))
-        on_device = jax.shard_map(lambda *xs: product(*xs)[None], in_specs=rows, out_specs=parts, check_vma=False)
-        d_kernel, finish = on_device(x_BxLxI, d_BxLxO), lambda parts_PxIxO: sharding.sum_parts(parts_PxIxO, axes)
+        rows = tuple(sharding.spec(("batch", "length", name), whole=("embed",)) for name in names)
+        d_kernel = jax.shard_map(
+            lambda a_BxLxI, b_BxLxO: jnp.einsum("bli,blo->io", a_BxLxI, b_BxLxO)[None],
+            in_specs=rows,
+            out_specs=sharding.spec(("row_parts", *names), whole=("embed",)),
+            check_vma=False,
+        )(*products)
     else:
-        (d_kernel,), finish = give_back(product(x_BxLxI, d_BxLxO)), lambda d_IxO: d_IxO
-    if axes[1] == "embed":
-        # What adds to the residual stream is where the backward pass of a block begins: the kernel is gathered during
-        # the product that does without it.
+        (d_kernel,) = give_back(jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO))
+    if adds:  # the kernel is gathered during the product that does without it
         d_BxLxO, d_kernel = jax.lax.optimization_barrier((d_BxLxO, d_kernel))
-    return jax.lax.optimization_barrier(d_BxLxO @ kernel_IxO.T), finish(d_kernel)
+    d_BxLxI = jax.lax.optimization_barrier(d_BxLxO @ kernel_IxO.T)
+    if in_ring:
+        d_kernel = sharding.sum_parts(d_kernel, names)
+        d_kernel = d_kernel.T if adds else d_kernel
+    return d_BxLxI, d_kernel
 
 
 apart.defvjp(_apart_fwd, _apart_bwd)
