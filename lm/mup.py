@@ -33,8 +33,8 @@ def width_ratio(cfg: ModelConfig) -> float:
 
 
 def query_scale(cfg: ModelConfig) -> float:
-    """What queries are multiplied with, beside 1 / sqrt(head width); 1 where heads are as wide as at the base."""
-    return math.sqrt(cfg.mup_base[1] / cfg.head_dim) if cfg.mup_base[1] else 1.0
+    """What queries are multiplied with: 1 / sqrt(head width); under muP sqrt(that at the base) / head width."""
+    return math.sqrt(cfg.mup_base[1] or cfg.head_dim) / cfg.head_dim
 
 
 def direction_scales(name: str, logical_axes: Mapping[str, LogicalAxes], ratio: float) -> dict[str, float]:

@@ -128,7 +128,7 @@ def test_what_each_weight_has():
     cfg, model = model_of(cfg, 256, (BASE, 16))
     axes, params = trees.flatten(model.logical_axes()), trees.flatten(jax.jit(model.init)(jax.random.key(0)))
     assert mup.width_ratio(cfg) == 1 / 4
-    assert mup.query_scale(cfg) == pytest.approx(0.5)  # times 1 / sqrt(64): sqrt(16) / 64
+    assert mup.query_scale(cfg) == pytest.approx(4 / 64)  # sqrt(16) / 64
     scales = {name: mup.direction_scales(name, axes, 1 / 4) for name in ("adamw", "lion", "adafactor", "muon")}
     assert scales["adamw"] == scales["lion"] == scales["adafactor"]
     of_adam = {

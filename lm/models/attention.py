@@ -1,7 +1,6 @@
 """Attention. The mask is an argument, described rather than drawn, so that each backend makes what it needs of it."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -68,7 +67,7 @@ class Mask:
 def attend(
     query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, *, softcap: float
 ) -> jax.Array:
-    """Scaled dot-product attention; query head h reads key/value head h // (H / K).
+    """Dot-product attention, of queries that are scaled already; query head h reads key/value head h // (H / K).
 
     The one place where a backend is chosen: a kernel on TPU and on GPU; where positions are split over devices, each
     device's own queries with everyone's keys; causal query blocks where keys and queries are the same positions; the
@@ -115,7 +114,7 @@ def cudnn(
 
     def on_device(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
         return jax.nn.dot_product_attention(
-            query, key, value, mask=mask.draw()[:, None], is_causal=is_causal, implementation=implementation
+            query, key, value, mask=mask.draw()[:, None], scale=1.0, is_causal=is_causal, implementation=implementation
         )
 
     attend_on = _on_devices if sharding.is_distributed_trace() else lambda fn, *arrays: fn(*arrays)
@@ -151,7 +150,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    parts, (length, _, width) = sharding.length_parts(), query_BxLxHxE.shape[1:]
+    parts, length = sharding.length_parts(), query_BxLxHxE.shape[1]
     reach = mask.window - 1 if 0 < mask.window < length else None
     is_full, is_uneven = not mask.causal and reach is None, parts > 1 and mask.causal and reach is None
     if reach is not None:
@@ -199,7 +198,6 @@ def splash(
         out = jax.vmap(row)(query, key, value, query_segments_BxL, key_segments_BxL).transpose(0, 2, 1, 3)
         return _swap_halves(out, parts) if is_uneven else out
 
-    query_BxLxHxE = (query_BxLxHxE / math.sqrt(width)).astype(query_BxLxHxE.dtype)
     arrays = (query_BxLxHxE, key_BxLxKxE, value_BxLxKxE, mask.query_segments_BxL, mask.key_segments_BxS)
     if not sharding.is_distributed_trace():
         return on_device(attend_heads, *arrays)
@@ -295,7 +293,7 @@ def _dense(
     """The reference: every score of the mask's rectangle."""
     rows, length, heads, width = query_BxLxHxE.shape
     kv_heads = key_BxSxKxE.shape[2]
-    query_BxLxKxGxE = (query_BxLxHxE / math.sqrt(width)).reshape(rows, length, kv_heads, heads // kv_heads, width)
+    query_BxLxKxGxE = query_BxLxHxE.reshape(rows, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("blkge,bske->bkgls", query_BxLxKxGxE, key_BxSxKxE, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)

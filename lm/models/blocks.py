@@ -223,7 +223,7 @@ def _heads(
         y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(checkpoint_name(y, name))
     if turned_BxL is not None:
         y = layers.rope(y, turned_BxL, cfg.rope_theta)
-    if name == "query" and mup.query_scale(cfg) != 1:
+    if name == "query":  # here and not in attention, so that what is kept of it is what the kernel reads
         y *= mup.query_scale(cfg)
     return y if is_normed else checkpoint_name(y, name)
 
