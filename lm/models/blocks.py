@@ -233,7 +233,8 @@ def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
     dense = _dense(module)
     out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="out")
-    return checkpoint_name(_apart(out(y_BxLxHE, keys_B)), "out")
+    # The barrier keeps a TPU's compiler from adding to the residual stream inside the matmul, slower than a pass more.
+    return checkpoint_name(jax.lax.optimization_barrier(out(y_BxLxHE, keys_B)), "out")
 
 
 class Mlp(nn.Module):
@@ -253,12 +254,5 @@ class Mlp(nn.Module):
             return checkpoint_name(sharding.constrain(y, "batch", "length", "mlp"), name)
 
         y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
-        y_BxLxF = _apart(y_BxLxF)
         down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="down")
         return down(y_BxLxF, keys_B)
-
-
-def _apart(x: jax.Array) -> jax.Array:
-    """Keeps a TPU's compiler from computing what follows inside the matmul before it (in the backward pass: what
-    precedes inside that after it), where it slows the matrix unit down by more than a pass over memory costs."""
-    return jax.lax.optimization_barrier(x)

@@ -97,8 +97,8 @@ def project(x: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def apart(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None], in_ring: bool) -> jax.Array:
-    """`project` on TPU: the two products of its backward pass are kept apart from what is computed around them, which
-    would take the memory beside the matrix unit, and be computed once for each.
+    """`project` on TPU: what comes before the two products of its backward pass is kept apart from them, or it would be
+    computed once for each; and the kernel's gradient is summed without the others waiting.
 
     Args:
       x_BxLxI, kernel_IxO, axes: see `project`.
@@ -130,7 +130,7 @@ def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d
         (d_kernel,) = give_back(jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO))
     if adds:  # the kernel is gathered during the product that does without it
         d_BxLxO, d_kernel = jax.lax.optimization_barrier((d_BxLxO, d_kernel))
-    d_BxLxI = jax.lax.optimization_barrier(d_BxLxO @ kernel_IxO.T)
+    d_BxLxI = d_BxLxO @ kernel_IxO.T
     if in_ring:
         d_kernel = sharding.sum_parts(d_kernel, names)
         d_kernel = d_kernel.T if adds else d_kernel
