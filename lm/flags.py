@@ -8,10 +8,10 @@ from absl import app, logging
 # XLA may cut a matrix product in pieces, to send each as soon as it is done. It pays on v5e, whose links are slow, for
 # weights of some size (MiB); the pieces of smaller ones leave the matrix unit half empty (docs/performance.md).
 WINDOWED_FROM_MIB = {"v5e": 24}
-# Vector memory that one operation may use, MiB, for models from a width on. With the compiler's own 16 the pieces of
-# matrix products are so small that the matrix unit waits; what they take is missing where results stay until they are
-# used (docs/performance.md).
-SCOPED_VMEM_MIB: dict[str, dict[int, int]] = {"v5e": {0: 28, 4096: 48}, "v5p": {0: 48}}
+# Vector memory that one operation may use, MiB, in models narrower than WIDE and in others; the compiler's own are 16.
+# With more, matrix products go in larger pieces, but less is left for results to stay in until they are used.
+SCOPED_VMEM_MIB = {"v5e": (28, 48), "v5p": (48, 48)}
+WIDE = 4096
 
 
 def windowed_from(device_kind: str) -> float:
@@ -21,11 +21,15 @@ def windowed_from(device_kind: str) -> float:
 
 
 def libtpu(chip: str, embed_dim: int) -> str:
-    """Flags of the TPU compiler that help a model of this width on a chip, 'v5e' or the like, as LIBTPU_INIT_ARGS
-    takes them."""
-    windowed = f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={WINDOWED_FROM_MIB.get(chip, 1_000_000)}"
-    mib = [mib for width, mib in SCOPED_VMEM_MIB.get(chip, {}).items() if width <= embed_dim]
-    return " ".join([windowed, *(f"--xla_tpu_scoped_vmem_limit_kib={1024 * last}" for last in mib[-1:])])
+    """Flags of the TPU compiler that help a model of this width on a chip, 'v5e' or the like; see `spelled`."""
+    narrow, wide = SCOPED_VMEM_MIB.get(chip, (0, 0))
+    return spelled(WINDOWED_FROM_MIB.get(chip, 1_000_000), narrow if embed_dim < WIDE else wide)
+
+
+def spelled(windowed_from_mib: int, scoped_vmem_mib: int) -> str:
+    """Flags as LIBTPU_INIT_ARGS takes them: see WINDOWED_FROM_MIB and SCOPED_VMEM_MIB; 0 of the latter = not set."""
+    windowed = f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={windowed_from_mib}"
+    return f"{windowed} --xla_tpu_scoped_vmem_limit_kib={1024 * scoped_vmem_mib}" if scoped_vmem_mib else windowed
 
 
 def set_libtpu(embed_dim: int) -> None:

@@ -15,6 +15,7 @@ import jax
 
 from lm import aot, build, checks, selection, sharding, trees
 from lm.config import Config
+from lm.flags import spelled
 from lm.models.blocks import REMAT_POLICIES
 from lm.schema import ConfigError
 
@@ -31,9 +32,7 @@ _KEPT = {
     "full": (),
 }
 MATMUL_EFFICIENCY = 0.85  # share of the peak, in the arithmetic only
-
-
-_WINDOWED, _VMEM = "windowed_einsum_mib", "scoped_vmem_limit_kib"
+_SHORT = {"windowed": "windowed_einsum_mib", "vmem_kib": "scoped_vmem_limit_kib"}  # how flags are shown
 
 
 class Candidate(NamedTuple):
@@ -60,11 +59,10 @@ class Candidate(NamedTuple):
         return mesh | rest
 
     def __str__(self) -> str:
-        """Short: 'fsdp=16 minimal micro=1 chunk=0 windowed=24 vmem=28'."""
+        """Short: 'fsdp=16 minimal micro=1 chunk=0 windowed=24 vmem_kib=28672'."""
         axes = [f"{axis}={size}" for axis, size in zip(sharding.AXES, self.mesh, strict=True) if size > 1]
-        windowed, vmem = (re.search(rf"{flag}=(\d+)", self.flags) for flag in (_WINDOWED, _VMEM))
-        flags = [f"windowed={windowed[1]}" if windowed else f"flags={self.flags or 'none'}"]
-        flags += [f"vmem={int(vmem[1]) // 1024}"] if windowed and vmem else []
+        known = {short: re.search(rf"{name}=(\d+)", self.flags) for short, name in _SHORT.items()}
+        flags = [f"{short}={found[1]}" for short, found in known.items() if found] or [f"flags={self.flags or 'none'}"]
         return " ".join([*axes, self.remat, f"micro={self.micro_batches}", f"chunk={self.chunk_len}", *flags])
 
 
@@ -79,16 +77,9 @@ class Guess(NamedTuple):
 KEYS = (*(f"mesh.{axis}" for axis in sharding.AXES), "model.remat", "train.micro_batches", "loss.chunk_len")
 
 
-def flag_sets(flags: str) -> list[str]:
-    """Those of a chip, and the same with other sizes (MiB) from which products are cut up to be sent in pieces, and
-    with other vector memory for one operation."""
-
-    def changed(windowed: int, vmem: int) -> str:
-        one = re.sub(rf"({_WINDOWED}=)\d+", rf"\g<1>{windowed}", flags)
-        return re.sub(rf"({_VMEM}=)\d+", rf"\g<1>{1024 * vmem}", one)
-
-    others = [changed(windowed, vmem) for windowed in (24, 1_000_000) for vmem in (16, 28, 48)]
-    return list(dict.fromkeys([flags, *others]))
+def flag_sets(usual: str) -> list[str]:
+    """The usual flags of a chip and model, and others: see `lm.flags.spelled`."""
+    return list(dict.fromkeys([usual, *itertools.starmap(spelled, itertools.product((24, 1_000_000), (16, 28, 48)))]))
 
 
 def space(cfg: Config, where: aot.Topology, flags: Sequence[str], pinned: Collection[str] = ()) -> list[Candidate]:

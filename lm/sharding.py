@@ -182,20 +182,20 @@ def can_go_round(kernel_IxO: jax.Array, logical: LogicalAxes) -> bool:
     return not any(size % (2 * mesh.shape["tensor"]) for size in kernel_IxO.shape)  # halves go either way
 
 
-def sum_parts(parts_PxIxO: jax.Array, logical: LogicalAxes) -> jax.Array:
-    """The gradient of a weight from what each device makes of its rows, [P, I, O] with P = `row_groups`."""
+def sum_parts(parts_PxDxO: jax.Array, logical: LogicalAxes) -> jax.Array:
+    """The gradient of a weight ('embed', ...) from what each device makes of its rows, [P, D, O], P = `row_groups`."""
     summed: jax.Array = jax.shard_map(
-        lambda part_1xIxO: sum_where_it_lies(part_1xIxO[0], logical),
+        lambda part_1xDxO: sum_where_it_lies(part_1xDxO[0]),
         in_specs=spec(("row_parts", *logical), whole=("embed",)),
         out_specs=spec(logical),
         check_vma=False,
-    )(parts_PxIxO)
+    )(parts_PxDxO)
     return summed
 
 
-def sum_where_it_lies(partial_IxO: jax.Array, logical: LogicalAxes) -> jax.Array:
-    """The gradient of a weight, of which each device has its own rows' part, summed: each device keeps what it holds of
-    the weight. For the body of a `jax.shard_map` over all axes.
+def sum_where_it_lies(partial_DxO: jax.Array) -> jax.Array:
+    """The gradient of a weight whose first axis is 'embed', of which each device has its own rows' part, summed: each
+    device keeps what it holds of the weight. For the body of a `jax.shard_map` over all axes.
 
     Over the axes that split the weight it goes round a ring, in both directions at once, a part after the other. So
     what travels are permutations, beside which a TPU computes other things; for a reduction of its own it would stand
@@ -203,24 +203,22 @@ def sum_where_it_lies(partial_IxO: jax.Array, logical: LogicalAxes) -> jax.Array
     """
     shape = jax.sharding.get_abstract_mesh().shape
     rest = [axis for axis in AXES if axis != "tensor" and shape[axis] > 1]
-    for dim, name in enumerate(logical):
-        for axis in RULES["embed"] if name == "embed" else ():
-            if axis in rest:
-                partial_IxO = _scatter_sum(partial_IxO, axis, shape[axis], dim)
-                rest.remove(axis)
-    return jax.lax.psum(partial_IxO, tuple(rest)) if rest else partial_IxO
+    for axis in RULES["embed"]:
+        if axis in rest:
+            partial_DxO = _scatter_sum(partial_DxO, axis, shape[axis])
+            rest.remove(axis)
+    return jax.lax.psum(partial_DxO, tuple(rest)) if rest else partial_DxO
 
 
-def _scatter_sum(x_IxO: jax.Array, axis: str, size: int, dim: int) -> jax.Array:
-    """Reduce-scatter over a mesh axis along `dim`, by a ring; many devices are a grid, whose rows and then columns are
-    rings: a ring's steps are as many as its devices."""
+def _scatter_sum(x_DxO: jax.Array, axis: str, size: int) -> jax.Array:
+    """Reduce-scatter of D over a mesh axis, by a ring; many devices are a grid, whose rows and then columns are rings:
+    a ring's steps are as many as its devices. What travels is a slice of x, which needs no copy first."""
     columns = size if size <= LONGEST_RING else max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-    first = jnp.moveaxis(x_IxO, dim, 0)
-    grid = first.reshape(size // columns, columns, first.shape[0] // size, first.shape[1])
+    grid = x_DxO.reshape(size // columns, columns, x_DxO.shape[0] // size, x_DxO.shape[1])
     grid = _ring(grid, axis, size, (columns, 1), 1)
     if columns < size:
         grid = _ring(grid, axis, size, (size // columns, columns), 0)
-    return jnp.moveaxis(grid[0, 0], 0, dim)
+    return grid[0, 0]
 
 
 def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int) -> jax.Array:

@@ -116,16 +116,14 @@ def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d
     kernel_IxO, give_back = jax.vjp(lambda kernel: sharding.gather(kernel, *axes), kernel_IxO)
     d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
     adds = axes[1] == "embed"  # to the residual stream, where the backward pass of a block begins
-    # Where the split dimension is the last, of the transpose: what goes round is then a slice, and needs no copy.
-    names, products = (axes[::-1], (d_BxLxO, x_BxLxI)) if adds else (axes, (x_BxLxI, d_BxLxO))
-    if in_ring:
-        rows = tuple(sharding.spec(("batch", "length", name), whole=("embed",)) for name in names)
+    if in_ring:  # where 'embed' is last, the gradient of the transpose
+        names, factors = (axes[::-1], (d_BxLxO, x_BxLxI)) if adds else (axes, (x_BxLxI, d_BxLxO))
         d_kernel = jax.shard_map(
             lambda a_BxLxI, b_BxLxO: jnp.einsum("bli,blo->io", a_BxLxI, b_BxLxO)[None],
-            in_specs=rows,
+            in_specs=tuple(sharding.spec(("batch", "length", name), whole=("embed",)) for name in names),
             out_specs=sharding.spec(("row_parts", *names), whole=("embed",)),
             check_vma=False,
-        )(*products)
+        )(*factors)
     else:
         (d_kernel,) = give_back(jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO))
     if adds:  # the kernel is gathered during the product that does without it
