@@ -8,6 +8,7 @@ from absl import app, logging
 # XLA may cut a matrix product in pieces, to send each as soon as it is done. It pays on v5e, whose links are slow, for
 # weights of some size (MiB); the pieces of smaller ones leave the matrix unit half empty (docs/performance.md).
 WINDOWED_FROM_MIB = {"v5e": 24}
+NEVER_MIB = 1_000_000
 # Vector memory that one operation may use, MiB, in models narrower than WIDE and in others; the compiler's own are 16.
 # With more, matrix products go in larger pieces, but less is left for results to stay in until they are used.
 SCOPED_VMEM_MIB = {"v5e": (28, 48), "v5p": (48, 48)}
@@ -17,13 +18,13 @@ WIDE = 4096
 def windowed_from(device_kind: str) -> float:
     """Bytes of a weight from which on the compiler does so on such a device, named as `jax.Device.device_kind`."""
     chip = device_kind.removeprefix("TPU ").replace(" lite", "e")
-    return WINDOWED_FROM_MIB.get(chip, 1_000_000) * 2**20
+    return WINDOWED_FROM_MIB.get(chip, NEVER_MIB) * 2**20
 
 
 def libtpu(chip: str, embed_dim: int) -> str:
     """Flags of the TPU compiler that help a model of this width on a chip, 'v5e' or the like; see `spelled`."""
     narrow, wide = SCOPED_VMEM_MIB.get(chip, (0, 0))
-    return spelled(WINDOWED_FROM_MIB.get(chip, 1_000_000), narrow if embed_dim < WIDE else wide)
+    return spelled(WINDOWED_FROM_MIB.get(chip, NEVER_MIB), narrow if embed_dim < WIDE else wide)
 
 
 def spelled(windowed_from_mib: int, scoped_vmem_mib: int) -> str:

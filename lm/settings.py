@@ -15,7 +15,7 @@ import jax
 
 from lm import aot, build, checks, selection, sharding, trees
 from lm.config import Config
-from lm.flags import spelled
+from lm.flags import NEVER_MIB, WINDOWED_FROM_MIB, libtpu, spelled
 from lm.models.blocks import REMAT_POLICIES
 from lm.schema import ConfigError
 
@@ -77,9 +77,16 @@ class Guess(NamedTuple):
 KEYS = (*(f"mesh.{axis}" for axis in sharding.AXES), "model.remat", "train.micro_batches", "loss.chunk_len")
 
 
-def flag_sets(usual: str) -> list[str]:
-    """The usual flags of a chip and model, and others: see `lm.flags.spelled`."""
-    return list(dict.fromkeys([usual, *itertools.starmap(spelled, itertools.product((24, 1_000_000), (16, 28, 48)))]))
+def flag_sets(chip: str, model: "Sizes") -> list[str]:
+    """The usual flags for a model on a chip, 'v5e' or the like, and others: see `lm.flags.spelled`.
+
+    Where no kernel of the layers is large enough to be multiplied in pieces, the size from which on makes no difference.
+    """
+    usual = WINDOWED_FROM_MIB.get(chip, NEVER_MIB)
+    largest_mib = max((before * after for _, _, before, after, *_ in model.kernels), default=0) * model.item / 2**20
+    others = [size for size in (*WINDOWED_FROM_MIB.values(), NEVER_MIB) if largest_mib >= min(size, usual)]
+    sets = itertools.product(dict.fromkeys([usual, *others]), (16, 28, 48))
+    return list(dict.fromkeys([libtpu(chip, model.width), *itertools.starmap(spelled, sets)]))
 
 
 def space(cfg: Config, where: aot.Topology, flags: Sequence[str], pinned: Collection[str] = ()) -> list[Candidate]:

@@ -71,13 +71,23 @@ def test_settings_fit_the_chips_and_leave_the_batch_alone(small):
     assert {one.flags for one in candidates} == {"--a", "--b"}
 
 
-def test_the_compilers_flags_are_searched_from_those_of_the_chip_on():
+def test_the_compilers_flags_are_searched_from_those_of_the_chip_on(small):
+    model = settings.sizes(small[0])._replace(width=2048)
+    large = model._replace(kernels=[("up", 2, 2048, 8192, "embed", "mlp")])  # 32 MiB in bfloat16
     usual = libtpu("v5e", 2048)
-    first, *others = settings.flag_sets(usual)
+    first, *others = settings.flag_sets("v5e", large)
     assert first == usual and len({usual, *others}) == len(others) + 1 == 6
     assert str(made(flags=usual)) == "fsdp=4 minimal micro=1 chunk=0 windowed=24 vmem_kib=28672"
     assert all("windowed_einsum_mib=" in one and "scoped_vmem_limit_kib=" in one for one in others)
-    assert set(others) < set(settings.flag_sets(libtpu("v6e", 2048))), "a chip of whose memory nothing is known too"
+    unknown = settings.flag_sets("v6e", large)
+    assert unknown[0] == libtpu("v6e", 2048) and set(unknown[1:]) == {first, *others}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_from_which_size_on_kernels_go_in_pieces_is_not_searched_where_none_is_large(small, chip):
+    found = settings.flag_sets(chip, settings.sizes(small[0]))
+    assert found[0] == libtpu(chip, SMALL["model.embed_dim"])
+    assert len({one.partition(" ")[0] for one in found}) == 1 and len(set(found)) == len(found) >= 3
 
 
 def test_what_is_pinned_stays_and_what_cannot_be_is_refused(small):

@@ -202,9 +202,9 @@ def look_for_the_best(cfg: config.Config, where: aot.Topology, usual: str) -> No
     cache = Path(_CACHE.value or f"plans/{recipe}")
     given = [arg for arg in sys.argv[1:] if re.match(r"--?config[.=]", arg)]
     pinned = [key for key in settings.KEYS if any(re.match(rf"--?config\.{key}=", arg) for arg in given)]
-    sets = settings.flag_sets(usual) if _FLAGS.value is None else [_FLAGS.value]
-    candidates = settings.space(cfg, where, sets, pinned)
     model = settings.sizes(cfg)
+    sets = settings.flag_sets(where.name.partition(":")[0], model) if _FLAGS.value is None else [_FLAGS.value]
+    candidates = settings.space(cfg, where, sets, pinned)
     guesses = [settings.guess(cfg, model, where, one) for one in candidates]
     fitting = sum(each.at_least <= where.chip.hbm_bytes for each in guesses)
     print(f"{len(candidates):,} settings, of which {fitting:,} may fit; compiling up to {_COMPILES.value}", flush=True)
