@@ -80,7 +80,7 @@ KEYS = (*(f"mesh.{axis}" for axis in sharding.AXES), "model.remat", "train.micro
 def flag_sets(chip: str, model: "Sizes") -> list[str]:
     """The usual flags for a model on a chip, 'v5e' or the like, and others: see `lm.flags.spelled`.
 
-    Where no kernel of the layers is large enough to be multiplied in pieces, the size from which on makes no difference.
+    From which size on kernels are multiplied in pieces makes no difference where no layer has one that large.
     """
     usual = WINDOWED_FROM_MIB.get(chip, NEVER_MIB)
     largest_mib = max((before * after for _, _, before, after, *_ in model.kernels), default=0) * model.item / 2**20

@@ -21,12 +21,14 @@ from lm.types import LENGTH_KEYS
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# Logical axis -> mesh axes. Activations: batch, length, and row_parts, see `parts_of_rows`. Weights: embed (the axis
-# ZeRO-3 splits, over devices that share rows too; expert_embed of experts, which are split already) and those that
-# tensor parallelism splits. Names that are absent are never split.
+# Logical axis -> mesh axes. Activations: batch, length, residual_length (the same outside of a block's matmuls, where
+# devices of tensor would hold and compute the same) and row_parts, see `parts_of_rows`. Weights: embed (the axis ZeRO-3
+# splits, over devices that share rows too; expert_embed of experts, which are split already) and those that tensor
+# parallelism splits. Names that are absent are never split.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": "context",
+    "residual_length": ("context", "tensor"),
     "row_parts": ("context", "data", "fsdp", "expert"),
     "embed": ("context", "fsdp", "expert"),
     "experts": "expert",
@@ -128,10 +130,32 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 def spec_of(x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
     """PartitionSpec of an activation. A length that the mesh does not divide, as of the one position that is decoded at
-    a time, stays whole."""
-    parts = length_parts()
-    divides = all(size % parts == 0 for size, name in zip(x.shape, logical, strict=True) if name == "length")
-    return spec(logical, whole=() if divides else ("length",))
+    a time, stays whole; a residual_length may still be split as length."""
+
+    def divided(size: int, name: str | None) -> str | None:
+        if name == "residual_length" and size % length_parts(name):
+            name = "length"
+        return None if name == "length" and size % length_parts() else name
+
+    return spec(tuple(divided(size, name) for size, name in zip(x.shape, logical, strict=True)))
+
+
+@jax.custom_vjp
+def gather_positions(x_BxLxD: jax.Array) -> jax.Array:
+    """What a block's matmuls read: positions that 'residual_length' splits over tensor are gathered (Korthikanti et
+    al., arXiv:2205.05198). Of its gradient, a sum over tensor, each device keeps that of its own positions."""
+    return constrain(x_BxLxD, "batch", "length", None)
+
+
+def _gather_positions_fwd(x_BxLxD: jax.Array) -> tuple[jax.Array, None]:
+    return constrain(x_BxLxD, "batch", "length", None), None
+
+
+def _gather_positions_bwd(_: None, d_BxLxD: jax.Array) -> tuple[jax.Array]:
+    return (constrain(d_BxLxD, "batch", "residual_length", None),)
+
+
+gather_positions.defvjp(_gather_positions_fwd, _gather_positions_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -278,10 +302,11 @@ def row_groups() -> int:
     return 1 if mesh.empty else batch_shards(mesh) * mesh.shape["context"]
 
 
-def length_parts() -> int:
-    """In how many parts the mesh set by `jax.set_mesh` splits each row; 1 without one."""
+def length_parts(name: str = "length") -> int:
+    """In how many parts the mesh set by `jax.set_mesh` splits each row, as length or residual_length; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else int(mesh.shape["context"])
+    over = ("context",) if name == "length" else RULES[name]
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in over)
 
 
 def parts_of_rows(x_BxL: jax.Array) -> jax.Array:

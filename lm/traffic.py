@@ -57,6 +57,8 @@ def collectives(program: Program, mesh: Mapping[str, int] | None = None) -> list
             found.append(Collective(kind, BETWEEN_SLICES, slices, sent.dtype, True, times, sent.bytes))
         for inside, each, fused in _communicating(program, where, op):
             kind = each.opcode.removesuffix("-start")
+            if fused and kind == "all-reduce" and _root(program, inside).opcode == "dynamic-slice":
+                kind = "reduce-scatter"  # as a TPU writes it: the sum, of which each device keeps its part
             is_async = each.opcode.endswith("-start") or (fused and _is_async(program, op))
             operands = [
                 array
@@ -135,6 +137,10 @@ def _communicating(program: Program, where: str, op: Op) -> Iterator[tuple[str, 
             carried = "async_collective_fusion_config" in each.text and not targets
             if each.opcode.removesuffix("-start") in KINDS and not carried:
                 yield called, each, True
+
+
+def _root(program: Program, computation: str) -> Op:
+    return next(op for op in program.computations[computation].values() if op.is_root)
 
 
 def _is_async(program: Program, op: Op) -> bool:

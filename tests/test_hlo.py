@@ -106,6 +106,28 @@ def test_communication_is_counted_with_its_loops():
     assert found == {("all-gather", "fsdp", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", "fsdp", 8, 1, 4)}
 
 
+SCATTERED = """HloModule m, is_scheduled=true
+
+%all-reduce-scatter.1 (input.1: bf16[8,64]) -> bf16[2,64] {
+  %input.1 = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[8,64]{1,0:T(8,128)(2,1)} all-reduce(%input.1), replica_groups={{0,1,2,3}}, to_apply=%add.1
+  %place.1 = u32[] constant(0)
+  ROOT %mine.1 = bf16[2,64]{1,0} dynamic-slice(%all-reduce.1, %place.1, %place.1), dynamic_slice_sizes={2,64}
+}
+
+ENTRY %main (a: bf16[8,64]) -> bf16[2,64] {
+  %a = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %fusion.1 = bf16[2,64]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter():
+    for text, kind in ((SCATTERED, "reduce-scatter"), (SCATTERED.replace("dynamic-slice(", "copy("), "all-reduce")):
+        (found,) = traffic.collectives(hlo.parse(text), {"fsdp": 4})
+        assert found == (kind, "fsdp", 4, "bf16", False, 1, 2 * 8 * 64)
+
+
 def test_types_are_read_with_and_without_layouts():
     found = hlo.arrays("(f32[2,3]{1,0:T(8,128)S(1)}, /*index=1*/ bf16[4], s32[], token[])")
     assert found == [hlo.Array("f32", (2, 3)), hlo.Array("bf16", (4,)), hlo.Array("s32", ())]

@@ -67,6 +67,7 @@ def on_one_device(style):
     [
         ("llama", {"context": 2, "fsdp": 2, "tensor": 2}),
         ("llama", {"context": 8}),
+        ("llama", {"tensor": 4, "data": 2}),
         ("gpt2", {"context": 4, "data": 2}),
         ("experts", {"expert": 2, "context": 2, "tensor": 2}),
     ],
@@ -98,6 +99,23 @@ def test_gradients_that_go_round_rings_are_those_of_one_device(sizes, monkeypatc
     found = steps_of(model, cfg, params, batch, mesh_of(**sizes))
     assert len(calls) == 8, "one each of the kernels of the scanned layer, and the output projection's"
     assert_the_same_steps(found, expected)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2}, {"data": 2, "tensor": 4}, {"data": 2, "context": 2, "tensor": 2}], ids=str
+)
+def test_between_the_matmuls_positions_are_split_over_tensor_too(sizes):
+    """What a layer keeps for its backward pass, of a program that keeps no more than each layer's input."""
+    cfg, model, params = toys.decoder(dataclasses.replace(STYLES["llama"], remat="full", num_heads=4), SEQ_LEN)
+    mesh, batch = mesh_of(**sizes), toys.batch(ROWS, SEQ_LEN)
+    loss_fn = objectives.mlm(model.apply, Config(model=cfg, loss=LOSS), SimpleNamespace(vocab_size=toys.VOCAB))
+    with jax.set_mesh(mesh):
+        placed = sharding.to_global(batch, sharding.local_rows(mesh, ROWS), ROWS, mesh)
+        grad = jax.jit(jax.grad(lambda params: loss_fn(params, placed, jax.random.key(0)).sum))
+        text = grad.lower(params).compile().as_text()
+    parts = sizes.get("context", 1) * sizes.get("tensor", 1)
+    kept = {n for n in (1, 2, 4) if f"f32[{cfg.num_layers},{ROWS // 2},{SEQ_LEN // n},{cfg.embed_dim}]" in text}
+    assert kept == {parts}
 
 
 # Attention over context -----------------------------------------------------------------------------------------------

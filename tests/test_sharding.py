@@ -70,6 +70,7 @@ def test_specs():
         ("layers", "embed", "mlp"): P(None, ("context", "fsdp", "expert"), "tensor"),
         ("vocab", "embed"): P("tensor", ("context", "fsdp", "expert")),
         ("batch", "length", None): P(("data", "fsdp", "expert"), "context", None),
+        ("batch", "residual_length", None): P(("data", "fsdp", "expert"), ("context", "tensor"), None),
         ("row_parts", None): P(("context", "data", "fsdp", "expert"), None),
         ("experts", "expert_embed", "mlp"): P("expert", ("context", "fsdp"), "tensor"),
         ("embed", "kv_heads"): P(("context", "fsdp", "expert"), "tensor"),
@@ -92,9 +93,13 @@ def test_constrain_and_gather_place_what_is_computed_and_do_nothing_without_a_me
     with jax.set_mesh(mesh(data=1, context=4, tensor=2)):
         rows, one = (jax.jit(lambda x: sharding.constrain(x, "batch", "length"))(w[:, :n]) for n in (8, 1))
         gathered = jax.jit(lambda w: sharding.gather(w, "vocab", "embed"))(w)
+        finer = [jax.jit(lambda x: sharding.constrain(x, "batch", "residual_length"))(w[:, :n]) for n in (8, 4, 1)]
     assert rows.sharding.shard_shape(rows.shape) == (16, 2)
     assert one.sharding.shard_shape(one.shape) == (16, 1), "one position that is decoded lies on all devices"
     assert gathered.sharding.shard_shape(w.shape) == (8, 8)
+    # Positions over context and tensor; where there are not enough for both, over context; one lies on all devices.
+    assert [each.sharding.shard_shape(each.shape) for each in finer] == [(16, 1), (16, 1), (16, 1)]
+    assert [each.sharding.spec[1:] for each in finer] == [((("context", "tensor")),), ("context",), ()]
 
 
 @pytest.mark.parametrize("longest", [32, 2])

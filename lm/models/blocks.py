@@ -94,7 +94,8 @@ class Stack(nn.Module):
         x_BxLxD, cache_kv = scanned(cfg, self.dtype, self.adapter, name="layers")(
             x_BxLxD, mask, positions_BxL, keys_B, memory, jnp.arange(cfg.num_layers), cache_kv
         )
-        return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD), cache_kv
+        x_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD)
+        return sharding.gather_positions(x_BxLxD), cache_kv
 
 
 class Block(nn.Module):
@@ -118,11 +119,12 @@ class Block(nn.Module):
         cfg = self.cfg
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x)
+            return sharding.gather_positions(layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x))
 
         keys_B = fold(keys_B, layer)
 
         def added(name: str, y: jax.Array, number: int) -> jax.Array:
+            y = sharding.constrain(y, "batch", "residual_length", None)
             y = layers.dropout(y, cfg.dropout, fold(keys_B, number))
             return adapters.adapt(self.adapter, f"adapter_{name}", y, self.dtype)
 
@@ -143,7 +145,7 @@ class Block(nn.Module):
         else:
             y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(normed_BxLxD, fold(keys_B, 3))
         x_BxLxD += added("mlp", y_BxLxD, 1)
-        return sharding.constrain(x_BxLxD, "batch", "length", None), cache_kv
+        return sharding.constrain(x_BxLxD, "batch", "residual_length", None), cache_kv
 
 
 class Attention(nn.Module):
@@ -233,8 +235,9 @@ def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
     dense = _dense(module)
     out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="out")
+    y_BxLxD = sharding.constrain(out(y_BxLxHE, keys_B), "batch", "residual_length", None)
     # The barrier keeps a TPU's compiler from adding to the residual stream inside the matmul, slower than a pass more.
-    return checkpoint_name(jax.lax.optimization_barrier(out(y_BxLxHE, keys_B)), "out")
+    return checkpoint_name(jax.lax.optimization_barrier(y_BxLxD), "out")
 
 
 class Mlp(nn.Module):

@@ -114,8 +114,10 @@ def _apart_fwd(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: Any, in_ring: bo
 def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d_BxLxO: jax.Array) -> Any:
     x_BxLxI, kernel_IxO = saved
     kernel_IxO, give_back = jax.vjp(lambda kernel: sharding.gather(kernel, *axes), kernel_IxO)
-    d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
     adds = axes[1] == "embed"  # to the residual stream, where the backward pass of a block begins
+    if adds:  # positions that tensor splits are gathered once for both products
+        d_BxLxO = sharding.constrain(d_BxLxO, "batch", "length", None)
+    d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
     if in_ring:  # where 'embed' is last, the gradient of the transpose
         names, factors = (axes[::-1], (d_BxLxO, x_BxLxI)) if adds else (axes, (x_BxLxI, d_BxLxO))
         d_kernel = jax.shard_map(

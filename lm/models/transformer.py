@@ -160,7 +160,7 @@ def disturb(cfg: ModelConfig, x_BxLxD: jax.Array, segments_BxL: jax.Array, keys_
     """Embeddings as they enter the first block: with dropout and noise while training."""
     x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, fold(keys_B, cfg.num_layers))
     x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, fold(keys_B, cfg.num_layers + 2))
-    return sharding.constrain(x_BxLxD, "batch", "length", None)
+    return sharding.constrain(x_BxLxD, "batch", "residual_length", None)
 
 
 class Embed(nn.Module):

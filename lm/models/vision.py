@@ -202,7 +202,7 @@ def _encode(
 
 def _stack(stack: Stack, x_BxLxD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
     """The blocks, in which every position sees every other."""
-    x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
+    x_BxLxD = sharding.constrain(x_BxLxD, "batch", "residual_length", None)
     ones_BxL = _ones(x_BxLxD)
     mask = Mask(ones_BxL, ones_BxL, 0, causal=False)
     hidden_BxLxD, _ = stack(x_BxLxD, mask, ones_BxL, keys_B, None)
