@@ -156,6 +156,8 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
         bounds = {value for values in begins for value in values if value > 0}
         indices = [index for index, values in zip(indices, begins, strict=True) if values != bounds]
     update = next(op for op in body.values() if op.is_root).operands[indices[0]] if len(indices) == 1 else ""
+    while update in body and body[update].opcode == "copy":
+        update = body[update].operands[0]
     steps = _constants(program, body, [update, *body[update].operands]) if update in body else set()
     if len(bounds) != 1 or len(steps) != 1:
         raise unreadable

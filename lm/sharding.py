@@ -78,19 +78,25 @@ def mesh_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh with axes `AXES`; slices (dcn_data) are the outer part of 'data', so only it crosses the DCN."""
+    """The mesh with axes `AXES`; slices (dcn_data) are the outer part of 'data', so only it crosses the DCN.
+
+    Raises:
+      ConfigError: the sizes do not fit the devices, or their slices.
+    """
     devices = jax.devices() if devices is None else devices
     dcn, *sizes = mesh_sizes(cfg, len(devices))
     auto = (AxisType.Auto,) * len(AXES)
-    if dcn == 1:
-        mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and dcn != slices:
+        raise ConfigError(f"mesh.dcn_data={dcn}: expected {slices}, the number of slices")
+    if (
+        slices == 1
+    ):  # on CPU and GPU devices are numbered process by process, of which the outermost axis has whole ones
+        mesh = jax.make_mesh((dcn * sizes[0], *sizes[1:]), AXES, axis_types=auto, devices=devices)
         return Mesh(_as_ring(mesh.devices), AXES, axis_types=auto) if max(sizes) == len(devices) else mesh
     from jax.experimental import mesh_utils
 
-    # Without slices (CPU, GPU) the processes are what the slow network joins.
-    grid = mesh_utils.create_hybrid_device_mesh(
-        sizes, (dcn, *[1] * len(sizes[1:])), devices, process_is_granule=not hasattr(devices[0], "slice_index")
-    )
+    grid = mesh_utils.create_hybrid_device_mesh(sizes, (dcn, *[1] * len(sizes[1:])), devices)
     return Mesh(grid, AXES, axis_types=auto)
 
 

@@ -106,6 +106,39 @@ def test_communication_is_counted_with_its_loops():
     assert found == {("all-gather", "fsdp", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", "fsdp", 8, 1, 4)}
 
 
+LOOP = """HloModule m, is_scheduled=true
+
+%condition.1 (p.1: (s32[], f32[4])) -> pred[] {
+  %p.1 = (s32[], f32[4]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %n.1 = s32[] constant(3)
+  ROOT %less.1 = pred[] compare(%i.1, %n.1), direction=LT
+}
+
+%body.1 (p.2: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p.2 = (s32[], f32[4]{0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%p.2), index=0
+  %x.2 = f32[4]{0} get-tuple-element(%p.2), index=1
+  %one.2 = s32[] constant(1)
+  %next.2 = s32[] add(%i.2, %one.2)
+  %copy.2 = s32[] copy(%next.2)
+  ROOT %both.2 = (s32[], f32[4]{0}) tuple(%copy.2, %x.2)
+}
+
+ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {
+  %x = f32[4]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4]{0}) tuple(%zero, %x)
+  ROOT %loop = (s32[], f32[4]{0}) while(%start), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_a_counter_may_be_copied():
+    program = hlo.parse(LOOP)
+    assert hlo.trip_count(program, "%main", program.computations["%main"]["%loop"]) == 3
+
+
 SCATTERED = """HloModule m, is_scheduled=true
 
 %all-reduce-scatter.1 (input.1: bf16[8,64]) -> bf16[2,64] {

@@ -68,6 +68,7 @@ def on_one_device(style):
         ("llama", {"context": 2, "fsdp": 2, "tensor": 2}),
         ("llama", {"context": 8}),
         ("llama", {"tensor": 4, "data": 2}),
+        ("llama", {"dcn_data": 2, "fsdp": 2, "tensor": 2}),
         ("gpt2", {"context": 4, "data": 2}),
         ("experts", {"expert": 2, "context": 2, "tensor": 2}),
     ],

@@ -57,6 +57,17 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
         sharding.mesh_sizes(cfg, devices)
 
 
+def test_a_mesh_over_other_slices_than_there_are_is_refused():
+    """Hosts of one slice are not slices, and slices are not to be found out by a crash."""
+    chips = [SimpleNamespace(platform="tpu", slice_index=i // 4, process_index=i // 2, id=i) for i in range(8)]
+    for cfg, devices, slices in ((MeshConfig(dcn_data=4), chips[:4], 1), (MeshConfig(fsdp=8), chips, 2)):
+        with pytest.raises(
+            ConfigError, match=f"^mesh.dcn_data={cfg.dcn_data}: expected {slices}, the number of slices$"
+        ):
+            sharding.make_mesh(cfg, devices)
+    assert sharding.make_mesh(MeshConfig(dcn_data=2, fsdp=4)).shape["data"] == 2, "on CPU there are none"
+
+
 def test_the_mesh_names_its_axes():
     made = mesh(fsdp=4)
     assert dict(made.shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}

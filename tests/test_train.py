@@ -165,7 +165,8 @@ def test_two_processes_of_four_devices_equal_one_of_eight(texts, tmp_path):
     cfg = toys.recipe(
         texts,
         train__total_steps=6,
-        mesh__data=2,
+        mesh__dcn_data=2,
+        mesh__data=1,
         mesh__fsdp=2,
         mesh__tensor=2,
         checkpoint__every_steps=3,
