@@ -15,74 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm import hlo, metrics, traffic
+from lm.chips import GIB, Topology
 from lm.config import Config
 from lm.schema import ConfigError
 
-GIB = 2.0**30
-
 # Share of the peak that the attention kernel is taken to reach; the compiler gives no cycles for it.
 KERNEL_EFFICIENCY = 0.75
-
-
-class Chip(NamedTuple):
-    """A TPU chip, from its data sheet (cloud.google.com/tpu/docs).
-
-    Attributes:
-      kind: as `jax.Device.device_kind` begins.
-      hbm_bytes: memory.
-      hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one link of the interconnect, one way.
-      dcn_bandwidth: bytes/s of a chip's share of its host's network cards, one way.
-      clock: Hz of the core, which the compiler's cycles are counted in.
-      ring: slices of so many chips along an axis close to a ring there; 0 = taken not to (v5p: the guess is high for
-        slices of whole cubes, which do).
-    """
-
-    kind: str
-    hbm_bytes: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    dcn_bandwidth: float
-    clock: float
-    ring: int
-
-    @property
-    def peak_flops(self) -> float:
-        """bfloat16 FLOP/s."""
-        return metrics.peak_flops(self.kind) or 0.0
-
-
-CHIPS = {
-    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 4.5e10, 3.125e9, 1.5e9, 16),
-    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 9e10, 6.25e9, 1.75e9, 0),
-    "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 9e10, 12.5e9, 1.75e9, 16),
-}
-
-
-class Topology(NamedTuple):
-    """A slice: 'v5e:4x4' is chip v5e, shape (4, 4)."""
-
-    name: str
-    chip: Chip
-    shape: tuple[int, ...]
-    slices: int
-
-    @property
-    def links(self) -> int:
-        """Links of a chip that carry data one way: two along an axis that closes to a ring, else one."""
-        return sum(2 if n == self.chip.ring else 1 for n in self.shape if n > 1) or 1
-
-
-def topology(name: str, slices: int) -> Topology:
-    """Reads 'CHIP:AxB' or 'CHIP:AxBxC'.
-
-    Raises:
-      ConfigError: no such chip or shape.
-    """
-    chip, _, shape = name.partition(":")
-    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ConfigError(f"--topology={name}: expected CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)}")
-    return Topology(name, CHIPS[chip], tuple(map(int, shape.split("x"))), slices)
 
 
 def prepare(flags: str) -> None:
@@ -141,13 +79,13 @@ class Lowered(NamedTuple):
       stage: of JAX.
       mesh: 'dcn_data' and all axes of the mesh -> size.
       state: bytes on a chip of 'parameters', 'optimizer' and, where there are any, other parts of the state.
-      parameters: of the model; `trained` of them.
-      trained: see above.
+      parameters, trained: how many the model has, and how many of them learn.
       largest_replicated: bytes and path of the largest parameter that every chip holds whole.
       model_flops: of one step on one chip; None where they are not counted.
       tokens: positions of one step, over all chips.
       chips: over all slices.
       saved: bytes that a save of the state takes, over all hosts; each array once.
+      beside: bytes on a chip of what the step leaves alone and stays there meanwhile: in an evaluation the optimizer's.
     """
 
     stage: Any
@@ -160,6 +98,7 @@ class Lowered(NamedTuple):
     tokens: int
     chips: int
     saved: float
+    beside: float
 
 
 class Compiled(NamedTuple):
@@ -226,7 +165,8 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
     replicated = [
         (leaf.size * leaf.dtype.itemsize, path) for path, leaf in flat.items() if leaf.sharding.is_fully_replicated
     ]
-    per_token = metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, words.vocab_size)
+    is_counted = TASKS[cfg.data.task].texts and build.predicts_tokens(cfg)
+    per_token = metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, words.vocab_size) if is_counted else None
     tokens = rows * cfg.data.seq_len
     return Lowered(
         stage=lowered,
@@ -244,6 +184,7 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
         tokens=tokens,
         chips=mesh.size,
         saved=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
+        beside=_bytes_a_chip(state) - _bytes_a_chip(argument) if evaluation else 0.0,
     )
 
 

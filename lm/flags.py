@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from absl import app, logging
 
@@ -62,3 +63,12 @@ def parse(argv: list[str]) -> list[str]:
         said = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
         flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and said.split("'")[0] in arg), "")
         raise SystemExit(f"error: unknown config key{flag}: {said}") from None
+    except OSError as error:  # a recipe that is not there: the last line has its name
+        raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def check_output(flag: str, path: str) -> None:
+    """Ends the program where a file that a flag names could not be written, before its content is computed."""
+    folder = Path(path).parent
+    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
+        raise SystemExit(f"error: --{flag}={path}: expected a file in a folder that is there and may be written")

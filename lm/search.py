@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm import aot
+from lm import chips
 from lm.settings import Candidate, Guess, keeps_more
 
 # How alike two settings are that differ in one thing (of `Candidate`, in order), in time and in memory; and how far off
@@ -150,7 +150,7 @@ def frontier(found: Mapping[int, Found]) -> list[int]:
 def flag_file(candidate: Candidate, found: Found, usual_flags: str) -> str:
     """A file for --flagfile that sets a candidate; what sets the compiler's flags, where it is not the usual, is said
     in a comment of it."""
-    lines = [f"# {candidate}: an estimated {found.ms:,.1f} ms a step, {found.peak / aot.GIB:.2f} GiB at the peak."]
+    lines = [f"# {candidate}: an estimated {found.ms:,.1f} ms a step, {found.peak / chips.GIB:.2f} GiB at the peak."]
     if candidate.flags != usual_flags:
         lines.append(f"# Needs the compiler's flags in the environment: LIBTPU_INIT_ARGS='{candidate.flags}'")
     return "\n".join([*lines, *(f"--config.{key}={value}" for key, value in candidate.overrides().items())]) + "\n"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import aot, build, checks, selection, sharding, trees
+from lm import aot, build, checks, chips, selection, sharding, trees
 from lm.config import Config
 from lm.flags import NEVER_MIB, WINDOWED_FROM_MIB, libtpu, spelled
 from lm.models.blocks import REMAT_POLICIES
@@ -83,13 +83,13 @@ def flag_sets(chip: str, model: "Sizes") -> list[str]:
     From which size on kernels are multiplied in pieces makes no difference where no layer has one that large.
     """
     usual = WINDOWED_FROM_MIB.get(chip, NEVER_MIB)
-    largest_mib = max((before * after for _, _, before, after, *_ in model.kernels), default=0) * model.item / 2**20
+    largest_mib = max((each.size_in * each.size_out for each in model.kernels), default=0) * model.item / 2**20
     others = [size for size in (*WINDOWED_FROM_MIB.values(), NEVER_MIB) if largest_mib >= min(size, usual)]
     sets = itertools.product(dict.fromkeys([usual, *others]), (16, 28, 48))
     return list(dict.fromkeys([libtpu(chip, model.width), *itertools.starmap(spelled, sets)]))
 
 
-def space(cfg: Config, where: aot.Topology, flags: Sequence[str], pinned: Collection[str] = ()) -> list[Candidate]:
+def space(cfg: Config, where: chips.Topology, flags: Sequence[str], pinned: Collection[str] = ()) -> list[Candidate]:
     """All settings that this run can have on these slices, its batch unchanged.
 
     Args:
@@ -101,6 +101,10 @@ def space(cfg: Config, where: aot.Topology, flags: Sequence[str], pinned: Collec
     Raises:
       ConfigError: there is none; the config is not of these slices.
     """
+    if cfg.model.remat not in POLICIES and "model.remat" in pinned:
+        raise ConfigError(
+            f"model.remat={cfg.model.remat} with --search: expected one of {', '.join(POLICIES)}, or none"
+        )
     if cfg.mesh.dcn_data != where.slices:
         raise ConfigError(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {where.slices}, the number of slices")
     planned = build.plan(cfg, None)
@@ -149,21 +153,35 @@ def apply(cfg: Config, candidate: Candidate, slices: int) -> Config:
 # Arithmetic -----------------------------------------------------------------------------------------------------------
 
 
+class Kernel(NamedTuple):
+    """Of all layers: how many they are, what one multiplies, by logical axes; `choices`: experts a position goes
+    through, 0 = it is no expert's."""
+
+    name: str
+    layers: int
+    size_in: int
+    size_out: int
+    axis_in: str | None
+    axis_out: str | None
+    choices: int
+
+
 class Sizes(NamedTuple):
     """What the arithmetic knows of a model.
 
     Attributes:
-      kernels: of the layers: (name, number of layers, size of one in, size out, split of in, split of out), splits
-        being the logical axes; of experts the width that a position goes through.
+      kernels: of the layers.
       parameters: (size, logical axes) of all.
+      chosen: share of the experts that a position goes through.
       state_bytes: of the state, on average of a parameter.
       item: bytes of an activation.
       vocab: columns of the output projection.
       width: of the layers.
     """
 
-    kernels: list[tuple[str, int, int, int, str | None, str | None]]
+    kernels: list[Kernel]
     parameters: list[tuple[int, sharding.LogicalAxes]]
+    chosen: float
     state_bytes: float
     item: int
     vocab: int
@@ -184,16 +202,20 @@ def sizes(cfg: Config) -> Sizes:
     kernels = []
     for path, leaf in flat.items():
         *_, name, last = path.split("/")
-        if "/layers/" in path and last == "kernel" and len(leaf.shape) == 3:
-            N, before, after = leaf.shape
-            kernels.append((name, N, before, after, axes[path][1], axes[path][2]))
+        is_expert = "experts" in axes[path]  # [layers, experts, in, out], 'up_kernel'
+        if is_expert or ("/layers/" in path and last == "kernel" and len(leaf.shape) == 3):
+            name = last.removesuffix("_kernel") if is_expert else name
+            N, *_, before, after = leaf.shape
+            axis_in, axis_out = axes[path][-2:]
+            kernels.append(Kernel(name, N, before, after, axis_in, axis_out, cfg.model.experts[1] if is_expert else 0))
     parameters = [(leaf.size, axes[path]) for path, leaf in flat.items()]
     item = 4 if cfg.model.dtype == "float32" else 2
     per_parameter = copies / sum(size for size, _ in parameters)
-    return Sizes(kernels, parameters, per_parameter, item, cfg.model.vocab_size, cfg.model.embed_dim)
+    chosen = cfg.model.experts[1] / max(cfg.model.experts[0], 1)
+    return Sizes(kernels, parameters, chosen, per_parameter, item, cfg.model.vocab_size, cfg.model.embed_dim)
 
 
-def guess(cfg: Config, model: Sizes, where: aot.Topology, one: Candidate) -> Guess:
+def guess(cfg: Config, model: Sizes, where: chips.Topology, one: Candidate) -> Guess:
     """Arithmetic of one setting.
 
     At least taken: the state, and what is kept of the layers for the backward pass. On top come gathered weights,
@@ -215,12 +237,15 @@ def guess(cfg: Config, model: Sizes, where: aot.Topology, one: Candidate) -> Gue
     gathered = sum(shard(*each, whole=("embed", "expert_embed")) for each in model.parameters)
     state = mine * model.state_bytes
     activations = again = attention = layers = inputs = 0.0
-    products = 3 * 2 * gathered * tokens  # forward and, twice that, backward; the look-up of the embedding aside
-    for name, N, before, after, axis_in, axis_out in model.kernels:
+    experts = sum(shard(*each, whole=("expert_embed",)) for each in model.parameters if "experts" in each[1])
+    used = gathered - experts * (1 - model.chosen * over["expert"])  # as many positions more as there are experts less
+    products = 3 * 2 * used * tokens  # forward and, twice that, backward; the look-up of the embedding aside
+    for name, N, before, after, axis_in, axis_out, choices in model.kernels:
         width_in, width_out = before / _tensor(parts, axis_in), after / _tensor(parts, axis_out)
-        activations += N * width_out * (name in kept)
-        inputs += N * width_in * (name in ("query", "gate", "up", "down"))
-        again += N * 2 * width_in * width_out * tokens * (name not in (*kept, "down"))
+        room = choices * over["expert"] or 1  # for all positions of the devices that share the experts
+        activations += N * width_out * room * (name in kept)
+        inputs += N * width_in * room * (name in ("query", "gate", "up", "down"))
+        again += N * 2 * width_in * width_out * (choices or 1) * tokens * (name not in (*kept, "down"))
         if name == "out":
             layers += N
             activations += N * (width_in * ("core" in kept) + model.width)  # and the layer's input
@@ -244,7 +269,9 @@ def guess(cfg: Config, model: Sizes, where: aot.Topology, one: Candidate) -> Gue
     waits = wire(model.item * gathered * micro, copies, 1)
     waits += wire(4 * mine * micro, over["data"], 2)
     waits += wire(layers * tokens * model.width * model.item, over["tensor"], 2 * (4 if "out" in kept else 5))
-    kv = sum(N * after / _tensor(parts, axis) for name, N, _, after, _, axis in model.kernels if name in _QKV[1:])
+    kv = sum(
+        each.layers * each.size_out / _tensor(parts, each.axis_out) for each in model.kernels if each.name in _QKV[1:]
+    )
     waits += wire(tokens * over["context"] * kv * model.item, over["context"], 3)
     seconds = (products + again) / MATMUL_EFFICIENCY + attention / aot.KERNEL_EFFICIENCY
     seconds /= chip.peak_flops
@@ -254,7 +281,7 @@ def guess(cfg: Config, model: Sizes, where: aot.Topology, one: Candidate) -> Gue
 
 def _tensor(parts: Callable[[str | None], int], axis: str | None) -> int:
     """In how many parts an activation is split along the axis that its kernel names so."""
-    return 1 if axis in ("embed", None) else parts(axis)
+    return 1 if axis in ("embed", "expert_embed", None) else parts(axis)
 
 
 def keeps_more(one: Candidate, other: Candidate) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lm import aot
+from lm import aot, chips
 from lm.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,13 +111,63 @@ def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimiz
     assert kernels and all(queries in line and keys in line for line in kernels)
     evaluated, _, _ = plan(tmp_path, "--evaluation")
     assert evaluated["hlo_flops"] < found["hlo_flops"] / 1.8
+    # Its step takes the parameters; the moments stay where they are meanwhile.
+    assert evaluated["state_optimizer"] > evaluated["hbm_arguments"] > evaluated["state_parameters"]
+    assert evaluated["hbm_peak"] > evaluated["state_optimizer"] + evaluated["hbm_arguments"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_start_that_is_not_there_yet_is_planned_without_and_what_predicts_no_tokens_has_no_mfu(tmp_path):
+    """Fine-tuning of a run that is still to come, with a damaged result of it in the cache."""
+    changes = {"data.format": "table", "data.task": "sentences", "objective": "classification"}
+    changes |= {
+        "data.labels": "('0', '1')",
+        "data.separator": "",
+        "data.packing": "pad",
+        "model.pool": "last",
+        "init_from": "runs/not/yet",
+    }
+    cache = tmp_path / "cache"
+    found, _, said = plan(tmp_path, f"--cache={cache}", **changes)
+    assert "no checkpoint under 'runs/not/yet/checkpoints'" in said and "vocabulary of tokenizer.vocab_size=1,0" in said
+    assert found["fits"] and found["model_flops"] is None and "estimated_mfu" not in found and "MFU" not in said
+    (kept,) = cache.iterdir()
+    kept.write_text('{"fits": tr')
+    (tmp_path / "program.txt").unlink()
+    again = [f"--config.{key}={value}" for key, value in (SMALL | changes).items()]
+    command = [sys.executable, "tools/plan.py", "--config=configs/bench/v5e16_124m.py", "--topology=v5e:2x2", *again]
+    done = subprocess.run([*command, f"--cache={cache}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{kept} is damaged: compiling again" in done.stderr and json.loads(kept.read_text())["fits"]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--slices=2"], "mesh.dcn_data=1: expected 2, the number of slices"),
+        (["--topology=v5e:4x4x4"], "--topology=v5e:4x4x4: expected one of v5e:AxB, v5p:AxBxC, v6e:AxB"),
+        (["--json=/not/there/a.json"], "--json=/not/there/a.json: expected a file in a folder that is there"),
+        (["--dump_hlo=."], "--dump_hlo=.: expected a file in a folder that is there"),
+        (["--dollars_per_chip_hour=1"], "--dollars_per_chip_hour without --tokens"),
+        (["--search", "--tokens=1e9"], "--tokens with --search"),
+        (["--config=configs/not_there.py"], "No such file or directory: 'configs/not_there.py'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned_is_refused_before_it_is_compiled(arguments, why):
+    small = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    command = [sys.executable, "tools/plan.py", "--config=configs/bench/v5e16_124m.py", *small, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and why in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @needs_libtpu
 def test_what_does_not_fit_is_an_answer(tmp_path):
     found, _, said = plan(tmp_path, code=3, **{"data.batch_size": 4 * 16_384, "model.remat": "none"})
     assert found["fits"] is False and "does not fit" in said and "largest" in said
-    assert found["hbm_needed"] > 16 * aot.GIB
+    assert found["hbm_needed"] > 16 * chips.GIB
     assert f"{4 * 16_384}, {LENGTH}" in found["why"], "the arrays that are too large are named"
 
 
@@ -161,14 +211,14 @@ def test_slices_send_each_other_only_a_chips_share_of_the_gradients(tmp_path):
     assert found["host_bytes_to_save"] == pytest.approx(4 * 3 * found["parameters"], rel=0.01), "one of the copies"
 
 
-@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4", "v5e:4x", ""])
+@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4", "v5e:4x", "v5e:4x0", "v5e:4x4x4", "v5p:4x4", ""])
 def test_a_topology_that_is_none_is_refused(name):
-    with pytest.raises(ConfigError, match="expected CHIP:AxB"):
-        aot.topology(name, 1)
+    with pytest.raises(ConfigError, match="expected one of v5e:AxB, v5p:AxBxC, v6e:AxB"):
+        chips.topology(name, 1)
 
 
 def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
-    assert [aot.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
+    assert [chips.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
         1,
         2,
         2,

@@ -16,14 +16,14 @@ from absl import flags
 from ml_collections import config_flags
 from test_aot import LENGTH, ROOT, SMALL, needs_libtpu
 
-from lm import aot, config, search, settings, sharding
+from lm import chips, config, search, settings, sharding
 from lm.flags import libtpu
 from lm.models.blocks import REMAT_POLICIES
 from lm.schema import ConfigError, flatten
 from lm.search import Found
 from lm.settings import Candidate
 
-GIB = aot.GIB
+GIB = chips.GIB
 RECIPE = ROOT / "configs/bench/v5e16_124m.py"
 
 
@@ -39,7 +39,7 @@ def recipe(argv=()):
 @pytest.fixture(scope="module")
 def small():
     """(config, slices, settings, arithmetic of each) of the small model on 2 x 2 chips."""
-    cfg, where = recipe(), aot.topology("v5e:2x2", 1)
+    cfg, where = recipe(), chips.topology("v5e:2x2", 1)
     candidates = settings.space(cfg, where, ["--a", "--b"])
     model = settings.sizes(cfg)
     return cfg, where, candidates, [settings.guess(cfg, model, where, one) for one in candidates]
@@ -73,7 +73,7 @@ def test_settings_fit_the_chips_and_leave_the_batch_alone(small):
 
 def test_the_compilers_flags_are_searched_from_those_of_the_chip_on(small):
     model = settings.sizes(small[0])._replace(width=2048)
-    large = model._replace(kernels=[("up", 2, 2048, 8192, "embed", "mlp")])  # 32 MiB in bfloat16
+    large = model._replace(kernels=[settings.Kernel("up", 2, 2048, 8192, "embed", "mlp", 0)])  # 32 MiB in bfloat16
     usual = libtpu("v5e", 2048)
     first, *others = settings.flag_sets("v5e", large)
     assert first == usual and len({usual, *others}) == len(others) + 1 == 6
@@ -90,6 +90,36 @@ def test_from_which_size_on_kernels_go_in_pieces_is_not_searched_where_none_is_l
     assert len({one.partition(" ")[0] for one in found}) == 1 and len(set(found)) == len(found) >= 3
 
 
+def test_arithmetic_of_experts_by_hand():
+    """A position's products are those of the experts it goes through; its devices have room for each other's."""
+    cfg, where = recipe(["--config.model.experts=(8, 2)"]), chips.topology("v5e:2x2", 1)
+    dense = settings.sizes(recipe([f"--config.model.mlp_dim={2 * SMALL['model.mlp_dim']}"]))
+    model, layers = settings.sizes(cfg), SMALL["model.num_layers"]
+    width, inner = SMALL["model.embed_dim"], SMALL["model.mlp_dim"]
+    for expert in (1, 2):
+        mesh = (1, 4 // expert, expert, 1, 1)
+        minimal, full = (settings.guess(cfg, model, where, made(remat, mesh=mesh)) for remat in ("minimal", "full"))
+        tokens = cfg.data.batch_size * LENGTH / 4
+        assert minimal.at_least - full.at_least == 2 * tokens * layers * (5 * width + 2 * 2 * expert * inner)
+    # As if it were dense and twice as wide, but for the six experts more whose weights and moments are there.
+    bare = {"state_bytes": 0.0, "item": 0, "vocab": 0}
+    times = [
+        settings.guess(cfg, each._replace(**bare), where, made(mesh=(1, 1, 1, 1, 4))).ms for each in (model, dense)
+    ]
+    router = (
+        6 * layers * width * 8 * cfg.data.batch_size * LENGTH / (settings.MATMUL_EFFICIENCY * where.chip.peak_flops)
+    )
+    more = 8 * layers * 3 * 6 * width * inner / 4 / where.chip.hbm_bandwidth  # read and written
+    assert times[0] - times[1] == pytest.approx(1e3 * (router + more), rel=0.1)
+
+
+def test_what_lies_with_the_host_is_not_searched(small):
+    cfg = dataclasses.replace(small[0], model=dataclasses.replace(small[0].model, remat="offload"))
+    with pytest.raises(ConfigError, match=r"model\.remat=offload with --search: expected one of none, minimal"):
+        settings.space(cfg, small[1], [""], ["model.remat"])
+    assert {one.remat for one in settings.space(cfg, small[1], [""])} == set(settings.POLICIES)
+
+
 def test_what_is_pinned_stays_and_what_cannot_be_is_refused(small):
     cfg, where, _, _ = small
     found = settings.space(cfg, where, [""], ["mesh.fsdp", "model.remat", "loss.chunk_len", "train.micro_batches"])
@@ -99,7 +129,7 @@ def test_what_is_pinned_stays_and_what_cannot_be_is_refused(small):
     with pytest.raises(ConfigError, match="divides"):
         settings.space(odd, where, [""], ["mesh.tensor"])
     with pytest.raises(ConfigError, match="dcn_data"):
-        settings.space(cfg, aot.topology("v5e:2x2", 2), [""])
+        settings.space(cfg, chips.topology("v5e:2x2", 2), [""])
 
 
 def test_arithmetic_of_the_state_and_of_what_is_kept_by_hand(small):
@@ -231,11 +261,14 @@ def test_results_are_read_back():
 @pytest.mark.slow
 @needs_libtpu
 def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compiled(tmp_path):
-    """Two real compilations, in which what is kept of the layers is most of the memory."""
+    """Two real compilations, in which what is kept of the layers is most of the memory; keys come from a file, too."""
     pinned = SMALL | {"data.batch_size": 512, "mesh.data": 1, "mesh.context": 1, "mesh.tensor": 1, "loss.chunk_len": 32}
     pinned |= {"mesh.expert": 1, "train.micro_batches": 1}
-    command = [sys.executable, "tools/plan.py", f"--config={RECIPE.relative_to(ROOT)}", "--topology=v5e:2x2"]
-    command += [*(f"--config.{key}={value}" for key, value in pinned.items()), "--search", "--compiles=2"]
+    in_file = tmp_path / "small.flags"
+    in_file.write_text("".join(f"--config.{key}={value}\n" for key, value in SMALL.items()))
+    command = [sys.executable, "tools/plan.py", "--config", str(RECIPE.relative_to(ROOT)), f"--flagfile={in_file}"]
+    command += [f"--config.{key}={value}" for key, value in pinned.items() if value != SMALL.get(key)]
+    command += ["--topology=v5e:2x2", "--search", "--compiles=2"]
     command += ["--workers=1", "--libtpu_flags=", f"--cache={tmp_path}/cache", f"--plot={tmp_path}/plot.png"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     killed = subprocess.Popen(
@@ -251,11 +284,12 @@ def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compile
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = [json.loads(path.read_text()) for path in tmp_path.glob("cache/*.json")]
+    assert {each["parameters"] for each in results} == {sum(size for size, _ in settings.sizes(recipe()).parameters)}
     assert len(results) == 2 and first.stat().st_mtime_ns == before, "the first one is not compiled again"
     assert "[2/2]" in done.stdout and "min left" in done.stdout
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
-    where = aot.topology("v5e:2x2", 1)
+    where = chips.topology("v5e:2x2", 1)
     winner = recipe(
         [f"--config.{key}={value}" for key, value in pinned.items()] + [f"--flagfile={tmp_path}/cache/winner.flags"]
     )

@@ -28,6 +28,7 @@ MODULES = (
     "lm.contrast",
     "lm.ranks",
     "lm.metrics",
+    "lm.chips",
     "lm.scores",
     "lm.selection",
     "lm.optim",

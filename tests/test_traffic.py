@@ -2,7 +2,7 @@
 
 import pytest
 
-from lm import aot, hlo, traffic
+from lm import aot, chips, hlo, traffic
 
 MESH = {"dcn_data": 1, "data": 2, "fsdp": 4, "tensor": 1}
 
@@ -59,7 +59,7 @@ def test_what_slices_send_each_other_is_counted_and_waited_for():
     assert traffic.in_table([found, found]) == {
         "all-reduce bf16 over dcn_data (2) async": {"times": 2, "bytes": 2 * bytes_sent}
     }
-    guess = aot.estimate(program, aot.topology("v5e:2x2", 2))
+    guess = aot.estimate(program, chips.topology("v5e:2x2", 2))
     # A ring of two passes the bytes twice, half of them each time; what is computed meanwhile is not waited for.
     passes = 2 * (1 / 2)
     copied = 2 * bytes_sent / 819e9  # read and written; less than the compiler's 10 us

@@ -13,9 +13,10 @@ is not searched. Results are kept in --cache: the same command again goes on. Th
 --flagfile.
 """
 
+import dataclasses
 import json
 import os
-import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
-from lm import aot, config, hlo, traffic
+from lm import aot, chips, config, hlo, traffic
 from lm import flags as lm_flags
 from lm.schema import ConfigError
 
@@ -54,8 +55,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or _CONFIG.value is None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     try:
-        where = aot.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
-        cfg = config.build(_CONFIG.value)
+        check_flags()
+        where = chips.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
+        cfg = without_missing_start(config.build(_CONFIG.value))
         usual = lm_flags.libtpu(where.name.partition(":")[0], cfg.model.embed_dim)
         libtpu_flags = usual if _FLAGS.value is None else _FLAGS.value
         aot.prepare(libtpu_flags)
@@ -64,25 +66,65 @@ def main(argv: list[str]) -> None:
             return
         print(f"compiling for {where.slices} x {where.name} ...", file=sys.stderr, flush=True)
         found = planned(cfg, where, libtpu_flags)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if type(error).__module__.startswith("lm."):
             sys.exit(f"error: {error}")
         raise
     if "why" not in found:
         price(found, _TOKENS.value, _DOLLARS.value)
     write(_JSON.value, json.dumps(found, indent=1))
-    if "why" in found:
-        print(f"does not fit: {found['why']}")
+    if "why" not in found:
+        show(found)
+    if not found["fits"]:
+        print(f"does not fit: {found.get('why', 'the peak is above the memory of a chip')}")
         sys.exit(3)
-    show(found)
 
 
-def planned(cfg: config.Config, where: aot.Topology, libtpu_flags: str) -> dict[str, Any]:
+def check_flags() -> None:
+    """Refuses, before anything is compiled, flags that would be of no use and files that could not be written.
+
+    Raises:
+      ConfigError: naming the flag.
+    """
+    of_one = {"dump_hlo": _HLO.value, "json": _JSON.value, "tokens": _TOKENS.value}
+    if _SEARCH.value and any(of_one.values()):
+        given = ", ".join(f"--{name}" for name, value in of_one.items() if value)
+        raise ConfigError(f"{given} with --search: expected without; plan the winner with its --flagfile for that")
+    if _DOLLARS.value and not _TOKENS.value:
+        raise ConfigError("--dollars_per_chip_hour without --tokens: expected the number of training tokens to price")
+    for name, path in {
+        "dump_hlo": _HLO.value,
+        "json": _JSON.value,
+        "winner": _WINNER.value,
+        "plot": _PLOT.value,
+    }.items():
+        lm_flags.check_output(name, path)
+
+
+def without_missing_start(cfg: config.Config) -> config.Config:
+    """A config whose `init_from` is not there yet is planned without, and this is said: its cost is the same, if the
+    vocabulary is."""
+    from lm import checkpoint
+
+    try:
+        if cfg.init_from:
+            checkpoint.choose(cfg.init_from)
+    except checkpoint.CheckpointError as missing:
+        size = cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
+        print(f"{missing}; planned without it, for a vocabulary of tokenizer.vocab_size={size:,}", file=sys.stderr)
+        return dataclasses.replace(cfg, init_from="", data=dataclasses.replace(cfg.data, replay=0.0))
+    return cfg
+
+
+def planned(cfg: config.Config, where: chips.Topology, libtpu_flags: str) -> dict[str, Any]:
     """Figures of a step, or why it does not fit; of the cache, where the same program is there already."""
     lowered = aot.lower_step(cfg, where, evaluation=_EVALUATION.value)
     cache = Path(_CACHE.value, f"{aot.key(lowered, where, libtpu_flags)}.json") if _CACHE.value else None
     if cache and cache.exists() and not _HLO.value:
-        return json.loads(cache.read_text(encoding="utf-8")) | {"from_cache": True}
+        try:
+            return json.loads(cache.read_text(encoding="utf-8")) | {"from_cache": True}
+        except ValueError:
+            print(f"{cache} is damaged: compiling again", file=sys.stderr)
     try:
         compiled = aot.compile_step(lowered)
         write(_HLO.value, compiled.text)
@@ -105,7 +147,7 @@ def topology_of_recipe() -> str:
     """
     import importlib.util
 
-    path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+    path = recipe_path()
     spec = importlib.util.spec_from_file_location("recipe", path)
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
@@ -115,13 +157,19 @@ def topology_of_recipe() -> str:
     return str(recipe.TOPOLOGY)
 
 
-def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: aot.Topology) -> dict[str, Any]:
+def recipe_path() -> Path:
+    """File of --config."""
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+
+
+def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: chips.Topology) -> dict[str, Any]:
     """All that is known of a compiled step, as JSON takes it. Bytes and FLOPs are of one chip and one step."""
     program = hlo.parse(compiled.text)
     guess = aot.estimate(program, where)
     seconds = guess.total / 1e3
+    memory = compiled.memory | {"peak": compiled.memory["peak"] + lowered.beside}
     found: dict[str, Any] = {
-        "fits": compiled.memory["peak"] <= where.chip.hbm_bytes,
+        "fits": memory["peak"] <= where.chip.hbm_bytes,
         "topology": where.name,
         "slices": where.slices,
         "chips": lowered.chips,
@@ -130,7 +178,7 @@ def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: aot.Topology) -
         "largest_replicated": {"bytes": lowered.largest_replicated[0], "path": lowered.largest_replicated[1]},
         "tokens_per_step": lowered.tokens,
         "hbm_capacity": where.chip.hbm_bytes,
-        **{f"hbm_{name}": size for name, size in compiled.memory.items()},
+        **{f"hbm_{name}": size for name, size in memory.items()},
         **{f"state_{name}": size for name, size in lowered.state.items()},
         "host_bytes_to_save": lowered.saved,
         "model_flops": lowered.model_flops,
@@ -152,7 +200,8 @@ def price(found: dict[str, Any], tokens: float, dollars: float) -> None:
     if tokens:
         hours = tokens / found["tokens_per_step"] * found["estimated_step_ms"] / 3.6e6
         found["estimated_hours"] = hours
-        found["estimated_dollars"] = hours * found["chips"] * dollars
+        if dollars:
+            found["estimated_dollars"] = hours * found["chips"] * dollars
 
 
 def show(found: dict[str, Any]) -> None:
@@ -163,7 +212,7 @@ def show(found: dict[str, Any]) -> None:
     table = Table(show_header=False, title=f"{found['slices']} x {found['topology']}: {found['chips']} chips")
 
     def gib(key: str) -> str:
-        return f"{found[key] / aot.GIB:,.2f} GiB"
+        return f"{found[key] / chips.GIB:,.2f} GiB"
 
     rows = {
         "parameters": f"{found['parameters']:,} ({found['trained_parameters']:,} trained)",
@@ -182,15 +231,14 @@ def show(found: dict[str, Any]) -> None:
         rows["model FLOPs / compiled FLOPs"] = f"{found['model_over_hlo_flops']:.3f}"
         rows["estimated MFU"] = f"{found['estimated_mfu']:.1%}"
     if "estimated_hours" in found:
-        rows["estimated for the tokens"] = f"{found['estimated_hours']:,.1f} h, ${found['estimated_dollars']:,.0f}"
+        dollars = f", ${found['estimated_dollars']:,.0f}" if "estimated_dollars" in found else ""
+        rows["estimated for the tokens"] = f"{found['estimated_hours']:,.1f} h{dollars}"
     for name, value in rows.items():
         table.add_row(name, value)
     Console(width=140).print(table)
-    if not found["fits"]:
-        print("does not fit: the peak is above the chip's memory")
 
 
-def look_for_the_best(cfg: config.Config, where: aot.Topology, usual: str) -> None:
+def look_for_the_best(cfg: config.Config, where: chips.Topology, usual: str) -> None:
     """Searches, with progress; prints what was found, and writes the winner.
 
     Raises:
@@ -198,10 +246,9 @@ def look_for_the_best(cfg: config.Config, where: aot.Topology, usual: str) -> No
     """
     from lm import search, settings
 
-    recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
-    cache = Path(_CACHE.value or f"plans/{recipe}")
-    given = [arg for arg in sys.argv[1:] if re.match(r"--?config[.=]", arg)]
-    pinned = [key for key in settings.KEYS if any(re.match(rf"--?config\.{key}=", arg) for arg in given)]
+    cache = Path(_CACHE.value or f"plans/{recipe_path().stem}")
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    pinned = [key for key in settings.KEYS if key in given]
     model = settings.sizes(cfg)
     sets = settings.flag_sets(where.name.partition(":")[0], model) if _FLAGS.value is None else [_FLAGS.value]
     candidates = settings.space(cfg, where, sets, pinned)
@@ -210,10 +257,8 @@ def look_for_the_best(cfg: config.Config, where: aot.Topology, usual: str) -> No
     print(f"{len(candidates):,} settings, of which {fitting:,} may fit; compiling up to {_COMPILES.value}", flush=True)
     began = time.monotonic()
 
-    kept = [arg for arg in given if not any(f"config.{key}=" in arg for key in pinned)]
-
     def measure(one: settings.Candidate) -> search.Found:
-        return compiled_elsewhere(one, kept, cache)
+        return compiled_elsewhere(one, cache)
 
     def note(number: int, one: settings.Candidate, found: search.Found) -> None:
         each = (time.monotonic() - began) / number
@@ -231,25 +276,32 @@ def look_for_the_best(cfg: config.Config, where: aot.Topology, usual: str) -> No
     )
     best = search.frontier(found)
     report(candidates, found, best)
+    failed = [each for each in found.values() if each.failed]
+    if not best and failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(found)} settings could not be compiled, no other fits: {failed[0].note}"
+        )
     if not best:
         print(f"none of {len(found)} settings fits")
         sys.exit(3)
     winner = Path(_WINNER.value or cache / "winner.flags")
     write(str(winner), search.flag_file(candidates[best[0]], found[best[0]], usual))
-    print(f"the fastest: python -m lm.main {' '.join(given)} --flagfile={winner}")
+    words = [f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}"]
+    words += [f"--config.{key}={value}" for key, value in given.items()]
+    print(f"the fastest: python -m lm.main {shlex.join(words)} --flagfile={winner}")
     if _PLOT.value:
         plot(_PLOT.value, found, best, where)
 
 
-def compiled_elsewhere(one: Any, given: list[str], cache: Path) -> Any:
-    """What a process of its own says of a candidate: the compiler reads its flags once a process."""
+def compiled_elsewhere(one: Any, cache: Path) -> Any:
+    """What a process of its own says of a candidate: the compiler reads its flags once a process. It is given all that
+    this one was; of a flag the last counts."""
     from lm import search
 
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch, "plan.json")
-        command = [sys.executable, __file__, *given, *(f"--config.{key}={v}" for key, v in one.overrides().items())]
-        command += [f"--topology={_TOPOLOGY.value}", f"--slices={_SLICES.value}", f"--libtpu_flags={one.flags}"]
-        command += [f"--cache={cache}", f"--json={answer}", f"--evaluation={_EVALUATION.value}"]
+        command = [sys.executable, __file__, *sys.argv[1:], "--nosearch", f"--cache={cache}", f"--json={answer}"]
+        command += [f"--libtpu_flags={one.flags}", *(f"--config.{key}={v}" for key, v in one.overrides().items())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not answer.exists():
             said = (done.stderr.strip() or "nothing").splitlines()[-1]
@@ -259,7 +311,9 @@ def compiled_elsewhere(one: Any, given: list[str], cache: Path) -> Any:
 
 def in_words(found: Any) -> str:
     """Time and memory of a candidate."""
-    memory = f"{found.peak / aot.GIB:6.2f} GiB" if found.peak else " " * 10
+    if found.failed:
+        return found.note
+    memory = f"{found.peak / chips.GIB:6.2f} GiB" if found.peak else " " * 10
     return f"{found.ms:8,.1f} ms {memory}" if found.fits else f"does not fit {memory}{'' if found.peak else found.note}"
 
 
@@ -276,7 +330,7 @@ def report(candidates: list[Any], found: dict[int, Any], best: list[int]) -> Non
     Console(width=140).print(table)
 
 
-def plot(path: str, found: dict[int, Any], best: list[int], where: aot.Topology) -> None:
+def plot(path: str, found: dict[int, Any], best: list[int], where: chips.Topology) -> None:
     """Memory against time, as a PNG."""
     import matplotlib
 
@@ -285,9 +339,9 @@ def plot(path: str, found: dict[int, Any], best: list[int], where: aot.Topology)
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     fitting = [each for each in found.values() if each.fits]
-    axes.scatter([each.peak / aot.GIB for each in fitting], [each.ms for each in fitting], color="0.6")
-    axes.plot([found[i].peak / aot.GIB for i in best], [found[i].ms for i in best], "o-", color="C0")
-    axes.axvline(where.chip.hbm_bytes / aot.GIB, color="C3", linestyle="--")
+    axes.scatter([each.peak / chips.GIB for each in fitting], [each.ms for each in fitting], color="0.6")
+    axes.plot([found[i].peak / chips.GIB for i in best], [found[i].ms for i in best], "o-", color="C0")
+    axes.axvline(where.chip.hbm_bytes / chips.GIB, color="C3", linestyle="--")
     axes.set_xlabel("peak memory of a chip, GiB (dashed: all there is)")
     axes.set_ylabel("estimated step, ms")
     axes.set_title(f"{where.slices} x {where.name}: line = none is faster and smaller", fontsize=10)
