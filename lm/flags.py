@@ -14,6 +14,7 @@ NEVER_MIB = 1_000_000
 # With more, matrix products go in larger pieces, but less is left for results to stay in until they are used.
 SCOPED_VMEM_MIB = {"v5e": (28, 48), "v5p": (48, 48)}
 WIDE = 4096
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # older and newer drivers; GKE says which TPU it is, a TPU VM may not
 
 
 def windowed_from(device_kind: str) -> float:
@@ -39,6 +40,9 @@ def set_libtpu(embed_dim: int) -> None:
     kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e").partition("-")[0]
     if kind:
         os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind, embed_dim))
+    elif "LIBTPU_INIT_ARGS" not in os.environ and any(map(os.path.exists, TPU_DEVICES)):
+        wanted = "set TPU_ACCELERATOR_TYPE to this TPU's type, such as v5litepod-16"
+        print(f"warning: the TPU compiler's flags for this model are not set; {wanted}", file=sys.stderr)
 
 
 def use_huge_pages() -> None:
@@ -61,7 +65,9 @@ def parse(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
         said = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
-        flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and said.split("'")[0] in arg), "")
+        flag = next(
+            (f" in {arg}" for arg in argv if arg.startswith("--config.") and said.lstrip("'").split("'")[0] in arg), ""
+        )
         raise SystemExit(f"error: unknown config key{flag}: {said}") from None
     except OSError as error:  # a recipe that is not there: the last line has its name
         raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
