@@ -29,6 +29,11 @@ def fit(cfg: Config) -> None:
         re.compile(cfg.adapter.targets)
     except re.error as error:
         raise ConfigError(f"'adapter.targets': {cfg.adapter.targets!r} is not a regular expression: {error}") from None
+    if cfg.adapter.kind != "none" and all(value for _, value in cfg.optim.lr_rules):
+        raise ConfigError(
+            f"'adapter.kind' {cfg.adapter.kind}: 'optim.lr_rules' freeze nothing, so that the whole model would learn; "
+            "expected, say, ((r'.*/(lora|adapter)_.*', 1.0), (r'.*', 0.0))"
+        )
     augment.check(cfg)
     prompts.check(cfg)
     objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]

@@ -65,6 +65,7 @@ def parameter_table(
     *,
     selection: Selection,
     learning_rate: float,
+    scales: Mapping[str, float],
     origin: Mapping[str, str],
 ) -> str:
     """A table of every parameter, a line each, with totals; plain text.
@@ -73,7 +74,8 @@ def parameter_table(
       params: nested dict of arrays or `jax.ShapeDtypeStruct`.
       selection: what is trained, and how. A frozen parameter's decay and learning rate are shown as '-'; of one whose
         layers differ the table names the layers that are trained and decayed, and the lowest and highest rate.
-      learning_rate: the peak; the table shows it times the multiplier.
+      learning_rate: the peak; the table shows it times the multiplier, and times `scales`.
+      scales: by path, what its direction is multiplied with (`lm.mup`).
       origin: by path, where the value came from.
     """
     from rich import box
@@ -102,7 +104,7 @@ def parameter_table(
             " x ".join(map(str, leaf.shape)),
             str(leaf.dtype),
             f"{math.prod(leaf.shape):,}",
-            *_how(path, selection, learning_rate),
+            *_how(path, selection, learning_rate * scales[path]),
             origin[path],
         )
     text = io.StringIO()

@@ -41,20 +41,25 @@ def about_data(data: Data, example: int, consumed: Mapping[str, Mapping[str, flo
     return {"example": example, "sources": sources, "fingerprint": data.fingerprint, "about": data.about}
 
 
-def refuse_changes(old: Config, new: Config, workdir: Path, accept_data: bool = False) -> None:
-    """Raises ConfigError when a resumed run would compute other steps than it began with.
+def refuse_changes(
+    old: Config, new: Config, workdir: Path, accept_data: bool = False, say: Callable[[str], None] = lambda _: None
+) -> None:
+    """Raises ConfigError when a resumed run would compute other steps than it began with; else says what has changed.
 
     Mesh and batch size may change: no example is lost or repeated. The latter only where every length is in steps, as
     schedules go by steps. `accept_data`: so may `data.*` and the seed.
     """
     by_batch = sorted(key for cfg in (old, new) for key in _lengths_by_batch(cfg))
     free = (*config.RESUMABLE, *(() if by_batch else _ELASTIC), *(_DATA if accept_data else ()))
+    differs = config.diff(old, new)
     changed = {
         key: values
-        for key, values in config.diff(old, new).items()
+        for key, values in differs.items()
         if not any(key == known or key.startswith(known + ".") for known in free)
     }
     if not changed:
+        for key, (before, now) in differs.items():
+            say(f"changed meanwhile: {key} {before!r} -> {now!r}")
         return
     hints = []
     if by_batch and changed.keys() & {*_ELASTIC}:

@@ -137,6 +137,17 @@ def space(cfg: Config, where: chips.Topology, flags: Sequence[str], pinned: Coll
     return found
 
 
+def own(cfg: Config, candidates: Sequence[Candidate]) -> int | None:
+    """Index of the candidate that is the config's own setting, with the flags that were tried first; None = of none."""
+    chips_left = math.prod(candidates[0].mesh)
+    mesh = {axis: getattr(cfg.mesh, axis) for axis in sharding.AXES}
+    mesh["data"] = chips_left // math.prod(size for axis, size in mesh.items() if axis != "data")
+    one = Candidate(
+        tuple(mesh.values()), cfg.model.remat, cfg.train.micro_batches, cfg.loss.chunk_len, candidates[0].flags
+    )
+    return candidates.index(one) if one in candidates else None
+
+
 def apply(cfg: Config, candidate: Candidate, slices: int) -> Config:
     """The config with a setting."""
     mesh = dict(zip(sharding.AXES, candidate.mesh, strict=True), dcn_data=slices)

@@ -100,6 +100,11 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=auto)
 
 
+def in_words(mesh: Mesh) -> str:
+    """Example: 'fsdp=4 x tensor=2'."""
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one"
+
+
 def _as_ring(devices: np.ndarray) -> np.ndarray:
     """The TPU chips of one long axis, in JAX's order or to and fro through the slice: where neighbours are closer."""
     flat = devices.ravel()

@@ -23,6 +23,7 @@ from lm import (
     generate,
     metrics,
     monitor,
+    mup,
     program,
     report,
     resume,
@@ -70,15 +71,13 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
 
     # Devices, data, and the functions of a step.
     saved = checkpoint.list_saved(workdir)
-    if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
-        old = config.build(readable[-1].info["config"])
-        resume.refuse_changes(old, cfg, workdir, accept_changed_data)
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
+    if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
+        resume.refuse_changes(config.build(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     mesh = sharding.make_mesh(cfg.mesh)
+    say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {sharding.in_words(mesh)}")
     run = build.run(planned, workdir, mesh, say)
-    if is_primary:
-        monitor.write_atomic(workdir / "config.json", config.to_json(cfg))
 
     with jax.set_mesh(mesh):
         # The state: this run's newest readable checkpoint, else `init_from`, else scratch.
@@ -89,6 +88,8 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         if is_over and (workdir / "summary.json").exists():
             say(f"already done: step {start:,} of {run.total_steps:,}; see {workdir}/summary.json")
             return json.loads((workdir / "summary.json").read_text())
+        if is_primary:
+            monitor.write_atomic(workdir / "config.json", config.to_json(cfg))
         with (
             monitor.Monitor(workdir, run.total_steps, start, is_primary, cfg.monitor) as watch,
             checkpoint.Checkpoints(workdir, cfg.checkpoint, saved, start) as saves,
@@ -294,6 +295,7 @@ def parameter_table(planned: build.Plan, optimizer: Any, origin: dict[str, str])
         planned.abstract_params,
         selection=optimizer.selection,
         learning_rate=planned.cfg.optim.learning_rate,
+        scales=mup.direction_scales(planned.cfg.optim.name, planned.logical_axes, mup.width_ratio(planned.cfg.model)),
         origin=origin,
     )
 

@@ -78,12 +78,13 @@ def test_parameter_table_shows_every_leaf_and_exact_totals():
         params,
         selection=selection.resolve(cfg, params, total_steps=3000),
         learning_rate=1e-3,
+        scales=dict.fromkeys(trees.flatten(params), 1.0) | {"decoder/final_norm/scale": 0.5},
         origin={path: "runs/a[b]@best" if path.startswith("decoder") else "scratch" for path in trees.flatten(params)},
     )
     lines = [" ".join(line.split()) for line in table.splitlines() if "─" not in line and line.strip()]
     assert lines == [
         "parameter shape dtype size trained decayed peak lr from",
-        "decoder/final_norm/scale 256 float32 256 yes no 0.001 runs/a[b]@best",
+        "decoder/final_norm/scale 256 float32 256 yes no 0.0005 runs/a[b]@best",
         "decoder/layers/mlp/down/kernel 4 x 1024 x 256 float32 1,048,576 layers 2-3 of 4 yes "
         "0.0005, all from step 1,500 runs/a[b]@best",
         "decoder/layers/mlp/up/bias 4 x 1024 float32 4,096 yes layer 0 of 4 0.00025 to 0.001 runs/a[b]@best",

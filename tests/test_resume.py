@@ -19,7 +19,9 @@ def changed(cfg, section, **values):
 
 def test_a_batch_size_may_change_where_every_length_is_in_steps(tmp_path):
     old = Config(train=TrainConfig(Duration(steps=9)))
-    resume.refuse_changes(old, changed(old, "data", batch_size=4), tmp_path)
+    said = []
+    resume.refuse_changes(old, changed(old, "data", batch_size=4), tmp_path, say=said.append)
+    assert said == ["changed meanwhile: data.batch_size 16 -> 4"]
     by_epochs = Config(train=TrainConfig(Duration(epochs=1.5)))
     with pytest.raises(ConfigError, match=r"(?s)data.batch_size: 16 -> 4\n.*in steps, but 'train.total_epochs' is set"):
         resume.refuse_changes(by_epochs, changed(by_epochs, "data", batch_size=4), tmp_path)

@@ -69,6 +69,8 @@ def test_settings_fit_the_chips_and_leave_the_batch_alone(small):
         allowed = {*settings.KEYS, "mesh.dcn_data"}
         assert {key for key in config.diff(cfg, changed)} <= allowed
     assert {one.flags for one in candidates} == {"--a", "--b"}
+    assert candidates[settings.own(cfg, candidates)] == made(cfg.model.remat, flags="--a")
+    assert settings.own(cfg, [made("full"), made("full", micro=2)]) is None
 
 
 def test_the_compilers_flags_are_searched_from_those_of_the_chip_on(small):
@@ -285,8 +287,11 @@ def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compile
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = [json.loads(path.read_text()) for path in tmp_path.glob("cache/*.json")]
     assert {each["parameters"] for each in results} == {sum(size for size, _ in settings.sizes(recipe()).parameters)}
-    assert len(results) == 2 and first.stat().st_mtime_ns == before, "the first one is not compiled again"
-    assert "[2/2]" in done.stdout and "min left" in done.stdout
+    assert len(results) == 3, "two, and that of the recipe"
+    assert first.stat().st_mtime_ns == before, "it is not compiled again"
+    assert "[2/2]" in done.stdout and "min left" in done.stdout and "(the recipe)" in done.stdout
+    assert "python -m lm.main --config=configs/bench/v5e16_124m.py --config." in done.stdout.splitlines()[-1]
+    assert "--workdir=DIR" in done.stdout.splitlines()[-1]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     where = chips.topology("v5e:2x2", 1)

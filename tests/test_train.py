@@ -219,9 +219,13 @@ def test_a_finished_run_is_not_run_again_and_says_what_it_had(texts, tmp_path, c
     cfg = toys.recipe(texts, train__total_steps=2)
     summary = train.train(cfg, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = train.train(cfg, tmp_path)
-    assert again["loss"] == summary["loss"] and "already done" in capsys.readouterr().out
+    with_config = (tmp_path / "config.json").read_bytes()
+    again = train.train(dataclasses.replace(cfg, mesh=config.MeshConfig(fsdp=2)), tmp_path)
+    said = capsys.readouterr().out
+    assert again["loss"] == summary["loss"] and "already done" in said
+    assert "devices: 8 of kind cpu, as data=4 x fsdp=2" in said and "changed meanwhile: mesh.fsdp 1 -> 2" in said
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "config.json").read_bytes() == with_config, "of the run that was, not of one that is not"
 
 
 def test_fine_tuning_starts_from_the_checkpoint_and_reports_answers(texts, tmp_path, capsys):

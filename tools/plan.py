@@ -13,14 +13,14 @@ is not searched. Results are kept in --cache: the same command again goes on. Th
 --flagfile.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-import shlex
-import subprocess
 import sys
-import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ _WINNER = flags.DEFINE_string("winner", "", "Search: file to write the winner to
 _PLOT = flags.DEFINE_string("plot", "", "Search: PNG to draw, memory against time.")
 
 
+LEGEND = """Peak: the most that is alive at once, which not all temporaries are. Estimated are milliseconds of matrix \
+products, of attention kernels, of other passes over memory, of communication that is waited for (exposed; between \
+slices), and of what goes on beside all that (hidden): docs/performance.md."""
+
+
 def main(argv: list[str]) -> None:
     """Turns flags into a plan, and an expected error into one clear message and exit status 1."""
     if len(argv) > 1 or _CONFIG.value is None:
@@ -62,10 +67,12 @@ def main(argv: list[str]) -> None:
         libtpu_flags = usual if _FLAGS.value is None else _FLAGS.value
         aot.prepare(libtpu_flags)
         if _SEARCH.value:
-            look_for_the_best(cfg, where, usual)
+            from tools import plan_search  # imports JAX, which reads then what was prepared
+
+            plan_search.look_for_the_best(cfg, where, usual, Path(_CACHE.value or f"plans/{recipe_path().stem}"))
             return
-        print(f"compiling for {where.slices} x {where.name} ...", file=sys.stderr, flush=True)
-        found = planned(cfg, where, libtpu_flags)
+        with said_each_half_minute(f"compiling for {where.slices} x {where.name}"):
+            found = planned(cfg, where, libtpu_flags)
     except (ValueError, RuntimeError) as error:
         if type(error).__module__.startswith("lm."):
             sys.exit(f"error: {error}")
@@ -77,7 +84,28 @@ def main(argv: list[str]) -> None:
         show(found)
     if not found["fits"]:
         print(f"does not fit: {found.get('why', 'the peak is above the memory of a chip')}")
+        print("less memory: model.remat=full, more train.micro_batches, a loss.chunk_len, a finer mesh; see --search")
         sys.exit(3)
+
+
+@contextlib.contextmanager
+def said_each_half_minute(what: str) -> Iterator[None]:
+    """How long it has taken; the compiler does not say how far it is."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while True:
+            print(f"{what}, {time.monotonic() - began:,.0f} s ...", file=sys.stderr, flush=True)
+            if ended.wait(30):
+                return
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def check_flags() -> None:
@@ -130,7 +158,7 @@ def planned(cfg: config.Config, where: chips.Topology, libtpu_flags: str) -> dic
         write(_HLO.value, compiled.text)
         found = figures(lowered, compiled, where)
     except aot.DoesNotFit as answer:
-        found = {"fits": False, "hbm_needed": answer.needed, "why": str(answer)}
+        found = {"fits": False, "hbm_needed": answer.needed, "why": str(answer), **identity(lowered, where)}
     if cache:
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(f".{os.getpid()}.tmp")
@@ -170,20 +198,13 @@ def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: chips.Topology)
     memory = compiled.memory | {"peak": compiled.memory["peak"] + lowered.beside}
     found: dict[str, Any] = {
         "fits": memory["peak"] <= where.chip.hbm_bytes,
-        "topology": where.name,
-        "slices": where.slices,
-        "chips": lowered.chips,
-        "parameters": lowered.parameters,
-        "trained_parameters": lowered.trained,
+        **identity(lowered, where),
         "largest_replicated": {"bytes": lowered.largest_replicated[0], "path": lowered.largest_replicated[1]},
-        "tokens_per_step": lowered.tokens,
-        "hbm_capacity": where.chip.hbm_bytes,
         **{f"hbm_{name}": size for name, size in memory.items()},
         **{f"state_{name}": size for name, size in lowered.state.items()},
         "host_bytes_to_save": lowered.saved,
         "model_flops": lowered.model_flops,
         "hlo_flops": hlo.flops(program),
-        "mesh": lowered.mesh,
         "collectives": traffic.in_table(traffic.collectives(program, lowered.mesh)),
         "compile_seconds": round(compiled.seconds, 1),
         "estimated_ms": {name: round(value, 2) for name, value in guess._asdict().items()},
@@ -193,6 +214,21 @@ def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: chips.Topology)
         found["model_over_hlo_flops"] = lowered.model_flops / found["hlo_flops"]
         found["estimated_mfu"] = lowered.model_flops / seconds / where.chip.peak_flops
     return found
+
+
+def identity(lowered: aot.Lowered, where: chips.Topology) -> dict[str, Any]:
+    """What was compiled, for what."""
+    return {
+        "step": "evaluation" if _EVALUATION.value else "training",
+        "topology": where.name,
+        "slices": where.slices,
+        "chips": lowered.chips,
+        "mesh": lowered.mesh,
+        "parameters": lowered.parameters,
+        "trained_parameters": lowered.trained,
+        "tokens_per_step": lowered.tokens,
+        "hbm_capacity": where.chip.hbm_bytes,
+    }
 
 
 def price(found: dict[str, Any], tokens: float, dollars: float) -> None:
@@ -209,7 +245,8 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False, title=f"{found['slices']} x {found['topology']}: {found['chips']} chips")
+    title = f"a step of {found['step']} on {found['slices']} x {found['topology']}: {found['chips']} chips"
+    table = Table(show_header=False, title=title, caption=LEGEND)
 
     def gib(key: str) -> str:
         return f"{found[key] / chips.GIB:,.2f} GiB"
@@ -217,7 +254,8 @@ def show(found: dict[str, Any]) -> None:
     rows = {
         "parameters": f"{found['parameters']:,} ({found['trained_parameters']:,} trained)",
         "memory of a chip, peak": f"{gib('hbm_peak')} of {gib('hbm_capacity')}",
-        "  arguments, temporaries": f"{gib('hbm_arguments')}, {gib('hbm_temporaries')}",
+        "  of it arguments": gib("hbm_arguments"),
+        "  all temporaries": gib("hbm_temporaries"),
         **{f"  {key.removeprefix('state_')}": gib(key) for key in found if key.startswith("state_")},
         "largest array on every chip": "{bytes:,} bytes  {path}".format(**found["largest_replicated"]),
         "hosts' memory for a save": gib("host_bytes_to_save"),
@@ -236,117 +274,6 @@ def show(found: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(width=140).print(table)
-
-
-def look_for_the_best(cfg: config.Config, where: chips.Topology, usual: str) -> None:
-    """Searches, with progress; prints what was found, and writes the winner.
-
-    Raises:
-      ConfigError: nothing that can be tried.
-    """
-    from lm import search, settings
-
-    cache = Path(_CACHE.value or f"plans/{recipe_path().stem}")
-    given = config_flags.get_override_values(flags.FLAGS["config"])
-    pinned = [key for key in settings.KEYS if key in given]
-    model = settings.sizes(cfg)
-    sets = settings.flag_sets(where.name.partition(":")[0], model) if _FLAGS.value is None else [_FLAGS.value]
-    candidates = settings.space(cfg, where, sets, pinned)
-    guesses = [settings.guess(cfg, model, where, one) for one in candidates]
-    fitting = sum(each.at_least <= where.chip.hbm_bytes for each in guesses)
-    print(f"{len(candidates):,} settings, of which {fitting:,} may fit; compiling up to {_COMPILES.value}", flush=True)
-    began = time.monotonic()
-
-    def measure(one: settings.Candidate) -> search.Found:
-        return compiled_elsewhere(one, cache)
-
-    def note(number: int, one: settings.Candidate, found: search.Found) -> None:
-        each = (time.monotonic() - began) / number
-        left = f"at most {each * (_COMPILES.value - number) / 60:,.0f} min left"
-        print(f"[{number}/{_COMPILES.value}] {in_words(found)}  {one}  ({left})", flush=True)
-
-    found = search.run(
-        candidates,
-        guesses,
-        where.chip.hbm_bytes,
-        measure,
-        compiles=_COMPILES.value,
-        workers=_WORKERS.value,
-        note=note,
-    )
-    best = search.frontier(found)
-    report(candidates, found, best)
-    failed = [each for each in found.values() if each.failed]
-    if not best and failed:
-        raise ConfigError(
-            f"{len(failed)} of {len(found)} settings could not be compiled, no other fits: {failed[0].note}"
-        )
-    if not best:
-        print(f"none of {len(found)} settings fits")
-        sys.exit(3)
-    winner = Path(_WINNER.value or cache / "winner.flags")
-    write(str(winner), search.flag_file(candidates[best[0]], found[best[0]], usual))
-    words = [f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}"]
-    words += [f"--config.{key}={value}" for key, value in given.items()]
-    print(f"the fastest: python -m lm.main {shlex.join(words)} --flagfile={winner}")
-    if _PLOT.value:
-        plot(_PLOT.value, found, best, where)
-
-
-def compiled_elsewhere(one: Any, cache: Path) -> Any:
-    """What a process of its own says of a candidate: the compiler reads its flags once a process. It is given all that
-    this one was; of a flag the last counts."""
-    from lm import search
-
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch, "plan.json")
-        command = [sys.executable, __file__, *sys.argv[1:], "--nosearch", f"--cache={cache}", f"--json={answer}"]
-        command += [f"--libtpu_flags={one.flags}", *(f"--config.{key}={v}" for key, v in one.overrides().items())]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not answer.exists():
-            said = (done.stderr.strip() or "nothing").splitlines()[-1]
-            return search.Found(None, 0.0, False, failed=True, note=f"failed: {said}")
-        return search.read(json.loads(answer.read_text(encoding="utf-8")))
-
-
-def in_words(found: Any) -> str:
-    """Time and memory of a candidate."""
-    if found.failed:
-        return found.note
-    memory = f"{found.peak / chips.GIB:6.2f} GiB" if found.peak else " " * 10
-    return f"{found.ms:8,.1f} ms {memory}" if found.fits else f"does not fit {memory}{'' if found.peak else found.note}"
-
-
-def report(candidates: list[Any], found: dict[int, Any], best: list[int]) -> None:
-    """All that was found, the fastest first; a star marks the frontier of memory against time."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="estimated time of a step and peak memory of a chip; * = none is faster and smaller")
-    for name in ("", "found", "setting"):
-        table.add_column(name)
-    for index, each in sorted(found.items(), key=lambda item: item[1].ms or float("inf")):
-        table.add_row("*" if index in best else "", in_words(each), str(candidates[index]))
-    Console(width=140).print(table)
-
-
-def plot(path: str, found: dict[int, Any], best: list[int], where: chips.Topology) -> None:
-    """Memory against time, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    fitting = [each for each in found.values() if each.fits]
-    axes.scatter([each.peak / chips.GIB for each in fitting], [each.ms for each in fitting], color="0.6")
-    axes.plot([found[i].peak / chips.GIB for i in best], [found[i].ms for i in best], "o-", color="C0")
-    axes.axvline(where.chip.hbm_bytes / chips.GIB, color="C3", linestyle="--")
-    axes.set_xlabel("peak memory of a chip, GiB (dashed: all there is)")
-    axes.set_ylabel("estimated step, ms")
-    axes.set_title(f"{where.slices} x {where.name}: line = none is faster and smaller", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
 
 
 def write(path: str, text: str) -> None:
