@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lm import sharding
+from lm import rings, sharding
 from lm.types import LossTerms
 
 # Logit of a padded vocabulary column: exp() of it is exactly 0, and it survives division by a small temperature.
@@ -315,8 +315,8 @@ def _sums_fwd(
     (totals_3xB, d_unembed_GxDxV), d_hidden_nxBxCxD = lax.scan(body, init, chunks)
     d_hidden_BxLxD = jnp.moveaxis(d_hidden_nxBxCxD, 0, 1).reshape(B, -1, hidden_BxLxD.shape[2])[:, :L]
     axes, is_apart = ("embed", "vocab"), groups == sharding.row_groups() and sharding.platform() == "tpu"
-    if is_apart and sharding.can_go_round(unembed_DxV, axes):
-        d_unembed_DxV = sharding.sum_parts(d_unembed_GxDxV, axes)  # beside the backward pass of the layers
+    if is_apart and rings.can_go_round(unembed_DxV, axes):
+        d_unembed_DxV = rings.sum_parts(d_unembed_GxDxV, axes)  # beside the backward pass of the layers
     else:
         d_unembed_DxV = d_unembed_GxDxV.sum(axis=0)
     return tuple(totals_3xB.sum(axis=1)), (d_hidden_BxLxD, d_unembed_DxV.astype(unembed_DxV.dtype))

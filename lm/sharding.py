@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm import flags
 from lm.config import MeshConfig
 from lm.schema import ConfigError
 from lm.types import LENGTH_KEYS
@@ -39,8 +38,9 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "vocab": "tensor",
 }
 
-# Devices in one ring of `sum_where_it_lies`, at most.
-LONGEST_RING = 32
+# Devices in one ring (`lm.rings`), at most; and how many chips along an axis of a two-dimensional slice close
+# to a ring by their links.
+LONGEST_RING, CLOSES = 32, 16
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -92,11 +92,13 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     if (
         slices == 1
     ):  # on CPU and GPU devices are numbered process by process, of which the outermost axis has whole ones
-        mesh = jax.make_mesh((dcn * sizes[0], *sizes[1:]), AXES, axis_types=auto, devices=devices)
-        return Mesh(_as_ring(mesh.devices), AXES, axis_types=auto) if max(sizes) == len(devices) else mesh
-    from jax.experimental import mesh_utils
+        grid = jax.make_mesh((dcn * sizes[0], *sizes[1:]), AXES, axis_types=auto, devices=devices).devices
+    else:
+        from jax.experimental import mesh_utils
 
-    grid = mesh_utils.create_hybrid_device_mesh(sizes, (dcn, *[1] * len(sizes[1:])), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(sizes, (dcn, *[1] * len(sizes[1:])), devices)
+    if max(sizes) == math.prod(sizes):
+        grid = np.concatenate([_as_ring(one) for one in np.split(grid, slices)])
     return Mesh(grid, AXES, axis_types=auto)
 
 
@@ -106,14 +108,23 @@ def in_words(mesh: Mesh) -> str:
 
 
 def _as_ring(devices: np.ndarray) -> np.ndarray:
-    """The TPU chips of one long axis, in JAX's order or to and fro through the slice: where neighbours are closer."""
+    """The TPU chips of a slice's one long axis, in an order in which those are close that `lm.rings` makes
+    neighbours: what a permutation sends far is waited for."""
     flat = devices.ravel()
-    if flat.size > LONGEST_RING or not all(hasattr(device, "coords") for device in flat):
+    if not all(hasattr(device, "coords") for device in flat):
         return devices
     coords_NxC = np.array([device.coords for device in flat])
     coords_NxC -= coords_NxC.min(axis=0)
-    place_N = np.zeros(flat.size, np.int64)
-    for axis in np.argsort(sizes_C := coords_NxC.max(axis=0) + 1, kind="stable"):
+    sizes_C = coords_NxC.max(axis=0) + 1
+    if (
+        flat.size > LONGEST_RING
+    ):  # rings are rows and columns; one that does not close goes out on even places, back on odd
+        there_NxC = np.where(coords_NxC % 2, sizes_C - 1 - coords_NxC // 2, coords_NxC // 2)
+        there_NxC = np.where(sizes_C == CLOSES, coords_NxC, there_NxC)
+        order = np.lexsort(there_NxC[:, np.argsort(-sizes_C, kind="stable")[::-1]].T)
+        return flat[order].reshape(devices.shape) if (sizes_C > 1).sum() == 2 else devices
+    place_N = np.zeros(flat.size, np.int64)  # to and fro through the slice, unless JAX's own order is shorter
+    for axis in np.argsort(sizes_C, kind="stable"):
         there_N, size = coords_NxC[:, axis], sizes_C[axis]
         place_N = place_N * size + np.where(place_N % 2, size - 1 - there_N, there_N)
 
@@ -193,98 +204,6 @@ def gather(w: jax.Array, *logical: str | None) -> jax.Array:
     Its gradient is split as the weight is.
     """
     return _gather(w, logical)
-
-
-def goes_round(kernel_IxO: jax.Array, logical: LogicalAxes, rows: tuple[int, ...]) -> bool:
-    """Whether `sum_where_it_lies` is for the gradient of this kernel, from activations of this shape [B, L, ...].
-
-    Not where the compiler does better: where it multiplies a large kernel in pieces while they travel (`lm.flags`),
-    which it does over up to 16 devices.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not can_go_round(kernel_IxO, logical):
-        return False
-    devices = math.prod(mesh.shape[axis] for axis in RULES["embed"])
-    in_pieces = kernel_IxO.nbytes >= flags.windowed_from(mesh.abstract_device.device_kind) and devices <= 16
-    return rows[0] % batch_shards(mesh) == 0 and rows[1] % length_parts() == 0 and not in_pieces
-
-
-def can_go_round(kernel_IxO: jax.Array, logical: LogicalAxes) -> bool:
-    """Whether the mesh has what `sum_where_it_lies` needs: several devices, and a kernel that they divide in halves."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or "embed" not in logical:
-        return False
-    return not any(size % (2 * mesh.shape["tensor"]) for size in kernel_IxO.shape)  # halves go either way
-
-
-def sum_parts(parts_PxDxO: jax.Array, logical: LogicalAxes) -> jax.Array:
-    """The gradient of a weight ('embed', ...) from what each device makes of its rows, [P, D, O], P = `row_groups`."""
-    summed: jax.Array = jax.shard_map(
-        lambda part_1xDxO: sum_where_it_lies(part_1xDxO[0]),
-        in_specs=spec(("row_parts", *logical), whole=("embed",)),
-        out_specs=spec(logical),
-        check_vma=False,
-    )(parts_PxDxO)
-    return summed
-
-
-def sum_where_it_lies(partial_DxO: jax.Array) -> jax.Array:
-    """The gradient of a weight whose first axis is 'embed', of which each device has its own rows' part, summed: each
-    device keeps what it holds of the weight. For the body of a `jax.shard_map` over all axes.
-
-    Over the axes that split the weight it goes round a ring, in both directions at once, a part after the other. So
-    what travels are permutations, beside which a TPU computes other things; for a reduction of its own it would stand
-    still. Over the rest, copies of the model on other devices and slices, only the part that is kept is summed.
-    """
-    shape = jax.sharding.get_abstract_mesh().shape
-    rest = [axis for axis in AXES if axis != "tensor" and shape[axis] > 1]
-    for axis in RULES["embed"]:
-        if axis in rest:
-            partial_DxO = _scatter_sum(partial_DxO, axis, shape[axis])
-            rest.remove(axis)
-    return jax.lax.psum(partial_DxO, tuple(rest)) if rest else partial_DxO
-
-
-def _scatter_sum(x_DxO: jax.Array, axis: str, size: int) -> jax.Array:
-    """Reduce-scatter of D over a mesh axis, by a ring; many devices are a grid, whose rows and then columns are rings:
-    a ring's steps are as many as its devices. What travels is a slice of x, which needs no copy first."""
-    columns = size if size <= LONGEST_RING else max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-    grid = x_DxO.reshape(size // columns, columns, x_DxO.shape[0] // size, x_DxO.shape[1])
-    grid = _ring(grid, axis, size, (columns, 1), 1)
-    if columns < size:
-        grid = _ring(grid, axis, size, (size // columns, columns), 0)
-    return grid[0, 0]
-
-
-def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int) -> jax.Array:
-    """Sums what the devices of each ring have; of dimension `dim`, as long as the ring, each keeps its own place.
-
-    One half of the last dimension travels to the right, one to the left. Example, 3 devices, of the half that goes to
-    the right device 1's place: device 2 begins with its own, 0 adds its own to that, and 1 adds its own.
-
-    Args:
-      x: of this device.
-      axis: of the mesh, of `size` devices.
-      ring: how many devices a ring has, and how far neighbours are from each other.
-      dim: see above.
-    """
-    count, stride = ring
-    place = jax.lax.axis_index(axis) // stride % count
-    sizes = (*(1 if i == dim else n for i, n in enumerate(x.shape[:-1])), x.shape[-1] // 2)
-
-    def neighbour(i: int, way: int) -> int:
-        return i + ((i // stride + way) % count - i // stride % count) * stride
-
-    def own(n: int, half: int, way: int) -> jax.Array:
-        starts = [(place - way * n) % count if i == dim else 0 for i in range(x.ndim - 1)]
-        return jax.lax.dynamic_slice(x, [*starts, half * sizes[-1]], sizes)
-
-    sums = []
-    for half, way in enumerate((1, -1)):
-        to = [(i, neighbour(i, way)) for i in range(size)]
-        parts = [own(n, half, way) for n in range(1, count + 1)]
-        sums.append(functools.reduce(lambda total, part: jax.lax.ppermute(total, axis, to) + part, parts))
-    return jnp.concatenate(sums, axis=-1)
 
 
 def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:

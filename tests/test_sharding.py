@@ -149,6 +149,21 @@ def test_neighbours_of_a_ring_lie_beside_each_other(shape):
     np.testing.assert_array_equal(sharding._as_ring(found), found)
 
 
+@pytest.mark.parametrize(("shape", "far"), [((8, 8, 1), 2), ((8, 16, 1), 2), ((16, 16, 1), 1)])
+def test_neighbours_of_rows_and_columns_are_close(shape, far):
+    """Of the grid of rings that a long axis is; 16 chips close to a ring, from the first of 8 to the last is far."""
+    chips = np.array([SimpleNamespace(coords=place) for place in np.ndindex(shape)], object)
+    found = sharding._as_ring(chips.reshape(1, -1, 1, 1, 1))
+    assert {id(x) for x in found.ravel()} == {id(x) for x in chips}
+    assert shape != (16, 16, 1) or (found.ravel() == chips).all()
+    rows, columns = max(shape), min(size for size in shape if size > 1)
+    grid = np.array([device.coords for device in found.ravel()]).reshape(rows, columns, 3)
+    for axis in (0, 1):
+        away = np.abs(grid - np.roll(grid, -1, axis=axis))
+        hops = np.where(np.array(shape) == 16, np.minimum(away, 16 - away), away).sum(axis=-1)
+        assert hops.max() <= far
+
+
 def test_parts_of_rows_are_what_each_device_holds():
     x = np.arange(8 * 12 * 2, dtype=np.float32).reshape(8, 12, 2)
     made = mesh(data=2, context=4)

@@ -24,6 +24,7 @@ MODULES = (
     "lm.flags",
     # 1: arrays, optimizer, data
     "lm.sharding",
+    "lm.rings",
     "lm.losses",
     "lm.contrast",
     "lm.ranks",

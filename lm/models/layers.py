@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import sharding
+from lm import rings, sharding
 from lm.config import AdapterConfig
 
 Init = Callable[..., jax.Array]
@@ -91,7 +91,7 @@ class Dense(nn.Module):
 def project(x: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
     """x [..., I] @ kernel -> [..., O]; the kernel is gathered for use, and its gradient split as it is."""
     if sharding.platform() == "tpu" and x.ndim == 3:
-        return apart(x, kernel_IxO, axes, sharding.goes_round(kernel_IxO, axes, x.shape))
+        return apart(x, kernel_IxO, axes, rings.goes_round(kernel_IxO, axes, x.shape))
     return matmul(x, sharding.gather(kernel_IxO, *axes))
 
 
@@ -102,7 +102,7 @@ def apart(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str
 
     Args:
       x_BxLxI, kernel_IxO, axes: see `project`.
-      in_ring: the kernel's gradient is summed by `sharding.sum_parts`, each device making that of its rows.
+      in_ring: the kernel's gradient is summed by `rings.sum_parts`, each device making that of its rows.
     """
     return x_BxLxI @ sharding.gather(kernel_IxO, *axes)
 
@@ -132,7 +132,7 @@ def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d
         d_BxLxO, d_kernel = jax.lax.optimization_barrier((d_BxLxO, d_kernel))
     d_BxLxI = d_BxLxO @ kernel_IxO.T
     if in_ring:
-        d_kernel = sharding.sum_parts(d_kernel, names)
+        d_kernel = rings.sum_parts(d_kernel, names)
         d_kernel = d_kernel.T if adds else d_kernel
     return d_BxLxI, d_kernel
 
