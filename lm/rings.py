@@ -64,38 +64,39 @@ def _scatter_sum(x_DxO: jax.Array, axis: str, size: int) -> jax.Array:
     a ring's steps are as many as its devices. What travels is a slice of x, which needs no copy first."""
     columns = size if size <= sharding.LONGEST_RING else max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
     grid = x_DxO.reshape(size // columns, columns, x_DxO.shape[0] // size, x_DxO.shape[1])
-    grid = _ring(grid, axis, size, (columns, 1), 1)
-    if columns < size:
-        grid = _ring(grid, axis, size, (size // columns, columns), 0)
+    grid = _ring(grid, axis, size, (columns, 1), 1, ways=(1, -1))
+    if columns < size:  # little is left: one way takes hardly longer, and half the instructions
+        grid = _ring(grid, axis, size, (size // columns, columns), 0, ways=(1,))
     return grid[0, 0]
 
 
-def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int) -> jax.Array:
+def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int, ways: tuple[int, ...]) -> jax.Array:
     """Sums what the devices of each ring have; of dimension `dim`, as long as the ring, each keeps its own place.
 
-    One half of the last dimension travels to the right, one to the left. Example, 3 devices, of the half that goes to
-    the right device 1's place: device 2 begins with its own, 0 adds its own to that, and 1 adds its own.
+    Of two ways one half of the last dimension travels to the right, one to the left. Example, 3 devices, of what goes
+    to the right device 1's place: device 2 begins with its own, 0 adds its own to that, and 1 adds its own.
 
     Args:
       x: of this device.
       axis: of the mesh, of `size` devices.
       ring: how many devices a ring has, and how far neighbours are from each other.
       dim: see above.
+      ways: 1 = to the right, -1 = to the left.
     """
     count, stride = ring
     place = jax.lax.axis_index(axis) // stride % count
-    sizes = (*(1 if i == dim else n for i, n in enumerate(x.shape[:-1])), x.shape[-1] // 2)
+    sizes = (*(1 if i == dim else n for i, n in enumerate(x.shape[:-1])), x.shape[-1] // len(ways))
 
     def neighbour(i: int, way: int) -> int:
         return i + ((i // stride + way) % count - i // stride % count) * stride
 
-    def own(n: int, half: int, way: int) -> jax.Array:
+    def own(n: int, part: int, way: int) -> jax.Array:
         starts = [(place - way * n) % count if i == dim else 0 for i in range(x.ndim - 1)]
-        return jax.lax.dynamic_slice(x, [*starts, half * sizes[-1]], sizes)
+        return jax.lax.dynamic_slice(x, [*starts, part * sizes[-1]], sizes)
 
     sums = []
-    for half, way in enumerate((1, -1)):
+    for part, way in enumerate(ways):
         to = [(i, neighbour(i, way)) for i in range(size)]
-        parts = [own(n, half, way) for n in range(1, count + 1)]
+        parts = [own(n, part, way) for n in range(1, count + 1)]
         sums.append(functools.reduce(lambda total, part: jax.lax.ppermute(total, axis, to) + part, parts))
     return jnp.concatenate(sums, axis=-1)
