@@ -7,6 +7,8 @@ from lm import metrics
 from lm.schema import ConfigError
 
 GIB = 2.0**30
+# Chips along an axis of a two-dimensional slice that close to a ring by their links.
+RING = 16
 
 
 class Chip(NamedTuple):
@@ -40,9 +42,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(2, "TPU v5e", 16 * GIB, 819e9, 4.5e10, 3.125e9, 1.5e9, 16),
+    "v5e": Chip(2, "TPU v5e", 16 * GIB, 819e9, 4.5e10, 3.125e9, 1.5e9, RING),
     "v5p": Chip(3, "TPU v5p", 95 * GIB, 2765e9, 9e10, 6.25e9, 1.75e9, 0),
-    "v6e": Chip(2, "TPU v6e", 32 * GIB, 1640e9, 9e10, 12.5e9, 1.75e9, 16),
+    "v6e": Chip(2, "TPU v6e", 32 * GIB, 1640e9, 9e10, 12.5e9, 1.75e9, RING),
 }
 
 

@@ -139,12 +139,12 @@ def space(cfg: Config, where: chips.Topology, flags: Sequence[str], pinned: Coll
 
 def own(cfg: Config, candidates: Sequence[Candidate]) -> int | None:
     """Index of the candidate that is the config's own setting, with the flags that were tried first; None = of none."""
-    chips_left = math.prod(candidates[0].mesh)
-    mesh = {axis: getattr(cfg.mesh, axis) for axis in sharding.AXES}
-    mesh["data"] = chips_left // math.prod(size for axis, size in mesh.items() if axis != "data")
-    one = Candidate(
-        tuple(mesh.values()), cfg.model.remat, cfg.train.micro_batches, cfg.loss.chunk_len, candidates[0].flags
-    )
+    chips_of_all = math.prod(candidates[0].mesh) * cfg.mesh.dcn_data
+    try:
+        mesh = tuple(sharding.mesh_sizes(cfg.mesh, chips_of_all)[1:])
+    except ConfigError:
+        return None
+    one = Candidate(mesh, cfg.model.remat, cfg.train.micro_batches, cfg.loss.chunk_len, candidates[0].flags)
     return candidates.index(one) if one in candidates else None
 
 
@@ -235,8 +235,7 @@ def guess(cfg: Config, model: Sizes, where: chips.Topology, one: Candidate) -> G
     over = dict(zip(sharding.AXES, one.mesh, strict=True))
 
     def parts(logical: str | None) -> int:
-        split = sharding.RULES.get(logical or "", ())
-        return math.prod(over[axis] for axis in ((split,) if isinstance(split, str) else split))
+        return math.prod(over[axis] for axis in sharding.mesh_axes(logical))
 
     def shard(size: int, axes: sharding.LogicalAxes, whole: tuple[str, ...] = ()) -> float:
         return size / math.prod(parts(axis) for axis in axes if axis not in whole)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lm.chips import RING
 from lm.config import MeshConfig
 from lm.schema import ConfigError
 from lm.types import LENGTH_KEYS
@@ -38,9 +39,8 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "vocab": "tensor",
 }
 
-# Devices in one ring (`lm.rings`), at most; and how many chips along an axis of a two-dimensional slice close
-# to a ring by their links.
-LONGEST_RING, CLOSES = 32, 16
+# Devices in one ring (`lm.rings`), at most.
+LONGEST_RING = 32
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -89,9 +89,7 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "tpu" and dcn != slices:
         raise ConfigError(f"mesh.dcn_data={dcn}: expected {slices}, the number of slices")
-    if (
-        slices == 1
-    ):  # on CPU and GPU devices are numbered process by process, of which the outermost axis has whole ones
+    if slices == 1:  # CPUs and GPUs are numbered process by process: the outermost axis has whole ones
         grid = jax.make_mesh((dcn * sizes[0], *sizes[1:]), AXES, axis_types=auto, devices=devices).devices
     else:
         from jax.experimental import mesh_utils
@@ -116,11 +114,10 @@ def _as_ring(devices: np.ndarray) -> np.ndarray:
     coords_NxC = np.array([device.coords for device in flat])
     coords_NxC -= coords_NxC.min(axis=0)
     sizes_C = coords_NxC.max(axis=0) + 1
-    if (
-        flat.size > LONGEST_RING
-    ):  # rings are rows and columns; one that does not close goes out on even places, back on odd
+    if flat.size > LONGEST_RING:
+        # Rings are rows and columns; one that does not close goes out on even places and back on odd ones.
         there_NxC = np.where(coords_NxC % 2, sizes_C - 1 - coords_NxC // 2, coords_NxC // 2)
-        there_NxC = np.where(sizes_C == CLOSES, coords_NxC, there_NxC)
+        there_NxC = np.where(sizes_C == RING, coords_NxC, there_NxC)
         order = np.lexsort(there_NxC[:, np.argsort(-sizes_C, kind="stable")[::-1]].T)
         return flat[order].reshape(devices.shape) if (sizes_C > 1).sum() == 2 else devices
     place_N = np.zeros(flat.size, np.int64)  # to and fro through the slice, unless JAX's own order is shorter
@@ -133,6 +130,12 @@ def _as_ring(devices: np.ndarray) -> np.ndarray:
 
     best_N = min(np.arange(flat.size), np.argsort(place_N, kind="stable"), key=hops)
     return flat[best_N].reshape(devices.shape)
+
+
+def mesh_axes(name: str | None) -> tuple[str, ...]:
+    """Mesh axes that a logical axis is split over. Example: 'mlp' -> ('tensor',); None -> ()."""
+    split = RULES.get(name or "", ())
+    return (split,) if isinstance(split, str) else split
 
 
 def spec(logical: LogicalAxes, whole: tuple[str, ...] = ()) -> PartitionSpec:
@@ -235,8 +238,7 @@ def row_groups() -> int:
 def length_parts(name: str = "length") -> int:
     """In how many parts the mesh set by `jax.set_mesh` splits each row, as length or residual_length; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    over = ("context",) if name == "length" else RULES[name]
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in over)
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in mesh_axes(name))
 
 
 def parts_of_rows(x_BxL: jax.Array) -> jax.Array:
@@ -282,8 +284,8 @@ def check_divisible(shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, Lo
       ConfigError: naming the parameter, the dimension and the mesh axis.
     """
     for path, shape in shapes.items():
-        for size, name, split in zip(shape, axes[path], spec(axes[path]), strict=True):
-            over = [axis for axis in ((split,) if isinstance(split, str) else split or ()) if mesh.shape[axis] > 1]
+        for size, name in zip(shape, axes[path], strict=True):
+            over = [axis for axis in mesh_axes(name) if mesh.shape[axis] > 1]
             if size % math.prod(mesh.shape[axis] for axis in over):
                 sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
                 raise ConfigError(f"{sizes} does not divide '{name}' ({size}) of parameter '{path}' {shape}")

@@ -34,12 +34,24 @@ def test_an_error_is_raised_in_its_turn(threads):
 def test_threads_end_with_the_iterator():
     items = ahead.Ahead(lambda k: k, 3)
     next(items)
-    threads = items._threads
+    threads = items._shared.threads
     del items
     gc.collect()
     for thread in threads:
         thread.join(5)
         assert not thread.is_alive()
+
+
+def test_closing_waits_for_what_is_being_made_but_not_for_what_hangs(monkeypatch):
+    """At its end Python stops threads where they are, and inside of C++ that aborts the process."""
+    items = ahead.Ahead(lambda k: time.sleep(0.2), 3)
+    items.close()
+    assert not any(thread.is_alive() for thread in items._shared.threads)
+    monkeypatch.setattr(ahead, "_LOOK_SECONDS", 0.1)
+    never, began = threading.Event(), time.monotonic()
+    ahead.Ahead(lambda k: never.wait(), 2).close()
+    assert 0.1 <= time.monotonic() - began < 1
+    never.set()
 
 
 def test_a_thread_that_hangs_is_named_within_30_seconds(monkeypatch):

@@ -11,6 +11,7 @@ own: the time to the first step counts from there.
 """
 
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -39,6 +40,9 @@ def main(argv: list[str]) -> None:
     """Turns flags into figures, and an expected error into one clear message and exit status 1."""
     if len(argv) > 1 or (_CONFIG.value is None) == (not _INPUT.value):
         sys.exit("error: either --config=configs/NAME.py or --input, and all options are --flag=value; see --help")
+    lm_flags.check_output("json", _JSON.value)
+    if not all(re.fullmatch(r"[1-9]\d*", size) for size in _MEGABYTES.value):
+        sys.exit(f"error: --megabytes={','.join(_MEGABYTES.value)}: expected whole numbers, such as 100,1000")
     try:
         with tempfile.TemporaryDirectory() as folder:
             if _INPUT.value:

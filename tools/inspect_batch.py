@@ -88,8 +88,10 @@ def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict
     from lm.data import feed
 
     one: dict[str, Any] = {"batch_size": 1, "local_rows": np.arange(1)}
-    if split == "train":
-        stream: Iterator[feed.HostBatch] = feed.train_batches(data, start_example=example, seed=cfg.seed, **one)
+    if split == "train":  # no more rows than are shown
+        stream: Iterator[feed.HostBatch] = feed.train_batches(
+            data, start_example=example, seed=cfg.seed, threads=0, **one
+        )
     else:
         limits = {"max_tokens": cfg.eval.max_tokens, "seq_len": cfg.data.seq_len}
         evaluation = feed.eval_batches(data.valid, **limits, **one)

@@ -24,11 +24,17 @@ class _Shared:
         self.room, self.changed = threading.Semaphore(room), threading.Condition()
         self.made: dict[int, tuple[Any, BaseException | None]] = {}
         self.working: dict[int, threading.Thread] = {}
+        self.threads: list[threading.Thread] = []
         self.closed = False
 
     def close(self) -> None:
+        """Also called before Python ends: a thread that it stops inside of C++ takes the process with it."""
         self.closed = True
         self.room.release()  # one thread wakes and wakes the next
+        until = time.monotonic() + _LOOK_SECONDS  # a hung one is left
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
 
 
 class Ahead(Iterator[Any]):
@@ -36,12 +42,12 @@ class Ahead(Iterator[Any]):
 
     def __init__(self, make: Callable[[int], Any], threads: int):
         """`threads` of them make up to two items each ahead; 0 = each is made when it is asked for."""
-        self._shared, self._next, self._threads = _Shared(make, 2 * threads), 0, list[threading.Thread]()
+        self._shared, self._next = _Shared(make, 2 * threads), 0
         self.close = weakref.finalize(self, self._shared.close)
         for number in range(threads):
             # A daemon: a hung one must not keep the process from its end.
             thread = threading.Thread(target=_work, args=(self._shared,), daemon=True, name=f"input-{number}")
-            self._threads.append(thread)
+            self._shared.threads.append(thread)
             thread.start()
 
     def ready(self) -> bool:
@@ -52,7 +58,7 @@ class Ahead(Iterator[Any]):
         shared, number = self._shared, self._next
         if shared.closed:
             raise StopIteration
-        if not self._threads:
+        if not shared.threads:
             self._next += 1
             return shared.make(number)
         since, spent = time.monotonic(), None
