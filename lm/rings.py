@@ -66,6 +66,7 @@ def _scatter_sum(x_DxO: jax.Array, axis: str, size: int) -> jax.Array:
     grid = x_DxO.reshape(size // columns, columns, x_DxO.shape[0] // size, x_DxO.shape[1])
     grid = _ring(grid, axis, size, (columns, 1), 1, ways=(1, -1))
     if columns < size:  # little is left: one way takes hardly longer, and half the instructions
+        grid = jax.lax.optimization_barrier(grid)  # or each step joins the two halves anew
         grid = _ring(grid, axis, size, (size // columns, columns), 0, ways=(1,))
     return grid[0, 0]
 
@@ -84,15 +85,16 @@ def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int, w
       ways: 1 = to the right, -1 = to the left.
     """
     count, stride = ring
-    place = jax.lax.axis_index(axis) // stride % count
+    place = jax.lax.axis_index(axis).astype(jnp.uint32) // stride % count  # unsigned: no cases below zero to compute
     sizes = (*(1 if i == dim else n for i, n in enumerate(x.shape[:-1])), x.shape[-1] // len(ways))
 
     def neighbour(i: int, way: int) -> int:
         return i + ((i // stride + way) % count - i // stride % count) * stride
 
     def own(n: int, part: int, way: int) -> jax.Array:
-        starts = [(place - way * n) % count if i == dim else 0 for i in range(x.ndim - 1)]
-        return jax.lax.dynamic_slice(x, [*starts, part * sizes[-1]], sizes)
+        begin = (place + jnp.uint32(-way * n % count)) % count
+        starts = [begin if i == dim else jnp.uint32(0) for i in range(x.ndim - 1)]
+        return jax.lax.dynamic_slice(x, [*starts, jnp.uint32(part * sizes[-1])], sizes)
 
     sums = []
     for part, way in enumerate(ways):
