@@ -66,7 +66,6 @@ def _scatter_sum(x_DxO: jax.Array, axis: str, size: int) -> jax.Array:
     grid = x_DxO.reshape(size // columns, columns, x_DxO.shape[0] // size, x_DxO.shape[1])
     grid = _ring(grid, axis, size, (columns, 1), 1, ways=(1, -1))
     if columns < size:  # little is left: one way takes hardly longer, and half the instructions
-        grid = jax.lax.optimization_barrier(grid)  # or each step joins the two halves anew
         grid = _ring(grid, axis, size, (size // columns, columns), 0, ways=(1,))
     return grid[0, 0]
 
