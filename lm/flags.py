@@ -12,7 +12,7 @@ WINDOWED_FROM_MIB = {"v5e": 24}
 NEVER_MIB = 1_000_000
 # Vector memory that one operation may use, MiB, in models narrower than WIDE and in others; the compiler's own are 16.
 # With more, matrix products go in larger pieces, but less is left for results to stay in until they are used.
-SCOPED_VMEM_MIB = {"v5e": (28, 48), "v5p": (48, 48)}
+SCOPED_VMEM_MIB = {"v5e": (28, 46), "v5p": (48, 48)}
 WIDE = 4096
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # older and newer drivers; GKE says which TPU it is, a TPU VM may not
 

@@ -85,7 +85,7 @@ def flag_sets(chip: str, model: "Sizes") -> list[str]:
     usual = WINDOWED_FROM_MIB.get(chip, NEVER_MIB)
     largest_mib = max((each.size_in * each.size_out for each in model.kernels), default=0) * model.item / 2**20
     others = [size for size in (*WINDOWED_FROM_MIB.values(), NEVER_MIB) if largest_mib >= min(size, usual)]
-    sets = itertools.product(dict.fromkeys([usual, *others]), (16, 28, 48))
+    sets = itertools.product(dict.fromkeys([usual, *others]), (16, 28, 46))
     return list(dict.fromkeys([libtpu(chip, model.width), *itertools.starmap(spelled, sets)]))
 
 

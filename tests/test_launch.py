@@ -254,7 +254,7 @@ def test_another_shape_of_as_many_chips_can_be_had():
     ("machine", "width", "given", "expected"),
     [
         ("v5litepod-16", 2048, "", ["windowed_einsum_mib=24", f"vmem_limit_kib={28 * 1024}"]),
-        ("v5litepod-16", 4096, "", ["windowed_einsum_mib=24", f"vmem_limit_kib={48 * 1024}"]),
+        ("v5litepod-16", 4096, "", ["windowed_einsum_mib=24", f"vmem_limit_kib={46 * 1024}"]),
         ("v5p-64", 2048, "", ["windowed_einsum_mib=1000000", f"vmem_limit_kib={48 * 1024}"]),
         ("v6e-16", 4096, "", ["windowed_einsum_mib=1000000"]),
         ("", 2048, "", []),
