@@ -68,3 +68,10 @@ def small_world(tmp_path_factory, shared_data) -> Path:
     small_data.write_sets(shared_data("."), folder / "tensorflow_datasets")
     (folder / "work").mkdir()
     return folder / "work"
+
+
+@pytest.fixture
+def tfds_dir(tmp_path, monkeypatch) -> Path:
+    """An empty folder, where sets of TFDS are looked for."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    return tmp_path / "tfds"

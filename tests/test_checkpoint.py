@@ -8,22 +8,18 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import build, checkpoint, optim, resume, schema, sharding, step, train, trees
+from lm import checkpoint, optim, schema, sharding, step, trees
 from lm.checkpoint import CheckpointError
 from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
-from lm.data import tokenizer
-from lm.schema import ConfigError
 from lm.types import TrainState
 
 # What Orbax leaves behind when it stops at a damaged file or a full disk.
@@ -271,80 +267,6 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
         checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "kept"),
-    [
-        ("loss", {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
-        ("accuracy", {1: 3.0, 2: 9.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
-        ("loss", {1: None, 2: None, 3: None, 4: None}, [3, 4]),
-        ("loss", {1: 1.0, 2: None, 3: None, 4: None}, [1, 3, 4]),
-        ("loss", {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, [3, 4]),
-        ("accuracy", {1: float("nan"), 2: 2.0, 3: None, 4: float("nan"), 5: None}, [2, 4, 5]),
-    ],
-)
-def test_the_latest_two_and_the_best_one_are_kept(name, values, kept, tmp_path):
-    save(tmp_path, values, name, keep_latest=2, keep_best=1, best_metric=name)
-    assert steps(tmp_path) == kept
-    if any(values.values()):
-        assert checkpoint.choose(f"{tmp_path}@best").step == kept[0 if len(kept) == 3 else -1]
-
-
-def test_retention_goes_on_over_restarts_and_can_keep_no_best(tmp_path):
-    for number, loss in {1: 1.0, 2: 3.0, 3: 2.0, 4: 5.0}.items():
-        save(tmp_path / "best", {number: loss}, keep_latest=1, keep_best=2)
-        save(tmp_path / "none", {number: loss}, keep_latest=1, keep_best=0)
-    assert steps(tmp_path / "best") == [1, 3, 4]
-    assert steps(tmp_path / "none") == [4]
-
-
-def test_is_best_compares_with_every_kept_step(tmp_path):
-    answers = []
-    for cfg in (CheckpointConfig(), CheckpointConfig(best_metric="f1"), CheckpointConfig(keep_best=0)):
-        workdir, name = tmp_path / f"{cfg.best_metric}{cfg.keep_best}", cfg.best_metric
-        with checkpoint.Checkpoints(workdir, cfg) as saves:
-            first = saves.is_best({name: 9.0})
-            saves.save(1, small()[0], info(), {name: 2.0})
-            saves.save(2, small()[0], info(), {name: float("nan")})
-            saves.save(3, small()[0], info(), None)
-        with checkpoint.Checkpoints(workdir, cfg) as saves:
-            answers.append([first, *(saves.is_best({name: value}) for value in (1.0, 2.0, 3.0, float("nan")))])
-    assert answers == [[True, True, False, False, False], [True, False, False, True, False], [False] * 5]
-
-
-def test_choose_names_one_step(tmp_path):
-    run = tmp_path / "a@b" / "run"  # an @ in the path is not the one before the step
-    save(run, {1: 3.0, 2: 1.0, 3: 2.0, 10: None}, keep_latest=9)
-    found = {name: checkpoint.choose(f"{run}{name}").step for name in ("", "@latest", "@best", "@3", "@10")}
-    assert found == {"": 10, "@latest": 10, "@best": 2, "@3": 3, "@10": 10}
-    for which in ("@4", "@bets", "@"):
-        with pytest.raises(CheckpointError, match=f"{which}': expected latest, best or one of the steps 1, 2, 3, 10$"):
-            checkpoint.choose(f"{run}{which}")
-    with pytest.raises(CheckpointError, match=r"no checkpoint under '.*/nowhere/checkpoints'.*--workdir"):
-        checkpoint.choose(str(tmp_path / "nowhere@best"))
-
-
-def test_the_best_is_the_best_by_the_runs_own_metric(tmp_path):
-    run = tmp_path / "run"
-    changes = {"keep_latest": 9, "best_metric": "accuracy"}
-    save(run, {1: 0.1, 2: 0.3, 3: 0.2}, name="accuracy", **changes)
-    assert checkpoint.choose(f"{run}@best").step == 2
-    save(tmp_path / "other", {1: None, 2: None}, **changes)
-    with pytest.raises(CheckpointError, match="no step was evaluated on 'accuracy'; there are steps 1, 2"):
-        checkpoint.choose(f"{tmp_path}/other@best")
-
-
-def test_choose_refuses_a_damaged_step_and_best_looks_among_the_others(tmp_path):
-    save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0}, keep_latest=9)
-    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
-    assert checkpoint.choose(f"{tmp_path}@best").step == 3
-    with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: .*; use another step"):
-        checkpoint.choose(f"{tmp_path}@2")
-    for number in (1, 3):
-        (tmp_path / f"checkpoints/{number}/_CHECKPOINT_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match=r"checkpoints/3 is damaged"):
-        checkpoint.choose(f"{tmp_path}@best")
-
-
 @pytest.fixture
 def full_disk():
     """() -> None, from which on no file can grow beyond 64 kB (EFBIG; Python ignores SIGXFSZ)."""
@@ -449,92 +371,3 @@ def test_a_step_holds_nothing_but_arrays_and_json(tmp_path):
     assert (saved.info["tokenizer_hash"], saved.info["data"]["example"], saved.metrics) == ("abc", 8, {"loss": 0.5})
     for path in files_of(saved):
         assert not path.read_bytes().startswith(b"\x80"), f"{path}: a pickle"
-
-
-def run_of(abstract, fingerprint: str = "f"):
-    """As much of a `build.Run` as `lm.train.restore` reads when there are checkpoints."""
-    return SimpleNamespace(
-        abstract_state=abstract,
-        data=SimpleNamespace(fingerprint=fingerprint, about={}),
-        optimizer=SimpleNamespace(selection=SimpleNamespace(trained={"a": True})),
-    )
-
-
-@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0/d"])
-def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tmp_path):
-    save(tmp_path, {2: None, 4: None})
-    path = tmp_path / "checkpoints/4" / file
-    if path.is_dir():  # one bit of an array
-        path = max(path.iterdir(), key=lambda p: p.stat().st_size)
-        path.write_bytes(flip(path.read_bytes(), 8 * 200))
-    else:
-        path.write_bytes(b"{")
-    said = []
-    state, position, origin = train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), said.append)
-    assert_same(state, small(2)[0])
-    assert position.example == 8 and origin == {"a": "this run, step 2"}
-    assert "checkpoints/4 " in said[0] and "going back to the checkpoint before it" in said[0]
-    assert said[1:] == [f"resuming from {tmp_path}/checkpoints/2"]
-
-
-def test_restore_fails_when_no_step_can_be_read_rather_than_start_again(tmp_path):
-    save(tmp_path, {2: None, 4: None})
-    for number in (2, 4):
-        (tmp_path / f"checkpoints/{number}/state/manifest.ocdbt").unlink()
-    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .*/checkpoints can be read"):
-        train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), lambda _: None)
-
-
-def test_restore_refuses_other_data(tmp_path):
-    save(tmp_path, {2: None})
-    match = r"(?s)checkpoints/2 was trained on other data \(fingerprint f, now g\).*--config.init_from="
-    with pytest.raises(CheckpointError, match=match):
-        train.restore(run_of(small()[1], "g"), None, checkpoint.list_saved(tmp_path), lambda _: None)
-
-
-def test_a_resumed_run_may_change_only_what_changes_no_step():
-    old = Config()
-    resume.refuse_changes(old, old, Path("run"))
-    free = {
-        "mesh": MeshConfig(fsdp=4),
-        "eval": dataclasses.replace(old.eval, max_tokens=9),
-        "checkpoint": CheckpointConfig(keep_best=3),
-        "generate": dataclasses.replace(old.generate, temperature=0.0),
-        "monitor": dataclasses.replace(old.monitor, log_every_steps=1),
-        "model": dataclasses.replace(old.model, remat="full", unroll=0),
-        "loss": dataclasses.replace(old.loss, chunk_len=16),
-    }
-    resume.refuse_changes(old, dataclasses.replace(old, **free), Path("run"))
-    for name, value in {
-        "seed": 1,
-        "optim": OptimConfig(b2=0.9),
-        "model": dataclasses.replace(old.model, unroll=2, dropout=0.1),
-    }.items():
-        with pytest.raises(ConfigError) as error:
-            resume.refuse_changes(old, dataclasses.replace(old, **{name: value}), Path("run"))
-        key = {"seed": "seed: 0 -> 1", "optim": "optim.b2: 0.95 -> 0.9", "model": "model.dropout: 0.0 -> 0.1"}[name]
-        assert str(error.value).splitlines()[:2] == ["run holds a run with another config:", f"  {key}"]
-        assert "unroll" not in str(error.value)
-
-
-def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, monkeypatch):
-    """The config to compare with is that of the newest step that tells it."""
-
-    class Reached(Exception):
-        pass
-
-    def stop(*_):
-        raise Reached
-
-    monkeypatch.setattr(train.sharding, "make_mesh", stop)
-    cfg = toys.recipe(tmp_path / "no_data", tokenizer__vocab_size=300)
-    resolved = build.plan(cfg, tmp_path).cfg
-    tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / "tokenizer.model")
-    with checkpoint.Checkpoints(tmp_path, resolved.checkpoint) as saves:
-        for number in (1, 2):
-            saves.save(number, small()[0], info() | {"config": schema.to_dict(resolved)}, None)
-    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
-    with pytest.raises(Reached):
-        train.train(cfg, tmp_path)
-    with pytest.raises(ConfigError, match="seed: 0 -> 5"):
-        train.train(dataclasses.replace(cfg, seed=5), tmp_path)

@@ -22,12 +22,6 @@ ROWS = [{"text": f"review {i}\nof a film", "label": i % 2} for i in range(20)]
 NAMED = [{"text": row["text"], "label": CLASSES[row["label"]]} for row in ROWS]
 
 
-@pytest.fixture
-def tfds_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    return tmp_path / "tfds"
-
-
 def lines(rows) -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
@@ -166,121 +160,6 @@ def test_a_file_of_columns_is_read_a_few_rows_at_a_time(name, tmp_path):
     finally:
         tracemalloc.stop()
     assert 0.05 * whole < peak < 0.3 * whole
-
-
-# TFDS -----------------------------------------------------------------------------------------------------------------
-
-
-def many_shards(folder: Path) -> None:
-    """Makes of a set's one training file of 20 records files of 8, 8 and 4, as TFDS does for larger sets."""
-    [file] = folder.glob("*-train.*")
-    reader = small_sets.array_record_module.ArrayRecordReader(str(file))
-    content = reader.read_all()
-    reader.close()
-    file.unlink()
-    for i in range(3):
-        name = file.name.replace("00000-of-00001", f"{i:05}-of-00003")
-        small_sets.write_array_record(folder / name, content[8 * i : 8 * i + 8])
-    info = json.loads((folder / "dataset_info.json").read_text())
-    [train] = [split for split in info["splits"] if split["name"] == "train"]
-    train["shardLengths"] = ["8", "8", "4"]
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-
-
-@pytest.fixture
-def imdb(tfds_dir):
-    folder = small_sets.write_tfds(
-        tfds_dir, "imdb_reviews/plain_text", FEATURES, {"train": ROWS, "test": [{"text": "t", "label": -1}]}
-    )
-    many_shards(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "split", ["test", "train[:10%]", "train[5:18]", "train[16:]", "train[8:16]+test", "train[-3:]"]
-)
-def test_what_is_held_out_of_train_is_not_trained_on(imdb, split):
-    cfg = DataConfig(format="tfds", path="imdb_reviews", eval_path=split)
-    found = sources.load(cfg)
-    reference = tfds.data_source("imdb_reviews", data_dir=imdb.parents[2], split=split)
-    assert [record["text"].encode() for record in found.valid] == [example["text"] for example in reference]
-    held_out = {record["text"] for record in found.valid}
-    assert contents(found.train) == [row for row in NAMED if row["text"] not in held_out]
-    assert "trained on as well" not in found.report
-    assert [record for record in found.valid if record["text"] == "t"] == [
-        {"text": "t", "source": f"{next(imdb.glob('*-test.*'))}:1"} for _ in range("test" in split)
-    ]  # the number that TFDS writes where there is no label is none
-
-
-def test_a_set_that_is_not_there_is_an_error_with_the_command_that_makes_it(imdb, tfds_dir):
-    with pytest.raises(DataError) as error:
-        sources.load(DataConfig(format="tfds", path="glue/sst2"))
-    assert str(error.value).startswith(f"TFDS set 'glue/sst2': not found in {tfds_dir} (TFDS_DATA_DIR")
-    code = f"tfds.builder('glue/sst2', data_dir='{tfds_dir}', file_format='array_record').download_and_prepare()"
-    assert str(error.value).endswith(f'    python -c "import tensorflow_datasets as tfds; {code}"')
-    with pytest.raises(DataError, match=r"TFDS set 'imdb_reviews/plain_text/1.0.0': no split 'tset' .*train, test"):
-        sources.load(DataConfig(format="tfds", path="imdb_reviews", eval_path="tset"))
-    with pytest.raises(DataError, match=r"TFDS set 'no name!' in .*Parsing builder name string no name! failed"):
-        sources.load(DataConfig(format="tfds", path="no name!"))
-    with pytest.raises(ConfigError, match=r"'data.separator'"):
-        sources.load(DataConfig(format="tfds", path="imdb_reviews", separator="|"))
-
-
-def test_a_set_in_another_format_a_missing_and_a_foreign_shard_are_errors(imdb):
-    [first, *_] = sorted(imdb.glob("*-train.*"))
-    content = first.read_bytes()
-    small_sets.write_array_record(first, [b"foreign"] * 7)
-    cfg = DataConfig(format="tfds", path="imdb_reviews")
-    with pytest.raises(DataError, match=rf"{first}: found 7 records; expected 8, as the data set's description says"):
-        sources.load(cfg)
-    small_sets.write_array_record(first, [b"foreign"] * 8)
-    with pytest.raises(DataError, match=rf"{first}:1: malformed example: "):
-        sources.load(cfg)
-    first.unlink()
-    with pytest.raises(DataError, match=rf"{first}: no such file; expected it, for {imdb}/dataset_info.json names it"):
-        sources.find(cfg)
-    first.write_bytes(content)
-    info = imdb / "dataset_info.json"
-    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(
-        DataError,
-        match=r"in the format tfrecord; expected array_record. Move this folder away. TFDS .*:\n .*\n *python",
-    ):
-        sources.load(cfg)
-    info.write_text("{")
-    with pytest.raises(DataError, match=r"TFDS set 'imdb_reviews' in "):
-        sources.load(cfg)
-
-
-def test_classes_in_lists_have_names_and_answers_are_objects(tfds_dir):
-    features = {
-        "words": tfds.features.Sequence(tfds.features.Text()),
-        "tags": tfds.features.Sequence(tfds.features.ClassLabel(names=["O", "B"])),
-    }
-    small_sets.write_tfds(tfds_dir, "ner", features, {"train": [{"words": ["a", "b"], "tags": [1, 0]}]})
-    answers = {"text": tfds.features.Text(), "answer_start": tfds.features.Scalar(np.int32)}
-    features = {name: tfds.features.Text() for name in ("id", "context", "question")} | {
-        "answers": tfds.features.Sequence(answers)
-    }
-    asked = {"id": "7", "context": "a b c", "question": "what?"}
-    row = asked | {"answers": {"text": ["b", "c"], "answer_start": [2, 4]}}
-    small_sets.write_tfds(tfds_dir, "squad/v1.1", features, {"train": [row]})
-    assert contents(everything(DataConfig(format="tfds", path="ner"))) == [{"words": ["a", "b"], "tags": ["B", "O"]}]
-    assert contents(everything(DataConfig(format="tfds", path="squad"))) == [
-        asked | {"answers": [{"text": "b", "answer_start": 2}, {"text": "c", "answer_start": 4}]}
-    ]
-
-
-@pytest.mark.parametrize("name", ["wikipedia/20230601.en", "imdb_reviews"])
-def test_the_sets_that_recipes_are_tested_on_have_the_names_and_features_of_the_real_ones(name, small_world):
-    import tensorflow_datasets.text  # noqa: F401
-
-    real = tfds.builder(name).info
-    [folder] = (small_world.parent / "tensorflow_datasets").glob(real.full_name)
-    small = tfds.builder_from_directory(folder).info
-    assert (small.full_name, repr(small.features)) == (real.full_name, repr(real.features))
-    names = {field: feature.names for field, feature in real.features.items() if hasattr(feature, "names")}
-    assert {field: small.features[field].names for field in names} == names
 
 
 # ArrayRecord ----------------------------------------------------------------------------------------------------------

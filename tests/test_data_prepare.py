@@ -6,12 +6,10 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,12 +18,10 @@ import pyarrow.parquet
 import pytest
 
 from lm import config
-from lm.data import examples, holdout, jobs, prepare, shards, stages, tokenizer
+from lm.data import examples, holdout, jobs, prepare, shards, tokenizer
 from lm.data import packing as rows_of
-from lm.data.records import DataError
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
-from tests import busy
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 20_000
@@ -263,42 +259,6 @@ def test_without_beam_the_extra_is_named():
         pass
 
 
-def test_a_worker_that_is_killed_is_told(tmp_path):
-    with (
-        pytest.raises(jobs.JobError, match=r"worker process \d+, at 9, ended without a word, exit code 9"),
-        jobs.processes(2) as runner,
-    ):
-        list(runner(os._exit, [9]))
-
-
-@pytest.mark.parametrize(
-    ("sent", "says"), [(signal.SIGKILL, "ended without a word, exit code -9"), (signal.SIGSTOP, "hangs: no CPU time")]
-)
-def test_a_worker_that_is_killed_or_stopped_is_named(sent, says, monkeypatch):
-    """With the process and the unit it was at, within 30 s; the other worker ends too."""
-    assert jobs.HUNG_SECONDS + jobs._LOOK_SECONDS < 30
-    monkeypatch.setattr(jobs, "HUNG_SECONDS", 4.0)
-    with jobs.processes(2) as runner:
-        running = runner(busy.spin, [0.0, 3600.0, 3601.0])
-        next(running)
-        workers = multiprocessing.active_children()
-        threading.Timer(1.0, os.kill, (workers[0].pid, sent)).start()
-        with pytest.raises(
-            jobs.JobError, match=rf"process {workers[0].pid}, at 360[01]\.0, {says}.*same command again"
-        ):
-            next(running)
-    assert not any(worker.is_alive() for worker in workers)
-
-
-def test_an_error_in_a_worker_is_the_jobs_and_processes_are_replaced(monkeypatch):
-    monkeypatch.setattr(jobs, "_UNITS_A_PROCESS", 2)
-    with jobs.processes(2) as runner:
-        assert len(list(runner(abs, range(9)))) == 9
-        assert list(runner(abs, [])) == []
-        with pytest.raises(TypeError, match="bad operand"):
-            list(runner(abs, [1, "text", 2]))
-
-
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_the_files_do_not_decide_which_shard_a_document_is_in(corpus, prepared, tmp_path, form):
     """One file of the same records, in the order of their files."""
@@ -382,71 +342,6 @@ def sorted_documents(path, part, fraction):
     return [{"text": t} for d, t in digests if (int.from_bytes(d[:8]) < fraction * 2**64) == (part == "valid")]
 
 
-# Faults and refusals --------------------------------------------------------------------------------------------------
-
-
-def fuzzed(rng, good):
-    """1,000 lines of JSON, most of them damaged in some way."""
-    lines = []
-    for i in range(1000):
-        line = json.dumps({"text": good[i % len(good)] + f" line {i} é日"}, ensure_ascii=False).encode()
-        kind = i % 12
-        cut = int(rng.integers(1, len(line)))
-        values = (
-            "null",
-            "3",
-            "[]",
-            '{"text": 3}',
-            '{"text": null}',
-            '{"text": ""}',
-            '{"text": "\\ud800"}',
-            "{}",
-            "NaN",
-        )
-        damaged = {
-            1: line[:cut],
-            2: line[:-3],  # in the middle of a character
-            3: line.replace(b"line", b"\0"),
-            4: line.replace(b"line", b"\xff\xfe"),
-            5: values[i // 12 % len(values)].encode(),
-            6: b"[" * 100_000 if i < 100 else b"{" * cut,
-            7: json.dumps({"text": "x" * 200_000}).encode() if i < 100 else b'{"text": "' + b"\\u0000" + b'"}',
-            8: bytes(rng.integers(0, 256, cut).astype(np.uint8)).replace(b"\n", b""),
-            9: json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode(),
-            10: b'{"text": "' + b"9" * cut + b'", "n": ' + b"9" * 5000 + b"}",
-            11: json.dumps({"text": "\u3000\u3000"}).encode(),
-        }
-        lines.append(damaged.get(kind, line))
-    return lines
-
-
-def test_fuzzed_lines_are_read_or_reported(corpus, tmp_path, monkeypatch):
-    _, expected, _ = corpus
-    monkeypatch.setattr(stages, "MOST_BYTES", 100_000)
-    lines = fuzzed(np.random.default_rng(0), [text for text, reason in expected.items() if not reason][:50])
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    cfg = recipe(tmp_path / "a.jsonl", max_bad_records=1000)
-    index = run(cfg, tmp_path / "out", filters=["words"])
-    found = index["statistics"]
-    total = sum(1 for line in lines if line.strip())
-    bad, gone = sum(found["faults"].values()), sum(count for count, _ in found["dropped"].values())
-    kept = sum(part["documents"] for part in found["kept"].values())
-    assert found["records"] == total == bad + gone + kept
-    assert len(removed(tmp_path / "out")) == bad + gone
-    assert kept > 20
-    kinds = ("malformed JSON", "invalid UTF-8", "NUL", "wrong type", "missing field", "empty text", "document too long")
-    assert set(found["faults"]) >= set(kinds)
-    with pytest.raises(DataError, match=r"a\.jsonl:\d+: .*more than data\.max_bad_records=3"):
-        run(recipe(tmp_path / "a.jsonl", max_bad_records=3), tmp_path / "strict")
-
-
-def test_bad_records_are_counted_over_all_files(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl:2: wrong type: .*more than data\.max_bad_records=1"):
-        run(recipe(tmp_path, max_bad_records=1), tmp_path / "out", shard_bytes=2)
-
-
 def test_other_settings_are_refused_with_the_difference(corpus, prepared):
     folder, _, _ = corpus
     options = {"evaluation": [str(folder / "questions.txt")], "filters": ["words"]}
@@ -457,58 +352,3 @@ def test_other_settings_are_refused_with_the_difference(corpus, prepared):
         run(recipe(folder / "raw"), prepared[0], near=0.5, **options)
     assert run(recipe(folder / "raw"), prepared[0], **options) == json.loads((prepared[0] / "index.json").read_text())
     assert contents(prepared[0]) == before
-
-
-def test_input_that_changed_between_starts_is_refused(corpus, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe(path), tmp_path / "out", interrupted(after=1))
-    path.write_text('{"text": "one"}\n{"text": "two, and more"}\n')
-    with pytest.raises(ConfigError, match=r"files\..*a\.jsonl: \[32, "):
-        run(recipe(path), tmp_path / "out")
-
-
-def test_input_that_changes_while_it_is_prepared_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl"
-    texts = [f"one and {i}: {hashlib.sha256(bytes([i])).hexdigest()}" for i in range(200)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-    def changes(work, units):
-        with path.open("a") as file:
-            file.write('{"text": "one more"}\n')
-        return jobs.here(work, units)
-
-    with pytest.raises(DataError, match=r"a\.jsonl changed while it was prepared"):
-        run(recipe(path), tmp_path / "out", changes)
-    assert not (tmp_path / "out" / "index.json").exists()
-
-
-def test_what_cannot_be_prepared_is_refused_before_anything_is_written(corpus, tmp_path):
-    folder, _, _ = corpus
-    other = tmp_path / "other"
-    (other / "work").mkdir(parents=True)
-    (other / "work" / "mine.txt").write_text("mine")
-    cases = [
-        (recipe(folder / "raw"), {}, other, "holds other files"),
-        (recipe(folder / "raw", task="chat"), {}, tmp_path / "out", "'data.task' is chat"),
-        (recipe(folder / "raw", max_records=5), {}, tmp_path / "out", "'data.max_records' is 5"),
-        (recipe(folder / "raw"), {"filters": ["wrods"]}, tmp_path / "out", r"no filter 'wrods' \(did you mean 'words'"),
-        (recipe(folder / "raw"), {"evaluation": ["gone"]}, tmp_path / "out", "'gone': no such file"),
-        (recipe(tmp_path / "gone"), {}, tmp_path / "out", "gone': no such file"),
-        (recipe("", format="builtin_text"), {}, tmp_path / "out", "'data.format' is builtin_text"),
-        (recipe("", mixture=((0.0, "a", 1.0),)), {}, tmp_path / "out", "'data.mixture' names several sources"),
-    ]
-    for cfg, options, out, message in cases:
-        with pytest.raises((ConfigError, DataError), match=message):
-            run(cfg, out, **options)
-    assert not (tmp_path / "out").exists() and contents(other) == {"work/mine.txt": b"mine"}
-
-
-def test_nothing_left_is_said_with_the_counts(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    with pytest.raises(DataError, match=r"no valid document is left of 2 \(dropped: words 2\)"):
-        run(recipe(tmp_path / "a.jsonl"), tmp_path / "out", filters=["words"])
-    (tmp_path / "b.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"no valid document is left of 0 \(dropped: none\)"):
-        run(recipe(tmp_path / "b.jsonl", max_bad_records=1), tmp_path / "empty")

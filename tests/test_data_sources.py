@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm.config import DataConfig
-from lm.data import builtin, files, holdout, records, sources
+from lm.data import builtin, files, records, sources
 from lm.data.records import DataError, Fault, read_jsonl, read_text
 from lm.schema import ConfigError
 
@@ -41,8 +40,13 @@ def everything(split: sources.Split) -> list:
     return sorted(contents(split.train + split.valid), key=str)
 
 
+def lines_of(texts: list[str]) -> bytes:
+    return b"\n".join(json.dumps({"text": text}).encode() for text in texts)
+
+
 # Forms ----------------------------------------------------------------------------------------------------------------
 
+TEXTS = [f"record {i}" for i in range(300)]
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
@@ -69,26 +73,6 @@ def test_jsonl_forms(tmp_path, value, rename, expected):
     path = write(tmp_path / "a.jsonl", json.dumps(value).encode())
     expected = expected or {"messages": [{"role": "system", "content": "S"}, *CHAT]}
     assert list(read_jsonl(epath.Path(path), rename)) == [{**expected, "source": f"{path}:1"}]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst"])
-@pytest.mark.parametrize("chunk_bytes", [3, 1 << 20])
-def test_packed_files_give_what_the_plain_one_gives(tmp_path, monkeypatch, name, chunk_bytes):
-    plain = write(tmp_path / "plain.jsonl", b"\n".join(GOOD))
-    content = b"[" + b" ,\n".join(GOOD) + b" ]\n" if ".json." in f"{name}." else BOM + b"\r\n".join(GOOD) + b"\r\n\r\n"
-    packed = write(tmp_path / name, content)
-    monkeypatch.setattr(records, "_CHUNK_BYTES", chunk_bytes)  # lines that span chunks, chunks that hold many lines
-    found, expected = (list(read_jsonl(epath.Path(p), {})) for p in (packed, plain))
-    assert contents(found) == contents(expected) == [f"good {i}" for i in range(8)]
-    assert [r["source"] for r in found] == [f"{packed}:{i + 1}" for i in range(8)]
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_concatenated_members_are_one_file(tmp_path, suffix):
-    one, two = write(tmp_path / f"1{suffix}", GOOD[0] + b"\n"), write(tmp_path / f"2{suffix}", GOOD[1])
-    both = tmp_path / f"both.jsonl{suffix}"
-    both.write_bytes(one.read_bytes() + two.read_bytes())
-    assert contents(read_jsonl(epath.Path(both), {})) == ["good 0", "good 1"]
 
 
 def test_text_without_separator_is_one_document_as_it_is(tmp_path):
@@ -211,29 +195,6 @@ def test_an_empty_file_is_a_fault(tmp_path, name, content):
     assert f"1 x empty file\n    {path}: found nothing" in split.report
 
 
-def test_an_empty_gzip_of_zero_bytes_is_an_empty_file(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(b"")
-    with pytest.raises(DataError, match="empty file"):
-        read(tmp_path / "a.jsonl.gz")
-
-
-@pytest.mark.parametrize("max_bad_records", [0, 100])
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.json.gz"])
-@pytest.mark.parametrize("damage", ["cut in half", "last byte lost", "foreign", "trailing bytes"])
-def test_a_damaged_packed_file_is_an_error_that_names_it(tmp_path, name, damage, max_bad_records):
-    path = write(tmp_path / name, b"[" + b",\n".join(GOOD) + b"]" if ".json." in name else b"\n".join(GOOD * 50))
-    whole = path.read_bytes()
-    damaged = {
-        "cut in half": whole[: len(whole) // 2],
-        "last byte lost": whole[:-1],
-        "foreign": b"\n".join(GOOD),
-        "trailing bytes": whole + b"trailing",
-    }
-    path.write_bytes(damaged[damage])
-    with pytest.raises(DataError, match=rf"{path}: .*(truncated|damaged).*expected a whole .{path.suffix[1:]} file"):
-        read(path, format="text" if ".txt" in name else "jsonl", max_bad_records=max_bad_records)
-
-
 @pytest.mark.parametrize(
     ("content", "line", "says"),
     [
@@ -309,13 +270,6 @@ def test_more_bad_records_than_allowed_is_an_error_and_the_report_is_capped(tmp_
         read(path, max_bad_records=6)
 
 
-def test_without_zstandard_the_error_says_what_to_install(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl.zst", GOOD[0])
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(DataError, match=f"{path}: .*pip install zstandard"):
-        read(path)
-
-
 LINES = st.lists(
     st.binary(max_size=40)
     | st.sampled_from([*GOOD, *(line for _, line, _ in LINE_FAULTS if len(line) < 1000)])
@@ -369,80 +323,6 @@ def test_whatever_the_bytes_of_a_text_file_read_and_reported_make_the_total(docu
     assert len(found) == max(sum(bool(part.strip()) for part in parts), 1)
 
 
-# Holding out ----------------------------------------------------------------------------------------------------------
-
-TEXTS = [f"record {i}" for i in range(300)]
-
-
-def lines_of(texts: list[str]) -> bytes:
-    return b"\n".join(json.dumps({"text": text}).encode() for text in texts)
-
-
-def test_what_is_held_out_depends_on_content_alone(tmp_path):
-    forward = read(write(tmp_path / "a.jsonl", lines_of(TEXTS)))
-    backward = read(write(tmp_path / "b.jsonl", lines_of(TEXTS[::-1])))
-    assert contents(forward.valid) == contents(backward.valid)[::-1]
-    assert contents(forward.train) == contents(backward.train)[::-1]
-    assert contents(forward.train) == [t for t in TEXTS if t in contents(forward.train)]  # the order of the file
-    assert 60 < len(forward.valid) < 120
-    more = read(write(tmp_path / "c.jsonl", lines_of([f"new {i}" for i in range(50)] + TEXTS)))
-    assert set(contents(forward.valid)) < set(contents(more.valid))
-    wider = read(tmp_path / "a.jsonl", eval_fraction=0.5)
-    assert set(contents(forward.valid)) < set(contents(wider.valid))
-
-
-@given(st.lists(st.sampled_from("abcdef"), min_size=1), st.floats(0.001, 0.999), st.randoms())
-def test_the_same_content_is_never_on_both_sides_and_no_side_is_empty(texts, fraction, random):
-    items = [{"text": text, "source": f"x:{i}"} for i, text in enumerate(texts)]
-    if len(set(texts)) < 2:
-        with pytest.raises(DataError, match=r"cannot hold records out: found .*, 1 distinct; expected two or more"):
-            holdout.hold_out(items, fraction)
-        return
-    train, valid = holdout.hold_out(items, fraction)
-    assert train and valid
-    assert not set(contents(train)) & set(contents(valid))
-    assert sorted(contents(train) + contents(valid)) == sorted(texts)
-    random.shuffle(items)
-    assert set(contents(holdout.hold_out(items, fraction)[1])) == set(contents(valid))
-
-
-def test_eval_path_is_held_out_and_what_it_shares_with_train_is_told(tmp_path):
-    train = write(tmp_path / "train.jsonl", lines_of(TEXTS[:9]))
-    valid = write(tmp_path / "valid.jsonl", lines_of(TEXTS[7:12]))
-    split = read(train, eval_path=str(valid))
-    assert (contents(split.train), contents(split.valid)) == (TEXTS[:9], TEXTS[7:12])
-    assert "warning: 2 of 5 records of data.eval_path are trained on as well" in split.report
-    with pytest.raises(DataError, match=f"{valid}: named by both data.path and data.eval_path"):
-        read(tmp_path, eval_path=str(valid))
-    with pytest.raises(ConfigError, match="nothing is held out"):
-        read(train, eval_fraction=0.0)
-    bad = write(tmp_path / "bad.jsonl", b"{}")
-    with pytest.raises(DataError, match="no valid record; expected at least one"):
-        read(train, eval_path=str(bad), max_bad_records=100)
-
-
-def test_max_records_cuts_train_only_and_smaller_cuts_are_subsets(tmp_path):
-    path = write(tmp_path / "a.jsonl", lines_of(TEXTS))
-    full, large, small = (read(path, max_records=n) for n in (0, 50, 20))
-    assert [len(s.train) for s in (large, small)] == [50, 20]
-    assert contents(full.valid) == contents(small.valid)
-    assert set(contents(small.train)) < set(contents(large.train)) < set(contents(full.train))
-    assert contents(small.train) == [t for t in TEXTS if t in contents(small.train)]
-    assert f"max_records=20 of {len(full.train)}" in small.report
-    backward = read(write(tmp_path / "b.jsonl", lines_of(TEXTS[::-1])), max_records=20)
-    assert contents(backward.train) == contents(small.train)[::-1]
-    assert read(path, max_records=1000).fingerprint == full.fingerprint
-
-
-def test_the_fingerprint_follows_contents_and_order_but_not_place_or_packing(tmp_path):
-    original = read(write(tmp_path / "a.jsonl", lines_of(TEXTS)))
-    moved = read(write(tmp_path / "other" / "b.jsonl.gz", lines_of(TEXTS).replace(b"\n", b"\r\n")))
-    assert original.fingerprint == moved.fingerprint
-    for texts in (TEXTS[::-1], TEXTS[:-1], [*TEXTS[:-1], "other"]):
-        changed = read(write(tmp_path / "c.jsonl", lines_of(texts)))
-        assert original.fingerprint != changed.fingerprint
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -467,66 +347,6 @@ def test_builtin_formats_take_their_split_from_the_corpus(monkeypatch):
     assert "corpus report\ntext: 2 train and 1 valid records, split by file" in split.report
     with pytest.raises(DataError, match=r"data.format=builtin_instructions: no valid record"):
         sources.load(DataConfig(format="builtin_instructions"))
-
-
-# Two files, line by line ----------------------------------------------------------------------------------------------
-
-
-def parallel(tmp_path, source: bytes, target: bytes, **options) -> sources.Split:
-    write(tmp_path / "train.en.gz", source)
-    write(tmp_path / "train.de.gz", target)
-    return read(tmp_path / "train.{en,de}.gz", format="parallel", **options)
-
-
-@pytest.mark.parametrize("end", [b"", b"\n"])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_lines_of_two_files_are_pairs(tmp_path, newline, end):
-    split = parallel(tmp_path, newline.join([b"a b", b"c", b"d"]) + end, newline.join([b"A", b"C D", "\xdf".encode()]))
-    found = sorted(split.train + split.valid, key=lambda record: record["source"])
-    assert [(record["text"], record["target"]) for record in found] == [("a b", "A"), ("c", "C D"), ("d", "\xdf")]
-    assert [record["source"] for record in found] == [f"{tmp_path}/train.en.gz:{n}" for n in (1, 2, 3)]
-    assert found[1]["messages"] == [{"role": "user", "content": "c"}, {"role": "assistant", "content": "C D"}]
-
-
-def test_pairs_of_several_files(tmp_path):
-    for name, text in {"1.en": b"a", "2.en": b"b", "1.de": b"A", "2.de": b"B"}.items():
-        write(tmp_path / name, text)
-    split = read(tmp_path / "*.{en,de}", format="parallel")
-    assert sorted((record["text"], record["target"]) for record in split.train + split.valid) == [
-        ("a", "A"),
-        ("b", "B"),
-    ]
-    (tmp_path / "2.de").unlink()
-    with pytest.raises(DataError, match="2 files of the first side, but 1 of the second"):
-        read(tmp_path / "*.{en,de}", format="parallel")
-
-
-def test_files_of_unequal_length_are_an_error_even_when_bad_records_are_skipped(tmp_path):
-    with pytest.raises(DataError, match=r"train.en.gz has 3 lines, but \S*train.de.gz has 2"):
-        parallel(tmp_path, b"a\nb\nc\n", b"A\nB\n", max_bad_records=100)
-
-
-def test_an_empty_line_of_either_side_is_a_fault_at_its_place(tmp_path):
-    with pytest.raises(DataError, match=r"train.en.gz:2: empty text"):
-        parallel(tmp_path, b"a\n \nc\nd\n", b"A\n\nC\nD\n")
-    with pytest.raises(DataError, match=r"train.de.gz:2: empty text"):
-        parallel(tmp_path, b"a\nb\nc\nd\n", b"A\n\nC\nD\n")
-    split = parallel(tmp_path, b"a\nb\nc\nd\n", b"A\n\nC\nD\n", max_bad_records=100)
-    assert sorted(record["text"] for record in split.train + split.valid) == ["a", "c", "d"]
-    assert "1 x empty text" in split.report
-
-
-@pytest.mark.parametrize("path", ["train.en", "train.{en}", "{a,b}.{en,de}"])
-def test_the_path_of_a_parallel_corpus_names_both_sides(path):
-    with pytest.raises(DataError, match=r"expected the two sides once in braces, such as DIR/train.\{en,de\}.gz"):
-        sources.load(DataConfig(path=path, format="parallel"))
-
-
-def test_multi30k(shared_data):
-    folder = shared_data("multi30k")
-    split = read(folder / "val.{en,de}.gz", format="parallel", eval_path=str(folder / "test_2016_flickr.{en,de}.gz"))
-    assert (len(split.train), len(split.valid)) == (1014, 1000)
-    assert split.train[0]["text"].startswith("A group of men") and split.train[0]["target"].startswith("Eine Gruppe")
 
 
 # Real files -----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """Next-item recommendation: what is held out, what is hidden, ranks against brute force, and runs end to end."""
 
-import collections
 import dataclasses
 import functools
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sklearn.metrics
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lm import build, config, objectives, ranks, scores, sharding, train
+from lm import build, objectives, sharding
 from lm.config import Config, CorruptConfig, DataConfig, MeshConfig, ModelConfig, TokenizerConfig
 from lm.data import feed, interactions, items, pipeline, sources
 from lm.data.items import ItemVocabulary
@@ -24,7 +21,6 @@ from lm.data.records import DataError
 from lm.data.tasks import TASKS
 from lm.models import transformer
 from lm.schema import ConfigError
-from tools import make_interactions
 
 MISSED = 2**31 - 1
 
@@ -267,7 +263,7 @@ def test_the_held_out_items_are_in_no_training_row(tmp_path):
     assert data.valid.meta == [MISSED] * 9
 
 
-# Ranks ----------------------------------------------------------------------------------------------------------------
+# Objectives -----------------------------------------------------------------------------------------------------------
 
 
 def brute_rank(logits: np.ndarray, target: int, candidates: set[int]) -> int:
@@ -277,72 +273,6 @@ def brute_rank(logits: np.ndarray, target: int, candidates: set[int]) -> int:
     order = sorted(candidates, key=lambda i: (-logits[i], i == target))
     return 1 + order.index(target)
 
-
-def whole_numbers(rows: int, length: int, width: int, vocab: int, seed: int):
-    """Small whole numbers, so that logits are exact in any order of summation, with many ties."""
-    rng = np.random.default_rng(seed)
-    hidden = rng.integers(-2, 3, (rows, length, width)).astype(np.float32)
-    unembed = rng.integers(-2, 3, (width, vocab)).astype(np.float32)
-    targets = rng.integers(0, 11, (rows, length)).astype(np.int32)
-    weights = (rng.random((rows, length)) < 0.5).astype(np.float32)
-    weights[:, 0] = 1
-    return hidden, unembed, targets, weights
-
-
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("mesh_sizes", [{"data": 1}, {"data": 8}, {"data": 2, "tensor": 4}])
-def test_ranks_are_those_of_a_sort(mesh_sizes, softcap):
-    devices = jax.devices()[: mesh_sizes["data"] * mesh_sizes.get("tensor", 1)]
-    mesh = sharding.make_mesh(MeshConfig(**mesh_sizes), devices)
-    hidden, unembed, targets, weights = whole_numbers(32, 5, 3, 16, seed=1)
-    placed = sharding.to_global(
-        {"hidden": hidden, "targets": targets, "weights": weights}, sharding.local_rows(mesh, 32), 32, mesh
-    )
-
-    @jax.jit
-    def ranked(batch, unembed_DxV):
-        unembed_DxV = sharding.constrain(unembed_DxV, None, "vocab")
-        is_item_V = jnp.asarray(~VOCABULARY.is_control_V)
-        return ranks.target_rank(
-            batch["hidden"], unembed_DxV, batch["targets"], batch["weights"], is_item_V, softcap=softcap
-        )
-
-    with jax.set_mesh(mesh):
-        got = jax.device_get(ranked(placed, jax.device_put(unembed, sharding.replicated(mesh))))
-    candidates = set(np.flatnonzero(~VOCABULARY.is_control_V).tolist())
-    want = []
-    for row in range(32):
-        last = max(np.flatnonzero(weights[row]))
-        logits = hidden[row, last].astype(np.float64) @ unembed.astype(np.float64)
-        want.append(brute_rank(logits, int(targets[row, last]), candidates))
-    assert got.tolist() == want and got.dtype == np.int32
-    assert {2, 4, 5, MISSED} <= set(want)
-
-
-def test_a_model_that_tells_nothing_apart_or_diverged_ranks_last():
-    for value in (0.0, np.nan):
-        hidden = np.full((2, 1, 3), value, np.float32)
-        targets, weights = np.array([[3], [7]], np.int32), np.ones((2, 1), np.float32)
-        is_item_V = jnp.asarray(~VOCABULARY.is_control_V)
-        got = ranks.target_rank(hidden, jnp.ones((3, 16)), jnp.asarray(targets), jnp.asarray(weights), is_item_V)
-        assert got.tolist() == [5, 5]
-
-
-def test_hit_rate_and_ndcg_are_those_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    by_item = rng.random((40, 30))
-    target = rng.integers(0, 30, 40)
-    relevant = (np.arange(30)[None] == target[:, None]).astype(int)
-    ranks = np.array([brute_rank(row, int(t), set(range(30))) for row, t in zip(by_item, target, strict=True)])
-    found = scores.ranking(ranks.astype(np.int32))
-    assert found["ndcg_at_10"] == pytest.approx(sklearn.metrics.ndcg_score(relevant, by_item, k=10), rel=1e-12)
-    hits = sklearn.metrics.top_k_accuracy_score(target, by_item, k=10, labels=np.arange(30))
-    assert found["hr_at_10"] == pytest.approx(hits) and 0 < hits < 1
-    missed = scores.ranking(np.full(3, MISSED, np.int32))
-    assert missed == scores.ranking(np.zeros(0, np.int32)) == {"hr_at_10": 0.0, "ndcg_at_10": 0.0}
-
-
-# Objectives -----------------------------------------------------------------------------------------------------------
 
 HISTORIES = [("abc", "d"), ("dd", "e"), ("abcdea", "b"), ("x", "a"), ("ab", "x"), ("ed", "c"), ("c", "c"), ("bad", "a")]
 
@@ -408,114 +338,3 @@ def test_a_causal_model_does_not_see_what_follows_and_no_model_its_target():
     np.testing.assert_array_equal(hidden[0, :5], hidden[1, :5])
     padded = batch | {"tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], 5)}
     assert loss_fn(params, padded).sum == loss_fn(params, batch).sum
-
-
-# Runs -----------------------------------------------------------------------------------------------------------------
-
-
-def recipe(path: Path, **changes) -> Config:
-    """A run of seconds on a table of interactions."""
-    c = config.defaults()
-    c.objective, c.data.task, c.data.format, c.data.path = "next_item", "items", "interactions", str(path)
-    c.tokenizer.vocab_size = 48
-    c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 16, 64
-    c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 1, 32, 2, 32
-    c.optim.learning_rate, c.optim.warmup_steps = 1e-2, 2
-    c.train.total_steps = 40
-    c.checkpoint.best_metric = "ndcg_at_10"
-    for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        setattr(c[section] if section else c, name, value)
-    return config.build(c)
-
-
-MASKED = {
-    "objective": "masked_item",
-    "data__task": "masked_items",
-    "tokenizer__extra_ids": 1,
-    "model__kind": "encoder",
-    "train__total_steps": 4,
-}
-
-
-@pytest.fixture
-def on_one_device(monkeypatch):
-    """Call it to have runs on one device from then on."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    return lambda: monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    path = tmp_path_factory.mktemp("table") / "a.csv"
-    make_interactions.write(path, make_interactions.make(users=320, items=40, seed=0))
-    return path
-
-
-def test_the_made_up_table_is_skewed_and_a_function_of_its_seed(table):
-    rows = make_interactions.make(users=320, items=40, seed=0)
-    assert rows == make_interactions.make(320, 40, 0) != make_interactions.make(320, 40, 1)
-    assert [tuple(line.split(",")) for line in table.read_text().split()[1:]] == [
-        (user, item, str(time)) for user, item, time in rows
-    ]
-    by_user = collections.Counter(user for user, _, _ in rows)
-    by_item = sorted(Counter(item for _, item, _ in rows).values())
-    assert len(by_user) == 320 and min(by_user.values()) >= 5
-    assert sum(by_item[-8:]) > 0.4 * len(rows)
-
-
-def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, tmp_path, on_one_device):
-    on_one_device()
-    cfg = recipe(table)
-    summary = train.train(cfg, tmp_path / "run")
-    split = sources.load(cfg.data)
-    counts = Counter(item for record in split.train for item in record["items"])
-    popular = [sum(c >= counts[r["target"]] for c in counts.values()) <= 10 for r in split.valid]
-    assert summary["popularity_hr_at_10"] == np.mean(popular)
-    assert summary["hr_at_10"] > summary["popularity_hr_at_10"] + 0.1
-    assert "bits_per_byte" not in summary
-    vocabulary = items.load(tmp_path / "run" / "items.json")
-    assert dict(vocabulary.items) == counts
-
-    # What goes on from it has its ids, whatever its own data has.
-    other = dataclasses.replace(cfg, init_from=str(tmp_path / "run"))
-    assert build.plan(other, tmp_path / "next").tokenizer == vocabulary
-    VOCABULARY.save(tmp_path / "run" / "items.json")
-    with pytest.raises(ConfigError, match="the tokenizers differ"):
-        build.plan(other, tmp_path / "next")
-
-
-def test_masked_items_resume_as_if_nothing_had_happened(table, tmp_path, on_one_device):
-    on_one_device()
-    cfg = recipe(table, **MASKED | {"checkpoint__every_steps": 2, "model__dropout": 0.1})
-    whole = train.train(cfg, tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    (tmp_path / "summary.json").unlink()
-    again = train.train(cfg, tmp_path)
-    assert again["hr_at_10"] > 0
-    for name in ("loss", "accuracy", "hr_at_10", "ndcg_at_10", "popularity_hr_at_10"):
-        assert whole[name] == again[name]
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"objective": "clm"}, "'objective' clm does not fit 'data.task' items"),
-        ({"model__kind": "encoder"}, "'objective' next_item does not fit 'model.kind' encoder; use decoder"),
-        (MASKED | {"model__kind": "decoder"}, "'objective' masked_item does not fit 'model.kind' decoder"),
-        (MASKED | {"tokenizer__extra_ids": 0}, "'tokenizer.extra_ids' is 0, but data.task=masked_items needs 1"),
-        (MASKED | {"corrupt__rate": 0.0}, "'corrupt.rate' is 0, but data.task=masked_items"),
-        ({"generate__prompts": ("i1",)}, "'generate.prompts' is set, but this model does not generate text"),
-        ({"data__packing": "best_fit"}, "'data.packing' is best_fit, but 'data.task' items"),
-    ],
-)
-def test_what_does_not_fit_is_refused(table, changes, says):
-    with pytest.raises(ConfigError) as error:
-        build.plan(recipe(table, **changes), None)
-    assert says in str(error.value)
-
-
-def test_a_metric_of_ranks_is_known_and_an_unknown_one_refused(table, tmp_path):
-    cfg = recipe(table, checkpoint__best_metric="hr_at_5")
-    with pytest.raises(ConfigError, match=r"no metric 'hr_at_5' \(did you mean 'hr_at_10'\?\)"):
-        train.train(cfg, tmp_path / "run")

@@ -1,6 +1,7 @@
-"""Every recipe, made small, computes on a mesh of eight devices what it computes on one."""
+"""Every recipe gives its command and can be built; made small, it computes on eight devices what it does on one."""
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,24 @@ from tools import make_interactions, mix_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", "__init__"))
+ALL = sorted(
+    path.relative_to(ROOT / "configs").with_suffix("").as_posix().replace("/", ".")
+    for path in (ROOT / "configs").rglob("*.py")
+    if path.stem not in ("common", "__init__")
+)
 STEPS = 2
+
+
+def test_there_are_recipes():
+    assert {"quickstart_pretrain", "quickstart_sft", "tinystories", "gsm8k_sft"} <= set(RECIPES)
+    assert {*RECIPES, "bench.v5e16_7b"} <= set(ALL)
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_every_recipe_builds(recipe):
+    module = importlib.import_module(f"configs.{recipe}")
+    assert re.search("lm.main .*--config=configs/", module.__doc__ or ""), "a recipe's docstring gives its command"
+    assert isinstance(config.build(module.get_config()), config.Config)
 
 
 @pytest.fixture

@@ -2,15 +2,24 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lm import interrupt, resume, train
-from lm.checkpoint import list_saved
-from lm.config import Config, DataConfig, TrainConfig
+from lm import build, checkpoint, interrupt, resume, schema, train
+from lm.checkpoint import CheckpointError, list_saved
+from lm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from lm.data import tokenizer
 from lm.interrupt import Preempted
 from lm.schema import ConfigError, Duration
 from tests import toys
+from tests.test_checkpoint import assert_same, flip, info, save, small
+
+# What Orbax leaves behind when it stops at a damaged file.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 
 def changed(cfg, section, **values):
@@ -65,3 +74,92 @@ def test_a_run_goes_on_with_another_batch_size_and_with_other_data(tmp_path, mon
     assert 0 <= summary["input_bound"] <= 1
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(0 <= row["input_bound"] <= 1 for row in rows if row["split"] == "train")
+
+
+def run_of(abstract, fingerprint: str = "f"):
+    """As much of a `build.Run` as `lm.train.restore` reads when there are checkpoints."""
+    return SimpleNamespace(
+        abstract_state=abstract,
+        data=SimpleNamespace(fingerprint=fingerprint, about={}),
+        optimizer=SimpleNamespace(selection=SimpleNamespace(trained={"a": True})),
+    )
+
+
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0/d"])
+def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tmp_path):
+    save(tmp_path, {2: None, 4: None})
+    path = tmp_path / "checkpoints/4" / file
+    if path.is_dir():  # one bit of an array
+        path = max(path.iterdir(), key=lambda p: p.stat().st_size)
+        path.write_bytes(flip(path.read_bytes(), 8 * 200))
+    else:
+        path.write_bytes(b"{")
+    said = []
+    state, position, origin = train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), said.append)
+    assert_same(state, small(2)[0])
+    assert position.example == 8 and origin == {"a": "this run, step 2"}
+    assert "checkpoints/4 " in said[0] and "going back to the checkpoint before it" in said[0]
+    assert said[1:] == [f"resuming from {tmp_path}/checkpoints/2"]
+
+
+def test_restore_fails_when_no_step_can_be_read_rather_than_start_again(tmp_path):
+    save(tmp_path, {2: None, 4: None})
+    for number in (2, 4):
+        (tmp_path / f"checkpoints/{number}/state/manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .*/checkpoints can be read"):
+        train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), lambda _: None)
+
+
+def test_restore_refuses_other_data(tmp_path):
+    save(tmp_path, {2: None})
+    match = r"(?s)checkpoints/2 was trained on other data \(fingerprint f, now g\).*--config.init_from="
+    with pytest.raises(CheckpointError, match=match):
+        train.restore(run_of(small()[1], "g"), None, checkpoint.list_saved(tmp_path), lambda _: None)
+
+
+def test_a_resumed_run_may_change_only_what_changes_no_step():
+    old = Config()
+    resume.refuse_changes(old, old, Path("run"))
+    free = {
+        "mesh": MeshConfig(fsdp=4),
+        "eval": dataclasses.replace(old.eval, max_tokens=9),
+        "checkpoint": CheckpointConfig(keep_best=3),
+        "generate": dataclasses.replace(old.generate, temperature=0.0),
+        "monitor": dataclasses.replace(old.monitor, log_every_steps=1),
+        "model": dataclasses.replace(old.model, remat="full", unroll=0),
+        "loss": dataclasses.replace(old.loss, chunk_len=16),
+    }
+    resume.refuse_changes(old, dataclasses.replace(old, **free), Path("run"))
+    for name, value in {
+        "seed": 1,
+        "optim": OptimConfig(b2=0.9),
+        "model": dataclasses.replace(old.model, unroll=2, dropout=0.1),
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            resume.refuse_changes(old, dataclasses.replace(old, **{name: value}), Path("run"))
+        key = {"seed": "seed: 0 -> 1", "optim": "optim.b2: 0.95 -> 0.9", "model": "model.dropout: 0.0 -> 0.1"}[name]
+        assert str(error.value).splitlines()[:2] == ["run holds a run with another config:", f"  {key}"]
+        assert "unroll" not in str(error.value)
+
+
+def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, monkeypatch):
+    """The config to compare with is that of the newest step that tells it."""
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_):
+        raise Reached
+
+    monkeypatch.setattr(train.sharding, "make_mesh", stop)
+    cfg = toys.recipe(tmp_path / "no_data", tokenizer__vocab_size=300)
+    resolved = build.plan(cfg, tmp_path).cfg
+    tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / "tokenizer.model")
+    with checkpoint.Checkpoints(tmp_path, resolved.checkpoint) as saves:
+        for number in (1, 2):
+            saves.save(number, small()[0], info() | {"config": schema.to_dict(resolved)}, None)
+    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
+    with pytest.raises(Reached):
+        train.train(cfg, tmp_path)
+    with pytest.raises(ConfigError, match="seed: 0 -> 5"):
+        train.train(dataclasses.replace(cfg, seed=5), tmp_path)

@@ -1,0 +1,87 @@
+"""Which checkpoints are kept, which is the best, and which one a folder stands for."""
+
+import pytest
+
+from lm import checkpoint
+from lm.checkpoint import CheckpointError
+from lm.config import CheckpointConfig
+from tests.test_checkpoint import info, save, small, steps
+
+# What Orbax leaves behind when it stops at a damaged file.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kept"),
+    [
+        ("loss", {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
+        ("accuracy", {1: 3.0, 2: 9.0, 3: 2.0, 4: 2.5, 5: None, 6: 4.0}, [2, 5, 6]),
+        ("loss", {1: None, 2: None, 3: None, 4: None}, [3, 4]),
+        ("loss", {1: 1.0, 2: None, 3: None, 4: None}, [1, 3, 4]),
+        ("loss", {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, [3, 4]),
+        ("accuracy", {1: float("nan"), 2: 2.0, 3: None, 4: float("nan"), 5: None}, [2, 4, 5]),
+    ],
+)
+def test_the_latest_two_and_the_best_one_are_kept(name, values, kept, tmp_path):
+    save(tmp_path, values, name, keep_latest=2, keep_best=1, best_metric=name)
+    assert steps(tmp_path) == kept
+    if any(values.values()):
+        assert checkpoint.choose(f"{tmp_path}@best").step == kept[0 if len(kept) == 3 else -1]
+
+
+def test_retention_goes_on_over_restarts_and_can_keep_no_best(tmp_path):
+    for number, loss in {1: 1.0, 2: 3.0, 3: 2.0, 4: 5.0}.items():
+        save(tmp_path / "best", {number: loss}, keep_latest=1, keep_best=2)
+        save(tmp_path / "none", {number: loss}, keep_latest=1, keep_best=0)
+    assert steps(tmp_path / "best") == [1, 3, 4]
+    assert steps(tmp_path / "none") == [4]
+
+
+def test_is_best_compares_with_every_kept_step(tmp_path):
+    answers = []
+    for cfg in (CheckpointConfig(), CheckpointConfig(best_metric="f1"), CheckpointConfig(keep_best=0)):
+        workdir, name = tmp_path / f"{cfg.best_metric}{cfg.keep_best}", cfg.best_metric
+        with checkpoint.Checkpoints(workdir, cfg) as saves:
+            first = saves.is_best({name: 9.0})
+            saves.save(1, small()[0], info(), {name: 2.0})
+            saves.save(2, small()[0], info(), {name: float("nan")})
+            saves.save(3, small()[0], info(), None)
+        with checkpoint.Checkpoints(workdir, cfg) as saves:
+            answers.append([first, *(saves.is_best({name: value}) for value in (1.0, 2.0, 3.0, float("nan")))])
+    assert answers == [[True, True, False, False, False], [True, False, False, True, False], [False] * 5]
+
+
+def test_choose_names_one_step(tmp_path):
+    run = tmp_path / "a@b" / "run"  # an @ in the path is not the one before the step
+    save(run, {1: 3.0, 2: 1.0, 3: 2.0, 10: None}, keep_latest=9)
+    found = {name: checkpoint.choose(f"{run}{name}").step for name in ("", "@latest", "@best", "@3", "@10")}
+    assert found == {"": 10, "@latest": 10, "@best": 2, "@3": 3, "@10": 10}
+    for which in ("@4", "@bets", "@"):
+        with pytest.raises(CheckpointError, match=f"{which}': expected latest, best or one of the steps 1, 2, 3, 10$"):
+            checkpoint.choose(f"{run}{which}")
+    with pytest.raises(CheckpointError, match=r"no checkpoint under '.*/nowhere/checkpoints'.*--workdir"):
+        checkpoint.choose(str(tmp_path / "nowhere@best"))
+
+
+def test_the_best_is_the_best_by_the_runs_own_metric(tmp_path):
+    run = tmp_path / "run"
+    changes = {"keep_latest": 9, "best_metric": "accuracy"}
+    save(run, {1: 0.1, 2: 0.3, 3: 0.2}, name="accuracy", **changes)
+    assert checkpoint.choose(f"{run}@best").step == 2
+    save(tmp_path / "other", {1: None, 2: None}, **changes)
+    with pytest.raises(CheckpointError, match="no step was evaluated on 'accuracy'; there are steps 1, 2"):
+        checkpoint.choose(f"{tmp_path}/other@best")
+
+
+def test_choose_refuses_a_damaged_step_and_best_looks_among_the_others(tmp_path):
+    save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0}, keep_latest=9)
+    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
+    assert checkpoint.choose(f"{tmp_path}@best").step == 3
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: .*; use another step"):
+        checkpoint.choose(f"{tmp_path}@2")
+    for number in (1, 3):
+        (tmp_path / f"checkpoints/{number}/_CHECKPOINT_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 is damaged"):
+        checkpoint.choose(f"{tmp_path}@best")

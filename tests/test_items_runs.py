@@ -1,0 +1,126 @@
+"""Whole runs on a table of interactions."""
+
+import collections
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm import build, config, sharding, train
+from lm.config import Config, MeshConfig
+from lm.data import items, sources
+from lm.schema import ConfigError
+from tests.test_items import VOCABULARY
+from tools import make_interactions
+
+
+def recipe(path: Path, **changes) -> Config:
+    """A run of seconds on a table of interactions."""
+    c = config.defaults()
+    c.objective, c.data.task, c.data.format, c.data.path = "next_item", "items", "interactions", str(path)
+    c.tokenizer.vocab_size = 48
+    c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 16, 64
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 1, 32, 2, 32
+    c.optim.learning_rate, c.optim.warmup_steps = 1e-2, 2
+    c.train.total_steps = 40
+    c.checkpoint.best_metric = "ndcg_at_10"
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        setattr(c[section] if section else c, name, value)
+    return config.build(c)
+
+
+MASKED = {
+    "objective": "masked_item",
+    "data__task": "masked_items",
+    "tokenizer__extra_ids": 1,
+    "model__kind": "encoder",
+    "train__total_steps": 4,
+}
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    """Call it to have runs on one device from then on."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return lambda: monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "a.csv"
+    make_interactions.write(path, make_interactions.make(users=320, items=40, seed=0))
+    return path
+
+
+def test_the_made_up_table_is_skewed_and_a_function_of_its_seed(table):
+    rows = make_interactions.make(users=320, items=40, seed=0)
+    assert rows == make_interactions.make(320, 40, 0) != make_interactions.make(320, 40, 1)
+    assert [tuple(line.split(",")) for line in table.read_text().split()[1:]] == [
+        (user, item, str(time)) for user, item, time in rows
+    ]
+    by_user = collections.Counter(user for user, _, _ in rows)
+    by_item = sorted(Counter(item for _, item, _ in rows).values())
+    assert len(by_user) == 320 and min(by_user.values()) >= 5
+    assert sum(by_item[-8:]) > 0.4 * len(rows)
+
+
+def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, tmp_path, on_one_device):
+    on_one_device()
+    cfg = recipe(table)
+    summary = train.train(cfg, tmp_path / "run")
+    split = sources.load(cfg.data)
+    counts = Counter(item for record in split.train for item in record["items"])
+    popular = [sum(c >= counts[r["target"]] for c in counts.values()) <= 10 for r in split.valid]
+    assert summary["popularity_hr_at_10"] == np.mean(popular)
+    assert summary["hr_at_10"] > summary["popularity_hr_at_10"] + 0.1
+    assert "bits_per_byte" not in summary
+    vocabulary = items.load(tmp_path / "run" / "items.json")
+    assert dict(vocabulary.items) == counts
+
+    # What goes on from it has its ids, whatever its own data has.
+    other = dataclasses.replace(cfg, init_from=str(tmp_path / "run"))
+    assert build.plan(other, tmp_path / "next").tokenizer == vocabulary
+    VOCABULARY.save(tmp_path / "run" / "items.json")
+    with pytest.raises(ConfigError, match="the tokenizers differ"):
+        build.plan(other, tmp_path / "next")
+
+
+def test_masked_items_resume_as_if_nothing_had_happened(table, tmp_path, on_one_device):
+    on_one_device()
+    cfg = recipe(table, **MASKED | {"checkpoint__every_steps": 2, "model__dropout": 0.1})
+    whole = train.train(cfg, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    (tmp_path / "summary.json").unlink()
+    again = train.train(cfg, tmp_path)
+    assert again["hr_at_10"] > 0
+    for name in ("loss", "accuracy", "hr_at_10", "ndcg_at_10", "popularity_hr_at_10"):
+        assert whole[name] == again[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"objective": "clm"}, "'objective' clm does not fit 'data.task' items"),
+        ({"model__kind": "encoder"}, "'objective' next_item does not fit 'model.kind' encoder; use decoder"),
+        (MASKED | {"model__kind": "decoder"}, "'objective' masked_item does not fit 'model.kind' decoder"),
+        (MASKED | {"tokenizer__extra_ids": 0}, "'tokenizer.extra_ids' is 0, but data.task=masked_items needs 1"),
+        (MASKED | {"corrupt__rate": 0.0}, "'corrupt.rate' is 0, but data.task=masked_items"),
+        ({"generate__prompts": ("i1",)}, "'generate.prompts' is set, but this model does not generate text"),
+        ({"data__packing": "best_fit"}, "'data.packing' is best_fit, but 'data.task' items"),
+    ],
+)
+def test_what_does_not_fit_is_refused(table, changes, says):
+    with pytest.raises(ConfigError) as error:
+        build.plan(recipe(table, **changes), None)
+    assert says in str(error.value)
+
+
+def test_a_metric_of_ranks_is_known_and_an_unknown_one_refused(table, tmp_path):
+    cfg = recipe(table, checkpoint__best_metric="hr_at_5")
+    with pytest.raises(ConfigError, match=r"no metric 'hr_at_5' \(did you mean 'hr_at_10'\?\)"):
+        train.train(cfg, tmp_path / "run")
