@@ -1,4 +1,4 @@
-"""Checkpoints come back bitwise on any mesh; damage is never passed on silently; retention keeps what it promises."""
+"""Checkpoints come back bitwise on any mesh; damage is never passed on silently."""
 
 import dataclasses
 import functools

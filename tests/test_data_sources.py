@@ -1,4 +1,4 @@
-"""lm.data.sources and lm.data.records: every form and every fault of users' own files, and what is held out."""
+"""lm.data.sources and lm.data.records: every form and every fault of users' own files."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Next-item recommendation: what is held out, what is hidden, ranks against brute force, and runs end to end."""
+"""Next-item recommendation: what is held out, what is hidden, the loss and the ranks of held-out rows."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Whole runs on a table of interactions."""
+"""Next-item recommendation: whole runs on a table of interactions."""
 
 import collections
 import dataclasses

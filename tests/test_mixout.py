@@ -1,4 +1,4 @@
-"""Mixout: parameters that are now and then what they were at the start."""
+"""Mixout (Lee et al. 2020): parameters that are now and then what they were at the start."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Schedules against worked arrays, optimizers against float64 references, stacked weights against single ones."""
+"""Optimizers against float64 references, stacked weights against single ones, what is frozen and what decays."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""lm/resume.py: what a run that goes on may change, and that it goes on where it was."""
+"""lm/resume.py: what a run that goes on may change, that it goes on where it was, and from which checkpoint."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Learning rates over a run."""
+"""Learning rates over a run, against worked arrays."""
 
 import math
 
