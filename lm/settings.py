@@ -15,7 +15,7 @@ import jax
 
 from lm import aot, build, checks, chips, selection, sharding, trees
 from lm.config import Config
-from lm.flags import NEVER_MIB, WINDOWED_FROM_MIB, libtpu, spelled
+from lm.flags import NEVER_MIB, SCOPED_VMEM_MIB, WINDOWED_FROM_MIB, libtpu, spelled
 from lm.models.blocks import REMAT_POLICIES
 from lm.schema import ConfigError
 
@@ -85,7 +85,8 @@ def flag_sets(chip: str, model: "Sizes") -> list[str]:
     usual = WINDOWED_FROM_MIB.get(chip, NEVER_MIB)
     largest_mib = max((each.size_in * each.size_out for each in model.kernels), default=0) * model.item / 2**20
     others = [size for size in (*WINDOWED_FROM_MIB.values(), NEVER_MIB) if largest_mib >= min(size, usual)]
-    sets = itertools.product(dict.fromkeys([usual, *others]), (16, 28, 46))
+    vmem = sorted({16, 28, *SCOPED_VMEM_MIB.get(chip, SCOPED_VMEM_MIB["v5e"])})
+    sets = itertools.product(dict.fromkeys([usual, *others]), vmem)
     return list(dict.fromkeys([libtpu(chip, model.width), *itertools.starmap(spelled, sets)]))
 
 

@@ -72,6 +72,6 @@ def small_world(tmp_path_factory, shared_data) -> Path:
 
 @pytest.fixture
 def tfds_dir(tmp_path, monkeypatch) -> Path:
-    """An empty folder, where sets of TFDS are looked for."""
+    """Where sets of TFDS are looked for; nothing is there yet."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     return tmp_path / "tfds"

@@ -1,4 +1,4 @@
-"""Next-item recommendation: whole runs on a table of interactions."""
+"""Next-item recommendation: runs on a table that was made up, and what is refused."""
 
 import collections
 import dataclasses

@@ -16,11 +16,6 @@ from lm.schema import ConfigError, Duration
 from tests import toys
 from tests.test_checkpoint import assert_same, flip, info, save, small
 
-# What Orbax leaves behind when it stops at a damaged file.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
 
 def changed(cfg, section, **values):
     return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **values)})
@@ -85,6 +80,8 @@ def run_of(abstract, fingerprint: str = "f"):
     )
 
 
+# What Orbax leaves behind when it stops at a damaged file.
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0/d"])
 def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tmp_path):
     save(tmp_path, {2: None, 4: None})
@@ -102,6 +99,7 @@ def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tm
     assert said[1:] == [f"resuming from {tmp_path}/checkpoints/2"]
 
 
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_restore_fails_when_no_step_can_be_read_rather_than_start_again(tmp_path):
     save(tmp_path, {2: None, 4: None})
     for number in (2, 4):
@@ -142,6 +140,7 @@ def test_a_resumed_run_may_change_only_what_changes_no_step():
         assert "unroll" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, monkeypatch):
     """The config to compare with is that of the newest step that tells it."""
 

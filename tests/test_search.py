@@ -81,6 +81,10 @@ def test_the_compilers_flags_are_searched_from_those_of_the_chip_on(small):
     assert first == usual and len({usual, *others}) == len(others) + 1 == 6
     assert str(made(flags=usual)) == "fsdp=4 minimal micro=1 chunk=0 windowed=24 vmem_kib=28672"
     assert all("windowed_einsum_mib=" in one and "scoped_vmem_limit_kib=" in one for one in others)
+    wide = large._replace(width=4096)
+    for chip in ("v5e", "v5p"):  # the usual vector memory with all else, too
+        flags = [one.partition(" ") for one in settings.flag_sets(chip, wide)]
+        assert {(a, libtpu(chip, 4096).partition(" ")[2]) for a, _, _ in flags} <= {(a, b) for a, _, b in flags}
     unknown = settings.flag_sets("v6e", large)
     assert unknown[0] == libtpu("v6e", 2048) and set(unknown[1:]) == {first, *others}
 
