@@ -23,9 +23,10 @@ from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
 from lm.types import TrainState
 
 # What Orbax leaves behind when it stops at a damaged file or a full disk.
-pytestmark = pytest.mark.filterwarnings(
+may_stop_orbax = pytest.mark.filterwarnings(
     "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
+pytestmark = may_stop_orbax
 
 AXES = {
     "decoder/layers/mlp/up/kernel": ("layers", "embed", "mlp"),

@@ -5,12 +5,9 @@ import pytest
 from lm import checkpoint
 from lm.checkpoint import CheckpointError
 from lm.config import CheckpointConfig
-from tests.test_checkpoint import info, save, small, steps
+from tests.test_checkpoint import info, may_stop_orbax, save, small, steps
 
-# What Orbax leaves behind when it stops at a damaged file.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = may_stop_orbax
 
 
 @pytest.mark.parametrize(

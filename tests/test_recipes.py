@@ -15,18 +15,18 @@ from tests import toys
 from tools import make_interactions, mix_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", "__init__"))
 ALL = sorted(
     path.relative_to(ROOT / "configs").with_suffix("").as_posix().replace("/", ".")
     for path in (ROOT / "configs").rglob("*.py")
     if path.stem not in ("common", "__init__")
 )
+RECIPES = [recipe for recipe in ALL if "." not in recipe]  # those that are to be run, not only compiled
 STEPS = 2
 
 
 def test_there_are_recipes():
     assert {"quickstart_pretrain", "quickstart_sft", "tinystories", "gsm8k_sft"} <= set(RECIPES)
-    assert {*RECIPES, "bench.v5e16_7b"} <= set(ALL)
+    assert "bench.v5e16_7b" in ALL
 
 
 @pytest.mark.parametrize("recipe", ALL)

@@ -14,7 +14,7 @@ from lm.data import tokenizer
 from lm.interrupt import Preempted
 from lm.schema import ConfigError, Duration
 from tests import toys
-from tests.test_checkpoint import assert_same, flip, info, save, small
+from tests.test_checkpoint import assert_same, flip, info, may_stop_orbax, save, small
 
 
 def changed(cfg, section, **values):
@@ -80,8 +80,7 @@ def run_of(abstract, fingerprint: str = "f"):
     )
 
 
-# What Orbax leaves behind when it stops at a damaged file.
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@may_stop_orbax
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0/d"])
 def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tmp_path):
     save(tmp_path, {2: None, 4: None})
@@ -99,7 +98,7 @@ def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tm
     assert said[1:] == [f"resuming from {tmp_path}/checkpoints/2"]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@may_stop_orbax
 def test_restore_fails_when_no_step_can_be_read_rather_than_start_again(tmp_path):
     save(tmp_path, {2: None, 4: None})
     for number in (2, 4):
@@ -140,7 +139,7 @@ def test_a_resumed_run_may_change_only_what_changes_no_step():
         assert "unroll" not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@may_stop_orbax
 def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, monkeypatch):
     """The config to compare with is that of the newest step that tells it."""
 
