@@ -57,7 +57,7 @@ class Monitor:
     def __exit__(self, *exc_info: object) -> None:
         self._closing.close()
 
-    def log(self, step: int, split: Literal["train", "eval"], metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, split: Literal["train", "eval", "test"], metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.jsonl and scalars to TensorBoard.
 
         Args:

@@ -131,12 +131,24 @@ def loop(
     def evaluate_now(done: int) -> dict[str, float]:
         with watch.bucket("eval"):
             params = step.eval_params(state)
-            values = evaluate_all(run, functools.partial(evaluate.evaluate, eval_step, params, place_eval))
+            values = evaluate_all(run, "valid", functools.partial(evaluate.evaluate, eval_step, params, place_eval))
             watch.log(done, "eval", values)
             watch.note(f"[step {done:,}] held out: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
             for prompt, text in samples(run, params, done).items():
                 watch.text(done, prompt, text)
         return values
+
+    def test_now(done: int) -> dict[str, Any]:
+        """{'test': metrics and step} of the checkpoint that validation chose; {} where there is no test data."""
+        if not any(source.test for source in run.data.sources.values()):
+            return {}
+        with watch.bucket("eval"):
+            at, chosen = best_state(run, workdir, done, state, watch.note)
+            params = step.eval_params(chosen)
+            values = evaluate_all(run, "test", functools.partial(evaluate.evaluate, eval_step, params, place_eval))
+            watch.log(at, "test", values)
+            watch.note(f"[step {at:,}] test: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        return {"test": {"step": at, **values}}
 
     def save_now(done: int, values: dict[str, float] | None) -> None:
         with watch.bucket("checkpoint"):
@@ -195,19 +207,38 @@ def loop(
     with watch.bucket("checkpoint"):
         saves.wait()
     batches.close()
-    return summarise(run, state, values or evaluate_now(int(state.step)), watch, rate, example, stream)
+    summary = summarise(run, state, values or evaluate_now(int(state.step)), watch, rate, example, stream)
+    return summary | test_now(int(state.step))
 
 
-def evaluate_all(run: build.Run, evaluate_rows: Callable[[Any, int], Any]) -> dict[str, float]:
-    """Metrics of all held-out rows of the run's own data and, where it has several sources, of each by its name."""
+def best_state(
+    run: build.Run, workdir: Path, done: int, state: TrainState, note: Callable[[str], None]
+) -> tuple[int, TrainState]:
+    """(step, state) of the best checkpoint by `checkpoint.best_metric`; of the last one where none can be read."""
+    if not run.cfg.checkpoint.keep_best:
+        return done, state
+    try:
+        best = checkpoint.choose(f"{workdir}@best")
+        return best.step, state if best.step == done else checkpoint.load(best, run.abstract_state)
+    except CheckpointError as error:
+        note(f"{error}\ntesting the last state instead of the best one")
+        return done, state
+
+
+def evaluate_all(run: build.Run, part: str, evaluate_rows: Callable[[Any, int], Any]) -> dict[str, float]:
+    """Metrics of all rows of a part ('valid' or 'test') of the run's own data and, where it has several sources, of
+    each by its name."""
     total: metrics.Sums = {}
     outputs: list[Any] = []
     meta: list[Any] = []
     by_source: dict[str, float] = {}
     for name, source in run.data.sources.items():
-        row_ids, batches = build.eval_rows(run, source.valid)
+        rows = getattr(source, part)
+        if rows is None:
+            continue
+        row_ids, batches = build.eval_rows(run, rows)
         sums, found = evaluate_rows(batches, len(row_ids))
-        about = [source.valid.meta[i] for i in row_ids] if run.score else []
+        about = [rows.meta[i] for i in row_ids] if run.score else []
         if name:
             values = metrics.finalize(sums) | (run.score(found, about, run.cfg) if run.score else {})
             by_source |= {f"{name}_{key}": value for key, value in values.items()}

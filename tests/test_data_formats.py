@@ -80,7 +80,7 @@ def written(name: str, place: Path, numbered: list[dict]) -> DataConfig:
 
 
 def contents(found) -> list[dict]:
-    return [{key: value for key, value in record.items() if key != "source"} for record in found]
+    return [{key: value for key, value in record.items() if key not in ("source", "identity")} for record in found]
 
 
 def everything(cfg: DataConfig) -> list:
@@ -196,7 +196,8 @@ def test_a_folder_of_several_splits_stands_for_train(tmp_path):
     ):
         split = sources.load(cfg)
         assert (contents(split.train), contents(split.valid)) == (NAMED[:12], NAMED[12:])
-        with pytest.raises(DataError, match=r"named by both data.path and data.eval_path"):
+        assert "not read" not in split.report
+        with pytest.raises(DataError, match=r"data.eval_path .*: holds the splits 't.*', 't.*'; name one"):
             sources.find(DataConfig(format=cfg.format, path=cfg.path, eval_path=cfg.path))
     small_sets.write_parquet(tmp_path / "other" / "a-00000-of-00001.parquet", in_columns(ROWS))
     small_sets.write_parquet(tmp_path / "other" / "b-00000-of-00001.parquet", in_columns(ROWS))

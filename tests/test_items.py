@@ -56,46 +56,49 @@ def make_config(vocabulary: ItemVocabulary, task: str = "items", seq_len: int = 
     )
 )
 @example([("u", "a", 1), ("u", "b", 1), ("u", "c", 0)])
-def test_the_last_item_of_each_user_and_only_it_is_held_out(rows):
+def test_the_second_last_item_of_each_user_validates_and_the_last_one_tests(rows):
     records = [{"user": u, "item": i, "time": t, "source": f"f:{n}"} for n, (u, i, t) in enumerate(rows)]
     found = interactions.leave_one_out(iter(records))
-    train, valid, short = {}, {}, []
+    train, valid, test, short = {}, {}, {}, []
     for user in "uvw":
         own = [(time, n, item) for n, (u, item, time) in enumerate(rows) if u == user]
         ordered = []
         while own:  # the earliest, and of those the first in the file
             ordered.append(own.pop(own.index(min(own)))[2])
         if len(ordered) >= 3:
-            train[user], valid[user] = ordered[:-1], ordered[-1]
+            train[user] = ordered[:-2]
+            valid[user], test[user] = (ordered[:-2], ordered[-2]), (ordered[:-1], ordered[-1])
         elif ordered:
             short.append(len(ordered))
     assert {r["user"]: r["items"] for r in found.train} == train and len(found.train) == len(train)
-    assert {r["user"]: (r["items"], r["target"]) for r in found.valid} == {u: (train[u], valid[u]) for u in valid}
+    assert {r["user"]: (r["items"], r["target"]) for r in found.valid} == valid
+    assert {r["user"]: (r["items"], r["target"]) for r in found.test} == test
     assert all("target" not in record for record in found.train)
     assert (found.users_left_out, found.interactions_left_out) == (len(short), sum(short))
     by_source = {record["source"]: record for record in records}
-    assert all(by_source[r["source"]]["item"] == r["target"] for r in found.valid)
+    assert all(by_source[r["source"]]["item"] == r["target"] for r in (*found.valid, *found.test))
 
 
 def test_a_users_interactions_meet_whatever_the_file_and_whatever_the_columns_are_called(tmp_path):
     write(tmp_path / "a.csv", [(5, "u", "x", "c"), (4, "v", "x", "a")], "ts,uid,rating,movie")
     write(tmp_path / "b.csv", [(3, "u", "x", "b"), (9, "u", "x", "d"), (3, "u", "x", "e")], "ts,uid,rating,movie")
     split = load(tmp_path, rename=(("uid", "user"), ("movie", "item"), ("ts", "time")))
-    assert [(r["items"], r["user"]) for r in split.train] == [(["b", "e", "c"], "u")]
-    assert split.valid == [split.train[0] | {"target": "d", "source": f"{tmp_path / 'b.csv'}:3"}]
-    assert "1 users, the last item of each held out; left out: 1 users of fewer than 3 items, with 1 items" in (
-        split.report
-    )
+    assert [(r["items"], r["user"]) for r in split.train] == [(["b", "e"], "u")]
+    (valid,), (test,) = split.valid, split.test
+    assert (valid["items"], valid["target"], valid["source"]) == (["b", "e"], "c", f"{tmp_path / 'a.csv'}:2")
+    assert (test["items"], test["target"], test["source"]) == (["b", "e", "c"], "d", f"{tmp_path / 'b.csv'}:3")
+    assert "1 users, split by time" in split.report
+    assert "left out: 1 users of fewer than 3 items, with 1 items" in split.report
     bare = tmp_path / "u.data"  # as MovieLens has it
     bare.write_text("".join(f"7\tm{n}\t5\t{900 - n}\n" for n in range(4)))
     split = load(bare, rename=(("1", "user"), ("2", "item"), ("4", "time")))
-    assert (split.valid[0]["items"], split.valid[0]["target"]) == (["m3", "m2", "m1"], "m0")
+    assert (split.test[0]["items"], split.test[0]["target"]) == (["m3", "m2", "m1"], "m0")
 
 
 def test_times_are_compared_exactly(tmp_path):
     start = 1_600_000_000_000_000_000  # nanoseconds: as floats these are one
     path = write(tmp_path / "a.csv", [("u", f"i{n}", start + n) for n in (3, 1, 2, 0)])
-    assert load(path).valid[0]["items"] == ["i0", "i1", "i2"]
+    assert load(path).test[0]["items"] == ["i0", "i1", "i2"]
 
 
 @pytest.mark.parametrize("time", ["noon", "nan", "inf", "2020-01-01", "1e999"])
@@ -105,11 +108,11 @@ def test_a_time_that_is_no_number_is_named_or_counted(tmp_path, time):
     with pytest.raises(DataError, match=rf"{path}:4: wrong type: 'time' is '{time}'; expected a finite number"):
         load(path)
     split = load(path, max_bad_records=100)
-    assert split.valid[0]["items"] == ["a", "b"] and f"1 x wrong type\n    {path}:4: " in split.report
+    assert split.test[0]["items"] == ["a", "b"] and f"1 x wrong type\n    {path}:4: " in split.report
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"found 0 columns 'time' among 'user', 'item', 'when'"):
+    with pytest.raises(DataError, match=r"found 'user', 'item', 'when'; expected .* 'user' and 'item' and 'time'"):
         load(write(tmp_path / "a.csv", [("u", "a", 1)], "user,item,when"))
     with pytest.raises(DataError, match="no train record"):
         load(write(tmp_path / "a.csv", [("u", "a", 1), ("u", "b", 2)]))
@@ -254,12 +257,12 @@ def test_the_held_out_items_are_in_no_training_row(tmp_path):
     rows = [(f"u{u}", f"i{u}_{n}", n) for u in range(9) for n in range(3 + u % 4)]  # every item its own
     split = load(write(tmp_path / "a.csv", rows))
     vocabulary = items.train((i for r in split.train for i in r["items"]), TokenizerConfig(vocab_size=90))
-    held_out = {r["target"] for r in split.valid}
-    assert held_out == {f"i{u}_{2 + u % 4}" for u in range(9)}
+    held_out = {r["target"] for r in (*split.valid, *split.test)}
+    assert held_out == {f"i{u}_{n + u % 4}" for u in range(9) for n in (1, 2)}
     assert not held_out & {item for item, _ in vocabulary.items}
     data = pipeline.build(make_config(vocabulary, seq_len=8), vocabulary, split)
     assert data.report["valid"]["targets_unseen"] == data.report["valid"]["targets"] == 9
-    assert data.report["train"]["targets"] == sum(2 + u % 4 for u in range(9))
+    assert data.report["train"]["targets"] == sum(1 + u % 4 for u in range(9))
     assert data.valid.meta == [MISSED] * 9
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import build, config, sharding, train
+from lm import build, config, monitor, sharding, train
 from lm.config import Config, MeshConfig
 from lm.data import items, sources
 from lm.schema import ConfigError
@@ -79,6 +79,12 @@ def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, t
     assert summary["popularity_hr_at_10"] == np.mean(popular)
     assert summary["hr_at_10"] > summary["popularity_hr_at_10"] + 0.1
     assert "bits_per_byte" not in summary
+    # Validation chose the step; each user's last item, which nothing chose by, tests it.
+    best = max(monitor.read_rows(tmp_path / "run" / "metrics.jsonl")[0], key=lambda row: row.get("ndcg_at_10", 0))
+    popular = [sum(c >= counts[r["target"]] for c in counts.values()) <= 10 for r in split.test]
+    assert summary["test"]["popularity_hr_at_10"] == np.mean(popular)
+    assert summary["test"]["step"] == best["step"]
+    assert summary["test"]["hr_at_10"] > np.mean(popular) + 0.1
     vocabulary = items.load(tmp_path / "run" / "items.json")
     assert dict(vocabulary.items) == counts
 

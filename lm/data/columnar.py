@@ -1,14 +1,13 @@
 """Parquet files and Arrow streams to records, a batch of rows at a time; a row's columns are a JSON line's fields.
 
-Numbers that a Hugging Face data set has names for (`ClassLabel`) become their names. A folder that holds several splits
-stands for its 'train': name another one by its own folder or a glob.
+Numbers that a Hugging Face data set has names for (`ClassLabel`) become their names.
 """
 
 import contextlib
 import functools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from etils import epath
@@ -20,35 +19,34 @@ from lm.data.records import DataError, Fault, Record
 _ROWS_AT_ONCE = 256
 _BUFFER_BYTES = 1 << 20  # of a column that is read while its rows are
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")  # as Hugging Face names them: train-00000-of-00002.parquet
 
 
-def find_parquet(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    """As `files.find_files`; of a folder with shards of several splits, those of 'train'."""
-    found = files.find_files(path, suffixes)
-    splits = {match[1] if (match := _SHARD.fullmatch(file.name)) else "" for file in found}
-    if len(splits) > 1 and epath.Path(path).expanduser().is_dir():
-        _train_of(path, splits)
-        found = [file for file in found if file.name.startswith("train-")]
-    return found
-
-
-def find_arrow(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    """The files of a data set that Hugging Face's `save_to_disk` wrote, in its order; else as `files.find_files`.
+def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Path]]:
+    """Split -> its files, of a data set that Hugging Face's `save_to_disk` wrote; else as `files.find_splits`.
 
     Raises:
-      DataError: a file that the set should have is not there, or it has several splits and no 'train'.
+      DataError: a file that the set should have is not there.
     """
     try:
         folder = epath.Path(path).expanduser()
         if (folder / "dataset_dict.json").is_file():
-            _train_of(path, _json(folder / "dataset_dict.json").get("splits", ()))
-            folder /= "train"
+            splits = _json(folder / "dataset_dict.json").get("splits")
+            if not isinstance(splits, list) or not splits or not all(isinstance(name, str) for name in splits):
+                raise DataError(f"{folder / 'dataset_dict.json'}: names no split; expected the list 'splits'")
+            if bad := [name for name in splits if PurePath(name).name != name]:
+                raise DataError(
+                    f"{folder / 'dataset_dict.json'}: split {bad[0]!r}; expected the name of a folder in it"
+                )
+            there = [name for name in splits if name == files.TRAIN or (folder / name).is_dir()]
+            return {name: _saved_files(folder / name) if name in there else [] for name in splits}
         is_saved = (folder / "state.json").is_file()
     except (KeyError, NotImplementedError, OSError):  # of which find_files says what it is
-        return files.find_files(path, suffixes)
-    if not is_saved:
-        return files.find_files(str(folder), suffixes)
+        return files.find_splits(path, suffixes)
+    return {"": _saved_files(folder)} if is_saved else files.find_splits(path, suffixes)
+
+
+def _saved_files(folder: epath.Path) -> list[epath.Path]:
+    """The files that the state.json of `save_to_disk` names, in its order."""
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: a selection of the rows of its files; save it again after flatten_indices()")
@@ -63,12 +61,6 @@ def find_arrow(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     if not found:
         raise DataError(f"{folder / 'state.json'}: names no file; expected at least one")
     return found
-
-
-def _train_of(path: str, splits: Iterable[str]) -> None:
-    if "train" not in splits:
-        names = ", ".join(map(repr, sorted(splits)))
-        raise DataError(f"data path '{path}': holds {names} and no 'train'; name one by its folder or a glob")
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

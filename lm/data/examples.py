@@ -71,6 +71,8 @@ class Task(NamedTuple):
       augments: whether `corrupt` itself applies `data.augment`, so that nobody else does.
       words: how its tokenizer is trained, saved and loaded.
       held_out: (training records, held-out records, config) -> held-out records: what they get of the training ones.
+      lacks: (packed rows of a part, config) -> what the task needs and they do not have (a second document, a second
+        label), as a sentence; '' = nothing. Training rows that lack it are refused, held-out ones counted.
     """
 
     fields: tuple[str, ...]
@@ -84,6 +86,7 @@ class Task(NamedTuple):
     augments: bool = False
     words: Words = SENTENCEPIECE
     held_out: Callable[[Sequence[Record], Sequence[Record], Config], list[Record]] | None = None
+    lacks: Callable[[Rows, Config], str] | None = None
 
 
 def make(
@@ -236,6 +239,16 @@ def text_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
 def chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """A conversation of one turn, up to where the assistant speaks."""
     return prompt_ids([{"role": "user", "content": text}], tokenizer)
+
+
+def one_label(rows: Rows, cfg: Config) -> str:
+    """For `Task.lacks`: rows whose 'labels' are all the same teach nothing, and no score of them means anything."""
+    found = np.unique(rows["labels"])
+    if len(found) != 1:
+        return ""
+    names = cfg.data.labels
+    shown = repr(names[int(found[0])]) if names and np.issubdtype(found.dtype, np.integer) else f"{found[0]:g}"
+    return f"all {len(rows['labels']):,} rows have the label {shown}; expected two or more"
 
 
 def field_texts(*names: str) -> Callable[[Record], Iterator[str]]:

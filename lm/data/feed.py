@@ -53,10 +53,11 @@ def in_memory(rows: Rows) -> tuple[int, Callable[[np.ndarray], Rows]]:
 
 
 class Source(NamedTuple):
-    """Where examples come from: rows to train on and rows held out."""
+    """Where examples come from: rows to train on, rows that choose a checkpoint, and rows that test the chosen one."""
 
     train: Part
     valid: Part
+    test: Part | None = None
 
 
 class Data(NamedTuple):

@@ -45,12 +45,16 @@ def normalise(value: Any, rename: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
       value: anything.
-      rename: field it has -> field expected. Other fields are ignored.
+      rename: field it has -> field expected. Fields that are not renamed keep their names; those that no form has are
+        ignored. Any record may have a 'group': records of one group are on one side of a split.
     """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a JSON object")
     renamed = _renamed(value, rename)
-    return FORMS[_form(renamed)](renamed)
+    record = FORMS[_form(renamed)](renamed)
+    if renamed.get("group") is not None:
+        record["group"] = _label(renamed["group"], "group")
+    return record
 
 
 def columns(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
@@ -66,7 +70,9 @@ def columns(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
 def _renamed(value: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
     for old, new in rename.items():
         if old not in value:
-            raise BadRecord("missing field", f"{_found(value)}; expected '{old}', which data.rename maps to '{new}'")
+            hint = nearest(old, list(value))
+            expected = f"expected '{old}', which data.rename maps to '{new}'{hint}"
+            raise BadRecord("missing field", f"{_found(value)}; {expected}")
     return {k: v for k, v in value.items() if k not in rename} | {new: value[old] for old, new in rename.items()}
 
 
@@ -190,6 +196,10 @@ def _text(value: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _interaction(value: dict[str, Any]) -> dict[str, Any]:
+    return {field: _label(value[field], field) for field in ("user", "item", "time")}
+
+
 # The fields that tell a kind of record -> how it is read. An object that has those of several is of the first kind.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("messages",): _conversation,
@@ -199,11 +209,12 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("words", "tags"): _tagged_words,
     ("text", "entities"): _entities,
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
+    ("user", "item", "time"): _interaction,
 }
-_OPTIONAL = ("input", "text_pair", "negative", "label", "id")  # read where they are
+_OPTIONAL = ("input", "text_pair", "negative", "label", "id", "group")  # read where they are
 _EXPECTED = (
     "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "
-    "'words' and 'tags', or 'text' and 'entities' (data.rename maps other names)"
+    "'words' and 'tags', 'text' and 'entities', or 'user' and 'item' and 'time' (data.rename maps other names)"
 )
 
 

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterable
+from pathlib import PurePath
 from typing import NamedTuple
 
 from etils import epath
@@ -9,6 +11,13 @@ from etils import epath
 from lm.data.records import DataError
 
 _ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a parallel corpus: {en,de}
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")  # as Hugging Face names them: unsupervised-00000-of-00002.parquet
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "eval", "evaluation", "heldout"), VALIDATION),
+    **dict.fromkeys(("test", "testing", "t10k"), TEST),
+}
 
 
 class Pair(NamedTuple):
@@ -47,6 +56,62 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     return found
 
 
+def find_splits(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Path]]:
+    """Split -> its files, where a folder holds several splits; else {'': all files}, as `find_files` gives them.
+
+    A split is told by the name of a folder or file: root/val/cat/1.png, test.csv, train-00000-of-00002.parquet,
+    cifar10_train_500.tar. A file or a glob is what the user chose: it is never split.
+
+    Raises:
+      DataError: as `find_files`; some files belong to a split and others to none.
+    """
+    found = find_files(path, suffixes)
+    root = epath.Path(path).expanduser()
+    return by_split(root, found) if root.is_dir() else {"": found}
+
+
+def by_split(root: epath.Path, found: Iterable[epath.Path]) -> dict[str, list[epath.Path]]:
+    """`find_splits` of the files found in a folder."""
+    found = list(found)
+    of = {file: _split_in_name(PurePath(os.path.relpath(file, root)), anywhere=True) for file in found}
+    if TRAIN not in of.values():  # 'how_to_test.md' is no split where nothing else suggests one
+        of = {file: _split_in_name(PurePath(os.path.relpath(file, root)), anywhere=False) for file in found}
+    # Shards of another name are a split too, such as 'unsupervised', beside 'train' and wherever hubs write them.
+    of = {
+        file: split or (_shard_of(file.name) if TRAIN in of.values() or file.suffix == ".parquet" else "")
+        for file, split in of.items()
+    }
+    if set(of.values()) == {TRAIN, ""}:
+        return {"": found}
+    splits = sorted(set(of.values()) - {""})
+    if not splits or (len(splits) == 1 and "" not in of.values()):
+        return {"": found}
+    if others := [file for file, split in of.items() if not split]:
+        names = ", ".join(map(repr, splits))
+        raise DataError(
+            f"data path '{root}': holds files of the split {names} beside others, such as {others[0]}; name the files "
+            "to train on by a glob, and those to evaluate on by data.eval_path"
+        )
+    return {split: [file for file in found if of[file] == split] for split in splits}
+
+
+def _split_in_name(path: PurePath, anywhere: bool) -> str:
+    """The split that a path below a data folder names: by its topmost folder of such a name, else by the file's name.
+
+    Args:
+      path: relative to the data folder.
+      anywhere: the file's name may have it among other words; else all of it but the suffix must be one (test.csv).
+    """
+    for folder in path.parts[:-1]:
+        if split := _SPLIT_NAMES.get(folder.lower().rstrip("0123456789")):
+            return split
+    words = [word.rstrip("0123456789") for word in re.split(r"[^a-z0-9]+", path.name.lower())]
+    if not anywhere:
+        words = [_shard_of(path.name).lower() or path.name.lower().split(".")[0]]
+    named = {_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES}
+    return named.pop() if len(named) == 1 else ""
+
+
 def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[Pair]:
     """Files of 'DIR/train.{en,de}.gz', where the braces name the two sides.
 
@@ -59,6 +124,11 @@ def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[Pair]:
     if len(source) != len(target):
         raise DataError(f"data path '{path}': {len(source)} files of the first side, but {len(target)} of the second")
     return [Pair(*both) for both in zip(source, target, strict=True)]
+
+
+def _shard_of(name: str) -> str:
+    match = _SHARD.fullmatch(name)
+    return match[1] if match else ""
 
 
 def _files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:

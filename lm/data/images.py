@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import Config
-from lm.data.examples import Columns, Example, Row, Task
+from lm.data.examples import Columns, Example, Row, Task, one_label
 from lm.data.labelled import label_index
 from lm.data.records import Record
 from lm.schema import ConfigError
@@ -75,9 +75,11 @@ def _pair_columns(cfg: Config) -> Columns:
     return {"images": ((2, *cfg.data.image_shape), np.uint8)}
 
 
-LABELLED_IMAGES = Task(
-    ("image", "label"), labelled_image, lambda cfg: _image_columns(cfg) | {"labels": ((), np.int32)}, None
-)
+def _labelled_columns(cfg: Config) -> Columns:
+    return _image_columns(cfg) | {"labels": ((), np.int32)}
+
+
+LABELLED_IMAGES = Task(("image", "label"), labelled_image, _labelled_columns, None, lacks=one_label)
 MASKED_IMAGES = Task(("image",), image, _image_columns, None, hide_patches, _masked_columns)
 IMAGE_PAIRS = Task(("image",), image, _image_columns, None, two_views, _pair_columns, augments=True)
 

@@ -1,4 +1,4 @@
-"""Who chose what, and when: tables of interactions to one sequence of items a user."""
+"""Interactions of users with items: tables of user, item and time to one sequence of items a user."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,15 +9,15 @@ from etils import epath
 from lm.data import tables
 from lm.data.records import Fault, Record
 
-FIELDS = ("user", "item", "time")
-MIN_ITEMS = 3  # one to predict from, one to train on, one held out
+MIN_ITEMS = 3  # one to train on, one to validate, one to test
 
 
 class Sequences(NamedTuple):
-    """The halves of `leave_one_out`, and how many users and interactions it left out."""
+    """What `leave_one_out` makes, and how many users and interactions it left out."""
 
     train: list[Record]
     valid: list[Record]
+    test: list[Record]
     users_left_out: int
     interactions_left_out: int
 
@@ -33,7 +33,7 @@ def read_interactions(path: epath.Path, rename: Mapping[str, str]) -> Iterator[R
     Yields:
       {"user": str, "item": str, "time": int or float}.
     """
-    for row in tables.read_table(path, {name: name for name in FIELDS if name not in rename.values()} | dict(rename)):
+    for row in tables.read_table(path, rename):
         time = row if isinstance(row, Fault) else _number(row["time"])
         if isinstance(row, Fault):
             yield row
@@ -56,12 +56,14 @@ def _number(text: str) -> Any:
 
 
 def leave_one_out(rows: Iterable[Record]) -> Sequences:
-    """Each user's items in the order of time (of the rows, where that is equal), the last one held out.
+    """Each user's items in the order of time (of the rows, where that is equal); the last two are not trained on.
 
-    Worked: u chose a at 3, b at 1, c at 2, d at 4:
+    The second-last item validates and the last one tests, each after all items before it (Kang and McAuley 2018,
+    section IV-A). Worked: u chose a at 3, b at 1, c at 2, d at 4:
 
-        train  {"items": [b, c, a], "user": u}
-        valid  {"items": [b, c, a], "user": u, "target": d}
+        train  {"items": [b, c], "user": u}
+        valid  {"items": [b, c], "user": u, "target": a}
+        test   {"items": [b, c, a], "user": u, "target": d}
 
     Users of fewer than `MIN_ITEMS` interactions are left out. An item chosen twice is in the sequence twice.
 
@@ -71,13 +73,15 @@ def leave_one_out(rows: Iterable[Record]) -> Sequences:
     chosen: dict[str, list[tuple[Any, str, str]]] = {}
     for row in rows:
         chosen.setdefault(row["user"], []).append((row["time"], row["item"], row["source"]))
-    train, valid, short = [], [], []
+    train, valid, test = list[Record](), list[Record](), list[Record]()
+    short: list[int] = []
     for user, found in chosen.items():
         if len(found) < MIN_ITEMS:
             short.append(len(found))
             continue
-        *history, (_, target, target_source) = sorted(found, key=lambda one: one[0])
-        sequence = {"items": [item for _, item, _ in history], "user": user, "source": history[0][2]}
-        train.append(sequence)
-        valid.append(sequence | {"target": target, "source": target_source})
-    return Sequences(train, valid, len(short), sum(short))
+        _, items, places = zip(*sorted(found, key=lambda one: one[0]), strict=True)
+        train.append({"items": list(items[:-2]), "user": user, "source": places[0]})
+        for held_out, last in ((valid, -2), (test, -1)):
+            target = {"target": items[last], "source": places[last]}
+            held_out.append({"items": list(items[:last]), "user": user, **target})
+    return Sequences(train, valid, test, len(short), sum(short))

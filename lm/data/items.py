@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import Config, TokenizerConfig
-from lm.data.examples import Columns, Example, Row, Task, Words, sequence_columns, shifted_columns
+from lm.data.examples import Columns, Example, Row, Rows, Task, Words, sequence_columns, shifted_columns
 from lm.data.records import Record
 from lm.schema import ConfigError
 
@@ -247,6 +247,15 @@ def _stored(cfg: Config) -> Columns:
     return sequence_columns(("tokens",), cfg.data.seq_len) | {"held_out": ((), np.int32)}
 
 
+def _lacks(rows: Rows, cfg: Config) -> str:
+    found = np.unique(rows["tokens"])
+    if len(found[found >= _FIRST]) < 2:
+        return "all rows are of one item, so that there is nothing to choose from; expected two or more"
+    return ""
+
+
 VOCABULARY = Words("items.json", train, load)
-ITEMS = Task(("items",), next_items, shifted_columns, _items, words=VOCABULARY)
-MASKED_ITEMS = Task(("items",), hidden_items, _stored, _items, mask_items, shifted_columns, words=VOCABULARY)
+ITEMS = Task(("items",), next_items, shifted_columns, _items, words=VOCABULARY, lacks=_lacks)
+MASKED_ITEMS = Task(
+    ("items",), hidden_items, _stored, _items, mask_items, shifted_columns, words=VOCABULARY, lacks=_lacks
+)

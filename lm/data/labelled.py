@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from lm.config import Config
-from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns
+from lm.data.examples import Columns, Example, Task, field_texts, one_label, sequence_columns
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.schema import nearest
@@ -70,5 +70,6 @@ def _columns(cfg: Config, label: type) -> Columns:
     return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"labels": ((), label)}
 
 
-LABELLED = Task(("text", "label"), labelled, lambda cfg: _columns(cfg, np.int32), field_texts("text", "text_pair"))
-SCORED = Task(("text", "label"), scored, lambda cfg: _columns(cfg, np.float32), field_texts("text", "text_pair"))
+_TEXTS = field_texts("text", "text_pair")
+LABELLED = Task(("text", "label"), labelled, lambda cfg: _columns(cfg, np.int32), _TEXTS, lacks=one_label)
+SCORED = Task(("text", "label"), scored, lambda cfg: _columns(cfg, np.float32), _TEXTS, lacks=one_label)

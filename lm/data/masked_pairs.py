@@ -1,14 +1,13 @@
 """Documents to pairs of neighbouring stretches, of which `lm.data.corrupt.masked_pairs` makes what BERT reads."""
 
 import re
-import zlib
 from collections import Counter
 
 import numpy as np
 
 from lm.config import Config
-from lm.data import corrupt
-from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns, shifted_columns
+from lm.data import corrupt, holdout
+from lm.data.examples import Columns, Example, Rows, Task, field_texts, sequence_columns, shifted_columns
 from lm.data.records import Record
 from lm.data.tokenizer import Tokenizer
 
@@ -22,10 +21,11 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
     sentence_cut); one that no other fits beside has no neighbour (dropped_single).
 
     Returns:
-      Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a number that tells documents apart.
+      Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a hash of the content: equal texts are one
+      document.
     """
     room = cfg.data.seq_len - corrupt.PAIR_SPECIALS
-    document = np.array(zlib.crc32(str(record["source"]).encode()) & 0x7FFFFFFF, np.int32)
+    document = np.array(int.from_bytes(holdout.digest(record)[:4]) & 0x7FFFFFFF, np.int32)
     groups: list[list[list[int]]] = [[]]
     for sentence in _BETWEEN_SENTENCES.split(record["text"]):
         # Each begins with white space: else the first of a document would tell where it belongs.
@@ -56,4 +56,19 @@ def _batch(cfg: Config) -> Columns:
     return shifted_columns(cfg) | {"type_ids": ((cfg.data.seq_len,), np.int32), "labels": ((), np.int32)}
 
 
-MASKED_PAIRS = Task(("text",), neighbours, _stored, field_texts("text"), corrupt.masked_pairs, _batch, draws_other=True)
+def _lacks(rows: Rows, cfg: Config) -> str:
+    if cfg.corrupt.pairs == "next" and len(np.unique(rows["document"])) < 2:
+        return "all rows are of one document, so that no pair can have its B from another one; expected two or more"
+    return ""
+
+
+MASKED_PAIRS = Task(
+    ("text",),
+    neighbours,
+    _stored,
+    field_texts("text"),
+    corrupt.masked_pairs,
+    _batch,
+    draws_other=True,
+    lacks=_lacks,
+)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.config import Config
-from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns
+from lm.data.examples import Columns, Example, Rows, Task, field_texts, sequence_columns
 from lm.data.labelled import encode_pair
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
@@ -91,4 +91,12 @@ def _columns(cfg: Config) -> Columns:
     return columns | {"labels": ((), np.float32), "part": ((), np.int32)}
 
 
-MIXED = Task(("text", "label"), mixed, _columns, field_texts("text", "text_pair"))
+def _lacks(rows: Rows, cfg: Config) -> str:
+    for place, part in enumerate(parts(cfg.data.labels)):
+        labels = rows["labels"][rows["part"] == place]
+        if len(labels) and (labels == labels[0]).all():
+            return f"all {len(labels):,} rows of task '{part.name}' have one label; expected two or more"
+    return ""
+
+
+MIXED = Task(("text", "label"), mixed, _columns, field_texts("text", "text_pair"), lacks=_lacks)

@@ -148,18 +148,21 @@ def _easy_first(cfg: Config, data: Data) -> int:
 def _source(
     found: Found, cfg: Config, tokenizer: Tokenizer | None
 ) -> tuple[Source, dict[str, dict[str, float]], dict[str, int]]:
-    """Both halves of a source, what was counted, and what stands for the training rows in a fingerprint."""
+    """The parts of a source, what was counted, and what stands for the training rows in a fingerprint."""
     if isinstance(found, Prepared):
-        halves = {half: _prepared(found, half, cfg, tokenizer) for half in ("train", "valid")}
+        parts = {name: _prepared(found, name, cfg, tokenizer) for name in ("train", "valid")}
         checksums: dict[str, int] = {}
     else:
         task = TASKS[cfg.data.task]
-        held_out = task.held_out(found.train, found.valid, cfg) if task.held_out else found.valid
         train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
-        valid, _, valid_counts = _packed(held_out, "valid", cfg, tokenizer)
-        halves = {"train": (train, counts), "valid": (valid, valid_counts)}
-    report = {half: counts for half, (_, counts) in halves.items()}
-    return Source(halves["train"][0], halves["valid"][0]), report, checksums
+        parts = {"train": (train, counts)}
+        for name, records in (("valid", found.valid), ("test", found.test)):
+            if records:
+                held_out = task.held_out(found.train, records, cfg) if task.held_out else records
+                part, _, counts = _packed(held_out, name, cfg, tokenizer)
+                parts[name] = part, counts
+    report = {name: counts for name, (_, counts) in parts.items()}
+    return Source(**{name: part for name, (part, _) in parts.items()}), report, checksums
 
 
 def _packed(
@@ -186,6 +189,10 @@ def _packed(
             f"the {name} data has no target: nothing in it counts for the loss ({found}); "
             f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )
+    if lack := task.lacks(rows, cfg) if task.lacks else "":
+        if name == "train":
+            raise DataError(f"the train data cannot teach data.task={cfg.data.task}: {lack}; check data.path")
+        report["nothing_to_tell_apart"] = report["rows"]
     checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(rows.items())}
     return _part(task, name, cfg, tokenizer, *feed.in_memory(rows), stored, meta), checksums, report
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.config import Config
-from lm.data.examples import Columns, Example, Task, field_texts
+from lm.data.examples import Columns, Example, Task, field_texts, one_label
 from lm.data.labelled import label_index
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
@@ -153,4 +153,6 @@ def _columns(cfg: Config) -> Columns:
     return of_label | {"loss_weights": (shape, np.float32), "labels": ((), np.int32)}
 
 
-PROMPTED = Task(("text", "label"), prompted, _columns, field_texts("text", "text_pair"), held_out=with_shots)
+PROMPTED = Task(
+    ("text", "label"), prompted, _columns, field_texts("text", "text_pair"), held_out=with_shots, lacks=one_label
+)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from lm.config import Config
-from lm.data.examples import Columns, Example, Task, field_texts
+from lm.data.examples import Columns, Example, Rows, Task, field_texts
 from lm.data.labelled import encode_pair
 from lm.data.records import Record
 from lm.data.tokenizer import Tokenizer
@@ -36,7 +36,15 @@ def _views(fields: tuple[str, ...]) -> Task:
         shape = (len(fields), cfg.data.seq_len)
         return {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
 
-    return Task(fields, make, columns, field_texts(*fields))
+    def lacks(rows: Rows, cfg: Config) -> str:
+        tokens_RxnxL = rows["tokens"]
+        if (tokens_RxnxL[:, 0] == tokens_RxnxL[:1, 0]).all():
+            return "all rows have the same sentence, so that there is nothing to tell it from; expected two or more"
+        if len(fields) > 1 and (tokens_RxnxL[:, 0] == tokens_RxnxL[:, 1]).all():
+            return "'text' and 'text_pair' are equal in every row; expected two different sentences"
+        return ""
+
+    return Task(fields, make, columns, field_texts(*fields), lacks=lacks)
 
 
 # data.task -> what an anchor is compared with: itself under other dropout, its pair, its pair and a hard negative.

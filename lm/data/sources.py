@@ -1,6 +1,7 @@
 """From a data config to records: which units of data there are, how each is read, and which records are held out."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,30 +21,37 @@ class Format(NamedTuple):
     """How the records of a format are found and read.
 
     Attributes:
-      find: (data.path, data.eval_path) -> the units of both; none of the latter where it is ''.
+      find: (data.path, data.eval_path) -> the units to train on and those held out.
       read: (unit, config) -> its records and faults, one at a time, in their order.
       reads: the keys among `_OPTIONAL` that it reads; the others are refused.
     """
 
-    find: Callable[[str, str], tuple[list[Unit], list[Unit]]]
+    find: Callable[[str, str], "Units"]
     read: Callable[[Unit, DataConfig], Iterator[Record | Fault]]
     reads: tuple[str, ...] = ()
 
 
 class Units(NamedTuple):
-    """What `data.path` and `data.eval_path` name. Without the latter, `valid` is empty: see `lm.data.holdout`."""
+    """What `data.path` and `data.eval_path` name.
+
+    Attributes:
+      train: units to train on.
+      valid: units held out; empty = a share of the records of `train` is, see `lm.data.holdout`.
+      notes: what the run should say of them: which split is which, what is not read.
+    """
 
     train: list[Unit]
     valid: list[Unit]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
 class Split:
-    """Records to train on and records held out.
+    """Records to train on and records held out. Each has an `identity` that no other one has.
 
     Attributes:
       train: records to train on, in the order of the sorted file names and of each file.
-      valid: held-out records; never empty.
+      valid: held-out records, by which checkpoints are chosen; never empty.
       fingerprint: sha256 hex over the format, the contents and their order; not over where the files lie.
       report: what was read and what was skipped, for the run to print.
     """
@@ -52,15 +60,18 @@ class Split:
     valid: list[Record]
     fingerprint: str
     report: str
+    test: list[Record] = dataclasses.field(
+        default_factory=list
+    )  # read once, at the end of a run; most formats have none
 
 
 def load(cfg: DataConfig) -> Split:
     """Reads the records that `data.*` names.
 
-    Held out are the records of `data.eval_path` or, without one, those whose content has a small sha256: the same
-    ones in whatever order the files give them, and the same content never on both sides. The built-in formats and
-    interactions have their own split. `data.max_records` keeps the train records of the smallest hashes, so that a
-    smaller number gives a subset of a larger one.
+    Held out are the records of `data.eval_path`, else those of a folder's validation split, else the groups (records
+    of one context, text, user: see `lm.data.holdout`) with a small sha256: the same ones in whatever order the files
+    give them. The built-in formats and interactions have their own split. `data.max_records` keeps the train records
+    of the smallest hashes, so that a smaller number gives a subset of a larger one.
 
     Raises:
       DataError: a bad file; more bad records (see `lm.data.records`) than `data.max_bad_records`; no record left to
@@ -74,7 +85,8 @@ def load(cfg: DataConfig) -> Split:
     if 0 < cfg.max_records < len(split.train):
         split.report += f"\ntrain cut to data.max_records={cfg.max_records:,} of {len(split.train):,} records"
         split.train = holdout.smallest(split.train, cfg.max_records)
-    split.fingerprint = holdout.fingerprint(cfg.format, split.train, split.valid)
+    split.fingerprint = holdout.fingerprint(cfg.format, split.train, split.valid, *([split.test] if split.test else []))
+    holdout.identify(itertools.chain(split.train, split.valid, split.test))
     return split
 
 
@@ -88,7 +100,7 @@ def find(cfg: DataConfig) -> Units:
     _check(cfg)
     if not cfg.eval_path and not cfg.eval_fraction:
         raise ConfigError("nothing is held out: set 'data.eval_path' or an 'data.eval_fraction' above 0")
-    return Units(*FORMATS[cfg.format].find(cfg.path, cfg.eval_path))
+    return FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
 
 
 def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault]:
@@ -117,20 +129,47 @@ def _rename(cfg: DataConfig) -> dict[str, str]:
 
 
 def _named(
-    *suffixes: str, find_one: Callable[[str, tuple[str, ...]], list[Unit]] = files.find_files
-) -> Callable[[str, str], tuple[list[Unit], list[Unit]]]:
+    *suffixes: str, find_splits: Callable[[str, tuple[str, ...]], dict[str, list[Unit]]] = files.find_splits
+) -> Callable[[str, str], Units]:
     """Finds the files of two paths. `suffixes` are of the names that a folder is searched for; a file named in full, or
     by a glob, is read whatever its name."""
 
-    def find_both(path: str, eval_path: str) -> tuple[list[Unit], list[Unit]]:
-        train = find_one(path, suffixes)
-        valid = find_one(eval_path, suffixes) if eval_path else []
-        if both := sorted(set(map(str, train)) & set(map(str, valid))):
+    def find_both(path: str, eval_path: str) -> Units:
+        found = find_splits(path, suffixes)
+        held_out = find_splits(eval_path, suffixes) if eval_path else {}
+        if len(held_out) > 1:
+            names = ", ".join(map(repr, held_out))
+            raise DataError(f"data.eval_path '{eval_path}': holds the splits {names}; name one by its folder or a glob")
+        units = _train_and_validation(path, found, held_out.popitem()[1] if eval_path else [])
+        if both := sorted(set(map(str, units.train)) & set(map(str, units.valid))):
             hint = "narrow data.path, by a glob perhaps"
             raise DataError(f"{both[0]}: named by both data.path and data.eval_path; {hint}")
-        return train, valid
+        return units
 
     return find_both
+
+
+def _train_and_validation(path: str, found: dict[str, list[Unit]], held_out: list[Unit]) -> Units:
+    """Of a folder that holds several splits its 'train' and, unless `held_out` names others, its 'validation'."""
+    if len(found) == 1:
+        (only,) = found.values()
+        return Units(only, held_out)
+    if files.TRAIN not in found:
+        names = ", ".join(map(repr, sorted(found)))
+        raise DataError(f"data path '{path}': holds {names} and no 'train'; name one by its folder or a glob")
+    valid = held_out or found.get(files.VALIDATION, [])
+    notes = [
+        f"{path} holds several splits: 'train' is trained on"
+        + ", 'validation' is held out" * (not held_out and bool(valid))
+    ]
+    read = {str(unit) for unit in (*found[files.TRAIN], *valid)}
+    if rest := [f"'{name}'" for name in sorted(found) if not read & set(map(str, found[name]))]:
+        notes.append(f"not read: {', '.join(rest)} (data.eval_path names another split to evaluate on)")
+    return Units(found[files.TRAIN], valid, tuple(notes))
+
+
+def _pairs(path: str, suffixes: tuple[str, ...]) -> dict[str, list[Unit]]:
+    return {"": files.file_pairs(path, suffixes)}
 
 
 def _renamed(reader: Callable[[Any, Mapping[str, str]], Iterator[Record | Fault]]) -> dict[str, Any]:
@@ -145,12 +184,12 @@ FORMATS: dict[str, Format] = {
     "table": Format(_named(".tsv", ".csv"), **_renamed(tables.read_table)),
     "conll": Format(_named(".conll", ".conllu", ".iob", ".tsv"), **_renamed(tables.read_conll)),
     "squad": Format(_named(".json"), lambda path, cfg: tables.read_squad(path)),
-    "parallel": Format(_named("", find_one=files.file_pairs), lambda pair, cfg: tables.read_parallel(*pair)),
+    "parallel": Format(_named("", find_splits=_pairs), lambda pair, cfg: tables.read_parallel(*pair)),
     "images": Format(_named(*image_files.SUFFIXES), lambda path, cfg: image_files.read_images(path, cfg.image_shape)),
-    "tfds": Format(tfds_sets.find, **_renamed(tfds_sets.read)),
+    "tfds": Format(lambda name, eval_split: Units(*tfds_sets.find(name, eval_split)), **_renamed(tfds_sets.read)),
     "array_record": Format(_named(".array_record", ".arrayrecord"), **_renamed(array_records.read_array_record)),
-    "parquet": Format(_named(".parquet", find_one=columnar.find_parquet), **_renamed(columnar.read_parquet)),
-    "arrow": Format(_named(".arrow", find_one=columnar.find_arrow), **_renamed(columnar.read_arrow)),
+    "parquet": Format(_named(".parquet"), **_renamed(columnar.read_parquet)),
+    "arrow": Format(_named(".arrow", find_splits=columnar.find_arrow), **_renamed(columnar.read_arrow)),
 }
 
 
@@ -163,20 +202,27 @@ def _builtin(cfg: DataConfig) -> Split:
 
 
 def _interactions(cfg: DataConfig) -> Split:
-    """Held out is the last item of every user, so that both halves are of the same users."""
+    """Of every user the second-last item validates and the last one tests, as in SASRec and BERT4Rec."""
     _check(cfg)
     rename, faults = _rename(cfg), list[Fault]()
-    paths = files.find_files(cfg.path, (".csv", ".tsv"))
+    found_splits = files.find_splits(cfg.path, (".csv", ".tsv"))
+    if len(found_splits) > 1:
+        raise DataError(
+            f"data path '{cfg.path}': holds the splits {', '.join(map(repr, found_splits))}, but interactions are "
+            "split by time for each user; name the files to read by a glob"
+        )
+    (paths,) = found_splits.values()
     rows = (interactions.read_interactions(path, rename) for path in paths)
     found = interactions.leave_one_out(_good_records(rows, cfg, faults))
     report = [
-        f"read {len(paths)} files: {len(found.train):,} users, the last item of each held out; left out: "
+        f"read {len(paths)} files: {len(found.train):,} users, split by time: of each user the second-last item "
+        "validates (and chooses checkpoints), the last one tests; left out: "
         f"{found.users_left_out:,} users of fewer than {interactions.MIN_ITEMS} items, with "
         f"{found.interactions_left_out:,} items"
     ]
     if faults:
         report.append(_describe(faults))
-    return Split(found.train, found.valid, "", "\n".join(report))
+    return Split(found.train, found.valid, "", "\n".join(report), found.test)
 
 
 # Formats that are not read unit by unit: they hold out by a rule of their own.
@@ -209,19 +255,35 @@ def _check(cfg: DataConfig) -> None:
 
 def _read_all(cfg: DataConfig) -> Split:
     units, faults = find(cfg), list[Fault]()
-    train, valid = (list(_good_records((read(unit, cfg) for unit in part), cfg, faults)) for part in units)
-    report = [f"read {len(train) + len(valid):,} records of {len(units.train) + len(units.valid):,} files"]
-    report += [f"  {' to '.join(dict.fromkeys((str(part[0]), str(part[-1]))))}" for part in units if part]
+    parts = (units.train, units.valid)
+    train, valid = (list(_good_records((read(unit, cfg) for unit in part), cfg, faults)) for part in parts)
+    report = [f"read {len(train) + len(valid):,} records of {sum(map(len, parts)):,} files"]
+    report += [f"  {' to '.join(dict.fromkeys((str(part[0]), str(part[-1]))))}" for part in parts if part]
+    report += units.notes
     if faults:
         report.append(_describe(faults))
-    if cfg.eval_path:
-        seen = {holdout.digest(record) for record in train}
-        if overlap := sum(holdout.digest(record) in seen for record in valid):
-            report.append(f"warning: {overlap:,} of {len(valid):,} records of data.eval_path are trained on as well")
+    if units.valid:
+        report += _overlap(train, valid)
     else:
         train, valid = holdout.hold_out(train, cfg.eval_fraction)
+        report.append(holdout.describe_groups(train, valid))
     report.append(f"{len(train):,} train and {len(valid):,} valid records")
     return Split(train, valid, "", "\n".join(report))
+
+
+def _overlap(train: list[Record], valid: list[Record]) -> list[str]:
+    """Warnings about held-out records that are trained on as well, as a whole or by their text, context, ..."""
+
+    def shared(key: Callable[[Record], bytes]) -> list[Record]:
+        seen = set(map(key, train))
+        return [record for record in valid if key(record) in seen]
+
+    whole, grouped = shared(holdout.digest), shared(holdout.group)
+    told = [f"warning: {len(whole):,} of {len(valid):,} held-out records are trained on as well"] if whole else []
+    if len(grouped) > len(whole):
+        kinds = ", ".join(sorted(set(map(holdout.grouping, grouped))))
+        told.append(f"warning: {len(grouped):,} of {len(valid):,} held-out records share their {kinds} with training")
+    return told
 
 
 def _good_records(

@@ -16,7 +16,7 @@ from etils import epath
 from lm.data import fields
 from lm.data.fields import BadRecord
 from lm.data.records import DataError, Fault, Record, decode, empty_file, lines, read_bytes, to_record
-from lm.schema import ConfigError, nearest
+from lm.schema import ConfigError
 
 _NOT_A_WORD = re.compile(rb"\d+[-.]\d+")  # CoNLL-U: 3-4 spells out words 3 and 4, 5.1 was never written
 
@@ -26,11 +26,11 @@ def read_table(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
 
     Args:
       path: its name may end in .gz or .zst.
-      rename: column -> field; other columns are ignored. When all columns are numbers, from 1, the file has no header.
-        Empty: a header, whose names are the fields.
+      rename: column -> field. Columns that are not renamed keep their names, those that no record has are not read
+        (see `fields.normalise`). When all renamed columns are numbers, from 1, the file has no header.
 
     Yields:
-      {field: str}, none of them empty.
+      The record of a row, as `fields.normalise` makes it of a JSON object of the same fields; cells are strings.
     """
     is_csv = path.name.removesuffix(".gz").removesuffix(".zst").endswith(".csv")
     split = _csv_cells if is_csv else _tsv_cells
@@ -41,9 +41,10 @@ def read_table(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
         yield empty_file(path)
         return
     try:
-        names = split(first[1])
+        cells = split(first[1])
         has_header = not rename or not all(map(str.isdecimal, rename))
-        columns = _columns(names if has_header else [str(i + 1) for i in range(len(names))], rename)
+        names = cells if has_header else [str(i + 1) for i in range(len(cells))]
+        read = [(names.index(name), name) for name in fields.columns(names, rename)]
     except BadRecord as error:
         raise DataError(f"{path}:{first[0]}: {error.args[0]}: {error.args[1]}") from None
 
@@ -53,7 +54,7 @@ def read_table(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
             raise BadRecord(
                 "wrong number of columns", f"found {len(cells)}; expected {len(names)}, as in the first row"
             )
-        return {field: fields.string({field: cells[column]}, field) for field, column in columns.items()}
+        return fields.normalise({name: cells[place] for place, name in read}, rename)
 
     empty = True
     for number, row in itertools.chain([] if has_header else [first], filled):
@@ -61,17 +62,6 @@ def read_table(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
         yield to_record(parse, row, path, number)
     if empty:
         yield empty_file(path)
-
-
-def _columns(names: list[str], rename: Mapping[str, str]) -> dict[str, int]:
-    """Field -> place of its column. Raises BadRecord where a name is not that of one column."""
-    for name in rename or names:
-        if names.count(name) != 1:
-            found = f"found {names.count(name)} columns '{name}' among {', '.join(map(repr, names))}"
-            raise BadRecord(
-                "wrong column", f"{found}; expected one{nearest(name, set(names) - {name})}, see data.rename"
-            )
-    return {rename.get(name, name): i for i, name in enumerate(names) if name in (rename or names)}
 
 
 def _tsv_cells(row: bytes) -> list[str]:

@@ -1,0 +1,235 @@
+"""Identity of records, groups that no split tears apart, splits told by names, and data that cannot teach its task."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.config import DataConfig
+from lm.data import files, holdout, pipeline, sources, tokenizer
+from lm.data.records import DataError
+from tests import toys
+from tests.test_data_sources import write
+
+STORIES = [[f"Tale {n} begins here. ", f"Then number {n} goes on! ", f"And {n} ends."] for n in range(60)]
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.randoms())
+def test_identities_are_unique_and_those_of_different_records_do_not_depend_on_order_or_place(texts, random):
+    records = [{"text": text, "source": "one:1"} for text in texts]
+    holdout.identify(records)
+    assert len({record["identity"] for record in records}) == len(records)
+    again = [{"text": text, "source": f"other:{n}"} for n, text in enumerate(texts)]
+    random.shuffle(again)
+    holdout.identify(again)
+    assert {r["identity"] for r in again} == {r["identity"] for r in records}
+    firsts = {r["text"]: r["identity"] for r in records[::-1]}
+    assert {r["text"]: r["identity"] for r in again[::-1]} == firsts
+
+
+@pytest.fixture(scope="module")
+def words():
+    trained = tokenizer.train([text for story in STORIES for text in story], 300, 10_000)
+    return tokenizer.Tokenizer(trained.model, extra_ids=1)
+
+
+def pairs_config(path, **changes):
+    base = {"data__task": "masked_pairs", "objective": "mlm", "model__kind": "encoder", "data__packing": "pad"}
+    base |= {"tokenizer__extra_ids": 1, "data__format": "jsonl", "data__path": str(path), "data__seq_len": 64}
+    return toys.recipe(path.parent, **base | changes)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_documents_of_one_line_are_told_apart(tmp_path, words, indent):
+    """Half of the next-sentence pairs are wrong ones, however the file is laid out."""
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps([{"text": "".join(story)} for story in STORIES], indent=indent))
+    cfg = pairs_config(path)
+    part = pipeline.build(cfg, words, sources.load(cfg.data)).train
+    rows = part.rows
+    labels = []
+    for number in range(200):
+        row = {key: column[number % len(part)] for key, column in rows.items()}
+        labels.append(part.finish(row, np.random.default_rng(number))["labels"])
+    assert 0.35 < np.mean(labels) < 0.6
+
+
+def test_texts_split_within_a_line_are_documents_of_their_own(tmp_path, words):
+    path = write(tmp_path / "a.txt", "<|end|>".join("".join(story) for story in STORIES).encode())
+    cfg = pairs_config(path, data__format="text", data__separator="<|end|>")
+    data = pipeline.build(cfg, words, sources.load(cfg.data))
+    assert len(np.unique(data.train.rows["document"])) == data.report["train"]["documents"] > 40
+
+
+def labelled_config(path, **changes):
+    base = {"data__task": "sentences", "objective": "classification", "model__kind": "encoder", "data__packing": "pad"}
+    return toys.recipe(path.parent, **base | {"data__format": "jsonl", "data__path": str(path)} | changes)
+
+
+@pytest.mark.parametrize(
+    ("records", "changes", "says"),
+    [
+        (
+            [{"text": "One text. Of two."}] * 9 + [{"text": "Held out. Or not."}],
+            "pairs",
+            "all rows are of one document",
+        ),
+        ([{"text": f"text {n}", "label": "a"} for n in range(20)], {"data__labels": ("a", "b")}, "have the label 'a'"),
+        (
+            [{"text": f"text {n}", "label": 2.5} for n in range(20)],
+            {"data__task": "scored_sentences", "objective": "regression"},
+            "have the label 2.5",
+        ),
+        (
+            [{"text": f"text {n}", "text_pair": f"text {n}"} for n in range(20)],
+            {"data__task": "sentence_pairs", "objective": "contrastive"},
+            "'text' and 'text_pair' are equal in every row",
+        ),
+        (
+            [{"text": "same", "text_pair": f"text {n}"} for n in range(20)] + [{"text": "x", "text_pair": "y"}],
+            {"data__task": "sentence_pairs", "objective": "contrastive"},
+            "all rows have the same sentence",
+        ),
+        (
+            [{"text": f"text {n}", "label": "t/a"} for n in range(20)],
+            {"data__task": "mixed_sentences", "objective": "multitask", "data__labels": ("t/a", "t/b")},
+            "all .* rows of task 't' have one label",
+        ),
+    ],
+)
+def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, changes, says):
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
+    cfg = pairs_config(path) if changes == "pairs" else labelled_config(path, **changes)
+    split = sources.load(cfg.data)
+    if changes == "pairs":
+        split.train = [record for record in split.train + split.valid if "One text" in record["text"]]
+    if "same sentence" in says:
+        split.train = [record for record in split.train + split.valid if record["text"] == "same"]
+    with pytest.raises(DataError, match=f"the train data cannot teach data.task=.*: .*{says}"):
+        pipeline.build(cfg, words, split)
+
+
+def test_held_out_data_of_one_label_is_counted(tmp_path, words):
+    records = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
+    cfg = labelled_config(path, data__labels=("a", "b"))
+    split = sources.load(cfg.data)
+    split.valid = [record for record in split.train if record["label"] == "a"][:5]
+    report = pipeline.build(cfg, words, split).report
+    assert report["valid"]["nothing_to_tell_apart"] == 5
+    assert "nothing_to_tell_apart" not in report["train"]
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+def held(tmp_path, records, **options):
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
+    return sources.load(DataConfig(format="jsonl", path=str(path), eval_fraction=0.3, **options))
+
+
+def answer(text):
+    return [{"text": text, "answer_start": 0}]
+
+
+@pytest.mark.parametrize(
+    ("records", "key", "kind"),
+    [
+        (
+            [{"question": f"q{n}", "context": f"c{n % 20}", "answers": answer("c")} for n in range(200)],
+            lambda record: record["context"],
+            "context",
+        ),
+        ([{"text": f"t{n % 20}", "label": n // 20} for n in range(60)], lambda record: record["text"], "text"),
+        ([{"text": f"t{n % 20}", "text_pair": f"p{n}"} for n in range(60)], lambda record: record["text"], "text"),
+        ([{"words": [f"w{n % 20}"], "tags": [f"T{n}"]} for n in range(60)], lambda r: r["words"][0], "sentence"),
+        (
+            [{"prompt": f"p{n % 20}", "response": f"r{n}"} for n in range(60)],
+            lambda record: record["messages"][0]["content"],
+            "prompt",
+        ),
+        ([{"text": f"t{n}", "group": n % 20} for n in range(60)], lambda record: record["group"], "group"),
+    ],
+)
+def test_records_that_share_what_they_are_grouped_by_are_on_one_side(tmp_path, records, key, kind):
+    split = held(tmp_path, records)
+    train, valid = (set(map(key, part)) for part in (split.train, split.valid))
+    assert not train & valid and len(train) + len(valid) == 20
+    assert f"split by {kind}: {len(train)} distinct to train on, {len(valid)} held out" in split.report
+
+
+def test_a_user_of_several_texts_can_be_the_group(tmp_path):
+    records = [{"text": f"t{n}", "author": f"a{n % 9}"} for n in range(90)]
+    split = held(tmp_path, records, rename=(("author", "group"),))
+    assert not {r["group"] for r in split.train} & {r["group"] for r in split.valid}
+
+
+def test_the_group_of_a_plain_text_is_its_content():
+    """By which prepared data is split too, so that both hold the same documents out."""
+    assert holdout.group({"text": "a", "source": "x"}) == holdout.digest({"text": "a"})
+
+
+def test_held_out_files_that_share_texts_with_training_are_told(tmp_path):
+    train = write(tmp_path / "one.jsonl", b"\n".join(b'{"text": "t%d", "label": "a"}' % n for n in range(9)))
+    valid = write(tmp_path / "two.jsonl", b"\n".join(b'{"text": "t%d", "label": "b"}' % n for n in range(7, 12)))
+    split = sources.load(DataConfig(format="jsonl", path=str(train), eval_path=str(valid)))
+    assert "warning: 2 of 5 held-out records share their text with training" in split.report
+
+
+# Splits by name -------------------------------------------------------------------------------------------------------
+
+
+def by_split(root, names):
+    for name in names:
+        write(root / name, b"x")
+    found = files.find_files(str(root), (".txt",))
+    return {key: [str(p.relative_to(root)) for p in part] for key, part in files.by_split(root, found).items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.txt", "b/c.txt"], {"": 2}),
+        (["train.txt", "test.txt"], {"train": 1, "test": 1}),
+        (["train/cat/1.txt", "val/cat/1.txt", "val/test/1.txt"], {"train": 1, "validation": 2}),
+        (["Train/1.txt", "Valid/1.txt", "TEST/1.txt"], {"train": 1, "validation": 1, "test": 1}),
+        (["train2017/1.txt", "val2017/1.txt"], {"train": 1, "validation": 1}),
+        (["cifar_train_5.txt", "cifar_test_1.txt"], {"train": 1, "test": 1}),
+        (["en_ewt-ud-train.txt", "en_ewt-ud-dev.txt"], {"train": 1, "validation": 1}),
+        (["train-00000-of-00002.txt", "train-00001-of-00002.txt", "unsupervised-00000-of-00001.txt"], None),
+        (["train/1.txt", "bus/1.txt"], {"": 2}),  # a class called train
+        (["valid.txt", "test.txt"], {"validation": 1, "test": 1}),
+        (["test/1.txt", "test/2.txt"], {"": 2}),  # all of one split: what the user asked for
+        (["how_to_test.txt", "unit-tests.txt", "development.txt"], {"": 3}),
+        (["books-00000-of-00001.txt", "web-00000-of-00001.txt"], {"": 2}),
+    ],
+)
+def test_the_usual_names_of_splits_are_recognised(tmp_path, names, expected):
+    found = by_split(tmp_path, names)
+    expected = expected or {"train": 2, "unsupervised": 1}
+    assert {key: len(part) for key, part in found.items()} == expected
+
+
+@pytest.mark.parametrize("names", [["data.txt", "test.txt"], ["train/a.txt", "val/a.txt", "more.txt"]])
+def test_files_of_a_split_beside_others_are_refused(tmp_path, names):
+    with pytest.raises(DataError, match=r"holds files of the split .* beside others, such as .*by a glob"):
+        by_split(tmp_path, names)
+
+
+def test_a_folder_of_splits_is_trained_on_train_and_evaluated_on_validation(tmp_path):
+    for name in ("train", "dev", "test"):
+        write(tmp_path / f"{name}.jsonl", b"\n".join(b'{"text": "%s %d"}' % (name.encode(), n) for n in range(4)))
+    split = sources.load(DataConfig(format="jsonl", path=str(tmp_path)))
+    assert {r["text"].split()[0] for r in split.train} == {"train"}
+    assert {r["text"].split()[0] for r in split.valid} == {"dev"}
+    assert "'train' is trained on, 'validation' is held out" in split.report and "not read: 'test'" in split.report
+    (tmp_path / "dev.jsonl").unlink()
+    split = sources.load(DataConfig(format="jsonl", path=str(tmp_path), eval_fraction=0.5))
+    assert {r["text"].split()[0] for r in split.train + split.valid} == {"train"}
+    split = sources.load(DataConfig(format="jsonl", path=str(tmp_path), eval_path=str(tmp_path / "test.jsonl")))
+    assert {r["text"].split()[0] for r in split.valid} == {"test"}
+    (tmp_path / "train.jsonl").rename(tmp_path / "valid.jsonl")
+    with pytest.raises(DataError, match="holds 'test', 'validation' and no 'train'"):
+        sources.load(DataConfig(format="jsonl", path=str(tmp_path)))
