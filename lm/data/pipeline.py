@@ -156,11 +156,11 @@ def _source(
         task = TASKS[cfg.data.task]
         train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
         parts = {"train": (train, counts)}
-        for name, records in (("valid", found.valid), ("test", found.test)):
-            if records:
-                held_out = task.held_out(found.train, records, cfg) if task.held_out else records
-                part, _, counts = _packed(held_out, name, cfg, tokenizer)
-                parts[name] = part, counts
+        held_out = {"valid": found.valid} | ({"test": found.test} if found.test else {})
+        for name, records in held_out.items():
+            records = task.held_out(found.train, records, cfg) if task.held_out else records
+            part, _, counts = _packed(records, name, cfg, tokenizer)
+            parts[name] = part, counts
     report = {name: counts for name, (_, counts) in parts.items()}
     return Source(**{name: part for name, (part, _) in parts.items()}), report, checksums
 
