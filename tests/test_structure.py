@@ -48,6 +48,7 @@ MODULES = (
     "lm.data.array_records",
     "lm.data.tfds_sets",
     "lm.data.holdout",
+    "lm.data.labels",
     "lm.data.sources",
     "lm.data.examples",
     "lm.data.labelled",

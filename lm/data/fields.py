@@ -100,7 +100,7 @@ def named(value: Any, names: Names, what: str) -> Any:
         return {field: named(item, names.get(field), field) for field, item in value.items()}
     if isinstance(names, list) and isinstance(value, list):
         return [named(item, names[0], f"{what}[{i}]") for i, item in enumerate(value)]
-    if not isinstance(names, tuple) or value is None or isinstance(value, str) or value == -1:
+    if not isinstance(names, tuple) or value is None or isinstance(value, str | bool) or value == -1:
         return None if isinstance(names, tuple) and value == -1 else value
     if not isinstance(value, int) or not 0 <= value < len(names):
         raise BadRecord("unknown label", f"'{what}' is {_shown(value)}; expected a number from 0 to {len(names) - 1}")
@@ -191,8 +191,8 @@ def _paragraphs(value: dict[str, Any], field: str) -> str:
 def _text(value: dict[str, Any]) -> dict[str, Any]:
     known = ("text", "text_pair", "negative")
     record: dict[str, Any] = {field: _paragraphs(value, field) for field in known if field in value}
-    if value.get("label") is not None:
-        record["label"] = _label(value["label"], "label")
+    if "label" in value:
+        record["label"] = _one_label(value["label"])
     return record
 
 
@@ -225,6 +225,14 @@ def _label(value: Any, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRecord("wrong type", f"'{name}' is {_shown(value)}; expected a string or a number")
     return str(value)
+
+
+def _one_label(value: Any) -> str | bool | None:
+    """The label of a text: as text, or as it is where it is a boolean; None for null, NaN and an empty cell."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan or (isinstance(value, str) and not value.strip()):
+        return None
+    return value if isinstance(value, bool) else _label(value, "label")
 
 
 def _objects(
