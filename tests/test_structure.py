@@ -29,6 +29,7 @@ MODULES = (
     "lm.losses",
     "lm.contrast",
     "lm.ranks",
+    "lm.entity_tags",
     "lm.scores",
     "lm.selection",
     "lm.optim",

@@ -142,19 +142,27 @@ def _one_turn(request: str, answer: str) -> dict[str, Any]:
 
 
 def question(value: Any) -> dict[str, Any]:
-    """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord."""
+    """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord.
+
+    No answers: the context does not answer the question (SQuAD 2.0). `is_impossible` must not say otherwise where it is
+    given; `plausible_answers` are wrong answers and are not read.
+    """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a question, an object")
     if missing := [field for field in ("question", "context", "answers") if field not in value]:
         raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
     raw, answers = value["context"], []
     record = {"question": string(value, "question"), "context": string(value, "context")}
-    for name, answer in _objects(_as_objects(value, "answers"), "answers", ("text", "answer_start")):
+    for name, answer in _objects(_as_objects(value, "answers"), "answers", ("text", "answer_start"), least=0):
         text, start = string(answer, "text", f"{name}.text"), _moved(answer, "answer_start", raw, name)
         if record["context"][start : start + len(text)] != text:
             found = f"at {answer['answer_start']} 'context' has {_shown(raw[answer['answer_start'] :][: len(text)])}"
             raise BadRecord("misplaced answer", f"'{name}': {found}; expected the answer {_shown(text)}")
         answers.append({"text": text, "answer_start": start})
+    is_impossible = value.get("is_impossible")
+    if is_impossible is not None and is_impossible is not (not answers):
+        found = f"'is_impossible' is {_shown(is_impossible)}, and there are {len(answers)} answers"
+        raise BadRecord("contradicting answers", f"{found}; expected true for none and false for at least one")
     return {**({"id": str(value["id"])} if "id" in value else {}), **record, "answers": answers}
 
 
@@ -211,7 +219,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
     ("user", "item", "time"): _interaction,
 }
-_OPTIONAL = ("input", "text_pair", "negative", "label", "id", "group")  # read where they are
+_OPTIONAL = ("input", "text_pair", "negative", "label", "id", "group", "is_impossible")  # read where they are
 _EXPECTED = (
     "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "
     "'words' and 'tags', 'text' and 'entities', or 'user' and 'item' and 'time' (data.rename maps other names)"
