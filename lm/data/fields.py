@@ -16,14 +16,13 @@ class BadRecord(Exception):
 
 
 def clean(text: str, what: str) -> str:
-    """Text with CRLF as LF. Raises BadRecord on NUL, a byte order mark, or a surrogate that UTF-8 cannot write."""
-    for character, kind in (("\0", "NUL"), ("\ufeff", "byte order mark")):
-        at = text.find(character)
-        if at >= 0:
-            found = f"found {kind} (U+{ord(character):04X}) inside {what}; expected text without it"
-            raise BadRecord(kind, found, len(text[:at].encode(errors="replace")))
+    """Text with CRLF as LF. Raises BadRecord on NUL, or a surrogate that UTF-8 cannot write."""
+    at = text.find("\0")
+    if at >= 0:
+        found = f"found NUL (U+0000) inside {what}; expected text without it"
+        raise BadRecord("NUL", found, len(text[:at].encode(errors="replace")))
     try:
-        text.encode()
+        _ = text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         found = f"found the lone surrogate U+{ord(text[error.start]):04X} in {what}; expected valid Unicode"
         raise BadRecord("lone surrogate", found) from None
