@@ -33,7 +33,7 @@ def checked(record: Record | Fault, cfg: DataConfig) -> Record | Fault:
       record: whose 'label', if it has one, is a text, a boolean, or None where the data have none for it.
       cfg: whose task and labels count.
     """
-    if isinstance(record, Fault) or ("text" not in record and "label" not in record):
+    if isinstance(record, Fault) or not {"label", "text", "image"} & set(record):
         return record
     label = record.get("label")
     if cfg.task not in (*OF_CLASSES, *OF_NUMBERS):
