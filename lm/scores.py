@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lm.config import EvalConfig
 from lm.schema import ConfigError
 
 
@@ -235,11 +236,11 @@ _BLEU_TOKENIZERS = {
 _NO_SPACES = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
 
-def bleu_tokenizer(chosen: str, language: str, references: Sequence[str]) -> str:
-    """The tokenizer of BLEU: the chosen one or, of 'auto', sacrebleu's for the language, which is 13a for most.
+def bleu_tokenizer(cfg: EvalConfig, language: str, references: Sequence[str]) -> str:
+    """The tokenizer of BLEU: `eval.bleu_tokenizer` or, of 'auto', sacrebleu's for the language, which is 13a for most.
 
     Args:
-      chosen: of `eval.bleu_tokenizer`.
+      cfg: names the tokenizer.
       language: a code such as 'ja', 'zh-CN', 'kor_Hang'; anything else = not known.
       references: whose script is looked at where nothing else tells.
 
@@ -247,8 +248,8 @@ def bleu_tokenizer(chosen: str, language: str, references: Sequence[str]) -> str
       ConfigError: 'auto', a language that is not known, and a script without spaces between words: 13a would take a
         sentence for a word.
     """
-    if chosen != "auto":
-        return chosen
+    if cfg.bleu_tokenizer != "auto":
+        return cfg.bleu_tokenizer
     codes = re.split("[-_./]", language.lower())
     if known := next((_BLEU_TOKENIZERS[code] for code in codes if code in _BLEU_TOKENIZERS), None):
         return known

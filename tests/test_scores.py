@@ -300,11 +300,11 @@ def test_the_tokenizer_of_bleu_is_that_of_the_target_language():
         *(("ja", chinese, "ja-mecab"), ("jpn_Jpan", chinese, "ja-mecab"), ("test.ko", korean, "ko-mecab")),
         *(("kor_Hang", korean, "ko-mecab"), ("ja", [], "ja-mecab")),
     ):
-        assert scores.bleu_tokenizer("auto", code, texts) == tokenizer
-        assert scores.bleu_tokenizer("flores200", code, texts) == "flores200"
+        assert scores.bleu_tokenizer(EvalConfig(), code, texts) == tokenizer
+        assert scores.bleu_tokenizer(EvalConfig(bleu_tokenizer="flores200"), code, texts) == "flores200"
     for texts in (chinese, korean, thai):
         with pytest.raises(ConfigError, match=r"\(language 'ref'\).*'eval.bleu_tokenizer'.*flores200"):
-            scores.bleu_tokenizer("auto", "ref", texts)
+            scores.bleu_tokenizer(EvalConfig(), "ref", texts)
 
 
 def test_what_a_tokenizer_of_bleu_lacks_is_named(monkeypatch, tmp_path):

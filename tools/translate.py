@@ -49,8 +49,8 @@ def translate(args: argparse.Namespace) -> None:
         cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, max_new_tokens=args.max_new_tokens))
     pairs = sources.parallel_records(args.path)[: args.limit or None]
     references = [pair["target"] for pair in pairs]
-    chosen = args.bleu_tokenizer or cfg.eval.bleu_tokenizer
-    tokenizer = scores.bleu_tokenizer(chosen, files.target_side(args.path), references)
+    scoring = dataclasses.replace(cfg.eval, bleu_tokenizer=args.bleu_tokenizer or cfg.eval.bleu_tokenizer)
+    tokenizer = scores.bleu_tokenizer(scoring, files.target_side(args.path), references)
     signatures = scores.translation_signatures(tokenizer)  # what is not installed is told before the work is done
     prompts = [generate.encode_prompt(pair["text"], words, cfg) for pair in pairs]
     made = [""] * len(pairs)
