@@ -155,8 +155,8 @@ def answers_or_none(
         # As in the published script, any text at all to a question without an answer is wrong here.
         gain_Q = np.where(has_answer_Q, of_text_Q, [-float(bool(said)) for said in predictions])
         nothing = float((~has_answer_Q).sum())
-        best, found[f"best_{name}_thresh"] = _best_threshold(gain_Q, margins_Q, nothing)
-        found[f"best_{name}"] = best / len(predictions)
+        best, threshold_for_it = _best_threshold(gain_Q, margins_Q, nothing)
+        found |= {f"best_{name}": best / len(predictions), f"best_{name}_thresh": threshold_for_it}
     return found
 
 
