@@ -105,6 +105,7 @@ def test_a_boolean_and_an_unknown_class_of_tfds(tmp_path, monkeypatch):
         ("scored_sentences", (), "1e-3", "1e-3"),
         ("scored_sentences", (), "inf", "wrong label"),
         ("scored_sentences", (), "high", "wrong label"),
+        ("scored_sentences", (), 1e39, "wrong label"),  # infinite in float32
         ("scored_sentences", (), 3, "3"),
         ("prompted", ("no", "true"), True, "true"),
         ("mixed_sentences", ("a/x", "a/y", "b/"), "a/x", "a/x"),

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from lm.config import DataConfig
 from lm.data.records import Fault, Record
 
@@ -9,17 +11,18 @@ from lm.data.records import Fault, Record
 OF_CLASSES = ("sentences", "prompted", "mixed_sentences", "images")
 OF_NUMBERS = ("scored_sentences",)
 
+_LARGEST = float(np.finfo(np.float32).max)
 _BOOLEANS = ("true", "false")
 _NULLS = ("nan", "null", "none", "na", "n/a", "<na>")  # what tables of text have in place of an empty cell
 
 
 def number(label: str) -> float:
-    """The number that a label stands for; NaN where it is none, or not finite."""
+    """The number that a label stands for; NaN where it is none, or not finite in float32."""
     try:
         value = float(label)
     except ValueError:
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return value if abs(value) <= _LARGEST else math.nan
 
 
 def checked(record: Record | Fault, cfg: DataConfig) -> Record | Fault:
