@@ -163,8 +163,7 @@ def answers_or_none(
 def _best_threshold(gain_Q: np.ndarray, margins_Q: np.ndarray, nothing: float) -> tuple[float, float]:
     """The best total that a threshold on the margins reaches, and the smallest such threshold.
 
-    Where answering nothing is best the threshold is 0 if that does it (in the published script in any case), else a
-    number below all margins.
+    Where answering nothing is best the threshold is 0, as in the published script, whatever 0 would reach.
 
     Args:
       gain_Q: what is added to the total when that question is answered.
@@ -179,7 +178,7 @@ def _best_threshold(gain_Q: np.ndarray, margins_Q: np.ndarray, nothing: float) -
     best = int(np.argmax(total_Q))
     if total_Q[best] > nothing:
         return float(total_Q[best]), float(sorted_Q[best])
-    return nothing, 0.0 if sorted_Q[0] > 0 else float(np.nextafter(sorted_Q[0], -np.inf))
+    return nothing, 0.0
 
 
 def _normal(text: str) -> str:
