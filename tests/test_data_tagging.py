@@ -278,6 +278,13 @@ def test_what_a_scheme_would_not_have_is_counted(labels, tags, counted):
     assert counts == counted
 
 
+def test_character_spans_are_written_in_iob2():
+    cfg = config(32, ("O", "B-X", "E-X", "I-X", "S-X"))
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, task="entities"))
+    with pytest.raises(ConfigError, match=r"'data\.labels': they have the letters B, E, I, S; expected .* IOB2"):
+        tagging.score_names(cfg)
+
+
 # All of BC5CDR --------------------------------------------------------------------------------------------------------
 
 

@@ -36,8 +36,8 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     """
     words, room = record["words"], cfg.data.seq_len - 2
     label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
-    if tag_of := entity_tags.read(cfg.data.labels, cfg.eval.entity_scheme):
-        schemes = entity_tags.strict_schemes(tag_of.values(), cfg.eval.entity_scheme)
+    if tag_of := entity_tags.read(cfg.data.labels, _scheme(cfg)):
+        schemes = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
         found = entity_tags.faults([tag_of[tag] for tag in record["tags"]], schemes)
         counts.update({name: number for name, number in found.items() if number})
     text = " ".join(words)
@@ -99,12 +99,18 @@ def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
     return tagging({"words": words, "tags": tags, **place}, tokenizer, cfg, counts)
 
 
+def _scheme(cfg: Config) -> str:
+    """`eval.entity_scheme`; of 'auto', the one in which `entities` writes its tags."""
+    is_written_here = cfg.data.task == "entities" and cfg.eval.entity_scheme == "auto"
+    return "IOB2" if is_written_here else cfg.eval.entity_scheme
+
+
 def score_names(cfg: Config) -> tuple[str, ...]:
     """What `score` gives. Raises ConfigError where labels that look like tags of entities are of no scheme."""
-    tag_of = entity_tags.read(cfg.data.labels, cfg.eval.entity_scheme)
+    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
     if not tag_of:
         return ("token_accuracy",)
-    is_strict = entity_tags.strict_schemes(tag_of.values(), cfg.eval.entity_scheme)
+    is_strict = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
     return ("token_accuracy", "entity_f1", "entity_precision", "entity_recall", *["entity_f1_strict"] * bool(is_strict))
 
 
@@ -119,7 +125,7 @@ def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[
     """
     is_word_RxL = outputs["label"] >= 0
     found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
-    tag_of = entity_tags.read(cfg.data.labels, cfg.eval.entity_scheme)
+    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
     if not tag_of:
         return found
     tags = [tag_of[label] for label in cfg.data.labels]
@@ -132,7 +138,7 @@ def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[
         for sentences, side in ((expected, 2), (predicted, 3)):
             sentences.append([tags[i] for part in parts for i in part[side][part[1]]])
     found |= scores.entities(expected, predicted)
-    if schemes := entity_tags.strict_schemes(tags, cfg.eval.entity_scheme):
+    if schemes := entity_tags.strict_schemes(tags, _scheme(cfg)):
         found |= scores.strict_entities(expected, predicted, entity_tags.tell(schemes, expected))
     return found
 
