@@ -44,6 +44,7 @@ def fit(cfg: Config) -> None:
         if value not in fitting:
             raise ConfigError(f"'objective' {cfg.objective} does not fit '{key}' {value}; use {', '.join(fitting)}")
     (task.batch or task.columns)(cfg)  # refuses what leaves nothing to predict
+    objective.scores(cfg)  # refuses labels that cannot be scored
     usual = schema.to_dict(LossConfig())
     for key, value in schema.to_dict(cfg.loss).items():
         # A recipe may leave the size of a chunk for another objective: it changes no value.

@@ -202,6 +202,16 @@ class EvalConfig:
     at_start: bool = True
     batch_size: int = 0  # 0 = data.batch_size
     max_tokens: int = 0  # evaluate on at most this many positions; 0 = all held-out rows
+    # tagging: in which scheme data.labels spell entities, see lm.entity_tags; auto = by their letters, IOB1 or IOB2 by
+    # the held-out tags; none = words alone are scored.
+    entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = "auto"
+    # span_qa with unanswerable questions: the answer is '' where the score of none is above the best span's by more.
+    null_threshold: float = 0.0
+    # tools/translate.py: sacrebleu's tokenizer; auto = by the target language (the ending of the reference file).
+    bleu_tokenizer: Literal[
+        Literal["auto", "13a", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K"],
+        Literal["intl", "char", "none"],
+    ] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +333,7 @@ def _check(config: Config) -> None:
     model, data, optim, train = config.model, config.data, config.optim, config.train
     for key, value in flatten(to_dict(config)):
         numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
-        if not numbers or key in ("mesh.data", "seed"):
+        if not numbers or key in ("mesh.data", "seed", "eval.null_threshold"):
             continue
         least = 1 if key in _AT_LEAST_ONE else 0
         if min(numbers) < least:

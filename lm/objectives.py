@@ -267,7 +267,7 @@ def tagging(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
 
 
 def span_qa(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """Where the answer to a question begins and ends in a context, or [CLS] for both where it is not in this window."""
+    """Where the answer to a question begins and ends in a context, or [CLS] for both where this window has none."""
     del cfg
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
@@ -390,6 +390,6 @@ OBJECTIVES: dict[str, Objective] = {
         ("span_qa",),
         head=lambda cfg: Head("token", 2),
         score=data_span_qa.score,
-        scores=lambda cfg: ("exact_match", "f1"),
+        scores=data_span_qa.score_names,
     ),
 }

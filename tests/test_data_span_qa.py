@@ -1,5 +1,6 @@
 """lm.data.span_qa: labels are the tokens of the answer, and predicted tokens are characters of the context."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import Config, DataConfig
+from lm.config import CheckpointConfig, Config, DataConfig, EvalConfig
 from lm.data import span_qa, tokenizer
+from lm.data.records import DataError
 from lm.schema import ConfigError
 
 PROSE = ["The Panthers defense gave up just 308 points, ranking sixth. Wie viele? "] * 40 + ["naïve 東京 (PD)"] * 3
@@ -25,7 +27,7 @@ def config(seq_len: int) -> Config:
 def record(context: str, answer: str, start: int | None = None, question: str = "Wie viele?") -> dict:
     start = context.index(answer) if start is None else start
     answers = [{"text": answer, "answer_start": start}]
-    return {"question": question, "context": context, "answers": answers, "source": "file:q1", "id": "q1"}
+    return {"question": question, "context": context, "answers": answers, "source": "file:7", "identity": question}
 
 
 def make(given: dict, seq_len: int, counts: Counter[str] | None = None) -> list:
@@ -49,7 +51,7 @@ def test_one_window():
     assert made.columns["type_ids"].tolist() == [0] * (len(question) + 2) + [1] * (len(context) + 1)
     first, last = made.columns["labels"]
     assert TOKENIZER.decode(made.columns["tokens"][first : last + 1]).strip() == "308 points"
-    assert made.meta.answers == ["308 points"] and made.meta.source == "file:q1"
+    assert made.meta.answers == ["308 points"] and made.meta.identity == "Wie viele?"
 
 
 @given(data=st.data(), seq_len=st.integers(5, 40))
@@ -159,6 +161,82 @@ def test_scores_are_of_questions_not_of_windows():
     assert found["exact_match"] == 0.0 and 0.0 < found["f1"] < 1.0
 
 
+# Questions without an answer ------------------------------------------------------------------------------------------
+
+
+def test_all_windows_of_a_question_without_an_answer_point_at_the_start():
+    counts: Counter[str] = Counter()
+    made = make(record(CONTEXT, "308") | {"answers": []}, 40, counts)
+    assert len(made) == 2 and all(example.columns["labels"].tolist() == [0, 0] for example in made)
+    assert counts == {"context_cut": 1, "without_answer": 1}
+    assert [example.meta.answers for example in made] == [[], []]
+
+
+def asked(rng: np.random.Generator, seq_len: int) -> tuple[list, list[list], np.ndarray]:
+    """Records with and without an answer, the examples of each, and logits of them all."""
+    records = []
+    for number in range(6):
+        given = record(CONTEXT, str(rng.choice(["308 points", "sixth", "Panthers"])), question=f"{number}?")
+        records.append(given | ({"answers": []} if number % 3 == 0 else {}))
+    made = [make(given, seq_len) for given in records]
+    logits = rng.normal(size=(sum(map(len, made)), seq_len, 2)).astype(np.float32)
+    for row, example in enumerate(example for examples in made for example in examples):
+        for side, position in enumerate(example.columns["labels"]):
+            logits[row, position, side] += rng.uniform(0, 6)
+    return records, made, logits
+
+
+@pytest.mark.parametrize("threshold", [-3.0, 0.0, 2.5])
+def test_no_answer_is_said_as_in_run_squad(threshold):
+    """By brute force over all windows and spans: '' where the lowest score of [CLS] as a span is above the best span's
+    by more than the threshold."""
+    for seed in range(3):
+        records, made, logits = asked(np.random.default_rng(seed), 40)
+        assert any(len(examples) > 1 for examples in made)
+        row, right, of_answerable = 0, [], []
+        for question, examples in zip(records, made, strict=True):
+            null, best = np.inf, (-np.inf, "")
+            for example in examples:
+                x, offsets = logits[row].astype(np.float64), example.meta.offsets_Lx2
+                null, row = min(null, x[0, 0] + x[0, 1]), row + 1
+                places = np.flatnonzero(offsets[:, 1])
+                for i in places:
+                    for j in places[(places >= i) & (places < i + 30)]:
+                        best = max(best, (x[i, 0] + x[j, 1], CONTEXT[offsets[i, 0] : offsets[j, 1]].strip()))
+            said = "" if null - best[0] > threshold else best[1]
+            accepted = [answer["text"] for answer in question["answers"]] or [""]
+            right.append(said in accepted)
+            of_answerable += [right[-1]] if question["answers"] else []
+        cfg = dataclasses.replace(config(40), eval=EvalConfig(null_threshold=threshold))
+        meta = [example.meta for examples in made for example in examples]
+        found = span_qa.score({"span_logits": logits}, meta, cfg)
+        assert found["exact_match"] == pytest.approx(np.mean(right))
+        assert found["HasAns_exact"] == pytest.approx(np.mean(of_answerable))
+        assert set(found) == set(span_qa.score_names(cfg))
+        if found["best_f1"] == pytest.approx(2 / 6):  # to answer nothing is best
+            continue
+        better = dataclasses.replace(cfg, eval=EvalConfig(null_threshold=found["best_f1_thresh"]))
+        assert span_qa.score({"span_logits": logits}, meta, better)["f1"] == pytest.approx(found["best_f1"])
+
+
+def test_where_all_questions_have_an_answer_one_is_always_given():
+    (made,) = make(record(CONTEXT, "308 points"), 128)
+    logits = gold_logits([made], 128)
+    logits[:, 0] = 99.0  # surer that there is none
+    cfg = config(128)
+    assert span_qa.score({"span_logits": logits}, [made.meta], cfg) == {"exact_match": 1.0, "f1": 1.0}
+    best_by = dataclasses.replace(cfg, checkpoint=CheckpointConfig(best_metric="NoAns_f1"))
+    with pytest.raises(DataError, match="best_metric' is NoAns_f1, but no held-out question is one without an answer"):
+        span_qa.score({"span_logits": logits}, [made.meta], best_by)
+
+
+def test_the_same_question_twice_is_two_questions():
+    given = record(CONTEXT, "308 points")
+    made = [*make(given | {"identity": "a"}, 128), *make(given | {"identity": "b", "answers": []}, 128)]
+    best = span_qa.best_answers(gold_logits(made, 128), [example.meta for example in made], 1)
+    assert [window.answers for window, _ in best] == [["308 points"], []]
+
+
 @pytest.mark.parametrize("language", ["en", "de"])
 def test_all_answers_of_xquad(shared_data, language):
     """From the labels and the logits of a perfect model back to the characters of each answer."""
@@ -187,7 +265,7 @@ def test_all_answers_of_xquad(shared_data, language):
 def questions(path: Path) -> list[dict]:
     """All of a file, those with a byte order mark in the midst of a context too."""
     return [
-        asked | {"context": paragraph["context"], "source": f"{path}:{asked['id']}"}
+        asked | {"context": paragraph["context"], "identity": asked["id"]}
         for article in json.loads(path.read_text())["data"]
         for paragraph in article["paragraphs"]
         for asked in paragraph["qas"]

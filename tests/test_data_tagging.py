@@ -1,9 +1,12 @@
 """lm.data.tagging: every word has its own label, whatever the tokenizer, the length of a row, and the characters."""
 
+import dataclasses
 import functools
 import itertools
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ from etils import epath
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lm.config import Config, DataConfig
-from lm.data import packing, tables, tagging, tokenizer
+from lm.config import Config, DataConfig, EvalConfig
+from lm.data import packing, sources, tables, tagging, tokenizer
 from lm.data.records import DataError
+from lm.schema import ConfigError
 
 PROSE = ["Parkinson's disease is treated with selegiline, 10 mg per day. "] * 40 + ["naïve 東京 (PD)-induced"] * 3
 TOKENIZER = tokenizer.train(PROSE, 330, 1_000_000)
@@ -25,7 +29,7 @@ def config(seq_len: int = 32, labels: tuple[str, ...] = LABELS) -> Config:
 
 
 def record(words: list[str], tags: list[str]) -> dict:
-    return {"words": words, "tags": tags, "source": "file:7"}
+    return {"words": words, "tags": tags, "source": "file:7", "identity": "s7"}
 
 
 @functools.cache
@@ -52,7 +56,7 @@ def test_the_first_token_of_a_word_has_its_label():
         labels[1 + next(i for i, (_, end) in enumerate(offsets) if end > start)] = label
     np.testing.assert_array_equal(made.columns["labels"], labels)
     assert made.columns["tokens"].tolist() == [TOKENIZER.bos_id, *ids, TOKENIZER.eos_id]
-    assert made.meta == ("file:7", "Parkinson ' s x")
+    assert made.meta == ("s7", "Parkinson ' s x")
 
 
 WORDS = st.text(
@@ -81,7 +85,7 @@ def test_padding_has_no_label_in_the_rows():
     made = tagging.tagging(record(["a", "b"], ["O", "O"]), TOKENIZER, config(16), Counter())
     cfg = config(16)
     rows, meta = packing.pack(made, tagging.TAGGING.columns(cfg), cfg.data)
-    assert (rows["labels"] >= 0).sum() == 2 and rows["labels"][0, -1] == -1 and meta == [("file:7", "a b")]
+    assert (rows["labels"] >= 0).sum() == 2 and rows["labels"][0, -1] == -1 and meta == [("s7", "a b")]
 
 
 def test_a_tag_that_is_not_known_is_an_error_that_names_the_record():
@@ -140,7 +144,8 @@ def span(part: str, label: str = "X", text: str = TEXT) -> dict:
 )
 def test_spans_become_tags_of_words(spans, tags, counted):
     cfg, counts = config(64), Counter()
-    (made,) = tagging.entities({"text": TEXT, "entities": spans, "source": "file:7"}, TOKENIZER, cfg, counts)
+    given = {"text": TEXT, "entities": spans, "source": "file:7", "identity": "s7"}
+    (made,) = tagging.entities(given, TOKENIZER, cfg, counts)
     names = ["The", "(", "PD", ")", "-", "drug", ",", "L", "-2", "dopa", "10mg", "."]
     expected = [(name.rstrip("2") if name == "-2" else name, tags.get(name, "O")) for name in names]
     assert [(word, LABELS[i]) for word, i in words_of(made)] == expected
@@ -153,7 +158,8 @@ def test_every_character_of_the_only_span_is_in_a_word_with_its_tag(text, data):
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
     words, cfg = [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)], config(64)
-    given = {"text": text, "entities": [{"start": start, "end": end, "label": "X"}], "source": "file:7"}
+    entity = {"start": start, "end": end, "label": "X"}
+    given = {"text": text, "entities": [entity], "source": "file:7", "identity": "s7"}
     made = tagging.entities(given, TOKENIZER, cfg, Counter())
     tags = [LABELS[i] for part in made for i in part.columns["labels"] if i >= 0]
     expected, begun = [], False
@@ -173,16 +179,110 @@ def test_scores_put_the_parts_of_a_sentence_together_again():
     expected = [[1, -1, 2, -1], [-1, 2, 3, -1], [4, 0, -1, -1]]
     predicted = [[1, 4, 2, 4], [4, 2, 3, 4], [0, 0, 4, 4]]
     outputs = {"label": np.array(expected), "prediction": np.array(predicted)}
-    meta = [("a:1", "first"), ("a:1", "first"), ("a:1", "second")]  # of one line of a JSON list
+    meta = [("one", "a b c d"), ("one", "a b c d"), ("two", "a b c d")]  # the same text twice
     found = tagging.score(outputs, meta, config())
     assert found == {
         "token_accuracy": 5 / 6,
         "entity_precision": 1.0,
         "entity_recall": pytest.approx(2 / 3),
         "entity_f1": pytest.approx(0.8),
+        "entity_f1_strict": 1.0,  # the I- that begins the second sentence begins no entity in IOB2
     }
     parts_of_speech = tagging.score(outputs, meta, config(labels=("A", "B", "C", "D", "E")))
     assert parts_of_speech == {"token_accuracy": 5 / 6}
+
+
+def score_of(
+    records: list[dict], predictions: list[str], labels: tuple[str, ...], seq_len: int = 32, **options
+) -> dict:
+    """Scores of records whose words are predicted to have the tags of `predictions`, one text a record."""
+    cfg = config(seq_len, labels)
+    cfg = dataclasses.replace(cfg, eval=EvalConfig(**options))
+    made = [part for given in records for part in tagging.tagging(given, TOKENIZER, cfg, Counter())]
+    rows, meta = packing.pack(made, tagging.TAGGING.columns(cfg), cfg.data)
+    said = np.full_like(rows["labels"], 0)
+    said[rows["labels"] >= 0] = [labels.index(tag) for tags in predictions for tag in tags.split()]
+    return tagging.score({"label": rows["labels"], "prediction": said}, meta, cfg)
+
+
+def load(path: Path, text: str, **data) -> list[dict]:
+    path.write_text(text)
+    train = path.with_stem("train")
+    train.write_text(text)
+    return sources.load(DataConfig(path=str(train), eval_path=str(path), task="tagging", **data)).valid
+
+
+def test_the_same_sentence_twice_in_a_file_is_two_sentences(tmp_path):
+    one = {"words": ["Ann", "met", "Bob"], "tags": ["B-PER", "O", "B-PER"]}
+    records = load(tmp_path / "a.json", json.dumps([one, one]), format="jsonl")
+    found = score_of(records, ["I-PER O B-PER"] * 2, ("O", "B-PER", "I-PER"))
+    assert (found["entity_f1"], found["token_accuracy"]) == (1.0, pytest.approx(2 / 3))
+    assert found["entity_f1_strict"] == pytest.approx(2 / 3)  # two of four entities, and nothing else
+
+
+SCHEMES = {
+    "IOB1": "I-PER I-PER O I-PER / O I-LOC I-LOC I-LOC B-LOC",
+    "IOB2": "B-PER I-PER O B-PER / O B-LOC I-LOC I-LOC B-LOC",
+    "IOBES": "B-PER E-PER O S-PER / O B-LOC I-LOC E-LOC S-LOC",
+    "BILOU": "B-PER L-PER O U-PER / O B-LOC I-LOC L-LOC U-LOC",
+    "BMES": "B-PER E-PER O S-PER / O B-LOC M-LOC E-LOC S-LOC",
+    "of suffixes": "PER-B PER-I O PER-B / O LOC-B LOC-I LOC-I LOC-B",
+    "without types": "B I O B / O B I I B",
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("seq_len", [32, 5])  # 5: a sentence in parts
+def test_entities_of_every_scheme_are_scored(tmp_path, scheme, seq_len):
+    sentences = [tags.split() for tags in SCHEMES[scheme].split(" / ")]
+    lines = ["".join(f"a\t{tag}\n" for tag in tags) for tags in sentences]
+    rename = (("1", "token"), ("2", "tag"))
+    records = load(tmp_path / "a.conll", "\n".join(lines), format="conll", rename=rename)
+    labels = tuple(sorted({tag for tags in sentences for tag in tags} | {"O"}))
+    right = score_of(records, [" ".join(tags) for tags in sentences], labels, seq_len)
+    assert set(right.values()) == {1.0} and set(right) == set(tagging.score_names(config(32, labels)))
+    first = [" ".join(sentences[0]), " ".join(["O"] * 5)]  # two of four entities
+    found = score_of(records, first, labels, seq_len)
+    assert found["entity_recall"] == 0.5 and found["entity_precision"] == 1.0
+    assert found["entity_f1"] == found["entity_f1_strict"] == pytest.approx(2 / 3)
+    words = score_of(records, first, labels, seq_len, entity_scheme="none")
+    assert set(words) == {"token_accuracy"}
+
+
+def test_a_scheme_that_is_given_counts():
+    """In IOB1 the entities of 'B-X I-X' begin where they may not; in IOB2 those of 'I-X I-X' do."""
+    records = [record(["a"] * 5, ["O", "I-X", "I-X", "O", "I-X"])]
+    labels, tags = ("O", "B-X", "I-X"), ["O I-X I-X O I-X"]
+    assert score_of(records, tags, labels)["entity_f1_strict"] == 1.0
+    assert score_of(records, tags, labels, entity_scheme="IOB2")["entity_f1_strict"] == 0.0
+    assert score_of(records, tags, labels, entity_scheme="IOB1")["entity_f1_strict"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "tags", "counted"),
+    [
+        (("O", "B-X", "E-X", "I-X", "S-X"), "B-X E-X S-X O", {}),
+        (("O", "B-X", "E-X", "I-X", "S-X"), "B-X O E-X I-X", {"tag_continues_nothing": 2, "entity_not_ended": 2}),
+        (("O", "B-X", "I-X", "L-X", "U-X"), "B-X U-X L-X B-X", {"tag_continues_nothing": 1, "entity_not_ended": 2}),
+        (("O", "PER-B", "PER-I"), "PER-I PER-I PER-B PER-I", {"tag_continues_nothing": 1}),
+        (("I-X", "NOUN"), "I-X NOUN I-X I-X", None),  # refused before
+    ],
+)
+def test_what_a_scheme_would_not_have_is_counted(labels, tags, counted):
+    counts: Counter[str] = Counter()
+    if counted is None:
+        with pytest.raises(ConfigError, match="'NOUN' is no tag of an entity"):
+            tagging.score_names(config(32, labels))
+        return
+    tagging.tagging(record(["a"] * 4, tags.split()), TOKENIZER, config(32, labels), counts)
+    assert counts == counted
+
+
+def test_character_spans_are_written_in_iob2():
+    cfg = config(32, ("O", "B-X", "E-X", "I-X", "S-X"))
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, task="entities"))
+    with pytest.raises(ConfigError, match=r"'data\.labels': they have the letters B, E, I, S; expected .* IOB2"):
+        tagging.score_names(cfg)
 
 
 # All of BC5CDR --------------------------------------------------------------------------------------------------------
@@ -194,6 +294,7 @@ def test_all_words_of_bc5cdr(shared_data):
     counts: Counter[str] = Counter()
     for name in ("train", "devel", "test"):
         for found in tables.read_conll(epath.Path(shared_data("bc5cdr") / f"{name}.tsv"), {"1": "token", "2": "tag"}):
+            found["identity"] = found["source"]
             pairs = [pair for part in tagging.tagging(found, TOKENIZER, cfg, counts) for pair in words_of(part)]
             words, labels = zip(*pairs, strict=True)
             assert [cfg.data.labels[i] for i in labels] == found["tags"]

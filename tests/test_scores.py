@@ -1,10 +1,12 @@
 """lm.scores against the libraries and scripts that publish them, and defined numbers for degenerate inputs."""
 
 import collections
+import json
 import re
 import string
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import scores
+from lm.config import EvalConfig
 from lm.schema import ConfigError
 
 PAIRS = st.integers(2, 4).flatmap(
@@ -28,18 +31,28 @@ def test_classification_is_that_of_scikit_learn(drawn):
     labels, predictions = np.array(pairs).T
     found = scores.classification(labels, predictions, classes)
     average = "binary" if classes == 2 else "macro"
-    expected = metrics.f1_score(labels, predictions, labels=range(classes), average=average, zero_division=0)
+    expected = metrics.f1_score(labels, predictions, average=average, zero_division=0)
     assert found["f1"] == pytest.approx(expected)
     if len({*labels, *predictions}) > 1:  # else scikit-learn warns, and says 0 as well
         assert found["matthews"] == pytest.approx(metrics.matthews_corrcoef(labels, predictions))
     assert scores.accuracy(labels, predictions) == pytest.approx(metrics.accuracy_score(labels, predictions))
 
 
+def test_macro_f1_is_over_the_classes_that_occur():
+    """42 of 50 labels occur: a perfect classifier has 1.0. A class that is only predicted counts, as 0."""
+    labels = np.arange(42).repeat(3)
+    assert scores.classification(labels, labels, 50)["f1"] == 1.0
+    once_wrong = np.append(labels, 0), np.append(labels, 49)
+    f1_of_0 = 2 * 3 / (4 + 3)
+    assert scores.classification(*once_wrong, 50)["f1"] == pytest.approx((41 + f1_of_0) / 43)
+
+
 def test_degenerate_classes_have_defined_scores():
     ones, zeros = np.ones(4, int), np.zeros(4, int)
     assert scores.classification(ones, ones, 2) == {"f1": 1.0, "matthews": 0.0}
     assert scores.classification(ones, zeros, 2) == {"f1": 0.0, "matthews": 0.0}
-    assert scores.classification(zeros, zeros, 3) == {"f1": pytest.approx(1 / 3), "matthews": 0.0}
+    assert scores.classification(zeros, zeros, 3) == {"f1": 1.0, "matthews": 0.0}
+    assert scores.classification(zeros[:0], zeros[:0], 3) == {"f1": 0.0, "matthews": 0.0}
     assert scores.accuracy(ones[:0], ones[:0]) == 0.0
 
 
@@ -57,11 +70,11 @@ def test_regression_by_the_definitions_and_where_they_end():
 
 
 def spans(tags):
-    """Entities as conlleval finds them, by its rules for when a chunk begins, over (prefix, type) pairs."""
+    """Entities as conlleval finds them, over tags in the letters of IOBES."""
     found, begin = set(), None
     for i, tag in enumerate([*tags, "O"]):
         before = tags[i - 1] if i else "O"
-        goes_on = tag.startswith("I-") and before != "O" and before[2:] == tag[2:]
+        goes_on = tag[0] in "IE" and before[0] in "BI" and before[1:] == tag[1:]
         if begin is not None and not goes_on:
             found.add((begin, i, before[2:]))
             begin = None
@@ -70,20 +83,73 @@ def spans(tags):
     return found
 
 
-TAGS = st.lists(st.tuples(*[st.sampled_from(["O", "O", "B-X", "I-X", "B-Y", "I-Y"])] * 2), min_size=1, max_size=8)
+def strict_spans(tags, scheme):
+    """By trying every span: its tags are an entity as the scheme writes it, and it is not a part of a longer one."""
+    found = set()
+    for begin in range(len(tags)):
+        for end in range(begin + 1, len(tags) + 1):
+            types, letters = {tag[2:] for tag in tags[begin:end]}, "".join(tag[0] for tag in tags[begin:end])
+            goes_on = end < len(tags) and tags[end] == f"I-{tags[begin][2:]}"
+            match scheme:
+                case "IOB1":
+                    before = tags[begin - 1] if begin else "O"
+                    begins = letters[0] == ("B" if before[2:] == tags[begin][2:] else "I")
+                    is_one = begins and set(letters[1:]) <= {"I"} and not goes_on
+                case "IOB2":
+                    is_one = letters[0] == "B" and set(letters[1:]) <= {"I"} and not goes_on
+                case "IOBES":
+                    is_one = bool(re.fullmatch("S|BI*E", letters))
+            if is_one and len(types) == 1 and tags[begin] != "O":
+                found.add((begin, end, tags[begin][2:]))
+    return found
 
 
-@given(st.lists(TAGS, min_size=1, max_size=4))
+def f1_of(truth, said):
+    precision = len(truth & said) / len(said) if said else 0.0
+    recall = len(truth & said) / len(truth) if truth else 0.0
+    return precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def both_sides(sentences, found_in):
+    return (
+        {(i, *span) for i, pairs in enumerate(sentences) for span in found_in([p[side] for p in pairs])}
+        for side in (0, 1)
+    )
+
+
+def pairs_of_tags(*tags):
+    pair = st.tuples(*[st.sampled_from(["O", "O", *tags])] * 2)
+    return st.lists(st.lists(pair, min_size=1, max_size=8), min_size=1, max_size=4)
+
+
+IOB, ENDS = ("B-X", "I-X", "B-Y", "I-Y"), ("E-X", "S-X", "E-Y", "S-Y")
+
+
+@given(pairs_of_tags(*IOB) | pairs_of_tags(*IOB, *ENDS))
 def test_entities_are_counted_as_conlleval_counts_them(sentences):
     pytest.importorskip("seqeval")
     expected, predicted = ([[pair[side] for pair in sentence] for sentence in sentences] for side in (0, 1))
-    found = scores.entities(expected, predicted)
-    truth, said = ({(i, *span) for i, tags in enumerate(of) for span in spans(tags)} for of in (expected, predicted))
-    precision = len(truth & said) / len(said) if said else 0.0
-    recall = len(truth & said) / len(truth) if truth else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    wanted = {"entity_precision": precision, "entity_recall": recall, "entity_f1": f1}
-    assert found == {name: pytest.approx(value) for name, value in wanted.items()}
+    names = ("entity_precision", "entity_recall", "entity_f1")
+    wanted = dict(zip(names, map(pytest.approx, f1_of(*both_sides(sentences, spans))), strict=True))
+    assert scores.entities(expected, predicted) == wanted
+
+
+def as_iob1(tags):
+    """With I- for a B- that IOB1 would not have: what seqeval makes of the words behind one is its own choice."""
+    pairs = zip(["O", *tags], tags, strict=False)
+    return [f"I{tag[1:]}" if tag[0] == "B" and before[1:] != tag[1:] else tag for before, tag in pairs]
+
+
+@given(st.data(), st.sampled_from(["IOB1", "IOB2", "IOBES"]))
+def test_strict_entities_are_those_that_the_scheme_has(data, scheme):
+    """By brute force over spans."""
+    pytest.importorskip("seqeval")
+    sentences = data.draw(pairs_of_tags(*IOB, *ENDS) if scheme == "IOBES" else pairs_of_tags(*IOB))
+    if scheme == "IOB1":
+        sentences = [list(zip(*map(as_iob1, zip(*pairs, strict=True)), strict=True)) for pairs in sentences]
+    expected, predicted = ([[pair[side] for pair in sentence] for sentence in sentences] for side in (0, 1))
+    _, _, f1 = f1_of(*both_sides(sentences, lambda tags: strict_spans(tags, scheme)))
+    assert scores.strict_entities(expected, predicted, scheme) == {"entity_f1_strict": pytest.approx(f1)}
 
 
 # From the evaluation script of SQuAD v1.1 (rajpurkar.github.io/SQuAD-explorer), as it is but for its layout.
@@ -132,6 +198,66 @@ def test_answers_worked():
     assert scores.answers([], []) == {"exact_match": 0.0, "f1": 0.0}
 
 
+def f1_v2(prediction, reference):
+    """compute_f1 of SQuAD v2.0's script: two texts without a word agree."""
+    if not normalize_answer(prediction) or not normalize_answer(reference):
+        return float(normalize_answer(prediction) == normalize_answer(reference))
+    return f1_score(prediction, reference)
+
+
+def squad_v2(pairs, margins, threshold):
+    """What evaluate-v2.0.py prints, with the margins as its na-probs, question by question and from 0 to 1."""
+    raw, found = [], {}
+    for said, answers in pairs:
+        gold = [text for text in answers if normalize_answer(text)] or [""]
+        exact = max(float(normalize_answer(said) == normalize_answer(text)) for text in gold)
+        raw.append((exact, max(f1_v2(said, text) for text in gold)))
+    has = [bool(answers) for _, answers in pairs]
+    for k, name in enumerate(("exact", "f1")):
+        given_ = [float(not h) if m > threshold else r[k] for r, h, m in zip(raw, has, margins, strict=True)]
+        found["exact_match" if name == "exact" else name] = sum(given_) / len(pairs)
+        for group, wanted in (("HasAns", True), ("NoAns", False)):
+            own = [value for value, h in zip(given_, has, strict=True) if h == wanted]
+            if own:
+                found[f"{group}_{name}"] = sum(own) / len(own)
+        best = now = sum(not h for h in has)
+        where = 0.0
+        for i in sorted(range(len(pairs)), key=lambda i: margins[i]):
+            now += raw[i][k] if has[i] else -float(bool(pairs[i][0]))
+            if now > best:
+                best, where = now, margins[i]
+        found[f"best_{name}"], found[f"best_{name}_thresh"] = best / len(pairs), where
+    return found
+
+
+QUESTION = st.tuples(ANSWER, st.lists(ANSWER.filter(bool), max_size=2), st.floats(-9, 9))
+
+
+@given(st.lists(QUESTION, min_size=1, max_size=6, unique_by=lambda asked: asked[2]), st.floats(-9, 9))
+def test_answers_or_none_are_scored_as_by_the_script_of_squad_v2(asked, threshold):
+    pairs, margins = [(said, answers) for said, answers, _ in asked], [margin for _, _, margin in asked]
+    found = scores.answers_or_none(*zip(*pairs, strict=True), np.array(margins), threshold)
+    wanted = squad_v2(pairs, margins, threshold)
+    assert found == {name: pytest.approx(value) for name, value in wanted.items()}
+
+
+def test_answers_or_none_worked():
+    """Two questions with an answer, right and half right; two without, one of which is answered all the same."""
+    said, accepted = ["cat", "black dog", "fish", "bird"], [["the cat"], ["dog", "a dog"], [], []]
+    found = scores.answers_or_none(said, accepted, np.array([-2.0, 1.0, -1.0, 3.0]), 0.0)
+    assert found == {
+        **{"exact_match": 0.5, "f1": 0.5, "HasAns_exact": 0.5, "HasAns_f1": 0.5, "NoAns_exact": 0.5, "NoAns_f1": 0.5},
+        **{"best_exact": 0.75, "best_exact_thresh": -2.0, "best_f1": 0.75, "best_f1_thresh": -2.0},
+    }
+    only = scores.answers_or_none(["cat"], [[]], np.array([0.5]), 0.0)
+    assert "HasAns_f1" not in only and only["NoAns_f1"] == only["best_f1"] == 1.0 and only["best_f1_thresh"] == 0.0
+
+
+def test_a_threshold_cannot_part_equal_margins():
+    found = scores.answers_or_none(["cat", "dog"], [["cat"], []], np.array([1.0, 1.0]), 0.0)
+    assert found["best_f1"] == found["f1"] == 0.5
+
+
 def test_translation():
     """BLEU by its definition on a pair with no smoothing to do, chrF of what shares nothing and everything."""
     pytest.importorskip("sacrebleu")
@@ -143,6 +269,54 @@ def test_translation():
     assert scores.translation(["xyz"], ["abc"]) == {"bleu": 0.0, "chrf": 0.0}
     assert scores.translation([""], ["abc"]) == {"bleu": 0.0, "chrf": 0.0}
     assert scores.translation([], []) == {"bleu": 0.0, "chrf": 0.0}
+
+
+@pytest.mark.parametrize("tokenizer", ["13a", "zh"])
+def test_bleu_is_that_of_sacrebleu_with_its_tokenizer_and_signature(tokenizer, tmp_path):
+    pytest.importorskip("sacrebleu")
+    said, references = ["我今天去北京看朋友。", "猫坐在垫子上"], ["我今天到北京看朋友。", "猫正坐在垫子上"]
+    for name, texts in (("said", said), ("references", references)):
+        (tmp_path / name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    command = ["-m", "sacrebleu", str(tmp_path / "references"), "-i", str(tmp_path / "said"), "-tok", tokenizer]
+    command += ["-m", "bleu", "chrf", "-w", "9"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    bleu, chrf = json.loads(done.stdout)
+    found = scores.translation(said, references, tokenizer)
+    assert found == {"bleu": pytest.approx(bleu["score"]), "chrf": pytest.approx(chrf["score"])}
+    assert scores.translation_signatures(tokenizer) == {"bleu": bleu["signature"], "chrf": chrf["signature"]}
+    assert (found["bleu"] > 40) == (tokenizer != "13a")  # which takes each of the sentences for a word
+
+
+def test_the_tokenizer_of_bleu_is_that_of_the_target_language():
+    spaced, chinese, korean, thai = ["Ein Hund, 東京."], ["猫坐在垫子上。"], ["서울에 간다."], ["ฉันไปโรงเรียน"]
+    for code, texts, tokenizer in (
+        *(("de", spaced, "13a"), ("", spaced, "13a"), ("zh", chinese, "zh"), ("zh-CN", chinese, "zh")),
+        *(("ja", chinese, "ja-mecab"), ("jpn_Jpan", chinese, "ja-mecab"), ("test.ko", korean, "ko-mecab")),
+        *(("kor_Hang", korean, "ko-mecab"), ("ja", [], "ja-mecab")),
+    ):
+        assert scores.bleu_tokenizer(EvalConfig(), code, texts) == tokenizer
+        assert scores.bleu_tokenizer(EvalConfig(bleu_tokenizer="flores200"), code, texts) == "flores200"
+    for texts in (chinese, korean, thai):
+        with pytest.raises(ConfigError, match=r"\(language 'ref'\).*'eval.bleu_tokenizer'.*flores200"):
+            scores.bleu_tokenizer(EvalConfig(), "ref", texts)
+
+
+def test_what_a_tokenizer_of_bleu_lacks_is_named(monkeypatch, tmp_path):
+    sacrebleu = pytest.importorskip("sacrebleu")
+    known = set(get_args(get_type_hints(EvalConfig)["bleu_tokenizer"]))
+    assert known == {*sacrebleu.BLEU.TOKENIZERS, "auto"} - {"spm"}  # spm is flores101 by an older name
+    for name, module in (("ja", "tokenizer_ja_mecab"), ("ko", "tokenizer_ko_mecab")):
+        monkeypatch.setattr(f"sacrebleu.tokenizers.{module}.MeCab", None)
+        with pytest.raises(ConfigError, match=rf"{name}-mecab needs more packages: pip install 'sacrebleu\[{name}\]'"):
+            scores.translation_signatures(f"{name}-mecab")
+
+    def no_network(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_spm.SACREBLEU_DIR", str(tmp_path))
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_spm.download_file", no_network)
+    with pytest.raises(ConfigError, match=rf"flores200 needs .* at {tmp_path}/models/flores200.*no network.*https://"):
+        scores.translation_signatures("flores200")
 
 
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):

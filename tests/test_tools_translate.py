@@ -72,6 +72,9 @@ def test_one_beam_writes_what_greedy_generation_says_and_scores_it(run, translat
     assert written == [" ".join(words.decode(ids).split()) for ids in made]
     bleu = sacrebleu.corpus_bleu(written, [(folder / "test.de").read_text(encoding="utf-8").splitlines()]).score
     assert float(re.search(r"BLEU ([\d.]+)", out)[1]) == pytest.approx(bleu, abs=0.01)
+    assert "\nBLEU nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in out and "\nchrF nrefs:1|" in out
+    as_words = translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--limit=2", "--bleu_tokenizer=char")
+    assert "|tok:char|" in as_words
 
 
 def test_it_has_learnt_to_translate(run, translate):
@@ -86,3 +89,5 @@ def test_one_line_says_what_is_wrong(run, translate):
     folder, _ = run
     with pytest.raises(SystemExit, match=r"error: data path .*expected the two sides once in braces"):
         translate(folder / "run", f"--path={folder}/test.en")
+    with pytest.raises(SystemExit, match=r"error: 'eval\.bleu_tokenizer' words: sacrebleu has 13a, char"):
+        translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--bleu_tokenizer=words")

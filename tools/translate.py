@@ -2,7 +2,7 @@
 
 python tools/translate.py runs/multi30k --path='../shared/data/multi30k/test_2016_flickr.{en,de}.gz' [--beams=4]
 
-Prints BLEU and chrF (sacrebleu's defaults; pip install 'lm[scores]') and writes one translation a line.
+Prints BLEU and chrF with their signatures (sacrebleu; pip install 'lm[scores]') and writes one translation a line.
 """
 
 import argparse
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="only this many lines (default: all)")
     parser.add_argument("--batch_size", type=int, default=32, help="lines translated together (default: 32)")
     parser.add_argument("--max_new_tokens", type=int, help="longest translation (default: the run's)")
+    parser.add_argument("--bleu_tokenizer", help="sacrebleu's, such as zh or flores200 (default: the run's)")
     parser.add_argument("--out", help="where the translations go (default: translations.txt in the run's folder)")
     args = parser.parse_args()
     for key in ("beams", "batch_size"):
@@ -41,13 +42,16 @@ def translate(args: argparse.Namespace) -> None:
     import dataclasses
 
     from lm import beam, build, generate, scores
-    from lm.data import sources
+    from lm.data import files, sources
 
-    scores.translation([], [])  # a missing library is told before the work is done
     cfg, model, params, words = build.load_run(args.run)
     if args.max_new_tokens:
         cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, max_new_tokens=args.max_new_tokens))
     pairs = sources.parallel_records(args.path)[: args.limit or None]
+    references = [pair["target"] for pair in pairs]
+    scoring = dataclasses.replace(cfg.eval, bleu_tokenizer=args.bleu_tokenizer or cfg.eval.bleu_tokenizer)
+    tokenizer = scores.bleu_tokenizer(scoring, files.target_side(args.path), references)
+    signatures = scores.translation_signatures(tokenizer)  # what is not installed is told before the work is done
     prompts = [generate.encode_prompt(pair["text"], words, cfg) for pair in pairs]
     made = [""] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
@@ -69,8 +73,9 @@ def translate(args: argparse.Namespace) -> None:
     print(file=sys.stderr)
     out = Path(args.out) if args.out else Path(args.run.partition("@")[0]) / "translations.txt"
     out.write_text("".join(f"{line}\n" for line in made), encoding="utf-8")
-    values = scores.translation(made, [pair["target"] for pair in pairs])
+    values = scores.translation(made, references, tokenizer)
     print(f"BLEU {values['bleu']:.2f}  chrF {values['chrf']:.2f}  {len(pairs)} lines, beams {args.beams}, {out}")
+    print(f"BLEU {signatures['bleu']}\nchrF {signatures['chrf']}")
 
 
 if __name__ == "__main__":

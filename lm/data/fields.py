@@ -16,14 +16,13 @@ class BadRecord(Exception):
 
 
 def clean(text: str, what: str) -> str:
-    """Text with CRLF as LF. Raises BadRecord on NUL, a byte order mark, or a surrogate that UTF-8 cannot write."""
-    for character, kind in (("\0", "NUL"), ("\ufeff", "byte order mark")):
-        at = text.find(character)
-        if at >= 0:
-            found = f"found {kind} (U+{ord(character):04X}) inside {what}; expected text without it"
-            raise BadRecord(kind, found, len(text[:at].encode(errors="replace")))
+    """Text with CRLF as LF. Raises BadRecord on NUL, or a surrogate that UTF-8 cannot write."""
+    at = text.find("\0")
+    if at >= 0:
+        found = f"found NUL (U+0000) inside {what}; expected text without it"
+        raise BadRecord("NUL", found, len(text[:at].encode(errors="replace")))
     try:
-        text.encode()
+        _ = text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         found = f"found the lone surrogate U+{ord(text[error.start]):04X} in {what}; expected valid Unicode"
         raise BadRecord("lone surrogate", found) from None
@@ -100,7 +99,7 @@ def named(value: Any, names: Names, what: str) -> Any:
         return {field: named(item, names.get(field), field) for field, item in value.items()}
     if isinstance(names, list) and isinstance(value, list):
         return [named(item, names[0], f"{what}[{i}]") for i, item in enumerate(value)]
-    if not isinstance(names, tuple) or value is None or isinstance(value, str) or value == -1:
+    if not isinstance(names, tuple) or value is None or isinstance(value, str | bool) or value == -1:
         return None if isinstance(names, tuple) and value == -1 else value
     if not isinstance(value, int) or not 0 <= value < len(names):
         raise BadRecord("unknown label", f"'{what}' is {_shown(value)}; expected a number from 0 to {len(names) - 1}")
@@ -142,19 +141,27 @@ def _one_turn(request: str, answer: str) -> dict[str, Any]:
 
 
 def question(value: Any) -> dict[str, Any]:
-    """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord."""
+    """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord.
+
+    No answers: the context does not answer the question (SQuAD 2.0). `is_impossible` must not say otherwise where it is
+    given; `plausible_answers` are wrong answers and are not read.
+    """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a question, an object")
     if missing := [field for field in ("question", "context", "answers") if field not in value]:
         raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
     raw, answers = value["context"], []
     record = {"question": string(value, "question"), "context": string(value, "context")}
-    for name, answer in _objects(_as_objects(value, "answers"), "answers", ("text", "answer_start")):
+    for name, answer in _objects(_as_objects(value, "answers"), "answers", ("text", "answer_start"), least=0):
         text, start = string(answer, "text", f"{name}.text"), _moved(answer, "answer_start", raw, name)
         if record["context"][start : start + len(text)] != text:
             found = f"at {answer['answer_start']} 'context' has {_shown(raw[answer['answer_start'] :][: len(text)])}"
             raise BadRecord("misplaced answer", f"'{name}': {found}; expected the answer {_shown(text)}")
         answers.append({"text": text, "answer_start": start})
+    is_impossible = value.get("is_impossible")
+    if is_impossible is not None and is_impossible is not (not answers):
+        found = f"'is_impossible' is {_shown(is_impossible)}, and there are {len(answers)} answers"
+        raise BadRecord("contradicting answers", f"{found}; expected true for none and false for at least one")
     return {**({"id": str(value["id"])} if "id" in value else {}), **record, "answers": answers}
 
 
@@ -191,8 +198,8 @@ def _paragraphs(value: dict[str, Any], field: str) -> str:
 def _text(value: dict[str, Any]) -> dict[str, Any]:
     known = ("text", "text_pair", "negative")
     record: dict[str, Any] = {field: _paragraphs(value, field) for field in known if field in value}
-    if value.get("label") is not None:
-        record["label"] = _label(value["label"], "label")
+    if "label" in value:
+        record["label"] = _one_label(value["label"])
     return record
 
 
@@ -211,7 +218,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
     ("user", "item", "time"): _interaction,
 }
-_OPTIONAL = ("input", "text_pair", "negative", "label", "id", "group")  # read where they are
+_OPTIONAL = ("input", "text_pair", "negative", "label", "id", "group", "is_impossible")  # read where they are
 _EXPECTED = (
     "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "
     "'words' and 'tags', 'text' and 'entities', or 'user' and 'item' and 'time' (data.rename maps other names)"
@@ -225,6 +232,14 @@ def _label(value: Any, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRecord("wrong type", f"'{name}' is {_shown(value)}; expected a string or a number")
     return str(value)
+
+
+def _one_label(value: Any) -> str | bool | None:
+    """The label of a text: as text, or as it is where it is a boolean; None for null, NaN and an empty cell."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan or (isinstance(value, str) and not value.strip()):
+        return None
+    return value if isinstance(value, bool) else _label(value, "label")
 
 
 def _objects(

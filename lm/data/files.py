@@ -126,6 +126,12 @@ def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[Pair]:
     return [Pair(*both) for both in zip(source, target, strict=True)]
 
 
+def target_side(path: str) -> str:
+    """What the braces of 'DIR/test.{en,de}.gz' hold for the second side: 'de'. '' without braces."""
+    found = _ENDINGS.search(path)
+    return found[2] if found else ""
+
+
 def _shard_of(name: str) -> str:
     match = _SHARD.fullmatch(name)
     return match[1] if match else ""

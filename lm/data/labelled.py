@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from lm.config import Config
+from lm.data import labels
 from lm.data.examples import Columns, Example, Task, field_texts, one_label, sequence_columns
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
@@ -56,11 +57,8 @@ def labelled(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
 
 def scored(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """A sentence or a pair with a number. Raises DataError, naming the record, where it is not a finite one."""
-    try:
-        score = float(record["label"])
-    except ValueError:
-        score = np.nan
-    if not np.isfinite(score):
+    score = labels.number(record["label"])
+    if np.isnan(score):
         raise DataError(f"{record['source']}: found the label {record['label']!r}; expected a finite number")
     columns = encode_pair(record["text"], record.get("text_pair"), tokenizer, cfg.data.seq_len, counts)
     return [Example(columns | {"labels": np.array(score, np.float32)})]

@@ -9,6 +9,7 @@ import numpy as np
 from lm.config import Config
 from lm.data.examples import Columns, Example, Rows, Task, field_texts, sequence_columns
 from lm.data.labelled import encode_pair
+from lm.data.labels import number
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.schema import ConfigError, nearest
@@ -80,10 +81,7 @@ def mixed(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str
 def _value(label: str, part: Part) -> float:
     if part.classes:
         return part.classes.index(label) if label in part.classes else np.nan
-    try:
-        return float(label)
-    except ValueError:
-        return np.nan
+    return number(label)
 
 
 def _columns(cfg: Config) -> Columns:

@@ -7,7 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lm.config import DataConfig
-from lm.data import array_records, builtin, columnar, files, holdout, image_files, interactions, tables, tfds_sets
+from lm.data import (
+    array_records,
+    builtin,
+    columnar,
+    files,
+    holdout,
+    image_files,
+    interactions,
+    labels,
+    tables,
+    tfds_sets,
+)
 from lm.data.records import DataError, Fault, Record, read_jsonl, read_text
 from lm.schema import ConfigError
 
@@ -106,10 +117,12 @@ def find(cfg: DataConfig) -> Units:
 def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault]:
     """The records of one unit that `find` gave, and a `Fault` for each that is bad: together all there are.
 
+    A label that `data.task` cannot use makes its record bad, see `lm.data.labels`.
+
     Raises:
       DataError: the unit cannot be read to its end.
     """
-    return FORMATS[cfg.format].read(unit, cfg)
+    return (labels.checked(item, cfg) for item in FORMATS[cfg.format].read(unit, cfg))
 
 
 def parallel_records(path: str) -> list[Record]:

@@ -160,10 +160,11 @@ def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int) ->
 
 
 def read_squad(path: epath.Path) -> Iterator[Record | Fault]:
-    """Questions of a file in the format of SQuAD v1.1 (Rajpurkar et al. 2016), one record each.
+    """Questions of a file in the format of SQuAD v1.1 or v2.0 (Rajpurkar et al. 2016, 2018), one record each.
 
     Yields:
-      {"id", "question", "context", "answers": [{"text", "answer_start"}]}; its source is the place in the JSON.
+      {"id", "question", "context", "answers": [{"text", "answer_start"}]}, see `fields.question`; its source is the
+      place in the JSON.
 
     Raises:
       DataError: the file as a whole is not of this format.
@@ -171,7 +172,7 @@ def read_squad(path: epath.Path) -> Iterator[Record | Fault]:
     try:
         whole = json.loads(decode(read_bytes(path)))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed JSON: {error}; expected a file in the format of SQuAD v1.1") from None
+        raise DataError(f"{path}: malformed JSON: {error}; expected a file in the format of SQuAD") from None
     except BadRecord as error:
         raise DataError(f"{path}: {error.args[1]}") from None
     empty = True
@@ -195,7 +196,7 @@ def _question(paragraph: Any, asked: Any, path: epath.Path, place: str) -> Recor
 
 def _list(value: Any, field: str, where: str) -> list[Any]:
     if not isinstance(value, dict) or not isinstance(value.get(field), list):
-        raise DataError(f"{where}: no list '{field}'; expected a file in the format of SQuAD v1.1")
+        raise DataError(f"{where}: no list '{field}'; expected a file in the format of SQuAD")
     return value[field]
 
 

@@ -1,5 +1,6 @@
-"""Words with a tag each: parts of speech, and named entities in BIO (Ramshaw and Marcus 1995)."""
+"""Words with a tag each: parts of speech, and named entities (Ramshaw and Marcus 1995)."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -7,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lm import scores
+from lm import entity_tags, scores
 from lm.config import Config
 from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns
 from lm.data.labelled import label_index
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
 
-OUTSIDE = "O"
 _WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters and digits, or one other character
 
 
@@ -28,16 +28,18 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
         labels     -1   1    -1   2 2  -1   -1 -1
 
     Longer than seq_len: parts, cut before a word, so that each word is in one of them (counted: 'sentence_cut'). A word
-    that is longer than a whole row loses its end ('word_cut'). An I- tag that continues nothing is kept as it is and
-    counted ('tag_continues_nothing').
+    that is longer than a whole row loses its end ('word_cut'). Tags of entities are kept as they are; counted is what
+    their scheme would not have: see `entity_tags.faults`.
 
     Raises:
       DataError: a tag that `data.labels` does not have, or two words that begin in one token.
     """
     words, room = record["words"], cfg.data.seq_len - 2
     label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
-    if strays := sum(map(_continues_nothing, [OUTSIDE, *record["tags"]], record["tags"])):
-        counts["tag_continues_nothing"] += strays
+    if tag_of := entity_tags.read(cfg.data.labels, _scheme(cfg)):
+        schemes = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
+        found = entity_tags.faults([tag_of[tag] for tag in record["tags"]], schemes)
+        counts.update({name: number for name, number in found.items() if number})
     text = " ".join(words)
     ids, offsets = tokenizer.encode_with_offsets(text)
     size_W = np.array([len(word) for word in words])
@@ -59,7 +61,7 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
         label_L = np.full(cfg.data.seq_len, -1, np.int32)
         label_L[1 + token_W[first:behind] - start] = label_W[first:behind]
         tokens = np.array([tokenizer.bos_id, *ids[start:end], tokenizer.eos_id], np.int32)
-        examples.append(Example({"tokens": tokens, "labels": label_L}, (record["source"], text)))
+        examples.append(Example({"tokens": tokens, "labels": label_L}, (record["identity"], text)))
         first = behind
     if len(examples) > 1:
         counts["sentence_cut"] += 1
@@ -81,11 +83,11 @@ def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
         counts["dropped_empty"] += 1
         return []
     start_W, end_W = (np.array([place(match) for match in matches]) for place in (re.Match.start, re.Match.end))
-    tags = [OUTSIDE] * len(matches)
+    tags = [entity_tags.OUTSIDE] * len(matches)
     for entity in sorted(record["entities"], key=lambda entity: (entity["start"], -entity["end"])):
         first = int(np.searchsorted(end_W, entity["start"], side="right"))
         last = int(np.searchsorted(start_W, entity["end"], side="left"))  # exclusive
-        if first >= last or tags[first:last] != [OUTSIDE] * (last - first):
+        if first >= last or tags[first:last] != [entity_tags.OUTSIDE] * (last - first):
             counts["entity_dropped"] += 1
             continue
         covered = record["text"][start_W[first] : end_W[last - 1]]
@@ -93,42 +95,52 @@ def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
             counts["entity_grown"] += 1
         tags[first:last] = [f"B-{entity['label']}", *[f"I-{entity['label']}"] * (last - first - 1)]
     words = [match.group() for match in matches]
-    return tagging({"words": words, "tags": tags, "source": record["source"]}, tokenizer, cfg, counts)
+    place = {key: record[key] for key in ("source", "identity")}
+    return tagging({"words": words, "tags": tags, **place}, tokenizer, cfg, counts)
 
 
-def _continues_nothing(before: str, tag: str) -> bool:
-    return tag.startswith("I-") and before not in (tag, f"B-{tag[2:]}")
+def _scheme(cfg: Config) -> str:
+    """`eval.entity_scheme`; of 'auto', the one in which `entities` writes its tags."""
+    is_written_here = cfg.data.task == "entities" and cfg.eval.entity_scheme == "auto"
+    return "IOB2" if is_written_here else cfg.eval.entity_scheme
 
 
 def score_names(cfg: Config) -> tuple[str, ...]:
-    """What `score` gives: entities are those of BIO tags alone."""
-    entities = ("entity_f1", "entity_precision", "entity_recall")
-    return ("token_accuracy", *(entities if is_bio(cfg.data.labels) else ()))
+    """What `score` gives. Raises ConfigError where labels that look like tags of entities are of no scheme."""
+    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
+    if not tag_of:
+        return ("token_accuracy",)
+    is_strict = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
+    return ("token_accuracy", "entity_f1", "entity_precision", "entity_recall", *["entity_f1_strict"] * bool(is_strict))
 
 
 def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[str, float]:
-    """'token_accuracy' over words and, where the labels are BIO tags, those of `scores.entities`.
+    """'token_accuracy' over words and, where the labels are tags of entities, those of `scores.entities` and
+    `scores.strict_entities`.
 
     Args:
       outputs: 'label' and 'prediction', int32 [R, L]; a label of -1 is none.
-      meta: of each row the source and the text of its sentence; rows of one sentence are put together again, in order.
+      meta: of each row the identity and the text of its sentence; rows of one sentence are put together, in order.
       cfg: whose data.labels the numbers are indices of.
     """
     is_word_RxL = outputs["label"] >= 0
     found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
-    if not is_bio(cfg.data.labels):
+    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
+    if not tag_of:
         return found
-    sentences: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
-    for sentence, is_word_L, *rows in zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True):
-        for tags, index_L in zip(sentences.setdefault(sentence, ([], [])), rows, strict=True):
-            tags += [cfg.data.labels[i] for i in index_L[is_word_L]]
-    expected, predicted = map(list, zip(*sentences.values(), strict=True))
-    return found | scores.entities(expected, predicted)
-
-
-def is_bio(labels: tuple[str, ...]) -> bool:
-    """Whether labels are BIO tags: 'O', and others that all begin with 'B-' or 'I-'."""
-    return OUTSIDE in labels and all(label == OUTSIDE or label[:2] in ("B-", "I-") for label in labels)
+    tags = [tag_of[label] for label in cfg.data.labels]
+    expected: list[list[str]] = []
+    predicted: list[list[str]] = []
+    rows = zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True)
+    # Adjacent rows alone: two sources of a mixture may hold the same sentence.
+    for _, of_sentence in itertools.groupby(rows, key=lambda row: row[0][0]):
+        parts = list(of_sentence)
+        for sentences, side in ((expected, 2), (predicted, 3)):
+            sentences.append([tags[i] for part in parts for i in part[side][part[1]]])
+    found |= scores.entities(expected, predicted)
+    if schemes := entity_tags.strict_schemes(tags, _scheme(cfg)):
+        found |= scores.strict_entities(expected, predicted, entity_tags.tell(schemes, expected))
+    return found
 
 
 def _columns(cfg: Config) -> Columns:

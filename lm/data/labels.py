@@ -1,0 +1,63 @@
+"""The label of a record as its task reads it: a class or a number; what is neither is a fault of that record alone."""
+
+import math
+
+import numpy as np
+
+from lm.config import DataConfig
+from lm.data.records import Fault, Record
+
+# Values of data.task that read the field 'label'.
+OF_CLASSES = ("sentences", "prompted", "mixed_sentences", "images")
+OF_NUMBERS = ("scored_sentences",)
+
+_LARGEST = float(np.finfo(np.float32).max)
+_BOOLEANS = ("true", "false")
+_NULLS = ("nan", "null", "none", "na", "n/a", "<na>")  # what tables of text have in place of an empty cell
+
+
+def number(label: str) -> float:
+    """The number that a label stands for; NaN where it is none, or not finite in float32."""
+    try:
+        value = float(label)
+    except ValueError:
+        return math.nan
+    return value if abs(value) <= _LARGEST else math.nan
+
+
+def checked(record: Record | Fault, cfg: DataConfig) -> Record | Fault:
+    """The record with its label as text, or a fault where the task cannot use the label; faults pass through.
+
+    A task that reads no label drops one that is no text. A boolean is the label of `data.labels` that is spelled like
+    it in any case, so that true in JSON and True in a table are one class. A class that `data.labels` lacks passes,
+    unless it is a boolean or spells a missing value: it means that `data.labels` is wrong, which the task refuses.
+
+    Args:
+      record: whose 'label', if it has one, is a text, a boolean, or None where the data have none for it.
+      cfg: whose task and labels count.
+    """
+    if isinstance(record, Fault) or not {"label", "text", "image"} & set(record):
+        return record
+    label = record.get("label")
+    if cfg.task not in (*OF_CLASSES, *OF_NUMBERS):
+        return record if isinstance(label, str) else {key: value for key, value in record.items() if key != "label"}
+    if label is None:
+        found = "no label" if "label" in record else f"the fields {', '.join(sorted(set(record) - {'source'}))}"
+        expected = f"'label', which data.task={cfg.task} reads (data.rename maps another name to it)"
+        return Fault("no label", str(record["source"]), f"found {found}; expected {expected}")
+    task, own = "", str(label)
+    if cfg.task == "mixed_sentences" and "/" in own:
+        task, own = own.split("/", 1)
+        task += "/"
+    if cfg.task in OF_NUMBERS or task in cfg.labels:
+        return _wrong(record, "a finite number") if math.isnan(number(own)) else record
+    if task + own in cfg.labels:
+        return record | {"label": task + own}
+    if own.lower() in _BOOLEANS:
+        alike = [known for known in cfg.labels if known.lower() == (task + own).lower()]
+        return record | {"label": alike[0]} if alike else _wrong(record, f"one of data.labels: {', '.join(cfg.labels)}")
+    return _wrong(record, "a label") if own.lower() in _NULLS else record
+
+
+def _wrong(record: Record, expected: str) -> Fault:
+    return Fault("wrong label", str(record["source"]), f"found the label {record['label']!r}; expected {expected}")
