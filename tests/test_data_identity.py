@@ -97,6 +97,16 @@ def labelled_config(path, **changes):
             {"data__task": "mixed_sentences", "objective": "multitask", "data__labels": ("t/a", "t/b")},
             "all .* rows of task 't' have one label",
         ),
+        (
+            [{"words": [f"w{n}", "goes"], "tags": ["O", "O"]} for n in range(20)],
+            {"data__task": "tagging", "objective": "tagging", "data__labels": ("O", "B-X", "I-X")},
+            "all words have the tag 'O'",
+        ),
+        (
+            [{"question": f"q{n}", "context": f"c{n}", "answers": []} for n in range(20)],
+            {"data__task": "span_qa", "objective": "span_qa", "data__seq_len": 32},
+            "no window holds an answer",
+        ),
     ],
 )
 def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, changes, says):

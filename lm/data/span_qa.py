@@ -9,7 +9,7 @@ import numpy as np
 
 from lm import scores
 from lm.config import Config
-from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns
+from lm.data.examples import Columns, Example, Rows, Task, field_texts, sequence_columns
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.schema import ConfigError
@@ -199,4 +199,8 @@ def _columns(cfg: Config) -> Columns:
     return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"labels": ((2,), np.int32)}
 
 
-SPAN_QA = Task(("question", "context", "answers"), span_qa, _columns, field_texts("question", "context"))
+def _lacks(rows: Rows, cfg: Config) -> str:
+    return "" if rows["labels"].any() else "no window holds an answer; expected some"
+
+
+SPAN_QA = Task(("question", "context", "answers"), span_qa, _columns, field_texts("question", "context"), lacks=_lacks)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lm import entity_tags, scores
 from lm.config import Config
-from lm.data.examples import Columns, Example, Task, field_texts, sequence_columns
+from lm.data.examples import Columns, Example, Rows, Task, field_texts, sequence_columns
 from lm.data.labelled import label_index
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import Tokenizer
@@ -151,5 +151,11 @@ def _word_texts(record: Record) -> Iterator[str]:
     yield " ".join(record["words"])
 
 
-TAGGING = Task(("words", "tags"), tagging, _columns, _word_texts)
-ENTITIES = Task(("text", "entities"), entities, _columns, field_texts("text"))
+def _lacks(rows: Rows, cfg: Config) -> str:
+    found = np.unique(rows["labels"])
+    found = found[found >= 0]
+    return f"all words have the tag {cfg.data.labels[found[0]]!r}; expected two or more" if len(found) == 1 else ""
+
+
+TAGGING = Task(("words", "tags"), tagging, _columns, _word_texts, lacks=_lacks)
+ENTITIES = Task(("text", "entities"), entities, _columns, field_texts("text"), lacks=_lacks)
