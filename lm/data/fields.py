@@ -129,7 +129,9 @@ def _conversation(value: dict[str, Any], field: str) -> dict[str, Any]:
     if not isinstance(turns, list) or not turns:
         raise BadRecord("wrong type", f"'{field}' is {_shown(turns)}; expected a list of at least one message")
     messages = [_message(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
-    return {"messages": [*_preface(value), *_results_in_call_order(messages, turns)]}
+    if any(message["role"] == "tool" for message in messages):
+        messages = _results_in_call_order(messages, turns)
+    return {"messages": [*_preface(value), *messages]}
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
@@ -154,9 +156,11 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     text = _content(turn.get(content), f"{where}.{content}", role)
     if name in _CALLS:
         text = _call(text)
-    text = "\n".join(filter(None, [text, *_spoken_beside(turn, where)]))
-    is_trained = _is_trained(turn, where, role)
-    return {"role": role, "content": text} | ({} if is_trained or role != "assistant" else {"weight": 0})
+    if given:
+        text = "\n".join(filter(None, [text, *_spoken_beside(turn, where)]))
+    if not _is_trained(turn, where, role) and role == "assistant":
+        return {"role": role, "content": text, "weight": 0}
+    return {"role": role, "content": text}
 
 
 def _content(value: Any, name: str, role: str) -> str:
@@ -236,7 +240,7 @@ def _is_trained(turn: dict[str, Any], where: str, role: str) -> bool:
     """
     says: dict[str, bool] = {}
     for key, value in turn.items():
-        if value is None or not isinstance(key, str) or not _LOSS_KEY.search(key):
+        if value is None or key in ("role", "content", "from", "value") or not _LOSS_KEY.search(str(key)):
             continue
         if key == "weight" and (isinstance(value, bool) or value not in (0, 1)):
             raise BadRecord("wrong weight", f"'{where}.weight' is {_shown(value)}; expected 0 or 1")
