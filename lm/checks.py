@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from lm import metrics, objectives, schema, sharding, trees
 from lm.config import Config, LossConfig
-from lm.data import augment, corrupt, pipeline, prompts
+from lm.data import augment, chats, corrupt, pipeline, prompts
 from lm.data.feed import REPLAY
 from lm.data.tasks import TASKS
 from lm.schema import ConfigError
@@ -36,6 +36,7 @@ def fit(cfg: Config) -> None:
         )
     augment.check(cfg)
     prompts.check(cfg)
+    chats.check(cfg)
     objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
     for key, value, fitting in (
         ("model.kind", cfg.model.kind, objective.kinds),

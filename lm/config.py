@@ -70,9 +70,8 @@ class DataConfig:
     batch_size: int = 16  # rows in a step, over all devices
     packing: Literal["pad", "best_fit", "concat"] = "best_fit"
     mask_documents: bool = True  # False: documents packed in one row see the ones before them
-    overlong: Literal["truncate", "drop"] = (
-        "truncate"  # chat: cut the prompt from its left, translation: the end; or drop
-    )
+    # Longer than a row: drop_turns (chat only) leaves out the oldest turns, truncate the end, drop the whole example.
+    overlong: Literal["auto", "drop_turns", "truncate", "drop"] = "auto"  # chat: drop_turns, translation: truncate
     max_bad_records: int = 0  # so many are left out and counted, with their places; one more is an error
     max_records: int = 0  # 0 = all of them
 

@@ -207,10 +207,14 @@ def test_real_chat_data_packs_whole(shared_data):
     built = pipeline.build(cfg, tok, split)
     report = built.report["train"]
     answers = [m["content"] for r in split.train for m in r["messages"] if m["role"] == "assistant"]
-    assert report["documents"] == report["examples"] == 300
+    assert report["documents"] == report["examples"] + report["dropped_long_prompt"] == 300
     lost = sum(len(answer.encode()) for answer in answers) - report["bytes"]
-    assert lost == 0 if not report.get("answer_cut") else lost > 0
-    assert report["targets"] >= report["documents"]
+    assert lost > 0 and 0 < report["answer_cut"] < report["examples"]
+    assert report["targets"] >= report["examples"]
+    roomy = dataclasses.replace(cfg, data=dataclasses.replace(data, seq_len=2048))
+    report = pipeline.build(roomy, tok, split).report["train"]
+    assert report["documents"] == report["examples"] == 300 and not {"answer_cut", "chats_shortened"} & set(report)
+    assert report["bytes"] == sum(len(answer.encode()) for answer in answers)
 
 
 def marked(name, count):

@@ -108,9 +108,17 @@ def test_a_conversation_has_a_history(run, talk):
     assert (status, out) == (0, f"{first}\n{second}\n")
 
 
-def test_a_conversation_longer_than_the_model_loses_its_oldest_part(run, talk):
-    status, out, err = talk(f"--workdir={run}", f"--prompt={'a long question ' * 20}")
-    assert status == 0 and out.endswith("\n") and "(only the last 39 ids of the conversation fit)" in err
+def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(run, talk):
+    arguments = (f"--workdir={run}", "--temperature=0", "--max_new_tokens=2")
+    *_, words = loaded(run)
+    long = "a long, long question"
+    assert 46 / 2 - 2 < len(words.encode(long)) + 2 < 35  # there is room for one of them and a little more
+    status, out, err = talk(*arguments, typed=f"{long}\n{long}\n{long * 9}\n3?\n")
+    first = greedy(run, turns=[long], new=2)
+    last = greedy(run, turns=[long, first, "3?"], new=2)
+    assert (status, out) == (0, f"{first}\n{first}\n{last}\n")
+    assert err.count("(the oldest 2 turns of the conversation no longer fit)") == 1
+    assert err.count("ids with its marks, but there is room for 46; not asked)") == 1
 
 
 @pytest.mark.parametrize(
@@ -125,6 +133,7 @@ def test_a_conversation_longer_than_the_model_loses_its_oldest_part(run, talk):
             ["--workdir={run}", "--max_new_tokens=47"],
             "--max_new_tokens=47 leaves no room for a prompt in the 48 positions",
         ),
+        (["--workdir={run}", "--max_new_tokens=44"], "the question has "),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(run, talk, arguments, message):

@@ -133,8 +133,8 @@ def shrink(c: Any) -> None:
 
     The number of layers stays too: rules name them.
     """
-    # One length for most of them, so that they share what is compiled; pairs of sentences need room.
-    m, seq_len = c.model, min(c.data.seq_len, 64 if c.data.task == "masked_pairs" else 32)
+    # One length for most of them, so that they share what is compiled; pairs of sentences, and questions, need room.
+    m, seq_len = c.model, min(c.data.seq_len, {"masked_pairs": 64, "chat": 128}.get(c.data.task, 32))
     m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim, m.projection_dim = 32, 2, 0, 0, 48, 16
     m.decoder_dim = m.decoder_dim and 32
     m.unroll = 1

@@ -35,36 +35,49 @@ def talk(args: argparse.Namespace) -> None:
     import jax
 
     from lm import build, config, generate, schema
-    from lm.data import examples
+    from lm.data import chats
 
     cfg, model, params, words = build.load_run(args.workdir)
     keys = ("temperature", "top_k", "top_p", "max_new_tokens")
     chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     values = schema.to_dict(cfg)
     cfg = config.build(values | {"generate": values["generate"] | chosen})
-    if generate.prompt_room(cfg) < 2:
+    room = generate.prompt_room(cfg)
+    if room < 2:
         raise schema.ConfigError(
             f"--max_new_tokens={cfg.generate.max_new_tokens} leaves no room for a prompt in the {cfg.data.seq_len} "
             "positions that this run was trained on"
         )
     key = jax.random.key(args.seed)
     is_chat = cfg.data.task == "chat"
-    history: list[dict[str, str]] = []
+    turns: list[chats.Turn] = []
     print(f"{'chat' if is_chat else 'text continuation'} model, {args.workdir}; end with Ctrl-D", file=sys.stderr)
     for turn, line in enumerate([args.prompt] if args.prompt else lines()):
-        history = [*history, {"role": "user", "content": line}] if is_chat else []
-        ids = examples.prompt_ids(history, words) if is_chat else generate.encode_prompt(line, words, cfg)
-        ids = fit(ids, generate.prompt_room(cfg))
+        if is_chat:
+            asked = [*turns, chats.encode({"role": "user", "content": line}, words, "the question")]
+            try:
+                turns = chats.recent_prompt(asked, words, room)
+            except schema.ConfigError as error:
+                if args.prompt:
+                    raise
+                print(f"({error}; not asked)", file=sys.stderr)
+                continue
+            if left_out := len(asked) - len(turns):
+                print(f"(the oldest {left_out} turns of the conversation no longer fit)", file=sys.stderr)
+            ids = chats.prompt_ids(turns, words)
+        else:
+            ids = fit(generate.encode_prompt(line, words, cfg), room)
         made = generate.generate(model, params, [ids], jax.random.fold_in(key, turn), cfg, words)[0]
         answer = words.decode(made)
-        history.append({"role": "assistant", "content": answer})
+        if is_chat:
+            turns.append(chats.encode({"role": "assistant", "content": answer}, words, "the answer"))
         print(answer, flush=True)
 
 
 def fit(ids: list[int], room: int) -> list[int]:
     """Drops the oldest ids, but not the first (BOS), where there are more than `room`."""
     if len(ids) > room:
-        print(f"(only the last {room - 1} ids of the conversation fit)", file=sys.stderr)
+        print(f"(only the last {room - 1} ids of the text fit)", file=sys.stderr)
         return [ids[0], *ids[-(room - 1) :]]
     return ids
 

@@ -24,7 +24,7 @@ _EXAMPLE = flags.DEFINE_integer("example", 0, "First example to show, by the ind
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "valid"], "Which half of the data.")
 _HTML = flags.DEFINE_string("html", "", "Also write the batch to this file, as a web page.")
 
-ROLE_COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "": "default"}
+ROLE_COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "": "default"}
 SEGMENT_COLOURS = ("blue", "yellow", "red")
 LEGEND = "A token is trained when the model learns to predict it from those before it."
 
@@ -176,7 +176,7 @@ body { font: 15px/1.9 system-ui, sans-serif; margin: 2em auto; max-width: 75em; 
 .t { font-family: ui-monospace, monospace; padding: 1px 3px; margin-right: 2px; border-radius: 3px; color: #777 }
 .t.trained { color: #000; font-weight: bold; box-shadow: inset 0 -2px #000 }
 .none { background: #f3f3f3 } .system { background: #f0dcf5 } .user { background: #d8ecfa }
-.assistant { background: #dcf2dc }
+.assistant { background: #dcf2dc } .tool { background: #fbf0c9 }
 """
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from lm.config import Config, DataConfig, TokenizerConfig
 from lm.data import tokenizer as sentencepiece
-from lm.data.records import DataError, Record
-from lm.data.tokenizer import ROLES, Tokenizer
+from lm.data.records import Record
+from lm.data.tokenizer import Tokenizer
 from lm.schema import ConfigError
 
 _CHUNK_RECORDS = 32  # that a thread takes at a time
@@ -101,9 +101,8 @@ def make(
 
     SentencePiece works while other threads run Python: `threads` of them tokenize, a few records ahead.
 
-    Counted: documents, examples; cut_in_pieces (text longer than seq_len); prompt_cut, answer_cut (chat longer than
-    seq_len, by data.overlong); dropped_overlong, dropped_empty, dropped_no_target (nothing in it to train on); and what
-    a task adds.
+    Counted: documents, examples; cut_in_pieces (text longer than seq_len); dropped_empty, dropped_no_target (nothing in
+    it to train on); and what a task adds.
 
     Raises:
       DataError: a record has a role or a label that is not known.
@@ -188,57 +187,9 @@ def _pieces(columns: dict[str, np.ndarray], cfg: Config, counts: Counter[str]) -
     return [Example({name: array[start : start + limit] for name, array in columns.items()}) for start in starts]
 
 
-def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """BOS, then for each turn: role symbol, content, end of turn. Trained on: assistant content and its end of turn.
-
-    Worked, <u> <a> role symbols and . the end of turn, for user 'hi', assistant 'yo':
-
-        tokens   BOS <u> hi  .  <a> yo
-        targets  <u> hi  .  <a> yo  .
-        weights   0   0  0   0  1   1
-
-    Turns after the last assistant turn are left out. Longer than seq_len, and data.overlong=truncate: the prompt (all
-    before the last assistant turn) loses its left end, BOS kept; if the answer alone is too long its end goes too.
-    """
-    ids, trained, answer_start = [tokenizer.bos_id], [False], 1
-    length = 1  # up to the end of the last assistant turn
-    for message in record["messages"]:
-        turn = _turn(message, tokenizer, str(record["source"]))
-        is_answer = message["role"] == "assistant"
-        if is_answer:
-            answer_start = len(ids)
-        ids += turn
-        trained += [False] + [is_answer] * (len(turn) - 1)
-        length = len(ids) if is_answer else length
-    ids, trained = ids[:length], trained[:length]
-    excess = len(ids) - 1 - cfg.data.seq_len
-    if excess > 0 and cfg.data.overlong == "drop":
-        counts["dropped_overlong"] += 1
-        return []
-    if excess > 0:
-        cut = min(excess, answer_start - 1)
-        counts["prompt_cut" if cut == excess else "answer_cut"] += 1
-        keep = slice(1 + cut, 1 + cut + cfg.data.seq_len)
-        ids, trained = ids[:1] + ids[keep], trained[:1] + trained[keep]
-    return [Example(shifted(ids, trained))]
-
-
-def prompt_ids(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation up to where the assistant speaks: as in `chat`, then the assistant's role symbol."""
-    ids = [tokenizer.bos_id]
-    for message in messages:
-        ids += _turn(message, tokenizer, "prompt")
-    return [*ids, tokenizer.role_ids["assistant"]]
-
-
 def text_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """The start of a document."""
     return [tokenizer.bos_id, *tokenizer.encode(text)]
-
-
-def chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """A conversation of one turn, up to where the assistant speaks."""
-    return prompt_ids([{"role": "user", "content": text}], tokenizer)
 
 
 def one_label(rows: Rows, cfg: Config) -> str:
@@ -256,11 +207,6 @@ def field_texts(*names: str) -> Callable[[Record], Iterator[str]]:
     return lambda record: (record[name] for name in names if name in record)
 
 
-def message_texts(record: Record) -> Iterator[str]:
-    """The texts of a conversation."""
-    return (message["content"] for message in record["messages"])
-
-
 def check_fields(task: Task, records: Iterable[Record], cfg: DataConfig, known: Mapping[str, Task]) -> None:
     """Raises ConfigError, naming the first record that `data.task` cannot read."""
     for record in records:
@@ -270,12 +216,6 @@ def check_fields(task: Task, records: Iterable[Record], cfg: DataConfig, known: 
                 f"{record['source']}: 'data.task' is {cfg.task}, which reads '{missing[0]}', but the record has "
                 f"{', '.join(sorted(set(record) - {'source'}))}; set data.task={' or '.join(fits)}, or other data"
             )
-
-
-def _turn(message: Mapping[str, str], tokenizer: Tokenizer, source: str) -> list[int]:
-    if message["role"] not in tokenizer.role_ids:
-        raise DataError(f"{source}: unknown role {message['role']!r}, expected one of {', '.join(ROLES)}")
-    return [tokenizer.role_ids[message["role"]], *tokenizer.encode(message["content"]), tokenizer.end_of_turn_id]
 
 
 def shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
@@ -288,4 +228,3 @@ def shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
 
 
 TEXT = Task(("text",), text, shifted_columns, field_texts("text"), prompt=text_prompt)
-CHAT = Task(("messages",), chat, shifted_columns, message_texts, prompt=chat_prompt)

@@ -3,7 +3,10 @@
 Every text is cleaned alike (see `clean`). Where that takes characters away, offsets into the text are moved with it.
 """
 
+import functools
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -106,38 +109,212 @@ def named(value: Any, names: Names, what: str) -> Any:
     return names[value]
 
 
-def _conversation(value: dict[str, Any]) -> dict[str, Any]:
-    turns = value["messages"]
+# Conversations --------------------------------------------------------------------------------------------------------
+
+_CALLS = ("function_call", "tool_call")  # speakers whose whole text is a call of a tool
+# Who speaks, in 'role' or in ShareGPT's 'from' -> one of ROLES.
+SPEAKERS = {
+    **{role: role for role in ROLES},
+    "developer": "system",
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", *_CALLS), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response", "tool_response", "ipython"), "tool"),
+}
+# Keys of a message that switch its training on and off: OpenAI's and SlimOrca's 'weight', a number; Axolotl's and
+# ms-swift's, true or false. Other keys of such names are refused.
+_SWITCHES = ("train", "training", "train_on_turn", "loss")
+_LOSS_KEY = re.compile(r"(^|_)(train|loss|weight|mask)", re.IGNORECASE)
+_ASSISTANT_ONLY = ("tool_calls", "function_call", "refusal", "audio")
+
+
+def _conversation(value: dict[str, Any], field: str) -> dict[str, Any]:
+    """The messages of OpenAI's format or of ShareGPT's, each {"role", "content"}, and "weight": 0 on an answer that is
+    not to be trained on."""
+    turns = _as_objects(value, field)[field]
     if not isinstance(turns, list) or not turns:
-        raise BadRecord("wrong type", f"'messages' is {_shown(turns)}; expected a list of at least one message")
-    messages = []
-    for i, turn in enumerate(turns):
-        where = f"messages[{i}]"
-        if not isinstance(turn, dict):
-            raise BadRecord("wrong type", f"'{where}' is {_shown(turn)}; expected an object of 'role' and 'content'")
-        for field in ("role", "content"):
-            if field not in turn:
-                raise BadRecord("missing field", f"'{where}': {_found(turn)}; expected '{field}'")
-        role = turn["role"]
-        if role not in ROLES:
-            hint = nearest(role, ROLES) if isinstance(role, str) else ""
-            expected = ", ".join(ROLES)
-            raise BadRecord("unknown role", f"'{where}.role' is {_shown(role)}; expected one of {expected}{hint}")
-        messages.append({"role": role, "content": string(turn, "content", f"{where}.content")})
-    return {"messages": messages}
+        raise BadRecord("wrong type", f"'{field}' is {_shown(turns)}; expected a list of at least one message")
+    messages = [_message(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
+    if any(message["role"] == "tool" for message in messages):
+        messages = _results_in_call_order(messages, turns)
+    return {"messages": [*_preface(value), *messages]}
+
+
+def _message(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise BadRecord("wrong type", f"'{where}' is {_shown(turn)}; expected an object of 'role' and 'content'")
+    speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    if speaker not in turn:
+        raise BadRecord("missing field", f"'{where}': {_found(turn)}; expected '{speaker}'")
+    name = turn[speaker]
+    if not isinstance(name, str) or name not in SPEAKERS:
+        hint = nearest(name, SPEAKERS) if isinstance(name, str) else ""
+        expected = ", ".join(SPEAKERS)
+        raise BadRecord("unknown role", f"'{where}.{speaker}' is {_shown(name)}; expected one of {expected}{hint}")
+    role = SPEAKERS[name]
+    given = [key for key in _ASSISTANT_ONLY if turn.get(key)]
+    if given and role != "assistant":
+        raise BadRecord(
+            "misplaced field", f"'{where}' is of role {name} and has '{given[0]}'; expected it on assistant"
+        )
+    if content not in turn and not given:
+        raise BadRecord("missing field", f"'{where}': {_found(turn)}; expected '{content}'")
+    text = _content(turn.get(content), f"{where}.{content}", role)
+    if name in _CALLS:
+        text = _call(text)
+    if given:
+        text = "\n".join(filter(None, [text, *_spoken_beside(turn, where)]))
+    if not _is_trained(turn, where, role) and role == "assistant":
+        return {"role": role, "content": text, "weight": 0}
+    return {"role": role, "content": text}
+
+
+def _content(value: Any, name: str, role: str) -> str:
+    """A text, null for none, or a list of parts, which are joined as they are."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return clean(value, f"'{name}'")
+    if not isinstance(value, list):
+        raise BadRecord("wrong type", f"'{name}' is {_shown(value)}; expected a string, null or a list of parts")
+    texts = []
+    for i, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None:
+            raise BadRecord("wrong type", f"'{name}[{i}]' is {_shown(part)}; expected an object with 'type'")
+        if kind != "text" and (kind, role) != ("refusal", "assistant"):
+            found = f"'{name}[{i}].type' is {_shown(kind)}"
+            raise BadRecord("unsupported content", f"{found}; expected text: a chat is trained on as text alone")
+        if not isinstance(part.get(kind), str):
+            raise BadRecord("wrong type", f"'{name}[{i}].{kind}' is {_shown(part.get(kind))}; expected a string")
+        texts.append(clean(part[kind], f"'{name}[{i}].{kind}'"))
+    return "".join(texts)
+
+
+def _spoken_beside(turn: dict[str, Any], where: str) -> list[str]:
+    """What an assistant says in other fields than its content: a refusal, calls of tools."""
+    if turn.get("audio"):
+        raise BadRecord("unsupported content", f"'{where}.audio' is set; expected text: a chat is trained on as text")
+    refusal = _content(turn.get("refusal"), f"{where}.refusal", "assistant")
+    legacy = [(f"{where}.function_call", turn["function_call"])] if turn.get("function_call") else []
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise BadRecord("wrong type", f"'{where}.tool_calls' is {_shown(calls)}; expected a list of calls")
+    named = [(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+    return [refusal, *(_call(_function(call, name)) for name, call in [*named, *legacy])]
+
+
+def _call(text: str) -> str:
+    """A call of a tool as text, as Hermes and Qwen write it."""
+    return f"<tool_call>\n{text}\n</tool_call>"
+
+
+def _function(call: Any, name: str) -> str:
+    """{"name": ..., "arguments": ...} of a call, the arguments spelled as they came."""
+    if isinstance(call, dict) and call.get("type") not in (None, "function"):
+        found = f"'{name}.type' is {_shown(call['type'])}"
+        raise BadRecord("unsupported content", f"{found}; expected 'function', the one kind of call that is read")
+    function = call.get("function") or call if isinstance(call, dict) else call
+    if not isinstance(function, dict) or "name" not in function:
+        raise BadRecord("wrong type", f"'{name}' is {_shown(call)}; expected a call: a function's 'name', 'arguments'")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        text = clean(arguments.strip(), f"'{name}.arguments'")
+        try:
+            json.loads(text)
+        except ValueError:
+            raise BadRecord("malformed JSON", f"'{name}.arguments' is {_shown(text)}; expected JSON") from None
+    elif isinstance(arguments, dict | str | None):
+        text = _json(arguments or {}, f"'{name}.arguments'")
+    else:
+        raise BadRecord("wrong type", f"'{name}.arguments' is {_shown(arguments)}; expected JSON, or an object")
+    return f'{{"name": {_json(string(function, "name", f"{name}.name"), name)}, "arguments": {text}}}'
+
+
+def _json(value: Any, what: str) -> str:
+    try:
+        return clean(json.dumps(value, ensure_ascii=False), what)
+    except TypeError as error:  # a column may hold what JSON does not have: bytes, a date
+        raise BadRecord("wrong type", f"{what} is {_shown(value)}: {error}; expected what JSON can write") from None
+
+
+def _is_trained(turn: dict[str, Any], where: str, role: str) -> bool:
+    """Whether a message is to be trained on, by its own keys; unless they say no, an assistant's is.
+
+    Raises:
+      BadRecord: a key has another value than yes or no, asks for training on another role, or is not known.
+    """
+    says: dict[str, bool] = {}
+    for key, value in turn.items():
+        if value is None or key in ("role", "content", "from", "value") or not _LOSS_KEY.search(str(key)):
+            continue
+        if key == "weight" and (isinstance(value, bool) or value not in (0, 1)):
+            raise BadRecord("wrong weight", f"'{where}.weight' is {_shown(value)}; expected 0 or 1")
+        if key in _SWITCHES and not isinstance(value, bool):
+            raise BadRecord("wrong type", f"'{where}.{key}' is {_shown(value)}; expected true or false")
+        if key not in ("weight", *_SWITCHES):
+            known = ", ".join(_SWITCHES)
+            raise BadRecord(
+                "unknown weight", f"'{where}' has '{key}'; expected 'weight' (0 or 1) or a switch ({known}), or neither"
+            )
+        says[key] = bool(value)
+    if len({*says.values()}) > 1:
+        raise BadRecord("wrong weight", f"'{where}': {says} contradict each other; expected one of them")
+    if role != "assistant" and any(says.values()):
+        raise BadRecord(
+            "wrong weight", f"'{where}' of role {role} has {says}; expected 0: only assistant messages are trained on"
+        )
+    return all(says.values())
+
+
+def _results_in_call_order(messages: list[dict[str, Any]], turns: list[Any]) -> list[dict[str, Any]]:
+    """The messages; the results of several calls in the order of the calls, for their text does not have the ids."""
+    group, rank, keys = 0, dict[str, int](), []
+    for message, turn in zip(messages, turns, strict=True):
+        if message["role"] != "tool":
+            calls = [call for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
+            group, rank = group + 1, {str(call.get("id")): i for i, call in enumerate(calls)}
+            keys.append((group, -1))
+        else:
+            keys.append((group, rank.get(str(turn.get("tool_call_id")), len(rank))))
+    return [messages[i] for i in sorted(range(len(messages)), key=lambda i: keys[i])]
+
+
+def _preface(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """System messages of what a record keeps beside its messages: a system prompt, and the tools there are."""
+    system = _content(value.get("system"), "system", "system")
+    found = [system] if system.strip() else []
+    for field in ("tools", "functions"):
+        tools = value.get(field) or []
+        if not isinstance(tools, list | str):
+            raise BadRecord("wrong type", f"'{field}' is {_shown(tools)}; expected a list, or a text")
+        lines = [tools] if isinstance(tools, str) else [_json(tool, f"'{field}'") for tool in tools]
+        text = clean("\n".join(lines), f"'{field}'")
+        if text.strip() not in ("", "[]"):
+            found.append(f"<tools>\n{text}\n</tools>")
+    return [{"role": "system", "content": text} for text in found]
 
 
 def _prompt(value: dict[str, Any]) -> dict[str, Any]:
-    return _one_turn(string(value, "prompt"), string(value, "response"))
+    return {"messages": [*_preface(value), *_exchange(string(value, "prompt"), string(value, "response"))]}
 
 
 def _instruction(value: dict[str, Any]) -> dict[str, Any]:
     request, answer = string(value, "instruction"), string(value, "output")
-    return _one_turn(request + ("\n\n" + string(value, "input") if value.get("input", "") != "" else ""), answer)
+    if value.get("input") not in (None, ""):
+        request += "\n\n" + string(value, "input")
+    history = value.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+        raise BadRecord("wrong type", f"'history' is {_shown(history)}; expected a list of [request, answer]")
+    texts = [
+        [_content(text, f"history[{i}]", role) for text, role in zip(pair, ("user", "assistant"), strict=True)]
+        for i, pair in enumerate(history)
+    ]
+    exchanges = [message for pair in [*texts, [request, answer]] for message in _exchange(*pair)]
+    return {"messages": [*_preface(value), *exchanges]}
 
 
-def _one_turn(request: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
+def _exchange(request: str, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
 
 
 def question(value: Any) -> dict[str, Any]:
@@ -209,7 +386,9 @@ def _interaction(value: dict[str, Any]) -> dict[str, Any]:
 
 # The fields that tell a kind of record -> how it is read. An object that has those of several is of the first kind.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
-    ("messages",): _conversation,
+    ("messages",): functools.partial(_conversation, field="messages"),
+    ("conversations",): functools.partial(_conversation, field="conversations"),
+    ("conversation",): functools.partial(_conversation, field="conversation"),
     ("prompt", "response"): _prompt,
     ("instruction", "output"): _instruction,
     ("question", "context", "answers"): question,
@@ -218,10 +397,14 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
     ("user", "item", "time"): _interaction,
 }
-_OPTIONAL = ("input", "text_pair", "negative", "label", "id", "group", "is_impossible")  # read where they are
+_OPTIONAL = (  # read where they are
+    *("input", "system", "history", "tools", "functions"),
+    *("text_pair", "negative", "label", "id", "is_impossible", "group"),
+)
 _EXPECTED = (
-    "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "
-    "'words' and 'tags', 'text' and 'entities', or 'user' and 'item' and 'time' (data.rename maps other names)"
+    "'text', 'messages' or 'conversations', 'prompt' and 'response', 'instruction' and 'output', 'question' and "
+    "'context' and 'answers', 'words' and 'tags', 'text' and 'entities', or 'user' and 'item' and 'time' (data.rename "
+    "maps other names)"
 )
 
 

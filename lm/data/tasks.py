@@ -4,6 +4,7 @@ import numpy as np
 
 from lm.config import Config
 from lm.data import (
+    chats,
     corrupt,
     examples,
     images,
@@ -30,7 +31,7 @@ def _prefix_columns(cfg: Config) -> Columns:
 
 TASKS: dict[str, Task] = {
     "text": examples.TEXT,
-    "chat": examples.CHAT,
+    "chat": chats.CHAT,
     "prefix_text": examples.TEXT._replace(corrupt=corrupt.prefix, batch=_prefix_columns),
     "span_corruption": seq2seq.SPAN_CORRUPTION,
     "translation": seq2seq.TRANSLATION,
