@@ -83,14 +83,24 @@ def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
     """Ids of a prompt as the run's task would see it: the start of a document, a user's turn, a text to translate.
 
     Raises:
-      ConfigError: the task does not generate text, or the learned positions have no room for it and what follows.
+      ConfigError: the model does not generate text, or the learned positions have no room for it and what follows.
     """
+    check_kind(cfg)
     prompt = TASKS[cfg.data.task].prompt
-    if prompt is None:
-        raise ConfigError(f"a model of data.task={cfg.data.task} does not generate text")
+    assert prompt is not None
     ids = prompt(text, tokenizer)
     check_room(len(ids), cfg)
     return ids
+
+
+def check_kind(cfg: Config) -> None:
+    """Raises ConfigError unless a model of this config generates text."""
+    if cfg.model.kind not in PROMPTING or TASKS[cfg.data.task].prompt is None:
+        fitting = ", ".join(name for name, task in TASKS.items() if task.prompt)
+        raise ConfigError(
+            f"a model of data.task={cfg.data.task} and model.kind={cfg.model.kind} does not generate text; expected "
+            f"one of the tasks {fitting}, and of the kinds {', '.join(PROMPTING)}"
+        )
 
 
 def check_room(prompt_len: int, cfg: Config) -> None:
@@ -108,8 +118,7 @@ def prompt_room(cfg: Config) -> int:
     Raises:
       ConfigError: the model does not generate text.
     """
-    if cfg.model.kind not in PROMPTING:
-        raise ConfigError(f"this run's 'model.kind' is {cfg.model.kind}, which does not generate text")
+    check_kind(cfg)
     return PROMPTING[cfg.model.kind].room(cfg.data.seq_len, cfg.generate.max_new_tokens)
 
 

@@ -324,7 +324,8 @@ h1{margin:0;font-size:28px} h2{margin:36px 0 12px;font-size:18px} h3{margin:16px
 .card svg{width:100%;height:auto;display:block}
 .tiles{display:flex;flex-wrap:wrap;gap:12px}
 .tile{background:#fff;border:1px solid #e2e6ed;border-radius:10px;padding:12px 18px;flex:1 1 130px}
-.tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.tile span,.tile i{color:#5b6577;font-size:13px;display:block}
+.tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}
+.tile span,.tile i{color:#5b6577;font-size:13px;display:block}
 .bar{display:flex;height:26px;border-radius:6px;overflow:hidden}.bar i{display:block;min-width:1px}
 .legend{display:flex;flex-wrap:wrap;gap:6px 22px;margin-top:12px;font-size:13px;color:#5b6577}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}.legend b{color:#222b3a}

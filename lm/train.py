@@ -215,7 +215,9 @@ def evaluate_all(run: build.Run, evaluate_rows: Callable[[Any, int], Any]) -> di
             total, meta = metrics.add(total, sums), meta + about
             outputs.append(found)
     joined = {key: np.concatenate([found[key] for found in outputs]) for key in outputs[0]}
-    return metrics.finalize(total, run.cfg.objective) | (run.score(joined, meta, run.cfg) if run.score else {}) | by_source
+    return (
+        metrics.finalize(total, run.cfg.objective) | (run.score(joined, meta, run.cfg) if run.score else {}) | by_source
+    )
 
 
 def restore(

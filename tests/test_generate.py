@@ -214,7 +214,9 @@ def fewest(weights: list[int], p: Fraction) -> list[int]:
     return order[: 1 + next(n for n, sum_n in enumerate(total) if sum_n >= p * total[-1])]
 
 
-@pytest.mark.parametrize("weights", [[5, 3, 1, 1], [1, 3, 5, 1], [1] * 10, [2, 1, 2, 1, 4], [7, 1], [30, 1, 1, 1, 64, 3]])
+@pytest.mark.parametrize(
+    "weights", [[5, 3, 1, 1], [1, 3, 5, 1], [1] * 10, [2, 1, 2, 1, 4], [7, 1], [30, 1, 1, 1, 64, 3]]
+)
 def test_top_p_at_exact_borders_keeps_the_fewest_that_reach_it(weights):
     """Every partial sum of k/n probabilities as top_p, in float64 from two numbers as a user writes it, and just
     beside it."""
