@@ -50,16 +50,11 @@ class About(NamedTuple):
     unit: str = ""
     less_is_better: bool = False
 
-    @property
-    def heading(self) -> str:
-        """The title and, in brackets, the unit."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
 
 METRICS = {
     "loss": About("Loss", _LOSS, less_is_better=True),
-    "nll": About("Negative log-likelihood", _LOSS, less_is_better=True),
-    "answer_loss": About("Negative log-likelihood of the answers", _LOSS, less_is_better=True),
+    "nll": About("NLL", _LOSS, less_is_better=True),
+    "answer_loss": About("NLL of the answers", _LOSS, less_is_better=True),
     "perplexity": About("Perplexity", less_is_better=True),
     "bits_per_byte": About("Bits per byte", less_is_better=True),
     "accuracy": About("Accuracy"),

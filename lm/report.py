@@ -201,7 +201,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metric
             panel.set_yscale("log")  # else an untrained model's hides all that follows
         else:
             panel.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        panel.set_title(about(name).heading, loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
+        panel.set_title(about(name).title, loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
+        panel.set_ylabel(about(name).unit, fontsize=8.5, color="#5b6577")
         # The last values, above the panel, where no curve can run through them.
         above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "borderaxespad": 0.2}
         panel.legend(ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)

@@ -139,19 +139,20 @@ def test_every_score_that_an_objective_names_is_described():
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "heading", "gain"),
+    ("name", "objective", "title", "unit", "gain"),
     [
-        ("loss", "clm", "Loss (nats per token)", -1),
-        ("replay_nll", "mlm", "replay: Negative log-likelihood (nats per hidden token)", -1),
-        ("sst2_loss", "multitask", "sst2: Loss (nats per example)", -1),
-        ("stsb_loss", "multitask", "stsb: Loss (squared error per example)", -1),
-        ("my_web_bits_per_byte", "clm", "my_web: Bits per byte", -1),
-        ("popularity_hr_at_10", "next_item", "popularity: Hit rate at 10", 1),
-        ("pair_accuracy", "mlm", "Accuracy of the pairs' labels", 1),
-        ("floss", "clm", "floss", 1),
-        ("loss", "", "Loss", -1),
+        ("loss", "clm", "Loss", "nats per token", -1),
+        ("replay_nll", "mlm", "replay: NLL", "nats per hidden token", -1),
+        ("sst2_loss", "multitask", "sst2: Loss", "nats per example", -1),
+        ("stsb_loss", "multitask", "stsb: Loss", "squared error per example", -1),
+        ("my_web_bits_per_byte", "clm", "my_web: Bits per byte", "", -1),
+        ("popularity_hr_at_10", "next_item", "popularity: Hit rate at 10", "", 1),
+        ("pair_accuracy", "mlm", "Accuracy of the pairs' labels", "", 1),
+        ("floss", "clm", "floss", "", 1),
+        ("loss", "", "Loss", "", -1),
     ],
 )
-def test_what_is_known_of_a_metric(name, objective, heading, gain):
-    assert metrics.about(name, objective, ("sst2/0", "sst2/1", "stsb/")).heading == heading
+def test_what_is_known_of_a_metric(name, objective, title, unit, gain):
+    found = metrics.about(name, objective, ("sst2/0", "sst2/1", "stsb/"))
+    assert (found.title, found.unit) == (title, unit)
     assert metrics.gain(name, 1.0) == gain

@@ -128,9 +128,9 @@ def test_curves_hold_the_points_of_each_split(run):
     about = functools.partial(metrics.about, objective="clm")
     panels = {panel.get_title(loc="left"): panel for panel in report.draw_curves(rows, about).axes}
     assert list(panels) == [
-        "Loss (nats per token)", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second", "Perplexity",
+        "Loss", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second", "Perplexity",
     ]  # fmt: skip
-    points = {line.get_label(): line.get_xydata().tolist() for line in panels["Loss (nats per token)"].lines}
+    points = {line.get_label(): line.get_xydata().tolist() for line in panels["Loss"].lines}
     assert points == {"train 2": [[10, 2], [20, 2]], "eval 1": [[0, 3], [10, 2], [20, 1]]}
 
 
@@ -165,5 +165,8 @@ def test_the_report_says_what_the_loss_is_measured_in(tmp_path, objective, unit)
     assert unit.startswith("nats per token") or "nats per token" not in page
     about = functools.partial(metrics.about, objective=objective)
     rows, _ = monitor.read_rows(tmp_path / "metrics.jsonl")
-    titles = [panel.get_title(loc="left") for panel in report.draw_curves(rows, about).axes]
-    assert titles == [f"Loss ({unit})", f"web: Loss ({unit})"]
+    panels = report.draw_curves(rows, about).axes
+    assert [(panel.get_title(loc="left"), panel.get_ylabel()) for panel in panels] == [
+        ("Loss", unit),
+        ("web: Loss", unit),
+    ]

@@ -356,7 +356,7 @@ body { font: 15px/1.9 system-ui, sans-serif; margin: 2em auto; max-width: 75em; 
 .w { display: inline-block; white-space: pre; max-width: 100%; overflow-x: auto; vertical-align: bottom }
 .t { font-family: ui-monospace, monospace; padding: 1px 3px; margin-right: 2px; border-radius: 3px; color: #777 }
 .t.trained, .whole .t { color: #000 } .t.trained { font-weight: bold; box-shadow: inset 0 -2px #000 }
-rt { font-weight: normal; color: #a33 }
+rt { font-size: 70%; font-weight: normal; color: #a33 }
 .none { background: #f3f3f3 } .system { background: #f0dcf5 } .user { background: #d8ecfa }
 .assistant { background: #dcf2dc } .name { color: #555; margin-right: .6em }
 figure { display: inline-block; margin: 0 1em 1em 0; text-align: center }

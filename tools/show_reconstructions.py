@@ -63,11 +63,14 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
 
 def loss(prediction_BxTxC: np.ndarray, images_BxHxWxC: np.ndarray, masked_BxM: np.ndarray, size: int) -> float:
     """What the run's `loss` is of a prediction."""
+    import jax.numpy as jnp
+
     from lm import losses
     from lm.models import vision
 
     patches_BxTxC = vision.patchify(vision.normalise(images_BxHxWxC), size)
-    terms = losses.patch_mse(prediction_BxTxC, patches_BxTxC, masked_BxM, np.ones(len(images_BxHxWxC), np.float32))
+    ones_B = jnp.ones(len(images_BxHxWxC))
+    terms = losses.patch_mse(jnp.asarray(prediction_BxTxC), jnp.asarray(patches_BxTxC), jnp.asarray(masked_BxM), ones_B)
     return float(terms.sum / terms.weight)
 
 

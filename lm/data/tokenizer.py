@@ -145,14 +145,14 @@ class Tokenizer:
         """
         allowed_V = ~self.is_control_V
         allowed_V[list(ends)] = True
-        ids_of = {
-            "sentinels": self.sentinel_ids,
-            "mask": np.arange(self._sp.vocab_size(), self.vocab_size)[:1],
+        ids_of: dict[str, list[int]] = {
+            "sentinels": self.sentinel_ids.tolist(),
+            "mask": [self.mask_id] if self.extra_ids else [],
             "roles": list(self.role_ids.values()),
             "bos": [self.bos_id],
         }
         for symbol in symbols:
-            if not len(ids_of[symbol]):
+            if not ids_of[symbol]:
                 raise ConfigError(f"'generate.symbols' has {symbol}, but there is none: raise 'tokenizer.extra_ids'")
             allowed_V[ids_of[symbol]] = True
         return allowed_V
