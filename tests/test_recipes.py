@@ -13,7 +13,7 @@ import pytest
 
 from lm import aot, build, checkpoint, chips, config, evaluate, generate, metrics, sharding, transfer
 from lm.config import MeshConfig
-from lm.data import pipeline, tokenizer
+from lm.data import pipeline, prepare, tokenizer
 from lm.schema import ConfigError
 from tests import toys
 from tools import (
@@ -167,10 +167,17 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
 
     one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    monkeypatch.setattr(bench_training, "matmul_flops", lambda product: 1e12)  # takes seconds
     bench_training.show(bench_training.measure(cfg, tmp_path / "bench", rounds=1, seconds=0.0))
     monkeypatch.setattr(aot, "devices", lambda _: jax.devices()[:1])
     whole = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
     assert aot.lower_step(whole, chips.topology("v5e:1x1", 1)).tokens > 0
+
+    of_text = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_records=0))
+    try:
+        prepare.plan(of_text, tmp_path / "prepared")
+    except ConfigError as refused:
+        assert re.fullmatch(r"'data\.(task|format)' is [^\n]+; data is prepared (for|from) [^\n]+", str(refused))
 
     run = started(cfg)
     monkeypatch.setattr(build, "load_run", lambda name: run)
