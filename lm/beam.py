@@ -13,7 +13,7 @@ from lm.config import Config
 from lm.data.tokenizer import Tokenizer
 from lm.types import Batch, ModelFns, Params
 
-_NONE = -1e30  # the score of a hypothesis that there is not
+_NONE = losses.MASKED_LOGIT  # the score of a hypothesis that there is not
 
 
 def search(
@@ -47,35 +47,37 @@ def search(
       ConfigError: a prompt that leaves no room in the learned positions.
     """
     prompt = generate.prompt_batch(prompts, cfg, tokenizer, rows_multiple)
-    stops = generate.stop_ids(tokenizer)
-    sizes = (cfg.generate.max_new_tokens, tokenizer.vocab_size, cfg.model.logit_softcap, stops, beams)
-    best_BxT = _search(model, *sizes, jnp.float32(alpha), params, prompt)
+    stops, allowed_V = generate.stop_ids(tokenizer, cfg), generate.allowed_ids(tokenizer, cfg)
+    sizes = (cfg.generate.max_new_tokens, cfg.model.logit_softcap, stops, beams)
+    best_BxT = _search(model, *sizes, jnp.float32(alpha), params, prompt, allowed_V)
     return generate.until_stop(np.asarray(jax.device_get(best_BxT))[: len(prompts)], stops)
 
 
 # Shape letters beside those of `lm.types`: K beams (no key/value heads here), C candidates, T new ids.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _search(
     model: ModelFns,
     max_new: int,
-    vocab_size: int,
     softcap: float,
     stop_ids: tuple[int, ...],
     beams: int,
     alpha: jax.Array,
     params: Params,
     prompt: Batch,
+    allowed_V: jax.Array,
 ) -> jax.Array:
     """New ids of the best, int32 [B, max_new], filled up with a stop id."""
+    vocab_size = allowed_V.shape[0]
     rows, prompt_len = prompt["tokens"].shape
     length_B = prompt["segment_ids"].sum(axis=1)
 
     def next_log_probs(batch: Any, cache: Any) -> tuple[jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
         logits_xV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=vocab_size, softcap=softcap)
-        return jax.nn.log_softmax(logits_xV[:, :vocab_size]), out.cache
+        # Masked after the softmax: a text's score stays what the model says of it.
+        return generate.mask_ids(jax.nn.log_softmax(logits_xV[:, :vocab_size]), allowed_V), out.cache
 
     log_probs_BxV, cache = next_log_probs(prompt, model.init_cache(rows, prompt_len + max_new))
     cache = _take_rows(cache, jnp.repeat(jnp.arange(rows), beams))

@@ -27,7 +27,7 @@ from lm import (
     trees,
 )
 from lm.config import Config, DataConfig, MeshConfig
-from lm.data import examples, feed, pipeline, sources
+from lm.data import chats, examples, feed, pipeline, sources
 from lm.data.tasks import TASKS
 from lm.data.tokenizer import Tokenizer
 from lm.models import adapters, transformer
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     """What can be known, and refused, before data is read or a device is touched.
 
     Attributes:
-      cfg: the config with the model's open sizes filled in.
+      cfg: the config with what it leaves open filled in: sizes of the model, `data.overlong`.
       abstract_params: shapes and dtypes of all parameters.
       logical_axes: path -> logical axis names.
       tokenizer: the tokenizer, or None when this run is to train one.
@@ -124,7 +124,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
     longest = max(cfg.data.seq_len, cfg.data.target_len)
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
-    cfg = dataclasses.replace(cfg, model=resolved)
+    cfg = dataclasses.replace(cfg, model=resolved, data=chats.resolve(cfg.data))
     model = program.make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     adapters.check(cfg.adapter, trees.flatten(abstract))

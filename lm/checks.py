@@ -103,7 +103,7 @@ def _of_text(cfg: Config) -> None:
 def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, names: tuple[str, ...]) -> None:
     """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
     measured, _ = jax.eval_shape(eval_step, params, batch)
-    known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0))), *names]
+    known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0)), cfg.objective), *names]
     prefixes = [*pipeline.by_source(cfg.data), *([REPLAY] if cfg.data.replay else [])]
     known = sorted({f"{prefix}_{name}" if prefix else name for prefix in ("", *prefixes) for name in known})
     if cfg.checkpoint.best_metric not in known:

@@ -232,6 +232,7 @@ class GenerateConfig:
     temperature: float = 0.8  # 0 = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
+    symbols: tuple[Literal["sentinels", "roles", "mask", "bos"], ...] = ()  # control symbols allowed beside text
 
 
 @dataclasses.dataclass(frozen=True)

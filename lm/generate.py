@@ -18,6 +18,10 @@ from lm.types import Batch, ModelFns, Params
 
 # Prompts are padded to a multiple of this, so that prompts of like length share a compilation.
 PROMPT_STEP = 32
+# Temperatures below this are taken as this: dividing by a smaller one overflows float32.
+_LEAST_TEMPERATURE = 1e-30
+# A sum of probabilities reaches top_p where it lacks no more than this: logits and their softmax are float32.
+_ROUNDING = 1e-6
 
 
 class Prompting(NamedTuple):
@@ -79,14 +83,24 @@ def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
     """Ids of a prompt as the run's task would see it: the start of a document, a user's turn, a text to translate.
 
     Raises:
-      ConfigError: the task does not generate text, or the learned positions have no room for it and what follows.
+      ConfigError: the model does not generate text, or the learned positions have no room for it and what follows.
     """
+    check_kind(cfg)
     prompt = TASKS[cfg.data.task].prompt
-    if prompt is None:
-        raise ConfigError(f"a model of data.task={cfg.data.task} does not generate text")
+    assert prompt is not None
     ids = prompt(text, tokenizer)
     check_room(len(ids), cfg)
     return ids
+
+
+def check_kind(cfg: Config) -> None:
+    """Raises ConfigError unless a model of this config generates text."""
+    if cfg.model.kind not in PROMPTING or TASKS[cfg.data.task].prompt is None:
+        fitting = ", ".join(name for name, task in TASKS.items() if task.prompt)
+        raise ConfigError(
+            f"a model of data.task={cfg.data.task} and model.kind={cfg.model.kind} does not generate text; expected "
+            f"one of the tasks {fitting}, and of the kinds {', '.join(PROMPTING)}"
+        )
 
 
 def check_room(prompt_len: int, cfg: Config) -> None:
@@ -104,8 +118,7 @@ def prompt_room(cfg: Config) -> int:
     Raises:
       ConfigError: the model does not generate text.
     """
-    if cfg.model.kind not in PROMPTING:
-        raise ConfigError(f"this run's 'model.kind' is {cfg.model.kind}, which does not generate text")
+    check_kind(cfg)
     return PROMPTING[cfg.model.kind].room(cfg.data.seq_len, cfg.generate.max_new_tokens)
 
 
@@ -142,8 +155,8 @@ def generate(
       params: its parameters.
       prompts: ids, none empty.
       key: a row's samples are a function of it and the row's index.
-      cfg: `generate` and `model` are read.
-      tokenizer: says which ids end a text or a turn.
+      cfg: `generate`, `model` and `data.task` are read.
+      tokenizer: says which ids are text, and which end it.
       rows_multiple: rows are filled up to a multiple of it, for the mesh.
 
     Returns:
@@ -154,15 +167,27 @@ def generate(
       ConfigError: a prompt that leaves no room in the learned positions.
     """
     prompt = prompt_batch(prompts, cfg, tokenizer, rows_multiple)
-    stops = stop_ids(tokenizer)
-    softcap = cfg.model.logit_softcap
-    sampled_BxT = _sample(model, cfg.generate, tokenizer.vocab_size, softcap, stops, params, prompt, key)
+    stops, allowed_V = stop_ids(tokenizer, cfg), allowed_ids(tokenizer, cfg)
+    sampled_BxT = _sample(model, cfg.generate, cfg.model.logit_softcap, stops, params, prompt, key, allowed_V)
     return until_stop(np.asarray(jax.device_get(sampled_BxT))[: len(prompts)], stops)
 
 
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a text or a turn."""
-    return tokenizer.eos_id, tokenizer.end_of_turn_id
+def stop_ids(tokenizer: Tokenizer, cfg: Config) -> tuple[int, ...]:
+    """Ids that end what is generated: EOS and, for a chat model, the end of a turn."""
+    return (tokenizer.eos_id, tokenizer.end_of_turn_id) if cfg.data.task == "chat" else (tokenizer.eos_id,)
+
+
+def allowed_ids(tokenizer: Tokenizer, cfg: Config) -> np.ndarray:
+    """bool [vocab_size]: the ids that generation may choose. Text, what ends it, and the symbols of `generate.symbols`;
+    a model of span corruption answers with sentinels, so that these are allowed there."""
+    own = ("sentinels",) if cfg.data.task == "span_corruption" else ()
+    return tokenizer.may_generate(stop_ids(tokenizer, cfg), (*own, *cfg.generate.symbols))
+
+
+def mask_ids(scores_xV: jax.Array, allowed_V: jax.Array) -> jax.Array:
+    """Scores [..., V] with `losses.MASKED_LOGIT` where an id is not allowed; ids beyond `allowed_V` are not."""
+    allowed_V = jnp.pad(allowed_V, (0, scores_xV.shape[-1] - allowed_V.shape[0]))
+    return jnp.where(jnp.broadcast_to(allowed_V, scores_xV.shape), scores_xV, losses.MASKED_LOGIT)
 
 
 def until_stop(ids_BxT: np.ndarray, stops: tuple[int, ...]) -> list[list[int]]:
@@ -171,16 +196,16 @@ def until_stop(ids_BxT: np.ndarray, stops: tuple[int, ...]) -> list[list[int]]:
     return [row[: end[0] if len(end) else len(row)].tolist() for row, end in zip(ids_BxT, ended, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sample(
     model: ModelFns,
     cfg: GenerateConfig,
-    vocab_size: int,
     softcap: float,
     stop_ids: tuple[int, ...],
     params: Params,
     prompt: Batch,
     key: jax.Array,
+    allowed_V: jax.Array,
 ) -> jax.Array:
     """New ids, int32 [B, max_new_tokens]; after a stop id a row repeats it."""
     rows, prompt_len = prompt["tokens"].shape
@@ -189,9 +214,10 @@ def _sample(
 
     def next_token(batch: Any, cache: Any, step: jax.Array) -> tuple[jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
-        logits_BxV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=vocab_size, softcap=softcap)
+        size = allowed_V.shape[0]
+        logits_BxV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=size, softcap=softcap)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return choose(logits_BxV, step_keys_B, cfg), out.cache
+        return choose(mask_ids(logits_BxV, allowed_V), step_keys_B, cfg), out.cache
 
     cache = model.init_cache(rows, prompt_len + cfg.max_new_tokens)
     token_B, cache = next_token(prompt, cache, jnp.int32(0))
@@ -218,21 +244,33 @@ def _sample(
 
 
 def choose(logits_BxV: jax.Array, keys_B: jax.Array, cfg: GenerateConfig) -> jax.Array:
-    """Next ids, int32 [B]: the most likely (temperature 0), or drawn from the top-k, then the top-p, of the softmax.
-
-    top_k keeps the k most likely ids; top_p keeps the fewest whose probability reaches p (Holtzman et al. 2020), at
-    least one. Ties at the border are kept.
-    """
+    """Next ids, int32 [B]: the most likely (temperature 0), or drawn from the softmax over `candidates`."""
     if cfg.temperature == 0.0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    logits_BxV /= cfg.temperature
-    if 0 < cfg.top_k < logits_BxV.shape[1]:
-        kth_Bx1 = jax.lax.top_k(logits_BxV, cfg.top_k)[0][:, -1:]
-        logits_BxV = jnp.where(logits_BxV < kth_Bx1, losses.MASKED_LOGIT, logits_BxV)
-    if cfg.top_p < 1.0:
-        sorted_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
-        probs_BxV = jax.nn.softmax(sorted_BxV, axis=-1)
-        before_BxV = jnp.cumsum(probs_BxV, axis=-1) - probs_BxV  # probability of all that is more likely
-        last_Bx1 = jnp.min(jnp.where(before_BxV < cfg.top_p, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
-        logits_BxV = jnp.where(logits_BxV < last_Bx1, losses.MASKED_LOGIT, logits_BxV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)
+    logits_BxK, ids_BxK = candidates(logits_BxV, cfg)
+    place_B = jax.vmap(jax.random.categorical)(keys_B, logits_BxK)
+    return jnp.take_along_axis(ids_BxK, place_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def candidates(logits_BxV: jax.Array, cfg: GenerateConfig) -> tuple[jax.Array, jax.Array]:
+    """What the next id is drawn from: logits over the temperature, -inf where not to be drawn, and their ids; [B, K].
+
+    top_k keeps the k most likely ids; top_p keeps the fewest of these, most likely first, whose probability reaches p
+    (Holtzman et al. 2020), at least one. Of equally likely ids the lowest come first. `losses.MASKED_LOGIT` is never
+    drawn. Worked, temperature 1, probabilities .1 .5 .1 .3 and top_p .8: ids 1 3 0 2, of which 0 and 2 have -inf.
+    """
+    is_masked_BxV = logits_BxV <= losses.MASKED_LOGIT / 2
+    # Relative to the largest, which stays 0 at any temperature.
+    logits_BxV = (logits_BxV - logits_BxV.max(axis=-1, keepdims=True)) / max(cfg.temperature, _LEAST_TEMPERATURE)
+    logits_BxV = jnp.where(is_masked_BxV, -jnp.inf, logits_BxV)
+    vocab_size = logits_BxV.shape[1]
+    top_k = min(cfg.top_k or vocab_size, vocab_size)
+    if top_k == vocab_size and cfg.top_p == 1.0:  # nothing to sort for
+        return logits_BxV, jax.lax.broadcasted_iota(jnp.int32, logits_BxV.shape, 1)
+    sorted_BxK, ids_BxK = jax.lax.top_k(logits_BxV, top_k)  # of equal ones the lower index is first
+    if cfg.top_p == 1.0:
+        return sorted_BxK, ids_BxK
+    probs_BxK = jax.nn.softmax(sorted_BxK, axis=-1)
+    before_BxK = jnp.cumsum(probs_BxK, axis=-1) - probs_BxK  # probability of all that come first
+    is_in_BxK = cfg.top_p - before_BxK > jnp.minimum(_ROUNDING, probs_BxK / 4)
+    return jnp.where(is_in_BxK.at[:, 0].set(True), sorted_BxK, -jnp.inf), ids_BxK

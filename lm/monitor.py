@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ BUCKETS = ("compile", "input", "step", "eval", "checkpoint")
 PLAIN_LINE_SECONDS = 10.0  # between two progress lines when the console is a file or a pipe
 
 _now = time.perf_counter
+
+# Control characters but line break and tab, marks that turn the direction of writing, surrogates.
+_ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Monitor:
@@ -88,9 +92,9 @@ class Monitor:
         self.note(f"[step {step:,}] {name}\n{indented}")
 
     def note(self, message: str) -> None:
-        """Prints to the console (stderr), above the progress bar."""
+        """Prints to the console (stderr), above the progress bar, control characters spelled out."""
         if self._enabled:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(visible(message), markup=False, highlight=False, soft_wrap=True)
 
     def progress(
         self,
@@ -213,6 +217,14 @@ class Monitor:
             jax.profiler.stop_trace()
             self.note(f"profile written to {self._workdir / 'profile'}; see it with TensorBoard or xprof")
         self._profiling = wanted
+
+
+def visible(text: str) -> str:
+    """Text in which no character acts on a terminal: each is spelled out. Line breaks and tabs stay.
+
+    Example: ESC [ 2 J, which clears the screen -> '\\x1b[2J'.
+    """
+    return _ACTING.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:

@@ -1,12 +1,13 @@
 """What a run leaves to be read: the parameter table, summary.json and report.html."""
 
+import functools
 import html
 import io
 import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,14 @@ from typing import Any
 import jax
 
 import lm
-from lm import schema, trees
+from lm import metrics, schema, trees
 from lm.monitor import finite, read_rows, write_atomic
 from lm.selection import Selection, trained_part
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
 
-# Panels of the report, in this order; every other metric follows, under its own name.
-TITLES = {
-    "loss": "Loss (nats a token)",
-    "bits_per_byte": "Bits per byte",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_second": "Tokens per second",
-    "mfu": "MFU",
-}
+# Panels of the report that come first, in this order.
+FIRST_PANELS = ("loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
 COLORS = {"train": "#3b6fb6", "eval": "#d9772b"}
 BUCKET_COLORS = {
     "step": "#3f9c6c",
@@ -150,16 +144,20 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     samples, _ = read_rows(workdir / "samples.jsonl")
     summary, resolved = _read_json(workdir / "summary.json"), _read_json(workdir / "config.json")
     figures = {key: value for key, value in summary.items() if key not in ("versions", "goodput")}
+    about = functools.partial(
+        metrics.about, objective=resolved.get("objective", ""), labels=resolved.get("data", {}).get("labels", ())
+    )
+    best_metric = resolved.get("checkpoint", {}).get("best_metric", "loss")
     body = [
         f"<h1>{html.escape(workdir.resolve().name)}</h1>",
         f"<p class=sub>{_subtitle(rows, summary)}</p>",
-        _tiles(rows, summary),
+        _tiles(rows, summary, best_metric, about),
         "<h2>Curves</h2>",
-        _curves(rows),
+        _curves(rows, about),
         "<h2>Where the time went</h2>",
         _goodput_bar(summary.get("goodput", {})),
         "<h2>Figures</h2>",
-        _table(schema.flatten(figures)),
+        _table(schema.flatten(figures), about),
         "<h2>Samples</h2>",
         _samples(samples),
         "<h2>Config</h2>",
@@ -172,17 +170,21 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
+def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About] = metrics.about) -> Any:
     """A matplotlib figure with a panel for every metric over the step, train as a line, eval as dots on a line.
 
     Made without pyplot: no global state, no display, nothing to close.
+
+    Args:
+      rows: of metrics.jsonl.
+      about: what is known of a metric by its name, in a run of this objective.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     present = {key for row in rows for key, value in row.items() if isinstance(value, float) and key != "seconds"}
-    names = [name for name in TITLES if name in present] + sorted(present - TITLES.keys())
+    names = [name for name in FIRST_PANELS if name in present] + sorted(present.difference(FIRST_PANELS))
     height = max(1, math.ceil(len(names) / 2))
     figure = Figure(figsize=(10.5, 2.9 * height), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
     panels = figure.subplots(height, 2, squeeze=False).flatten()
@@ -195,11 +197,12 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
                 panel.plot(*zip(*points, strict=True), label=f"{split} {_number(points[-1][1])}", **style)
         if name in ("tokens_per_second", "mfu"):
             panel.set_ylim(bottom=0)  # else small jitter looks large
-        elif name == "perplexity":
+        elif name.endswith("perplexity"):
             panel.set_yscale("log")  # else an untrained model's hides all that follows
         else:
             panel.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        panel.set_title(TITLES.get(name, name), loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
+        panel.set_title(about(name).title, loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
+        panel.set_ylabel(about(name).unit, fontsize=8.5, color="#5b6577")
         # The last values, above the panel, where no curve can run through them.
         above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "borderaxespad": 0.2}
         panel.legend(ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)
@@ -215,7 +218,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
+def _curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About]) -> str:
     if not rows:
         return "<p class=none>No rows in metrics.jsonl yet.</p>"
     import matplotlib
@@ -223,7 +226,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     buffer = io.StringIO()
     # The salt and the missing date make the same rows give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "lm", "svg.fonttype": "path"}):
-        draw_curves(rows).savefig(buffer, format="svg", metadata={"Date": None})
+        draw_curves(rows, about).savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return f"<div class=card>{svg[svg.index('<svg') :]}</div>"
 
@@ -236,14 +239,21 @@ def _subtitle(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
     )
 
 
-def _tiles(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+def _tiles(
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    best_metric: str,
+    about: Callable[[str], metrics.About],
+) -> str:
     """The last evaluation and the size and speed of the run, in large type."""
     last: Mapping[str, Any] = next((row for row in reversed(rows) if row["split"] == "eval"), {})
-    wanted = [(f"eval {name.replace('_', ' ')}", last.get(name)) for name in ("loss", "perplexity", "bits_per_byte")]
-    wanted += [(name.replace("_", " "), summary.get(name)) for name in ("tokens_per_second", "parameters", "seconds")]
+    names = dict.fromkeys(("loss", "perplexity", "bits_per_byte", best_metric, "accuracy"))
+    wanted = [(f"eval {name.replace('_', ' ')}", last.get(name), about(name).unit) for name in names]
+    sizes = ("tokens_per_second", "parameters", "seconds")
+    wanted += [(name.replace("_", " "), summary.get(name), "") for name in sizes]
     tiles = [
-        f"<div class=tile><b>{_number(value)}</b><span>{html.escape(name)}</span></div>"
-        for name, value in wanted
+        f"<div class=tile><b>{_number(value)}</b><span>{html.escape(name)}</span><i>{html.escape(unit)}</i></div>"
+        for name, value, unit in wanted
         if isinstance(value, int | float)
     ]
     return f"<div class=tiles>{''.join(tiles)}</div>"
@@ -283,8 +293,14 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     return "".join(out)
 
 
-def _table(items: Iterator[tuple[str, Any]]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(key)}<td>{_number(value)}" for key, value in items)
+def _table(items: Iterator[tuple[str, Any]], about: Callable[[str], metrics.About] | None = None) -> str:
+    """Keys and values; with `about`, a key whose last part is a metric has its unit behind the value."""
+
+    def unit(key: str, value: Any) -> str:
+        name = about(key.rpartition(".")[2]).unit if about and isinstance(value, int | float) else ""
+        return f" <i>{html.escape(name)}</i>" if name else ""
+
+    rows = "".join(f"<tr><td>{html.escape(key)}<td>{_number(value)}{unit(key, value)}" for key, value in items)
     return f"<div class=card><table>{rows}</table></div>" if rows else "<p class=none>Not written yet.</p>"
 
 
@@ -309,13 +325,14 @@ h1{margin:0;font-size:28px} h2{margin:36px 0 12px;font-size:18px} h3{margin:16px
 .card svg{width:100%;height:auto;display:block}
 .tiles{display:flex;flex-wrap:wrap;gap:12px}
 .tile{background:#fff;border:1px solid #e2e6ed;border-radius:10px;padding:12px 18px;flex:1 1 130px}
-.tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.tile span{color:#5b6577;font-size:13px}
+.tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}
+.tile span,.tile i{color:#5b6577;font-size:13px;display:block}
 .bar{display:flex;height:26px;border-radius:6px;overflow:hidden}.bar i{display:block;min-width:1px}
 .legend{display:flex;flex-wrap:wrap;gap:6px 22px;margin-top:12px;font-size:13px;color:#5b6577}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}.legend b{color:#222b3a}
 table{border-collapse:collapse;font-size:13px;width:100%}
 td{padding:4px 12px 4px 0;border-bottom:1px solid #eef0f4;vertical-align:top;font-variant-numeric:tabular-nums}
-td:first-child{width:40%;color:#5b6577} td+td{overflow-wrap:anywhere}
+td:first-child,td i{width:40%;color:#5b6577} td+td{overflow-wrap:anywhere}
 pre{margin:0;padding:12px;background:#f5f6f9;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.5 ui-monospace,monospace}
 summary{cursor:pointer;font-weight:600}

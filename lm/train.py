@@ -133,7 +133,7 @@ def loop(
             params = step.eval_params(state)
             values = evaluate_all(run, "valid", functools.partial(evaluate.evaluate, eval_step, params, place_eval))
             watch.log(done, "eval", values)
-            watch.note(f"[step {done:,}] held out: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            watch.note(f"[step {done:,}] held out: {in_words(values, cfg)}")
             for prompt, text in samples(run, params, done).items():
                 watch.text(done, prompt, text)
         return values
@@ -240,13 +240,15 @@ def evaluate_all(run: build.Run, part: str, evaluate_rows: Callable[[Any, int], 
         sums, found = evaluate_rows(batches, len(row_ids))
         about = [rows.meta[i] for i in row_ids] if run.score else []
         if name:
-            values = metrics.finalize(sums) | (run.score(found, about, run.cfg) if run.score else {})
+            values = metrics.finalize(sums, run.cfg.objective) | (run.score(found, about, run.cfg) if run.score else {})
             by_source |= {f"{name}_{key}": value for key, value in values.items()}
         if name != REPLAY:
             total, meta = metrics.add(total, sums), meta + about
             outputs.append(found)
     joined = {key: np.concatenate([found[key] for found in outputs]) for key in outputs[0]}
-    return metrics.finalize(total) | (run.score(joined, meta, run.cfg) if run.score else {}) | by_source
+    return (
+        metrics.finalize(total, run.cfg.objective) | (run.score(joined, meta, run.cfg) if run.score else {}) | by_source
+    )
 
 
 def restore(
@@ -305,7 +307,14 @@ def observe(
     watch.progress(done, values["loss"], tokens_per_second, mfu, rate.input_bound)
     if is_due(done, run.cfg.monitor.log_every_steps) or done == run.total_steps:
         values["tokens_per_second"] = tokens_per_second
-        watch.log(done, "train", values | ({"mfu": mfu} if mfu is not None else {}) | metrics.finalize(sums))
+        values |= {"mfu": mfu} if mfu is not None else {}
+        watch.log(done, "train", values | metrics.finalize(sums, run.cfg.objective))
+
+
+def in_words(values: dict[str, float], cfg: Config) -> str:
+    """The metrics of an evaluation in one line, each with its unit."""
+    units = {name: metrics.about(name, cfg.objective, cfg.data.labels).unit for name in values}
+    return " · ".join(f"{name} {value:.4f} {units[name]}".rstrip() for name, value in values.items())
 
 
 def samples(run: build.Run, params: Any, done: int) -> dict[str, str]:

@@ -46,7 +46,7 @@ class LossTerms(NamedTuple):
     """What an objective returns. Sums are added over micro-batches and devices and divided once, globally.
 
     Attributes:
-      sum: float32 [], the weighted sum of the per-token (or per-example) loss, in nats.
+      sum: float32 [], the weighted sum of the per-token (or per-example) loss, see `lm.metrics.LOSS_UNITS`.
       weight: float32 [], the sum of the weights.
       metrics: name -> (sum, weight), float32 [] each; reported as sum / weight.
       outputs: name -> [B, ...], what an evaluation collects of each row to score all of them at once.

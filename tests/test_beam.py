@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 
 from lm import beam, generate, losses
-from lm.config import Config, GenerateConfig
+from lm.config import Config, DataConfig, GenerateConfig
 from lm.schema import ConfigError
 from lm.types import ModelFns, ModelOutput
 from tests import toys
 
 VOCAB, STOPS, NEW = 5, (1, 2), 4
 GOING_ON = [token for token in range(VOCAB) if token not in STOPS]
-WORDS = SimpleNamespace(vocab_size=VOCAB, eos_id=STOPS[0], end_of_turn_id=STOPS[1], bos_id=7)
+WORDS = SimpleNamespace(
+    vocab_size=VOCAB,
+    eos_id=STOPS[0],
+    end_of_turn_id=STOPS[1],
+    bos_id=7,
+    may_generate=lambda ends, symbols: np.isin(np.arange(VOCAB), [*GOING_ON, *ends]),
+)
 PROMPTS = ((9,), (5, 11, 4), (30, 2, 9, 41, 17, 8), (3,), (8, 8), (40, 3, 21, 7), *((n, n + 1) for n in range(10, 40)))
 KINDS = {"decoder": toys.LLAMA, "prefix_decoder": toys.PREFIX} | toys.ENCODER_DECODERS
 MAX_LEN = 12
@@ -92,15 +98,15 @@ def plain_greedy(kind: str) -> list[list[int]]:
     return made
 
 
-def best_of_all(kind: str, alpha: float) -> list[list[int]]:
+def best_of_all(kind: str, alpha: float, going_on=GOING_ON) -> list[list[int]]:
     """Every text that ends, or is as long as allowed, is scored."""
     made = []
     for number in range(len(PROMPTS)):
         scored = []
         for n in range(1, NEW + 1):
-            for way in itertools.product(GOING_ON, repeat=n - 1):
+            for way in itertools.product(going_on, repeat=n - 1):
                 before = sum(table(kind)[number, way[:i]][way[i]] for i in range(n - 1))
-                for last in range(VOCAB):
+                for last in (*STOPS, *going_on):
                     if last in STOPS or n == NEW:
                         text = list(way) if last in STOPS else [*way, last]
                         log_p = before + table(kind)[number, way][last]
@@ -131,7 +137,8 @@ def plain_search(kind: str, beams: int, alpha: float) -> list[list[int]]:
 
 
 def config(kind: str) -> Config:
-    return Config(model=model_of(kind)[0], generate=GenerateConfig(max_new_tokens=NEW, temperature=0.0))
+    generation = GenerateConfig(max_new_tokens=NEW, temperature=0.0)
+    return Config(model=model_of(kind)[0], generate=generation, data=DataConfig(task="chat"))  # which has both stops
 
 
 def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:
@@ -179,6 +186,19 @@ def test_a_batch_of_prompts_is_each_prompt_alone():
     together = search("history", beams=3)
     assert [search("history", [prompt], beams=3)[0] for prompt in PROMPTS[:4]] == together[:4]
     assert search("history", PROMPTS[:2], beams=3, rows_multiple=len(PROMPTS)) == together[:2]
+
+
+def test_ids_that_are_not_allowed_are_in_no_text():
+    """And the texts without them are those of the model: the best of all in which no forbidden id stands."""
+    free = search("history", beams=140, alpha=3.0)
+    forbidden = next(token for row in free for token in row)
+    others = [token for token in GOING_ON if token != forbidden]
+    words = SimpleNamespace(
+        **vars(WORDS) | {"may_generate": lambda ends, symbols: np.isin(np.arange(VOCAB), [*others, *ends])}
+    )
+    _, model, params = model_of("history")
+    made = beam.search(model, params, PROMPTS, config("history"), words, beams=140, alpha=3.0)
+    assert made == best_of_all("history", 3.0, others)
 
 
 def test_learned_positions_need_room_for_the_longer_side_alone():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import re
+from fractions import Fraction
 from types import SimpleNamespace
 
 import jax
@@ -11,24 +13,38 @@ import numpy as np
 import pytest
 import toys
 
-from lm import generate, losses, trees
+from lm import config, generate, losses, trees
 from lm.config import Config, DataConfig, GenerateConfig
+from lm.data import tokenizer as tokenizers
 from lm.schema import ConfigError
 
 NEW = 6
 PROMPTS = ((7,), (5, 11, 4), (30, 2, 9, 41, 17, 8, 25, 13, 6))  # one shorter, one longer than the sliding window
 MAX_LEN = 9 + NEW  # the longest prompt just fits
-NEVER = SimpleNamespace(vocab_size=toys.VOCAB, eos_id=-1, end_of_turn_id=-2)  # a tokenizer whose ids never stop
+
+
+def words_of(*stops, forbidden=()):
+    """A tokenizer of which all ids are text but the stop ids and those forbidden."""
+
+    def may_generate(ends, symbols=()):
+        assert set(ends) <= set(stops)
+        return ~np.isin(np.arange(toys.VOCAB), [i for i in (*stops, *forbidden) if i not in ends])
+
+    eos, end_of_turn = stops if len(stops) > 1 else (*stops, -2)
+    return SimpleNamespace(vocab_size=toys.VOCAB, eos_id=eos, end_of_turn_id=end_of_turn, may_generate=may_generate)
+
+
+NEVER = words_of(-1)  # its ids never stop
 
 
 def model_of(style: str):
     return toys.decoder(toys.STYLES[style], MAX_LEN)
 
 
-def make(style, prompts, *, seed=0, tokenizer=NEVER, params=None, rows_multiple=1, **changes):
+def make(style, prompts, *, seed=0, tokenizer=NEVER, params=None, rows_multiple=1, task="text", **changes):
     cfg, model, toy_params = model_of(style)
     changes = {"max_new_tokens": NEW, "temperature": 0.0} | changes
-    whole = Config(model=cfg, generate=GenerateConfig(**changes))
+    whole = Config(model=cfg, generate=GenerateConfig(**changes), data=DataConfig(task=task))
     return generate.generate(
         model, params or toy_params, prompts, jax.random.key(seed), whole, tokenizer, rows_multiple=rows_multiple
     )
@@ -77,8 +93,8 @@ def test_a_row_ends_at_either_stop_id_and_the_others_go_on():
     pairs = ((a, b) for a in want[1] for b in want[2] if a not in want[2] and b not in want[1])
     stops = next(pair for pair in pairs if len(set(ends_of(pair))) == 3 and ends_of(pair)[0] == NEW)
     ends = ends_of(stops)
-    words = SimpleNamespace(vocab_size=toys.VOCAB, eos_id=stops[0], end_of_turn_id=stops[1])
-    assert make("llama", PROMPTS, tokenizer=words) == [row[:end] for row, end in zip(want, ends, strict=True)]
+    made = make("llama", PROMPTS, tokenizer=words_of(*stops), task="chat")
+    assert made == [row[:end] for row, end in zip(want, ends, strict=True)]
 
 
 def test_one_new_token():
@@ -184,9 +200,141 @@ def test_frequencies(changes, want):
     assert np.all(np.abs(got - want) <= 4 * error), (got, want)
 
 
-def test_ties_at_the_border_are_kept():
-    assert np.all(frequencies([2.0, 2.0, 2.0, 0.0], temperature=1.0, top_k=2)[:3] > 0.25)
-    assert np.all(frequencies([2.0, 2.0, 2.0, -9.0], temperature=1.0, top_p=0.5)[:3] > 0.25)
+def kept(logits, **changes) -> list[int]:
+    """The ids that can be drawn, the most likely first."""
+    cfg = GenerateConfig(**{"temperature": 1.0} | changes)
+    (found,), (ids,) = generate.candidates(jnp.asarray(logits, jnp.float32)[None], cfg)
+    return np.asarray(ids)[np.asarray(found) > -np.inf].tolist()
+
+
+def fewest(weights: list[int], p: Fraction) -> list[int]:
+    """The fewest ids, most likely first and lowest first where equal, that have at least p of all; in whole numbers."""
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    total = np.cumsum([weights[i] for i in order]).tolist()
+    return order[: 1 + next(n for n, sum_n in enumerate(total) if sum_n >= p * total[-1])]
+
+
+@pytest.mark.parametrize(
+    "weights", [[5, 3, 1, 1], [1, 3, 5, 1], [1] * 10, [2, 1, 2, 1, 4], [7, 1], [30, 1, 1, 1, 64, 3]]
+)
+def test_top_p_at_exact_borders_keeps_the_fewest_that_reach_it(weights):
+    """Every partial sum of k/n probabilities as top_p, in float64 from two numbers as a user writes it, and just
+    beside it."""
+    logits = np.log(np.array(weights) / sum(weights))
+    for reached in np.cumsum(sorted(weights, reverse=True)):
+        border = Fraction(int(reached), sum(weights))
+        for p in (border - Fraction(1, 10**4), border, border + Fraction(1, 10**4)):
+            if 0 < p < 1:
+                assert kept(logits, top_p=float(p)) == fewest(weights, p), p
+                assert kept(logits + 17.3, top_p=float(p)) == fewest(weights, p), p
+
+
+@pytest.mark.parametrize("size", [1_000, 50_257])
+def test_top_p_at_exact_borders_of_large_vocabularies(size):
+    rng = np.random.default_rng(size)
+    for weights in (np.ones(size, int), rng.integers(1, 4, size), 1_000_000 // np.arange(1, size + 1)):
+        logits = np.log(weights / weights.sum())
+        total = np.cumsum(np.sort(weights)[::-1])
+        for at in (0, 1, size // 3, size // 2, size - size // 7):
+            p = Fraction(int(total[at]), int(total[-1]))
+            assert len(kept(logits, top_p=float(p))) == at + 1
+
+
+def test_top_p_agrees_with_float64_on_random_logits():
+    """Wherever the border is further off than float32 can tell."""
+    rng = np.random.default_rng(0)
+    checked = 0
+    for size, scale in itertools.product((50, 2_000), (0.3, 1, 4)):
+        logits = (scale * rng.standard_normal(size)).astype(np.float32)
+        order = np.argsort(-logits, kind="stable")
+        probs = np.exp(logits[order].astype(np.float64))
+        total = np.cumsum(probs) / probs.sum()
+        for p in (0.05, 0.3, 0.5, 0.9, 0.95, 0.999):
+            if np.abs(total - p).min() > 2e-6:
+                assert kept(logits, top_p=p) == order[: 1 + np.searchsorted(total, p)].tolist()
+                checked += 1
+    assert checked > 30
+
+
+def test_ties_are_cut_at_the_lowest_ids():
+    assert kept([2.0, 2.0, 2.0, 0.0], top_k=2) == [0, 1]
+    assert kept([0.0, 2.0, 2.0, 2.0], top_k=2) == [1, 2]
+    assert kept([2.0, 2.0, 2.0, -9.0], top_p=0.5) == [0, 1]
+    assert kept([1.0] * 6, top_k=4, top_p=0.5) == [0, 1]
+
+
+def test_the_ends_of_top_p():
+    logits = [0.0, -3.0, losses.MASKED_LOGIT, 1.0]
+    assert kept(logits, top_p=1e-12) == [3] and kept(logits, top_p=1e-45) == [3]
+    assert sorted(kept(logits, top_p=1.0)) == [0, 1, 3]
+    assert kept(logits, top_p=1 - 1e-9) == [3, 0, 1]
+    assert kept([-3.0, losses.MASKED_LOGIT, 1.0, losses.MASKED_LOGIT], top_k=3) == [2, 0], "masked ones fill no place"
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-30, 1e-38, 1e-45, 5e-324])
+def test_temperatures_near_0_choose_the_most_likely(temperature):
+    shapes = np.array([[1.0, 3.0, 2.0], [-5.0, -3.0, -4.0], [0.0, 1.0, -np.inf], [-1.0, 0.0, -1e-3]])
+    rows = np.concatenate([shapes * scale for scale in (1e-3, 1.0, 1e4, 1e20)])
+    logits = jnp.asarray(np.where(np.isinf(rows), losses.MASKED_LOGIT, rows), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    for rest in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        assert np.all(generate.choose(logits, keys, GenerateConfig(temperature=temperature, **rest)) == 1)
+
+
+def test_no_temperature_brings_back_what_is_masked():
+    seen = frequencies([0.0, 1.0, losses.MASKED_LOGIT, -2.0], temperature=1e30)
+    assert seen[2] == 0 and min(seen[[0, 1, 3]]) > 0.3
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-38, float("nan"), float("inf")])
+def test_temperatures_that_are_none_are_refused(value):
+    c = config.defaults()
+    c.train.total_steps, c.generate.temperature = 1, value
+    with pytest.raises(ConfigError, match=r"'generate\.temperature' must"):
+        config.build(c)
+
+
+@functools.cache
+def real_words():
+    return dataclasses.replace(tokenizers.train(["a bee sees"] * 9, 275, 1000), extra_ids=3)
+
+
+@pytest.mark.parametrize(
+    ("task", "symbols", "beside_text"),
+    [
+        ("text", (), ["eos"]),
+        ("translation", (), ["eos"]),
+        ("chat", (), ["eos", "end"]),
+        ("span_corruption", (), ["eos", "sentinels"]),
+        ("text", ("sentinels", "bos"), ["eos", "sentinels", "bos"]),
+        ("text", ("roles", "mask"), ["eos", "roles", "mask"]),
+    ],
+)
+def test_only_text_its_end_and_what_is_asked_for_may_be_generated(task, symbols, beside_text):
+    words = real_words()
+    cfg = Config(data=DataConfig(task=task), generate=GenerateConfig(symbols=symbols))
+    ids = {"eos": [words.eos_id], "end": [words.end_of_turn_id], "bos": [words.bos_id], "mask": [words.mask_id]}
+    ids |= {"roles": list(words.role_ids.values()), "sentinels": words.sentinel_ids.tolist()}
+    allowed = set(np.flatnonzero(generate.allowed_ids(words, cfg)).tolist())
+    text = set(range(words.vocab_size)) - {i for each in ids.values() for i in each} - {words.pad_id, 3}  # 3: unknown
+    assert {words.encode("\x00")[0], *words.encode("a bee")} < text, "a byte is text"
+    assert allowed == text | {i for name in beside_text for i in ids[name]}
+
+
+def test_symbols_that_the_tokenizer_lacks_are_refused():
+    words = dataclasses.replace(real_words(), extra_ids=1)
+    with pytest.raises(ConfigError, match=r"'generate\.symbols' has sentinels, but there is none"):
+        words.may_generate([words.eos_id], ("sentinels",))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_are_not_allowed_are_never_produced(temperature):
+    """Whichever the model would say in their place."""
+    free = make("llama", PROMPTS, temperature=temperature)
+    forbidden = sorted({token for row in free for token in row})
+    made = make("llama", PROMPTS, temperature=temperature, tokenizer=words_of(-1, forbidden=forbidden))
+    assert [len(row) for row in made] == [NEW] * 3
+    assert not {token for row in made for token in row} & set(forbidden)
 
 
 def test_rows_are_filtered_each_by_itself():
@@ -199,7 +347,7 @@ def test_rows_are_filtered_each_by_itself():
             )
         ):
             seen[row].add(int(token))
-    assert seen == [{1, 3}, {0, 2}, {0, 1, 2, 3}]
+    assert seen == [{1, 3}, {0, 2}, {0, 1}]
 
 
 def test_prompts_are_encoded_as_the_task_sees_them():

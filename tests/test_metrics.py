@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import metrics
-from lm.config import ModelConfig
+from lm import metrics, objectives
+from lm.config import Config, DataConfig, ModelConfig
 
 
 def test_bits_per_byte_and_perplexity_of_a_hand_worked_case():
@@ -121,3 +121,38 @@ def test_mfu_of_a_hand_worked_case():
 )
 def test_peak_flops(device_kind, peak):
     assert metrics.peak_flops(device_kind) == peak
+
+
+def test_every_objective_has_a_unit_and_only_language_models_a_perplexity():
+    assert metrics.LOSS_UNITS.keys() == objectives.OBJECTIVES.keys()
+    for objective in objectives.OBJECTIVES:
+        found = metrics.finalize({"nll": (2.0, 2.0), "loss": (3.0, 2.0)}, objective)
+        assert ("perplexity" in found) == (objective in ("clm", "seq2seq", "mlm"))
+        assert ("token" in metrics.LOSS_UNITS[objective]) == (objective in ("clm", "seq2seq", "mlm"))
+
+
+def test_every_score_that_an_objective_names_is_described():
+    cfg = Config(data=DataConfig(labels=("sst2/0", "sst2/1", "stsb/")))
+    for objective in objectives.OBJECTIVES.values():
+        names = objective.scores(cfg if objective is objectives.OBJECTIVES["multitask"] else Config())
+        assert not [name for name in names if metrics.about(name).title == name]
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "title", "unit", "gain"),
+    [
+        ("loss", "clm", "Loss", "nats per token", -1),
+        ("replay_nll", "mlm", "replay: NLL", "nats per hidden token", -1),
+        ("sst2_loss", "multitask", "sst2: Loss", "nats per example", -1),
+        ("stsb_loss", "multitask", "stsb: Loss", "squared error per example", -1),
+        ("my_web_bits_per_byte", "clm", "my_web: Bits per byte", "", -1),
+        ("popularity_hr_at_10", "next_item", "popularity: Hit rate at 10", "", 1),
+        ("pair_accuracy", "mlm", "Accuracy of the pairs' labels", "", 1),
+        ("floss", "clm", "floss", "", 1),
+        ("loss", "", "Loss", "", -1),
+    ],
+)
+def test_what_is_known_of_a_metric(name, objective, title, unit, gain):
+    found = metrics.about(name, objective, ("sst2/0", "sst2/1", "stsb/"))
+    assert (found.title, found.unit) == (title, unit)
+    assert metrics.gain(name, 1.0) == gain

@@ -207,3 +207,18 @@ def test_profile_ends_with_the_run(tmp_path, monkeypatch):
 def test_a_url_is_refused_before_anything_is_written():
     with pytest.raises(ValueError, match="gs://bucket/run is a URL"):
         start("gs://bucket/run")
+
+
+def test_nothing_in_a_sample_acts_on_the_terminal(tmp_path, capsys):
+    text = "a\x1b[2Jb\x07\tc\x9b1m\r\u202ed\x7f\nhe\u200dllo\u3000"
+    with start(tmp_path) as run:
+        run.text(1, "\x1b]0;title\x07", text)
+    printed = capsys.readouterr().err
+    assert (
+        "a\\x1b[2Jb\\x07 " in printed
+        and "c\\x9b1m" in printed
+        and "\\u202ed\\x7f" in printed
+        and "he\u200dllo\u3000" in printed
+    )
+    assert not set(printed) & set("\x1b\x07\x9b\r\u202e\x7f")
+    assert lines(tmp_path / "samples.jsonl")[0]["text"] == text

@@ -1,18 +1,31 @@
 """Every recipe gives its command and can be built; made small, it computes on eight devices what it does on one."""
 
+import dataclasses
 import importlib
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 
-from lm import build, config, evaluate, metrics, sharding, transfer
+from lm import aot, build, checkpoint, chips, config, evaluate, generate, metrics, sharding, transfer
 from lm.config import MeshConfig
-from lm.data import tokenizer
+from lm.data import pipeline, prepare, tokenizer
+from lm.schema import ConfigError
 from tests import toys
-from tools import make_interactions, mix_tasks
+from tools import (
+    bench_training,
+    chat,
+    inspect_batch,
+    make_interactions,
+    merge_adapters,
+    mix_tasks,
+    show_reconstructions,
+    translate,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = sorted(
@@ -106,3 +119,81 @@ def test_a_recipe_computes_on_the_mesh_2x2x2_what_it_does_on_one_device(recipe, 
     assert one["grad_norm of step 0"] > 0
     assert one["loss of step 0"] != one["loss of step 1"]
     assert many == pytest.approx(one, rel=2e-5)
+
+
+# What a run of a recipe is for: tool -> the recipes whose runs it takes. The others are refused, in one line.
+TAKES = {
+    "chat": {
+        *("continue_pubmedqa", "gsm8k_sft", "multi30k_translation", "quickstart_pretrain", "quickstart_sft"),
+        *("reviews_clm", "t5_tinystories", "tinystories", "wikipedia_clm"),
+    },
+    "translate": {"multi30k_translation"},
+    "show_reconstructions": {"mae_cifar10"},
+}
+CHECKS = {"chat": generate.check_kind, "translate": translate.check, "show_reconstructions": show_reconstructions.check}
+
+
+@pytest.mark.parametrize("tool", TAKES)
+def test_a_tool_says_which_runs_it_is_for(tool):
+    assert TAKES[tool] < set(RECIPES)
+    for recipe in RECIPES:
+        cfg = config.build(importlib.import_module(f"configs.{recipe}").get_config())
+        if recipe in TAKES[tool]:
+            CHECKS[tool](cfg)
+            continue
+        with pytest.raises(ConfigError, match=rf"{cfg.objective}|{cfg.data.task}") as error:
+            CHECKS[tool](cfg)
+        assert "\n" not in str(error.value)
+
+
+def started(cfg: config.Config) -> tuple[Any, ...]:
+    """What `build.load_run` gives of a run, of one that has learnt nothing."""
+    planned, model, params = build.read_model(cfg)
+    words = planned.tokenizer or build.tokenizer_for(planned, pipeline.load(cfg.data))
+    return planned.cfg, model, params, words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_path, monkeypatch, capsys):
+    cfg = small(recipe)
+    words, data = inspect_batch.load(cfg)
+    for split in ("train", "valid"):
+        rows = list(inspect_batch.read(inspect_batch.batch_from(cfg, data, split, example=0, rows=2), words, cfg))
+        assert len(rows) == 2
+        inspect_batch.print_rows(rows, "")
+        assert "example 0: " in capsys.readouterr().out
+        inspect_batch.to_html(rows, "")
+
+    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    monkeypatch.setattr(bench_training, "matmul_flops", lambda product: 1e12)  # takes seconds
+    bench_training.show(bench_training.measure(cfg, tmp_path / "bench", rounds=1, seconds=0.0))
+    monkeypatch.setattr(aot, "devices", lambda _: jax.devices()[:1])
+    whole = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
+    assert aot.lower_step(whole, chips.topology("v5e:1x1", 1)).tokens > 0
+
+    of_text = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_records=0))
+    try:
+        prepare.plan(of_text, tmp_path / "prepared")
+    except ConfigError as refused:
+        assert re.fullmatch(r"'data\.(task|format)' is [^\n]+; data is prepared (for|from) [^\n]+", str(refused))
+
+    run = started(cfg)
+    monkeypatch.setattr(build, "load_run", lambda name: run)
+    monkeypatch.setattr(checkpoint, "choose", lambda name: SimpleNamespace(step=0, info={}))
+    out, sides = tmp_path / "out.png", "../shared/data/multi30k/test_2016_flickr.{en,de}.gz"
+    for tool, *arguments in (
+        (chat, "--workdir=run", "--prompt=so", "--max_new_tokens=2"),
+        (translate, "run", f"--path={sides}", "--limit=2", "--max_new_tokens=2", "--beams=2", f"--out={out}"),
+        (show_reconstructions, "run", str(out), "--rows=2"),
+        (merge_adapters, "merge", "run", str(out)),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tool", *arguments])
+        name = tool.__name__.removeprefix("tools.")
+        if recipe in TAKES.get(name, ()):
+            tool.main()
+            continue
+        with pytest.raises(SystemExit) as error:
+            tool.main()
+        assert re.fullmatch(r"error: [^\n]+", error.value.code)

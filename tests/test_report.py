@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -5,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config, monitor, report, selection, trees
+from lm import config, metrics, monitor, report, selection, trees
 from lm.config import MonitorConfig, OptimConfig
 
 
@@ -124,11 +125,12 @@ def test_report_of_the_same_run_is_the_same_bytes(run):
 
 def test_curves_hold_the_points_of_each_split(run):
     rows, _ = monitor.read_rows(run / "metrics.jsonl")
-    panels = {panel.get_title(loc="left"): panel for panel in report.draw_curves(rows).axes}
+    about = functools.partial(metrics.about, objective="clm")
+    panels = {panel.get_title(loc="left"): panel for panel in report.draw_curves(rows, about).axes}
     assert list(panels) == [
-        "Loss (nats a token)", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second", "perplexity",
+        "Loss", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second", "Perplexity",
     ]  # fmt: skip
-    points = {line.get_label(): line.get_xydata().tolist() for line in panels["Loss (nats a token)"].lines}
+    points = {line.get_label(): line.get_xydata().tolist() for line in panels["Loss"].lines}
     assert points == {"train 2": [[10, 2], [20, 2]], "eval 1": [[0, 3], [10, 2], [20, 1]]}
 
 
@@ -140,3 +142,32 @@ def test_report_of_a_run_that_has_only_begun_says_so(tmp_path):
     )
     page = report.write_report(tmp_path).read_text()
     assert "1 steps in 2 s" in page and page.count('id="axes_') == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "unit"),
+    [
+        ("clm", "nats per token"),
+        ("mae", "squared error per hidden patch"),
+        ("classification", "nats per example"),
+        ("tagging", "nats per word"),
+        ("regression", "squared error per example"),
+    ],
+)
+def test_the_report_says_what_the_loss_is_measured_in(tmp_path, monkeypatch, objective, unit):
+    monkeypatch.setattr(report, "_curves", lambda rows, about: "")  # they take a second
+    with monitor.Monitor(tmp_path, 5, 0, True, MonitorConfig()) as m:
+        m.log(5, "eval", {"loss": 3.0, "web_loss": 2.0})
+    (tmp_path / "config.json").write_text(config.to_json(config.Config(objective=objective)))
+    report.write_summary(tmp_path, {"loss": 3.0, "before": {"loss": 4.0}})
+    page = report.write_report(tmp_path).read_text()
+    assert f"<b>3</b><span>eval loss</span><i>{unit}</i>" in page
+    assert f"<td>loss<td>3 <i>{unit}</i>" in page and f"<td>before.loss<td>4 <i>{unit}</i>" in page
+    assert unit.startswith("nats per token") or "nats per token" not in page
+    about = functools.partial(metrics.about, objective=objective)
+    rows, _ = monitor.read_rows(tmp_path / "metrics.jsonl")
+    panels = report.draw_curves(rows, about).axes
+    assert [(panel.get_title(loc="left"), panel.get_ylabel()) for panel in panels] == [
+        ("Loss", unit),
+        ("web: Loss", unit),
+    ]

@@ -1,5 +1,9 @@
 """tools/inspect_batch.py: what it shows is what a run is given."""
 
+import base64
+import dataclasses
+import io
+import json
 import os
 import re
 import runpy
@@ -9,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lm import config
-from lm.data import feed
+from lm.data import feed, pipeline
 from lm.data import tokenizer as tokenizers
+from lm.data.tasks import TASKS
 from tools import inspect_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,3 +149,147 @@ def test_help_imports_nothing_heavy():
     code = f"import sys, tools.inspect_batch; print(sorted({heavy} & set(sys.modules)))"
     assert run("-c", code).stdout.strip() == "[]"
     assert "--html" in run("tools/inspect_batch.py", "--help", code=1).stdout
+
+
+# What a file of each task holds, n from 0: with an escape sequence and markup in its texts.
+SEES = "bees\x1b[2J see {n} <b>"
+RECORDS = {
+    "chat": {"messages": [{"role": "user", "content": SEES}, {"role": "assistant", "content": "yes"}]},
+    "tagging": {"words": ["bees", "see\x1b[2J", "red", "{n}"], "tags": ["N", "<V>", "N", "N"]},
+    "entities": {"text": SEES, "entities": [{"start": 0, "end": 4, "label": "X"}]},
+    "span_qa": {
+        "question": "who?\x1b[2J",
+        "context": SEES,
+        "answers": [{"text": "see", "answer_start": SEES.index("see")}],
+    },
+    "mixed_sentences": {"text": SEES, "label": "good/<no>"},
+    "scored_sentences": {"text": SEES, "text_pair": "red {n}", "label": "1.5"},
+    "prompted": {"text": SEES, "label": "<no>"},
+    "sentences": {"text": SEES, "text_pair": "red {n}", "label": "<no>"},
+    "masked_pairs": {"text": "Bees see\x1b[2J red. Bees see {n}. They do. So it is {n}."},
+    "items": {"user": "u", "items": []},
+}
+# objective, more of the config, and what the terminal shows of a task; what is no task of text has its own test.
+SHOWN = {
+    "text": ("clm", {}, r"\[<0x1B>\]"),
+    "chat": ("clm", {}, r"<\|user\|> .*<\|assistant\|> \[y\].*\[<\|end\|>\]"),
+    "prefix_text": ("clm", {}, r"<s>/prefix .*\[</s>\]"),
+    "masked_text": ("mlm", {}, r"\[<\|mask\|>/.+?\]"),
+    "masked_pairs": ("mlm", {}, r"(A and B as in the document|B of another document), 2 segments"),
+    "span_corruption": ("seq2seq", {}, r"encoder: .*<\|extra_1\|>.*</s>\s*│2 decoder: <s> \[<\|extra_1\|>\]"),
+    "translation": ("seq2seq", {}, r"encoder: .*<0x1B>.*\s*│2 decoder: <s> .*\[</s>\]"),
+    "lone_sentences": ("contrastive", {"model__dropout": 0.1}, r"view 1: <s>"),
+    "sentence_pairs": ("contrastive", {}, r"view 1: <s> (.|\n)*view 2: <s>"),
+    "sentence_triples": ("contrastive", {}, r"view 3: <s>"),
+    "sentences": ("classification", {"data__labels": ("yes", "<no>")}, r"label <no>, 2 segments"),
+    "scored_sentences": ("regression", {}, r"label 1.5, 2 segments"),
+    "mixed_sentences": ("multitask", {"data__labels": ("good/yes", "good/<no>", "n/")}, r"good: <no>, 1 segments"),
+    "prompted": (
+        "verbalizer",
+        {"data__labels": ("yes", "<no>"), "data__templates": ("{text} is {label}",)},
+        r"label <no>, (.|\n)*│1 yes: <s>(.|\n)*│2 <no>: <s>",
+    ),
+    "tagging": ("tagging", {"data__labels": ("N", "<V>")}, r"\[b/N\].*/<V>\]"),
+    "entities": ("tagging", {"data__labels": ("O", "B-X", "I-X")}, r"\[b/B-X\].*/O\]"),
+    "span_qa": ("span_qa", {}, r"answer 'see', 2 segments(.|\n)*s/answer ee/answer ▁ "),
+    "items": ("next_item", {}, r"<\|start\|> .*\[i\d+\]"),
+    "masked_items": ("masked_item", {}, r"\[<\|mask\|>/i\d+\]"),
+    "images": ("classification", {"data__labels": ("a", "b")}, r"example 0: image 8 x 8 x 3, label [ab]\n"),
+    "masked_images": ("mae", {}, r"example 0: image 8 x 8 x 3, 2 of 4 patches hidden\n"),
+    "image_pairs": ("contrastive", {"data__augment": (("flip", 0.5),)}, r"example 0: image 8 x 8 x 3\n"),
+}
+
+
+@pytest.fixture(scope="module")
+def few_words():
+    return tokenizers.train(["bees see red who? yes <no>"] * 9, 282, 1000)
+
+
+def data_of(task, folder, c):
+    """Writes what `task` reads, and says so in the config."""
+    c.data.format = "jsonl"
+    if "image" in task:
+        c.data.format, c.data.image_shape = "images", (8, 8, 3)
+        for n in range(24):
+            path = folder / "ab"[n % 2] / f"{n}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(path)
+        return folder
+    if "items" in task:
+        c.data.format = "interactions"
+        rows = [f"u{user},i{(user * 7 + t) % 9},{t}" for user in range(24) for t in range(6)]
+        (folder / "chosen.csv").write_text("user,item,time\n" + "\n".join(rows) + "\n")
+        return folder / "chosen.csv"
+    record = RECORDS.get(task, {"text": SEES, "text_pair": "red {n}", "negative": "no"})
+    text = json.dumps(record)
+    if task == "translation":
+        c.data.format = "parallel"
+        for side in ("en", "de"):
+            (folder / f"data.{side}").write_text("".join(f"bees\x1b[2J see {n}\n" for n in range(24)))
+        return f"{folder}/data.{{en,de}}"
+    (folder / "data.jsonl").write_text("".join(text.replace("{n}", str(n)) + "\n" for n in range(24)))
+    return folder / "data.jsonl"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "999")
+    objective, changes, expected = SHOWN[task]
+    c = config.defaults()
+    c.objective, c.data.task, c.data.seq_len, c.data.eval_fraction, c.train.total_steps = objective, task, 64, 0.3, 1
+    c.data.path, c.data.packing, c.tokenizer.extra_ids, c.tokenizer.vocab_size = "", "pad", 9, 32
+    c.data.path = str(data_of(task, tmp_path, c))
+    c.corrupt.rate = 0.5 if "image" in task else 0.2
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        c[section][name] = value
+    cfg = config.build(c)
+    found = pipeline.load(cfg.data)
+    words = few_words
+    if "items" in task:
+        texts = [item for record in found[0].train for item in record["items"]]
+        words = TASKS[task].words.train(texts, cfg.tokenizer)
+    words = None if "image" in task else dataclasses.replace(words, extra_ids=9)
+    data = pipeline.build(cfg, words, *found)
+    for split in ("train", "valid"):
+        batch = inspect_batch.batch_from(cfg, data, split, example=0, rows=3)
+        rows = list(inspect_batch.read(batch, words, cfg))
+        assert [row.example_index for row in rows] == [0, 1, 2]
+        inspect_batch.print_rows(rows, "")
+        out = capsys.readouterr().out
+        assert re.search(expected, out), out
+        assert "\x1b" not in out
+        page = inspect_batch.to_html(rows, "")
+        assert "\x1b" not in page and "<b>" not in page and "<no>" not in page and "<V>" not in page
+        assert "http" not in page and not re.search('src="(?!data:)', page), "the page needs nothing else"
+        notes = [token.note for row in rows for segment in row.segments for token in segment if token.note]
+        assert page.count("<rt>") == len(notes)
+        pictures = {"images": 1, "masked_images": 2, "image_pairs": 2}.get(task, 0)
+        assert page.count("<img") == 3 * pictures
+
+
+def test_pictures_are_the_images_with_what_is_hidden_grey():
+    rng = np.random.default_rng(0)
+    image, cfg = rng.integers(128, 256, (8, 8, 3)).astype(np.uint8), config.Config(objective="mae")
+    row = {"images": image, "visible_patches": np.array([3, 0]), "masked_patches": np.array([1, 2])}
+    whole, seen = inspect_batch.pictures_of(row, cfg)
+    png = base64.b64decode(inspect_batch.data_url(whole.pixels).removeprefix("data:image/png;base64,"))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), image)
+    is_grey = seen.pixels == 127
+    assert np.all(is_grey[:4, 4:]) and np.all(is_grey[4:, :4]) and is_grey.sum() == is_grey.size / 2
+    np.testing.assert_array_equal(seen.pixels[~is_grey], image[~is_grey])
+
+
+def test_a_line_of_the_page_is_broken_between_words_only(few_words):
+    text = "bees see\nwho? "
+    ids = [few_words.bos_id, *few_words.encode(text), few_words.eos_id]
+    row = {"tokens": ids, "segment_ids": [1] * len(ids), "positions": range(len(ids)), "labels": 1}
+    batch = {key: np.array([x], np.int32) for key, x in row.items()} | {"example_index": [0]}
+    cfg = config.Config(objective="classification", data=config.DataConfig(task="sentences", labels=("a", "b")))
+    (shown,) = inspect_batch.read(batch, few_words, cfg)
+    assert inspect_batch.title(shown) == f"example 0: label b, 1 segments, {len(ids)} tokens, 0 padding"
+    whole = ["".join(token.text for token in word) for word in inspect_batch.words(shown.segments[0])]
+    assert whole == ["<s>", "bees", "\u2581see<0x0A>", "who?", "\u2581", "</s>"]
+    page = inspect_batch.to_html([shown], "")
+    assert page.count('class="w"') == len(whole)
+    assert re.search(r"\.w {[^}]*white-space: pre", page) and "overflow-wrap: anywhere" not in page

@@ -16,6 +16,7 @@ from lm.models import transformer, vision
 from lm.schema import ConfigError
 from lm.types import Head
 from tests import reference
+from tools import show_reconstructions
 
 B, P, SHAPE = 8, 4, (8, 12, 3)  # 2 x 3 patches
 T, VISIBLE = 6, 2
@@ -223,3 +224,42 @@ def test_what_does_not_fit_is_refused():
         vision.mae(make("mae")[0], Head("pooled", 3), jnp.float32)
     with pytest.raises(ConfigError, match=r"'model.decoder_dim' \(10\) must be a multiple of 'model.num_heads' \(4\)"):
         vision.decoder_config(ModelConfig(num_heads=4, decoder_dim=10))
+
+
+def test_the_picture_of_an_autoencoder_shows_only_what_it_knows():
+    """Hidden patches are drawn by the statistics of the visible ones; whatever they hide, the picture is the same."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    masked = np.array([[0, 3], [1, 2]], np.int32)
+    prediction = rng.standard_normal((2, 4, 48)).astype(np.float32)
+    columns = show_reconstructions.panels(images, prediction, masked, 4)
+    assert list(columns) == ["original", "seen", "model", "zero prediction"]
+
+    squares = [(slice(r, r + 4), slice(c, c + 4)) for r in (0, 4) for c in (0, 4)]
+    other = images.copy()
+    for b in range(2):
+        seen = [images[b][squares[t]].astype(np.float64) for t in range(4) if t not in masked[b]]
+        mean, deviation = np.mean(seen), np.sqrt(np.mean([np.var(square) for square in seen]))
+        for t, square in enumerate(squares):
+            if t not in masked[b]:
+                assert all(np.array_equal(column[b][square], images[b][square]) for column in columns.values())
+                continue
+            made = np.clip(mean + deviation * prediction[b, t].reshape(4, 4, 3), 0, 255)
+            np.testing.assert_allclose(columns["model"][b][square], made, atol=0.51)
+            np.testing.assert_allclose(columns["zero prediction"][b][square], mean, atol=0.51)
+            assert np.all(columns["seen"][b][square] == 127)
+            other[b][square] = rng.integers(0, 256, (4, 4, 3))
+    again = show_reconstructions.panels(other, prediction, masked, 4)
+    assert all(np.array_equal(again[name], columns[name]) for name in ("seen", "model", "zero prediction"))
+
+
+def test_the_error_on_the_picture_is_that_of_the_loss():
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    masked = np.array([[0, 3], [1, 2]], np.int32)
+    patches = vision.patchify(images.astype(np.float64), 4)
+    target = (patches - patches.mean(-1, keepdims=True)) / patches.std(-1, keepdims=True)
+    error = functools.partial(show_reconstructions.loss, images_BxHxWxC=images, masked_BxM=masked, size=4)
+    assert error(target.astype(np.float32)) == pytest.approx(0, abs=1e-5)
+    assert error(np.zeros_like(target)) == pytest.approx(1, abs=1e-4)
+    assert error((target / 2).astype(np.float32)) == pytest.approx(0.25, abs=1e-4)

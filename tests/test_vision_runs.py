@@ -1,5 +1,7 @@
 """Runs on images: a masked autoencoder, what a ViT takes from it, and the picture that is made of it."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,11 +61,16 @@ def test_a_picture_has_no_positions_to_split(tmp_path):
 
 def test_the_picture_shows_what_is_seen_and_made(pretrained, tmp_path):
     data, run = pretrained
-    columns = show_reconstructions.reconstruct(str(run), 3)
-    show_reconstructions.draw(columns, str(tmp_path / "out.png"))
-    assert Image.open(tmp_path / "out.png").size == (720, 720)
+    columns, about = show_reconstructions.reconstruct(str(run), 3)
+    show_reconstructions.draw(columns, about, str(tmp_path / "out.png"))
+    assert Image.open(tmp_path / "out.png").size == (960, 810)
+    assert re.fullmatch(
+        rf"{re.escape(str(run))}, step 2, 3 held-out images\n"
+        r"squared error per hidden patch: model \d\.\d{4}, zero prediction 1\.0000",
+        about,
+    )
     held_out = {np.asarray(Image.open(path)).tobytes() for path in data.glob("*/*.png")}
-    for original, seen, made in zip(*columns.values(), strict=True):
+    for original, seen, made, zero in zip(*columns.values(), strict=True):
         assert original.tobytes() in held_out
         # Two of the four patches are seen, as they are; the others are grey, or made up.
         squares = [(slice(r, r + 4), slice(c, c + 4)) for r in (0, 4) for c in (0, 4)]
@@ -71,17 +78,5 @@ def test_the_picture_shows_what_is_seen_and_made(pretrained, tmp_path):
         assert sum(is_seen) == 2
         for square, visible in zip(squares, is_seen, strict=True):
             assert np.array_equal(made[square], original[square]) == visible
+            assert np.array_equal(zero[square], original[square]) == visible
             assert visible or np.all(seen[square] == 127)
-
-
-def test_a_perfect_prediction_is_drawn_as_the_original():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, *SHAPE)).astype(np.uint8)
-    masked = np.array([[0, 3], [1, 2]], np.int32)
-    prediction = np.zeros((2, 4, 48))
-    for b, t in np.ndindex(2, 4):
-        square = images[b, t // 2 * 4 :, t % 2 * 4 :][:4, :4].astype(np.float64).reshape(-1)
-        prediction[b, t] = (square - square.mean()) / square.std()
-    columns = show_reconstructions.panels(images, prediction, masked, 4)
-    np.testing.assert_array_equal(columns["reconstructed"], images)
-    assert np.all(columns["seen"][0, :4, :4] == 127)

@@ -1,4 +1,4 @@
-"""Talk to a run: a chat model answers with its history; a text model continues what it is given.
+"""Talk to a run that generates text: a chat model answers with its history; others continue what they are given.
 
 python tools/chat.py --workdir=runs/quickstart/sft [--temperature=0.8] [--top_p=0.9] [--prompt="one question"]
 """
@@ -34,7 +34,7 @@ def talk(args: argparse.Namespace) -> None:
     """Reads lines, prints answers."""
     import jax
 
-    from lm import build, config, generate, schema
+    from lm import build, config, generate, monitor, schema
     from lm.data import chats
 
     cfg, model, params, words = build.load_run(args.workdir)
@@ -71,7 +71,7 @@ def talk(args: argparse.Namespace) -> None:
         answer = words.decode(made)
         if is_chat:
             turns.append(chats.encode({"role": "assistant", "content": answer}, words, "the answer"))
-        print(answer, flush=True)
+        print(monitor.visible(answer), flush=True)
 
 
 def fit(ids: list[int], room: int) -> list[int]:

@@ -1,9 +1,11 @@
-"""Prints a batch token by token: what is trained on, who speaks, and where one document ends and the next begins.
+"""Prints a batch of any recipe: tokens, what is trained on, who speaks, labels, tags, answers, images.
 
 python tools/inspect_batch.py --config=configs/NAME.py [--config.a.b=v] [--split=valid] [--rows=4] [--html=FILE]
 """
 
+import base64
 import html
+import io
 import itertools
 import sys
 from collections.abc import Iterator
@@ -27,24 +29,65 @@ _HTML = flags.DEFINE_string("html", "", "Also write the batch to this file, as a
 ROLE_COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "": "default"}
 SEGMENT_COLOURS = ("blue", "yellow", "red")
 LEGEND = "A token is trained when the model learns to predict it from those before it."
+_HIDDEN = "A token is trained when the model learns what stood in its place, which is noted at it."
+_WHOLE = "The model learns from each row as a whole."
+# objective -> what a trained token is; for all others LEGEND holds.
+LEGENDS = {
+    "mlm": _HIDDEN,
+    "masked_item": _HIDDEN,
+    "tagging": "A token is trained when the model learns its tag, which is noted at it.",
+    "span_qa": "The model learns where the answer begins and ends; its tokens are noted.",
+    "contrastive": "The model learns which views belong together.",
+    "mae": "The model learns what the hidden patches show.",
+    **dict.fromkeys(("classification", "regression", "multitask"), _WHOLE),
+}
+_LONGEST_WORD = 24  # tokens that stay on one line of the page
 
 
 class Token(NamedTuple):
-    """One token of a row; `position` is the one it has as an input, `weight` that of predicting it."""
+    """One token of a row.
+
+    Attributes:
+      text: its piece, every character visible.
+      position: the one that it has as an input.
+      weight: that of predicting it, or its tag.
+      note: what the model learns of it beside its weight: a tag, what stood there.
+      begins_word: whether a line may be broken before it.
+    """
 
     text: str
     id: int
     role: str
     weight: float
     position: int
+    note: str = ""
+    begins_word: bool = True
+
+
+class Picture(NamedTuple):
+    """An image, uint8 [H, W, C], and what it is."""
+
+    title: str
+    pixels: Any
 
 
 class Row(NamedTuple):
-    """One row: its segments' tokens, in order."""
+    """One row.
+
+    Attributes:
+      segments: its segments' tokens, in order.
+      names: of each segment, where they are not just documents.
+      facts: what is known of the whole row, such as its label.
+      has_targets: whether tokens of it can be trained.
+    """
 
     example_index: int
     segments: list[list[Token]]
     padding: int
+    names: list[str] = []  # noqa: RUF012, never written to
+    facts: list[str] = []  # noqa: RUF012
+    pictures: list[Picture] = []  # noqa: RUF012
+    has_targets: bool = True
 
 
 def main(argv: list[str]) -> None:
@@ -54,7 +97,7 @@ def main(argv: list[str]) -> None:
     try:
         cfg = config.build(_CONFIG.value)
         tokenizer, data = load(cfg)
-        rows = list(read(batch_from(cfg, data, _SPLIT.value, _EXAMPLE.value, _ROWS.value), tokenizer))
+        rows = list(read(batch_from(cfg, data, _SPLIT.value, _EXAMPLE.value, _ROWS.value), tokenizer, cfg))
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("lm."):
             sys.exit(f"error: {error}")
@@ -64,9 +107,10 @@ def main(argv: list[str]) -> None:
         for name, counts in data.report.items()
         if name.endswith(_SPLIT.value)
     )
-    print_rows(rows, report)
+    legend = LEGENDS.get(cfg.objective, LEGEND)
+    print_rows(rows, report, legend)
     if _HTML.value:
-        Path(_HTML.value).write_text(to_html(rows, report), encoding="utf-8")
+        Path(_HTML.value).write_text(to_html(rows, report, legend), encoding="utf-8")
         print(f"written to {_HTML.value}")
 
 
@@ -102,103 +146,281 @@ def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict
     return {key: np.concatenate([row[key] for row in found]) for key in found[0]}
 
 
-def read(batch: dict[str, Any], tokenizer: Any) -> Iterator[Row]:
-    """Rows of a batch in readable form: of each segment the inputs, each with the weight of predicting it, and the
-    last target."""
+def read(batch: dict[str, Any], tokenizer: Any, cfg: config.Config = config.Config()) -> Iterator[Row]:  # noqa: B008
+    """Rows of a batch in readable form; a row of padding alone is left out."""
+    sizes = tokenizer.token_bytes() if tokenizer else None
     for r, example_index in enumerate(batch["example_index"]):
         row = {key: array[r] for key, array in batch.items() if key != "example_index"}
-        ids = row["segment_ids"]
-        segments = [_segment(row, ids == segment, tokenizer) for segment in range(1, ids.max() + 1)]
-        if segments:
-            yield Row(int(example_index), segments, int((ids == 0).sum()))
+        facts = [visible(fact) for fact in facts_of(row, tokenizer, cfg)]
+        if "images" in row:
+            yield Row(int(example_index), [], 0, [], facts, pictures_of(row, cfg), False)
+            continue
+        named = [
+            (name, tokens)
+            for name, part in parts_of(row, cfg)
+            for tokens in segments_of(part, tokenizer, cfg, sizes)
+            if tokens
+        ]
+        ids = [part["segment_ids"] for _, part in parts_of(row, cfg)]
+        padding = sum(int((part == 0).sum()) for part in ids)
+        has_targets = "targets" in row or cfg.objective == "tagging"
+        if named:
+            names, segments = map(list, zip(*named, strict=True))
+            yield Row(int(example_index), segments, padding, names if any(names) else [], facts, [], has_targets)
 
 
-def _segment(row: dict[str, Any], inside: Any, tokenizer: Any) -> list[Token]:
+def parts_of(row: dict[str, Any], cfg: config.Config) -> list[tuple[str, dict[str, Any]]]:
+    """(name, columns of one sequence) of the sequences in a row: both sides, or each view of it."""
+    if "inputs" in row:
+        encoder = {
+            "tokens": row["inputs"],
+            "segment_ids": row["input_segment_ids"],
+            "positions": row["input_positions"],
+        }
+        return [("encoder", encoder), ("decoder", row)]
+    if row["tokens"].ndim == 1:
+        return [("", row)]
+    views = [{key: x[i] for key, x in row.items() if x.ndim == 2} for i in range(len(row["tokens"]))]
+    names = cfg.data.labels if cfg.data.task == "prompted" else [f"view {i}" for i in range(1, 1 + len(views))]
+    return list(zip(map(visible, names), views, strict=True))
+
+
+def segments_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config, sizes: Any) -> list[list[Token]]:
+    """The tokens of each segment of a sequence; of a pair of sentences, those of each sentence."""
+    segment_ids = row["segment_ids"]
+    is_shifted = "targets" in row and LEGENDS.get(cfg.objective) != _HIDDEN
+    segments = []
+    for segment in range(1, segment_ids.max() + 1):
+        for kind in sorted(set(row["type_ids"][segment_ids == segment].tolist())) if "type_ids" in row else [None]:
+            inside = (segment_ids == segment) & (True if kind is None else row["type_ids"] == kind)
+            segments.append(_shifted(row, inside, tokenizer) if is_shifted else _in_place(row, inside, tokenizer, cfg))
+    return [_with_words(tokens, sizes) for tokens in segments]
+
+
+def _shifted(row: dict[str, Any], inside: Any, tokenizer: Any) -> list[Token]:
+    """The inputs, each with the weight of predicting it, and the last target."""
     role_of = {i: role for role, i in tokenizer.role_ids.items()}
-    columns = (row[key][inside].tolist() for key in ("tokens", "targets", "loss_weights", "positions"))
+    columns = [row[key][inside].tolist() for key in ("tokens", "targets", "loss_weights", "positions")]
+    columns.append(row["is_prefix"][inside].tolist() if "is_prefix" in row else [0] * len(columns[0]))
     shown: list[Token] = []
     role = ""
 
-    def show(token_id: int, weight: float, position: int) -> None:
+    def show(token_id: int, weight: float, position: int, note: str) -> None:
         nonlocal role
         role = role_of.get(token_id, role)
-        shown.append(Token(visible(tokenizer.piece(token_id)), token_id, role, weight, position))
+        shown.append(Token(visible(tokenizer.piece(token_id)), token_id, role, weight, position, note))
 
-    for token_id, target, weight, position in zip(*columns, strict=True):
+    for token_id, target, weight, position, is_prefix in zip(*columns, strict=True):
         if not shown or shown[-1].id != token_id:  # nothing predicts it: the first of a document
             role = ""
-            show(token_id, 0.0, position)
-        show(target, weight, position + 1)
+            show(token_id, 0.0, position, "")
+        if is_prefix:
+            shown[-1] = shown[-1]._replace(note="prefix")
+        show(target, weight, position + 1, "")
     return shown
 
 
-def visible(piece: str) -> str:
-    """A piece with every character shown: U+2581 is a space already, as SentencePiece writes it."""
-    names = {"\n": "\u23ce", "\t": "\u21e5"}
-    return "".join(names.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in piece)
+def _in_place(row: dict[str, Any], inside: Any, tokenizer: Any, cfg: config.Config) -> list[Token]:
+    """The tokens, each with what the model learns of it."""
+    shown = []
+    for i in inside.nonzero()[0].tolist():
+        note, weight = "", 0.0
+        if "targets" in row and row["loss_weights"][i]:
+            note, weight = tokenizer.piece(row["targets"][i]), float(row["loss_weights"][i])
+        elif cfg.objective == "tagging" and row["labels"][i] >= 0:
+            note, weight = cfg.data.labels[row["labels"][i]], 1.0
+        elif cfg.objective == "span_qa" and 0 < row["labels"][0] <= i <= row["labels"][1]:
+            note = "answer"
+        token_id = int(row["tokens"][i])
+        shown.append(
+            Token(visible(tokenizer.piece(token_id)), token_id, "", weight, int(row["positions"][i]), visible(note))
+        )
+    return shown
+
+
+def _with_words(tokens: list[Token], sizes: Any) -> list[Token]:
+    """With `begins_word` set: at a space or a line break, and at all that stands for no text, as items do."""
+    begins, after = [], True
+    for token in tokens:
+        is_text = sizes[token.id] > 0
+        begins.append(after or not is_text or token.text.startswith("\u2581"))
+        after = not is_text or token.text[-1] in _NAMES.values() or token.text in ("<0x0A>", "<0x09>")
+    return [token._replace(begins_word=begin) for token, begin in zip(tokens, begins, strict=True)]
+
+
+def facts_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config) -> list[str]:
+    """What is known of a row as a whole: its label, number or answer, the shape of its image."""
+    from lm.data import mixtures
+
+    facts = []
+    labels, task = cfg.data.labels, cfg.data.task
+    if "images" in row:
+        facts.append("image " + " x ".join(map(str, row["images"].shape[-3:])))
+    if "masked_patches" in row:
+        seen, hidden = len(row["visible_patches"]), len(row["masked_patches"])
+        facts.append(f"{hidden} of {seen + hidden} patches hidden")
+    if "part" in row:
+        part = mixtures.parts(labels)[int(row["part"])]
+        value = part.classes[int(row["labels"])] if part.classes else f"{float(row['labels']):g}"
+        facts.append(f"{part.name}: {value}")
+    elif cfg.objective == "span_qa":
+        start, end = row["labels"].tolist()
+        facts.append(f"answer {tokenizer.decode(row['tokens'][start : end + 1])!r}" if start else "no answer in it")
+    elif task == "masked_pairs":
+        spoilt = "B of another document" if cfg.corrupt.pairs == "next" else "A and B swapped"
+        facts.append(spoilt if row["labels"] else "A and B as in the document")
+    elif "labels" in row and row["labels"].ndim == 0:
+        is_class = row["labels"].dtype.kind == "i"
+        facts.append(f"label {labels[int(row['labels'])] if is_class else format(float(row['labels']), 'g')}")
+    return facts
+
+
+def pictures_of(row: dict[str, Any], cfg: config.Config) -> list[Picture]:
+    """The image, or both views of it, and what a masked autoencoder sees of it."""
+    from lm.models import vision
+
+    images = row["images"]
+    if images.ndim == 4:
+        return [Picture(f"view {i}", view) for i, view in enumerate(images, 1)]
+    pictures = [Picture("image", images)]
+    if "masked_patches" in row:
+        patches_1xTxC = vision.patchify(images[None], cfg.model.patch_size).copy()
+        patches_1xTxC[0, row["masked_patches"]] = 127
+        pictures.append(Picture("seen", vision.unpatchify(patches_1xTxC, images.shape, cfg.model.patch_size)[0]))
+    return pictures
+
+
+_NAMES = {"\n": "\u23ce", "\t": "\u21e5"}
+
+
+def visible(text: str) -> str:
+    """Text with every character shown; U+2581 is a space already, as SentencePiece writes it.
+
+    Nothing in it acts on a terminal: an escape sequence is spelled out.
+    """
+    return "".join(_NAMES.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def title(row: Row) -> str:
     """One line about a row."""
     tokens = [token for segment in row.segments for token in segment]
-    trained = sum(token.weight > 0 for token in tokens)
-    return f"example {row.example_index}: {len(row.segments)} segments, {trained} trained, {row.padding} padding"
+    parts = list(row.facts)
+    if tokens:
+        parts.append(f"{len(row.segments)} segments")
+        parts.append(
+            f"{sum(token.weight > 0 for token in tokens)} trained" if row.has_targets else f"{len(tokens)} tokens"
+        )
+        parts.append(f"{row.padding} padding")
+    return f"example {row.example_index}: {', '.join(parts)}"
 
 
-def print_rows(rows: list[Row], report: str) -> None:
-    """To the terminal: bold = trained, dim = masked; without colours [brackets] = trained."""
+def has_roles(rows: list[Row]) -> bool:
+    """Whether anyone speaks."""
+    return any(token.role for row in rows for segment in row.segments for token in segment)
+
+
+def print_rows(rows: list[Row], report: str, legend: str = LEGEND) -> None:
+    """To the terminal: bold = trained, dim = masked; without colours [brackets] = trained. 'text/note'."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     plain = console.color_system is None
-    marks = "[token] trained, token masked" if plain else "bold trained, dim masked"
-    legend = Text(f"{LEGEND} {marks}; \u2502 segment; roles: ")
-    for role, colour in ROLE_COLOURS.items():
-        legend.append(f"{role or 'none'} ", colour)
-    console.print(Text(report), legend, sep="\n")
+    head = Text(legend)
+    if any(row.has_targets for row in rows):
+        marks = "[token] trained, token masked" if plain else "bold trained, dim masked"
+        head.append(f" {marks}; \u2502 segment")
+    if has_roles(rows):
+        head.append("; roles: ")
+        for role, colour in ROLE_COLOURS.items():
+            head.append(f"{role or 'none'} ", colour)
+    console.print(Text(report), head, sep="\n")
     for row in rows:
         console.print(Text(f"\n{title(row)}", "bold underline"))
         for s, segment in enumerate(row.segments):
             line = Text()
-            line.append(f"\u2502{s + 1} ", f"bold {SEGMENT_COLOURS[s % len(SEGMENT_COLOURS)]}")
+            name = f" {row.names[s]}:" if row.names else ""
+            line.append(f"\u2502{s + 1}{name} ", f"bold {SEGMENT_COLOURS[s % len(SEGMENT_COLOURS)]}")
             for token in segment:
-                style = f"{'bold' if token.weight else 'dim'} {ROLE_COLOURS[token.role]}"
-                line.append(f"[{token.text}]" if plain and token.weight else token.text, style).append(" ")
+                style = f"{'bold' if token.weight or not row.has_targets else 'dim'} {ROLE_COLOURS[token.role]}"
+                text = f"{token.text}/{token.note}" if token.note else token.text
+                line.append(f"[{text}]" if plain and token.weight else text, style).append(" ")
             console.print(line)
 
 
 STYLE = """
 body { font: 15px/1.9 system-ui, sans-serif; margin: 2em auto; max-width: 75em; color: #111; background: #fff }
-.segment { margin: .4em 0; padding-left: .7em; border-left: 5px solid; overflow-wrap: anywhere }
+.segment { margin: .4em 0; padding-left: .7em; border-left: 5px solid }
 .segment:nth-child(3n+1) { border-color: #0072b2 } .segment:nth-child(3n+2) { border-color: #e69f00 }
 .segment:nth-child(3n) { border-color: #cc79a7 }
+.w { display: inline-block; white-space: pre; max-width: 100%; overflow-x: auto; vertical-align: bottom }
 .t { font-family: ui-monospace, monospace; padding: 1px 3px; margin-right: 2px; border-radius: 3px; color: #777 }
-.t.trained { color: #000; font-weight: bold; box-shadow: inset 0 -2px #000 }
+.t.trained, .whole .t { color: #000 } .t.trained { font-weight: bold; box-shadow: inset 0 -2px #000 }
+rt { font-size: 70%; font-weight: normal; color: #a33 }
 .none { background: #f3f3f3 } .system { background: #f0dcf5 } .user { background: #d8ecfa }
-.assistant { background: #dcf2dc } .tool { background: #fbf0c9 }
+.assistant { background: #dcf2dc } .tool { background: #fbf0c9 } .name { color: #555; margin-right: .6em }
+figure { display: inline-block; margin: 0 1em 1em 0; text-align: center }
+img { width: 160px; image-rendering: pixelated; display: block }
 """
 
 
-def to_html(rows: list[Row], report: str) -> str:
+def to_html(rows: list[Row], report: str, legend: str = LEGEND) -> str:
     """A page that needs nothing else; the pointer over a token shows its id, position and weight."""
 
     def span(token: Token) -> str:
         tip = f"id {token.id}, position {token.position}, weight {token.weight:g}"
         kind = f"t {token.role or 'none'}{' trained' if token.weight else ''}"
-        return f'<span class="{kind}" title="{tip}">{html.escape(token.text)}</span>'
+        text = html.escape(token.text)
+        noted = f"<ruby>{text}<rt>{html.escape(token.note)}</rt></ruby>" if token.note else text
+        return f'<span class="{kind}" title="{tip}">{noted}</span>'
 
-    def block(segment: list[Token]) -> str:
-        return f'<div class="segment">{"".join(map(span, segment))}</div>'
+    def block(row: Row, s: int) -> str:
+        name = f'<span class="name">{html.escape(row.names[s])}</span>' if row.names else ""
+        boxes = "".join(f'<span class="w">{"".join(map(span, word))}</span>' for word in words(row.segments[s]))
+        return f'<div class="segment">{name}{boxes}</div>'
 
-    roles = "".join(f'<span class="t {role or "none"}">{role or "no role"}</span>' for role in ROLE_COLOURS)
-    legend = f'<span class="t trained none">trained</span><span class="t none">masked</span> roles: {roles}'
-    body = "".join(f"<h3>{title(row)}</h3><section>{''.join(map(block, row.segments))}</section>" for row in rows)
+    def section(row: Row) -> str:
+        figures = "".join(
+            f'<figure><img src="{data_url(picture.pixels)}" alt=""><figcaption>{picture.title}</figcaption></figure>'
+            for picture in row.pictures
+        )
+        kind = "" if row.has_targets else ' class="whole"'
+        inside = figures + "".join(block(row, s) for s in range(len(row.segments)))
+        return f"<h3>{html.escape(title(row))}</h3><section{kind}>{inside}</section>"
+
+    marks = ""
+    if any(row.has_targets for row in rows):
+        marks = ' <span class="t trained none">trained</span><span class="t none">masked</span>'
+    if has_roles(rows):
+        roles = "".join(f'<span class="t {role or "none"}">{role or "no role"}</span>' for role in ROLE_COLOURS)
+        marks += f" roles: {roles}"
+    bars = " A bar at the left is one segment." if any(row.segments for row in rows) else ""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>batch</title><style>{STYLE}</style>'
-        f"<h1>Batch</h1><p>{html.escape(report)}</p><p>{LEGEND} {legend} a bar at the left is one segment.</p>{body}"
+        f"<h1>Batch</h1><p>{html.escape(report)}</p><p>{legend}{marks}{bars}</p>{''.join(map(section, rows))}"
         "</html>\n"
     )
+
+
+def words(tokens: list[Token]) -> Iterator[list[Token]]:
+    """Tokens in groups between which a line may be broken."""
+    group: list[Token] = []
+    for token in tokens:
+        if group and (token.begins_word or len(group) == _LONGEST_WORD):
+            yield group
+            group = []
+        group.append(token)
+    if group:
+        yield group
+
+
+def data_url(pixels: Any) -> str:
+    """An image, uint8 [H, W, C], as a PNG inside of a page."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

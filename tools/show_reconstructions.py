@@ -1,4 +1,4 @@
-"""A picture of what a masked autoencoder makes of held-out images: original, what it sees, what it makes of the rest.
+"""A picture of what a masked autoencoder makes of held-out images, beside what a prediction of zero looks like.
 
 python tools/show_reconstructions.py runs/mae_cifar10 reconstructions.png [--rows=8]
 """
@@ -25,61 +25,94 @@ def main() -> None:
     from lm.schema import ConfigError
 
     try:
-        draw(reconstruct(args.run, args.rows), args.out)
+        draw(*reconstruct(args.run, args.rows), args.out)
     except (CheckpointError, ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     print(f"written to {args.out}")
 
 
-def reconstruct(run: str, rows: int) -> dict[str, np.ndarray]:
-    """Title -> images, uint8 [rows, H, W, C], of held-out images, evenly spaced over all of them."""
-    import jax
-
-    from lm import build
-    from lm.data import feed, pipeline
+def check(cfg: Any) -> None:
+    """Raises ConfigError unless a run of this config makes images."""
     from lm.schema import ConfigError
 
-    cfg, model, params, _ = build.load_run(run)
     if cfg.objective != "mae":
-        raise ConfigError(f"{run}: its 'objective' is {cfg.objective}; only mae makes images")
+        raise ConfigError(f"this run's 'objective' is {cfg.objective}: show_reconstructions.py is for runs of mae")
+
+
+def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
+    """`panels` of held-out images, evenly spaced over all of them, and what is written above the picture."""
+    import jax
+
+    from lm import build, checkpoint
+    from lm.data import feed, pipeline
+
+    saved = checkpoint.choose(run)
+    cfg, model, params, _ = build.load_run(run)
+    check(cfg)
     own = dataclasses.replace(cfg.data, replay=0.0)  # not what it replayed
     data = pipeline.build(dataclasses.replace(cfg, data=own), None, *pipeline.load(own))
     rows = min(rows, len(data.valid))
     batch = next(feed.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1))
     prediction_BxTxC = np.asarray(jax.jit(model.apply)(params, batch).head)
-    return panels(batch["images"], prediction_BxTxC, batch["masked_patches"], cfg.model.patch_size)
+    images, masked, size = batch["images"], batch["masked_patches"], cfg.model.patch_size
+    error, of_zero = (loss(x, images, masked, size) for x in (prediction_BxTxC, np.zeros_like(prediction_BxTxC)))
+    about = f"{run.partition('@')[0]}, step {saved.step:,}, {rows} held-out images"
+    errors = f"squared error per hidden patch: model {error:.4f}, zero prediction {of_zero:.4f}"
+    return panels(images, prediction_BxTxC, masked, size), f"{about}\n{errors}"
+
+
+def loss(prediction_BxTxC: np.ndarray, images_BxHxWxC: np.ndarray, masked_BxM: np.ndarray, size: int) -> float:
+    """What the run's `loss` is of a prediction."""
+    import jax.numpy as jnp
+
+    from lm import losses
+    from lm.models import vision
+
+    patches_BxTxC = vision.patchify(vision.normalise(images_BxHxWxC), size)
+    ones_B = jnp.ones(len(images_BxHxWxC))
+    terms = losses.patch_mse(jnp.asarray(prediction_BxTxC), jnp.asarray(patches_BxTxC), jnp.asarray(masked_BxM), ones_B)
+    return float(terms.sum / terms.weight)
 
 
 def panels(
     images_BxHxWxC: np.ndarray, prediction_BxTxC: np.ndarray, masked_BxM: np.ndarray, size: int
 ) -> dict[str, np.ndarray]:
-    """The three columns of the picture.
+    """Title -> images, uint8 [B, H, W, C]: the columns of the picture.
 
-    The model predicts a patch less its mean, over its deviation; both are taken from the original, for nothing else
-    could give them. What is drawn is thus the structure that the model found, at the true brightness and contrast.
+    The model predicts a patch less its mean, over its deviation. What these are of a hidden patch it does not say; they
+    are taken from the patches that it sees, the same for all hidden patches of an image: the mean of their pixels and
+    the root mean square of their deviations. A prediction of zero is drawn the same way: all that the model adds is the
+    difference of the last two columns.
     """
     from lm.models import vision
 
     patches_BxTxC: Any = vision.patchify(images_BxHxWxC, size).astype(np.float32)
-    mean, deviation = patches_BxTxC.mean(axis=-1, keepdims=True), patches_BxTxC.std(axis=-1, keepdims=True)
-    is_masked_BxTx1 = np.zeros(mean.shape, bool)
+    is_masked_BxTx1 = np.zeros((*patches_BxTxC.shape[:2], 1), bool)
     np.put_along_axis(is_masked_BxTx1, masked_BxM[..., None], True, axis=1)
+    over_seen = {"axis": (1, 2), "keepdims": True, "where": ~is_masked_BxTx1}
+    mean_Bx1x1 = patches_BxTxC.mean(**over_seen)
+    deviation_Bx1x1 = np.sqrt(patches_BxTxC.var(axis=-1, keepdims=True).mean(**over_seen))
 
     def draw_hidden(hidden_BxTxC: Any) -> np.ndarray:
         pixels_BxTxC = np.where(is_masked_BxTx1, hidden_BxTxC, patches_BxTxC)
         images: np.ndarray = vision.unpatchify(pixels_BxTxC, images_BxHxWxC.shape[1:], size)
         return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
-    made = draw_hidden(mean + deviation * prediction_BxTxC)
-    return {"original": images_BxHxWxC, "seen": draw_hidden(np.float32(127)), "reconstructed": made}
+    return {
+        "original": images_BxHxWxC,
+        "seen": draw_hidden(np.float32(127)),
+        "model": draw_hidden(mean_Bx1x1 + deviation_Bx1x1 * prediction_BxTxC),
+        "zero prediction": draw_hidden(mean_Bx1x1 + 0 * prediction_BxTxC),
+    }
 
 
-def draw(columns: dict[str, np.ndarray], out: str) -> None:
-    """Writes the images as a grid, a column for each title."""
+def draw(columns: dict[str, np.ndarray], about: str, out: str) -> None:
+    """Writes the images as a grid, a column for each title, with a text above."""
     from matplotlib.figure import Figure
 
     rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.6 * len(columns), 1.6 * rows), layout="constrained")
+    figure = Figure(figsize=(1.6 * len(columns), 1.6 * rows + 0.6), layout="constrained")
+    figure.suptitle(about, fontsize=9)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for c, (title, images) in enumerate(columns.items()):
         axes[0, c].set_title(title)

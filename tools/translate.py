@@ -6,8 +6,10 @@ Prints BLEU and chrF with their signatures (sacrebleu; pip install 'lm[scores]')
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -23,9 +25,11 @@ def main() -> None:
     parser.add_argument("--bleu_tokenizer", help="sacrebleu's, such as zh or flores200 (default: the run's)")
     parser.add_argument("--out", help="where the translations go (default: translations.txt in the run's folder)")
     args = parser.parse_args()
-    for key in ("beams", "batch_size"):
-        if getattr(args, key) < 1:
-            parser.error(f"--{key} must be at least 1")
+    for key, least in (("beams", 1), ("batch_size", 1), ("limit", 0)):
+        if getattr(args, key) < least:
+            parser.error(f"--{key} must be at least {least}")
+    if not math.isfinite(args.alpha):
+        parser.error(f"--alpha must be finite, got {args.alpha}")
 
     from lm import schema
     from lm.checkpoint import CheckpointError
@@ -37,16 +41,26 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
+def check(cfg: Any) -> None:
+    """Raises ConfigError unless a run of this config translates."""
+    from lm import schema
+
+    if cfg.data.task != "translation":
+        raise schema.ConfigError(f"this run's 'data.task' is {cfg.data.task}: translate.py is for runs of translation")
+
+
 def translate(args: argparse.Namespace) -> None:
     """Translates in batches of like length; sources that are longer than the run's rows are not cut."""
     import dataclasses
 
-    from lm import beam, build, generate, scores
+    from lm import beam, build, config, generate, schema, scores
     from lm.data import files, sources
 
     cfg, model, params, words = build.load_run(args.run)
-    if args.max_new_tokens:
-        cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, max_new_tokens=args.max_new_tokens))
+    check(cfg)
+    if args.max_new_tokens is not None:
+        values = schema.to_dict(cfg)
+        cfg = config.build(values | {"generate": values["generate"] | {"max_new_tokens": args.max_new_tokens}})
     pairs = sources.parallel_records(args.path)[: args.limit or None]
     references = [pair["target"] for pair in pairs]
     scoring = dataclasses.replace(cfg.eval, bleu_tokenizer=args.bleu_tokenizer or cfg.eval.bleu_tokenizer)

@@ -1,11 +1,12 @@
 """Conversations to rows: what is trained on in them, and what of a conversation longer than a row is kept."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lm.config import Config
+from lm.config import Config, DataConfig
 from lm.data.examples import Example, Task, shifted, shifted_columns
 from lm.data.records import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
@@ -139,6 +140,13 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"'data.overlong' is drop_turns, which is for data.task=chat; 'data.task' is {cfg.data.task}: set auto"
         )
+
+
+def resolve(cfg: DataConfig) -> DataConfig:
+    """The config with the policy that `data.overlong` auto stands for, so that runs say which one they had."""
+    if cfg.overlong != "auto":
+        return cfg
+    return dataclasses.replace(cfg, overlong="drop_turns" if cfg.task == "chat" else "truncate")
 
 
 def _chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:

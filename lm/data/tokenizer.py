@@ -129,8 +129,34 @@ class Tokenizer:
     def is_control_V(self) -> np.ndarray:
         """bool [vocab_size]: ids that stand for no text, the extra ones among them."""
         sp = self._sp
-        own = [sp.is_control(i) or sp.is_unknown(i) for i in range(sp.vocab_size())]
+        own = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(sp.vocab_size())]
         return np.array([*own, *[True] * self.extra_ids])
+
+    def may_generate(self, ends: Iterable[int], symbols: Iterable[str] = ()) -> np.ndarray:
+        """bool [vocab_size]: the ids that a model may choose when it writes text.
+
+        These are all that stand for text, bytes among them, and what is asked for.
+
+        Args:
+          ends: ids that end what is written.
+          symbols: which control symbols to allow as well, see `lm.config.GenerateConfig`.
+
+        Raises:
+          ConfigError: 'mask' or 'sentinels' without `extra_ids`.
+        """
+        allowed_V = ~self.is_control_V
+        allowed_V[list(ends)] = True
+        ids_of: dict[str, list[int]] = {
+            "sentinels": self.sentinel_ids.tolist(),
+            "mask": [self.mask_id] if self.extra_ids else [],
+            "roles": list(self.role_ids.values()),
+            "bos": [self.bos_id],
+        }
+        for symbol in symbols:
+            if not ids_of[symbol]:
+                raise ConfigError(f"'generate.symbols' has {symbol}, but there is none: raise 'tokenizer.extra_ids'")
+            allowed_V[ids_of[symbol]] = True
+        return allowed_V
 
     @property
     def pad_id(self) -> int:
