@@ -27,7 +27,7 @@ from lm import config
 
 def get_config():
     c = config.defaults()
-    c.data.format, c.data.path, c.data.task, c.data.eval_fraction = "jsonl", "{data}", "chat", 0.2
+    c.data.format, c.data.path, c.data.task, c.data.eval_fraction = "jsonl", "{data}", "chat", 0.4
     c.data.seq_len = 64
     c.tokenizer.vocab_size = 300
     c.train.total_steps = 1
@@ -227,7 +227,9 @@ def data_of(task, folder, c):
         for side in ("en", "de"):
             (folder / f"data.{side}").write_text("".join(f"bees\x1b[2J see {n}\n" for n in range(24)))
         return f"{folder}/data.{{en,de}}"
-    (folder / "data.jsonl").write_text("".join(text.replace("{n}", str(n)) + "\n" for n in range(24)))
+    other = text.replace("<no>", "yes").replace('"1.5"', '"2.5"')  # one label alone teaches nothing
+    lines = [(other if n % 4 == 0 else text).replace("{n}", str(n)) for n in range(24)]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "data.jsonl"
 
 
