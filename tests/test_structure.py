@@ -119,7 +119,7 @@ MODULES = (
 PACKAGES = ("lm", "lm.data", "lm.models")
 OUTSIDE = ("configs", "experiments", "tools", "tests")
 
-MAX_MODULE_LINES = 400
+MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80  # but for the run, which is one story: lm/train.py
 MAX_MAIN_LINES = 60
 
@@ -219,7 +219,7 @@ def test_a_breach_is_seen(name, source, breach):
 # --- lengths and keys --------------------------------------------------------------------------------------------
 
 
-def test_no_module_is_over_400_lines():
+def test_no_module_is_over_500_lines():
     files = python_files("lm", "configs", "tools", "experiments", "tests")
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: n for name, n in lengths.items() if n > MAX_MODULE_LINES} == {}
@@ -243,8 +243,8 @@ def test_main_is_flags_only():
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MAIN_LINES
 
 
-def test_fewer_than_120_config_keys():
-    assert len(keys_of(config_lib.Config)) < 120
+def test_fewer_than_150_config_keys():
+    assert len(keys_of(config_lib.Config)) < 150
 
 
 def config_reads() -> set[tuple[str, str]]:

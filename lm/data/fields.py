@@ -16,14 +16,13 @@ class BadRecord(Exception):
 
 
 def clean(text: str, what: str) -> str:
-    """Text with CRLF as LF. Raises BadRecord on NUL, a byte order mark, or a surrogate that UTF-8 cannot write."""
-    for character, kind in (("\0", "NUL"), ("\ufeff", "byte order mark")):
-        at = text.find(character)
-        if at >= 0:
-            found = f"found {kind} (U+{ord(character):04X}) inside {what}; expected text without it"
-            raise BadRecord(kind, found, len(text[:at].encode(errors="replace")))
+    """Text with CRLF as LF. Raises BadRecord on NUL, or a surrogate that UTF-8 cannot write."""
+    at = text.find("\0")
+    if at >= 0:
+        found = f"found NUL (U+0000) inside {what}; expected text without it"
+        raise BadRecord("NUL", found, len(text[:at].encode(errors="replace")))
     try:
-        text.encode()
+        _ = text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         found = f"found the lone surrogate U+{ord(text[error.start]):04X} in {what}; expected valid Unicode"
         raise BadRecord("lone surrogate", found) from None
@@ -190,6 +189,21 @@ def _text(value: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _image(value: dict[str, Any]) -> dict[str, Any]:
+    """The bytes of an image file, alone or in {"bytes", "path"} as Hugging Face keeps them, and its label, if any."""
+    image = value["image"]
+    if isinstance(image, dict) and image.get("bytes") is None:
+        found = f"'image' has no 'bytes' (its 'path' is {_shown(image.get('path'))})"
+        raise BadRecord(
+            "no image", f"{found}; expected the content of an image file: images kept elsewhere are not read"
+        )
+    content = image["bytes"] if isinstance(image, dict) else image
+    if not isinstance(content, bytes):
+        raise BadRecord("wrong type", f"'image' is {_shown(content)}; expected the bytes of an image file")
+    label = value.get("label")
+    return {"image": content} | ({} if label is None else {"label": _label(label, "label")})
+
+
 # The fields that tell a kind of record -> how it is read. An object that has those of several is of the first kind.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("messages",): _conversation,
@@ -199,11 +213,12 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("words", "tags"): _tagged_words,
     ("text", "entities"): _entities,
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
+    ("image",): _image,  # and 'label', where it has one
 }
 _OPTIONAL = ("input", "text_pair", "negative", "label", "id")  # read where they are
 _EXPECTED = (
     "'text', 'messages', 'prompt' and 'response', 'instruction' and 'output', 'question' and 'context' and 'answers', "
-    "'words' and 'tags', or 'text' and 'entities' (data.rename maps other names)"
+    "'words' and 'tags', 'text' and 'entities', or 'image' (data.rename maps other names)"
 )
 
 
