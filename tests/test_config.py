@@ -236,12 +236,12 @@ def test_resumable_names_are_keys_or_sections():
         assert name in known or any(key.startswith(f"{name}.") for key in known), name
 
 
-def test_keys_are_unique_and_fewer_than_120():
+def test_keys_are_unique_and_fewer_than_150():
     names = keys(Config)
     assert len(set(names)) == len(names)
     assert {"seed", "optim.learning_rate", "train.total", "data.path"} <= set(names)
     assert not {"train.total_steps", "optim", "train"} & set(names), "a duration counts once, a section not at all"
-    assert len(names) < 120
+    assert len(names) < 150
 
 
 def test_a_config_is_frozen():
