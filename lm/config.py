@@ -42,6 +42,8 @@ class DataConfig:
     # '' = hold out eval_fraction of the records of `path`, chosen by hash; tfds: a split such as test or train[:1%].
     eval_path: str = ""
     eval_fraction: float = 0.02
+    encoding: str = "utf-8"  # of text files: a codec of Python's
+    max_expansion: int = 1000  # a .gz or .zst file that unpacks to more than so many times its size is refused
     separator: str = ""  # text only: splits one file into documents; '' = one document a file
     # (field in the file, field expected) pairs, where records have fields. Numbers, from 1, name the columns of a table
     # that has no header.
@@ -292,6 +294,7 @@ def build(source: Mapping[str, Any]) -> Config:
     except OSError as error:  # so late does ml_collections tell that it could not load the recipe
         raise ConfigError(f"no recipe to load: {str(error).strip().splitlines()[-1].strip()}") from None
     config = schema.build_section(Config, source, "")
+    schema.check_encoding(config.data.encoding, "data.encoding")
     _check(config)
     return config
 
@@ -318,7 +321,7 @@ TASK_PACKINGS = {
 
 _AT_LEAST_ONE = {
     *("model.num_layers", "model.embed_dim", "model.num_heads", "model.patch_size", "model.projection_dim"),
-    *("data.seq_len", "data.batch_size", "adapter.rank", "corrupt.mean_span"),
+    *("data.seq_len", "data.batch_size", "data.max_expansion", "adapter.rank", "corrupt.mean_span"),
     *("train.micro_batches", "checkpoint.keep_latest", "monitor.log_every_steps", "generate.max_new_tokens"),
     *("mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.dcn_data"),
 }

@@ -3,11 +3,15 @@
 `lm.config` says which sections and keys there are; this module knows none of them.
 """
 
+import codecs
 import dataclasses
 import difflib
+import encodings
 import math
+import pkgutil
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from encodings import aliases
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 UNITS = ("steps", "tokens", "examples", "epochs")
@@ -129,6 +133,27 @@ def nearest(name: str, known: Iterable[str], what: str = "did you mean") -> str:
     """' (did you mean X?)' for the closest of `known`, or '' when nothing is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" ({what} '{match[0]}'?)" if match else ""
+
+
+# Codecs of Python's that are no encodings of text files: domain names, escapes in source code, one that always fails.
+_NO_FILES = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
+
+
+def check_encoding(name: str, key: str) -> None:
+    """Raises ConfigError unless `name` is an encoding of text that Python has a codec for."""
+    try:
+        codec = codecs.lookup(name)
+    except (LookupError, ValueError):
+        known = {*aliases.aliases, *(module.name for module in pkgutil.iter_modules(encodings.__path__))}
+        hint = nearest(name.lower().replace("-", "_"), known)
+        raise ConfigError(
+            f"'{key}' is {name!r}; expected an encoding such as 'utf-8', 'cp1252', 'utf-16'{hint}"
+        ) from None
+    is_text = getattr(codec, "_is_text_encoding", True) and codec.incrementaldecoder is not None
+    if not is_text or codec.name.replace("_", "-") in _NO_FILES:
+        raise ConfigError(
+            f"'{key}' is {name!r}, which is no encoding of text files; expected such as 'utf-8', 'cp1252'"
+        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -134,6 +134,11 @@ def test_synonyms_are_what_replacing_in_the_text_gives(tmp_path, text):
     np.testing.assert_equal(out, make_row(by_text(text, table), by_text("the film", table), 60))
 
 
+def test_a_mark_at_the_start_of_the_synonyms_is_of_no_word(tmp_path):
+    (tmp_path / "a.tsv").write_text("\ufeffgood\tfine\n")
+    assert augment.read_synonyms(str(tmp_path / "a.tsv")) == {"good": ["fine"]}
+
+
 def test_each_synonym_is_drawn_and_strength_is_how_often(synonym_file):
     cfg = make_config(("synonyms", 0.3), synonyms=synonym_file)
     row = make_row("bad plot")

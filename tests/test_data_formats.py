@@ -387,4 +387,4 @@ def test_of_fuzzed_records_every_one_is_read_or_reported(name, tmp_path, tfds_di
     assert 0.2 * count < len(faults) < count
     assert all(Path(fault.where.rpartition(":")[0]).is_file() and "expected" in fault.message for fault in faults)
     texts = [record["text"] for record in found if not isinstance(record, Fault)]
-    assert all(text.strip() and not {"\0", "\ufeff"} & set(text) and "\r\n" not in text for text in texts)
+    assert all(text.strip() and "\0" not in text and "\r\n" not in text for text in texts)

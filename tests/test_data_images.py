@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 from lm import checks, config
 from lm.config import Config, DataConfig
 from lm.data import feed, files, image_files, images, pipeline, sources
-from lm.data.records import DataError, Fault
+from lm.data.records import DataError, Fault, NotRead
 from lm.schema import ConfigError
 
 SHAPE = (8, 6, 3)
@@ -71,6 +71,9 @@ def test_tar_and_folder_give_the_pixels_and_the_folder_as_label(tmp_path, name):
     for member, content in named("tree/").items():
         write(tmp_path / member, content)
     from_tar = read(packed)
+    other = [found.name for found in from_tar if isinstance(found, NotRead)]
+    assert other == ["train/readme.txt", "train/._0.png", "train/dog"]
+    from_tar = [found for found in from_tar if not isinstance(found, NotRead)]
     paths = files.find_files(str(tmp_path / "tree"), image_files.SUFFIXES)
     from_folder = [record for path in paths for record in read(path)]
     assert [r["source"] for r in from_tar] == [f"{packed}:{member}" for member in named("train/")]
@@ -91,6 +94,7 @@ def test_other_modes_are_converted(tmp_path, kind, mode, channels):
     path = write(tmp_path / "dog" / "a.png", encoded(PICTURES[0], kind, mode))
     (record,) = read(path, shape)
     expected = np.asarray(Image.open(path).convert("L" if channels == 1 else "RGB")).reshape(shape)
+    assert mode != "RGBA" or np.asarray(Image.open(path))[..., 3].min() == 255  # opaque
     np.testing.assert_array_equal(record["image"], expected)
     assert record["label"] == "dog"
 
@@ -148,7 +152,8 @@ def test_a_bad_image_is_a_fault_of_its_own(tmp_path, content, kind, message):
 
 
 def test_a_tar_of_no_images_is_a_fault(tmp_path):
-    (fault,) = read(write(tmp_path / "a.tar", tarred({"dog/a.txt": b"x"})))
+    not_read, fault = read(write(tmp_path / "a.tar", tarred({"dog/a.txt": b"x"})))
+    assert not_read.name == "dog/a.txt"
     assert fault.kind == "empty file"
 
 

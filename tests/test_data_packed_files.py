@@ -1,8 +1,11 @@
 """Packed files (gzip, zstandard, …) are read as the plain ones, and damaged ones are named."""
 
+import gzip
 import sys
+import tracemalloc
 
 import pytest
+import zstandard
 from etils import epath
 
 from lm.data import records
@@ -58,3 +61,75 @@ def test_without_zstandard_the_error_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(DataError, match=f"{path}: .*pip install zstandard"):
         read(path)
+
+
+# What unpacks to much more than it is --------------------------------------------------------------------------------
+
+
+def packed(suffix: str, pieces: list[bytes]) -> bytes:
+    """The pieces as members of one file, each packed by itself."""
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(level=1).compress
+    return b"".join(map(pack, pieces))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tar", "a-images-idx3-ubyte"])
+def test_a_file_that_unpacks_to_too_much_is_an_error_that_names_the_key(tmp_path, monkeypatch, name, suffix):
+    monkeypatch.setattr(records, "_NEVER_A_BOMB", 1 << 16)
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(packed(suffix, [b" " * (1 << 20)]))
+    (tmp_path / f"a-labels-idx1-ubyte{suffix}").write_bytes(b"")
+    ending = name.partition(".")[2]
+    options = {"format": {"txt": "text", "csv": "table", "tar": "images", "": "images"}.get(ending, "jsonl")}
+    with pytest.raises(DataError, match=rf"{path}: .*expected at most 20 times .*data.max_expansion"):
+        read(path, max_expansion=20, **options)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_the_limit_is_on_what_is_unpacked_of_what_was_read(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(records, "_NEVER_A_BOMB", 0)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(packed(suffix, [b"".join(b"%s\n" % line for line in GOOD * 100)]))
+    factor = len(GOOD[0] + b"\n") * len(GOOD) * 100 / path.stat().st_size
+    assert len(list(read_jsonl(epath.Path(path), {}, records.Opening(max_expansion=int(factor) + 1)))) == 800
+    with pytest.raises(DataError, match=r"data.max_expansion"):
+        list(read_jsonl(epath.Path(path), {}, records.Opening(max_expansion=int(factor) - 1)))
+    monkeypatch.undo()
+    assert (
+        len(list(read_jsonl(epath.Path(path), {}, records.Opening(max_expansion=1)))) == 800
+    )  # a small one is no bomb
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_packed_file_is_read_in_bounded_memory(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    line = GOOD[0] + b" " * 9_999 + b"\n"
+    path.write_bytes(packed(suffix, [line * 6_000]))  # 60 MB, of some KB
+    tracemalloc.start()
+    chunks = sum(1 for _ in records.chunks(epath.Path(path), 1_000_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert chunks > 1 and peak < 40e6
+
+
+def test_an_unpacked_file_has_no_limit_and_zstd_may_skip_frames(tmp_path):
+    skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"about"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skipped + packed(".zst", [GOOD[0] + b"\n"]) + skipped + packed(".zst", [GOOD[1]]))
+    assert contents(read_jsonl(epath.Path(path), {})) == ["good 0", "good 1"]
+
+
+def test_a_zstd_window_that_is_too_large_is_named(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packer.compress(GOOD[0]) + packer.flush())
+    with pytest.raises(DataError, match=r"a.jsonl.zst: unpacking it needs a window of more than 128 MiB.*--long=27"):
+        list(read_jsonl(epath.Path(path), {}))
+
+
+def test_capital_endings_are_those_of_packed_files_and_tables_too(tmp_path):
+    write(tmp_path / "A.CSV", b'text\n"a, b"\n')
+    (tmp_path / "B.CSV.GZ").write_bytes(gzip.compress(b"text\nc\n"))
+    split = read(tmp_path, format="table", eval_fraction=0.5)
+    assert sorted(contents(split.train + split.valid)) == ["a, b", "c"]

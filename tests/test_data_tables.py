@@ -374,6 +374,14 @@ def test_real_squad(shared_data):
         DataConfig(format="squad", path=str(shared_data("xquad") / "xquad.en.json"), eval_fraction=0.2)
     )
     assert len(split.train) + len(split.valid) == 1190 and 150 < len(split.valid) < 330
+    german = list(tables.read_squad(epath.Path(shared_data("xquad") / "xquad.de.json")))
+    assert len(german) == 1190 and not any(isinstance(item, Fault) for item in german)
+    marked = [record for record in german if "\ufeff" in record["context"]]  # offsets of answers count it
+    assert marked and all(
+        record["context"][answer["answer_start"] :].startswith(answer["text"])
+        for record in marked
+        for answer in record["answers"]
+    )
 
 
 @pytest.mark.parametrize("language", ["en", "de"])

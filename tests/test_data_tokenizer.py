@@ -60,6 +60,38 @@ def test_offsets_are_the_characters_that_each_id_stands_for(name, text):
             assert tok.decode([token_id]) == text[start:end]
 
 
+@pytest.mark.parametrize("name", CORPORA)
+@given(text=any_text, long=st.sampled_from([1, 2, 5, 20]))
+@example(text="a  b   c" * 9 + "\U0001f600\U0001f600 e\u0301xx" * 5, long=1)
+def test_a_long_text_has_the_ids_of_the_whole_though_it_is_cut(name, text, long):
+    tok, whole = TOKENIZERS[name], []
+    for number, part in enumerate(text.split("\u2581")):
+        whole += tok._space_ids * (number > 0) + tok._sp.encode(part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "_LONG", long)
+        assert tok.encode(text) == whole
+
+
+def test_text_is_cut_between_characters_that_no_piece_joins_and_only_for_models_of_which_that_is_known(monkeypatch):
+    monkeypatch.setattr(tokenizers, "_LONG", 40)
+    text = "".join(PROSE)
+    parts = list(TOKENIZERS["prose"]._cut(text))
+    assert "".join(parts) == text and len(parts) > 20 and max(map(len, parts)) < 100
+    for options in ({"model_type": "unigram"}, {"model_type": "bpe", "normalization_rule_name": "nfkc"}):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(PROSE),
+            model_writer=(model := io.BytesIO()),
+            vocab_size=320,
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            **options,
+        )
+        assert list(tokenizers.Tokenizer(model.getvalue())._cut(text)) == [text]
+
+
 def test_offsets_of_characters_that_have_no_piece():
     tok = TOKENIZERS["prose"]
     text = "x\u2581\U0001f600y"

@@ -207,7 +207,7 @@ def read_synonyms(path: str) -> dict[str, list[str]]:
     if not path:
         return {}
     try:
-        lines = epath.Path(path).read_bytes().decode().split("\n")
+        lines = epath.Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"'data.synonyms': {path} cannot be read: {error}") from None
     table: dict[str, list[str]] = {}

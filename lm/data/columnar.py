@@ -6,19 +6,21 @@ Numbers that a Hugging Face data set has names for (`ClassLabel`) become their n
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from etils import epath
 
-from lm.data import fields, files, records
+from lm.config import DataConfig
+from lm.data import fields, files, image_files, records
 from lm.data.fields import BadRecord, Names
 from lm.data.records import DataError, Fault, Record
 
 _ROWS_AT_ONCE = 256
 _BUFFER_BYTES = 1 << 20  # of a column that is read while its rows are
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_Shape = tuple[int, int, int]
 
 
 def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Path]]:
@@ -43,6 +45,12 @@ def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Pat
     except (KeyError, NotImplementedError, OSError):  # of which find_files says what it is
         return files.find_splits(path, suffixes)
     return {"": _saved_files(folder)} if is_saved else files.find_splits(path, suffixes)
+
+
+def described_in(path: epath.Path) -> list[epath.Path]:
+    """Where `save_to_disk` describes the data of a file."""
+    folder = path.parent
+    return [folder / "state.json", folder / "dataset_info.json", folder.parent / "dataset_dict.json"]
 
 
 def _saved_files(folder: epath.Path) -> list[epath.Path]:
@@ -73,12 +81,15 @@ def _json(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def read_parquet(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+def read_parquet(
+    path: epath.Path, rename: Mapping[str, str], shape: _Shape = DataConfig.image_shape
+) -> Iterator[Record | Fault]:
     """Rows of a parquet file.
 
     Args:
       path: the file.
       rename: column -> field expected. Columns that no record has are not read.
+      shape: of an image, where there is one, see `image_files.pixels`.
 
     Raises:
       DataError: the file cannot be read to its end, or its columns make no record.
@@ -89,10 +100,13 @@ def read_parquet(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record
         table = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
         names = _columns(table.schema_arrow, path, rename)
         batches = table.iter_batches(_ROWS_AT_ONCE, columns=names, use_threads=False)
-        yield from _rows(batches, _class_names(table.schema_arrow), path, rename, table.metadata.num_rows)
+        parse = functools.partial(_record, names=_class_names(table.schema_arrow), rename=rename, shape=shape)
+        yield from _rows(batches, parse, path, table.metadata.num_rows)
 
 
-def read_arrow(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+def read_arrow(
+    path: epath.Path, rename: Mapping[str, str], shape: _Shape = DataConfig.image_shape
+) -> Iterator[Record | Fault]:
     """Rows of a file in Arrow's stream format, such as Hugging Face's `save_to_disk` writes. See `read_parquet`."""
     with _reading(path, "arrow"), path.open("rb") as file:
         import pyarrow
@@ -100,7 +114,8 @@ def read_arrow(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
         stream = pyarrow.ipc.open_stream(file)
         names = _columns(stream.schema, path, rename)
         batches = (_checked(batch).select(names) for batch in stream)
-        yield from _rows(batches, _class_names(stream.schema), path, rename, None)
+        parse = functools.partial(_record, names=_class_names(stream.schema), rename=rename, shape=shape)
+        yield from _rows(batches, parse, path, None)
         # A stream that is cut off between two batches ends like a whole one.
         end = file.tell()
         file.seek(-len(_END_OF_STREAM), 2)
@@ -141,15 +156,14 @@ def _columns(schema: Any, path: epath.Path, rename: Mapping[str, str]) -> list[s
 
 
 def _rows(
-    batches: Iterable[Any], names: Names, path: epath.Path, rename: Mapping[str, str], total: int | None
+    batches: Iterable[Any], parse: Callable[[Any, int], Record], path: epath.Path, total: int | None
 ) -> Iterator[Record | Fault]:
     number = 0
     try:
         for batch in batches:
-            parse = functools.partial(_record, batch, names=names, rename=rename)
             for row in range(batch.num_rows):
                 number += 1
-                yield records.to_record(parse, row, path, number)
+                yield records.to_record(functools.partial(parse, batch), row, path, number)
     except Exception as error:
         error.add_note(f" behind row {number}")  # for `_reading`, which knows the file but not how far it was
         raise
@@ -159,14 +173,14 @@ def _rows(
         yield records.empty_file(path)
 
 
-def _record(batch: Any, row: int, names: Names, rename: Mapping[str, str]) -> Record:
+def _record(batch: Any, row: int, names: Names, rename: Mapping[str, str], shape: _Shape) -> Record:
     values = {}
     for field, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             values[field] = column[row].as_py()
         except UnicodeDecodeError as error:
             raise BadRecord("invalid UTF-8", f"'{field}' is not UTF-8 ({error.reason}); expected UTF-8 text") from None
-    return fields.normalise(fields.named(values, names, ""), rename)
+    return image_files.with_pixels(fields.normalise(fields.named(values, names, ""), rename), shape)
 
 
 def _class_names(schema: Any) -> Names:

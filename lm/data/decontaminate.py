@@ -94,9 +94,9 @@ def matches(evaluation: Evaluation, hash_W: np.ndarray, text_W: np.ndarray) -> d
 
 
 def _texts(path: epath.Path) -> Iterator[str]:
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    name = records.unpacked_name(path)
     if name.endswith(".json"):
-        yield from _strings(_json(records.read_bytes(path), f"{path}"))
+        yield from _strings(_json(records.read_utf8(path), f"{path}"))
         return
     for number, line in enumerate(records.lines(path), 1):
         where = f"{path}:{number}"

@@ -160,22 +160,32 @@ def text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     Longer than seq_len: pieces that go on where the last one stopped, so that no target is lost. Packing `concat`
     splits by itself, at the ends of rows.
     """
-    ids = tokenizer.encode(record["text"])
-    if not ids:
+    whole = whole_ids(record["text"], tokenizer)
+    if len(whole) == 2:
         counts["dropped_empty"] += 1
         return []
-    whole = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
-    columns = {"tokens": whole[:-1], "targets": whole[1:], "loss_weights": np.ones(len(whole) - 1, np.float32)}
+    columns = {"tokens": whole[:-1], "targets": whole[1:], "loss_weights": _ones(len(whole) - 1)}
     return _pieces(columns, cfg, counts)
 
 
 def whole_text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """BOS, the text, EOS, with nothing to predict yet: what a task that hides tokens starts from. Cut as in `text`."""
-    ids = tokenizer.encode(record["text"])
-    if not ids:
+    whole = whole_ids(record["text"], tokenizer)
+    if len(whole) == 2:
         counts["dropped_empty"] += 1
         return []
-    return _pieces({"tokens": np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)}, cfg, counts)
+    return _pieces({"tokens": whole}, cfg, counts)
+
+
+def whole_ids(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """BOS, the ids of a text, EOS: int32."""
+    ids = itertools.chain((tokenizer.bos_id,), tokenizer.ids(text), (tokenizer.eos_id,))
+    return np.fromiter(ids, np.int32)
+
+
+def _ones(length: int) -> np.ndarray:
+    """float32 of 1, that takes the memory of one."""
+    return np.broadcast_to(np.float32(1), length)
 
 
 def _pieces(columns: dict[str, np.ndarray], cfg: Config, counts: Counter[str]) -> list[Example]:

@@ -384,6 +384,20 @@ def _interaction(value: dict[str, Any]) -> dict[str, Any]:
     return {field: _label(value[field], field) for field in ("user", "item", "time")}
 
 
+def _image(value: dict[str, Any]) -> dict[str, Any]:
+    """The bytes of an image file, alone or in {"bytes", "path"} as Hugging Face keeps them, and its label, if any."""
+    image = value["image"]
+    if isinstance(image, dict) and image.get("bytes") is None:
+        found = f"'image' has no 'bytes' (its 'path' is {_shown(image.get('path'))})"
+        raise BadRecord(
+            "no image", f"{found}; expected the content of an image file: images kept elsewhere are not read"
+        )
+    content = image["bytes"] if isinstance(image, dict) else image
+    if not isinstance(content, bytes):
+        raise BadRecord("wrong type", f"'image' is {_shown(content)}; expected the bytes of an image file")
+    return {"image": content} | ({"label": _one_label(value["label"])} if "label" in value else {})
+
+
 # The fields that tell a kind of record -> how it is read. An object that has those of several is of the first kind.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("messages",): functools.partial(_conversation, field="messages"),
@@ -396,6 +410,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("text", "entities"): _entities,
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
     ("user", "item", "time"): _interaction,
+    ("image",): _image,  # and 'label', where it has one
 }
 _OPTIONAL = (  # read where they are
     *("input", "system", "history", "tools", "functions"),
@@ -403,8 +418,8 @@ _OPTIONAL = (  # read where they are
 )
 _EXPECTED = (
     "'text', 'messages' or 'conversations', 'prompt' and 'response', 'instruction' and 'output', 'question' and "
-    "'context' and 'answers', 'words' and 'tags', 'text' and 'entities', or 'user' and 'item' and 'time' (data.rename "
-    "maps other names)"
+    "'context' and 'answers', 'words' and 'tags', 'text' and 'entities', 'user' and 'item' and 'time', or 'image' "
+    "(data.rename maps other names)"
 )
 
 

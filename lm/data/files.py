@@ -2,14 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm.data.records import DataError
+from lm.data.records import DataError, refuse_special
 
+_PACKED = ("", ".gz", ".zst")
+_MOST_NAMES = 3  # of files that are not read, in a report, of each ending
 _ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a parallel corpus: {en,de}
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")  # as Hugging Face names them: unsupervised-00000-of-00002.parquet
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -33,22 +36,25 @@ class Pair(NamedTuple):
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     """The files of a path, sorted: a file, a glob's matches, or all in a folder and below that end in `suffixes`.
 
-    Either suffix may be followed by .gz or .zst. Names that start with a dot are passed over.
+    Either suffix may be followed by .gz or .zst, in small letters or capitals. Names that start with a dot are passed
+    over; `left_out` tells which files of a folder were.
 
     Raises:
-      DataError: there is no such path, or no such file in it.
+      DataError: there is no such path, or no such file in it; one is a FIFO, a socket or a device.
     """
     try:
         root = epath.Path(path).expanduser()
+        refuse_special(root)
         if root.is_file():
             return [root]
         if root.is_dir():
-            return _files_below(root, suffixes)
-        first_magic = next((i for i, part in enumerate(root.parts) if set(part) & set("*?[")), None)
-        if first_magic is None:
+            found = _files_below(root, suffixes)
+        elif (matches := _matches(root)) is None:
             raise DataError(f"data path '{path}': no such file or folder (the working directory is {os.getcwd()})")
-        base = epath.Path(*root.parts[:first_magic])
-        found = sorted((p for p in base.glob("/".join(root.parts[first_magic:])) if p.is_file()), key=str)
+        else:
+            for match in matches:
+                refuse_special(match)
+            found = [match for match in matches if match.is_file()]
     except (KeyError, NotImplementedError, OSError) as error:  # unknown URL scheme; '**'; no access
         raise DataError(f"data path '{path}': {type(error).__name__}: {error}") from error
     if not found:
@@ -112,6 +118,15 @@ def _split_in_name(path: PurePath, anywhere: bool) -> str:
     return named.pop() if len(named) == 1 else ""
 
 
+def _matches(root: epath.Path) -> list[epath.Path] | None:
+    """What a glob matches, sorted; None where it is no glob."""
+    first_magic = next((i for i, part in enumerate(root.parts) if set(part) & set("*?[")), None)
+    if first_magic is None:
+        return None
+    base = epath.Path(*root.parts[:first_magic])
+    return sorted(base.glob("/".join(root.parts[first_magic:])), key=str)
+
+
 def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[Pair]:
     """Files of 'DIR/train.{en,de}.gz', where the braces name the two sides.
 
@@ -137,17 +152,77 @@ def _shard_of(name: str) -> str:
     return match[1] if match else ""
 
 
+def files_of(unit: Any) -> list[epath.Path]:
+    """The files that a unit of data is read from, where it says so."""
+    parts = unit if isinstance(unit, tuple) else (unit,)
+    return [part for part in parts if isinstance(part, epath.Path)]
+
+
+def left_out(path: str, used: Iterable[epath.Path]) -> str:
+    """A line on the files of a folder, or the matches of a glob, that are not among `used`; '' where there are none.
+
+    Worked: '4 files in DIR not read: 2 .csv (a.csv, b.csv), 1 without ending (README), 1 hidden'.
+    """
+    root, used_names = epath.Path(path).expanduser(), set(map(str, used))
+    if root.is_dir():
+        left = [name for name in _names_below(root) if str(root / name) not in used_names]
+    else:
+        left = [match.name + "/" * match.is_dir() for match in _matches(root) or () if str(match) not in used_names]
+    return describe_left_out(str(root), left)
+
+
+def describe_left_out(where: str, names: Iterable[str]) -> str:
+    """See `left_out`. A name that ends in / is a folder's; one below a name that starts with a dot is hidden."""
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_kind[_kind(name)].append(name)
+    if not by_kind:
+        return ""
+    kinds = []
+    for kind, found in sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0])):
+        shown = ", ".join(sorted(found)[:_MOST_NAMES]) + ", ..." * (len(found) > _MOST_NAMES)
+        kinds.append(f"{len(found):,} {kind}" + (f" ({shown})" if kind != "hidden" else ""))
+    total = sum(map(len, by_kind.values()))
+    return f"{total:,} file{'s' * (total > 1)} in {where} not read: {', '.join(kinds)}"
+
+
+def _kind(name: str) -> str:
+    path = PurePath(name)
+    if any(part.startswith(".") for part in path.parts if part not in (".", "..")):
+        return "hidden"
+    if name.endswith("/"):
+        return "folder"
+    packed = path.suffix if path.suffix.lower() in _PACKED else ""
+    return PurePath(path.name.removesuffix(packed)).suffix + packed or "without ending"
+
+
+def _names_below(folder: epath.Path) -> Iterator[str]:
+    """Names, from `folder` on, of all files below it; with a / at the end, of folders not entered: hidden, linked."""
+    for directory, folders, names in folder.walk(on_error=_fail):
+        below = directory.relative_to(folder)
+        yield from (str(below / name) for name in names)
+        closed = [name for name in folders if name.startswith(".") or os.path.islink(directory / name)]
+        yield from (f"{below / name}/" for name in closed)
+        folders[:] = [name for name in folders if name not in closed]
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
 def _files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    endings = tuple(suffix + packed for suffix in suffixes for packed in ("", ".gz", ".zst"))
-    found, others = [], 0
-    for directory, folders, names in folder.walk():
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.endswith(endings) and not name.startswith("."):
-                found.append(directory / name)
-            else:
-                others += 1
+    endings = tuple(suffix.lower() + packed for suffix in suffixes for packed in _PACKED)
+    found, others = [], list[str]()
+    for name in _names_below(folder):
+        if name.lower().endswith(endings) and _kind(name) not in ("hidden", "folder"):
+            refuse_special(folder / name)
+            found.append(folder / name)
+        else:
+            others.append(name)
     if not found:
         expected = ", ".join(suffixes)
-        raise DataError(f"data path '{folder}': no file ends in {expected} (or with .gz, .zst); found {others} others")
+        about = f"; {describe_left_out(str(folder), others)}" if others else ""
+        raise DataError(
+            f"data path '{folder}': no file ends in {expected} (or with .gz, .zst); found {len(others)} others{about}"
+        )
     return sorted(found, key=str)

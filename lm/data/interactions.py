@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lm.data import tables
-from lm.data.records import Fault, Record
+from lm.data.records import AS_IS, Fault, Opening, Record
 
 MIN_ITEMS = 3  # one to train on, one to validate, one to test
 
@@ -22,18 +22,21 @@ class Sequences(NamedTuple):
     interactions_left_out: int
 
 
-def read_interactions(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+def read_interactions(
+    path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS
+) -> Iterator[Record | Fault]:
     """Rows of a table, see `lm.data.tables.read_table`.
 
     Args:
       path: .csv or .tsv; its name may end in .gz or .zst.
       rename: column -> 'user', 'item' or 'time', for those that have another name in the file. Other columns are
         ignored.
+      opening: how the file is opened.
 
     Yields:
       {"user": str, "item": str, "time": int or float}.
     """
-    for row in tables.read_table(path, rename):
+    for row in tables.read_table(path, rename, opening):
         time = row if isinstance(row, Fault) else _number(row["time"])
         if isinstance(row, Fault):
             yield row

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from lm.config import DataConfig
-from lm.data.records import Fault, Record
+from lm.data.records import Fault, NotRead, Record
 
 # Values of data.task that read the field 'label'.
 OF_CLASSES = ("sentences", "prompted", "mixed_sentences", "images")
@@ -25,8 +25,8 @@ def number(label: str) -> float:
     return value if abs(value) <= _LARGEST else math.nan
 
 
-def checked(record: Record | Fault, cfg: DataConfig) -> Record | Fault:
-    """The record with its label as text, or a fault where the task cannot use the label; faults pass through.
+def checked(record: Record | Fault | NotRead, cfg: DataConfig) -> Record | Fault | NotRead:
+    """The record with its label as text, or a fault where the task cannot use it; what is no record passes through.
 
     A task that reads no label drops one that is no text. A boolean is the label of `data.labels` that is spelled like
     it in any case, so that true in JSON and True in a table are one class. A class that `data.labels` lacks passes,
@@ -36,7 +36,7 @@ def checked(record: Record | Fault, cfg: DataConfig) -> Record | Fault:
       record: whose 'label', if it has one, is a text, a boolean, or None where the data have none for it.
       cfg: whose task and labels count.
     """
-    if isinstance(record, Fault) or not {"label", "text", "image"} & set(record):
+    if isinstance(record, Fault | NotRead) or not {"label", "text", "image"} & set(record):
         return record
     label = record.get("label")
     if cfg.task not in (*OF_CLASSES, *OF_NUMBERS):

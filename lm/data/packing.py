@@ -48,7 +48,8 @@ def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tupl
         metas += of_rows
     if not chunks:
         return {key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in columns.items()}, []
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in columns}, metas
+    # Taken out of the chunks, so that no more than one key is held twice.
+    return {key: np.concatenate([chunk.pop(key) for chunk in chunks]) for key in columns}, metas
 
 
 def _chunks(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> Iterator[tuple[Rows, list[Any]]]:

@@ -32,7 +32,7 @@ _SHAPES_ROWS = (
     *("task", "labels", "image_shape", "templates", "augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
-_UNREAD_BY_PREPARED = ("eval_path", "rename", "max_records")
+_UNREAD_BY_PREPARED = ("eval_path", "rename", "encoding", "max_records")
 Found = Split | Prepared  # what a source gives
 _QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
 
@@ -64,7 +64,7 @@ def load(cfg: DataConfig) -> list[Found]:
     if cfg.format != "prepared":
         return [sources.load(one) for one in each]
     for key in _UNREAD_BY_PREPARED:
-        if value := getattr(cfg, key):
+        if (value := getattr(cfg, key)) != getattr(DataConfig, key):
             raise ConfigError(
                 f"'data.{key}' is {value!r}, but prepared data does not read it; prepare the data with it"
             )

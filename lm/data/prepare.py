@@ -27,7 +27,7 @@ _TASKS = ("text", "prefix_text", "masked_text", "span_corruption")
 _UNMADE_WORK = ".work."  # begins the name of what a kill leaves while the folder is made
 # Keys of the config that decide what a prepared folder holds.
 _DATA_KEYS = (
-    *("format", "path", "eval_path", "eval_fraction", "separator", "rename"),
+    *("format", "path", "eval_path", "eval_fraction", "encoding", "separator", "rename"),
     *("task", "seq_len"),
 )
 
@@ -123,13 +123,14 @@ def plan(
     }
     held = stages.evaluation(job.evaluation, ngram)
     note = f"evaluation files: {len(held.files)}, of {held.texts:,} texts; {held.unchecked:,} too short to look for"
+    notes = [note] * bool(held.files) + sources.left_out(cfg.data, [*units.train, *units.valid])
     numbered = list(enumerate(groups[0] + groups[1]))
-    return Plan(job, numbered, json.loads(json.dumps(settings)), note if held.files else "")
+    return Plan(job, numbered, json.loads(json.dumps(settings)), "\n".join(notes))
 
 
 def _state(unit: sources.Unit) -> list[int]:
     """Size and time of change of its files, to see that they are the same when a job goes on."""
-    found = [file.stat() for file in stages.files_of(unit)]
+    found = [file.stat() for file in files.files_of(unit)]
     return [value for stat in found for value in (stat.length, int(stat.mtime))]
 
 
@@ -182,7 +183,7 @@ def _check_files(planned: Plan) -> None:
     """Raises DataError where a file changed since the job began: some of it may have been read before, some after."""
     was = planned.settings["files"]
     for unit in (unit for _, units in planned.groups for unit in units):
-        now = _state(unit) if all(file.exists() for file in stages.files_of(unit)) else "gone"
+        now = _state(unit) if all(file.exists() for file in files.files_of(unit)) else "gone"
         if was[str(unit)] != now:
             raise DataError(f"{unit} changed while it was prepared (size, time: {was[str(unit)]} -> {now}); start anew")
 

@@ -19,7 +19,7 @@ from lm.data import (
     tables,
     tfds_sets,
 )
-from lm.data.records import DataError, Fault, Record, read_jsonl, read_text
+from lm.data.records import DataError, Fault, NotRead, Opening, Record, read_jsonl, read_text
 from lm.schema import ConfigError
 
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
@@ -38,7 +38,7 @@ class Format(NamedTuple):
     """
 
     find: Callable[[str, str], "Units"]
-    read: Callable[[Unit, DataConfig], Iterator[Record | Fault]]
+    read: Callable[[Unit, DataConfig], Iterator[Record | Fault | NotRead]]
     reads: tuple[str, ...] = ()
 
 
@@ -114,8 +114,9 @@ def find(cfg: DataConfig) -> Units:
     return FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
 
 
-def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault]:
-    """The records of one unit that `find` gave, and a `Fault` for each that is bad: together all there are.
+def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault | NotRead]:
+    """The records of one unit that `find` gave, and a `Fault` for each that is bad: together all there are. A
+    `NotRead` is a file in an archive that is none.
 
     A label that `data.task` cannot use makes its record bad, see `lm.data.labels`.
 
@@ -128,7 +129,7 @@ def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault]:
 def parallel_records(path: str) -> list[Record]:
     """All pairs of a parallel corpus such as 'DIR/test.{en,de}.gz', in order. Raises DataError at the first fault."""
     readings = [tables.read_parallel(*pair) for pair in files.file_pairs(path, ("",))]
-    return list(_good_records(readings, DataConfig(), []))
+    return list(_good_records(readings, DataConfig(), [], []))
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -185,24 +186,47 @@ def _pairs(path: str, suffixes: tuple[str, ...]) -> dict[str, list[Unit]]:
     return {"": files.file_pairs(path, suffixes)}
 
 
-def _renamed(reader: Callable[[Any, Mapping[str, str]], Iterator[Record | Fault]]) -> dict[str, Any]:
-    return {"read": lambda unit, cfg: reader(unit, _rename(cfg)), "reads": ("rename",)}
+def _opening(cfg: DataConfig) -> Opening:
+    return Opening(cfg.encoding, cfg.max_expansion)
+
+
+def _text_with_fields(reader: Callable[[Any, Mapping[str, str], Opening], Iterator[Record | Fault]]) -> dict[str, Any]:
+    return {"read": lambda unit, cfg: reader(unit, _rename(cfg), _opening(cfg)), "reads": ("rename", "encoding")}
+
+
+def _with_images(
+    reader: Callable[[Any, Mapping[str, str], tuple[int, int, int]], Iterator[Record | Fault]],
+) -> dict[str, Any]:
+    return {"read": lambda unit, cfg: reader(unit, _rename(cfg), cfg.image_shape), "reads": ("rename",)}
 
 
 FORMATS: dict[str, Format] = {
     "text": Format(
-        _named(".txt", ".text", ".md"), lambda path, cfg: read_text(path, cfg.separator), reads=("separator",)
+        _named(".txt", ".text", ".md"),
+        lambda path, cfg: read_text(path, cfg.separator, _opening(cfg)),
+        reads=("separator", "encoding"),
     ),
-    "jsonl": Format(_named(".jsonl", ".json"), **_renamed(read_jsonl)),
-    "table": Format(_named(".tsv", ".csv"), **_renamed(tables.read_table)),
-    "conll": Format(_named(".conll", ".conllu", ".iob", ".tsv"), **_renamed(tables.read_conll)),
-    "squad": Format(_named(".json"), lambda path, cfg: tables.read_squad(path)),
-    "parallel": Format(_named("", find_splits=_pairs), lambda pair, cfg: tables.read_parallel(*pair)),
-    "images": Format(_named(*image_files.SUFFIXES), lambda path, cfg: image_files.read_images(path, cfg.image_shape)),
-    "tfds": Format(lambda name, eval_split: Units(*tfds_sets.find(name, eval_split)), **_renamed(tfds_sets.read)),
-    "array_record": Format(_named(".array_record", ".arrayrecord"), **_renamed(array_records.read_array_record)),
-    "parquet": Format(_named(".parquet"), **_renamed(columnar.read_parquet)),
-    "arrow": Format(_named(".arrow", find_splits=columnar.find_arrow), **_renamed(columnar.read_arrow)),
+    "jsonl": Format(_named(".jsonl", ".json"), **_text_with_fields(read_jsonl)),
+    "table": Format(_named(".tsv", ".csv"), **_text_with_fields(tables.read_table)),
+    "conll": Format(_named(".conll", ".conllu", ".iob", ".tsv"), **_text_with_fields(tables.read_conll)),
+    "squad": Format(_named(".json"), lambda path, cfg: tables.read_squad(path, _opening(cfg)), reads=("encoding",)),
+    "parallel": Format(
+        _named("", find_splits=_pairs),
+        lambda pair, cfg: tables.read_parallel(pair.source, pair.target, _opening(cfg)),
+        reads=("encoding",),
+    ),
+    "images": Format(
+        _named(*image_files.SUFFIXES),
+        lambda path, cfg: image_files.read_images(path, cfg.image_shape, cfg.max_expansion),
+    ),
+    "tfds": Format(lambda name, split: Units(*tfds_sets.find(name, split)), **_with_images(tfds_sets.read)),
+    "array_record": Format(
+        _named(".array_record", ".arrayrecord"),
+        lambda path, cfg: array_records.read_array_record(path, _rename(cfg)),
+        reads=("rename",),
+    ),
+    "parquet": Format(_named(".parquet"), **_with_images(columnar.read_parquet)),
+    "arrow": Format(_named(".arrow", find_splits=columnar.find_arrow), **_with_images(columnar.read_arrow)),
 }
 
 
@@ -225,13 +249,14 @@ def _interactions(cfg: DataConfig) -> Split:
             "split by time for each user; name the files to read by a glob"
         )
     (paths,) = found_splits.values()
-    rows = (interactions.read_interactions(path, rename) for path in paths)
-    found = interactions.leave_one_out(_good_records(rows, cfg, faults))
+    rows = (interactions.read_interactions(path, rename, _opening(cfg)) for path in paths)
+    found = interactions.leave_one_out(_good_records(rows, cfg, faults, []))
     report = [
         f"read {len(paths)} files: {len(found.train):,} users, split by time: of each user the second-last item "
         "validates (and chooses checkpoints), the last one tests; left out: "
         f"{found.users_left_out:,} users of fewer than {interactions.MIN_ITEMS} items, with "
-        f"{found.interactions_left_out:,} items"
+        f"{found.interactions_left_out:,} items",
+        *left_out(cfg, paths),
     ]
     if faults:
         report.append(_describe(faults))
@@ -244,7 +269,7 @@ _OWN_SPLIT: dict[str, Callable[[DataConfig], Split]] = {
     "builtin_instructions": _builtin,
     "interactions": _interactions,
 }
-_OPTIONAL = ("separator", "rename")
+_OPTIONAL = ("separator", "rename", "encoding")
 _UNREAD = {
     "builtin_text": ("path", "eval_path", *_OPTIONAL),
     "builtin_instructions": ("path", "eval_path", *_OPTIONAL),
@@ -256,10 +281,10 @@ _UNREAD = {
 def _check(cfg: DataConfig) -> None:
     """Refuses options that the format does not read, before anything is read."""
     _rename(cfg)
-    if cfg.format == "images" and cfg.image_shape[2] not in (1, 3):
+    if cfg.image_shape[2] not in (1, 3):
         raise ConfigError(f"'data.image_shape' is {cfg.image_shape}; expected 1 channel (grey) or 3 (RGB)")
     for key in _UNREAD[cfg.format]:
-        if value := getattr(cfg, key):
+        if (value := getattr(cfg, key)) != getattr(DataConfig, key):
             raise ConfigError(f"'data.{key}' is {value!r}, but data.format={cfg.format} does not read it")
 
 
@@ -267,12 +292,13 @@ def _check(cfg: DataConfig) -> None:
 
 
 def _read_all(cfg: DataConfig) -> Split:
-    units, faults = find(cfg), list[Fault]()
+    units, faults, not_read = find(cfg), list[Fault](), list[NotRead]()
     parts = (units.train, units.valid)
-    train, valid = (list(_good_records((read(unit, cfg) for unit in part), cfg, faults)) for part in parts)
+    train, valid = (list(_good_records((read(unit, cfg) for unit in part), cfg, faults, not_read)) for part in parts)
     report = [f"read {len(train) + len(valid):,} records of {sum(map(len, parts)):,} files"]
     report += [f"  {' to '.join(dict.fromkeys((str(part[0]), str(part[-1]))))}" for part in parts if part]
     report += units.notes
+    report += left_out(cfg, [*units.train, *units.valid], not_read)
     if faults:
         report.append(_describe(faults))
     if units.valid:
@@ -299,13 +325,32 @@ def _overlap(train: list[Record], valid: list[Record]) -> list[str]:
     return told
 
 
+def left_out(cfg: DataConfig, units: Iterable[Unit], not_read: Iterable[NotRead] = ()) -> list[str]:
+    """A line for each folder, glob or archive, that names the files in it that are not read."""
+    used = [path for unit in units for path in files.files_of(unit)]
+    if cfg.format == "images":
+        used += [image_files.labels_beside(path) for path in used]
+    if cfg.format == "arrow":
+        used += [about for path in used for about in columnar.described_in(path)]
+    in_folders = [files.left_out(path, used) for path in (cfg.path, cfg.eval_path) if path and used]
+    in_archives: dict[str, list[str]] = {}
+    for archive, name in not_read:
+        in_archives.setdefault(archive, []).append(name)
+    return [line for line in (*in_folders, *itertools.starmap(files.describe_left_out, in_archives.items())) if line]
+
+
 def _good_records(
-    readings: Iterable[Iterable[Record | Fault]], cfg: DataConfig, faults: list[Fault]
+    readings: Iterable[Iterable[Record | Fault | NotRead]],
+    cfg: DataConfig,
+    faults: list[Fault],
+    not_read: list[NotRead],
 ) -> Iterator[Record]:
     """The records of all units; faults are raised, or added to `faults` until there are too many."""
     for reading in readings:
         for item in reading:
-            if not isinstance(item, Fault):
+            if isinstance(item, NotRead):
+                not_read.append(item)
+            elif not isinstance(item, Fault):
                 yield item
             elif not cfg.max_bad_records:
                 hint = "data.max_bad_records=N leaves up to N such records out"

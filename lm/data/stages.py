@@ -22,8 +22,8 @@ import numpy as np
 from etils import epath
 
 from lm.config import Config
-from lm.data import decontaminate, dedup, filters, holdout, ngrams, sources, spool
-from lm.data.records import DataError, Fault, Record
+from lm.data import decontaminate, dedup, files, filters, holdout, ngrams, sources, spool
+from lm.data.records import DataError, Fault, NotRead, Record
 
 PARTS = ("valid", "train")
 SAME = 2.0  # stands for the similarity of documents whose content is the same
@@ -92,18 +92,12 @@ def keys_of_part(job: Job, part: str) -> tuple[int, int]:
 # Read -----------------------------------------------------------------------------------------------------------------
 
 
-def files_of(unit: sources.Unit) -> list[epath.Path]:
-    """The files that a unit is read from, where it says so."""
-    parts = unit if isinstance(unit, tuple) else (unit,)
-    return [part for part in parts if isinstance(part, epath.Path)]
-
-
 def group_units(units: Iterable[sources.Unit], most_bytes: int) -> list[list[sources.Unit]]:
     """Consecutive units, put together while their files have at most `most_bytes`: many small files are one group."""
     groups: list[list[sources.Unit]] = []
     size = 0
     for unit in units:
-        found = files_of(unit)
+        found = files.files_of(unit)
         length = sum(file.stat().length for file in found) if found else most_bytes
         if not groups or size + length > most_bytes:
             groups.append([])
@@ -132,6 +126,8 @@ def read(job: Job, group: tuple[int, list[sources.Unit]]) -> None:
             count, size, texts, places = count + 1, 0, [], []
 
     for found in (record for unit in units for record in sources.read(unit, job.cfg.data)):
+        if isinstance(found, NotRead):
+            continue
         record = found if isinstance(found, Fault) else _normalise(found)
         if isinstance(record, Fault):
             faults.append(record)

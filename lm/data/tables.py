@@ -15,26 +15,39 @@ from etils import epath
 
 from lm.data import fields
 from lm.data.fields import BadRecord
-from lm.data.records import DataError, Fault, Record, decode, empty_file, lines, read_bytes, to_record
+from lm.data.records import (
+    AS_IS,
+    DataError,
+    Fault,
+    Opening,
+    Record,
+    decode,
+    empty_file,
+    lines,
+    read_utf8,
+    to_record,
+    unpacked_name,
+)
 from lm.schema import ConfigError
 
 _NOT_A_WORD = re.compile(rb"\d+[-.]\d+")  # CoNLL-U: 3-4 spells out words 3 and 4, 5.1 was never written
 
 
-def read_table(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+def read_table(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
     """Rows of a .csv (RFC 4180: quoted fields may hold commas, quotes and new lines) or .tsv file (a quote is a quote).
 
     Args:
       path: its name may end in .gz or .zst.
       rename: column -> field. Columns that are not renamed keep their names, those that no record has are not read
         (see `fields.normalise`). When all renamed columns are numbers, from 1, the file has no header.
+      opening: how the file is opened.
 
     Yields:
       The record of a row, as `fields.normalise` makes it of a JSON object of the same fields; cells are strings.
     """
-    is_csv = path.name.removesuffix(".gz").removesuffix(".zst").endswith(".csv")
-    split = _csv_cells if is_csv else _tsv_cells
-    rows = ((n, line.removesuffix(b"\r")) for n, line in enumerate(lines(path), 1))
+    is_csv = unpacked_name(path).endswith(".csv")
+    split = functools.partial(_csv_cells if is_csv else _tsv_cells, encoding=opening.encoding)
+    rows = ((n, line.removesuffix(b"\r")) for n, line in enumerate(lines(path, opening), 1))
     filled = ((n, row) for n, row in (_quoted_rows(rows, path) if is_csv else rows) if row)
     first = next(filled, None)
     if first is None:
@@ -64,13 +77,19 @@ def read_table(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
         yield empty_file(path)
 
 
-def _tsv_cells(row: bytes) -> list[str]:
-    return decode(row).split("\t")
+def _tsv_cells(row: bytes, encoding: str) -> list[str]:
+    return decode(row, encoding).split("\t")
 
 
-def _csv_cells(row: bytes) -> list[str]:
+csv.field_size_limit(2**31 - 1)  # the default refuses fields of more than 128 KB
+
+
+def _csv_cells(row: bytes, encoding: str) -> list[str]:
+    text = decode(row, encoding)
+    if '"' not in text and "\r" not in text:
+        return text.split(",")
     try:
-        [cells] = csv.reader([decode(row)], strict=True)
+        [cells] = csv.reader([text], strict=True)
     except csv.Error as error:
         raise BadRecord("malformed CSV", f"{error}; expected fields as in RFC 4180") from None
     return cells
@@ -94,7 +113,7 @@ def _quoted_rows(numbered: Iterable[tuple[int, bytes]], path: epath.Path) -> Ite
         raise DataError(f"{path}:{start}: a quote opens a field here that the file never closes")
 
 
-def read_conll(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+def read_conll(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
     """Sentences of a file of one word a line, an empty line after each sentence.
 
     Columns are separated by tabs where the first word's line has one, else by white space. Passed over: -DOCSTART-
@@ -104,6 +123,7 @@ def read_conll(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
     Args:
       path: its name may end in .gz or .zst.
       rename: two pairs, (number of a column from 1, 'token') and (number, 'tag').
+      opening: how the file is opened.
 
     Yields:
       {"words": [str], "tags": [str]}, whose source is the line of the first word.
@@ -117,12 +137,12 @@ def read_conll(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record |
     places = {field: int(number) - 1 for number, field in rename.items()}
     separator, width, empty = None, 0, True
     sentence: list[tuple[int, list[bytes]]] = []
-    for number, raw in enumerate(itertools.chain(lines(path), [b""]), 1):
+    for number, raw in enumerate(itertools.chain(lines(path, opening), [b""]), 1):
         line = raw.removesuffix(b"\r")
         if not line.strip():
             if sentence:
                 empty = False
-                parse = functools.partial(_sentence, places=places, width=width)
+                parse = functools.partial(_sentence, places=places, width=width, encoding=opening.encoding)
                 yield _placed(parse, sentence, path)
             sentence = []
             continue
@@ -150,16 +170,16 @@ def _placed(
     return next((fault for fault in alone if isinstance(fault, Fault)), whole)
 
 
-def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int) -> Record:
+def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int, encoding: str) -> Record:
     for cells in rows:
         if len(cells) != width or max(places.values()) >= width:
             expected = f"{width} as above" if max(places.values()) < width else f"column {max(places.values()) + 1} too"
             raise BadRecord("wrong number of columns", f"found {len(cells)}; expected {expected}")
-    words, tags = ([decode(cells[places[field]]) for cells in rows] for field in ("token", "tag"))
+    words, tags = ([decode(cells[places[field]], encoding) for cells in rows] for field in ("token", "tag"))
     return fields.normalise({"words": words, "tags": tags}, {})
 
 
-def read_squad(path: epath.Path) -> Iterator[Record | Fault]:
+def read_squad(path: epath.Path, opening: Opening = AS_IS) -> Iterator[Record | Fault]:
     """Questions of a file in the format of SQuAD v1.1 or v2.0 (Rajpurkar et al. 2016, 2018), one record each.
 
     Yields:
@@ -170,7 +190,7 @@ def read_squad(path: epath.Path) -> Iterator[Record | Fault]:
       DataError: the file as a whole is not of this format.
     """
     try:
-        whole = json.loads(decode(read_bytes(path)))
+        whole = json.loads(decode(read_utf8(path, opening), opening.encoding))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: malformed JSON: {error}; expected a file in the format of SQuAD") from None
     except BadRecord as error:
@@ -200,35 +220,42 @@ def _list(value: Any, field: str, where: str) -> list[Any]:
     return value[field]
 
 
-def read_parallel(source: epath.Path, target: epath.Path) -> Iterator[Record | Fault]:
+def read_parallel(source: epath.Path, target: epath.Path, opening: Opening = AS_IS) -> Iterator[Record | Fault]:
     """Pairs of lines of two files, which translate each other: the `text` and its `target`, also as a conversation.
 
     Raises:
       DataError: the files have different numbers of lines.
     """
-    sources, targets = (list(lines(path)) for path in (source, target))
-    for side in (sources, targets):
-        if not side[-1]:  # what stands after the last LF is no line
-            side.pop()
-    if len(sources) != len(targets):
-        raise DataError(
-            f"{source} has {len(sources):,} lines, but {target} has {len(targets):,}; expected the translation of each "
-            "line in the same line of the other file"
-        )
-    for number, (line, translation) in enumerate(zip(sources, targets, strict=True), 1):
-        question, answer = to_record(_side, line, source, number), to_record(_side, translation, target, number)
+    sides, number = [_whole_lines(path, opening) for path in (source, target)], 0
+    parse = functools.partial(_side, encoding=opening.encoding)
+    for number, (line, translation) in enumerate(itertools.zip_longest(*sides), 1):
+        if line is None or translation is None:
+            longer = number + sum(1 for side in sides for _ in side)
+            counts = (number - 1, longer) if line is None else (longer, number - 1)
+            raise DataError(
+                f"{source} has {counts[0]:,} lines, but {target} has {counts[1]:,}; expected the translation of each "
+                "line in the same line of the other file"
+            )
+        question, answer = to_record(parse, line, source, number), to_record(parse, translation, target, number)
         if isinstance(question, Fault) or isinstance(answer, Fault):
             yield question if isinstance(question, Fault) else answer
             continue
         turns = (("user", question["text"]), ("assistant", answer["text"]))
         messages = [{"role": role, "content": content} for role, content in turns]
         yield question | {"target": answer["text"], "messages": messages}
-    if not sources:
+    if not number:
         yield empty_file(source)
 
 
-def _side(line: bytes) -> Record:
-    text = decode(line.removesuffix(b"\r"))
+def _whole_lines(path: epath.Path, opening: Opening) -> Iterator[bytes]:
+    """The lines of a file, but not an empty one behind its last LF."""
+    for line, following in itertools.pairwise(itertools.chain(lines(path, opening), [None])):
+        if line or following is not None:
+            yield line or b""
+
+
+def _side(line: bytes, encoding: str) -> Record:
+    text = decode(line.removesuffix(b"\r"), encoding)
     if not text.strip():
         raise BadRecord("empty text", f"the line is {text!r}; expected text")
     return {"text": text}

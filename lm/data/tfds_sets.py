@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm.data import array_records, fields, records
+from lm.config import DataConfig
+from lm.data import array_records, fields, image_files, records
 from lm.data.fields import BadRecord, Names
 from lm.data.records import DataError, Fault, Record
 
@@ -97,8 +98,10 @@ def _without(shard: Shard, out: Shard) -> list[Shard]:
     return [rest for rest in (before, behind) if rest.start < rest.stop]
 
 
-def read(shard: Shard, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
-    """The records of a shard, a class by its name.
+def read(
+    shard: Shard, rename: Mapping[str, str], shape: tuple[int, int, int] = DataConfig.image_shape
+) -> Iterator[Record | Fault]:
+    """The records of a shard, a class by its name, an image as `image_files.pixels` decodes it.
 
     Raises:
       DataError: the file is missing or damaged as a whole, or the features of the set make no record.
@@ -108,14 +111,15 @@ def read(shard: Shard, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
         fields.columns(list(features), rename)
     except BadRecord as error:
         raise DataError(f"{shard.folder}/features.json: {error.args[0]}: {error.args[1]}") from None
-    names = _names(features)
+    names, images = _names(features), _images(features)
 
     def parse(content: bytes) -> Record:
         try:
-            example = features.deserialize_example_np(content)
+            example = features.deserialize_example_np(content, decoders=images)
         except Exception as error:  # whatever protobuf and the features stumble over
             raise BadRecord("malformed example", f"{error}; expected one with the set's features") from None
-        return fields.normalise(fields.named(_plain(example), names, ""), rename)
+        plain = {field: bytes(value) if field in images else _plain(value) for field, value in example.items()}
+        return image_files.with_pixels(fields.normalise(fields.named(plain, names, ""), rename), shape)
 
     path = epath.Path(shard.folder) / shard.name
     return array_records.read_range(path, shard.start, shard.stop, parse, shard.size)
@@ -126,6 +130,14 @@ def _features(folder: str) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(folder).info.features
+
+
+def _images(features: Any) -> dict[str, Any]:
+    """The features that are images -> what makes TFDS leave their files as they are."""
+    import tensorflow_datasets as tfds
+
+    found = (field for field, feature in features.items() if isinstance(feature, tfds.features.Image))
+    return dict.fromkeys(found, tfds.decode.SkipDecoding())
 
 
 def _names(feature: Any) -> Names:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ _SPACE = "\u2581"
 # The trainer silently skips a sentence that holds this character, and one of more than 4192 bytes.
 _SKIPPED = "\u2585"
 _PIECE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)  # at most 4000 bytes, cut before white space if it can
+_LONG = 1 << 16  # characters that SentencePiece is given at once, if there is a place to cut
 # Foreign models often strip, collapse or normalise some of these.
 _PROBE = f" a  b\r\n\t\u2460\ufb01e\u0301\u00c5\u65e5{_SPACE}<s>{END_OF_TURN} "
 
@@ -44,16 +46,57 @@ class Tokenizer:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
     @functools.cached_property
+    def _inside(self) -> frozenset[str] | None:
+        """Every two characters that stand side by side in a piece; None where that does not tell where text may be cut.
+
+        BPE merges neighbours to longer pieces of the vocabulary, so that nothing joins two characters that no piece
+        has side by side: cut between them, a text has the same ids. It must not be normalised before, and each
+        unknown character must become bytes of its own.
+        """
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2.ModelProto.FromString(self.model)  # type: ignore[attr-defined]
+        rules, trainer = proto.normalizer_spec, proto.trainer_spec
+        changes_text = rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces
+        if trainer.model_type != trainer.BPE or changes_text or not trainer.byte_fallback:
+            return None
+        pieces = [piece.piece.replace(_SPACE, " ") for piece in proto.pieces]
+        return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """A text in parts whose ids are together those of the whole.
+
+        Of a whole text SentencePiece takes some 45 bytes of memory a character, and ever more time.
+        """
+        inside, start = self._inside, 0
+        while start < len(text):
+            end = len(text) if inside is None else start + _LONG
+            while end < len(text) and text[end - 1 : end + 1] in inside:  # type: ignore[operator]
+                end += 1
+            yield text[start:end]
+            start = end
+
+    @functools.cached_property
     def _space_ids(self) -> list[int]:
         return [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS; never a control symbol, whatever the text spells."""
+        return list(self.ids(text))
+
+    def ids(self, text: str) -> Iterator[int]:
+        """The ids of `encode` one at a time: a list of them would take ten times the memory of the text."""
+        return itertools.chain.from_iterable(self._encoded(text))
+
+    def _encoded(self, text: str) -> Iterator[list[int]]:
         first, *rest = text.split(_SPACE)
-        ids = self._sp.encode(first)
-        for part in rest:
-            ids += self._space_ids + self._sp.encode(part)
-        return ids
+        for number, part in enumerate((first, *rest)):
+            if number:
+                yield self._space_ids
+            if len(part) <= _LONG:
+                yield self._sp.encode(part)
+            else:
+                yield from map(self._sp.encode, self._cut(part))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `encode`, and for each the characters [start, end) of `text` that it stands for.
