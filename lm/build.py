@@ -338,7 +338,7 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Any]:
       CheckpointError: no such checkpoint, or a damaged one.
     """
     saved = checkpoint.choose(name)
-    cfg = config.build(saved.info["config"])
+    cfg = config.build_saved(saved.info["config"])
     changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", transfer.KEEP),)}
     planned, model, params = read_model(dataclasses.replace(cfg, **changes))
     return cfg, model, params, planned.tokenizer

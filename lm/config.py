@@ -122,6 +122,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
     norm_eps: float = 1e-5
+    # How parameters start: a scheme of lm.models.initialisers.
+    init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu
     experts: tuple[int, int] = (0, 0)  # so many MLPs of mlp_dim in a layer, of which a position goes through so many
     use_bias: bool = True  # False
@@ -272,8 +274,13 @@ class Config:
     monitor: MonitorConfig = MonitorConfig()
 
 
-# Keys that change neither the parameters nor the data of any step, so that a resumed run may change them.
-RESUMABLE = ("mesh", "eval", "checkpoint", "generate", "monitor", "model.remat", "model.unroll", "loss.chunk_len")
+# Keys that change neither the parameters nor the data of any step to come, so that a resumed run may change them.
+RESUMABLE = (
+    *("mesh", "eval", "checkpoint", "generate", "monitor"),
+    *("model.init", "model.remat", "model.unroll", "loss.chunk_len"),
+)
+# Keys whose default is not what every run did before there was such a key: what it did.
+BEFORE: dict[str, dict[str, Any]] = {"model": {"init": "fan_in"}}
 
 
 def defaults() -> Any:
@@ -297,6 +304,11 @@ def build(source: Mapping[str, Any]) -> Config:
     schema.check_encoding(config.data.encoding, "data.encoding")
     _check(config)
     return config
+
+
+def build_saved(source: Mapping[str, Any]) -> Config:
+    """`build` of what a run wrote; a key that it lacks has the value that the run had without it, see `BEFORE`."""
+    return build({**source, **{section: values | source.get(section, {}) for section, values in BEFORE.items()}})
 
 
 def to_json(config: Config) -> str:

@@ -4,8 +4,8 @@
 every factor here is exactly 1: the model is the ordinary one, in every bit. Else
 
     weight, by its fan-in                        starts with variance   its direction (Adam's, say) times
-    hidden: a width, and another after it        1 / fan-in             r
-    few from many: a router, a head's output     r / fan-in             r
+    hidden: a width, and another after it        as at the base x r     r
+    few from many: a router, a head's output     as at the base x r^2   r
     many from few: embeddings, biases, norms     as at the base         1
     output projection, tied or not               as at the base         1; logits are multiplied by r
 

@@ -74,7 +74,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
-        resume.refuse_changes(config.build(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
+        resume.refuse_changes(config.build_saved(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     mesh = sharding.make_mesh(cfg.mesh)
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {sharding.in_words(mesh)}")
     run = build.run(planned, workdir, mesh, say)

@@ -124,7 +124,7 @@ def test_at_the_base_nothing_differs(cfg):
 
 def test_what_each_weight_has():
     """At four times the base's width: the variance at the start, and the factor of the direction."""
-    cfg = dataclasses.replace(WIDER, experts=(2, 1), use_bias=True)
+    cfg = dataclasses.replace(WIDER, experts=(2, 1), use_bias=True, init="fan_in")
     cfg, model = model_of(cfg, 256, (BASE, 16))
     axes, params = trees.flatten(model.logical_axes()), trees.flatten(jax.jit(model.init)(jax.random.key(0)))
     assert mup.width_ratio(cfg) == 1 / 4

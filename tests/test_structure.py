@@ -83,6 +83,7 @@ MODULES = (
     "lm.data.feed",
     "lm.data.pipeline",
     # 2: models, checkpoints
+    "lm.models.initialisers",
     "lm.models.layers",
     "lm.models.adapters",
     "lm.models.attention",

@@ -18,6 +18,7 @@ from lm import mup, sharding
 from lm.config import AdapterConfig, ModelConfig
 from lm.models import adapters, attention, experts, layers
 from lm.models.attention import Mask, attend
+from lm.models.initialisers import initialiser
 from lm.models.layers import fold
 
 # What is kept of a layer's forward pass for its backward pass, by the names of `checkpoint_name`; the rest is computed
@@ -199,7 +200,12 @@ def _dense(module: Any) -> Any:
     """`layers.Dense` as the model of this attention or MLP has it."""
     cfg, quantize = module.cfg, layers.quantized_type(module.cfg.dtype)
     return functools.partial(
-        layers.Dense, use_bias=cfg.use_bias, dtype=module.dtype, adapter=module.adapter, quantize=quantize
+        layers.Dense,
+        use_bias=cfg.use_bias,
+        dtype=module.dtype,
+        kernel_init=initialiser(cfg, "kernel"),
+        quantize=quantize,
+        adapter=module.adapter,
     )
 
 
@@ -234,7 +240,7 @@ def _output(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.
     cfg = module.cfg
     y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
     dense = _dense(module)
-    out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="out")
+    out = dense(cfg.embed_dim, ("heads", "embed"), kernel_init=initialiser(cfg, "residual"), name="out")
     y_BxLxD = sharding.constrain(out(y_BxLxHE, keys_B), "batch", "residual_length", None)
     # The barrier keeps a TPU's compiler from adding to the residual stream inside the matmul, slower than a pass more.
     return checkpoint_name(jax.lax.optimization_barrier(y_BxLxD), "out")
@@ -257,5 +263,5 @@ class Mlp(nn.Module):
             return checkpoint_name(sharding.constrain(y, "batch", "length", "mlp"), name)
 
         y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
-        down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=layers.residual_normal(cfg.num_layers), name="down")
+        down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=initialiser(cfg, "residual"), name="down")
         return down(y_BxLxF, keys_B)

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm import mup, sharding
 from lm.config import ModelConfig
-from lm.models import layers
+from lm.models import initialisers, layers
 
 # Where a layer's `balance` of its router is sown.
 ROUTING = "routing"
@@ -37,22 +37,22 @@ class Experts(nn.Module):
         cfg = self.cfg
         (experts, choices), inner, outer = cfg.experts, cfg.mlp_dim, cfg.embed_dim
 
-        def kernel(name: str, init: layers.Init, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+        def kernel(name: str, init: initialisers.Init, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
             # Not '.../kernel': it is no Dense, which LoRA could be for.
             return layers.weight(self, f"{name}_kernel", init, shape, axes)
 
         # Small at the start, so that all experts are tried (Switch, section 2.4). Float32: a choice hangs on it.
-        small = layers.fan_in_normal(0.1 * mup.width_ratio(cfg) ** 0.5)
+        small = initialisers.fan_in_normal(0.1 * mup.width_ratio(cfg) ** 0.5)
         router_DxX = kernel("router", small, (outer, experts), "embed", None)
         logits_BxLxX = x_BxLxD.astype(jnp.float32) @ sharding.gather(router_DxX, "embed", None)
         logits_BxLxX = sharding.constrain(logits_BxLxX, "batch", "length", None)
         widen, narrow = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
         weights = [
-            kernel(name, layers.fan_in_normal(), (experts, outer, inner), *widen)
+            kernel(name, initialisers.initialiser(cfg, "kernel"), (experts, outer, inner), *widen)
             for name in (("gate", "up") if cfg.mlp == "swiglu" else ("up",))
         ]
         weights = [sharding.gather(each.astype(self.dtype), *widen) for each in weights]
-        down = kernel("down", layers.residual_normal(cfg.num_layers), (experts, inner, outer), *narrow)
+        down = kernel("down", initialisers.initialiser(cfg, "residual"), (experts, inner, outer), *narrow)
         weights.append(sharding.gather(down.astype(self.dtype), *narrow))
         y_BxLxD, chosen_BxLxC = mix(x_BxLxD, logits_BxLxX, tuple(weights), choices)
         self.sow(ROUTING, "balance_2xB", balance(logits_BxLxX, chosen_BxLxC, segments_BxL))

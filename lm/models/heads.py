@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lm import mup
 from lm.config import ModelConfig
-from lm.models import layers
+from lm.models import initialisers, layers
 from lm.types import Head
 
 
@@ -43,7 +43,7 @@ class HeadLayer(nn.Module):
         return layers.Dense(features, ("head_in", "head_hidden"), use_bias=True, dtype=jnp.float32, name=name)
 
     def _out(self, name: str) -> Any:
-        init = layers.fan_in_normal(mup.width_ratio(self.cfg) ** 0.5)
+        init = initialisers.fan_in_normal(mup.width_ratio(self.cfg) ** 0.5)
         return layers.Dense(self.head.size, ("head_in", "head_out"), True, jnp.float32, init, name=name)
 
 

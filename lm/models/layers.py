@@ -7,7 +7,6 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 
 from lm import rings, sharding
 from lm.config import AdapterConfig
+from lm.models.initialisers import Init, fan_in_normal
 
-Init = Callable[..., jax.Array]
 NO_ADAPTER = AdapterConfig()
 
 
@@ -25,16 +24,6 @@ def weight(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axe
     """A float32 parameter of `module` that carries its logical axes; not yet cast, not yet gathered."""
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return value
-
-
-def fan_in_normal(scale: float = 1.0) -> Init:
-    """Normal with standard deviation scale / sqrt(fan-in) for kernels [..., in, out]."""
-    return lambda key, shape, dtype: scale / math.sqrt(shape[-2]) * jax.random.normal(key, shape, dtype)
-
-
-def residual_normal(num_layers: int) -> Init:
-    """Smaller by sqrt(2N): the residual stream's variance then does not grow with depth (GPT-2, section 2.3)."""
-    return fan_in_normal(1.0 / math.sqrt(2 * num_layers))
 
 
 class Dense(nn.Module):

@@ -21,6 +21,7 @@ from lm.models import experts, layers
 from lm.models.attention import Mask
 from lm.models.blocks import Stack
 from lm.models.heads import HeadLayer
+from lm.models.initialisers import SMALL, Init, initialiser
 from lm.models.layers import fold
 from lm.schema import ConfigError
 from lm.types import Batch, Head, ModelFns, ModelOutput, Params
@@ -175,20 +176,19 @@ class Embed(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
 
-        def table(name: str, rows: int, axis: str, std: float) -> jax.Array:
-            axes, init = (axis, "embed"), nn.initializers.normal(std)
+        def table(name: str, rows: int, axis: str, init: Init) -> jax.Array:
+            axes = (axis, "embed")
             rows_xD = layers.weight(self, name, init, (rows, cfg.embed_dim), axes)
             return sharding.gather(rows_xD.astype(self.dtype), *axes)
 
-        # The residual stream starts with entries of size 1, unless the table makes the logits too: then they do.
-        std = (mup.width_ratio(cfg) * cfg.embed_dim) ** -0.5 if cfg.tie_embeddings else 1.0
-        embedding_VxD = table("embedding", cfg.vocab_size, "vocab", std)
+        init = initialiser(cfg, "tied_embedding" if cfg.tie_embeddings else "embedding")
+        embedding_VxD = table("embedding", cfg.vocab_size, "vocab", init)
         x_BxLxD = layers.lookup(embedding_VxD, tokens_BxL)
         if cfg.position == "learned":
-            x_BxLxD += layers.lookup(table("position_embedding", cfg.max_len, "position", 0.02), positions_BxL)
+            x_BxLxD += layers.lookup(table("position_embedding", cfg.max_len, "position", SMALL), positions_BxL)
         if cfg.kind == "encoder":
             types_BxL = jnp.zeros_like(tokens_BxL) if types_BxL is None else types_BxL
-            x_BxLxD += layers.lookup(table("type_embedding", 2, "type", 0.02), types_BxL)
+            x_BxLxD += layers.lookup(table("type_embedding", 2, "type", SMALL), types_BxL)
         return x_BxLxD, embedding_VxD
 
 
@@ -209,6 +209,5 @@ class Unembed(nn.Module):
     def __call__(self) -> jax.Array:
         axes = ("embed", "vocab")
         shape = (self.cfg.embed_dim, self.cfg.vocab_size)
-        init = layers.fan_in_normal(mup.width_ratio(self.cfg) ** -0.5)
-        kernel_DxV = layers.weight(self, "kernel", init, shape, axes)
+        kernel_DxV = layers.weight(self, "kernel", initialiser(self.cfg, "output"), shape, axes)
         return sharding.gather(kernel_DxV.astype(self.dtype), *axes)

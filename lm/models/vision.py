@@ -23,6 +23,7 @@ from lm.models import layers, transformer
 from lm.models.attention import Mask
 from lm.models.blocks import Stack
 from lm.models.heads import HeadLayer
+from lm.models.initialisers import SMALL, initialiser
 from lm.schema import ConfigError
 from lm.types import Batch, Head, ModelFns, ModelOutput
 
@@ -129,11 +130,10 @@ class Mae(nn.Module):
         hidden_BxLxD = _encode(self, images_BxHxWxC, visible_BxM, keys_B)
 
         small = decoder_config(cfg)
-        embed = layers.Dense(small.embed_dim, ("embed", "decoder_embed"), True, self.dtype, name="decoder_embed")
-        x_BxLxE = embed(hidden_BxLxD)
-        token_E = layers.weight(
-            self, "mask_token", nn.initializers.normal(0.02), (small.embed_dim,), ("decoder_embed",)
-        )
+        kernel = initialiser(cfg, "kernel")
+        axes = ("embed", "decoder_embed")
+        x_BxLxE = layers.Dense(small.embed_dim, axes, True, self.dtype, kernel, name="decoder_embed")(hidden_BxLxD)
+        token_E = layers.weight(self, "mask_token", SMALL, (small.embed_dim,), ("decoder_embed",))
         hidden_shape = (*masked_BxN.shape, small.embed_dim)
         hidden_BxNxE = jnp.broadcast_to(token_E[None, None].astype(self.dtype), hidden_shape)
         # Visible then hidden ones, put back in the order of the image.
@@ -146,7 +146,8 @@ class Mae(nn.Module):
         x_BxLxE = jnp.concatenate([x_BxLxE[:, :1], x_BxTxE], axis=1)
         decoder = Stack(small, self.dtype, name="decoder")
         out_BxLxE = _stack(decoder, x_BxLxE, layers.fold(keys_B, cfg.num_layers + 1))
-        pixels = layers.Dense(cfg.patch_size**2 * C, ("decoder_embed", "pixels"), True, jnp.float32, name="pixels")
+        axes, size = ("decoder_embed", "pixels"), cfg.patch_size**2 * C
+        pixels = layers.Dense(size, axes, True, jnp.float32, kernel, name="pixels")
         return ModelOutput(hidden_BxLxD, None, head=pixels(out_BxLxE[:, 1:].astype(jnp.float32)))
 
 
@@ -183,9 +184,11 @@ class PatchEmbed(nn.Module):
         if visible_BxM is not None:
             patches_BxMxC = jnp.take_along_axis(patches_BxMxC, visible_BxM[..., None], axis=1)
             place_BxMxD = place_BxMxD[0, visible_BxM]
-        x_BxMxD = layers.Dense(cfg.embed_dim, ("patch", "embed"), True, self.dtype, name="patches")(patches_BxMxC)
+        kernel = initialiser(cfg, "kernel")
+        project = layers.Dense(cfg.embed_dim, ("patch", "embed"), True, self.dtype, kernel, name="patches")
+        x_BxMxD = project(patches_BxMxC)
         x_BxMxD += jnp.broadcast_to(place_BxMxD, x_BxMxD.shape)
-        cls_D = layers.weight(self, "cls", nn.initializers.normal(0.02), (cfg.embed_dim,), ("embed",))
+        cls_D = layers.weight(self, "cls", SMALL, (cfg.embed_dim,), ("embed",))
         cls_D = sharding.gather(cls_D.astype(self.dtype), "embed")
         return jnp.concatenate([jnp.broadcast_to(cls_D[None, None], (B, 1, cfg.embed_dim)), x_BxMxD], axis=1)
 
