@@ -84,7 +84,7 @@ def attach(args: argparse.Namespace) -> None:
     if "base" not in saved.info:
         raise checkpoint.CheckpointError(f"{saved.path} was not made by 'extract': it names no base")
     name, expected = args.base or saved.info["base"]["run"], saved.info["base"]["fingerprints"]
-    cfg = config.build(saved.info["config"])
+    cfg = config.build_saved(saved.info["config"])
     planned, _, params = build.read_model(dataclasses.replace(cfg, init_from=name))
     found = jax.device_get(jax.jit(checkpoint.fingerprints)(params))
     if different := [path for path, wanted in expected.items() if int(found[path]) != wanted]:
