@@ -59,18 +59,24 @@ def finalize(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     return out
 
 
-def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float | None:
+def train_flops_per_token(
+    model: ModelConfig, seq_len: int, vocab_size: int, *, causal_half: bool = False
+) -> float | None:
     """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
 
     N counts the matrices a token is multiplied with: those of the blocks (of the experts it goes through only) and the
     output projection, tied or not, but not the embedding, which is a look-up; norms and biases are left out, being
-    below 0.1%. The second term is the attention scores and their sum over values, not halved for causality, so that
-    figures compare with published ones (PaLM, arXiv:2204.02311, appendix B). The context is seq_len, or the sliding
-    window when that is shorter. Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
+    below 0.1%. The second term is the attention scores and their sum over values. Two conventions are in use: attention
+    in full, not halved for causality (PaLM, arXiv:2204.02311, appendix B), and its causal half, as MaxText has counted
+    since 2025. The context is seq_len, or the sliding window when that is shorter; the causal half of it is the mean
+    number of keys that a position sees, taken as context - context^2 / (2 seq_len), which is seq_len / 2 without a
+    window. Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
 
     Args:
+      model: its sizes.
       seq_len: positions in a row.
       vocab_size: rows of the output projection.
+      causal_half: the second convention; the same as the first for a model whose attention is not causal.
 
     Returns:
       None for a model whose positions do not all go through all layers once, which this does not count: an
@@ -87,7 +93,9 @@ def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> 
     if experts := model.experts[0]:
         mlp = model.experts[1] * mlp + width * experts  # the router
     matrices = model.num_layers * (attention + mlp) + width * vocab_size
-    context = min(seq_len, model.sliding_window or seq_len)
+    context = float(min(seq_len, model.sliding_window or seq_len))
+    if causal_half and model.kind in ("decoder", "prefix_decoder"):
+        context -= context**2 / (2 * seq_len)
     return 6.0 * matrices + 12.0 * model.num_layers * heads * head_dim * context
 
 

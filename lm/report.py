@@ -27,7 +27,9 @@ TITLES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
-    "mfu": "MFU",
+    "tokens_per_second_a_device": "Tokens per second and device",
+    "mfu": "MFU, attention in full",
+    "mfu_causal": "MFU, attention's causal half",
 }
 COLORS = {"train": "#3b6fb6", "eval": "#d9772b"}
 BUCKET_COLORS = {
@@ -193,7 +195,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
                 marker = "o" if split == "eval" or len(points) == 1 else None
                 style = {"color": color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
                 panel.plot(*zip(*points, strict=True), label=f"{split} {_number(points[-1][1])}", **style)
-        if name in ("tokens_per_second", "mfu"):
+        if name in ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"):
             panel.set_ylim(bottom=0)  # else small jitter looks large
         elif name == "perplexity":
             panel.set_yscale("log")  # else an untrained model's hides all that follows
