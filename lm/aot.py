@@ -96,7 +96,7 @@ class Lowered(NamedTuple):
       saved: bytes that a save of the state takes, over all hosts; each array once.
       beside: bytes on a chip of what the step leaves alone and stays there meanwhile: in an evaluation the optimizer's.
       experts: of the model; 0 = it has none.
-      links: axes of the mesh, as `lm.traffic` names them -> a chip's links that carry what goes along them; see `links`.
+      links: axes of the mesh, as `lm.traffic` names them -> a chip's links that carry what goes along them.
     """
 
     stage: Any
@@ -182,11 +182,10 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
     ]
     tokens = rows * cfg.data.seq_len
     is_counted = TASKS[cfg.data.task].texts and build.predicts_tokens(cfg)
-    full, causal = (
-        metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, words.vocab_size, causal_half=half)
-        if is_counted
-        else None
-        for half in (False, True)
+    predicting = words.vocab_size if cfg.objective == "clm" else 0  # others need not predict at every position
+    full, causal, needed = (
+        metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, vocab, causal_half=half) if is_counted else None
+        for vocab, half in ((words.vocab_size, False), (words.vocab_size, True), (predicting, True))
     )
 
     def a_chip(per_token: float | None, share: float = 1.0) -> float | None:
@@ -209,7 +208,7 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
         largest_replicated=max(replicated, default=(0, "")),
         model_flops=a_chip(full, forward if evaluation else 1.0),
         model_flops_causal=a_chip(causal, forward if evaluation else 1.0),
-        needed_flops=a_chip(causal, 1.0 if is_all_trained and not evaluation else forward),
+        needed_flops=a_chip(needed, 1.0 if is_all_trained and not evaluation else forward),
         tokens=tokens,
         chips=mesh.size,
         saved=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
@@ -241,9 +240,9 @@ class ImpossibleRatio(ValueError):
 def check_ratio(lowered: Lowered, compiled_flops: float) -> None:
     """Refuses compiled FLOPs below what the step needs at the least, as no program can leave them out.
 
-    That is the model's FLOPs with attention's causal half; of a step that does not train all parameters, and of an
-    evaluation, those of the forward pass. So model FLOPs with attention in full may be above the compiled ones by what
-    the mask hides, and by nothing else.
+    That is the model's FLOPs with attention's causal half, without the output projection where not every position
+    predicts; of a step that does not train all parameters, and of an evaluation, those of the forward pass. So model
+    FLOPs with attention in full may be above the compiled ones by what the mask hides, and by nothing else.
 
     Raises:
       ImpossibleRatio: naming both.
@@ -251,10 +250,9 @@ def check_ratio(lowered: Lowered, compiled_flops: float) -> None:
     needed = lowered.needed_flops
     if needed and needed > (1 + RATIO_TOLERANCE) * compiled_flops:
         raise ImpossibleRatio(
-            f"the compiled program's {compiled_flops:.4g} FLOPs of a chip and step are fewer than the {needed:.4g} that "
-            f"the model needs even with attention's causal half: the ratio {needed / compiled_flops:.2f} cannot be above "
-            f"1, so that some of the program's products were not counted (lm/hlo.py); nothing of this plan is to be "
-            "trusted"
+            f"the compiled program's {compiled_flops:.4g} FLOPs of a chip and step are fewer than the {needed:.4g} "
+            f"that the model needs even with attention's causal half: the ratio {needed / compiled_flops:.2f} cannot "
+            "be above 1. Some products of the program are not counted (lm/hlo.py), and its time is guessed too short"
         )
 
 
@@ -280,8 +278,8 @@ def compile_step(lowered: Lowered) -> Compiled:
 def memory(analysis: Any) -> dict[str, float]:
     """Of `compiled.memory_analysis()`: see `Compiled.memory`.
 
-    Its peak is of the chip's and the host's memory together. Where the program uses the host's, the chip's is taken to be
-    all that is laid out there: arguments, results that are not written over them, temporaries.
+    Its peak is of the chip's and the host's memory together. Where the program uses the host's, the chip's is taken to
+    be all that is laid out there: arguments, results that are not written over them, temporaries.
     """
     host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes
     host += analysis.host_output_size_in_bytes - analysis.host_alias_size_in_bytes
@@ -421,9 +419,9 @@ def estimate(
         cycles = float(op.attribute(r'"estimated_cycles":"(\d+)"') or 0)
         seconds = cycles / chip.clock if cycles < 2**62 else 0.0
         flops = hlo.op_flops(program, inside, op)
-        for each in hlo.kernels(program, inside, op, experts, lanes=128):
-            at_peak = each.flops / (chip.peak_flops * KERNEL_EFFICIENCY)
-            kernel += times * max(at_peak, each.bytes / chip.hbm_bandwidth)
+        for call in hlo.kernels(program, inside, op, experts, lanes=128):
+            at_peak = call.flops / (chip.peak_flops * KERNEL_EFFICIENCY)
+            kernel += times * max(at_peak, call.bytes / chip.hbm_bandwidth)
         if flops:
             narrow = hlo.is_in_8_bits(program, inside, op)  # which the chip multiplies twice as fast
             matmul += times * max(seconds, flops / (chip.peak_flops * (2 if narrow else 1)))

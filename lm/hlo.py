@@ -209,7 +209,7 @@ def flops(program: Program, experts: int = 0) -> float:
 
 
 def op_flops(program: Program, where: str, op: Op) -> float:
-    """FLOPs of the matrix products in one op, those inside a fusion included; custom kernels are counted by `kernels`."""
+    """FLOPs of the matrix products in one op, those inside a fusion included. Custom kernels are in `kernels`."""
     called = op.attribute(r"calls=(%[\w.\-]+)")
     if not called:
         return _product_flops(program, where, op)
@@ -226,7 +226,9 @@ def _product_flops(program: Program, where: str, op: Op) -> float:
     left, right = (arrays(program.computations[where][name].result)[0].shape for name in op.operands[:2])
     result = arrays(op.result)[0].shape
     if op.opcode in ("dot", "ragged-dot"):
-        dims, ragged = (op.attribute(rf"lhs_{name}_dims=\{{([\d,]*)\}}").split(",") for name in ("contracting", "ragged"))
+        dims, ragged = (
+            op.attribute(rf"lhs_{name}_dims=\{{([\d,]*)\}}").split(",") for name in ("contracting", "ragged")
+        )
         groups = result[0] if ragged[0] and ragged[0] in dims else 1  # each group contracts its own rows only
         return 2.0 * math.prod(result) * math.prod(left[int(d)] for d in dims if d) / groups
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
@@ -274,6 +276,7 @@ WITHOUT_PRODUCTS = frozenset(
         "AsyncCollectiveDone",
         "AsyncCollectiveStart",
         "ConcatBitcast",
+        "GatherScatterIndicesBitpacked",
         "LayoutConstraint",
         "MoveToDevice",
         "MoveToHost",
@@ -287,6 +290,10 @@ WITHOUT_PRODUCTS = frozenset(
         "annotate_device_placement",
     )
 )
+
+
+# Custom kernels of which the same is true.
+_ONLY_INDICES = "ragged-dot-metadata"
 
 
 class Kernel(NamedTuple):
@@ -304,7 +311,8 @@ class Kernel(NamedTuple):
 
 
 def kernels(program: Program, where: str, op: Op, experts: int = 0, lanes: int = 1) -> list[Kernel]:
-    """The custom kernels in one op, those inside a fusion included: splash attention, and megablox's grouped products.
+    """The custom kernels in one op, those inside a fusion included: splash attention, and grouped products, megablox's
+    and those that XLA makes of a ragged dot.
 
     Args:
       program: of one device.
@@ -325,8 +333,10 @@ def kernels(program: Program, where: str, op: Op, experts: int = 0, lanes: int =
     stated = float(op.attribute(r'"bytes_accessed":"(\d+)"') or 0)
     if name.startswith("splash"):
         return [Kernel(name, _attention_flops(op, name, operands, lanes), stated)]
-    if name in ("gmm", "tgmm"):
-        flops, groups = _grouped_flops(op, name, operands)
+    if name == _ONLY_INDICES:
+        return [Kernel(name, 0.0, stated)]
+    if name in ("gmm", "tgmm") or name.startswith("ragged-dot"):
+        flops, groups = _grouped_flops(op, operands)
         share = groups / experts if experts else 1.0
         return [Kernel(name, share * flops, share * stated)]
     return []
@@ -365,9 +375,9 @@ def _attention_flops(op: Op, name: str, operands: list[Array], lanes: int) -> fl
     it makes again. The width is filled up to a multiple of `lanes`. There are more keys than queries where positions
     are split over devices, which share the causal mask out evenly.
 
-    A schedule is int8 [.., blocks of queries, blocks of keys] forward and [.., queries, keys] backward, as narrow as the
-    mask allows: as wide as the row for a causal mask, counted in blocks of 512; narrower for a window, counted in the
-    kernel's own blocks. A mask that hides nothing has none.
+    A schedule is int8 [.., blocks of queries, blocks of keys], of which the keys forward and the queries backward are
+    as few as the mask allows: all of the row for a causal mask, counted in blocks of 512; fewer for a window, counted
+    in the kernel's own blocks. A mask that hides nothing has none.
     """
     shapes = [
         array.shape
@@ -396,19 +406,19 @@ def _attention_flops(op: Op, name: str, operands: list[Array], lanes: int) -> fl
     return products * 2.0 * math.prod(rows) * length * keys * width * share
 
 
-def _grouped_flops(op: Op, name: str, operands: list[Array]) -> tuple[float, int]:
-    """Of megablox's grouped product: FLOPs of all its rows, each with one group's kernel, and how many groups it has.
+def _grouped_flops(op: Op, operands: list[Array]) -> tuple[float, int]:
+    """Of a grouped product: FLOPs of all its rows, each with one group's kernel, and how many groups it has.
 
-    gmm: [rows, in] x [groups, in, out] (or [groups, out, in]) -> [rows, out]; tgmm, the gradient of the kernels:
-    [rows, in] and [rows, out] -> [groups, in, out].
+    [rows, in] x [groups, in, out] (or [groups, out, in]) -> [rows, out]; and the gradient of the kernels, [rows, in]
+    and [rows, out] -> [groups, in, out].
     """
     result = arrays(op.result)[0].shape
-    floats = [array.shape for array in operands if array.dtype in ("bf16", "f32", "f16", "s8", "f8e4m3fn", "f8e5m2")]
+    floats = [array.shape for array in operands if array.dtype[0] in "bf" or array.dtype == "s8"]
     flat = [shape for shape in floats if len(shape) == 2]
     stacked = [shape for shape in floats if len(shape) == 3]
-    if name == "gmm" and len(flat) == 1 and len(stacked) == 1 and len(result) == 2:
+    if len(result) == 2 and len(flat) == len(stacked) == 1:
         return 2.0 * math.prod(flat[0]) * result[1], stacked[0][0]
-    if name == "tgmm" and len(flat) == 2 and len(result) == 3:
+    if len(result) == 3 and len(flat) == 2 and not stacked:
         return 2.0 * math.prod(flat[0]) * result[2], result[0]
     raise ValueError(f"{op.name}: a grouped product of shapes {floats} -> {result}, which is not known")
 

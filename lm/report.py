@@ -243,6 +243,7 @@ def _tiles(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
     last: Mapping[str, Any] = next((row for row in reversed(rows) if row["split"] == "eval"), {})
     wanted = [(f"eval {name.replace('_', ' ')}", last.get(name)) for name in ("loss", "perplexity", "bits_per_byte")]
     wanted += [(name.replace("_", " "), summary.get(name)) for name in ("tokens_per_second", "parameters", "seconds")]
+    wanted += [(TITLES[name], summary.get(name)) for name in ("mfu", "mfu_causal")]
     tiles = [
         f"<div class=tile><b>{_number(value)}</b><span>{html.escape(name)}</span></div>"
         for name, value in wanted

@@ -160,7 +160,8 @@ def _on_host(found: Found) -> str:
 def flag_file(candidate: Candidate, found: Found, usual_flags: str) -> str:
     """A file for --flagfile that sets a candidate; what sets the compiler's flags, where it is not the usual, is said
     in a comment of it."""
-    lines = [f"# {candidate}: an estimated {found.ms:,.1f} ms a step, {found.peak / chips.GIB:.2f} GiB at the peak{_on_host(found)}."]
+    memory = f"{found.peak / chips.GIB:.2f} GiB at the peak{_on_host(found)}"
+    lines = [f"# {candidate}: an estimated {found.ms:,.1f} ms a step, {memory}."]
     if candidate.flags != usual_flags:
         lines.append(f"# Needs the compiler's flags in the environment: LIBTPU_INIT_ARGS='{candidate.flags}'")
     return "\n".join([*lines, *(f"--config.{key}={value}" for key, value in candidate.overrides().items())]) + "\n"

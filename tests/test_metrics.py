@@ -82,6 +82,37 @@ def test_train_flops_of_grouped_heads_gate_and_window():
     assert metrics.train_flops_per_token(model, seq_len=3, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 3
 
 
+@pytest.mark.parametrize(("window", "seen"), [(0, 128.5), (64, 64 - 64 * 63 / 2 / 256), (500, 128.5)])
+def test_the_causal_half_counts_the_keys_that_a_position_sees(window, seen):
+    """Up to one key: the diagonal is counted as half."""
+    model = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, sliding_window=window)
+    flops = functools.partial(metrics.train_flops_per_token, seq_len=256, vocab_size=100)
+    matrices = flops(model) - 12 * 3 * 8 * min(256, window or 256)
+    half = flops(model, causal_half=True)
+    assert half - matrices == pytest.approx(12 * 3 * 8 * seen, abs=12 * 3 * 8)
+    if not 0 < window < 256:
+        assert half - matrices == 12 * 3 * 8 * 128
+    both_ways = dataclasses.replace(model, kind="encoder")
+    assert flops(both_ways, causal_half=True) == flops(both_ways) == flops(model)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocab", "seq_len", "tokens", "published"),
+    [
+        ({"mlp_dim": 14336}, 128_256, 8192, 7207, 0.455),  # Llama-3.1-8B
+        ({"mlp_dim": 14336, "experts": (8, 2)}, 32_000, 4096, 3899, 0.352),  # Mixtral 8x7B
+    ],
+)
+def test_mfu_as_maxtext_published_it_for_v6e(sizes, vocab, seq_len, tokens, published):
+    """Tokens a second of a chip and MFU, both as published: they agree with attention counted in full."""
+    model = ModelConfig(num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8, mlp="swiglu", **sizes)
+    full, half = (
+        metrics.mfu(tokens, metrics.train_flops_per_token(model, seq_len, vocab, causal_half=h), "TPU v6 lite", 1)
+        for h in (False, True)
+    )
+    assert full == pytest.approx(published, abs=0.001) and half < published - 0.01
+
+
 def test_train_flops_count_the_experts_that_a_token_goes_through():
     dense = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=32, mlp="swiglu")
     three, model = (

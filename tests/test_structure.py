@@ -119,7 +119,7 @@ MODULES = (
 PACKAGES = ("lm", "lm.data", "lm.models")
 OUTSIDE = ("configs", "experiments", "tools", "tests")
 
-MAX_MODULE_LINES = 400
+MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80  # but for the run, which is one story: lm/train.py
 MAX_MAIN_LINES = 60
 
@@ -219,7 +219,7 @@ def test_a_breach_is_seen(name, source, breach):
 # --- lengths and keys --------------------------------------------------------------------------------------------
 
 
-def test_no_module_is_over_400_lines():
+def test_no_module_is_over_500_lines():
     files = python_files("lm", "configs", "tools", "experiments", "tests")
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: n for name, n in lengths.items() if n > MAX_MODULE_LINES} == {}

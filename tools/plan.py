@@ -52,8 +52,8 @@ _PLOT = flags.DEFINE_string("plot", "", "Search: PNG to draw, memory against tim
 
 LEGEND = """Peak: the most that is alive at once, which not all temporaries are. Estimated are milliseconds of matrix \
 products, of custom kernels (attention, experts), of other passes over memory, of what is waited for: communication \
-(exposed; between slices) and copies to and from the host's memory (host); and of what goes on beside all that (hidden): \
-docs/performance.md."""
+(exposed; between slices) and copies to and from the host's memory (host); and of what goes on beside all that \
+(hidden): docs/performance.md."""
 
 
 def main(argv: list[str]) -> None:
@@ -206,8 +206,11 @@ def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: chips.Topology)
     program = hlo.parse(compiled.text)
     guess = aot.estimate(program, where, mesh=lowered.mesh, links=lowered.links, experts=lowered.experts)
     seconds = guess.total / 1e3
-    memory = compiled.memory | {"peak": compiled.memory["peak"] + lowered.beside}
+    memory = dict(compiled.memory)
     host = memory.pop("host")
+    if host:  # then the peak is only known to be at most this, and the compiler accepts nothing larger than the chip's
+        memory["peak"] = min(memory["peak"], where.chip.hbm_bytes)
+    memory["peak"] += lowered.beside
     compiled_flops, not_counted = hlo.flops(program, lowered.experts), hlo.uncounted(program)
     found: dict[str, Any] = {
         "fits": memory["peak"] <= where.chip.hbm_bytes and host <= where.chip.host_bytes,
@@ -277,11 +280,15 @@ def show(found: dict[str, Any]) -> None:
     copies = " and ".join(f"{size / 1e9:,.3f} GB" for size in found["host_copies"].values())
     rows = {
         "parameters": f"{found['parameters']:,} ({found['trained_parameters']:,} trained)",
-        "memory of a chip, peak": f"{gib('hbm_peak')} of {gib('hbm_capacity')}",
+        "memory of a chip, peak": f"{'at most ' if offloads else ''}{gib('hbm_peak')} of {gib('hbm_capacity')}",
         "  of it arguments": gib("hbm_arguments"),
         "  all temporaries": gib("hbm_temporaries"),
         **{f"  {key.removeprefix('state_')}": gib(key) for key in found if key.startswith("state_")},
-        **({"memory of its host, a chip's share": f"{gib('host_memory')} of {gib('host_capacity')}"} if offloads else {}),
+        **(
+            {"memory of its host, a chip's share": f"{gib('host_memory')} of {gib('host_capacity')}"}
+            if offloads
+            else {}
+        ),
         "largest array on every chip": "{bytes:,} bytes  {path}".format(**found["largest_replicated"]),
         "hosts' memory for a save": gib("host_bytes_to_save"),
         "FLOPs of a chip and step": f"{found['hlo_flops']:.4g}",
