@@ -107,8 +107,8 @@ ENTRY %main (x: s32[]) -> s32[] {{
 
 @pytest.mark.parametrize(("rows", "inner", "outer", "groups"), [(1024, 256, 512, 8), (512, 128, 384, 3)])
 def test_flops_of_grouped_products_are_those_of_each_row_with_one_kernel(rows, inner, outer, groups):
-    """megablox's: of the rows by the kernels, or by the kernels transposed, and of the kernels' gradient; and XLA's, of a
-    ragged dot."""
+    """megablox's: of the rows by the kernels, or by the kernels transposed, and of the kernels' gradient; and XLA's, of
+    a ragged dot."""
     sizes = ["s32[9]{0}", "s32[71]{0}", "s32[71]{0}", "s32[1]{0}"]
     into, out = f"bf16[{rows},{inner}]{{1,0}}", f"bf16[{rows},{outer}]{{1,0}}"
     widening, narrowing = (f"bf16[{groups},{a},{b}]{{2,1,0}}" for a, b in ((inner, outer), (outer, inner)))

@@ -1,13 +1,14 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import metrics
+from lm import metrics, report, train
 from lm.config import ModelConfig
 
 
@@ -152,3 +153,14 @@ def test_mfu_of_a_hand_worked_case():
 )
 def test_peak_flops(device_kind, peak):
     assert metrics.peak_flops(device_kind) == peak
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [("TPU v6 lite", True), ("cpu", False)])
+def test_training_reports_both_conventions_and_the_speed_of_a_device(kind, is_known):
+    """Four devices of 918 TFLOP/s; nothing where the peak is not known."""
+    rate = object.__new__(train.Throughput)
+    rate._flops = {"mfu": 2e9, "mfu_causal": 1e9}
+    rate._run = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 4)))
+    want = {"mfu": 1.0, "mfu_causal": 0.5, "tokens_per_second_a_device": 459e3}
+    assert rate.utilisation(4 * 459e3) == (want if is_known else {})
+    assert "in full" in report.TITLES["mfu"] and "causal half" in report.TITLES["mfu_causal"]
