@@ -282,6 +282,8 @@ WITHOUT_PRODUCTS = frozenset(
         "MoveToHost",
         "PadToStatic",
         "PartialReduce",
+        "PrepareAsyncCallDone",
+        "PrepareAsyncCallStart",
         "SetBound",
         "Sharding",
         "SliceBitcast",
