@@ -22,6 +22,10 @@ _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _OP = re.compile(r"\s+(ROOT )?(%[\w.\-]+) = ")
 
 
+class Unreadable(ValueError):
+    """A program of which something that has to be counted is in a form that is not known here."""
+
+
 class Array(NamedTuple):
     """Type of an array: dtype as HLO names it, and shape."""
 
@@ -76,7 +80,7 @@ def parse(text: str) -> Program:
     """HLO text as `compiled.as_text()` gives it.
 
     Raises:
-      ValueError: there is no ENTRY.
+      Unreadable: there is no ENTRY.
     """
     # Pallas writes a kernel's block sizes over three lines.
     text = re.sub(r"kernel_metadata=\{\n(.*?)\n\}\}", r"kernel_metadata={\1}}", text, flags=re.S)
@@ -97,7 +101,7 @@ def parse(text: str) -> Program:
             operands = tuple(re.findall(r"%[\w.\-]+", inside))
             current[start[2]] = Op(start[2], rest[:opening], result, operands, rest, bool(start[1]))
     if not entry:
-        raise ValueError("no ENTRY computation: expected the text of a compiled program")
+        raise Unreadable("no ENTRY computation: expected the text of a compiled program")
     return Program(computations, entry)
 
 
@@ -134,13 +138,13 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     """How often a loop of a fixed number of turns runs: its counter goes up from a constant to below one.
 
     Raises:
-      ValueError: it is no such loop.
+      Unreadable: it is no such loop.
     """
     known = loop.attribute(r'known_trip_count\\?"?:\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)')
     if known:
         return int(known)
     condition, body = (program.computations[loop.attribute(rf"{part}=(%[\w.\-]+)")] for part in ("condition", "body"))
-    unreadable = ValueError(f"{loop.name}: how often it runs cannot be read from its condition")
+    unreadable = Unreadable(f"{loop.name}: how often it runs cannot be read from its condition")
     compared = next((op for op in _ops_inside(program, condition) if op.opcode == "compare"), None)
     if compared is None or "direction=LT" not in compared.text:
         raise unreadable
@@ -233,7 +237,7 @@ def _product_flops(program: Program, where: str, op: Op) -> float:
         return 2.0 * math.prod(result) * math.prod(left[int(d)] for d in dims if d) / groups
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     if labels is None:
-        raise ValueError(f"{op.name}: a convolution without dim_labels")
+        raise Unreadable(f"{op.name}: a convolution without dim_labels")
     of_left, of_right, of_result = labels.groups()
     flops = 2.0 * right[of_right.index("i")] * result[of_result.index("f")] * result[of_result.index("b")]
     window = dict(pair.split("=") for pair in op.attribute(r"window=\{([^}]*)\}").split())
@@ -387,7 +391,7 @@ def _attention_flops(op: Op, name: str, operands: list[Array], lanes: int) -> fl
         if array.dtype in ("bf16", "f32") and len(array.shape) in (3, 4) and array.shape[-1] >= 32
     ]
     if not shapes:
-        raise ValueError(f"{op.name}: an attention kernel without queries: {op.text[:200]}")
+        raise Unreadable(f"{op.name}: an attention kernel without queries: {op.text[:200]}")
     shapes.sort(key=len, reverse=True)  # a device with one row drops that axis
     *rows, length, width = shapes[0]
     keys = max(shape[-2] for shape in shapes if shape[-1] == width)
@@ -422,7 +426,7 @@ def _grouped_flops(op: Op, operands: list[Array]) -> tuple[float, int]:
         return 2.0 * math.prod(flat[0]) * result[1], stacked[0][0]
     if len(result) == 3 and len(flat) == 2 and not stacked:
         return 2.0 * math.prod(flat[0]) * result[2], result[0]
-    raise ValueError(f"{op.name}: a grouped product of shapes {floats} -> {result}, which is not known")
+    raise Unreadable(f"{op.name}: a grouped product of shapes {floats} -> {result}, which is not known")
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
