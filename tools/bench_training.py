@@ -1,6 +1,7 @@
 """What `tools/bench.py` measures of training: the project's own, and the same model in `transformers` beside it."""
 
 # ruff: noqa: E402 (the clock starts before anything is imported)
+import functools
 import time
 
 _BEGAN = time.perf_counter()
@@ -99,10 +100,8 @@ def measure(
     per_second = statistics.median(tokens / each.wall for each in found["own"])
     is_counted = own.run.tokenizer is not None and build.predicts_tokens(cfg)
     words = own.run.tokenizer.vocab_size if is_counted else 0
-    flops, causal = (
-        metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, words, causal_half=half) if is_counted else None
-        for half in (False, True)
-    )
+    per_token = functools.partial(metrics.train_flops_per_token, cfg.model, cfg.data.seq_len, words)
+    flops, causal = (per_token(causal_half=half) if is_counted else None for half in (False, True))
     figures: dict[str, Any] = {
         "device": device.device_kind,
         "devices": devices,
