@@ -1,11 +1,11 @@
 """What `tools/bench.py` measures of training: the project's own, and the same model in `transformers` beside it."""
 
 # ruff: noqa: E402 (the clock starts before anything is imported)
-import functools
 import time
 
 _BEGAN = time.perf_counter()
 
+import functools
 import itertools
 import os
 import platform
