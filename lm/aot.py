@@ -6,9 +6,12 @@ The compiler is libtpu's, as on the pod (Python package 'jax[tpu]'). `prepare` c
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
+import math
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +22,10 @@ from lm.chips import GIB, Topology
 from lm.config import Config
 from lm.schema import ConfigError
 
-# Share of the peak that the attention kernel is taken to reach; the compiler gives no cycles for it.
+# Share of the peak that custom kernels are taken to reach; the compiler gives no cycles for them.
 KERNEL_EFFICIENCY = 0.75
+# How far model FLOPs may be above the compiled ones, for what the two round differently.
+RATIO_TOLERANCE = 0.02
 
 
 def prepare(flags: str) -> None:
@@ -83,11 +88,15 @@ class Lowered(NamedTuple):
       state: bytes on a chip of 'parameters', 'optimizer' and, where there are any, other parts of the state.
       parameters, trained: how many the model has, and how many of them learn.
       largest_replicated: bytes and path of the largest parameter that every chip holds whole.
-      model_flops: of one step on one chip; None where they are not counted.
+      model_flops: of one step on one chip, attention counted in full; None where they are not counted.
+      model_flops_causal: the same, of attention only what a causal mask lets through.
+      needed_flops: what the program must multiply at least, see `check_ratio`; None as above.
       tokens: positions of one step, over all chips.
       chips: over all slices.
       saved: bytes that a save of the state takes, over all hosts; each array once.
       beside: bytes on a chip of what the step leaves alone and stays there meanwhile: in an evaluation the optimizer's.
+      experts: of the model; 0 = it has none.
+      links: axes of the mesh, as `lm.traffic` names them -> a chip's links that carry what goes along them.
     """
 
     stage: Any
@@ -97,10 +106,14 @@ class Lowered(NamedTuple):
     trained: int
     largest_replicated: tuple[int, str]
     model_flops: float | None
+    model_flops_causal: float | None
+    needed_flops: float | None
     tokens: int
     chips: int
     saved: float
     beside: float
+    experts: int
+    links: dict[str, float]
 
 
 class Compiled(NamedTuple):
@@ -108,7 +121,7 @@ class Compiled(NamedTuple):
 
     Attributes:
       text: HLO after all passes.
-      memory: bytes on a chip: 'arguments', 'temporaries', 'peak'.
+      memory: bytes on a chip: 'arguments', 'temporaries', 'peak'; and 'host', bytes of the host's memory for this chip.
       seconds: of compilation.
     """
 
@@ -167,9 +180,20 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
     replicated = [
         (leaf.size * leaf.dtype.itemsize, path) for path, leaf in flat.items() if leaf.sharding.is_fully_replicated
     ]
-    is_counted = TASKS[cfg.data.task].texts and build.predicts_tokens(cfg)
-    per_token = metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, words.vocab_size) if is_counted else None
     tokens = rows * cfg.data.seq_len
+    is_counted = TASKS[cfg.data.task].texts and build.predicts_tokens(cfg)
+    predicting = words.vocab_size if cfg.objective == "clm" else 0  # others need not predict at every position
+    full, causal, needed = (
+        metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, vocab, causal_half=half) if is_counted else None
+        for vocab, half in ((words.vocab_size, False), (words.vocab_size, True), (predicting, True))
+    )
+
+    def a_chip(per_token: float | None, share: float = 1.0) -> float | None:
+        return share * per_token * tokens / mesh.size if per_token else None
+
+    forward = 1 / 3  # of a training step's
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, trained)]
+    is_all_trained = sizes[0] == sizes[1]
     return Lowered(
         stage=lowered,
         mesh=dict(zip((traffic.BETWEEN_SLICES, *sharding.AXES), sharding.mesh_sizes(cfg.mesh, mesh.size), strict=True)),
@@ -179,15 +203,57 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
             **({"average": _bytes_a_chip(state.ema)} if state.ema is not None else {}),
             **({"start": _bytes_a_chip(state.start)} if state.start is not None else {}),
         },
-        parameters=sum(leaf.size for leaf in flat.values()),
-        trained=sum(leaf.size for leaf in jax.tree.leaves(trained)),
+        parameters=sizes[0],
+        trained=sizes[1],
         largest_replicated=max(replicated, default=(0, "")),
-        model_flops=per_token * tokens / (3 if evaluation else 1) / mesh.size if per_token else None,
+        model_flops=a_chip(full, forward if evaluation else 1.0),
+        model_flops_causal=a_chip(causal, forward if evaluation else 1.0),
+        needed_flops=a_chip(needed, 1.0 if is_all_trained and not evaluation else forward),
         tokens=tokens,
         chips=mesh.size,
         saved=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
         beside=_bytes_a_chip(state) - _bytes_a_chip(argument) if evaluation else 0.0,
+        experts=cfg.model.experts[0],
+        links=links(mesh, where),
     )
+
+
+def links(mesh: Any, where: Topology) -> dict[str, float]:
+    """Axes of a mesh, as 'fsdp' or 'data+fsdp' -> links of a chip that carry what goes along them, see `links_of`.
+
+    Of one slice; axes of size 1 are left out.
+    """
+    names = [name for name, size in mesh.shape.items() if size > 1]
+    first = mesh.devices[: mesh.devices.shape[0] // where.slices]
+    found = {}
+    for count in range(1, len(names) + 1):
+        for chosen in itertools.combinations(names, count):
+            group = first[tuple(slice(None) if name in chosen else 0 for name in mesh.axis_names)]
+            found["+".join(chosen)] = where.links_of([tuple(device.coords) for device in group.ravel()])
+    return found
+
+
+class ImpossibleRatio(ValueError):
+    """Model FLOPs are above what a program can do with fewer: something in it is not counted, or counted wrong."""
+
+
+def check_ratio(lowered: Lowered, compiled_flops: float) -> None:
+    """Refuses compiled FLOPs below what the step needs at the least, as no program can leave them out.
+
+    That is the model's FLOPs with attention's causal half, without the output projection where not every position
+    predicts; of a step that does not train all parameters, and of an evaluation, those of the forward pass. So model
+    FLOPs with attention in full may be above the compiled ones by what the mask hides, and by nothing else.
+
+    Raises:
+      ImpossibleRatio: naming both.
+    """
+    needed = lowered.needed_flops
+    if needed and needed > (1 + RATIO_TOLERANCE) * compiled_flops:
+        raise ImpossibleRatio(
+            f"the compiled program's {compiled_flops:.4g} FLOPs of a chip and step are fewer than the {needed:.4g} "
+            f"that the model needs even with attention's causal half: the ratio {needed / compiled_flops:.2f} cannot "
+            "be above 1. Some products of the program are not counted (lm/hlo.py), and its time is guessed too short"
+        )
 
 
 def compile_step(lowered: Lowered) -> Compiled:
@@ -206,13 +272,23 @@ def compile_step(lowered: Lowered) -> Compiled:
         answer.needed = _needed(str(error), sum(lowered.state.values()))
         raise answer from None
     seconds = time.monotonic() - began
-    analysis = compiled.memory_analysis()
-    memory = {
-        "arguments": analysis.argument_size_in_bytes,
-        "temporaries": analysis.temp_size_in_bytes,
-        "peak": analysis.peak_memory_in_bytes,
-    }
-    return Compiled(compiled.as_text(), memory, seconds)
+    return Compiled(compiled.as_text(), memory(compiled.memory_analysis()), seconds)
+
+
+def memory(analysis: Any) -> dict[str, float]:
+    """Of `compiled.memory_analysis()`: see `Compiled.memory`.
+
+    Its peak is of the chip's and the host's memory together. Where the program uses the host's, the chip's is taken to
+    be all that is laid out there: arguments, results that are not written over them, temporaries.
+    """
+    host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes
+    host += analysis.host_output_size_in_bytes - analysis.host_alias_size_in_bytes
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    peak = analysis.peak_memory_in_bytes
+    if host:
+        peak = min(peak, arguments + results + temporaries)
+    return {"arguments": arguments, "temporaries": temporaries, "peak": peak, "host": host}
 
 
 def key(lowered: Lowered, where: Topology, flags: str) -> str:
@@ -273,13 +349,16 @@ class Estimate(NamedTuple):
     """Milliseconds of one step, guessed.
 
     Attributes:
-      matmul: the compiler's cycles of what holds a matrix product.
-      kernel: attention kernels, at `KERNEL_EFFICIENCY` of the peak.
+      matmul: the compiler's cycles of what holds a matrix product, at least its FLOPs at the peak.
+      kernel: custom kernels, attention's and the experts': their FLOPs at `KERNEL_EFFICIENCY` of the peak, or what they
+        say they move over the bandwidth, whichever is longer.
       other: what only moves memory: the smaller of the compiler's cycles and all its operands over the bandwidth.
       exposed: communication that computation waits for: all that is synchronous, and what of the rest is longer than
         the computation.
       hidden: communication meanwhile.
       between: waits for other slices: what of a transfer is longer than the computation from its start to its end.
+      host: waits for copies to and from the host's memory, the same way.
+      host_hidden: such copies meanwhile.
     """
 
     matmul: float
@@ -288,50 +367,88 @@ class Estimate(NamedTuple):
     exposed: float
     hidden: float
     between: float
+    host: float = 0.0
+    host_hidden: float = 0.0
 
     @property
     def total(self) -> float:
         """Of the step."""
-        return self.matmul + self.kernel + self.other + self.exposed + self.between
+        return self.matmul + self.kernel + self.other + self.exposed + self.between + self.host
 
 
-def estimate(program: hlo.Program, where: Topology) -> Estimate:
-    """Guesses the time of a step; latencies, stragglers and the host are left out."""
+def estimate(
+    program: hlo.Program,
+    where: Topology,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    links: Mapping[str, float] | None = None,
+    experts: int = 0,
+) -> Estimate:
+    """Guesses the time of a step; latencies, stragglers and the host's own work are left out.
+
+    Args:
+      program: of one slice.
+      where: the slices.
+      mesh: axis -> size, see `traffic.collectives`.
+      links: see `Lowered.links`; None = all of a chip's for what all chips take part in, one for anything else.
+      experts: of the model; see `hlo.kernels`.
+    """
     chip = where.chip
-    matmul = kernel = other = between = 0.0
+    matmul = kernel = other = between = host = 0.0
     on_wire = 0.0  # when the network between slices is free again, on the clock of computation
+    on_bus = {"to_host": 0.0, "from_host": 0.0}  # when the host's bus is, each way
     ends: dict[str, float] = {}  # receiving op -> when all of it is there
+    copying = 0.0
     for inside, op, times in hlo.walk(program):
-        now = matmul + kernel + other + between
+        now = matmul + kernel + other + between + host
         if traffic.is_between_slices(op, "recv"):
             passes = 2 * (where.slices - 1) / where.slices  # a ring of slices reduces, then gathers
             on_wire = max(on_wire, now) + times * passes * hlo.arrays(op.result)[0].bytes / chip.dcn_bandwidth
             ends[op.name] = on_wire
         elif traffic.is_between_slices(op, "recv-done"):
             between += max(0.0, ends[op.operands[0]] - now)
+        elif copy := traffic.host_copy(program, inside, op):
+            seconds = times * copy.bytes / chip.host_bandwidth
+            copying += seconds
+            on_bus[copy.way] = ends[op.name] = max(on_bus[copy.way], now) + seconds
+            if not copy.is_async:
+                host += ends[op.name] - now
+            continue
+        elif op.opcode.endswith("-done") and op.operands and op.operands[0] in ends:
+            host += max(0.0, ends[op.operands[0]] - now)
         cycles = float(op.attribute(r'"estimated_cycles":"(\d+)"') or 0)
         seconds = cycles / chip.clock if cycles < 2**62 else 0.0
-        if flops := hlo.kernel_flops(program, inside, op, lanes=128):
-            kernel += times * flops / (chip.peak_flops * KERNEL_EFFICIENCY)
-        elif hlo.op_flops(program, inside, op):
-            matmul += times * seconds
+        flops = hlo.op_flops(program, inside, op)
+        for call in hlo.kernels(program, inside, op, experts, lanes=128):
+            at_peak = call.flops / (chip.peak_flops * KERNEL_EFFICIENCY)
+            kernel += times * max(at_peak, call.bytes / chip.hbm_bandwidth)
+        if flops:
+            narrow = hlo.is_in_8_bits(program, inside, op)  # which the chip multiplies twice as fast
+            matmul += times * max(seconds, flops / (chip.peak_flops * (2 if narrow else 1)))
         elif seconds:
             other += times * min(seconds, hlo.hbm_bytes(program, inside, op) / chip.hbm_bandwidth)
     waits = hides = 0.0
-    for each in traffic.collectives(program):
+    for each in traffic.collectives(program, mesh):
         if each.axes == traffic.BETWEEN_SLICES:
             continue
-        seconds = each.times * _wire_seconds(each, where)
+        is_whole = each.devices == math.prod((mesh or {}).get(axis, 1) for axis in each.axes.split("+"))
+        is_whole |= each.kind == "collective-permute"
+        seconds = each.times * _wire_seconds(each, where, (links or {}).get(each.axes) if is_whole else None)
         waits, hides = (waits, hides + seconds) if each.is_async else (waits + seconds, hides)
     exposed = waits + max(0.0, hides - matmul - kernel - other)
-    return Estimate(*(1e3 * seconds for seconds in (matmul, kernel, other, exposed, hides, between)))
+    seconds_of = (matmul, kernel, other, exposed, hides, between, host, max(0.0, copying - host))
+    return Estimate(*(1e3 * seconds for seconds in seconds_of))
 
 
-def _wire_seconds(each: traffic.Collective, where: Topology) -> float:
-    """A ring along every link of the chip at once, where all chips of the slice take part; else along one axis."""
+def _wire_seconds(each: traffic.Collective, where: Topology, links: float | None) -> float:
+    """A ring along every link of the chip at once that carries such a group's data.
+
+    Where the axes' links are not known: all of the chip's where all chips of the slice take part, else one.
+    """
     chips = int(np.prod(where.shape))
-    links = where.links if each.devices >= chips else 1
-    if each.kind == "collective-permute":
-        return each.bytes / where.chip.link_bandwidth / 2
+    if links is None:
+        links = where.links if each.devices >= chips else 1
+    if each.kind == "collective-permute":  # half goes either way; neighbours on the mesh may be far from each other
+        return each.bytes / where.chip.link_bandwidth / 2 / min(links, 1)
     passes = {"all-reduce": 2.0, "all-to-all": 0.25}.get(each.kind, 1.0)
     return passes * each.bytes * (each.devices - 1) / each.devices / (links * where.chip.link_bandwidth)

@@ -22,6 +22,10 @@ _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _OP = re.compile(r"\s+(ROOT )?(%[\w.\-]+) = ")
 
 
+class Unreadable(ValueError):
+    """A program of which something that has to be counted is in a form that is not known here."""
+
+
 class Array(NamedTuple):
     """Type of an array: dtype as HLO names it, and shape."""
 
@@ -76,9 +80,10 @@ def parse(text: str) -> Program:
     """HLO text as `compiled.as_text()` gives it.
 
     Raises:
-      ValueError: there is no ENTRY.
+      Unreadable: there is no ENTRY.
     """
-    text = re.sub(r"kernel_metadata=\{\n.*?\n\}\}", "kernel_metadata={}}", text, flags=re.S)  # Pallas: over three lines
+    # Pallas writes a kernel's block sizes over three lines.
+    text = re.sub(r"kernel_metadata=\{\n(.*?)\n\}\}", r"kernel_metadata={\1}}", text, flags=re.S)
     computations: dict[str, dict[str, Op]] = {}
     current: dict[str, Op] | None = None
     entry = ""
@@ -96,7 +101,7 @@ def parse(text: str) -> Program:
             operands = tuple(re.findall(r"%[\w.\-]+", inside))
             current[start[2]] = Op(start[2], rest[:opening], result, operands, rest, bool(start[1]))
     if not entry:
-        raise ValueError("no ENTRY computation: expected the text of a compiled program")
+        raise Unreadable("no ENTRY computation: expected the text of a compiled program")
     return Program(computations, entry)
 
 
@@ -133,13 +138,13 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     """How often a loop of a fixed number of turns runs: its counter goes up from a constant to below one.
 
     Raises:
-      ValueError: it is no such loop.
+      Unreadable: it is no such loop.
     """
     known = loop.attribute(r'known_trip_count\\?"?:\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)')
     if known:
         return int(known)
     condition, body = (program.computations[loop.attribute(rf"{part}=(%[\w.\-]+)")] for part in ("condition", "body"))
-    unreadable = ValueError(f"{loop.name}: how often it runs cannot be read from its condition")
+    unreadable = Unreadable(f"{loop.name}: how often it runs cannot be read from its condition")
     compared = next((op for op in _ops_inside(program, condition) if op.opcode == "compare"), None)
     if compared is None or "direction=LT" not in compared.text:
         raise unreadable
@@ -194,15 +199,21 @@ def _ops_inside(program: Program, computation: dict[str, Op]) -> Iterator[Op]:
 # Arithmetic -----------------------------------------------------------------------------------------------------------
 
 
-def flops(program: Program) -> float:
-    """FLOPs of all matrix products of one run, those of attention kernels included, loops multiplied out."""
+def flops(program: Program, experts: int = 0) -> float:
+    """FLOPs of all matrix products of one run, those of custom kernels included, loops multiplied out.
+
+    Args:
+      program: of one device.
+      experts: of the model, over all devices; 0 = it has none. See `kernel`.
+    """
     return sum(
-        times * (op_flops(program, where, op) + kernel_flops(program, where, op)) for where, op, times in walk(program)
+        times * (op_flops(program, where, op) + sum(each.flops for each in kernels(program, where, op, experts)))
+        for where, op, times in walk(program)
     )
 
 
 def op_flops(program: Program, where: str, op: Op) -> float:
-    """FLOPs of the matrix products in one op, those inside a fusion included."""
+    """FLOPs of the matrix products in one op, those inside a fusion included. Custom kernels are in `kernels`."""
     called = op.attribute(r"calls=(%[\w.\-]+)")
     if not called:
         return _product_flops(program, where, op)
@@ -210,17 +221,23 @@ def op_flops(program: Program, where: str, op: Op) -> float:
 
 
 def _product_flops(program: Program, where: str, op: Op) -> float:
-    """2 x (entries of the result) x (length of the contraction), of a dot or of a convolution that is one."""
-    if op.opcode not in ("dot", "convolution"):
+    """2 x (entries of the result) x (length of the contraction), of a dot or of a convolution that is one.
+
+    A ragged dot multiplies each row with the kernel of its group only, as much as a plain dot of the same rows.
+    """
+    if op.opcode not in ("dot", "ragged-dot", "convolution"):
         return 0.0
     left, right = (arrays(program.computations[where][name].result)[0].shape for name in op.operands[:2])
     result = arrays(op.result)[0].shape
-    if op.opcode == "dot":
-        dims = op.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-        return 2.0 * math.prod(result) * math.prod(left[int(d)] for d in dims.split(",") if d)
+    if op.opcode in ("dot", "ragged-dot"):
+        dims, ragged = (
+            op.attribute(rf"lhs_{name}_dims=\{{([\d,]*)\}}").split(",") for name in ("contracting", "ragged")
+        )
+        groups = result[0] if ragged[0] and ragged[0] in dims else 1  # each group contracts its own rows only
+        return 2.0 * math.prod(result) * math.prod(left[int(d)] for d in dims if d) / groups
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     if labels is None:
-        raise ValueError(f"{op.name}: a convolution without dim_labels")
+        raise Unreadable(f"{op.name}: a convolution without dim_labels")
     of_left, of_right, of_result = labels.groups()
     flops = 2.0 * right[of_right.index("i")] * result[of_result.index("f")] * result[of_result.index("b")]
     window = dict(pair.split("=") for pair in op.attribute(r"window=\{([^}]*)\}").split())
@@ -242,34 +259,177 @@ def _window_products(inputs: int, outputs: int, option: dict[str, str]) -> int:
     return sum(place % stretch == 0 and 0 <= place // stretch < inputs for place in places)
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
+def is_in_8_bits(program: Program, where: str, op: Op) -> bool:
+    """Whether the products in an op, those inside a fusion included, multiply 8-bit numbers."""
+    called = op.attribute(r"calls=(%[\w.\-]+)")
+    if called:
+        return any(is_in_8_bits(program, called, each) for each in program.computations.get(called, {}).values())
+    if op.opcode not in ("dot", "convolution") or not all(name in program.computations[where] for name in op.operands):
+        return False
+    return all(ITEM_BYTES[arrays(program.computations[where][name].result)[0].dtype] == 1 for name in op.operands[:2])
 
 
-def kernel_flops(program: Program, where: str, op: Op, lanes: int = 1) -> float:
-    """FLOPs of a splash attention kernel, causal, from its queries [(rows,) heads, length, width]; else 0.
+# Custom kernels -------------------------------------------------------------------------------------------------------
 
-    It says nothing of its cost. Forward: scores and their sum over values; backward: the four products that these
-    two give, without the scores that it makes again. The width is filled up to a multiple of `lanes`. There are more
-    keys than queries where positions are split over devices, which share the causal mask out evenly.
+# Custom calls that multiply nothing: they allocate, reinterpret or move arrays, or begin and end a transfer.
+WITHOUT_PRODUCTS = frozenset(
+    (
+        "AllocateBuffer",
+        "ApproxTopK",
+        "AssumeGatherIndicesInBound",
+        "AsyncCollectiveDone",
+        "AsyncCollectiveStart",
+        "ConcatBitcast",
+        "GatherScatterIndicesBitpacked",
+        "LayoutConstraint",
+        "MoveToDevice",
+        "MoveToHost",
+        "PadToStatic",
+        "PartialReduce",
+        "PrepareAsyncCallDone",
+        "PrepareAsyncCallStart",
+        "SetBound",
+        "Sharding",
+        "SliceBitcast",
+        "SliceToDynamic",
+        "TopK",
+        "annotate_device_placement",
+    )
+)
+
+
+# Custom kernels of which the same is true.
+_ONLY_INDICES = "ragged-dot-metadata"
+
+
+class Kernel(NamedTuple):
+    """What one call of a custom kernel costs, from the shapes of its operands.
+
+    Attributes:
+      name: as 'splash_mha_fwd_segmented' or 'gmm'.
+      flops: of its matrix products.
+      bytes: that it moves to and from HBM, by the kernel's own statement; 0 = it states none.
     """
-    if op.opcode != "custom-call" or "tpu_custom_call" not in op.text or "splash" not in op.text:
-        return 0.0
+
+    name: str
+    flops: float
+    bytes: float
+
+
+def kernels(program: Program, where: str, op: Op, experts: int = 0, lanes: int = 1) -> list[Kernel]:
+    """The custom kernels in one op, those inside a fusion included: splash attention, and grouped products, megablox's
+    and those that XLA makes of a ragged dot.
+
+    Args:
+      program: of one device.
+      where: the op's computation.
+      op: any op.
+      experts: of the model, over all devices; 0 = it has none. Where they are split over devices a grouped product has
+        room for rows of other devices' experts, which it skips: the router is taken to use all experts alike.
+      lanes: the width of attention heads is filled up to a multiple of this.
+    """
+    called = op.attribute(r"calls=(%[\w.\-]+)")
+    if called:
+        inside = program.computations.get(called, {})
+        return [kernel for each in inside.values() for kernel in kernels(program, called, each, experts, lanes)]
+    if op.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in op.text:
+        return []
+    name, known = kernel_name(op), program.computations[where]
+    operands = [array for each in op.operands if each in known for array in arrays(known[each].result)]
+    stated = float(op.attribute(r'"bytes_accessed":"(\d+)"') or 0)
+    if name.startswith("splash"):
+        return [Kernel(name, _attention_flops(op, name, operands, lanes), stated)]
+    if name == _ONLY_INDICES:
+        return [Kernel(name, 0.0, stated)]
+    if name in ("gmm", "tgmm") or name.startswith("ragged-dot"):
+        flops, groups = _grouped_flops(op, operands)
+        share = groups / experts if experts else 1.0
+        return [Kernel(name, share * flops, share * stated)]
+    return []
+
+
+def uncounted(program: Program) -> dict[str, int]:
+    """Custom calls whose products nothing here counts: name -> how often they run, loops multiplied out."""
+    found: dict[str, int] = {}
+
+    def look(where: str, op: Op, times: int) -> None:
+        called = op.attribute(r"calls=(%[\w.\-]+)")
+        for each in program.computations.get(called, {}).values():
+            look(called, each, times)
+        target = op.attribute(r'custom_call_target="([^"]*)"') if op.opcode == "custom-call" else ""
+        if not target or target in WITHOUT_PRODUCTS or kernels(program, where, op):
+            return
+        name = f"{target} {kernel_name(op)}" if target == "tpu_custom_call" else target
+        found[name] = found.get(name, 0) + times
+
+    for where, op, times in walk(program):
+        look(where, op, times)
+    return found
+
+
+def kernel_name(op: Op) -> str:
+    """Of a Pallas kernel: the last part of its op_name, as 'gmm' of '.../jit(gmm)/pallas_call'."""
+    path = op.attribute(r'op_name="([^"]*)"').removesuffix("/pallas_call")
+    name = path.rpartition("/")[2] or re.sub(r"\.\d+$", "", op.name.removeprefix("%"))
+    return re.sub(r"^jit\((.*)\)$", r"\1", name)
+
+
+def _attention_flops(op: Op, name: str, operands: list[Array], lanes: int) -> float:
+    """Of a splash attention kernel, from its queries [(rows,) heads, length, width] and its schedule of blocks.
+
+    Forward: scores and their sum over values; backward: the four products that these two give, without the scores that
+    it makes again. The width is filled up to a multiple of `lanes`. There are more keys than queries where positions
+    are split over devices, which share the causal mask out evenly.
+
+    A schedule is int8 [.., blocks of queries, blocks of keys], of which the keys forward and the queries backward are
+    as few as the mask allows: all of the row for a causal mask, counted in blocks of 512; fewer for a window, counted
+    in the kernel's own blocks. A mask that hides nothing has none.
+    """
     shapes = [
         array.shape
-        for name in op.operands
-        if name in program.computations[where]
-        for array in arrays(program.computations[where][name].result)
+        for array in operands
         if array.dtype in ("bf16", "f32") and len(array.shape) in (3, 4) and array.shape[-1] >= 32
     ]
     if not shapes:
-        return 0.0
+        raise Unreadable(f"{op.name}: an attention kernel without queries: {op.text[:200]}")
     shapes.sort(key=len, reverse=True)  # a device with one row drops that axis
     *rows, length, width = shapes[0]
     keys = max(shape[-2] for shape in shapes if shape[-1] == width)
     width = math.ceil(width / lanes) * lanes
-    products = 4 if "dkv" in op.attribute(r'op_name="([^"]*)"') else 2
+    is_backward = "dkv" in name
+    products = 4 if is_backward else 2
     blocks = max(keys // 512, 1)
-    return products * 2.0 * math.prod(rows) * length * keys * width * (blocks + 1) / (2 * blocks)
+    share = (blocks + 1) / (2 * blocks)
+    schedule = next((array.shape for array in operands if array.dtype == "s8" and len(array.shape) >= 2), None)
+    block = int(op.attribute(rf"block_{'q_dkv' if is_backward else 'kv'}\W+(\d+)") or 0)
+    if schedule is None:
+        share = 1.0 if any(array.dtype == "s32" and len(array.shape) >= 2 for array in operands) else share
+    elif block:
+        across = (length if is_backward else keys) // block
+        narrow, lines = (schedule[-2], schedule[-1]) if is_backward else (schedule[-1], schedule[-2])
+        if narrow < across:
+            share = sum(min(line * across // lines + 1, narrow) for line in range(lines)) / (lines * across)
+    return products * 2.0 * math.prod(rows) * length * keys * width * share
+
+
+def _grouped_flops(op: Op, operands: list[Array]) -> tuple[float, int]:
+    """Of a grouped product: FLOPs of all its rows, each with one group's kernel, and how many groups it has.
+
+    [rows, in] x [groups, in, out] (or [groups, out, in]) -> [rows, out]; and the gradient of the kernels, [rows, in]
+    and [rows, out] -> [groups, in, out].
+    """
+    result = arrays(op.result)[0].shape
+    floats = [array.shape for array in operands if array.dtype[0] in "bf" or array.dtype == "s8"]
+    flat = [shape for shape in floats if len(shape) == 2]
+    stacked = [shape for shape in floats if len(shape) == 3]
+    if len(result) == 2 and len(flat) == len(stacked) == 1:
+        return 2.0 * math.prod(flat[0]) * result[1], stacked[0][0]
+    if len(result) == 3 and len(flat) == 2 and not stacked:
+        return 2.0 * math.prod(flat[0]) * result[2], result[0]
+    raise Unreadable(f"{op.name}: a grouped product of shapes {floats} -> {result}, which is not known")
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
 
 
 def hbm_bytes(program: Program, where: str, op: Op) -> float:

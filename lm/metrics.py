@@ -65,7 +65,16 @@ METRICS = {
     "pearson": About("Pearson correlation"),
     "spearman": About("Spearman correlation"),
     "exact_match": About("Exact match"),
+    "HasAns_exact": About("Exact match where there is an answer"),
+    "HasAns_f1": About("F1 where there is an answer"),
+    "NoAns_exact": About("Exact match where there is none"),
+    "NoAns_f1": About("F1 where there is none"),
+    "best_exact": About("Exact match at the best threshold"),
+    "best_f1": About("F1 at the best threshold"),
+    "best_exact_thresh": About("Threshold of the best exact match"),
+    "best_f1_thresh": About("Threshold of the best F1"),
     "entity_f1": About("Entity F1"),
+    "entity_f1_strict": About("Entity F1, strict"),
     "entity_precision": About("Entity precision"),
     "entity_recall": About("Entity recall"),
     "mean_score": About("Mean score of the tasks"),
@@ -78,7 +87,9 @@ METRICS = {
     "learning_rate": About("Learning rate"),
     "grad_norm": About("Gradient norm"),
     "tokens_per_second": About("Tokens per second"),
-    "mfu": About("MFU"),
+    "tokens_per_second_a_device": About("Tokens per second and device"),
+    "mfu": About("MFU, attention in full"),
+    "mfu_causal": About("MFU, attention's causal half"),
     "input_bound": About("Input-bound", "share of the time"),
 }
 
@@ -144,18 +155,24 @@ def finalize(sums: Mapping[str, tuple[Any, Any]], objective: str = "clm") -> dic
     return out
 
 
-def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float | None:
+def train_flops_per_token(
+    model: ModelConfig, seq_len: int, vocab_size: int, *, causal_half: bool = False
+) -> float | None:
     """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
 
     N counts the matrices a token is multiplied with: those of the blocks (of the experts it goes through only) and the
     output projection, tied or not, but not the embedding, which is a look-up; norms and biases are left out, being
-    below 0.1%. The second term is the attention scores and their sum over values, not halved for causality, so that
-    figures compare with published ones (PaLM, arXiv:2204.02311, appendix B). The context is seq_len, or the sliding
-    window when that is shorter. Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
+    below 0.1%. The second term is the attention scores and their sum over values. Two conventions are in use: attention
+    in full, not halved for causality (PaLM, arXiv:2204.02311, appendix B), and its causal half, as MaxText has counted
+    since 2025. The context is seq_len, or the sliding window when that is shorter; the causal half of it is the mean
+    number of keys that a position sees, taken as context - context^2 / (2 seq_len), which is seq_len / 2 without a
+    window. Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
 
     Args:
+      model: its sizes.
       seq_len: positions in a row.
       vocab_size: rows of the output projection.
+      causal_half: the second convention; the same as the first for a model whose attention is not causal.
 
     Returns:
       None for a model whose positions do not all go through all layers once, which this does not count: an
@@ -172,7 +189,9 @@ def train_flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> 
     if experts := model.experts[0]:
         mlp = model.experts[1] * mlp + width * experts  # the router
     matrices = model.num_layers * (attention + mlp) + width * vocab_size
-    context = min(seq_len, model.sliding_window or seq_len)
+    context = float(min(seq_len, model.sliding_window or seq_len))
+    if causal_half and model.kind in ("decoder", "prefix_decoder"):
+        context -= context**2 / (2 * seq_len)
     return 6.0 * matrices + 12.0 * model.num_layers * heads * head_dim * context
 
 

@@ -110,7 +110,7 @@ class Monitor:
 
         Args:
           step: steps done.
-          mfu: in [0, 1], or None where the peak is not known.
+          mfu: in [0, 1], attention counted in full; None where the peak is not known.
           input_bound: in [0, 1], the share of the time in which the devices waited for the input; None = not shown.
         """
         if not self._enabled:

@@ -22,7 +22,10 @@ from lm.selection import Selection, trained_part
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
 
 # Panels of the report that come first, in this order.
-FIRST_PANELS = ("loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+FIRST_PANELS = (
+    *("loss", "bits_per_byte", "learning_rate", "grad_norm"),
+    *("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"),
+)
 COLORS = {"train": "#3b6fb6", "eval": "#d9772b"}
 BUCKET_COLORS = {
     "step": "#3f9c6c",
@@ -195,7 +198,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metric
                 marker = "o" if split == "eval" or len(points) == 1 else None
                 style = {"color": color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
                 panel.plot(*zip(*points, strict=True), label=f"{split} {_number(points[-1][1])}", **style)
-        if name in ("tokens_per_second", "mfu"):
+        if name in ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"):
             panel.set_ylim(bottom=0)  # else small jitter looks large
         elif name.endswith("perplexity"):
             panel.set_yscale("log")  # else an untrained model's hides all that follows
@@ -251,6 +254,7 @@ def _tiles(
     wanted = [(f"eval {name.replace('_', ' ')}", last.get(name), about(name).unit) for name in names]
     sizes = ("tokens_per_second", "parameters", "seconds")
     wanted += [(name.replace("_", " "), summary.get(name), "") for name in sizes]
+    wanted += [(about(name).title, summary.get(name), "") for name in ("mfu", "mfu_causal")]
     tiles = [
         f"<div class=tile><b>{_number(value)}</b><span>{html.escape(name)}</span><i>{html.escape(unit)}</i></div>"
         for name, value, unit in wanted

@@ -31,6 +31,7 @@ class Found(NamedTuple):
       fits: in the chip's memory.
       failed: the compiler said nothing of use.
       note: why it does not fit, or what failed.
+      host: bytes of the host's memory that it takes for a chip.
     """
 
     ms: float | None
@@ -38,14 +39,19 @@ class Found(NamedTuple):
     fits: bool
     failed: bool = False
     note: str = ""
+    host: float = 0.0
 
 
 def read(figures: Mapping[str, Any]) -> Found:
     """Of the JSON that `tools/plan.py` writes."""
+    host, of = float(figures.get("host_memory", 0)), float(figures.get("host_capacity", math.inf))
+    if host > of:
+        why = f" for {host / chips.GIB:,.1f} GiB of the host's memory, a chip's share being {of / chips.GIB:,.1f}"
+        return Found(None, 0.0, False, note=why, host=host)
     if not figures.get("fits"):
         why = str(figures.get("why", "its peak is above the chip's memory")).splitlines()[0]
         return Found(None, float(figures.get("hbm_needed") or figures.get("hbm_peak") or 0), False, note=why)
-    return Found(float(figures["estimated_step_ms"]), float(figures["hbm_peak"]), True)
+    return Found(float(figures["estimated_step_ms"]), float(figures["hbm_peak"]), True, host=host)
 
 
 def choose(
@@ -147,10 +153,15 @@ def frontier(found: Mapping[int, Found]) -> list[int]:
     return kept
 
 
+def _on_host(found: Found) -> str:
+    return f", {found.host / chips.GIB:.2f} GiB in the host's memory" if found.host else ""
+
+
 def flag_file(candidate: Candidate, found: Found, usual_flags: str) -> str:
     """A file for --flagfile that sets a candidate; what sets the compiler's flags, where it is not the usual, is said
     in a comment of it."""
-    lines = [f"# {candidate}: an estimated {found.ms:,.1f} ms a step, {found.peak / chips.GIB:.2f} GiB at the peak."]
+    memory = f"{found.peak / chips.GIB:.2f} GiB at the peak{_on_host(found)}"
+    lines = [f"# {candidate}: an estimated {found.ms:,.1f} ms a step, {memory}."]
     if candidate.flags != usual_flags:
         lines.append(f"# Needs the compiler's flags in the environment: LIBTPU_INIT_ARGS='{candidate.flags}'")
     return "\n".join([*lines, *(f"--config.{key}={value}" for key, value in candidate.overrides().items())]) + "\n"

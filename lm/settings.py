@@ -19,8 +19,9 @@ from lm.flags import NEVER_MIB, SCOPED_VMEM_MIB, WINDOWED_FROM_MIB, libtpu, spel
 from lm.models.blocks import REMAT_POLICIES
 from lm.schema import ConfigError
 
-# From the one that keeps most to the one that keeps least. What lies with the host meanwhile is not searched.
-POLICIES = tuple(name for name in REMAT_POLICIES if name != "offload")
+# From the one that keeps most on the chip to the one that keeps least; last, what keeps in the host's memory.
+OFFLOAD = "offload"
+POLICIES = (*(name for name in REMAT_POLICIES if name != OFFLOAD), OFFLOAD)
 # Results of a layer's matmuls that a policy keeps at least; 'none' keeps more. 'core' is the attention kernel's.
 _QKV = ("query", "key", "value")
 _OUTSIDE_MLP = ("core", *_QKV, "out")
@@ -30,6 +31,7 @@ _KEPT = {
     "attention": _OUTSIDE_MLP,
     "qkv": _QKV,
     "full": (),
+    OFFLOAD: (*_OUTSIDE_MLP, "gate", "up"),  # as 'minimal', but in the host's memory
 }
 MATMUL_EFFICIENCY = 0.85  # share of the peak, in the arithmetic only
 _SHORT = {"windowed": "windowed_einsum_mib", "vmem_kib": "scoped_vmem_limit_kib"}  # how flags are shown
@@ -102,10 +104,6 @@ def space(cfg: Config, where: chips.Topology, flags: Sequence[str], pinned: Coll
     Raises:
       ConfigError: there is none; the config is not of these slices.
     """
-    if cfg.model.remat not in POLICIES and "model.remat" in pinned:
-        raise ConfigError(
-            f"model.remat={cfg.model.remat} with --search: expected one of {', '.join(POLICIES)}, or none"
-        )
     if cfg.mesh.dcn_data != where.slices:
         raise ConfigError(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {where.slices}, the number of slices")
     planned = build.plan(cfg, None)
@@ -231,7 +229,9 @@ def guess(cfg: Config, model: Sizes, where: chips.Topology, one: Candidate) -> G
     """Arithmetic of one setting.
 
     At least taken: the state, and what is kept of the layers for the backward pass. On top come gathered weights,
-    logits and gradients, of which how many are alive at once only the compiler knows.
+    logits and gradients, of which how many are alive at once only the compiler knows. What is kept in the host's memory
+    takes none of the chip's, but has to be copied while the forward and while the backward pass are computed; where the
+    host has too little memory, nothing is enough (`at_least` is infinite).
     """
     over = dict(zip(sharding.AXES, one.mesh, strict=True))
 
@@ -263,6 +263,8 @@ def guess(cfg: Config, model: Sizes, where: chips.Topology, one: Candidate) -> G
             attention += N * 2 * 2 * width_in * tokens * cfg.data.seq_len / 2  # causal
     attention *= 3.5 if "core" in kept else 4.5  # forward, 2.5 times that backward, forward again
     held = tokens / micro * model.item * activations
+    on_host = held - tokens / micro * model.item * layers * model.width if one.remat == OFFLOAD else 0.0
+    held -= on_host
     at_least = state + held + (4 * mine if micro > 1 else 0)
     chunk = min(1.0, (one.chunk_len or cfg.data.seq_len) / (cfg.data.seq_len / over["context"]))
     logits = tokens / micro * chunk * model.vocab / over["tensor"] * (4 + model.item)
@@ -286,6 +288,10 @@ def guess(cfg: Config, model: Sizes, where: chips.Topology, one: Candidate) -> G
     waits += wire(tokens * over["context"] * kv * model.item, over["context"], 3)
     seconds = (products + again) / MATMUL_EFFICIENCY + attention / aot.KERNEL_EFFICIENCY
     seconds /= chip.peak_flops
+    if on_host:
+        one_way = micro * on_host / chip.host_bandwidth  # beside the forward, and beside the backward pass
+        waits += max(0.0, one_way - seconds / 3) + max(0.0, one_way - seconds * 2 / 3)
+        at_least = math.inf if on_host > chip.host_bytes else at_least
     moved = 2 * state + micro * (3 * model.item * gathered + 8 * mine) + 6 * tokens * model.item * activations
     return Guess(at_least, peak, 1e3 * (max(seconds, gathers) + moved / chip.hbm_bandwidth + waits))
 
@@ -296,14 +302,17 @@ def _tensor(parts: Callable[[str | None], int], axis: str | None) -> int:
 
 
 def keeps_more(one: Candidate, other: Candidate) -> bool:
-    """Whether `one` needs no less memory than `other` does: all the same, but more kept, or at once."""
+    """Whether `one` needs no less memory than `other` does: all the same, but more kept on the chip, or at once."""
 
     def chunk(each: Candidate) -> float:
         return each.chunk_len or math.inf
 
+    def place(each: Candidate) -> int:
+        return POLICIES.index(each.remat)
+
     return (
         (one.mesh, one.flags) == (other.mesh, other.flags)
-        and POLICIES.index(one.remat) <= POLICIES.index(other.remat)
+        and (one.remat == other.remat or (OFFLOAD not in (one.remat, other.remat) and place(one) <= place(other)))
         and one.micro_batches == other.micro_batches
         and chunk(one) >= chunk(other)
     )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.chips import RING
@@ -67,14 +68,34 @@ def mesh_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
-    fixed = cfg.dcn_data * cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
-    data = num_devices // fixed if cfg.data == -1 else cfg.data
-    if fixed * data != num_devices or data < 1:
+    sizes = {name: getattr(cfg, name) for name in ("dcn_data", *AXES)}
+    rest = math.prod(size for name, size in sizes.items() if name != "data")
+    if sizes["data"] == -1:
+        sizes["data"] = num_devices // rest
+    if math.prod(sizes.values()) != num_devices or min(sizes.values()) < 1:
         raise ConfigError(
             f"mesh data={cfg.data} fsdp={cfg.fsdp} expert={cfg.expert} context={cfg.context} tensor={cfg.tensor} "
             f"dcn_data={cfg.dcn_data} does not fit {num_devices} devices: their product must be {num_devices}"
+            f"{_sizes_that_would_do(cfg, num_devices)}"
         )
-    return cfg.dcn_data, data, cfg.fsdp, cfg.expert, cfg.context, cfg.tensor
+    return tuple(sizes.values())
+
+
+def _sizes_that_would_do(cfg: MeshConfig, num_devices: int) -> str:
+    """Example, 8 devices, data=-1 and tensor=3: '; with the others as they are, mesh.tensor=1, 2, 4, 8 would do'."""
+    given = {name: getattr(cfg, name) for name in ("dcn_data", *AXES) if getattr(cfg, name) > 0}
+    found = []
+    for name in AXES:
+        left, rest = divmod(num_devices, math.prod(size for other, size in given.items() if other != name))
+        if left and not rest:
+            smaller = range(1, left + 1) if cfg.data == -1 and name != "data" else ()  # the rest is data's
+            found.append(f"mesh.{name}={', '.join(str(n) for n in smaller if left % n == 0) or left}")
+    if found:
+        return f"; with the others as they are, {' or '.join(found)} would do"
+    if num_devices % cfg.dcn_data:
+        return f"; mesh.dcn_data={cfg.dcn_data}, the number of slices, does not divide them"
+    sizes = dict.fromkeys(AXES, 1) | {"fsdp": num_devices // cfg.dcn_data}
+    return f"; {' '.join(f'mesh.{name}={size}' for name, size in sizes.items())} would do"
 
 
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -89,12 +110,12 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "tpu" and dcn != slices:
         raise ConfigError(f"mesh.dcn_data={dcn}: expected {slices}, the number of slices")
+    # A physical axis may be split where no other assignment is found, as JAX's own `make_mesh` does on v5e only.
     if slices == 1:  # CPUs and GPUs are numbered process by process: the outermost axis has whole ones
-        grid = jax.make_mesh((dcn * sizes[0], *sizes[1:]), AXES, axis_types=auto, devices=devices).devices
+        grid = mesh_utils.create_device_mesh((dcn * sizes[0], *sizes[1:]), devices, allow_split_physical_axes=True)
     else:
-        from jax.experimental import mesh_utils
-
-        grid = mesh_utils.create_hybrid_device_mesh(sizes, (dcn, *[1] * len(sizes[1:])), devices)
+        dcn_sizes = (dcn, *[1] * len(sizes[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(sizes, dcn_sizes, devices, allow_split_physical_axes=True)
     if max(sizes) == math.prod(sizes):
         grid = np.concatenate([_as_ring(one) for one in np.split(grid, slices)])
     return Mesh(grid, AXES, axis_types=auto)

@@ -77,6 +77,43 @@ def collectives(program: Program, mesh: Mapping[str, int] | None = None) -> list
     return found
 
 
+class HostCopy(NamedTuple):
+    """A copy between a chip and its host's memory: which `way` ('to_host' or 'from_host'), its bytes, whether
+    computation may go on meanwhile."""
+
+    way: str
+    bytes: int
+    is_async: bool
+
+
+_ON_HOST = "S(5)"  # in the layout of an array that lies in the host's memory
+_COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+
+
+def host_copy(program: Program, where: str, op: Op) -> HostCopy | None:
+    """What an op copies to or from the host's memory: a slice of a stack there, or all of an array; None = nothing."""
+    opcode = op.opcode.removesuffix("-start")
+    if opcode not in _COPIES:
+        return None
+    known = program.computations[where]
+    types = [op.result, *(known[name].result for name in op.operands if name in known)]
+    if not any(_ON_HOST in each for each in types):
+        return None
+    piece = min(array.bytes for each in types for array in hlo.arrays(each) if array.shape)
+    is_written = _ON_HOST in op.result.lstrip("(").partition("]")[2].partition("}")[0]
+    to_host = opcode == "dynamic-update-slice" or (opcode == "copy" and is_written)
+    return HostCopy("to_host" if to_host else "from_host", piece, op.opcode.endswith("-start"))
+
+
+def host_copies(program: Program) -> dict[str, int]:
+    """Bytes of one run that go to and from the host's memory, loops multiplied out: 'to_host' and 'from_host'."""
+    total = {"to_host": 0, "from_host": 0}
+    for where, op, times in hlo.walk(program):
+        if copy := host_copy(program, where, op):
+            total[copy.way] += times * copy.bytes
+    return total
+
+
 def is_between_slices(op: Op, opcode: str) -> bool:
     """Whether an op is that ('send', 'recv-done', …) of a transfer over the data-centre network."""
     return op.opcode == opcode and "xla_megascale_runtime" in op.text

@@ -303,12 +303,11 @@ def observe(
             "optim.clip_norm, or look at the examples with tools/inspect_batch.py"
         )
     tokens_per_second = rate.update(done)
-    mfu, values["input_bound"] = rate.mfu(tokens_per_second), rate.input_bound
-    watch.progress(done, values["loss"], tokens_per_second, mfu, rate.input_bound)
+    utilisation, values["input_bound"] = rate.utilisation(tokens_per_second), rate.input_bound
+    watch.progress(done, values["loss"], tokens_per_second, utilisation.get("mfu"), rate.input_bound)
     if is_due(done, run.cfg.monitor.log_every_steps) or done == run.total_steps:
         values["tokens_per_second"] = tokens_per_second
-        values |= {"mfu": mfu} if mfu is not None else {}
-        watch.log(done, "train", values | metrics.finalize(sums, run.cfg.objective))
+        watch.log(done, "train", values | utilisation | metrics.finalize(sums, run.cfg.objective))
 
 
 def in_words(values: dict[str, float], cfg: Config) -> str:
@@ -387,6 +386,7 @@ def summarise(
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": watch.goodput(),
         "input_bound": rate.overall_input_bound(),
+        **rate.utilisation(rate.overall(done)),
         **({"sources": build.consumed(run, example, stream)} if len(run.data.sources) > 1 else {}),
     }
 
@@ -402,10 +402,13 @@ class Throughput:
 
     def __init__(self, run: build.Run, start: int, watch: monitor.Monitor):
         self.tokens_per_step, self.input_bound = run.cfg.data.batch_size * run.cfg.data.seq_len, 0.0
-        self._flops = None  # known where each position is computed once and predicts a token
+        self._flops: dict[str, float | None] = {}  # known where each position is computed once and predicts a token
         if run.tokenizer and build.predicts_tokens(run.cfg):
             size = run.tokenizer.vocab_size
-            self._flops = metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, size)
+            self._flops = {
+                name: metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, size, causal_half=half)
+                for name, half in (("mfu", False), ("mfu_causal", True))
+            }
         self._run, self._start, self._watch = run, start, watch
         self._began = self._last = (start, *self._busy())
 
@@ -434,7 +437,11 @@ class Throughput:
         """In [0, 1], since this process began the loop."""
         return self._since(self._began, 0)[1]
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation, or None where the device's peak is not known."""
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation, attention counted in full ('mfu') and its causal half ('mfu_causal'), and tokens a
+        second of a device; nothing where the device's peak is not known."""
         devices = self._run.mesh.devices
-        return metrics.mfu(tokens_per_second, self._flops, devices.flat[0].device_kind, devices.size)
+        kind, count = devices.flat[0].device_kind, devices.size
+        found = {name: metrics.mfu(tokens_per_second, flops, kind, count) for name, flops in self._flops.items()}
+        known = {name: value for name, value in found.items() if value is not None}
+        return known | ({"tokens_per_second_a_device": tokens_per_second / count} if known else {})

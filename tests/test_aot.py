@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,14 +32,14 @@ SMALL = {
 }
 
 
-def plan(tmp_path, *arguments, code=0, **changes):
+def plan(tmp_path, *arguments, code=0, seconds=300, **changes):
     """(figures, program, what was printed) of tools/plan.py on the benchmark's recipe, made small."""
     files = [tmp_path / "plan.json", tmp_path / "program.txt"]
     keys = [f"--config.{key}={value}" for key, value in (SMALL | changes).items()]
     command = [sys.executable, "tools/plan.py", "--config=configs/bench/v5e16_124m.py", "--topology=v5e:2x2"]
     command += [*keys, *arguments, f"--json={files[0]}", f"--dump_hlo={files[1]}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=seconds)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
     figures = json.loads(files[0].read_text()) if files[0].exists() else {}
     return figures, files[1].read_text() if files[1].exists() else "", done.stdout + done.stderr
@@ -171,6 +172,41 @@ def test_what_does_not_fit_is_an_answer(tmp_path):
     assert f"{4 * 16_384}, {LENGTH}" in found["why"], "the arrays that are too large are named"
 
 
+def analysis(**sizes):
+    """What `compiled.memory_analysis()` says, in bytes; 0 where nothing is said."""
+    parts = ("argument", "output", "alias", "temp")
+    names = [f"{host}{part}_size_in_bytes" for host in ("", "host_") for part in parts]
+    return SimpleNamespace(
+        **dict.fromkeys([*names, "peak_memory_in_bytes"], 0) | {f"{k}_in_bytes": v for k, v in sizes.items()}
+    )
+
+
+def test_the_hosts_memory_is_not_the_chips():
+    """An offloaded step's peak is of both together; what is laid out on the chip alone is known beside it."""
+    chip = {"argument_size": 5, "output_size": 4, "alias_size": 3, "temp_size": 20}
+    assert aot.memory(analysis(**chip, peak_memory=22)) == {"arguments": 5, "temporaries": 20, "peak": 22, "host": 0}
+    host = {"host_temp_size": 80, "host_argument_size": 2, "host_output_size": 7, "host_alias_size": 6}
+    found = aot.memory(analysis(**chip, **host, peak_memory=100))
+    assert found == {"arguments": 5, "temporaries": 20, "peak": 5 + 1 + 20, "host": 80 + 2 + 1}
+    assert aot.memory(analysis(**chip, **host, peak_memory=24))["peak"] == 24
+
+
+@pytest.mark.parametrize(
+    ("compiled", "is_possible"), [(100.0, True), (99.0, True), (97.0, False), (20.0, False), (180.0, True)]
+)
+def test_a_ratio_that_cannot_be_is_refused(compiled, is_possible):
+    """100 FLOPs are needed with attention's causal half; what a mask hides may be missing of the 110 in full."""
+    lowered = SimpleNamespace(needed_flops=100.0, model_flops=110.0)
+    if is_possible:
+        aot.check_ratio(lowered, compiled)
+    else:
+        with pytest.raises(
+            aot.ImpossibleRatio, match=f"{compiled:.4g} FLOPs .* fewer than the 100 .* cannot be above 1"
+        ):
+            aot.check_ratio(lowered, compiled)
+    aot.check_ratio(SimpleNamespace(needed_flops=None), compiled)
+
+
 def test_the_compilers_own_report_is_read():
     """In the form in which XLA lists allocations."""
     report = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
@@ -192,6 +228,66 @@ def test_the_memory_needed_is_read_of_both_forms_of_refusal():
     assert aot._needed(used, 2.0**30) == pytest.approx(17.32 * 2**30)
     assert aot._needed(beside, 2.0**30) == pytest.approx(30.03 * 2**30)
     assert aot._needed("something else", 2.0**30) == 0
+
+
+def step_flops(layers, width, heads, kv_heads, inner, vocab, length, experts, choices):
+    """FLOPs of one position of a training step with remat 'full', by hand: everything of a layer is multiplied once
+    forward, once again for the backward pass, and twice there. Splash attention leaves out the blocks of 512 above the
+    diagonal, and its backward pass has four products to the forward's two."""
+    head = width // heads
+    projections = 2 * width * head * (2 * heads + 2 * kv_heads)
+    experts_mlp = choices * 3 * 2 * width * inner + 2 * width * experts
+    blocks = max(length // 512, 1)
+    product = 2 * heads * head * length * (blocks + 1) / (2 * blocks)
+    forward, backward = projections + experts_mlp + 2 * product, 2 * (projections + experts_mlp) + 4 * product
+    return layers * (forward + forward + backward) + 3 * 2 * width * vocab
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("expert", [1, 2])
+def test_experts_count_with_the_rows_that_go_through_them(tmp_path, expert):
+    """Also where devices share experts, and have room for each other's rows; micro-batches and layers are loops."""
+    changes = {"model.experts": "(8, 2)", "model.remat": "full", "mesh.fsdp": CHIPS // expert, "mesh.expert": expert}
+    found, program, said = plan(tmp_path, **changes, **{"train.micro_batches": 2})
+    by_hand = step_flops(LAYERS, WIDTH, 2, 2, INNER, VOCAB, LENGTH, 8, 2) * ROWS * LENGTH / CHIPS
+    assert found["hlo_flops"] == pytest.approx(by_hand, rel=0.02)
+    assert "gmm" in program and found["not_counted"] == {} and 0.7 < found["model_over_hlo_flops"] < 0.8
+    assert sum(found["estimated_ms"][name] for name in ("matmul", "kernel")) > by_hand / 197e12 * 1e3
+    assert found["estimated_mfu_causal"] < found["estimated_mfu"] and "attention's causal half" in said
+    rate = found["tokens_per_step"] / CHIPS / found["estimated_step_ms"] * 1e3
+    assert found["estimated_tokens_per_second_a_chip"] == pytest.approx(rate, rel=0.01)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_is_offloaded_lies_with_the_host(tmp_path):
+    """All matmuls of a layer but the last, in bfloat16, and what the attention kernel needs of its sums."""
+    found, _, said = plan(tmp_path, **{"model.remat": "offload", "data.seq_len": 1024})
+    tokens = ROWS * 1024 / CHIPS
+    kept = LAYERS * tokens * 2 * (5 * WIDTH + 2 * INNER)
+    assert kept <= found["host_memory"] < 1.05 * kept
+    for way in ("to_host", "from_host"):
+        assert kept <= found["host_copies"][way] < 1.05 * kept
+    assert found["fits"] and found["hbm_peak"] <= found["hbm_arguments"] + 1.1 * found["hbm_temporaries"]
+    copied = 1e3 * sum(found["host_copies"].values()) / chips.CHIPS["v5e"].host_bandwidth
+    assert found["estimated_ms"]["host"] + found["estimated_ms"]["host_hidden"] == pytest.approx(copied, rel=0.01)
+    assert "memory of its host" in said and "of 64.00 GiB" in said
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_mixtral_on_a_mesh_that_splits_the_axes_of_the_slice(tmp_path):
+    """fsdp=32 x expert=8 on 16x16, Mixtral 8x7B's shape: its FLOPs as arithmetic has them."""
+    changes = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "mlp_dim": 14336}
+    sizes = {f"model.{key}": value for key, value in changes.items()} | {"model.vocab_size": 32_000}
+    sizes |= {"tokenizer.vocab_size": 32_000, "data.seq_len": 4096, "data.batch_size": 1024, "loss.chunk_len": 512}
+    sizes |= {"model.experts": "(8, 2)", "model.remat": "full", "mesh.fsdp": 32, "mesh.expert": 8}
+    found, _, _ = plan(tmp_path, "--topology=v6e:16x16", seconds=3000, **sizes)
+    by_hand = step_flops(32, 4096, 32, 8, 14336, 32_000, 4096, 8, 2) * 4 * 4096
+    assert found["hlo_flops"] == pytest.approx(by_hand, rel=0.02)
+    assert sum(found["estimated_ms"][name] for name in ("matmul", "kernel")) > by_hand / 918e12 * 1e3
+    assert found["mesh"]["fsdp"] == 32 and found["mesh"]["expert"] == 8
 
 
 @pytest.mark.slow

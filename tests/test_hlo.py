@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -70,6 +71,130 @@ ENTRY %main (q: bf16[8,{queries},64], k: bf16[2,4096,64]) -> bf16[8,{queries},64
 """  # noqa: E501
     below = 8 * 512**2 * blocks * (blocks + 1) / 2 * queries / 4096
     assert hlo.flops(hlo.parse(text)) == products * 2 * 64 * below
+
+
+def kernel(name, operands, result, more=""):
+    """One call of a custom kernel in a loop of 3 turns inside one of 2, as two layers' scan inside of micro-batches."""
+    names = [f"%a.{i}" for i in range(len(operands))]
+    made = "\n".join(
+        f"  {n} = {shape} parameter({i})" for i, (n, shape) in enumerate(zip(names, operands, strict=True))
+    )
+    call = f'custom-call({", ".join(names)}), custom_call_target="tpu_custom_call"{more}'
+    three, two = ('backend_config={"known_trip_count":{"n":"' + n + '"}}' for n in "32")
+    return f"""
+%condition (c: s32[]) -> pred[] {{
+  ROOT %less = pred[] constant(true)
+}}
+
+%inner (p: s32[]) -> s32[] {{
+  %p = s32[] parameter(0)
+{made}
+  %call.1 = {result} {call}, metadata={{op_name="jit(train_step)/while/body/layers/{name}/pallas_call"}}
+  ROOT %next = s32[] copy(%p)
+}}
+
+%outer (q: s32[]) -> s32[] {{
+  %q = s32[] parameter(0)
+  ROOT %loop.1 = s32[] while(%q), condition=%condition, body=%inner, {three}
+}}
+
+ENTRY %main (x: s32[]) -> s32[] {{
+  %x = s32[] parameter(0)
+  ROOT %loop.2 = s32[] while(%x), condition=%condition, body=%outer, {two}
+}}
+"""
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer", "groups"), [(1024, 256, 512, 8), (512, 128, 384, 3)])
+def test_flops_of_grouped_products_are_those_of_each_row_with_one_kernel(rows, inner, outer, groups):
+    """megablox's: of the rows by the kernels, or by the kernels transposed, and of the kernels' gradient; and XLA's, of
+    a ragged dot."""
+    sizes = ["s32[9]{0}", "s32[71]{0}", "s32[71]{0}", "s32[1]{0}"]
+    into, out = f"bf16[{rows},{inner}]{{1,0}}", f"bf16[{rows},{outer}]{{1,0}}"
+    widening, narrowing = (f"bf16[{groups},{a},{b}]{{2,1,0}}" for a, b in ((inner, outer), (outer, inner)))
+    calls = [("jit(gmm)", [into, widening], out), ("jit(gmm)", [into, narrowing], out)]
+    calls += [("jit(tgmm)", [into, out], widening), ("ragged-dot-none", [into, widening], out)]
+    for name, operands, result in calls:
+        program = hlo.parse(kernel(name, sizes + operands, result))
+        once = 2 * rows * inner * outer
+        assert hlo.flops(program) == hlo.flops(program, groups) == 2 * 3 * once, name
+        assert hlo.flops(program, 4 * groups) == 2 * 3 * once / 4, "the rows of experts elsewhere are skipped"
+        assert hlo.uncounted(program) == {}
+
+
+def test_a_grouped_product_of_shapes_that_are_not_known_is_no_silent_zero():
+    with pytest.raises(ValueError, match="a grouped product of shapes"):
+        hlo.flops(hlo.parse(kernel("jit(gmm)", ["bf16[8,8]{1,0}"], "bf16[8,8]{1,0}")))
+
+
+def test_custom_calls_that_nothing_counts_are_named():
+    program = hlo.parse(kernel("jit(my_kernel)", ["bf16[8,8]{1,0}"], "bf16[8,8]{1,0}"))
+    assert hlo.flops(program) == 0 and hlo.uncounted(program) == {"tpu_custom_call my_kernel": 6}
+    indices = hlo.parse(kernel("ragged-dot-metadata", ["s32[8]{0}"], "s32[24]{0}"))
+    assert hlo.flops(indices) == 0 and hlo.uncounted(indices) == {}
+    for target, counted in (("Eigh", False), ("AllocateBuffer", True), ("ConcatBitcast", True)):
+        text = kernel("x", ["f32[8,8]{1,0}"], "f32[8,8]{1,0}").replace("tpu_custom_call", target)
+        assert hlo.uncounted(hlo.parse(text)) == ({} if counted else {target: 6})
+
+
+def test_a_kernel_inside_of_a_fusion_counts():
+    text = """
+%fused (p: bf16[512,128], k: bf16[4,128,256]) -> bf16[512,256] {
+  %p = bf16[512,128]{1,0} parameter(0)
+  %k = bf16[4,128,256]{2,1,0} parameter(1)
+  ROOT %c = bf16[512,256]{1,0} custom-call(%p, %k), custom_call_target="tpu_custom_call", metadata={op_name="a/jit(gmm)/pallas_call"}
+}
+
+ENTRY %main (p: bf16[512,128], k: bf16[4,128,256]) -> bf16[512,256] {
+  %p = bf16[512,128]{1,0} parameter(0)
+  %k = bf16[4,128,256]{2,1,0} parameter(1)
+  ROOT %f = bf16[512,256]{1,0} fusion(%p, %k), kind=kCustom, calls=%fused
+}
+"""  # noqa: E501
+    assert hlo.flops(hlo.parse(text)) == 2 * 512 * 128 * 256
+    assert hlo.uncounted(hlo.parse(text.replace("jit(gmm)", "other"))) == {"tpu_custom_call other": 1}
+
+
+BLOCKS = """, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"block_kv\\": 512, \\"block_q_dkv\\": 512, \\"block_kv_dkv\\": 512}"
+}}"""
+
+
+@pytest.mark.parametrize("phase", ["fwd", "dkv"])
+@pytest.mark.parametrize(("window", "width"), [(512, 2), (1024, 3), (0, 8), (None, None)])
+def test_attention_kernels_count_what_their_mask_lets_through(phase, window, width):
+    """Rows of 4,096 in blocks of 512; window 0 = causal and nothing else, None = all see all. By the mask itself."""
+    length, block = 4096, 512
+    small, tile = length // 8, block // 8  # the same mask drawn smaller
+    query, key = np.arange(small)[:, None], np.arange(small)[None, :]
+    seen = np.ones((small, small), bool) if window is None else key <= query
+    if window:
+        seen &= query - key < window // 8
+    touched = seen.reshape(small // tile, tile, small // tile, tile).any(axis=(1, 3)).sum()
+    schedule = (width, 8) if phase == "dkv" else (8, width)
+    operands = [] if window is None else [f"s8[1,{schedule[0]},{schedule[1]}]{{2,1,0}}"] * 2
+    operands += [f"bf16[2,{length},64]{{2,1,0}}"] * 3 + [f"s32[{length},128]{{1,0}}", f"s32[8,{length}]{{1,0}}"]
+    text = kernel(f"splash_mha_{phase}_segmented", operands, f"bf16[2,{length},64]{{2,1,0}}", BLOCKS)
+    products = {"fwd": 2, "dkv": 4}[phase]
+    assert hlo.flops(hlo.parse(text)) == 2 * 3 * products * 2 * 2 * 64 * block**2 * touched
+
+
+@pytest.mark.parametrize("is_gradient", [False, True])
+def test_flops_of_a_ragged_dot(is_gradient):
+    """As `jax.lax.ragged_dot` is written: rows by their groups' kernels, and the kernels' gradient."""
+    left, right = "bf16[96,32]{1,0}", "bf16[96,48]{1,0}" if is_gradient else "bf16[4,32,48]{2,1,0}"
+    result = "bf16[4,32,48]{2,1,0}" if is_gradient else "bf16[96,48]{1,0}"
+    over = 0 if is_gradient else 1
+    dims = f"lhs_contracting_dims={{{over}}}, rhs_contracting_dims={{{over}}}, lhs_ragged_dims={{0}}"
+    text = f"""
+ENTRY %main (x: bf16[96,32]) -> {result.partition("{")[0]} {{
+  %x = {left} parameter(0)
+  %y = {right} parameter(1)
+  %g = s32[4]{{0}} parameter(2)
+  ROOT %r = {result} ragged-dot(%x, %y, %g), {dims}{"" if is_gradient else ", rhs_group_dims={0}"}
+}}
+"""
+    assert hlo.flops(hlo.parse(text)) == 2 * 96 * 32 * 48
 
 
 @pytest.mark.parametrize(("begin", "steps", "turns"), [(0, 1, 10), (0, 3, 4), (0, 10, 1), (1, 1, 9), (1, 4, 3)])

@@ -1,13 +1,14 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import metrics, objectives
+from lm import metrics, objectives, train
 from lm.config import Config, DataConfig, ModelConfig
 
 
@@ -80,6 +81,37 @@ def test_train_flops_of_grouped_heads_gate_and_window():
     matrices = 2 * (384 + 96 + 480) + 8 * 50
     assert metrics.train_flops_per_token(model, seq_len=16, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 5
     assert metrics.train_flops_per_token(model, seq_len=3, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 3
+
+
+@pytest.mark.parametrize(("window", "seen"), [(0, 128.5), (64, 64 - 64 * 63 / 2 / 256), (500, 128.5)])
+def test_the_causal_half_counts_the_keys_that_a_position_sees(window, seen):
+    """Up to one key: the diagonal is counted as half."""
+    model = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, sliding_window=window)
+    flops = functools.partial(metrics.train_flops_per_token, seq_len=256, vocab_size=100)
+    matrices = flops(model) - 12 * 3 * 8 * min(256, window or 256)
+    half = flops(model, causal_half=True)
+    assert half - matrices == pytest.approx(12 * 3 * 8 * seen, abs=12 * 3 * 8)
+    if not 0 < window < 256:
+        assert half - matrices == 12 * 3 * 8 * 128
+    both_ways = dataclasses.replace(model, kind="encoder")
+    assert flops(both_ways, causal_half=True) == flops(both_ways) == flops(model)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocab", "seq_len", "tokens", "published"),
+    [
+        ({"mlp_dim": 14336}, 128_256, 8192, 7207, 0.455),  # Llama-3.1-8B
+        ({"mlp_dim": 14336, "experts": (8, 2)}, 32_000, 4096, 3899, 0.352),  # Mixtral 8x7B
+    ],
+)
+def test_mfu_as_maxtext_published_it_for_v6e(sizes, vocab, seq_len, tokens, published):
+    """Tokens a second of a chip and MFU, both as published: they agree with attention counted in full."""
+    model = ModelConfig(num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8, mlp="swiglu", **sizes)
+    full, half = (
+        metrics.mfu(tokens, metrics.train_flops_per_token(model, seq_len, vocab, causal_half=h), "TPU v6 lite", 1)
+        for h in (False, True)
+    )
+    assert full == pytest.approx(published, abs=0.001) and half < published - 0.01
 
 
 def test_train_flops_count_the_experts_that_a_token_goes_through():
@@ -156,3 +188,14 @@ def test_what_is_known_of_a_metric(name, objective, title, unit, gain):
     found = metrics.about(name, objective, ("sst2/0", "sst2/1", "stsb/"))
     assert (found.title, found.unit) == (title, unit)
     assert metrics.gain(name, 1.0) == gain
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [("TPU v6 lite", True), ("cpu", False)])
+def test_training_reports_both_conventions_and_the_speed_of_a_device(kind, is_known):
+    """Four devices of 918 TFLOP/s; nothing where the peak is not known."""
+    rate = object.__new__(train.Throughput)
+    rate._flops = {"mfu": 2e9, "mfu_causal": 1e9}
+    rate._run = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 4)))
+    want = {"mfu": 1.0, "mfu_causal": 0.5, "tokens_per_second_a_device": 459e3}
+    assert rate.utilisation(4 * 459e3) == (want if is_known else {})
+    assert "in full" in metrics.METRICS["mfu"].title and "causal half" in metrics.METRICS["mfu_causal"].title

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -49,10 +50,15 @@ def made(remat="minimal", mesh=(1, 4, 1, 1, 1), micro=1, chunk=0, flags=""):
     return Candidate(mesh, remat, micro, chunk, flags)
 
 
+ON_CHIP = tuple(policy for policy in settings.POLICIES if policy != "offload")
+
+
 def test_what_a_policy_keeps_is_known_of_all_of_them_and_ever_less():
-    assert tuple(settings._KEPT) == settings.POLICIES == tuple(name for name in REMAT_POLICIES if name != "offload")
-    kept = [set(settings._KEPT[policy]) for policy in settings.POLICIES]
+    assert tuple(settings._KEPT) == settings.POLICIES == (*ON_CHIP, "offload")
+    assert {*settings.POLICIES} == {*REMAT_POLICIES}
+    kept = [set(settings._KEPT[policy]) for policy in ON_CHIP]
     assert all(more >= less for more, less in itertools.pairwise(kept))
+    assert settings._KEPT["offload"] == settings._KEPT["minimal"], "only elsewhere"
 
 
 def test_settings_fit_the_chips_and_leave_the_batch_alone(small):
@@ -119,11 +125,28 @@ def test_arithmetic_of_experts_by_hand():
     assert times[0] - times[1] == pytest.approx(1e3 * (router + more), rel=0.1)
 
 
-def test_what_lies_with_the_host_is_not_searched(small):
-    cfg = dataclasses.replace(small[0], model=dataclasses.replace(small[0].model, remat="offload"))
-    with pytest.raises(ConfigError, match=r"model\.remat=offload with --search: expected one of none, minimal"):
-        settings.space(cfg, small[1], [""], ["model.remat"])
-    assert {one.remat for one in settings.space(cfg, small[1], [""])} == set(settings.POLICIES)
+def test_what_lies_with_the_host_takes_none_of_the_chip_and_is_copied(small):
+    """As much as 'minimal' keeps but the layers' inputs, both ways; what takes longer than the computation is waited
+    for. A host that has too little memory holds nothing."""
+    cfg, where, candidates, _ = small
+    assert any(one.remat == "offload" for one in candidates)
+    model = settings.sizes(cfg)
+    kept = LENGTH * SMALL["data.batch_size"] / 4 * SMALL["model.num_layers"] * 2
+    kept *= 5 * SMALL["model.embed_dim"] + 2 * SMALL["model.mlp_dim"]
+
+    def guess(remat, bandwidth=1e30, memory=1e30):
+        chip = where.chip._replace(host_bandwidth=bandwidth, host_bytes=memory)
+        return settings.guess(cfg, model, where._replace(chip=chip), made(remat))
+
+    minimal, offload, full = guess("minimal"), guess("offload"), guess("full")
+    assert offload.at_least == full.at_least == minimal.at_least - kept
+    assert offload.ms == pytest.approx(minimal.ms)
+    slow = kept / 1e-3  # a millisecond each way
+    assert 0 < guess("offload", slow).ms - minimal.ms < 2
+    assert guess("offload", slow / 1e6).ms - minimal.ms == pytest.approx(2e6, rel=1e-3)
+    assert math.isinf(guess("offload", memory=kept - 1).at_least) and guess("offload", memory=kept) == offload
+    pinned = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="offload"))
+    assert {one.remat for one in settings.space(pinned, where, [""], ["model.remat"])} == {"offload"}
 
 
 def test_what_is_pinned_stays_and_what_cannot_be_is_refused(small):
@@ -166,12 +189,14 @@ def test_what_keeps_more_of_the_same_does_not_fit_either():
     assert settings.keeps_more(made(chunk=0), made(chunk=128)) and not settings.keeps_more(
         made(chunk=64), made(chunk=128)
     )
+    assert settings.keeps_more(made("offload", chunk=0), made("offload", chunk=64))
+    assert not settings.keeps_more(made("none"), made("offload")) and not settings.keeps_more(made("offload"), made())
     for other in (made(mesh=(4, 1, 1, 1, 1)), made(flags="--x"), made(micro=2)):
         assert not settings.keeps_more(made("none"), other)
 
 
 def test_the_next_is_the_one_that_may_be_fastest_and_may_fit():
-    candidates = [made(remat, flags=flag) for remat in settings.POLICIES for flag in ("--a", "--b")]
+    candidates = [made(remat, flags=flag) for remat in ON_CHIP for flag in ("--a", "--b")]
     guesses = [
         settings.Guess(peak, peak, ms)
         for peak, ms in zip((20, 12, 8, 6, 4), (100.0, 101.0, 110.0, 120.0, 130.0), strict=True)
@@ -191,15 +216,21 @@ def test_the_next_is_the_one_that_may_be_fastest_and_may_fit():
     too_large = Found(None, 19.0, False)
     assert choose(minimal_a=too_large)[0] != "minimal", "what is measured as too large is too large with other flags"
     assert choose(minimal_a=Found(None, 0.0, False), minimal_b=Found(None, 0.0, False))[0] == "attention"
-    everything = {f"{remat}_{flag}": Found(None, 99.0, False) for remat in settings.POLICIES for flag in "ab"}
+    everything = {f"{remat}_{flag}": Found(None, 99.0, False) for remat in ON_CHIP for flag in "ab"}
     assert choose(**everything) is None
 
 
 def landscape(one):
     """A made-up machine: flags --b are 1.5 times as fast, tensor parallelism is slower than arithmetic says."""
-    ms = {"none": 100, "minimal": 102, "attention": 108, "qkv": 115, "full": 130}[one.remat] * (1 + 0.05 * one.mesh[4])
+    ms = {"none": 100, "minimal": 102, "attention": 108, "qkv": 115, "full": 130, "offload": 140}[one.remat] * (
+        1 + 0.05 * one.mesh[4]
+    )
     ms *= (1.5 if one.flags == "--a" else 1.0) * (1 + 0.02 * (one.micro_batches - 1)) * (1 + (one.chunk_len > 0) / 50)
-    peak = {"none": 20, "minimal": 12, "attention": 8, "qkv": 6, "full": 4}[one.remat] / one.micro_batches * GIB
+    peak = (
+        {"none": 20, "minimal": 12, "attention": 8, "qkv": 6, "full": 4, "offload": 5}[one.remat]
+        / one.micro_batches
+        * GIB
+    )
     return Found(ms, peak, True) if peak <= 16 * GIB else Found(None, peak, False)
 
 
@@ -262,6 +293,10 @@ def test_results_are_read_back():
     unfit = search.read({"fits": False, "hbm_needed": 7.0, "why": "it needs 7G\n  largest"})
     assert unfit == Found(None, 7.0, False, note="it needs 7G")
     assert not search.read({"fits": False, "hbm_peak": 17}).fits
+    host = {"fits": True, "estimated_step_ms": 3.0, "hbm_peak": 5, "host_memory": 7, "host_capacity": 8}
+    assert search.read(host) == Found(3.0, 5.0, True, host=7.0)
+    too_much = search.read(host | {"fits": False, "host_memory": 9 * GIB, "host_capacity": 8 * GIB})
+    assert not too_much.fits and too_much.peak == 0 and "9.0 GiB of the host's memory" in too_much.note
 
 
 @pytest.mark.slow
@@ -305,7 +340,7 @@ def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compile
     cfg = recipe([f"--config.{key}={value}" for key, value in pinned.items()])
     changed = {key for key, (old, new) in config.diff(cfg, winner).items() if old != new}
     assert changed <= {"model.remat"}
-    compiled = dict(re.findall(r"\[\d/2\].* ([\d.]+) GiB.* (none|minimal|attention|qkv|full) ", done.stdout))
+    compiled = dict(re.findall(r"\[\d/2\].* ([\d.]+) GiB.* (none|minimal|attention|qkv|full|offload) ", done.stdout))
     model = settings.sizes(cfg)
     assert len(compiled) == 2
     for peak, remat in compiled.items():

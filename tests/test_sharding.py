@@ -1,6 +1,8 @@
 """The mesh, the rules that say where arrays lie on it, and batches on their way there."""
 
 import dataclasses
+import itertools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -53,8 +55,86 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
     cfg = MeshConfig(**sizes)
     sizes = [f"{axis}={getattr(cfg, axis)}" for axis in (*sharding.AXES, "dcn_data")]
     asked = f"mesh {' '.join(sizes)} does not fit {devices} devices"
-    with pytest.raises(ConfigError, match=f"^{asked}: their product must be {devices}$"):
+    with pytest.raises(ConfigError, match=f"^{asked}: their product must be {devices}; .* would do$|does not divide"):
         sharding.mesh_sizes(cfg, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX's mesh_utils and ours read of a TPU's device."""
+
+    id: int
+    coords: tuple[int, ...]
+    device_kind: str
+    slice_index: int = 0
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+
+def slice_of(kind: str, *shape: int, slices: int = 1) -> list[Chip]:
+    """The devices of TPU slices, the first coordinate running fastest."""
+    places = [at[::-1] for at in itertools.product(*(range(n) for n in (*[1] * (3 - len(shape)), *shape[::-1])))]
+    return [Chip(i, at, kind, number) for number in range(slices) for i, at in enumerate(places, number * len(places))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("TPU v5 lite", (4, 4)),
+        ("TPU v5 lite", (8, 8)),
+        ("TPU v6 lite", (8, 8)),
+        ("TPU v6 lite", (16, 16)),
+        ("TPU v5", (2, 4, 4)),
+        ("TPU v5", (4, 4, 6)),
+    ],
+    ids=str,
+)
+def test_every_factorisation_of_a_slice_is_a_mesh_of_all_its_chips(kind, shape):
+    """Also where an axis of the mesh is a part of an axis of the slice, as fsdp=32 x expert=8 on 16x16."""
+    devices = slice_of(kind, *shape)
+    count = len(devices)
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
+        if count % (fsdp * expert * tensor) == 0:
+            cfg = MeshConfig(data=count // (fsdp * expert * tensor), fsdp=fsdp, expert=expert, tensor=tensor)
+            made = sharding.make_mesh(cfg, devices)
+            assert made.devices.shape == (cfg.data, fsdp, expert, 1, tensor)
+            assert {device.id for device in made.devices.ravel()} == {*range(count)}
+
+
+def test_slices_may_split_their_axes_too():
+    made = sharding.make_mesh(MeshConfig(dcn_data=2, fsdp=32, expert=2), slice_of("TPU v6 lite", 8, 8, slices=2))
+    assert made.devices.shape == (2, 32, 2, 1, 1)
+    for number in range(2):
+        assert {device.slice_index for device in made.devices[number].ravel()} == {number}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 6, 8, 12, 16, 256])
+def test_sizes_that_are_said_to_do_do(devices):
+    refused = 0
+    for data, fsdp, tensor, dcn in itertools.product((-1, 1, 2), (1, 2, 3, 32), (1, 5, 8), (1, 2)):
+        cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, dcn_data=dcn)
+        try:
+            assert np.prod(sharding.mesh_sizes(cfg, devices)) == devices
+        except ConfigError as error:
+            refused += 1
+            offered = str(error).rpartition("; ")[2]
+            if "does not divide" in offered:
+                assert devices % dcn
+                continue
+            named = [
+                (name, [*map(int, sizes.split(", "))])
+                for name, sizes in re.findall(r"mesh\.(\w+)=([\d, ]*\d)", offered)
+            ]
+            assert named, error
+            if "with the others as they are" in offered:
+                changes = [{name: size} for name, sizes in named for size in sizes]
+            else:
+                changes = [{name: size for name, (size,) in named}]
+            for change in changes:
+                sharding.mesh_sizes(dataclasses.replace(cfg, **change), devices)
+    assert refused > 30
 
 
 def test_a_mesh_over_other_slices_than_there_are_is_refused():

@@ -66,3 +66,78 @@ def test_what_slices_send_each_other_is_counted_and_waited_for():
     assert guess.other == pytest.approx(1e3 * copied)
     assert guess.between == pytest.approx(1e3 * (passes * bytes_sent / 3.125e9 - copied))
     assert guess.exposed == guess.hidden == 0
+
+
+OFFLOADED = """HloModule m
+%condition (c: (s32[], bf16[4,8,128], bf16[8,128])) -> pred[] {
+  ROOT %less = pred[] constant(true)
+}
+
+%body (p: (s32[], bf16[4,8,128], bf16[8,128])) -> (s32[], bf16[4,8,128], bf16[8,128]) {
+  %p = (s32[], bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %kept = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} get-tuple-element(%p), index=1
+  %x = bf16[8,128]{1,0} get-tuple-element(%p), index=2
+  %piece = bf16[1,8,128]{2,1,0} bitcast(%x)
+  %up.1 = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,128]{2,1,0}, s32[]), bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%kept, %piece, %i)
+  %other = bf16[8,128]{1,0} copy(%x), backend_config={"estimated_cycles":"15"}
+  %up.2 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice-done(%up.1)
+  %down.1 = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, s32[]), bf16[1,8,128]{2,1,0}, u32[]{:S(2)}) dynamic-slice-start(%kept, %i), dynamic_slice_sizes={1,8,128}
+  %down.2 = bf16[1,8,128]{2,1,0} dynamic-slice-done(%down.1)
+  ROOT %out = (s32[], bf16[4,8,128]{2,1,0:S(5)}, bf16[8,128]{1,0}) tuple(%i, %up.2, %other)
+}
+
+ENTRY %main (s: (s32[], bf16[4,8,128], bf16[8,128])) -> bf16[4,8,128] {
+  %s = (s32[], bf16[4,8,128]{2,1,0:S(5)}, bf16[8,128]{1,0}) parameter(0)
+  %loop = (s32[], bf16[4,8,128]{2,1,0:S(5)}, bf16[8,128]{1,0}) while(%s), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %all = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} get-tuple-element(%loop), index=1
+  ROOT %back = bf16[4,8,128]{2,1,0} copy(%all)
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("chip", "bandwidth"), [("v5e:2x2", 1.6e10), ("v6e:2x2", 3.2e10)])
+def test_copies_to_the_hosts_memory_and_back_are_counted_and_waited_for(chip, bandwidth):
+    """Four slices of a stack go there and come back, and all of it at the end."""
+    program, size = hlo.parse(OFFLOADED), 2 * 8 * 128
+    assert traffic.host_copies(program) == {"to_host": 4 * size, "from_host": 4 * size + 4 * size}
+    where = chips.topology(chip, 1)
+    guess = aot.estimate(program, where)
+    copied = 4 * min(15 / where.chip.clock, 2 * size / where.chip.hbm_bandwidth)  # beside the copies to the host
+    assert guess.other == pytest.approx(1e3 * copied)
+    assert guess.host == pytest.approx(1e3 * (12 * size / bandwidth - copied)) and guess.total > guess.host
+    assert guess.host_hidden == pytest.approx(1e3 * copied)
+    assert traffic.host_copies(hlo.parse(SLICES)) == {"to_host": 0, "from_host": 0}
+
+
+@pytest.mark.parametrize(
+    ("topology", "places", "links"),
+    [
+        ("v5e:16x16", [(x, y, 0) for x in range(16) for y in range(16)], 4),  # all of it, two rings
+        ("v5e:16x16", [(x, 3, 0) for x in range(16)], 2),  # a ring
+        ("v5e:16x16", [(x, 3, 0) for x in range(8)], 1),  # a part of it does not close
+        ("v5e:16x16", [(x, 3, 0) for x in range(0, 16, 2)], 1 / 2),  # every other chip: two groups share the links
+        ("v5e:16x16", [(x, y, 0) for x in range(16) for y in (0, 8)], 2 + 1 / 8),
+        ("v5e:4x4", [(x, y, 0) for x in range(4) for y in range(4)], 2),
+        ("v5p:2x4x4", [(x, y, z) for x in range(2) for y in range(4) for z in range(4)], 3),
+        ("v5p:2x4x4", [(0, y, 1) for y in range(4)], 1),
+        ("v6e:4x4", [(2, 2, 0)], 1),
+    ],
+)
+def test_links_of_a_group_of_chips(topology, places, links):
+    assert chips.topology(topology, 1).links_of(places) == links
+
+
+def test_a_group_on_a_part_of_a_ring_is_slower():
+    text = """HloModule m
+ENTRY %main (a: bf16[1024,128]) -> bf16[8192,128] {
+  %a = bf16[1024,128]{1,0} parameter(0)
+  ROOT %g = bf16[8192,128]{1,0} all-gather(%a), replica_groups=[32,8]<=[256], dimensions={0}
+}
+"""
+    where, mesh = chips.topology("v6e:16x16", 1), {"dcn_data": 1, "data": 1, "fsdp": 32, "expert": 8}
+    sent = 1e3 * 2 * 8192 * 128 * 7 / 8 / 9e10
+    for links in (0.5, 1.0, 2.0):
+        guess = aot.estimate(hlo.parse(text), where, mesh=mesh, links={"expert": links})
+        assert guess.exposed == pytest.approx(sent / links)
+    assert aot.estimate(hlo.parse(text), where).exposed == pytest.approx(sent)

@@ -5,6 +5,7 @@ import time
 
 _BEGAN = time.perf_counter()
 
+import functools
 import itertools
 import os
 import platform
@@ -99,7 +100,8 @@ def measure(
     per_second = statistics.median(tokens / each.wall for each in found["own"])
     is_counted = own.run.tokenizer is not None and build.predicts_tokens(cfg)
     words = own.run.tokenizer.vocab_size if is_counted else 0
-    flops = metrics.train_flops_per_token(cfg.model, cfg.data.seq_len, words) if is_counted else None
+    per_token = functools.partial(metrics.train_flops_per_token, cfg.model, cfg.data.seq_len, words)
+    flops, causal = (per_token(causal_half=half) if is_counted else None for half in (False, True))
     figures: dict[str, Any] = {
         "device": device.device_kind,
         "devices": devices,
@@ -116,6 +118,7 @@ def measure(
         "seconds_of_it": own.seconds,
         "model_flops_per_token": flops,
         "mfu": metrics.mfu(per_second, flops, device.device_kind, devices),
+        "mfu_causal": metrics.mfu(per_second, causal, device.device_kind, devices),
     }
     if flops and figures["mfu"] is None:  # no peak is known: beside what one large matrix product reaches
         ceiling = matmul_flops(jax_product)
@@ -258,7 +261,8 @@ def show(found: dict[str, Any]) -> None:
         "page faults a step": f"{found['page_faults_per_step']:,.0f}",
     }
     if found["mfu"] is not None:
-        rows["MFU"] = f"{found['mfu']:.1%}"
+        rows["MFU, attention in full"] = f"{found['mfu']:.1%}"
+        rows["  attention's causal half"] = f"{found['mfu_causal']:.1%}"
     if "share_of_matmul" in found:
         flops = found["matmul_flops_per_second"] / 1e9
         rows["model FLOP/s of one matmul's"] = f"{found['share_of_matmul']:.1%} of {flops:,.0f} GFLOP/s"

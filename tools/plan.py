@@ -51,8 +51,9 @@ _PLOT = flags.DEFINE_string("plot", "", "Search: PNG to draw, memory against tim
 
 
 LEGEND = """Peak: the most that is alive at once, which not all temporaries are. Estimated are milliseconds of matrix \
-products, of attention kernels, of other passes over memory, of communication that is waited for (exposed; between \
-slices), and of what goes on beside all that (hidden): docs/performance.md."""
+products, of custom kernels (attention, experts), of other passes over memory, of what is waited for: communication \
+(exposed; between slices) and copies to and from the host's memory (host); and of what goes on beside all that \
+(hidden): docs/performance.md."""
 
 
 def main(argv: list[str]) -> None:
@@ -83,9 +84,19 @@ def main(argv: list[str]) -> None:
     if "why" not in found:
         show(found)
     if not found["fits"]:
-        print(f"does not fit: {found.get('why', 'the peak is above the memory of a chip')}")
+        print(f"does not fit: {found.get('why') or too_much(found)}")
         print("less memory: model.remat=full, more train.micro_batches, a loss.chunk_len, a finer mesh; see --search")
         sys.exit(3)
+
+
+def too_much(found: dict[str, Any]) -> str:
+    """Which memory a step that the compiler accepted has too little of."""
+    where = [("hbm_peak", "hbm_capacity", "a chip"), ("host_memory", "host_capacity", "its host, of a chip's share")]
+    return ", and ".join(
+        f"{found[needs] / chips.GIB:,.1f} of {found[has] / chips.GIB:,.1f} GiB of the memory of {what}"
+        for needs, has, what in where
+        if found[needs] > found[has]
+    )
 
 
 @contextlib.contextmanager
@@ -193,26 +204,38 @@ def recipe_path() -> Path:
 def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: chips.Topology) -> dict[str, Any]:
     """All that is known of a compiled step, as JSON takes it. Bytes and FLOPs are of one chip and one step."""
     program = hlo.parse(compiled.text)
-    guess = aot.estimate(program, where)
+    guess = aot.estimate(program, where, mesh=lowered.mesh, links=lowered.links, experts=lowered.experts)
     seconds = guess.total / 1e3
-    memory = compiled.memory | {"peak": compiled.memory["peak"] + lowered.beside}
+    memory = dict(compiled.memory)
+    host = memory.pop("host")
+    if host:  # then the peak is only known to be at most this, and the compiler accepts nothing larger than the chip's
+        memory["peak"] = min(memory["peak"], where.chip.hbm_bytes)
+    memory["peak"] += lowered.beside
+    compiled_flops, not_counted = hlo.flops(program, lowered.experts), hlo.uncounted(program)
     found: dict[str, Any] = {
-        "fits": memory["peak"] <= where.chip.hbm_bytes,
+        "fits": memory["peak"] <= where.chip.hbm_bytes and host <= where.chip.host_bytes,
         **identity(lowered, where),
         "largest_replicated": {"bytes": lowered.largest_replicated[0], "path": lowered.largest_replicated[1]},
         **{f"hbm_{name}": size for name, size in memory.items()},
+        "host_memory": host,
         **{f"state_{name}": size for name, size in lowered.state.items()},
         "host_bytes_to_save": lowered.saved,
+        "host_copies": traffic.host_copies(program),
         "model_flops": lowered.model_flops,
-        "hlo_flops": hlo.flops(program),
+        "model_flops_causal": lowered.model_flops_causal,
+        "hlo_flops": compiled_flops,
+        "not_counted": not_counted,
         "collectives": traffic.in_table(traffic.collectives(program, lowered.mesh)),
         "compile_seconds": round(compiled.seconds, 1),
         "estimated_ms": {name: round(value, 2) for name, value in guess._asdict().items()},
         "estimated_step_ms": round(guess.total, 2),
+        "estimated_tokens_per_second_a_chip": lowered.tokens / lowered.chips / seconds,
     }
-    if lowered.model_flops:
-        found["model_over_hlo_flops"] = lowered.model_flops / found["hlo_flops"]
+    if lowered.model_flops and lowered.model_flops_causal and not not_counted:
+        aot.check_ratio(lowered, compiled_flops)
+        found["model_over_hlo_flops"] = lowered.model_flops / compiled_flops
         found["estimated_mfu"] = lowered.model_flops / seconds / where.chip.peak_flops
+        found["estimated_mfu_causal"] = lowered.model_flops_causal / seconds / where.chip.peak_flops
     return found
 
 
@@ -228,6 +251,7 @@ def identity(lowered: aot.Lowered, where: chips.Topology) -> dict[str, Any]:
         "trained_parameters": lowered.trained,
         "tokens_per_step": lowered.tokens,
         "hbm_capacity": where.chip.hbm_bytes,
+        "host_capacity": where.chip.host_bytes,
     }
 
 
@@ -248,26 +272,40 @@ def show(found: dict[str, Any]) -> None:
     title = f"a step of {found['step']} on {found['slices']} x {found['topology']}: {found['chips']} chips"
     table = Table(show_header=False, title=title, caption=LEGEND)
 
+    offloads = bool(found["host_memory"])
+
     def gib(key: str) -> str:
         return f"{found[key] / chips.GIB:,.2f} GiB"
 
+    copies = " and ".join(f"{size / 1e9:,.3f} GB" for size in found["host_copies"].values())
     rows = {
         "parameters": f"{found['parameters']:,} ({found['trained_parameters']:,} trained)",
-        "memory of a chip, peak": f"{gib('hbm_peak')} of {gib('hbm_capacity')}",
+        "memory of a chip, peak": f"{'at most ' if offloads else ''}{gib('hbm_peak')} of {gib('hbm_capacity')}",
         "  of it arguments": gib("hbm_arguments"),
         "  all temporaries": gib("hbm_temporaries"),
         **{f"  {key.removeprefix('state_')}": gib(key) for key in found if key.startswith("state_")},
+        **(
+            {"memory of its host, a chip's share": f"{gib('host_memory')} of {gib('host_capacity')}"}
+            if offloads
+            else {}
+        ),
         "largest array on every chip": "{bytes:,} bytes  {path}".format(**found["largest_replicated"]),
         "hosts' memory for a save": gib("host_bytes_to_save"),
         "FLOPs of a chip and step": f"{found['hlo_flops']:.4g}",
         **{name: f"{row['bytes'] / 1e9:,.3f} GB in {row['times']:,}" for name, row in found["collectives"].items()},
+        **({"copies to its host's memory, and back": copies} if offloads else {}),
         "compile time": f"{found['compile_seconds']} s",
         "estimated step": f"{found['estimated_step_ms']:,} ms  "
         + ", ".join(f"{name} {value:,}" for name, value in found["estimated_ms"].items()),
     }
-    if found["model_flops"]:
+    rows["estimated tokens/s a chip"] = f"{found['estimated_tokens_per_second_a_chip']:,.0f}"
+    if "estimated_mfu" in found:
         rows["model FLOPs / compiled FLOPs"] = f"{found['model_over_hlo_flops']:.3f}"
-        rows["estimated MFU"] = f"{found['estimated_mfu']:.1%}"
+        rows["estimated MFU, attention in full"] = f"{found['estimated_mfu']:.1%}"
+        rows["  attention's causal half"] = f"{found['estimated_mfu_causal']:.1%}"
+    if found["not_counted"]:
+        calls = ", ".join(f"{name} ({times:,} times)" for name, times in found["not_counted"].items())
+        rows["not counted"] = f"{calls}: FLOPs and time are more than is said here"
     if "estimated_hours" in found:
         dollars = f", ${found['estimated_dollars']:,.0f}" if "estimated_dollars" in found else ""
         rows["estimated for the tokens"] = f"{found['estimated_hours']:,.1f} h{dollars}"

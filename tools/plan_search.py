@@ -97,6 +97,7 @@ def in_words(found: Any) -> str:
     if found.failed:
         return found.note
     memory = f"{found.peak / chips.GIB:6.2f} GiB" if found.peak else " " * 10
+    memory += f" and {found.host / chips.GIB:.2f} of the host's" if found.fits and found.host else ""
     return f"{found.ms:8,.1f} ms {memory}" if found.fits else f"does not fit {memory}{'' if found.peak else found.note}"
 
 
