@@ -62,7 +62,7 @@ setup(
         "quantization": ["qwix>=0.1.8"],  # model.dtype int8 and fp8
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
-        "peer": ["torch>=2.13", "transformers>=5.24"],  # what tools/bench.py compares with
+        "peer": ["torch>=2.13", "transformers>=5.24"],  # what tools/bench.py and experiments/parity compare with
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
         "beam": ["apache-beam>=2.77"],
         # ruff and mypy are held to one minor version: a new one may find new faults in unchanged code.

@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> Any:
     # Tied, the input embeddings learn from every softmax: half the tokens to the same loss, and more to carry over.
     c.model.tie_embeddings = True
     c.model.qk_norm = True
+    c.model.init = "fan_in"  # at this width better than gpt2, see experiments/initialisation
     c.model.unroll = 0  # all layers: faster on CPU
     c.loss.chunk_len = 64  # 16 rows x 64 positions x 4,096 ids x 4 bytes = 16 MiB of logits at once
 

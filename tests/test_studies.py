@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-OBJECTIVES = Path(__file__).parents[1] / "experiments" / "objectives"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+OBJECTIVES = EXPERIMENTS / "objectives"
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +45,36 @@ def test_what_a_run_starts_from_is_read_from_its_config(study, row, started_from
     recipes = [study["recipe_of"](row, arm, 0) for arm in study["ROWS"][row].arms]
     assert [study["starts_from"](recipe) for recipe in recipes] == started_from
     assert study["needs"](row) == list(dict.fromkeys(itertools.chain(*started_from)))
+
+
+@pytest.mark.parametrize("name", ["initialisation", "parity"])
+def test_the_other_tables_are_those_of_their_figures(name):
+    folder = EXPERIMENTS / name
+    assert runpy.run_path(str(folder / "study.py"))["results"]() == (folder / "results.md").read_text(encoding="utf-8")
+
+
+def test_every_trial_of_initialisation_is_of_a_config_as_it_is():
+    folder = EXPERIMENTS / "initialisation"
+    study = runpy.run_path(str(folder / "study.py"))
+    same = {
+        f"{name} {w}x{n}": study["fingerprint"](name, (w, n)) for name in study["FAMILIES"] for w, n in study["SIZES"]
+    }
+    kept = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    stale = [key for key, figures in kept.items() if figures["config"] != same.get(" ".join(key.split()[:2]))]
+    assert not stale, "run these trials again, or take them out of results.json"
+
+
+def test_a_learning_rate_is_tuned_until_both_neighbours_are_worse():
+    study = runpy.run_path(str(EXPERIMENTS / "initialisation" / "study.py"))
+    asked = []
+
+    def loss_of(best):
+        def loss(step):
+            asked.append(step)
+            return abs(step - best) if step < best + 2 else float("inf")
+
+        return loss
+
+    assert study["tuned"](loss_of(-5)) == -5 and sorted(asked) == [-6, -5, -4]
+    asked.clear()
+    assert study["tuned"](loss_of(-2)) == -2 and sorted(asked) == [-6, -5, -4, -3, -2, -1]

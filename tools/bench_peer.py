@@ -1,11 +1,11 @@
-"""What `tools/bench.py --peer=transformers` compares with: GPT-2 of Hugging Face in PyTorch, from the same weights.
+"""What `tools/bench.py --peer=transformers` and experiments/parity compare with: GPT-2 of Hugging Face in PyTorch.
 
 The same batches, AdamW with the same decay groups (the fused one, its trainer's default), the same clipping, and its
 own loss. Nothing is compiled: that is how it comes.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,12 @@ def make(
 
     Returns:
       steps -> loss of the last of them; each call goes on.
+    """
+    return training(cfg, gpt2(cfg, params, vocab_size, activation), learning_rates, batches)
+
+
+def gpt2(cfg: Config, params: Mapping[str, Any] | None, vocab_size: int, activation: str) -> Any:
+    """The peer's model, with our parameters or, without `params`, those it starts with itself.
 
     Raises:
       ConfigError: the vocabulary is padded, which its softmax would see.
@@ -87,8 +93,18 @@ def make(
     no_ids = {"bos_token_id": None, "eos_token_id": None}  # the defaults are of GPT-2's own vocabulary
     settings = {**sizes, **shape, **no_dropout, **no_ids, "activation_function": activation, "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(GPT2Config(**settings))
-    model.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in weights(params, own.num_layers).items()})
-    model.train()
+    if params is not None:
+        ours = weights(params, own.num_layers)
+        model.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in ours.items()})
+    return model.train()
+
+
+def training(
+    cfg: Config, model: Any, learning_rates: Iterator[float], batches: Iterator[Mapping[str, np.ndarray]]
+) -> Callable[[int], float]:
+    """Steps of PyTorch's AdamW: steps -> loss of the last of them; each call goes on."""
+    import torch
+
     by_decay: dict[bool, list[Any]] = {True: [], False: []}
     for weight in model.parameters():
         by_decay[weight.ndim > 1].append(weight)
@@ -106,20 +122,41 @@ def make(
         loss = 0.0
         for _ in range(steps):
             batch = next(batches)
-            tokens, targets = (torch.from_numpy(batch[key].astype(np.int64)) for key in ("tokens", "targets"))
-            targets[torch.from_numpy(batch["loss_weights"] == 0)] = -100
             learning_rate = next(learning_rates)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.zero_grad()
-            result = model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False)
-            result.loss.backward()
+            result = _loss(model, batch)
+            result.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
             optimizer.step()
-            loss = result.loss.item()
+            loss = result.item()
         return loss
 
     return advance
+
+
+def held_out_loss(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+    """Nats a token over all batches."""
+    import torch
+
+    model.eval()
+    total, count = 0.0, 0.0
+    with torch.no_grad():
+        for batch in batches:
+            weight = float((batch["loss_weights"] > 0).sum())
+            total, count = total + weight * _loss(model, batch).item(), count + weight
+    model.train()
+    return total / count
+
+
+def _loss(model: Any, batch: Mapping[str, np.ndarray]) -> Any:
+    """The mean over the tokens of a batch that have a weight."""
+    import torch
+
+    tokens, targets = (torch.from_numpy(batch[key].astype(np.int64)) for key in ("tokens", "targets"))
+    targets[torch.from_numpy(batch["loss_weights"] == 0)] = -100
+    return model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
 
 def about() -> dict[str, Any]:

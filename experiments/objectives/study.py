@@ -281,7 +281,8 @@ def fingerprint(name: str, arm: Arm, seed: int) -> str:
     """
     from lm import config, schema
 
-    usual = dict(schema.flatten(config.defaults().to_dict()))
+    before = schema.flatten(config.BEFORE)  # what a run did that had no such key
+    usual = dict(schema.flatten(config.defaults().to_dict())) | dict(before)
     recipe = recipe_of(name, arm, seed)
     given = schema.flatten(recipe.to_dict())
     values: dict[str, Any] = {key: value for key, value in given if value != usual[key] and "path" not in key}

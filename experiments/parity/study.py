@@ -1,0 +1,190 @@
+"""Does this project learn as another one does? One GPT-2, one order of batches, here and in PyTorch's transformers.
+
+    pip install -e '.[peer]'
+    python experiments/parity/study.py
+
+Three runs of configs/gpt2_tinystories.py: ours; transformers from our weights at the start; transformers from its own.
+Each goes over the same batches with the same learning rates, AdamW (betas, epsilon, decay, clipping of the global norm
+as in the recipe) and weight decay on the same parameters, all of two dimensions. What is done is kept in
+`results.json`; `results.md` and `results.png` are written after each run.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+HERE = Path(__file__).resolve().parent
+KEPT = HERE / "results.json"
+
+EVERY = 40  # steps between two evaluations
+ACTIVATION = "gelu_new"  # the tanh form, as here
+RUNS = {
+    "lm": "this project",
+    "same": "transformers, our weights at the start",
+    "own": "transformers, its own initialisation",
+}
+
+
+def main() -> None:
+    """Each run that is not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help=f"runs: {', '.join(RUNS)} (default: all)")
+    args = parser.parse_args()
+    wanted = args.only.split(",") if args.only else list(RUNS)
+    if unknown := [name for name in wanted if name not in RUNS]:
+        sys.exit(f"error: --only: no run '{unknown[0]}'; there are {', '.join(RUNS)}")
+    os.chdir(ROOT)  # recipes name data from here
+    missing = [name for name in wanted if name not in read()]
+    if missing:
+        sides = prepare()
+        for name in missing:
+            advance, held_out = sides(name)
+            figures = learn(name, advance, held_out)
+            KEPT.write_text(json.dumps(read() | {name: figures}, indent=1) + "\n")
+    write()
+
+
+def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]]:
+    """Run -> (a step, giving its loss; the held-out loss), each from the start."""
+    import jax
+
+    from configs import gpt2_tinystories
+    from lm import build, config, evaluate, metrics, sharding, transfer
+    from tools import bench_peer
+
+    cfg = config.build(gpt2_tinystories.get_config())
+    planned = build.plan(cfg, None)
+    bench_peer.check(planned.cfg, jax.default_backend())
+    mesh = sharding.make_mesh(planned.cfg.mesh, jax.devices()[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        run = build.run(planned, Path(folder), mesh, lambda _: None)
+    row_ids, held_out = build.eval_rows(run, run.data.valid)
+    held_out = list(held_out)
+    params, _ = transfer.initialize(run.model, run.abstract_state.params, run.cfg.seed, None, {})
+    start = jax.device_get(params)
+
+    def ours() -> tuple[Callable[[], float], Callable[[], float]]:
+        state = jax.jit(run.init_state, out_shardings=run.state_shardings)(jax.device_put(start))
+        batches, place = build.data_iterator(run, 0), build.placer(mesh, run.cfg.data.batch_size)
+
+        def advance() -> float:
+            nonlocal state
+            with jax.set_mesh(mesh):
+                state, figures = run.train_step(state, place(next(batches)))
+            return float(figures["loss"])
+
+        def loss() -> float:
+            with jax.set_mesh(mesh):
+                sums, _ = evaluate.evaluate(run.eval_step, state.params, place, iter(held_out), len(row_ids))
+            return metrics.finalize(sums)["nll"]
+
+        return advance, loss
+
+    def theirs(weights: Any) -> tuple[Callable[[], float], Callable[[], float]]:
+        import torch
+
+        torch.manual_seed(run.cfg.seed)
+        model = bench_peer.gpt2(run.cfg, weights, run.tokenizer.vocab_size, ACTIVATION)
+        rates: Iterator[float] = map(float, map(jax.jit(run.optimizer.learning_rate), itertools.count()))
+        advance = bench_peer.training(run.cfg, model, rates, build.data_iterator(run, 0))
+        return functools.partial(advance, 1), functools.partial(bench_peer.held_out_loss, model, held_out)
+
+    return lambda name: ours() if name == "lm" else theirs(start if name == "same" else None)
+
+
+def learn(name: str, advance: Callable[[], float], held_out: Callable[[], float]) -> dict[str, Any]:
+    """All losses of a run: 'train' of each step, 'held_out' after each number of steps."""
+    from configs import gpt2_tinystories
+
+    total = gpt2_tinystories.get_config().train.total_steps
+    train, evaluated, began = [], {0: held_out()}, time.monotonic()
+    for step in range(1, total + 1):
+        train.append(advance())
+        if step % EVERY == 0:
+            evaluated[step] = held_out()
+            left = (time.monotonic() - began) / step * (total - step)
+            print(f"{name} step {step}/{total} · held out {evaluated[step]:.4f} · ETA {left:.0f} s", flush=True)
+    return {"train": [round(loss, 5) for loss in train], "held_out": {k: round(v, 5) for k, v in evaluated.items()}}
+
+
+def read() -> dict[str, Any]:
+    """Run -> its figures, of those that were done."""
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
+
+
+def write() -> None:
+    """The table and the plot of what is done."""
+    (HERE / "results.md").write_text(results(), encoding="utf-8")
+    plot(HERE / "results.png")
+
+
+def results() -> str:
+    """The table, as Markdown."""
+    kept = read()
+    ours = kept.get("lm")
+    lines = [
+        "# Parity with transformers: results",
+        "",
+        "Written by `python experiments/parity/study.py`. Losses in nats a token. Distance: between a run's training "
+        "loss and ours on the same batch, the largest of all steps and the mean of the last 20.",
+        "",
+        "| run | first batch | held out at the start | at the end | distance, largest | mean of the last 20 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in RUNS.items():
+        if name not in kept:
+            lines.append(f"| {title} | not run | | | | |")
+            continue
+        own = kept[name]
+        held_out = list(own["held_out"].values())
+        line = f"| {title} | {own['train'][0]:.5f} | {held_out[0]:.5f} | {held_out[-1]:.3f} |"
+        if name == "lm" or not ours:
+            lines.append(f"{line} | |")
+            continue
+        apart = [abs(a - b) for a, b in zip(own["train"], ours["train"], strict=True)]
+        lines.append(f"{line} {max(apart):.4f} | {sum(apart[-20:]) / 20:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path) -> None:
+    """Training loss with the held-out points, and below the distance to our training loss."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    kept = read()
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, height_ratios=(2, 1))
+    for number, (name, title) in enumerate(RUNS.items()):
+        if name not in kept:
+            continue
+        own, look = kept[name], {"color": f"C{number}", "linestyle": ("-", "--", ":")[number]}
+        steps = range(1, len(own["train"]) + 1)
+        above.plot(steps, own["train"], linewidth=1, label=title, **look)
+        above.plot([int(step) for step in own["held_out"]], list(own["held_out"].values()), "o", color=look["color"])
+        if name != "lm" and "lm" in kept:
+            apart = [max(abs(a - b), 1e-5) for a, b in zip(own["train"], kept["lm"]["train"], strict=True)]
+            below.plot(steps, apart, linewidth=1, label=title, **look)
+    above.set_ylabel("nats a token (points: held out)")
+    above.legend()
+    below.set_yscale("log")
+    below.set_ylabel("distance to this project's loss\n(kept to 0.00001)")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
