@@ -338,7 +338,8 @@ def results() -> str:
                 shown = f"{place} | {own.rate:g} | {statistics.mean(own.losses):.3f} ± {interval(own.losses):.3f} |"
                 if own.losses != first and len(first) == len(SEEDS):
                     difference = statistics.mean(own.losses) - statistics.mean(first)
-                    shown += f" {difference:+.3f} | {welch(own.losses, first):.3f} |"
+                    p = welch(own.losses, first)
+                    shown += f" {difference:+.3f} | {f'{p:.3f}' if p >= 0.001 else '< 0.001'} |"
                 else:
                     shown += " | |"
                 lines.append(shown)
