@@ -199,7 +199,8 @@ def test_no_answer_is_said_as_in_run_squad(threshold):
             for example in examples:
                 x, offsets = logits[row].astype(np.float64), example.meta.offsets_Lx2
                 null, row = min(null, x[0, 0] + x[0, 1]), row + 1
-                places = np.flatnonzero(offsets[:, 1])
+                # No answer begins or ends with a token of white space alone.
+                places = np.array([n for n, (a, b) in enumerate(offsets) if CONTEXT[a:b].strip()])
                 for i in places:
                     for j in places[(places >= i) & (places < i + 30)]:
                         best = max(best, (x[i, 0] + x[j, 1], CONTEXT[offsets[i, 0] : offsets[j, 1]].strip()))

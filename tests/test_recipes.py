@@ -124,7 +124,14 @@ def test_a_recipe_computes_on_the_mesh_2x2x2_what_it_does_on_one_device(recipe, 
 # What a run of a recipe is for: tool -> the recipes whose runs it takes. The others are refused, in one line.
 TAKES = {
     "chat": {
-        *("continue_pubmedqa", "gsm8k_sft", "multi30k_translation", "quickstart_pretrain", "quickstart_sft"),
+        *(
+            "continue_pubmedqa",
+            "gpt2_tinystories",
+            "gsm8k_sft",
+            "multi30k_translation",
+            "quickstart_pretrain",
+            "quickstart_sft",
+        ),
         *("reviews_clm", "t5_tinystories", "tinystories", "wikipedia_clm"),
     },
     "translate": {"multi30k_translation"},
