@@ -51,6 +51,7 @@ class Row:
       once: a pre-training, done with one seed, in the folder where the recipes of other rows look for it.
       note: what a reader should know of it.
       data: a file to be made, and the tool that makes it.
+      on_test: whether the metric is that of the test records, by the checkpoint that validation chose.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Row:
     once: bool = False
     note: str = ""
     data: tuple[str, str] | None = None
+    on_test: bool = False
 
 
 def arms(recipe: str, *arguments: str) -> tuple[Arm, ...]:
@@ -166,16 +168,19 @@ ROWS: dict[str, Row] = {
         "Next item, synthetic",
         "ndcg_at_10",
         (Arm("causal", "sasrec"), Arm("masked", "bert4rec")),
-        note="users and items are made by tools/make_interactions.py; both lines are from scratch.",
+        note="users and items are made by tools/make_interactions.py; both lines are from scratch. Scores are of each "
+        "user's test item, at the step that the validation item chose.",
         data=INTERACTIONS,
+        on_test=True,
     ),
-    "items": once("Masked items, synthetic", "ndcg_at_10", "bert4rec", INTERACTIONS),
+    "items": dataclasses.replace(once("Masked items, synthetic", "ndcg_at_10", "bert4rec", INTERACTIONS), on_test=True),
     "next_item_short": Row(
         "Next item, synthetic, 3 passes",
         "ndcg_at_10",
         arms("sasrec", "masked", "scratch"),
         {"train.total_epochs": 3.0, "eval.every_epochs": 0.0},
         data=INTERACTIONS,
+        on_test=True,
     ),
 }
 
@@ -266,8 +271,9 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if path.exists():
         summary = json.loads(path.read_text())
-        figures = {key: summary[key] for key in (row.metric, "seconds", "trained_parameters")}
-        figures |= {"before": {row.metric: summary["before"].get(row.metric)}, "config": same}
+        part = summary["test"] if row.on_test else summary
+        figures = {row.metric: part[row.metric]} | {key: summary[key] for key in ("seconds", "trained_parameters")}
+        figures |= {"before": {row.metric: None if row.on_test else summary["before"].get(row.metric)}, "config": same}
         if kept.get(key) != figures:
             KEPT.write_text(json.dumps(dict(sorted((kept | {key: figures}).items())), indent=1) + "\n")
         return figures
