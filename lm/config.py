@@ -39,7 +39,8 @@ class DataConfig:
     # Instead of `path`: (share of the run from which it counts, path, weight). Those of the largest share that the run
     # has passed hold: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
     mixture: tuple[tuple[float, str, float], ...] = ()
-    # '' = hold out eval_fraction of the records of `path`, chosen by hash; tfds: a split such as test or train[:1%].
+    # '' = the validation split of a folder that has one, else eval_fraction of the texts, contexts, ... of `path` (see
+    # docs/formats.md); tfds: a split such as test or train[:1%].
     eval_path: str = ""
     eval_fraction: float = 0.02
     encoding: str = "utf-8"  # of text files: a codec of Python's
