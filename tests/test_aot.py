@@ -281,10 +281,11 @@ def test_mixtral_on_a_mesh_that_splits_the_axes_of_the_slice(tmp_path):
     """fsdp=32 x expert=8 on 16x16, Mixtral 8x7B's shape: its FLOPs as arithmetic has them."""
     changes = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "mlp_dim": 14336}
     sizes = {f"model.{key}": value for key, value in changes.items()} | {"model.vocab_size": 32_000}
-    sizes |= {"tokenizer.vocab_size": 32_000, "data.seq_len": 4096, "data.batch_size": 1024, "loss.chunk_len": 512}
+    sizes |= {"tokenizer.vocab_size": 32_000, "data.seq_len": 4096, "data.batch_size": 256, "loss.chunk_len": 512}
+    # One row a chip: of four, the rows that the eight chips of an expert axis hold for each other do not fit.
     sizes |= {"model.experts": "(8, 2)", "model.remat": "full", "mesh.fsdp": 32, "mesh.expert": 8}
     found, _, _ = plan(tmp_path, "--topology=v6e:16x16", seconds=3000, **sizes)
-    by_hand = step_flops(32, 4096, 32, 8, 14336, 32_000, 4096, 8, 2) * 4 * 4096
+    by_hand = step_flops(32, 4096, 32, 8, 14336, 32_000, 4096, 8, 2) * 4096
     assert found["hlo_flops"] == pytest.approx(by_hand, rel=0.02)
     assert sum(found["estimated_ms"][name] for name in ("matmul", "kernel")) > by_hand / 918e12 * 1e3
     assert found["mesh"]["fsdp"] == 32 and found["mesh"]["expert"] == 8

@@ -37,7 +37,13 @@ def run(tmp_path_factory):
         folder / "train.{en,de}",
         **{"data__format": "parallel", "data__task": "translation", "data__packing": "pad", "data__seq_len": 16},
         **{"objective": "seq2seq", "model__kind": "encoder_decoder", "model__position": "relative"},
-        **{"model__embed_dim": 32, "model__dropout": 0.0, "optim__learning_rate": 1e-2, "optim__ema_decay": 0.0},
+        **{
+            "model__init": "fan_in",
+            "model__embed_dim": 32,
+            "model__dropout": 0.0,
+            "optim__learning_rate": 1e-2,
+            "optim__ema_decay": 0.0,
+        },
         **{"train__total_steps": 100, "monitor__log_every_steps": 50, "eval__at_start": False},
         **{"generate__prompts": ("a dog",), "generate__max_new_tokens": 12, "generate__temperature": 0.0},
     )
