@@ -1,11 +1,14 @@
 """Identity of records, groups that no split tears apart, splits told by names, and data that cannot teach its task."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from lm.config import DataConfig
 from lm.data import files, holdout, pipeline, sources, tokenizer
@@ -212,6 +215,13 @@ def by_split(root, names):
         (["train/1.txt", "bus/1.txt"], {"": 2}),  # a class called train
         (["valid.txt", "test.txt"], {"validation": 1, "test": 1}),
         (["test/1.txt", "test/2.txt"], {"": 2}),  # all of one split: what the user asked for
+        (["training_set/cat/1.txt", "test_set/cat/2.txt"], {"train": 1, "test": 1}),
+        (["train/1.txt", "val_images/1.txt", "held_out/1.txt"], {"train": 1, "validation": 2}),
+        (["train.txt", "held-out.txt"], {"train": 1, "validation": 1}),
+        (["eng.train.txt", "eng.testa.txt", "eng.testb.txt"], {"train": 1, "validation": 1, "test": 1}),
+        (["wnut17train.txt", "emerging.dev.txt"], {"train": 1, "validation": 1}),
+        (["trainData.txt", "testData.txt"], {"train": 1, "test": 1}),
+        (["wiki.valid.txt", "wiki.test.txt"], {"validation": 1, "test": 1}),
         (["how_to_test.txt", "unit-tests.txt", "development.txt"], {"": 3}),
         (["books-00000-of-00001.txt", "web-00000-of-00001.txt"], {"": 2}),
     ],
@@ -226,6 +236,34 @@ def test_the_usual_names_of_splits_are_recognised(tmp_path, names, expected):
 def test_files_of_a_split_beside_others_are_refused(tmp_path, names):
     with pytest.raises(DataError, match=r"holds files of the split .* beside others, such as .*by a glob"):
         by_split(tmp_path, names)
+
+
+def test_a_table_whose_name_has_a_split_among_its_words_is_not_trained_on(tmp_path):
+    for name in ("reviews.csv", "reviews_val.csv", "reviews_test.csv"):
+        write(tmp_path / name, b"text,label\na,b\nc,d\n")
+    with pytest.raises(DataError, match=r"holds files of the split 'test', 'validation' beside others, .*reviews\.csv"):
+        sources.load(DataConfig(format="table", path=str(tmp_path)))
+
+
+def test_one_file_under_two_names_is_not_on_both_sides(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / "d" / f"{name}.jsonl", b"\n".join(b'{"text": "%s%d"}' % (name.encode(), n) for n in range(4)))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "d" / "b.jsonl")
+    for other in (f"{tmp_path}/d/../d/b.jsonl", f"{tmp_path}/link.jsonl"):
+        with pytest.raises(DataError, match=r"b\.jsonl: named by both"):
+            sources.load(DataConfig(format="jsonl", path=f"{tmp_path}/d", eval_path=other))
+
+
+def test_a_tar_of_several_splits_is_refused(tmp_path):
+    pixels = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(pixels, "png")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(pixels.getvalue())
+            tar.addfile(member, io.BytesIO(pixels.getvalue()))
+    with pytest.raises(DataError, match=r"images\.tar: holds the splits 'train', 'validation' in one \.tar"):
+        sources.load(DataConfig(format="images", path=f"{tmp_path}/images.tar", image_shape=(8, 8, 3)))
 
 
 def test_a_folder_of_splits_is_trained_on_train_and_evaluated_on_validation(tmp_path):

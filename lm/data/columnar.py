@@ -40,7 +40,12 @@ def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Pat
                     f"{folder / 'dataset_dict.json'}: split {bad[0]!r}; expected the name of a folder in it"
                 )
             there = [name for name in splits if name == files.TRAIN or (folder / name).is_dir()]
-            return {name: _saved_files(folder / name) if name in there else [] for name in splits}
+            usual = [files.split_named(name) or name for name in splits]
+            keys = usual if len(set(usual)) == len(usual) else splits
+            return {
+                key: _saved_files(folder / name) if name in there else []
+                for key, name in zip(keys, splits, strict=True)
+            }
         is_saved = (folder / "state.json").is_file()
     except (KeyError, NotImplementedError, OSError):  # of which find_files says what it is
         return files.find_splits(path, suffixes)

@@ -17,10 +17,13 @@ _ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a paral
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")  # as Hugging Face names them: unsupervised-00000-of-00002.parquet
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), TRAIN),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "eval", "evaluation", "heldout"), VALIDATION),
-    **dict.fromkeys(("test", "testing", "t10k"), TEST),
+    **dict.fromkeys(("train", "training", "trainset"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "eval", "evaluation"), VALIDATION),
+    **dict.fromkeys(("valset", "devset", "heldout", "holdout", "testa"), VALIDATION),  # testa: CoNLL-2003's
+    **dict.fromkeys(("test", "testing", "testset", "testb", "t10k"), TEST),
 }
+# Names of prose and of single images are free: a word in one of them alone tells no split ('how_to_test.md').
+_NAMED_FREELY = (".txt", ".text", ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Pair(NamedTuple):
@@ -78,44 +81,61 @@ def find_splits(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Pa
 
 def by_split(root: epath.Path, found: Iterable[epath.Path]) -> dict[str, list[epath.Path]]:
     """`find_splits` of the files found in a folder."""
-    found = list(found)
-    of = {file: _split_in_name(PurePath(os.path.relpath(file, root)), anywhere=True) for file in found}
-    if TRAIN not in of.values():  # 'how_to_test.md' is no split where nothing else suggests one
-        of = {file: _split_in_name(PurePath(os.path.relpath(file, root)), anywhere=False) for file in found}
+    paths = {file: PurePath(os.path.relpath(file, root)) for file in found}
+    of = {file: _split_in_words(path) for file, path in paths.items()}
+    if TRAIN not in of.values() and set(of.values()) != {VALIDATION, TEST}:
+        of = {
+            file: _split_in_whole_names(path) if PurePath(_unpacked(path.name)).suffix in _NAMED_FREELY else of[file]
+            for file, path in paths.items()
+        }
     # Shards of another name are a split too, such as 'unsupervised', beside 'train' and wherever hubs write them.
     of = {
         file: split or (_shard_of(file.name) if TRAIN in of.values() or file.suffix == ".parquet" else "")
         for file, split in of.items()
     }
     if set(of.values()) == {TRAIN, ""}:
-        return {"": found}
+        return {"": list(paths)}
     splits = sorted(set(of.values()) - {""})
     if not splits or (len(splits) == 1 and "" not in of.values()):
-        return {"": found}
+        return {"": list(paths)}
     if others := [file for file, split in of.items() if not split]:
         names = ", ".join(map(repr, splits))
         raise DataError(
             f"data path '{root}': holds files of the split {names} beside others, such as {others[0]}; name the files "
             "to train on by a glob, and those to evaluate on by data.eval_path"
         )
-    return {split: [file for file in found if of[file] == split] for split in splits}
+    return {split: [file for file in paths if of[file] == split] for split in splits}
 
 
-def _split_in_name(path: PurePath, anywhere: bool) -> str:
-    """The split that a path below a data folder names: by its topmost folder of such a name, else by the file's name.
+def split_named(name: str) -> str:
+    """The split that a name has among its words: 'train' of 'trainData.csv', 'validation' of 'held_out'; '' = none.
 
-    Args:
-      path: relative to the data folder.
-      anywhere: the file's name may have it among other words; else all of it but the suffix must be one (test.csv).
+    A name of two splits ('train_test_split') tells none.
     """
-    for folder in path.parts[:-1]:
-        if split := _SPLIT_NAMES.get(folder.lower().rstrip("0123456789")):
-            return split
-    words = [word.rstrip("0123456789") for word in re.split(r"[^a-z0-9]+", path.name.lower())]
-    if not anywhere:
-        words = [_shard_of(path.name).lower() or path.name.lower().split(".")[0]]
+    joined = re.sub(r"(?i)h[eo]ld[^a-z0-9]?out", "heldout", name)
+    words = re.findall(r"(?<![a-z])t10k|[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", joined).lower())
     named = {_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES}
     return named.pop() if len(named) == 1 else ""
+
+
+def split_of_folders(path: PurePath) -> str:
+    """The split that the topmost folder of such a name in a path tells; '' = none."""
+    return next((split for folder in path.parts[:-1] if (split := split_named(folder))), "")
+
+
+def _split_in_words(path: PurePath) -> str:
+    return split_of_folders(path) or split_named(path.name)
+
+
+def _split_in_whole_names(path: PurePath) -> str:
+    """As `_split_in_words`, where a folder's whole name is a split's, or the file's without its suffix."""
+    names = [*path.parts[:-1], _shard_of(path.name) or path.name.split(".")[0]]
+    whole = (_SPLIT_NAMES.get(name.lower().rstrip("0123456789"), "") for name in names)
+    return next((split for split in whole if split), "")
+
+
+def _unpacked(name: str) -> str:
+    return name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def _matches(root: epath.Path) -> list[epath.Path] | None:

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from lm.config import DataConfig
+from lm.data import files
 from lm.data.fields import BadRecord
 from lm.data.records import DataError, Fault, NotRead, Record, chunks, read_bytes, unpacked_name
 
@@ -135,6 +136,7 @@ class _Unpacked:
 
 def _tar(path: epath.Path, shape: tuple[int, int, int], max_expansion: int) -> Iterator[Record | Fault | NotRead]:
     unpacked, empty = _Unpacked(chunks(path, max_expansion)), True
+    splits: set[str] = set()
     try:
         with tarfile.open(fileobj=unpacked, mode="r|", bufsize=_TAR_BYTES) as tar:  # type: ignore[call-overload]
             for member in tar:
@@ -147,6 +149,10 @@ def _tar(path: epath.Path, shape: tuple[int, int, int], max_expansion: int) -> I
                 file = tar.extractfile(member)
                 assert file is not None  # for it is a file
                 empty = False
+                splits.add(files.split_of_folders(name))
+                if files.TRAIN in splits and len(splits - {""}) > 1:
+                    found = ", ".join(map(repr, sorted(splits - {""})))
+                    raise DataError(f"{path}: holds the splits {found} in one .tar; unpack it, or make a .tar of each")
                 yield _image(file.read(), name, f"{path}:{name}", shape)
                 tar.members = []  # tarfile keeps them all
             end = tar.offset

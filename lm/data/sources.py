@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from lm.config import DataConfig
 from lm.data import (
@@ -155,12 +158,17 @@ def _named(
             names = ", ".join(map(repr, held_out))
             raise DataError(f"data.eval_path '{eval_path}': holds the splits {names}; name one by its folder or a glob")
         units = _train_and_validation(path, found, held_out.popitem()[1] if eval_path else [])
-        if both := sorted(set(map(str, units.train)) & set(map(str, units.valid))):
+        if both := sorted(set(map(_real, units.train)) & set(map(_real, units.valid))):
             hint = "narrow data.path, by a glob perhaps"
             raise DataError(f"{both[0]}: named by both data.path and data.eval_path; {hint}")
         return units
 
     return find_both
+
+
+def _real(unit: Unit) -> str:
+    """What tells a unit apart, however its path is written: 'd/b', './d/../d/b' and a link to it are one."""
+    return str(unit) if "://" in str(unit) else os.path.realpath(unit) if isinstance(unit, epath.Path) else str(unit)
 
 
 def _train_and_validation(path: str, found: dict[str, list[Unit]], held_out: list[Unit]) -> Units:
