@@ -35,7 +35,7 @@ def prepare(flags: str) -> None:
       ConfigError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("the TPU compiler is not installed: pip install 'lm[tpu]'")
+        raise ConfigError("the TPU compiler is not installed: pip install -e '.[tpu]'")
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",

@@ -26,6 +26,7 @@ from lm import (
     transfer,
     trees,
 )
+from lm.checkpoint import CheckpointError
 from lm.config import Config, DataConfig, MeshConfig
 from lm.data import chats, examples, feed, pipeline, sources
 from lm.data.tasks import TASKS
@@ -118,7 +119,12 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
     # A run that has begun no longer needs the one it came from.
     has_begun = workdir and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
-    init = checkpoint.choose(cfg.init_from) if cfg.init_from and not has_begun else None
+    init = None
+    if cfg.init_from and not has_begun:
+        try:
+            init = checkpoint.choose(cfg.init_from)
+        except CheckpointError as error:
+            raise CheckpointError(f"'init_from' is {cfg.init_from}: {error}") from None
     checks.fit(cfg)
     found = _find_tokenizer(cfg, workdir if has_begun else None, init) if TASKS[cfg.data.task].texts else None
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids

@@ -26,7 +26,7 @@ _FAMILIES = {
 }
 _PREFIX = re.compile(r"(?P<letter>[BIELMSUW])(?:[-_](?P<type>.+))?")
 _SUFFIX = re.compile(r"(?:(?P<type>.+)[-_])?(?P<letter>[BIELMSUW])")
-_LOOKS_LIKE_ONE = re.compile(r"[BI]-.+|.+-[BI]")
+_LOOKS_LIKE_ONE = re.compile(r"[BIbi]-.+|.+-[BI]")  # in small letters, to refuse them
 
 
 @functools.lru_cache(maxsize=8)

@@ -290,7 +290,7 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ConfigError(f"this score needs the package {package} ({error}): pip install 'lm[scores]'") from None
+        raise ConfigError(f"this score needs the package {package} ({error}): pip install -e '.[scores]'") from None
 
 
 def views(first_RxP: np.ndarray, second_RxP: np.ndarray) -> dict[str, float]:

@@ -147,7 +147,7 @@ def loop(
             params = step.eval_params(chosen)
             values = evaluate_all(run, "test", functools.partial(evaluate.evaluate, eval_step, params, place_eval))
             watch.log(at, "test", values)
-            watch.note(f"[step {at:,}] test: " + " · ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            watch.note(f"test, by the checkpoint of step {at:,}: {in_words(values, cfg)}")
         return {"test": {"step": at, **values}}
 
     def save_now(done: int, values: dict[str, float] | None) -> None:

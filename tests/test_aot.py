@@ -15,7 +15,7 @@ from lm.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler here: pip install 'lm[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler here: pip install -e '.[tpu]'"
 )
 LAYERS, WIDTH, INNER, VOCAB, LENGTH = 3, 256, 512, 1024, 256
 CHIPS, ROWS = 4, 8
@@ -326,5 +326,5 @@ def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"lm\[tpu\]"):
+    with pytest.raises(ConfigError, match=r"\.\[tpu\]"):
         aot.prepare("")

@@ -104,6 +104,8 @@ def test_a_boolean_and_an_unknown_class_of_tfds(tmp_path, monkeypatch):
         ("sentences", ("a", "b"), "c", "c"),  # data.labels is wrong: the task refuses it
         ("scored_sentences", (), "1e-3", "1e-3"),
         ("scored_sentences", (), "inf", "wrong label"),
+        ("scored_sentences", (), "1_000", "wrong label"),
+        ("scored_sentences", (), "\uff11\uff12", "wrong label"),
         ("scored_sentences", (), "high", "wrong label"),
         ("scored_sentences", (), 1e39, "wrong label"),  # infinite in float32
         ("scored_sentences", (), 3, "3"),

@@ -236,7 +236,7 @@ def test_workers_and_a_kill_give_the_same_bytes(corpus, prepared, tmp_path):
     assert contents(out) == contents(prepared[0])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="Apache Beam is not installed: lm[beam]")
+@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="Apache Beam is not installed: .[beam]")
 def test_beam_gives_the_same_bytes(corpus, prepared, tmp_path):
     folder, _, _ = corpus
     with jobs.beam("DirectRunner", []) as runner:
@@ -253,7 +253,7 @@ def test_beam_gives_the_same_bytes(corpus, prepared, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Apache Beam is installed")
 def test_without_beam_the_extra_is_named():
     with (
-        pytest.raises(ConfigError, match=r"--runner=DirectRunner needs Apache Beam: pip install 'lm\[beam\]'"),
+        pytest.raises(ConfigError, match=r"--runner=DirectRunner needs Apache Beam: pip install -e '\.\[beam\]'"),
         jobs.beam("DirectRunner", []),
     ):
         pass

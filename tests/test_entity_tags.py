@@ -50,6 +50,7 @@ def test_labels_that_are_none(labels):
     [
         (("O", "B-X", "I-X", "X"), "auto", "'X' is no tag of an entity"),
         (("O", "B-X", "X-I"), "auto", "'X-I' is no tag of an entity"),
+        (("O", "b-per", "i-per"), "auto", "'b-per' is no tag of an entity"),
         (("O", "B-X", "E-X", "U-X"), "auto", "they have the letters B, E, U"),
         (("O", "B-X", "I-X", "E-X", "S-X"), "IOB2", "they have the letters B, E, I, S; .*'eval.entity_scheme' IOB2"),
         (("O", "B-X", "I-X", "E-X", "S-X"), "BILOU", "they have the letters"),

@@ -326,7 +326,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
         (lambda: scores.entities([["O"]], [["O"]]), "seqeval"),
         (lambda: scores.translation(["a"], ["a"]), "sacrebleu"),
     ):
-        with pytest.raises(ConfigError, match=rf"needs the package {package} .*pip install 'lm\[scores\]'"):
+        with pytest.raises(ConfigError, match=rf"needs the package {package} .*pip install -e '\.\[scores\]'"):
             call()
 
 

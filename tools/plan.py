@@ -4,7 +4,7 @@
         [--dump_hlo=FILE] [--evaluation] [--libtpu_flags='--xla_...'] [--tokens=20e9 --dollars_per_chip_hour=1.2]
     python tools/plan.py --config=configs/bench/v5e16_1b.py --search [--compiles=20] [--workers=2] [--plot=FILE.png]
 
-Needs the TPU compiler: pip install 'lm[tpu]'. Memory, FLOPs and communication are read off the compiled program; time
+Needs the TPU compiler: pip install -e '.[tpu]'. Memory, FLOPs and communication are read off the compiled program; time
 is a guess, see docs/performance.md. A step that does not fit is an answer too: its largest buffers, and exit status 3.
 
 --search looks for the fastest mesh, remat policy, micro-batches, chunks of the loss and compiler flags that fit, the

@@ -27,7 +27,7 @@ from lm.data import filters, jobs, prepare
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _OUT = flags.DEFINE_string("out", "", "Folder to write to. The same command again goes on.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes of this machine.", lower_bound=1)
-_RUNNER = flags.DEFINE_string("runner", "", "Apache Beam runner instead, such as DirectRunner; needs lm[beam].")
+_RUNNER = flags.DEFINE_string("runner", "", "Apache Beam runner instead, such as DirectRunner; needs the extra 'beam'.")
 _OPTIONS = flags.DEFINE_multi_string("runner_option", [], "A flag of the runner, such as --project=NAME.")
 _EVALUATION = flags.DEFINE_list("evaluation", [], "Files, folders or globs whose text no document may hold.")
 _NGRAM = flags.DEFINE_integer("ngram", 13, "Words in a row that make a document hold it.", lower_bound=1)

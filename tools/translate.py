@@ -2,7 +2,7 @@
 
 python tools/translate.py runs/multi30k --path='../shared/data/multi30k/test_2016_flickr.{en,de}.gz' [--beams=4]
 
-Prints BLEU and chrF with their signatures (sacrebleu; pip install 'lm[scores]') and writes one translation a line.
+Prints BLEU and chrF with their signatures (sacrebleu; pip install -e '.[scores]') and writes one translation a line.
 """
 
 import argparse

@@ -159,7 +159,7 @@ def beam(runner: str, options: Sequence[str]) -> Iterator[Runner]:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise ConfigError(f"--runner={runner} needs Apache Beam: pip install 'lm[beam]'") from None
+        raise ConfigError(f"--runner={runner} needs Apache Beam: pip install -e '.[beam]'") from None
     flags = PipelineOptions([f"--runner={runner}", *options])
 
     def run(work: Callable[[Any], None], units: Sequence[Any]) -> Iterator[float]:

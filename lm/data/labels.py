@@ -17,9 +17,12 @@ _NULLS = ("nan", "null", "none", "na", "n/a", "<na>")  # what tables of text hav
 
 
 def number(label: str) -> float:
-    """The number that a label stands for; NaN where it is none, or not finite in float32."""
+    """The number that a label stands for; NaN where it is none, or not finite in float32.
+
+    What Python alone reads as one, '1_000' or the digits of other scripts, is none.
+    """
     try:
-        value = float(label)
+        value = float(label) if label.isascii() and "_" not in label else math.nan
     except ValueError:
         return math.nan
     return value if abs(value) <= _LARGEST else math.nan
