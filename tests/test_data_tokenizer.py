@@ -109,8 +109,8 @@ def test_marks_round_trip(text):
 
 def test_control_symbols_are_distinct_and_decode_to_nothing():
     tok = TOKENIZERS["hostile"]
-    assert len(controls(tok)) == 8 and tuple(tok.role_ids) == tokenizers.ROLES
-    assert [*tok.role_ids.values(), tok.end_of_turn_id] == [4, 5, 6, 8, 7]  # 'tool' moves none of the older symbols
+    assert len(controls(tok)) == 7 and tuple(tok.role_ids) == tokenizers.ROLES
+    assert [*tok.role_ids.values(), tok.end_of_turn_id] == [4, 5, 6, 7]
     assert tok.piece(tok.role_ids["user"]) == "<|user|>" and tok.piece(tok.end_of_turn_id) == "<|end|>"
     assert tok.decode([tok.bos_id, tok.role_ids["user"], *tok.encode(" hi"), tok.end_of_turn_id]) == " hi"
     assert tok.token_bytes()[sorted(controls(tok))].sum() == 0
@@ -176,15 +176,6 @@ def trained_elsewhere(path, **options):
     )
     path.write_bytes(model.getvalue())
     return path
-
-
-def test_a_model_from_before_there_was_a_tool_symbol_is_loaded_and_has_none(tmp_path):
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False}
-    options |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "pad_id": 3}
-    symbols = [f"<|{name}|>" for name in ("system", "user", "assistant", "end")]
-    tok = tokenizers.load(trained_elsewhere(tmp_path / "old.model", control_symbols=symbols, **options))
-    assert list(tok.role_ids) == ["system", "user", "assistant"]
-    assert tok.decode(tok.encode("<|tool|>")) == "<|tool|>"
 
 
 def test_models_that_cannot_serve_are_refused(tmp_path):

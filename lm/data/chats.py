@@ -19,7 +19,7 @@ class Turn(NamedTuple):
     """One message.
 
     Attributes:
-      role: one of ROLES.
+      role: system, user, assistant or tool.
       ids: the role's symbol, the content, the end of the turn.
       trained: whether its content and its end are trained on.
     """
@@ -46,7 +46,7 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     on, and are in no row though others of their chat are).
 
     Raises:
-      DataError: the tokenizer has no symbol for a role.
+      DataError: a role is unknown.
     """
     turns = [encode(message, tokenizer, str(record["source"])) for message in record["messages"]]
     turns = turns[: 1 + max((i for i, turn in enumerate(turns) if turn.trained), default=-1)]
@@ -104,16 +104,19 @@ def _requests(turns: Sequence[Turn], first: int) -> list[int]:
 
 
 def encode(message: Mapping[str, Any], tokenizer: Tokenizer, source: str) -> Turn:
-    """One message of a record. Raises DataError, naming `source`, where the tokenizer has no symbol for its role."""
-    role = message["role"]
-    if role not in ROLES:
-        raise DataError(f"{source}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
-    if role not in tokenizer.role_ids:
-        raise DataError(
-            f"{source}: found a turn of role {role!r}, but the tokenizer has no control symbol <|{role}|>, as those of "
-            "older versions; train one anew (without tokenizer.path and init_from), or leave such turns out"
-        )
-    ids = [tokenizer.role_ids[role], *tokenizer.encode(message["content"]), tokenizer.end_of_turn_id]
+    """One message of a record. The result of a tool is written as Qwen and Hermes write it: in a turn of the user,
+    between `<tool_response>` and `</tool_response>`, so that it needs no symbol of its own.
+
+    Raises:
+      DataError: the role is none of these; names `source`.
+    """
+    role, content = message["role"], message["content"]
+    if role not in (*ROLES, "tool"):
+        raise DataError(f"{source}: unknown role {role!r}, expected one of {', '.join((*ROLES, 'tool'))}")
+    if role == "tool":
+        content = f"<tool_response>\n{content}\n</tool_response>"
+    symbol = tokenizer.role_ids["user" if role == "tool" else role]
+    ids = [symbol, *tokenizer.encode(content), tokenizer.end_of_turn_id]
     return Turn(role, ids, role == "assistant" and message.get("weight", 1) != 0)
 
 

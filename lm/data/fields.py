@@ -112,9 +112,9 @@ def named(value: Any, names: Names, what: str) -> Any:
 # Conversations --------------------------------------------------------------------------------------------------------
 
 _CALLS = ("function_call", "tool_call")  # speakers whose whole text is a call of a tool
-# Who speaks, in 'role' or in ShareGPT's 'from' -> one of ROLES.
+# Who speaks, in 'role' or in ShareGPT's 'from' -> one of ROLES, or tool.
 SPEAKERS = {
-    **{role: role for role in ROLES},
+    **{role: role for role in (*ROLES, "tool")},
     "developer": "system",
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", *_CALLS), "assistant"),

@@ -14,8 +14,7 @@ import sentencepiece
 
 from lm.schema import ConfigError
 
-ROLES = ("system", "user", "assistant", "tool")
-_REQUIRED_ROLES = ROLES[:3]  # a model that was trained before there were results of tools has these alone
+ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
 
 # SentencePiece writes a space as U+2581 and reads U+2581 back as a space. In text the character itself is spelled in
@@ -215,9 +214,8 @@ class Tokenizer:
 
     @functools.cached_property
     def role_ids(self) -> dict[str, int]:
-        """Role -> id of its control symbol `<|role|>`; 'tool' is not in every model."""
-        ids = {role: self._sp.piece_to_id(f"<|{role}|>") for role in ROLES}
-        return {role: i for role, i in ids.items() if self._sp.is_control(i)}
+        """Role -> id of its control symbol `<|role|>`."""
+        return {role: self._sp.piece_to_id(f"<|{role}|>") for role in ROLES}
 
     @property
     def end_of_turn_id(self) -> int:
@@ -245,7 +243,7 @@ def train(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            control_symbols=[*(f"<|{role}|>" for role in _REQUIRED_ROLES), END_OF_TURN, "<|tool|>"],
+            control_symbols=[*(f"<|{role}|>" for role in ROLES), END_OF_TURN],
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -282,7 +280,7 @@ def load(path: Any) -> Tokenizer:
     missing = [name for name, i in [("pad", sp.pad_id()), ("bos", sp.bos_id()), ("eos", sp.eos_id())] if i < 0]
     missing += [
         symbol
-        for symbol in (*(f"<|{role}|>" for role in _REQUIRED_ROLES), END_OF_TURN)
+        for symbol in (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)
         if not sp.is_control(sp.piece_to_id(symbol))
     ]
     if missing:
