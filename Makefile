@@ -1,7 +1,7 @@
 # make quickstart    install, then train, fine-tune and compare: minutes on two cores
 # make test          install, then the tests but those marked `slow`
 # make slow          install, then the slow ones
-# make lint          install, then ruff and mypy
+# make lint          install, then ruff, mypy and import-linter
 # make check         lint, test and slow
 # make clean         remove the environment and all caches; runs/ stays
 #
@@ -30,6 +30,7 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 check: lint
 	@$(MAKE) --no-print-directory test

@@ -70,6 +70,7 @@ setup(
             *SCORES,
             *PARQUET,
             "hypothesis>=6.170",
+            "import-linter>=2.17",
             "mypy>=2.4.1,<2.5",
             "pytest>=9.2",
             "pytest-xdist>=3.8",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm import config
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 Rates = tuple[tuple[str, float], ...]
 

@@ -15,7 +15,7 @@ with that tokenizer alone.
 from typing import Any
 
 from configs import common, t5_tinystories
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 
 def get_config(arg: str | None = None) -> Any:

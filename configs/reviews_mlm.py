@@ -12,7 +12,7 @@ Reads ../shared/data/imdb/imdb_train.jsonl.gz; LM_SHARED_DATA or --config.data.p
 from typing import Any
 
 from configs import reviews_clm
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 
 def get_config(arg: str | None = None) -> Any:

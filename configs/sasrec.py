@@ -17,7 +17,7 @@ that is worth after few passes, see experiments/objectives/results.md.
 from typing import Any
 
 from lm import config
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 
 def get_config(arg: str | None = None) -> Any:

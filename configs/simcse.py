@@ -13,7 +13,7 @@ Reads ../shared/data/{sst2,stsb} (LM_SHARED_DATA names another place).
 from typing import Any
 
 from configs import common, reviews_mlm
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 
 def get_config(arg: str | None = None) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from configs import common
 from lm import config
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 
 def get_config(arg: str | None = None) -> Any:

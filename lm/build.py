@@ -12,27 +12,19 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import (
-    checkpoint,
-    checks,
-    config,
-    generate,
-    objectives,
-    optim,
-    program,
-    replay,
-    resume,
-    sharding,
-    transfer,
-    trees,
-)
-from lm.checkpoint import CheckpointError
+from lm import checkpoint, checks, config, input_pipeline, optim, param_paths, program, replay
+from lm.checkpoint import CheckpointError, init_from, resume
 from lm.config import Config, DataConfig, MeshConfig
-from lm.data import chats, examples, feed, pipeline, sources
-from lm.data.tasks import TASKS
+from lm.config.schema import ConfigError
+from lm.data import example, loader
+from lm.data.readers import registry
 from lm.data.tokenizer import Tokenizer
+from lm.decoding import sampling
 from lm.models import adapters, transformer
-from lm.schema import ConfigError
+from lm.parallel import mesh as mesh_lib
+from lm.parallel import sharding
+from lm.tasks import chat, objectives
+from lm.tasks.registry import TASKS
 from lm.types import Batch, ModelFns, Outputs, TrainState
 
 
@@ -82,7 +74,7 @@ class Run(NamedTuple):
       init_state: params -> the state before the first step.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> (metrics, outputs), jitted.
-      score: see `lm.objectives.Objective`.
+      score: see `lm.tasks.objectives.Objective`.
       replay: see `Plan`.
     """
 
@@ -91,7 +83,7 @@ class Run(NamedTuple):
     model: ModelFns
     tokenizer: Tokenizer | None
     prompts: dict[str, list[int]]
-    data: feed.Data
+    data: loader.Data
     optimizer: optim.Optimizer
     total_steps: int
     every: dict[str, int]
@@ -130,16 +122,16 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
     longest = max(cfg.data.seq_len, cfg.data.target_len)
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
-    cfg = dataclasses.replace(cfg, model=resolved, data=chats.resolve(cfg.data))
+    cfg = dataclasses.replace(cfg, model=resolved, data=chat.resolve(cfg.data))
     model = program.make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
-    adapters.check(cfg.adapter, trees.flatten(abstract))
+    adapters.check(cfg.adapter, param_paths.flatten(abstract))
     # Rules are checked now, on a schedule that always fits; the real one waits for the data's size.
     rules_only = dataclasses.replace(cfg.optim, schedule="constant")
     optimizer = optim.build(rules_only, abstract, total_steps=1, warmup_steps=0, decay_steps=0)
     anchored = _anchored(cfg, abstract)
-    origin_of, unused = transfer.sources(abstract, cfg.init_rules, init) if init else ({}, [])
-    axes = trees.flatten(model.logical_axes())
+    origin_of, unused = init_from.sources(abstract, cfg.init_rules, init) if init else ({}, [])
+    axes = param_paths.flatten(model.logical_axes())
     other = replay.source(cfg, workdir, init)
     return Plan(cfg, abstract, axes, found, optimizer, init, origin_of, unused, anchored, other)
 
@@ -162,11 +154,11 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
     """
     cfg = planned.cfg
     checks.mesh_divides(cfg, mesh, planned.abstract_params, planned.logical_axes)
-    found = pipeline.load(cfg.data)
+    found = input_pipeline.load(cfg.data)
     for source in found:
         note(source.report)
-        if isinstance(source, sources.Split):
-            examples.check_fields(TASKS[cfg.data.task], [*source.train, *source.valid], cfg.data, TASKS)
+        if isinstance(source, registry.Split):
+            example.check_fields(TASKS[cfg.data.task], [*source.train, *source.valid], cfg.data, TASKS)
     words = tokenizer_for(planned, found, note)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -174,8 +166,8 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         note(f"tokenizer of {words.vocab_size:,} ids, {words.hash[:12]}")
         if jax.process_index() == 0:
             words.save(workdir / tokenizer_file(cfg))
-    prompts = {prompt: generate.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
-    data = pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, cfg, note))
+    prompts = {prompt: sampling.encode_prompt(prompt, words, cfg) for prompt in cfg.generate.prompts if words}
+    data = input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, cfg, note))
     checks.same_data(data.fingerprint)
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
@@ -207,7 +199,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
 
 
 def tokenizer_for(
-    planned: Plan, found: Sequence[pipeline.Found], note: Callable[[str], None] = lambda _: None
+    planned: Plan, found: Sequence[input_pipeline.Found], note: Callable[[str], None] = lambda _: None
 ) -> Tokenizer | None:
     """The run's tokenizer, trained where there is none yet; None where the task reads no text. Every process trains it:
     an error is then every process's, and the result, a function of the texts, is the same."""
@@ -215,7 +207,7 @@ def tokenizer_for(
     if task.texts is None or planned.tokenizer:
         return planned.tokenizer
     note(f"training a tokenizer of {cfg.vocab_size:,} ids")
-    records = itertools.chain.from_iterable(split.train for split in found if isinstance(split, sources.Split))
+    records = itertools.chain.from_iterable(split.train for split in found if isinstance(split, registry.Split))
     texts = itertools.chain.from_iterable(map(task.texts, records))
     return dataclasses.replace(task.words.train(texts, cfg), extra_ids=cfg.extra_ids)
 
@@ -235,7 +227,9 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
         if not candidates[-1].exists():
             raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a {words.file} of a run")
     if cfg.data.format == "prepared":
-        candidates += [epath.Path(one.path).expanduser() / words.file for one in pipeline.by_source(cfg.data).values()]
+        candidates += [
+            epath.Path(one.path).expanduser() / words.file for one in input_pipeline.by_source(cfg.data).values()
+        ]
         if missing := [path for path in candidates if not path.exists()]:
             raise ConfigError(f"no {missing[0]}: what the ids of the prepared data mean is lost; put it back")
     if init:
@@ -261,20 +255,20 @@ def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
     Raises:
       ConfigError: `init_rules` that do not fit; nothing to be drawn to.
     """
-    actions = trees.match_rules(cfg.init_rules, list(trees.flatten(abstract_params)), "init_rules")
+    actions = param_paths.match_rules(cfg.init_rules, list(param_paths.flatten(abstract_params)), "init_rules")
     wanted = [
         f"'optim.{name}'" for name, value in (("to_init", cfg.optim.to_init), ("mixout", cfg.optim.mixout)) if value
     ]
     if not wanted:
         return None
-    anchored = {path: bool(cfg.init_from) and action != transfer.REINIT for path, action in actions.items()}
+    anchored = {path: bool(cfg.init_from) and action != init_from.REINIT for path, action in actions.items()}
     if not any(anchored.values()):
         raise ConfigError(f"{wanted[0]} draws parameters to where 'init_from' had them, but nothing comes from one")
     return anchored
 
 
 class Stream(NamedTuple):
-    """The training examples of a run: how many there are to be, and `lm.data.feed.offsets`."""
+    """The training examples of a run: how many there are to be, and `lm.data.loader.offsets`."""
 
     total_examples: int
     offsets: tuple[int, ...] = ()
@@ -285,13 +279,13 @@ def stream(run: Run, start_step: int, at: resume.Position) -> Stream:
     total = at.example + (run.total_steps - start_step) * run.cfg.data.batch_size
     if at.sources is None:
         return Stream(total)
-    return Stream(total, feed.offsets(run.data, at.sources, at.example, total))
+    return Stream(total, loader.offsets(run.data, at.sources, at.example, total))
 
 
-def data_iterator(run: Run, start_example: int, given: Stream | None = None) -> feed.Ahead:
+def data_iterator(run: Run, start_example: int, given: Stream | None = None) -> loader.Ahead:
     """This process's part of the training batches, from a position in the stream; None = of a run from its start."""
     given = given or Stream(run.total_steps * run.cfg.data.batch_size)
-    return feed.train_batches(
+    return loader.train_batches(
         run.data,
         batch_size=run.cfg.data.batch_size,
         start_example=start_example,
@@ -304,17 +298,17 @@ def data_iterator(run: Run, start_example: int, given: Stream | None = None) -> 
 
 def consumed(run: Run, examples: int, given: Stream) -> dict[str, dict[str, float]]:
     """Examples, tokens (positions of their rows) and epochs that the first `examples` took from each source."""
-    found = feed.consumed(run.data, examples, given.total_examples, given.offsets)
+    found = loader.consumed(run.data, examples, given.total_examples, given.offsets)
     return {name: {**used, "tokens": used["examples"] * run.cfg.data.seq_len} for name, used in found.items()}
 
 
-def eval_rows(run: Run, part: feed.Part) -> tuple[np.ndarray, Any]:
+def eval_rows(run: Run, part: loader.Part) -> tuple[np.ndarray, Any]:
     """The held-out rows that an evaluation reads, int64 [n], and this process's part of the batches of them."""
     limits = {"max_tokens": run.cfg.eval.max_tokens, "seq_len": run.cfg.data.seq_len}
     size = checks.eval_batch_size(run.cfg)
     rows = sharding.local_rows(run.mesh, size)
-    made = feed.eval_batches(part, batch_size=size, local_rows=rows, **limits)
-    return feed.eval_row_ids(part, **limits), made
+    made = loader.eval_batches(part, batch_size=size, local_rows=rows, **limits)
+    return loader.eval_row_ids(part, **limits), made
 
 
 def tokenizer_file(cfg: Config) -> str:
@@ -345,7 +339,7 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Any]:
     """
     saved = checkpoint.choose(name)
     cfg = config.build_saved(saved.info["config"])
-    changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", transfer.KEEP),)}
+    changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", init_from.KEEP),)}
     planned, model, params = read_model(dataclasses.replace(cfg, **changes))
     return cfg, model, params, planned.tokenizer
 
@@ -358,11 +352,11 @@ def read_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
     """
     own = dataclasses.replace(cfg.tokenizer, path="")  # it has been copied to the run's folder
     planned = plan(dataclasses.replace(cfg, tokenizer=own), None)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     where = sharding.replicated(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), planned.abstract_params
     )
     model = program.make_model(planned.cfg, program.compute_dtype(cfg.model.dtype, mesh))
-    params, _ = transfer.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
+    params, _ = init_from.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
     return planned, model, params

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lm import metrics, objectives, schema, sharding, trees
-from lm.config import Config, LossConfig
-from lm.data import augment, chats, corrupt, pipeline, prompts
-from lm.data.feed import REPLAY
-from lm.data.tasks import TASKS
-from lm.schema import ConfigError
+from lm import input_pipeline, param_paths
+from lm.config import Config, LossConfig, schema
+from lm.config.schema import ConfigError
+from lm.data import augment
+from lm.data.loader import REPLAY
+from lm.evaluation import metrics
+from lm.parallel import sharding
+from lm.tasks import chat, corrupt, objectives, prompting
+from lm.tasks.registry import TASKS
 from lm.types import LENGTH_KEYS
 
 
@@ -35,8 +38,8 @@ def fit(cfg: Config) -> None:
             "expected, say, ((r'.*/(lora|adapter)_.*', 1.0), (r'.*', 0.0))"
         )
     augment.check(cfg)
-    prompts.check(cfg)
-    chats.check(cfg)
+    prompting.check(cfg)
+    chat.check(cfg)
     objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
     for key, value, fitting in (
         ("model.kind", cfg.model.kind, objective.kinds),
@@ -104,7 +107,7 @@ def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, 
     """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
     measured, _ = jax.eval_shape(eval_step, params, batch)
     known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0)), cfg.objective), *names]
-    prefixes = [*pipeline.by_source(cfg.data), *([REPLAY] if cfg.data.replay else [])]
+    prefixes = [*input_pipeline.by_source(cfg.data), *([REPLAY] if cfg.data.replay else [])]
     known = sorted({f"{prefix}_{name}" if prefix else name for prefix in ("", *prefixes) for name in known})
     if cfg.checkpoint.best_metric not in known:
         wanted = cfg.checkpoint.best_metric
@@ -140,7 +143,7 @@ def mesh_divides(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: di
         raise ConfigError(
             f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads"
         )
-    flat = trees.flatten(abstract_params)
+    flat = param_paths.flatten(abstract_params)
     sharding.check_divisible({path: leaf.shape for path, leaf in flat.items()}, logical_axes, mesh)
 
 

@@ -6,7 +6,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lm import config
-from lm import flags as lm_flags
+from lm.parallel import xla_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
@@ -26,14 +26,16 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     try:
         cfg = config.build(_CONFIG.value)
-        lm_flags.set_libtpu(cfg.model.embed_dim)
-        from lm import sharding, train  # imports JAX
+        xla_flags.set_libtpu(cfg.model.embed_dim)
+        from lm import train  # imports JAX
 
         if _PRINT.value:
             print(train.describe(cfg, _WORKDIR.value or "."))
             return
         if _DISTRIBUTED.value or _COORDINATOR.value:
-            sharding.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            from lm.parallel import mesh
+
+            mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
     except KeyboardInterrupt:
         sys.exit("stopped before the first step of this start; what was saved before is kept")
@@ -46,5 +48,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    lm_flags.use_huge_pages()
-    app.run(main, flags_parser=lm_flags.parse)
+    xla_flags.use_huge_pages()
+    app.run(main, flags_parser=xla_flags.parse)

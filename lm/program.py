@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import mup, objectives, optim, selection, sharding, step, trees
+from lm import optim, param_paths, step
 from lm.config import Config
-from lm.data.tasks import TASKS
-from lm.models import families
+from lm.models import registry
+from lm.optim import mup, trainable
+from lm.parallel import sharding
+from lm.tasks import objectives
+from lm.tasks.registry import TASKS
 from lm.types import ModelFns, Params, TrainState
 
 
@@ -105,7 +108,7 @@ def make(
 
 def make_model(cfg: Config, dtype: Any) -> ModelFns:
     """The functions of the model that `model.kind` names, with the head that the objective needs."""
-    return families.MODELS[cfg.model.kind](cfg, objectives.OBJECTIVES[cfg.objective].head(cfg), dtype)
+    return registry.MODELS[cfg.model.kind](cfg, objectives.OBJECTIVES[cfg.objective].head(cfg), dtype)
 
 
 def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -137,15 +140,15 @@ def _state_shardings(
     use_ema: bool,
 ) -> Any:
     specs = {path: sharding.spec(axes) for path, axes in logical_axes.items()}
-    abstract_trained = selection.trained_part(optimizer.selection, abstract_params)
-    trained = trees.map_with_path(lambda path, _: specs[path], abstract_trained)
+    abstract_trained = trainable.trained_part(optimizer.selection, abstract_params)
+    trained = param_paths.map_with_path(lambda path, _: specs[path], abstract_trained)
     whole: Any = PartitionSpec()
     tree = TrainState(
         step=whole,
-        params=trees.unflatten(specs),
+        params=param_paths.unflatten(specs),
         opt_state=optim.state_specs(optimizer, abstract_trained, trained),
         ema=trained if use_ema else None,
         skipped=whole,
-        start=trees.select(trained, anchored) if anchored else None,
+        start=param_paths.select(trained, anchored) if anchored else None,
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))

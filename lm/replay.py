@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lm import checkpoint, config, schema
+from lm import checkpoint, config, input_pipeline
 from lm.checkpoint import CheckpointError, Saved
-from lm.config import Config, DataConfig
-from lm.data import examples, pipeline
-from lm.data.records import DataError
-from lm.data.sources import Split
-from lm.data.tasks import TASKS
-from lm.schema import ConfigError
+from lm.config import Config, DataConfig, schema
+from lm.config.schema import ConfigError
+from lm.data import example
+from lm.data.readers.registry import Split
+from lm.data.record import DataError
+from lm.tasks.registry import TASKS
 
 
 def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig | None:
@@ -39,7 +39,9 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
     raise CheckpointError(f"none of the checkpoints of {workdir} can be read, which say what 'data.replay' draws from")
 
 
-def load(where: DataConfig | None, cfg: Config, note: Callable[[str], None] = lambda _: None) -> pipeline.Found | None:
+def load(
+    where: DataConfig | None, cfg: Config, note: Callable[[str], None] = lambda _: None
+) -> input_pipeline.Found | None:
     """The records to replay, or None.
 
     Args:
@@ -55,9 +57,9 @@ def load(where: DataConfig | None, cfg: Config, note: Callable[[str], None] = la
         return None
     place = f"'data.replay': the data of {cfg.init_from}"
     try:
-        (found,) = pipeline.load(where)
+        (found,) = input_pipeline.load(where)
         if isinstance(found, Split):
-            examples.check_fields(TASKS[cfg.data.task], [*found.train, *found.valid], cfg.data, TASKS)
+            example.check_fields(TASKS[cfg.data.task], [*found.train, *found.valid], cfg.data, TASKS)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
     except ConfigError as error:

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import trees
-from lm.objectives import LossFn
+from lm import param_paths
 from lm.optim import Optimizer
-from lm.selection import trained_part
+from lm.optim.trainable import trained_part
+from lm.tasks.objectives import LossFn
 from lm.types import Batch, LossTerms, Params, TrainState
 
 Metrics = dict[str, Any]
@@ -31,7 +31,7 @@ def init_state(
     """
     trained = trained_part(optimizer.selection, params)
     ema = jax.tree.map(jnp.copy, trained) if use_ema else None
-    start = jax.tree.map(jnp.copy, trees.select(trained, anchored)) if anchored else None
+    start = jax.tree.map(jnp.copy, param_paths.select(trained, anchored)) if anchored else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(trained), ema, jnp.copy(zero), start)
 
@@ -40,7 +40,7 @@ def eval_params(state: TrainState) -> Params:
     """The parameters to evaluate: the average of the trained ones where there is one; each where `params` has it."""
     if state.ema is None:
         return state.params
-    whole = trees.overlay(state.params, state.ema)
+    whole = param_paths.overlay(state.params, state.ema)
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), whole, state.params)
 
 
@@ -63,7 +63,7 @@ def train_step(
     Args:
       state: the state.
       batch: arrays [B, ...]; B is a multiple of `micro_batches`.
-      loss_fn: see `lm.objectives`.
+      loss_fn: see `lm.tasks.objectives`.
       optimizer: see `lm.optim`.
       seed: of the run. Dropout is a function of it, the step and the row's example index.
       micro_batches: how many parts of the batch are computed one after the other.
@@ -81,7 +81,7 @@ def train_step(
 
     def terms_and_grads(micro: Batch) -> tuple[LossTerms, Params]:
         def total(mixed: Params) -> tuple[jax.Array, LossTerms]:
-            terms = loss_fn(trees.overlay(state.params, mixed), micro, rng)._replace(outputs={})
+            terms = loss_fn(param_paths.overlay(state.params, mixed), micro, rng)._replace(outputs={})
             return terms.sum, terms
 
         grads, terms = jax.grad(total, has_aux=True)(mixed)
@@ -108,7 +108,7 @@ def train_step(
     old, new = (trained, state.opt_state, state.ema), (new_trained, new_opt_state, new_ema)
     trained, opt_state, ema = jax.tree.map(lambda o, n: jnp.where(has_weight, n, o), old, new)
     skipped = state.skipped + jnp.where(has_weight, 0, 1)
-    state = TrainState(state.step + 1, trees.overlay(state.params, trained), opt_state, ema, skipped, state.start)
+    state = TrainState(state.step + 1, param_paths.overlay(state.params, trained), opt_state, ema, skipped, state.start)
     return state, {"loss": terms.sum / divisor, "weight": terms.weight, **info, **terms.metrics}
 
 
@@ -120,7 +120,7 @@ def mix(trained: Params, start: Params | None, rate: float, rng: jax.Array) -> P
     """
     if rate == 0.0:
         return trained
-    anchors = trees.flatten(start or {})
+    anchors = param_paths.flatten(start or {})
 
     def one(path: str, w: jax.Array) -> jax.Array:
         if path not in anchors or not path.endswith("kernel"):
@@ -129,7 +129,7 @@ def mix(trained: Params, start: Params | None, rate: float, rng: jax.Array) -> P
         kept = jax.random.bernoulli(key, 1.0 - rate, w.shape)
         return u + jnp.where(kept, (w - u) / (1.0 - rate), 0.0)
 
-    return trees.map_with_path(one, trained)
+    return param_paths.map_with_path(one, trained)
 
 
 def eval_step(

@@ -14,29 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import (
-    build,
-    checkpoint,
-    checks,
-    config,
-    evaluate,
-    generate,
-    metrics,
-    monitor,
-    mup,
-    program,
-    report,
-    resume,
-    schema,
-    selection,
-    sharding,
-    step,
-    transfer,
-)
-from lm.checkpoint import CheckpointError
-from lm.config import Config
-from lm.data.feed import REPLAY
-from lm.interrupt import Interrupt, Preempted
+from lm import build, checkpoint, checks, config, program, step
+from lm.checkpoint import CheckpointError, init_from, resume
+from lm.config import Config, schema
+from lm.data.loader import REPLAY
+from lm.decoding import sampling
+from lm.evaluation import evaluate, flops, metrics
+from lm.optim import mup, trainable
+from lm.parallel import mesh as mesh_lib
+from lm.parallel import sharding
+from lm.preemption import Interrupt, Preempted
+from lm.tracking import report, tracker
 from lm.types import TrainState
 
 Say = Callable[[str], None]
@@ -75,8 +63,8 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.refuse_changes(config.build_saved(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
-    mesh = sharding.make_mesh(cfg.mesh)
-    say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {sharding.in_words(mesh)}")
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")
     run = build.run(planned, workdir, mesh, say)
 
     with jax.set_mesh(mesh):
@@ -89,9 +77,9 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
             say(f"already done: step {start:,} of {run.total_steps:,}; see {workdir}/summary.json")
             return json.loads((workdir / "summary.json").read_text())
         if is_primary:
-            monitor.write_atomic(workdir / "config.json", config.to_json(cfg))
+            tracker.write_atomic(workdir / "config.json", config.to_json(cfg))
         with (
-            monitor.Monitor(workdir, run.total_steps, start, is_primary, cfg.monitor) as watch,
+            tracker.Monitor(workdir, run.total_steps, start, is_primary, cfg.monitor) as watch,
             checkpoint.Checkpoints(workdir, cfg.checkpoint, saved, start) as saves,
             Interrupt() as interrupt,
         ):
@@ -111,7 +99,7 @@ def loop(
     workdir: Path,
     state: TrainState,
     position: resume.Position,
-    watch: monitor.Monitor,
+    watch: tracker.Monitor,
     saves: checkpoint.Checkpoints,
     interrupt: Interrupt,
 ) -> dict[str, Any]:
@@ -275,8 +263,8 @@ def restore(
     if saved:
         raise CheckpointError(f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read")
     if planned.init:
-        say(transfer.describe(planned.origin_of, planned.unused, planned.init, run.cfg.model))
-    params, origin = transfer.initialize(
+        say(init_from.describe(planned.origin_of, planned.unused, planned.init, run.cfg.model))
+    params, origin = init_from.initialize(
         run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
     )
     state = jax.jit(run.init_state, out_shardings=run.state_shardings)(params)
@@ -284,7 +272,7 @@ def restore(
 
 
 def observe(
-    run: build.Run, pending: tuple[int, Any, np.ndarray], watch: monitor.Monitor, rate: "Throughput", good: int | None
+    run: build.Run, pending: tuple[int, Any, np.ndarray], watch: tracker.Monitor, rate: "Throughput", good: int | None
 ) -> None:
     """Waits for the figures of a step; logs them; refuses to go on when they are not finite.
 
@@ -322,7 +310,7 @@ def samples(run: build.Run, params: Any, done: int) -> dict[str, str]:
         return {}
     key = jax.random.fold_in(jax.random.key(run.cfg.seed), done)
     shards = sharding.batch_shards(run.mesh)
-    made = generate.generate(
+    made = sampling.generate(
         run.model, params, list(run.prompts.values()), key, run.cfg, run.tokenizer, rows_multiple=shards
     )
     return {prompt: run.tokenizer.decode(new) for prompt, new in zip(run.prompts, made, strict=True)}
@@ -350,7 +338,7 @@ def describe(cfg: Config, workdir: str | Path) -> str:
 def history(workdir: Path, cfg: Config) -> dict[str, Any]:
     """'before' = the evaluation at step 0, 'best' = the best one after it, by `checkpoint.best_metric`; also of resumed
     runs."""
-    rows, _ = monitor.read_rows(workdir / "metrics.jsonl")
+    rows, _ = tracker.read_rows(workdir / "metrics.jsonl")
     evaluations = [row for row in rows if row.pop("split") == "eval"]
     name = cfg.checkpoint.best_metric
     measured = [row for row in evaluations if row.get(name) is not None and row["step"] > 0]
@@ -362,7 +350,7 @@ def summarise(
     run: build.Run,
     state: TrainState,
     values: dict[str, float],
-    watch: monitor.Monitor,
+    watch: tracker.Monitor,
     rate: "Throughput",
     example: int,
     stream: build.Stream,
@@ -370,7 +358,7 @@ def summarise(
     """The figures of a finished run, the final evaluation's among them."""
     cfg, done = run.cfg, int(state.step)
     whole = run.abstract_state.params
-    trained = selection.trained_part(run.optimizer.selection, whole)
+    trained = trainable.trained_part(run.optimizer.selection, whole)
     answer = {"answer_loss": values["nll"]} if cfg.data.task == "chat" else {}
     return {
         **values,
@@ -400,13 +388,13 @@ class Throughput:
     """Positions per second of training, compilation, evaluation and saving left out; and the share of that time in
     which the devices had no batch."""
 
-    def __init__(self, run: build.Run, start: int, watch: monitor.Monitor):
+    def __init__(self, run: build.Run, start: int, watch: tracker.Monitor):
         self.tokens_per_step, self.input_bound = run.cfg.data.batch_size * run.cfg.data.seq_len, 0.0
         self._flops: dict[str, float | None] = {}  # known where each position is computed once and predicts a token
         if run.tokenizer and build.predicts_tokens(run.cfg):
             size = run.tokenizer.vocab_size
             self._flops = {
-                name: metrics.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, size, causal_half=half)
+                name: flops.train_flops_per_token(run.cfg.model, run.cfg.data.seq_len, size, causal_half=half)
                 for name, half in (("mfu", False), ("mfu_causal", True))
             }
         self._run, self._start, self._watch = run, start, watch
@@ -442,6 +430,6 @@ class Throughput:
         second of a device; nothing where the device's peak is not known."""
         devices = self._run.mesh.devices
         kind, count = devices.flat[0].device_kind, devices.size
-        found = {name: metrics.mfu(tokens_per_second, flops, kind, count) for name, flops in self._flops.items()}
+        found = {name: flops.mfu(tokens_per_second, per_token, kind, count) for name, per_token in self._flops.items()}
         known = {name: value for name, value in found.items() if value is not None}
         return known | ({"tokens_per_second_a_device": tokens_per_second / count} if known else {})

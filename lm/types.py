@@ -46,7 +46,7 @@ class LossTerms(NamedTuple):
     """What an objective returns. Sums are added over micro-batches and devices and divided once, globally.
 
     Attributes:
-      sum: float32 [], the weighted sum of the per-token (or per-example) loss, see `lm.metrics.LOSS_UNITS`.
+      sum: float32 [], the weighted sum of the per-token (or per-example) loss, see `lm.evaluation.metrics.LOSS_UNITS`.
       weight: float32 [], the sum of the weights.
       metrics: name -> (sum, weight), float32 [] each; reported as sum / weight.
       outputs: name -> [B, ...], what an evaluation collects of each row to score all of them at once.
@@ -87,7 +87,7 @@ class ModelOutput(NamedTuple):
         that has another head instead.
       cache: the updated key/value cache when one was passed, else None.
       head: float32, what the model's `Head` gives, or None when it has none.
-      routing_2xB: float32, means over layers of `lm.models.experts.balance`; None in a model without experts.
+      routing_2xB: float32, means over layers of `lm.models.moe.balance`; None in a model without experts.
     """
 
     hidden_BxLxD: jax.Array

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lm import trees
+from lm import param_paths
 from lm.config import LossConfig, ModelConfig
 
 Array = np.ndarray
@@ -26,7 +26,7 @@ def loss_and_grads(
 
     Dropout is off. `batch` holds tokens, targets, loss_weights, segment_ids and positions, all [B, L].
     """
-    values = {path: np.asarray(leaf, np.float64) for path, leaf in trees.flatten(params).items()}
+    values = {path: np.asarray(leaf, np.float64) for path, leaf in param_paths.flatten(params).items()}
     leaves = {path: (value, np.zeros(value.shape)) for path, value in values.items()}
     hidden_BxLxD, backward = decoder(leaves, {key: np.asarray(x) for key, x in batch.items()}, cfg)
 
@@ -46,7 +46,7 @@ def loss_and_grads(
     d_unembed_DxV[...] += d_unembed
     backward(d_hidden_BxLxD)
     weight = np.asarray(batch["loss_weights"], np.float64).sum()
-    return float(total), float(weight), trees.unflatten({path: grad for path, (_, grad) in leaves.items()})
+    return float(total), float(weight), param_paths.unflatten({path: grad for path, (_, grad) in leaves.items()})
 
 
 def cross_entropy(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from lm import optim, selection, trees
+from lm import optim, param_paths
 from lm.config import AdapterConfig, OptimConfig
+from lm.config.schema import ConfigError
 from lm.models import adapters, layers, transformer
-from lm.schema import ConfigError
+from lm.optim import trainable
 from lm.types import Head
 from tests import test_step, toys
 
@@ -27,14 +28,14 @@ def adapted(style, adapter):
     """Base model, its parameters, the adapted model and its parameters as they begin: those of the base kept."""
     cfg, base, params = toys.decoder(toys.STYLES[style], SEQ_LEN)
     model = transformer.text_model(cfg, jnp.float32, None, adapter)
-    fresh = trees.flatten(jax.jit(model.init)(jax.random.key(0)))
-    return base, params, model, trees.unflatten(fresh | trees.flatten(params))
+    fresh = param_paths.flatten(jax.jit(model.init)(jax.random.key(0)))
+    return base, params, model, param_paths.unflatten(fresh | param_paths.flatten(params))
 
 
 def scrambled(params):
     """Adapters whose zeros are gone."""
     rng = np.random.default_rng(1)
-    return trees.map_with_path(
+    return param_paths.map_with_path(
         lambda path, leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) if "lora_" in path else leaf,
         params,
     )
@@ -57,7 +58,7 @@ def test_merged_and_unmerged_compute_the_same(style):
     """Against kernels that numpy merges in float64, by the definition of Hu et al. 2021, section 4.1."""
     base, _, model, params = adapted(style, LORA)
     params, batch = scrambled(params), toys.batch(3, SEQ_LEN)
-    flat = {path: np.asarray(leaf, np.float64) for path, leaf in trees.flatten(params).items()}
+    flat = {path: np.asarray(leaf, np.float64) for path, leaf in param_paths.flatten(params).items()}
     want, targets = {}, 0
     for path, leaf in flat.items():
         a = flat.get(path.replace("/kernel", "/lora_a"))
@@ -69,16 +70,16 @@ def test_merged_and_unmerged_compute_the_same(style):
             targets += 1
     assert targets == 4
     merged = adapters.merge(params, LORA)
-    got = trees.flatten(merged)
+    got = param_paths.flatten(merged)
     assert got.keys() == want.keys()
     for path, leaf in want.items():
         np.testing.assert_allclose(got[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
     unmerged, plain = hidden(model, params, batch), hidden(base, merged, batch)
     assert np.abs(unmerged - plain).max() <= 1e-5 * np.abs(plain).max()
     assert np.abs(plain - hidden(base, adapted(style, LORA)[1], batch)).max() > 0.01
-    back = trees.flatten(adapters.unmerge(merged, params, LORA))
+    back = param_paths.flatten(adapters.unmerge(merged, params, LORA))
     assert back.keys() == flat.keys()
-    for path, leaf in trees.flatten(params).items():
+    for path, leaf in param_paths.flatten(params).items():
         np.testing.assert_allclose(back[path], leaf, atol=1e-6, err_msg=path)
 
 
@@ -113,7 +114,7 @@ def test_a_bottleneck_is_what_houlsby_draws():
     rng = np.random.default_rng(0)
     shapes = {"down/kernel": (6, 4), "down/bias": (4,), "up/kernel": (4, 6), "up/bias": (6,)}
     params, x = {path: rng.normal(size=shape) for path, shape in shapes.items()}, rng.normal(size=(2, 3, 6))
-    tree = jax.tree.map(jnp.float32, trees.unflatten(params))
+    tree = jax.tree.map(jnp.float32, param_paths.unflatten(params))
     got = adapters.Bottleneck(4, jnp.float32).apply({"params": tree}, jnp.float32(x))
     np.testing.assert_allclose(got, bottleneck(params, x), rtol=1e-5, atol=1e-5)
 
@@ -124,7 +125,7 @@ def test_a_bottleneck_is_what_houlsby_draws():
 def test_bottlenecks_stand_between_a_sublayer_and_the_residual_stream(kind, sublayers):
     """After a sublayer that gives a constant, an adapter gives another constant: it reads that, and nothing else."""
     base, params, model, start = adapted("gpt2", AdapterConfig(kind, rank=3))
-    flat, plain, rng = trees.flatten(start), trees.flatten(params), np.random.default_rng(0)
+    flat, plain, rng = param_paths.flatten(start), param_paths.flatten(params), np.random.default_rng(0)
     names = {path.split("/")[2] for path in flat if "adapter_" in path}
     assert names == {f"adapter_{sublayer.split('/')[0]}" for sublayer in sublayers}
     flat |= {path: rng.normal(size=leaf.shape) for path, leaf in flat.items() if "adapter_" in path}
@@ -136,7 +137,7 @@ def test_bottlenecks_stand_between_a_sublayer_and_the_residual_stream(kind, subl
         own = {path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)}
         of_layer = [{path: leaf[i] for path, leaf in own.items()} for i in range(len(flat[bias]))]
         plain[bias] = np.stack([bottleneck(p, c) for p, c in zip(of_layer, flat[bias], strict=True)])
-    moved, expected = (jax.tree.map(jnp.float32, trees.unflatten(tree)) for tree in (flat, plain))
+    moved, expected = (jax.tree.map(jnp.float32, param_paths.unflatten(tree)) for tree in (flat, plain))
     batch = toys.batch(2, SEQ_LEN)
     got, want = hidden(model, moved, batch), hidden(base, expected, batch)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -154,9 +155,9 @@ def test_bottlenecks_stand_between_a_sublayer_and_the_residual_stream(kind, subl
 )
 def test_adapters_that_are_nowhere_are_refused(cfg, message):
     params = toys.decoder(toys.GPT2, SEQ_LEN)[2]
-    adapters.check(AdapterConfig(), trees.flatten(params))
+    adapters.check(AdapterConfig(), param_paths.flatten(params))
     with pytest.raises(ConfigError, match=message):
-        adapters.check(cfg, trees.flatten(params))
+        adapters.check(cfg, param_paths.flatten(params))
 
 
 def test_only_lora_can_be_merged():
@@ -191,19 +192,19 @@ def classifier(kind):
     ],
 )
 def test_rule_lists_choose_what_they_say(rules, kind, learns):
-    chosen = selection.resolve(OptimConfig(lr_rules=rules), classifier(kind), 10)
+    chosen = trainable.resolve(OptimConfig(lr_rules=rules), classifier(kind), 10)
     for path, values in chosen.lr_multiplier.items():
         layers_of = range(3) if "/layers/" in path else [-1]
         assert values == tuple(float(learns(path, layer)) for layer in layers_of), path
     optimizer = optim.build(OptimConfig(lr_rules=rules), classifier(kind), total_steps=9, warmup_steps=0, decay_steps=0)
-    part = trees.flatten(selection.trained_part(chosen, classifier(kind)))
-    held = [leaf for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, trees.unflatten(part))) if leaf.ndim]
+    part = param_paths.flatten(trainable.trained_part(chosen, classifier(kind)))
+    held = [leaf for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, param_paths.unflatten(part))) if leaf.ndim]
     assert len(held) == 2 * len(part) > 0 and sum(leaf.size for leaf in held) == 2 * sum(x.size for x in part.values())
 
 
 def test_rates_and_starts_go_down_the_layers():
     cfg = OptimConfig(lr_rules=common.layer_decay(0.5, 3), unfreeze_rules=common.gradual_unfreezing(3, 0.8))
-    chosen = selection.resolve(cfg, classifier("none"), 100)
+    chosen = trainable.resolve(cfg, classifier("none"), 100)
     kernel = "encoder/layers/mlp/up/kernel"
     assert (chosen.lr_multiplier[kernel], chosen.start[kernel]) == ((0.125, 0.25, 0.5), (60, 40, 20))
     for path, rate, start in (

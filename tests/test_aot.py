@@ -1,4 +1,4 @@
-"""lm/aot.py and tools/plan.py: the plan of a small model, by the real TPU compiler."""
+"""lm/planner/train_compile.py and tools/plan.py: the plan of a small model, by the real TPU compiler."""
 
 import importlib.util
 import json
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm import aot, chips
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.planner import topology, train_compile
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_libtpu = pytest.mark.skipif(
@@ -168,7 +168,7 @@ def test_what_cannot_be_planned_is_refused_before_it_is_compiled(arguments, why)
 def test_what_does_not_fit_is_an_answer(tmp_path):
     found, _, said = plan(tmp_path, code=3, **{"data.batch_size": 4 * 16_384, "model.remat": "none"})
     assert found["fits"] is False and "does not fit" in said and "largest" in said
-    assert found["hbm_needed"] > 16 * chips.GIB
+    assert found["hbm_needed"] > 16 * topology.GIB
     assert f"{4 * 16_384}, {LENGTH}" in found["why"], "the arrays that are too large are named"
 
 
@@ -184,11 +184,16 @@ def analysis(**sizes):
 def test_the_hosts_memory_is_not_the_chips():
     """An offloaded step's peak is of both together; what is laid out on the chip alone is known beside it."""
     chip = {"argument_size": 5, "output_size": 4, "alias_size": 3, "temp_size": 20}
-    assert aot.memory(analysis(**chip, peak_memory=22)) == {"arguments": 5, "temporaries": 20, "peak": 22, "host": 0}
+    assert train_compile.memory(analysis(**chip, peak_memory=22)) == {
+        "arguments": 5,
+        "temporaries": 20,
+        "peak": 22,
+        "host": 0,
+    }
     host = {"host_temp_size": 80, "host_argument_size": 2, "host_output_size": 7, "host_alias_size": 6}
-    found = aot.memory(analysis(**chip, **host, peak_memory=100))
+    found = train_compile.memory(analysis(**chip, **host, peak_memory=100))
     assert found == {"arguments": 5, "temporaries": 20, "peak": 5 + 1 + 20, "host": 80 + 2 + 1}
-    assert aot.memory(analysis(**chip, **host, peak_memory=24))["peak"] == 24
+    assert train_compile.memory(analysis(**chip, **host, peak_memory=24))["peak"] == 24
 
 
 @pytest.mark.parametrize(
@@ -198,13 +203,13 @@ def test_a_ratio_that_cannot_be_is_refused(compiled, is_possible):
     """100 FLOPs are needed with attention's causal half; what a mask hides may be missing of the 110 in full."""
     lowered = SimpleNamespace(needed_flops=100.0, model_flops=110.0)
     if is_possible:
-        aot.check_ratio(lowered, compiled)
+        train_compile.check_ratio(lowered, compiled)
     else:
         with pytest.raises(
-            aot.ImpossibleRatio, match=f"{compiled:.4g} FLOPs .* fewer than the 100 .* cannot be above 1"
+            train_compile.ImpossibleRatio, match=f"{compiled:.4g} FLOPs .* fewer than the 100 .* cannot be above 1"
         ):
-            aot.check_ratio(lowered, compiled)
-    aot.check_ratio(SimpleNamespace(needed_flops=None), compiled)
+            train_compile.check_ratio(lowered, compiled)
+    train_compile.check_ratio(SimpleNamespace(needed_flops=None), compiled)
 
 
 def test_the_compilers_own_report_is_read():
@@ -217,7 +222,7 @@ Used 17.32G of 15.75G hbm. Exceeded hbm capacity by 1.57G.
      Shape: bf16[24,4,2048,5632]{3,2,1,0:T(8,128)(2,1)}
      Unpadded size: 2.06G
 """
-    said = aot._why(report, "")
+    said = train_compile._why(report, "")
     assert "needs 17.32G of the chip's 15.75G" in said
     assert "2.06G  bf16[24,4,2048,5632]  jit(train_step)/layers/mlp/up" in said
 
@@ -225,9 +230,9 @@ Used 17.32G of 15.75G hbm. Exceeded hbm capacity by 1.57G.
 def test_the_memory_needed_is_read_of_both_forms_of_refusal():
     used = "Ran out of memory in memory space hbm. Used 17.32G of 15.75G hbm. Exceeded"
     beside = "the total memory required for HLO temporaries (29.03G) exceeds available HBM (15.75G)."
-    assert aot._needed(used, 2.0**30) == pytest.approx(17.32 * 2**30)
-    assert aot._needed(beside, 2.0**30) == pytest.approx(30.03 * 2**30)
-    assert aot._needed("something else", 2.0**30) == 0
+    assert train_compile._needed(used, 2.0**30) == pytest.approx(17.32 * 2**30)
+    assert train_compile._needed(beside, 2.0**30) == pytest.approx(30.03 * 2**30)
+    assert train_compile._needed("something else", 2.0**30) == 0
 
 
 def step_flops(layers, width, heads, kv_heads, inner, vocab, length, experts, choices):
@@ -270,7 +275,7 @@ def test_what_is_offloaded_lies_with_the_host(tmp_path):
     for way in ("to_host", "from_host"):
         assert kept <= found["host_copies"][way] < 1.05 * kept
     assert found["fits"] and found["hbm_peak"] <= found["hbm_arguments"] + 1.1 * found["hbm_temporaries"]
-    copied = 1e3 * sum(found["host_copies"].values()) / chips.CHIPS["v5e"].host_bandwidth
+    copied = 1e3 * sum(found["host_copies"].values()) / topology.CHIPS["v5e"].host_bandwidth
     assert found["estimated_ms"]["host"] + found["estimated_ms"]["host_hidden"] == pytest.approx(copied, rel=0.01)
     assert "memory of its host" in said and "of 64.00 GiB" in said
 
@@ -311,11 +316,11 @@ def test_slices_send_each_other_only_a_chips_share_of_the_gradients(tmp_path):
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4", "v5e:4x", "v5e:4x0", "v5e:4x4x4", "v5p:4x4", ""])
 def test_a_topology_that_is_none_is_refused(name):
     with pytest.raises(ConfigError, match="expected one of v5e:AxB, v5p:AxBxC, v6e:AxB"):
-        chips.topology(name, 1)
+        topology.topology(name, 1)
 
 
 def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
-    assert [chips.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
+    assert [topology.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
         1,
         2,
         2,
@@ -327,4 +332,4 @@ def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"\.\[tpu\]"):
-        aot.prepare("")
+        train_compile.prepare("")

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import beam, generate, losses
+from lm import losses
 from lm.config import Config, DataConfig, GenerateConfig
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.decoding import beam_search, sampling
 from lm.types import ModelFns, ModelOutput
 from tests import toys
 
@@ -143,13 +144,13 @@ def config(kind: str) -> Config:
 
 def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:
     _, model, params = model_of(kind)
-    return beam.search(model, params, prompts, config(kind), WORDS, **options)
+    return beam_search.search(model, params, prompts, config(kind), WORDS, **options)
 
 
 @pytest.mark.parametrize("kind", ["prefix_decoder", "relative", "learned"])
 def test_prompts_of_several_lengths_are_read_as_each_alone(kind):
     cfg, model, params = model_of(kind)
-    out = jax.jit(model.apply)(params, generate.prompt_batch(PROMPTS, config(kind), WORDS, 1))
+    out = jax.jit(model.apply)(params, sampling.prompt_batch(PROMPTS, config(kind), WORDS, 1))
     logits_BxV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=VOCAB, softcap=cfg.logit_softcap)
     want = [table(kind)[number, ()] for number in range(len(PROMPTS))]
     np.testing.assert_allclose(jax.nn.log_softmax(logits_BxV[:, :VOCAB]), want, rtol=0, atol=2e-5)
@@ -158,7 +159,7 @@ def test_prompts_of_several_lengths_are_read_as_each_alone(kind):
 @pytest.mark.parametrize("kind", ["prefix_decoder", "relative"])
 def test_greedy_is_the_argmax_of_the_full_forward_pass(kind):
     _, model, params = model_of(kind)
-    made = generate.generate(model, params, PROMPTS, jax.random.key(0), config(kind), WORDS)
+    made = sampling.generate(model, params, PROMPTS, jax.random.key(0), config(kind), WORDS)
     assert made == plain_greedy(kind)
 
 
@@ -197,13 +198,13 @@ def test_ids_that_are_not_allowed_are_in_no_text():
         **vars(WORDS) | {"may_generate": lambda ends, symbols: np.isin(np.arange(VOCAB), [*others, *ends])}
     )
     _, model, params = model_of("history")
-    made = beam.search(model, params, PROMPTS, config("history"), words, beams=140, alpha=3.0)
+    made = beam_search.search(model, params, PROMPTS, config("history"), words, beams=140, alpha=3.0)
     assert made == best_of_all("history", 3.0, others)
 
 
 def test_learned_positions_need_room_for_the_longer_side_alone():
     cfg = dataclasses.replace(config("learned"), generate=GenerateConfig(max_new_tokens=11))
-    generate.check_room(MAX_LEN, cfg)
+    sampling.check_room(MAX_LEN, cfg)
     for prompt_len, new in ((MAX_LEN + 1, 1), (1, MAX_LEN)):
         with pytest.raises(ConfigError, match=r"do not fit 'model\.max_len'"):
-            generate.check_room(prompt_len, dataclasses.replace(cfg, generate=GenerateConfig(max_new_tokens=new)))
+            sampling.check_room(prompt_len, dataclasses.replace(cfg, generate=GenerateConfig(max_new_tokens=new)))

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, checkpoint, program, schema, sharding, step, trees
+from lm import build, checkpoint, param_paths, program, step
 from lm.checkpoint import CheckpointError
-from lm.config import MeshConfig
+from lm.config import MeshConfig, schema
+from lm.config.schema import ConfigError
 from lm.data import tokenizer
 from lm.models import transformer
-from lm.schema import ConfigError
+from lm.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -31,7 +32,7 @@ TINY = {
 
 
 def mesh(**sizes):
-    return sharding.make_mesh(MeshConfig(**sizes), jax.devices())
+    return make_mesh(MeshConfig(**sizes), jax.devices())
 
 
 def write_run(folder: Path, scores: dict[int, float], **changes):
@@ -89,7 +90,7 @@ def test_plan_takes_the_tokenizer_and_the_parameters_of_the_run_it_starts_from(t
     old = str(tmp_path / "old")
     planned = build.plan(toys.recipe(tmp_path / "no_data", init_from=old, **TINY), tmp_path / "new")
     assert planned.tokenizer.vocab_size == 285 and planned.unused == []
-    assert planned.origin_of == {path: f"params/{path}" for path in trees.flatten(planned.abstract_params)}
+    assert planned.origin_of == {path: f"params/{path}" for path in param_paths.flatten(planned.abstract_params)}
 
 
 def test_plan_refuses_what_does_not_fit(tmp_path):
@@ -163,9 +164,9 @@ def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_pat
     assert run.total_steps == rows and run.every == {"eval": 3, "checkpoint": 0}
     assert any(f"rows {rows}" in note for note in notes)
     assert (tmp_path / "run" / "tokenizer.model").exists()
-    params = trees.flatten(run.abstract_state.params)
+    params = param_paths.flatten(run.abstract_state.params)
     for tree in (run.abstract_state.opt_state[1].mu, run.abstract_state.opt_state[1].nu, run.abstract_state.ema):
-        flat = trees.flatten(tree)
+        flat = param_paths.flatten(tree)
         assert flat.keys() == {path for path in params if not path.startswith("embed/")}, "what is frozen has no state"
         for path, leaf in flat.items():
             assert (leaf.shape, leaf.sharding) == (params[path].shape, params[path].sharding), path
@@ -200,7 +201,7 @@ def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path
     )
     for name, number in {"": 3, "@best": 2, "@1": 1}.items():
         cfg, model, params, words = build.load_run(f"{tmp_path}/run{name}")
-        assert trees.flatten(params).keys() == trees.flatten(states[number]).keys()
+        assert param_paths.flatten(params).keys() == param_paths.flatten(states[number]).keys()
         jax.tree.map(np.testing.assert_array_equal, params, states[number])
     assert words.vocab_size == 285 and cfg.model.max_len == 16
     batch = {key: jnp.ones((1, 4), jnp.int32) for key in ("tokens", "positions", "segment_ids")}

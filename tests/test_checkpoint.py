@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import checkpoint, optim, schema, sharding, step, trees
+from lm import checkpoint, optim, param_paths, step
 from lm.checkpoint import CheckpointError
-from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
+from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig, schema
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
 from lm.types import TrainState
 
 # What Orbax leaves behind when it stops at a damaged file or a full disk.
@@ -38,7 +40,7 @@ SHAPES = {
     "decoder/layers/mlp_norm/scale": (2, 128),
     "embed/embedding": (128, 128),
 }
-ABSTRACT = trees.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()})
+ABSTRACT = param_paths.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()})
 MESHES = {
     8: MeshConfig(data=2, fsdp=2, tensor=2),
     4: MeshConfig(data=1, fsdp=4),
@@ -48,11 +50,11 @@ MESHES = {
 
 def abstract_state(name: str, *, use_ema: bool, devices: int) -> TrainState:
     """A state of one optimizer as `lm.build` lays it out, on some of the fake devices."""
-    mesh = sharding.make_mesh(MESHES[devices], jax.devices()[:devices])
+    mesh = make_mesh(MESHES[devices], jax.devices()[:devices])
     optimizer = optim.build(
         OptimConfig(name=name, schedule="constant"), ABSTRACT, total_steps=1, warmup_steps=0, decay_steps=0
     )
-    specs = trees.unflatten({path: sharding.spec(axes) for path, axes in AXES.items()})
+    specs = param_paths.unflatten({path: sharding.spec(axes) for path, axes in AXES.items()})
     shapes = jax.eval_shape(functools.partial(step.init_state, optimizer=optimizer, use_ema=use_ema), ABSTRACT)
     where = TrainState(
         step=jax.P(),
@@ -261,7 +263,7 @@ def test_what_does_not_fit_is_refused_with_its_name(tmp_path):
 
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 7)
+    monkeypatch.setattr(checkpoint.store, "FORMAT", 7)
     save(tmp_path, {1: None})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"checkpoints/1 has format 7, this code reads 1$"):

@@ -1,4 +1,4 @@
-"""lm/config.py: what it refuses, what it converts, and what its messages say."""
+"""lm/config/sections.py: what it refuses, what it converts, and what its messages say."""
 
 import dataclasses
 import json
@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import config as config_lib
-from lm import schema
-from lm.config import Config
-from lm.schema import ConfigError, Duration, keys
+from lm.config import Config, schema
+from lm.config.schema import ConfigError, Duration, keys
 
 RUNNABLE = {"train": {"total_steps": 10}}
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import checks, config
-from lm.data import augment, feed, pipeline, sources, tokenizer
-from lm.data.labelled import encode_pair
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm import checks, config, input_pipeline
+from lm.config.schema import ConfigError
+from lm.data import augment, loader, tokenizer
+from lm.data.readers import registry
+from lm.data.record import DataError
+from lm.tasks.classification import encode_pair
 
 WORDS = ["good", "bad", "film", "the", "a", "goodness", "very", "na\u00efve", "plot", "twist"]
 TEXTS = [" ".join(WORDS[i % 3 :]) + f", {i}." for i in range(30)]
@@ -199,16 +200,16 @@ def test_what_does_not_fit_is_refused(cfg, message):
 def test_training_rows_are_changed_anew_each_epoch_and_held_out_ones_never():
     records = [{"text": text, "label": str(i % 2), "source": f"f:{i}"} for i, text in enumerate(TEXTS)]
     cfg = make_config(("delete", 0.3), ("swap", 0.2), seq_len=L)
-    data = pipeline.build(cfg, TOK, sources.Split(records[:20], records[20:], "", ""))
+    data = input_pipeline.build(cfg, TOK, registry.Split(records[:20], records[20:], "", ""))
 
     def rows(start, local):
-        stream = feed.train_batches(data, batch_size=20, start_example=start, local_rows=local, seed=3)
+        stream = loader.train_batches(data, batch_size=20, start_example=start, local_rows=local, seed=3)
         batch = next(stream)
         stream.close()
         return batch
 
     first, second = rows(0, np.arange(20)), rows(20, np.arange(20))
-    ids = feed.train_row_ids(20, 3, 0, 40)
+    ids = loader.train_row_ids(20, 3, 0, 40)
     changed = {row: x.tolist() for row, x in zip(ids[:20], first["tokens"], strict=True)}
     again = {row: x.tolist() for row, x in zip(ids[20:], second["tokens"], strict=True)}
     assert sum(changed[row] != again[row] for row in range(20)) > 15
@@ -216,5 +217,5 @@ def test_training_rows_are_changed_anew_each_epoch_and_held_out_ones_never():
     np.testing.assert_array_equal(parts[0]["tokens"][0], first["tokens"][7])
     np.testing.assert_array_equal(parts[1]["tokens"][0], first["tokens"][8])
     limits = {"batch_size": 4, "local_rows": np.arange(4), "max_tokens": 0, "seq_len": L}
-    held_out = np.concatenate([b["tokens"] for b in feed.eval_batches(data.valid, **limits)])
+    held_out = np.concatenate([b["tokens"] for b in loader.eval_batches(data.valid, **limits)])
     np.testing.assert_array_equal(held_out[:10], data.valid.rows["tokens"])

@@ -1,4 +1,4 @@
-"""lm.data.builtin and lm.data.prose: the corpus of the running Python, what is held out of it, and its cache."""
+"""lm/data/readers/python_stdlib.py and prose.py: the corpus of the running Python, what is held out, and its cache."""
 
 import gzip
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import builtin
-from lm.data.prose import first_sentence, is_prose, read_source
+from lm.data.readers import python_stdlib
+from lm.data.readers.prose import first_sentence, is_prose, read_source
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +20,11 @@ def cache_home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(cache_home) -> builtin.Corpus:
+def corpus(cache_home) -> python_stdlib.Corpus:
     """Built once, from the real library, as a first run would."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        return builtin.load()
+        return python_stdlib.load()
 
 
 def paragraphs(text: str) -> list[str]:
@@ -32,12 +32,12 @@ def paragraphs(text: str) -> list[str]:
     return [paragraph for paragraph in normalised if len(paragraph) >= 40]
 
 
-def documents_of(corpus: builtin.Corpus, split: str) -> set[str]:
+def documents_of(corpus: python_stdlib.Corpus, split: str) -> set[str]:
     """Names of the documents, without the lines of the instruction pairs."""
     return {re.sub(r"\.py:\d+$", ".py", r["source"]) for part in corpus.parts.values() for r in part[split]}
 
 
-def answers_of(corpus: builtin.Corpus, split: str) -> list[str]:
+def answers_of(corpus: python_stdlib.Corpus, split: str) -> list[str]:
     return [record["messages"][1]["content"] for record in corpus.parts["instructions"][split]]
 
 
@@ -60,8 +60,8 @@ def test_size_and_report(corpus):
 def test_train_and_valid_share_no_document(corpus):
     train, valid = documents_of(corpus, "train"), documents_of(corpus, "valid")
     assert not train & valid
-    assert all(builtin.is_valid(name) for name in valid)
-    assert not any(builtin.is_valid(name) for name in train)
+    assert all(python_stdlib.is_valid(name) for name in valid)
+    assert not any(python_stdlib.is_valid(name) for name in train)
     folders = {folder for name in train | valid for folder in name.split("/")[:-1]}
     assert {"unittest", "email", "json"} < folders
     assert not {"test", "tests", "site-packages", "encodings"} & folders
@@ -164,29 +164,29 @@ def test_a_source_file_gives_docstrings_and_comments_in_order(tmp_path):
 
 
 def test_build_is_deterministic_and_skips_what_is_no_library(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "_MIN_SOURCES", 5)
+    monkeypatch.setattr(python_stdlib, "_MIN_SOURCES", 5)
     names = ["a.py", "b.py", "pkg/__init__.py", "pkg/c.py", "z.py"]
     skipped = ["test/t.py", "pkg/tests/t.py", "site-packages/s.py", "encodings/e.py", "sitecustomize.py"]
-    one, from_sources = builtin.build(library(tmp_path / "one", names + skipped))
-    two, _ = builtin.build(library(tmp_path / "two", (names + skipped)[::-1]))
+    one, from_sources = python_stdlib.build(library(tmp_path / "one", names + skipped))
+    two, _ = python_stdlib.build(library(tmp_path / "two", (names + skipped)[::-1]))
     assert from_sources
     assert one == two
     records = [record for split in one.parts["text"].values() for record in split]
-    assert [r["source"] for r in records if "topics" not in r["source"]] == sorted(names, key=builtin.is_valid)
+    assert [r["source"] for r in records if "topics" not in r["source"]] == sorted(names, key=python_stdlib.is_valid)
     assert [r["source"] for r in records if SHARED_PARAGRAPH in r["text"]] == ["a.py"]  # the first that has it
 
 
 def test_a_file_that_cannot_be_parsed_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "_MIN_SOURCES", 2)
+    monkeypatch.setattr(python_stdlib, "_MIN_SOURCES", 2)
     library(tmp_path, ["a.py", "b.py"])
     (tmp_path / "old.py").write_text("print 'hello'\n")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
-    corpus, _ = builtin.build(tmp_path)
+    corpus, _ = python_stdlib.build(tmp_path)
     assert "2 could not be read: latin.py (SyntaxError), old.py (SyntaxError)" in corpus.report
 
 
 def test_without_sources_docstrings_are_imported_and_the_report_says_so(tmp_path, monkeypatch):
-    corpus, from_sources = builtin.build(tmp_path / "python311.zip")
+    corpus, from_sources = python_stdlib.build(tmp_path / "python311.zip")
     assert not from_sources
     assert "warning: only 0 source files of the standard library" in corpus.report
     assert "fell back to the docstrings of" in corpus.report
@@ -194,9 +194,9 @@ def test_without_sources_docstrings_are_imported_and_the_report_says_so(tmp_path
     assert len(corpus.parts["instructions"]["train"]) > 1_000
     assert len(corpus.parts["instructions"]["valid"]) > 20
     assert not documents_of(corpus, "train") & documents_of(corpus, "valid")
-    assert corpus == builtin.build(tmp_path / "python311.zip")[0]
+    assert corpus == python_stdlib.build(tmp_path / "python311.zip")[0]
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    assert "warning: this Python has no pydoc_data.topics" in builtin.build(tmp_path)[0].report
+    assert "warning: this Python has no pydoc_data.topics" in python_stdlib.build(tmp_path)[0].report
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_first_sentence(docstring, expected):
 
 def test_the_cache_gives_back_what_was_built(corpus, cache_home, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    monkeypatch.setattr(builtin, "build", lambda stdlib: pytest.fail("built again"))
-    cached = builtin.load()
+    monkeypatch.setattr(python_stdlib, "build", lambda stdlib: pytest.fail("built again"))
+    cached = python_stdlib.load()
     assert cached[:2] == corpus[:2]
     (path,) = (cache_home / "lm").iterdir()  # and no temporary file beside it
     assert path.name.startswith(f"builtin-{platform.python_version()}-")
@@ -249,14 +249,14 @@ def test_the_cache_gives_back_what_was_built(corpus, cache_home, monkeypatch):
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch) -> builtin.Corpus:
+def small(tmp_path, monkeypatch) -> python_stdlib.Corpus:
     """A corpus that builds in no time, in an empty cache folder."""
     record = {"text": "short", "source": "a.py"}
-    parts = {part: {"train": [record], "valid": []} for part in builtin.PARTS}
-    digest = builtin.hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    corpus = builtin.Corpus(parts, digest, "small")
+    parts = {part: {"train": [record], "valid": []} for part in python_stdlib.PARTS}
+    digest = python_stdlib.hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    corpus = python_stdlib.Corpus(parts, digest, "small")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(builtin, "build", lambda stdlib: (corpus, True))
+    monkeypatch.setattr(python_stdlib, "build", lambda stdlib: (corpus, True))
     return corpus
 
 
@@ -274,26 +274,26 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_rebuilt_and_the_report_says_so(small, tmp_path, damage):
-    assert builtin.load() == small
+    assert python_stdlib.load() == small
     (path,) = (tmp_path / "lm").iterdir()
     whole = path.read_bytes()
     path.write_bytes(DAMAGES[damage](whole))
-    rebuilt = builtin.load()
+    rebuilt = python_stdlib.load()
     assert rebuilt[:2] == small[:2]
     assert rebuilt.report.startswith(f"small\nthe cache {path} was damaged and is rebuilt: ")
     assert path.read_bytes() == whole
-    assert builtin.load().report == f"small\nread from the cache {path}"
+    assert python_stdlib.load().report == f"small\nread from the cache {path}"
 
 
 def test_a_cache_that_cannot_be_written_is_told(small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "lm").mkdir()
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space left")))
-    assert builtin.load().report == "small\nthe corpus is not cached: no space left"
+    assert python_stdlib.load().report == "small\nthe corpus is not cached: no space left"
     assert not list((tmp_path / "lm").iterdir())
 
 
 def test_a_fallback_corpus_is_not_cached(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "build", lambda stdlib: (small, False))
-    assert builtin.load() == small
+    monkeypatch.setattr(python_stdlib, "build", lambda stdlib: (small, False))
+    assert python_stdlib.load() == small
     assert not (tmp_path / "lm").exists()

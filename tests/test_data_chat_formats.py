@@ -6,9 +6,9 @@ import pytest
 from etils import epath
 
 from lm.config import DataConfig
-from lm.data import fields, sources
-from lm.data.fields import BadRecord
-from lm.data.records import DataError
+from lm.data.readers import fields, registry
+from lm.data.readers.fields import BadRecord
+from lm.data.record import DataError
 from tests import small_sets
 
 ASK, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -278,7 +278,7 @@ def test_columns_of_objects_are_read_as_lines_are(tmp_path):
     for name in ("parquet", "jsonl"):
         cfg = DataConfig(format=name, path=str(tmp_path / f"a.{name}"), eval_fraction=0.0, eval_path="")
         unit = epath.Path(cfg.path)
-        found[name] = [record["messages"] for record in sources.read(unit, cfg)]
+        found[name] = [record["messages"] for record in registry.read(unit, cfg)]
     assert found["parquet"] == found["jsonl"] and len(found["jsonl"]) == 3
     assert found["jsonl"][0] == [
         {"role": "system", "content": '<tools>\n[{"name": "f"}]\n</tools>'},
@@ -295,6 +295,6 @@ def test_records_that_cannot_be_trained_on_are_counted_under_max_bad_records(tmp
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match=rf"{path}:21: unsupported content: 'messages\[0\].content\[0\].type'"):
-        sources.load(DataConfig(format="jsonl", path=str(path)))
-    split = sources.load(DataConfig(format="jsonl", path=str(path), max_bad_records=1))
+        registry.load(DataConfig(format="jsonl", path=str(path)))
+    split = registry.load(DataConfig(format="jsonl", path=str(path), max_bad_records=1))
     assert len(split.train) + len(split.valid) == 20

@@ -1,4 +1,4 @@
-"""lm/data/chats.py: what of a conversation is trained on, and what is kept of one that is longer than a row."""
+"""lm/tasks/chat.py: what of a conversation is trained on, and what is kept of one that is longer than a row."""
 
 import itertools
 import types
@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import Config, DataConfig
-from lm.data import chats, examples, tokenizer
-from lm.data.records import DataError
-from lm.data.tasks import TASKS
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data import example, tokenizer
+from lm.data.record import DataError
+from lm.tasks import chat
+from lm.tasks.registry import TASKS
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, END = TOK.bos_id, TOK.end_of_turn_id
@@ -40,7 +41,7 @@ def run(*turns, seq_len=1000, words=TOK, **options):
     counts = Counter()
     cfg = Config(data=DataConfig(task="chat", seq_len=seq_len, **options))
     record = {"messages": conversation(*turns), "source": "f:1"}
-    made = [types.SimpleNamespace(**e.columns) for e in examples.make(TASKS["chat"], [record], words, cfg, counts)]
+    made = [types.SimpleNamespace(**e.columns) for e in example.make(TASKS["chat"], [record], words, cfg, counts)]
     assert counts.pop("documents") == 1 and counts.pop("examples", 0) == len(made)
     for row in made:
         assert row.tokens.dtype == row.targets.dtype == np.int32 and row.loss_weights.dtype == np.float32
@@ -189,9 +190,9 @@ def test_truncate_keeps_the_first_positions():
 
 def test_drop_turns_is_refused_where_there_are_no_turns():
     with pytest.raises(ConfigError, match=r"'data.overlong' is drop_turns, .* 'data.task' is translation: set auto"):
-        chats.check(Config(data=DataConfig(task="translation", overlong="drop_turns")))
+        chat.check(Config(data=DataConfig(task="translation", overlong="drop_turns")))
     for overlong in ("auto", "drop_turns", "truncate", "drop"):
-        chats.check(Config(data=DataConfig(task="chat", overlong=overlong)))
+        chat.check(Config(data=DataConfig(task="chat", overlong=overlong)))
 
 
 def expected_start(turns, first, room):
@@ -260,18 +261,18 @@ def test_a_row_is_system_and_a_suffix_that_begins_with_a_request(turns, seq_len)
 def test_a_prompt_is_how_its_conversation_begins():
     turns = ("system", "say"), ("user", "hello"), ("assistant", "two")
     (row,), _ = run(*turns)
-    encoded = [chats.encode(message, TOK, "prompt") for message in conversation(*turns[:2])]
-    prompt = chats.prompt_ids(encoded, TOK)
+    encoded = [chat.encode(message, TOK, "prompt") for message in conversation(*turns[:2])]
+    prompt = chat.prompt_ids(encoded, TOK)
     assert row.tokens[: len(prompt)].tolist() == prompt and prompt[-1] == ASSISTANT
     assert row.loss_weights[len(prompt) - 1] == 1 and not row.loss_weights[: len(prompt) - 1].any()
-    assert TASKS["chat"].prompt("hello", TOK) == chats.prompt_ids(encoded[1:], TOK)
+    assert TASKS["chat"].prompt("hello", TOK) == chat.prompt_ids(encoded[1:], TOK)
 
 
 def test_a_prompt_loses_its_oldest_turns_and_never_a_part_of_one():
     turns = [("system", "say"), ("user", "hello"), ("assistant", LONG), ("user", "two")]
-    encoded = [chats.encode(message, TOK, "prompt") for message in conversation(*turns)]
+    encoded = [chat.encode(message, TOK, "prompt") for message in conversation(*turns)]
     room = len(ids_of(turns[0], turns[3])) + 2
-    assert chats.recent_prompt(encoded, TOK, room) == [encoded[0], encoded[3]]
-    assert chats.recent_prompt(encoded, TOK, 1000) == encoded
+    assert chat.recent_prompt(encoded, TOK, room) == [encoded[0], encoded[3]]
+    assert chat.recent_prompt(encoded, TOK, 1000) == encoded
     with pytest.raises(ConfigError, match=f"the question has {room} ids with its marks, .* room for {room - 1}"):
-        chats.recent_prompt(encoded, TOK, room - 1)
+        chat.recent_prompt(encoded, TOK, room - 1)

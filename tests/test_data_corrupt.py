@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import Config, CorruptConfig, DataConfig, TokenizerConfig
-from lm.data import corrupt
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.tasks import corrupt
 
 WORDS = ["\u2581the", "\u2581cat", "\u2581sat", "s", "ing", "\u2581", "<0x0A>", "<0xC3>", "\u2581on", "mat", "."]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm.data import decontaminate, ngrams
-from lm.data.records import DataError
+from lm.corpus import decontaminate, ngrams
+from lm.data.record import DataError
 
 N = 5
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lm.data import dedup, ngrams
+from lm.corpus import dedup, ngrams
 
 
 def signed(sets):

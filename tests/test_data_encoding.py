@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from lm import config
+from lm import config, input_pipeline
 from lm.config import DataConfig
-from lm.data import decontaminate, pipeline, records, sources, tables
-from lm.data.records import DataError, Fault
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.corpus import decontaminate
+from lm.data.readers import registry, tables
+from lm.data.readers import text as records
+from lm.data.record import DataError, Fault
 from tests import small_sets
 
 MARK = "\ufeff"
@@ -29,7 +31,7 @@ OF_EAST_ASIA = ["日本語の文章", "表示ソ能", "中文的句子", "第四
 
 def find(path: Path, **options) -> list:
     cfg = DataConfig(path=str(path), **options)
-    return [item for unit in sources.find(cfg).train for item in sources.read(unit, cfg)]
+    return [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
 
 
 def write_as(name: str, folder: Path, texts: list[str], encoding: str = "utf-8") -> tuple[Path, dict]:
@@ -192,12 +194,12 @@ def test_a_table_in_latin_1(tmp_path):
     path = tmp_path / "latin1.csv"
     path.write_bytes("text,label\nGrüße aus Köln,gut\nschön,gut\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin1.csv:2: invalid UTF-8: found byte 0xfc.*data.encoding.*latin-1"):
-        sources.load(DataConfig(path=str(path), format="table"))
-    split = sources.load(DataConfig(path=str(path), format="table", encoding="latin-1", eval_fraction=0.5))
+        registry.load(DataConfig(path=str(path), format="table"))
+    split = registry.load(DataConfig(path=str(path), format="table", encoding="latin-1", eval_fraction=0.5))
     assert sorted(record["text"] for record in split.train + split.valid) == ["Grüße aus Köln", "schön"]
     path.write_bytes("Übung,b\n1,2\n".encode("latin-1"))  # the header, too
     with pytest.raises(DataError, match=r"latin1.csv:1: .*data.encoding"):
-        sources.load(DataConfig(path=str(path), format="table"))
+        registry.load(DataConfig(path=str(path), format="table"))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_formats_that_are_no_text_files_refuse_the_key(tmp_path, name):
     (tmp_path / "a").write_bytes(b"x")
     path = "" if name == "builtin_text" else str(tmp_path / "a")
     with pytest.raises(ConfigError, match=f"'data.encoding' is 'latin-1', but .*{name}"):
-        pipeline.load(DataConfig(path=path, format=name, encoding="latin-1"))
+        input_pipeline.load(DataConfig(path=path, format=name, encoding="latin-1"))
 
 
 def test_an_evaluation_file_is_utf8_and_its_error_names_no_key(tmp_path):

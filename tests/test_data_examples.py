@@ -1,4 +1,4 @@
-"""lm/data/examples.py: what is trained on, position by position, and what is cut or dropped and counted."""
+"""lm/data/example.py: what is trained on, position by position, and what is cut or dropped and counted."""
 
 import types
 from collections import Counter
@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from lm.config import Config, DataConfig
-from lm.data import examples, tokenizer
-from lm.data.examples import check_fields
-from lm.data.records import DataError
-from lm.data.tasks import TASKS
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data import example as examples
+from lm.data import tokenizer
+from lm.data.example import check_fields
+from lm.data.record import DataError
+from lm.tasks.registry import TASKS
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, EOS = TOK.bos_id, TOK.eos_id

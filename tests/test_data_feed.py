@@ -1,4 +1,4 @@
-"""lm/data/feed.py on prepared shards: one order of examples, however many hosts and threads, wherever it goes on."""
+"""lm/data/loader.py on prepared shards: one order of examples, however many hosts and threads, wherever it goes on."""
 
 import dataclasses
 import itertools
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from lm import config, train
-from lm.data import ahead, feed, order, pipeline, shards, sources, tokenizer
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm import config, input_pipeline, train
+from lm.config.schema import ConfigError
+from lm.data import loader, prefetch, sampler, shards, tokenizer
+from lm.data.readers import registry
+from lm.data.record import DataError
 from tests import toys
 
 ROWS = {"web": 37, "books": 11, "code": 5}
@@ -55,18 +56,18 @@ def folders(tmp_path_factory):
 def alone(folder, seq_len=LENGTH):
     data_config = config.DataConfig(format="prepared", path=str(folder), seq_len=seq_len)
     cfg = dataclasses.replace(config.Config(), data=data_config)
-    return pipeline.build(cfg, None, *pipeline.load(cfg.data))
+    return input_pipeline.build(cfg, None, *input_pipeline.load(cfg.data))
 
 
 def mixed(folders, stages=((0.0, (6, 3, 1)), (0.5, (2, 2, 4)), (0.9, (0, 0, 1))), **data):
     given = [(at, str(folders / name), w) for at, ws in stages for name, w in zip(ROWS, ws, strict=True) if w]
     data_config = config.DataConfig(format="prepared", mixture=tuple(given), seq_len=LENGTH, **data)
     cfg = dataclasses.replace(config.Config(), data=data_config)
-    return pipeline.build(cfg, None, *pipeline.load(cfg.data))
+    return input_pipeline.build(cfg, None, *input_pipeline.load(cfg.data))
 
 
 def take(data, count, start=0, local_rows=None, threads=1, batch=BATCH, **more):
-    made = feed.train_batches(
+    made = loader.train_batches(
         data,
         batch_size=batch,
         start_example=start,
@@ -132,20 +133,20 @@ def test_killed_at_20_places_a_run_has_the_ids_of_one_that_was_not(folders, host
 def test_a_source_goes_on_where_it_stopped_when_mixture_or_length_changed(folders):
     """Nothing is lost, repeated or reordered in a source; a source that is new begins at its beginning."""
     old, new = mixed(folders, stages=((0.0, (6, 3, 0.5)),)), mixed(folders, stages=((0.0, (1, 2, 3)), (0.5, (1, 0, 0))))
-    taken = {name: used["examples"] for name, used in feed.consumed(old, 96, TOTAL).items()}
+    taken = {name: used["examples"] for name, used in loader.consumed(old, 96, TOTAL).items()}
     del taken["code"]
-    offsets = feed.offsets(new, taken, 96, 1000)
-    after = feed.consumed(new, 96, 1000, offsets)
+    offsets = loader.offsets(new, taken, 96, 1000)
+    after = loader.consumed(new, 96, 1000, offsets)
     assert {name: used["examples"] for name, used in after.items()} == {**taken, "code": 0}
-    again = {name: used["examples"] for name, used in feed.consumed(new, 496, 1000, offsets).items()}
-    assert feed.offsets(new, again, 496, 1000) == offsets
+    again = {name: used["examples"] for name, used in loader.consumed(new, 496, 1000, offsets).items()}
+    assert loader.offsets(new, again, 496, 1000) == offsets
     before = np.array(ids_of(take(old, 12)))
     behind = np.array(ids_of(take(new, 50, 96, total_examples=1000, offsets=offsets)))
     for number, name in enumerate(ROWS):
         only = alone(folders / name)
         seen = [*(before if name != "code" else []), *behind]
         given = [i for i in seen if i // 1000 == number + 1]
-        rows = order.epochs(len(only.train), 5, number)(np.arange(len(given)))
+        rows = sampler.epochs(len(only.train), 5, number)(np.arange(len(given)))
         assert [i % 1000 for i in given] == rows.tolist()
 
 
@@ -162,19 +163,19 @@ def test_a_mixture_has_a_temperature():
 def test_no_offset_where_nothing_changed(folders):
     data = mixed(folders)
     for example in (0, 8, 200, 399):
-        taken = {name: used["examples"] for name, used in feed.consumed(data, example, TOTAL).items()}
-        assert feed.offsets(data, taken, example, TOTAL) == (0, 0, 0)
+        taken = {name: used["examples"] for name, used in loader.consumed(data, example, TOTAL).items()}
+        assert loader.offsets(data, taken, example, TOTAL) == (0, 0, 0)
 
 
 def test_a_source_that_hangs_is_an_error(folders, monkeypatch):
-    monkeypatch.setattr(ahead, "HUNG_SECONDS", 0.5)
-    monkeypatch.setattr(ahead, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "HUNG_SECONDS", 0.5)
+    monkeypatch.setattr(prefetch, "_LOOK_SECONDS", 0.1)
     data, never = mixed(folders), threading.Event()
     web = data.sources["web"]
     _, _, meta, stored, columns, _ = tuple.__iter__(web.train)
-    hangs = feed.Part(web.train.size, lambda ids: never.wait(), meta, stored, columns)
+    hangs = loader.Part(web.train.size, lambda ids: never.wait(), meta, stored, columns)
     data = data._replace(sources={**data.sources, "web": web._replace(train=hangs)})
-    with pytest.raises(ahead.InputError, match=r"(?s)input-0.*hangs"):
+    with pytest.raises(prefetch.InputError, match=r"(?s)input-0.*hangs"):
         take(data, 1)
     never.set()
 
@@ -190,9 +191,9 @@ def test_every_row_has_its_turn_once_an_epoch_and_sources_their_shares(folders):
         turns = row[source == number]
         for first in range(0, len(turns) - rows, rows):
             assert sorted(turns[first : first + rows]) == list(range(rows)), name
-    assert feed.consumed(data, 250, TOTAL)["books"] == {"examples": 60 + 12, "epochs": 72 / 11}
+    assert loader.consumed(data, 250, TOTAL)["books"] == {"examples": 60 + 12, "epochs": 72 / 11}
     assert Counter(source[:250] - 1) == {
-        i: u["examples"] for i, u in enumerate(feed.consumed(data, 250, TOTAL).values())
+        i: u["examples"] for i, u in enumerate(loader.consumed(data, 250, TOTAL).values())
     }
     assert data.epoch_examples == 62  # 37 rows that are 6 of 10
 
@@ -209,7 +210,7 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
     for names, says in ((paths, "different names"), ([str(tmp_path / "replay"), paths[0]], "not 'replay'")):
         cfg = config.DataConfig(format="prepared", mixture=tuple((0.0, path, 1.0) for path in names))
         with pytest.raises(ConfigError, match=f"'data.mixture': its paths must end in .*{says}"):
-            pipeline.load(cfg)
+            input_pipeline.load(cfg)
     with pytest.raises(ConfigError, match="rows of 16 positions, this run needs 32"):
         alone(folders / "web", seq_len=32)
     words = tokenizer.train(["one two three " * 9], 285, 1000)
@@ -217,7 +218,7 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
     other = found._replace(about=found.about | {"tokenizer_hash": "of another one"})
     one = dataclasses.replace(config.Config(), data=config.DataConfig(format="prepared", path="web", seq_len=LENGTH))
     with pytest.raises(ConfigError, match="rows were made with tokenizer of another o, but this run has"):
-        pipeline.build(one, words, other)
+        input_pipeline.build(one, words, other)
     with pytest.raises(ConfigError, match=r"'data\.packing' was best_fit when it was prepared, and is concat now"):
         mixed(folders, packing="concat")
     for unread in ({"max_records": 3}, {"rename": (("a", "b"),)}):
@@ -228,7 +229,7 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
     empty = tmp_path / "none"
     write_source(empty, 0, 4, valid=0)
     with pytest.raises(DataError, match="none: no valid rows"):
-        pipeline.build(
+        input_pipeline.build(
             dataclasses.replace(
                 config.Config(), data=config.DataConfig(format="prepared", path=str(empty), seq_len=16)
             ),
@@ -251,9 +252,9 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
 
 def prepare(cfg, folder):
     """The rows of a run of this config, and a prepared folder of them."""
-    split = sources.load(cfg.data)
+    split = registry.load(cfg.data)
     words = tokenizer.train([record["text"] for record in split.train], cfg.tokenizer.vocab_size, 10**6)
-    data = pipeline.build(cfg, words, split)
+    data = input_pipeline.build(cfg, words, split)
     folder.mkdir()
     words.save(folder / "tokenizer.model")
     parts = {

@@ -11,8 +11,8 @@ from etils import epath
 from PIL import Image
 
 from lm.config import DataConfig
-from lm.data import files, records, sources
-from lm.data.records import DataError
+from lm.data.readers import paths, registry, text
+from lm.data.record import DataError
 
 
 def write(folder: Path, *names: str, content: bytes = b"some text") -> None:
@@ -22,7 +22,7 @@ def write(folder: Path, *names: str, content: bytes = b"some text") -> None:
 
 
 def report(path: Path | str, **options) -> str:
-    return sources.load(DataConfig(path=str(path), format="text", eval_fraction=0.3, **options)).report
+    return registry.load(DataConfig(path=str(path), format="text", eval_fraction=0.3, **options)).report
 
 
 def test_files_of_a_folder_that_are_not_read_are_named_with_counts(tmp_path):
@@ -52,7 +52,7 @@ def test_folders_that_a_glob_matches_are_named(tmp_path):
 
 def test_a_folder_named_like_a_file_is_walked(tmp_path):
     write(tmp_path, "a.txt/b.txt", "a.txt/c.txt")
-    found = files.find_files(str(tmp_path), (".txt",))
+    found = paths.find_files(str(tmp_path), (".txt",))
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.txt/b.txt", "a.txt/c.txt"]
 
 
@@ -60,7 +60,7 @@ def test_interactions_name_what_they_do_not_read(tmp_path):
     rows = "".join(f"u{u},i{i},{i}\n" for u in range(3) for i in range(4))
     (tmp_path / "a.csv").write_text(f"user,item,time\n{rows}")
     write(tmp_path, "notes.doc")
-    split = sources.load(DataConfig(path=str(tmp_path), format="interactions"))
+    split = registry.load(DataConfig(path=str(tmp_path), format="interactions"))
     assert f"1 file in {tmp_path} not read: 1 .doc (notes.doc)" in split.report
 
 
@@ -71,13 +71,13 @@ def test_files_of_other_kinds_among_images_are_named(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "cat" / f"{number}.png")
     write(tmp_path, "cat/notes.txt", "LICENSE")
     cfg = DataConfig(path=str(tmp_path), format="images", image_shape=(4, 4, 3), eval_fraction=0.3)
-    found = sources.load(cfg).report
+    found = registry.load(cfg).report
     assert f"2 files in {tmp_path} not read: " in found
     assert "1 .txt (cat/notes.txt)" in found and "1 without ending (LICENSE)" in found
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for path in sorted((tmp_path / "cat").iterdir()):
             tar.add(path, f"cat/{path.name}")
-    tarred = sources.load(DataConfig(**{**vars(cfg), "path": str(tmp_path / "all.tar")}))
+    tarred = registry.load(DataConfig(**{**vars(cfg), "path": str(tmp_path / "all.tar")}))
     assert f"1 file in {tmp_path}/all.tar not read: 1 .txt (cat/notes.txt)" in tarred.report
     assert len(tarred.train) + len(tarred.valid) == 6
 
@@ -114,7 +114,7 @@ def test_a_fifo_a_socket_or_a_device_is_refused_by_name_and_never_opened(tmp_pat
     for given in (path, folder / f"c{suffix}", folder, folder / f"*{suffix}"):
         place = path if given == path else folder / f"c{suffix}"
         with pytest.raises(DataError, match=rf"{place} is a .*{kind}.*; expected a regular file"):
-            sources.load(DataConfig(path=str(given), format=name))
+            registry.load(DataConfig(path=str(given), format=name))
 
 
 def test_a_side_of_a_parallel_corpus_and_the_labels_of_images_may_be_no_fifo_either(tmp_path):
@@ -122,6 +122,6 @@ def test_a_side_of_a_parallel_corpus_and_the_labels_of_images_may_be_no_fifo_eit
     os.mkfifo(tmp_path / "a.de")
     os.mkfifo(tmp_path / "a-labels-idx1-ubyte")
     with pytest.raises(DataError, match=r"a.de is a FIFO"):
-        sources.load(DataConfig(path=str(tmp_path / "a.{en,de}"), format="parallel"))
+        registry.load(DataConfig(path=str(tmp_path / "a.{en,de}"), format="parallel"))
     with pytest.raises(DataError, match=r"a-labels-idx1-ubyte is a FIFO"):
-        next(records.chunks(epath.Path(tmp_path / "a-labels-idx1-ubyte")))
+        next(text.chunks(epath.Path(tmp_path / "a-labels-idx1-ubyte")))

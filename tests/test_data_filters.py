@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from lm.data import filters
-from lm.data.filters import FILTERS
+from lm.corpus import filters
+from lm.corpus.filters import FILTERS
 
 # A text, and what the measure of the filter is, counted by hand.
 MEASURED = {

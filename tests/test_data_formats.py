@@ -12,9 +12,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from lm.config import DataConfig
-from lm.data import array_records, columnar, sources
-from lm.data.records import DataError, Fault
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data.readers import array_record, parquet, registry
+from lm.data.record import DataError, Fault
 from tests import small_sets
 
 CLASSES = ("neg", "pos")
@@ -84,7 +84,7 @@ def contents(found) -> list[dict]:
 
 
 def everything(cfg: DataConfig) -> list:
-    return [item for unit in sources.find(cfg).train for item in sources.read(unit, cfg)]
+    return [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -95,8 +95,8 @@ def test_every_format_gives_the_same_records_and_the_same_held_out_ones(name, tm
     per_file = WRITERS[name][1]
     assert [int(record["source"].rpartition(":")[2]) for record in found] == [i % per_file + 1 for i in range(20)]
     assert all(Path(record["source"].rpartition(":")[0]).is_file() for record in found)
-    split = sources.load(cfg)
-    reference = sources.load(written("jsonl", tmp_path / "reference", ROWS))
+    split = registry.load(cfg)
+    reference = registry.load(written("jsonl", tmp_path / "reference", ROWS))
     assert contents(split.train) == contents(reference.train)
     assert contents(split.valid) == contents(reference.valid)
     assert 0 < len(split.valid) < 12
@@ -113,7 +113,7 @@ def test_a_bad_record_is_named_by_its_file_and_number_in_every_format(name, tmp_
     file, _, number = fault.where.rpartition(":")
     assert Path(file).is_file() and number == "8"
     with pytest.raises(DataError, match=rf"{file}:8: empty text: 'text' is str"):
-        sources.load(cfg)
+        registry.load(cfg)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -125,9 +125,9 @@ def test_rename_and_a_field_that_is_missing(name, tmp_path, tfds_dir, monkeypatc
     with pytest.raises(
         DataError, match=r"missing field: found '(sentence', 'label|label', 'sentence)'; expected 'text'"
     ):
-        sources.load(cfg)
+        registry.load(cfg)
     with pytest.raises(ConfigError, match=r"'data.rename' names a field twice"):
-        sources.find(DataConfig(format=name, path=cfg.path, rename=(("a", "text"), ("sentence", "text"))))
+        registry.find(DataConfig(format=name, path=cfg.path, rename=(("a", "text"), ("sentence", "text"))))
     renamed = DataConfig(format=name, path=cfg.path, rename=(("sentence", "text"),))
     assert contents(everything(renamed)) == NAMED
 
@@ -137,11 +137,11 @@ def test_units_are_read_by_themselves_and_can_be_sent_to_another_process(name, t
     import pickle
 
     cfg = written(name, tmp_path / "set", ROWS)
-    units = sources.find(cfg).train
+    units = registry.find(cfg).train
     assert len(units) == 20 / WRITERS[name][1]
     assert len(set(map(str, units))) == len(units)
     sent = pickle.loads(pickle.dumps(units[-1]))
-    assert contents(sources.read(sent, cfg)) == NAMED[-WRITERS[name][1] :]
+    assert contents(registry.read(sent, cfg)) == NAMED[-WRITERS[name][1] :]
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrow"])
@@ -154,7 +154,7 @@ def test_a_file_of_columns_is_read_a_few_rows_at_a_time(name, tmp_path):
     before, peak = pyarrow.total_allocated_bytes(), 0
     tracemalloc.start()  # an Arrow stream lies in Python's own memory, what parquet unpacks in Arrow's
     try:
-        for item in {"parquet": columnar.read_parquet, "arrow": columnar.read_arrow}[name](path, {}):
+        for item in {"parquet": parquet.read_parquet, "arrow": parquet.read_arrow}[name](path, {}):
             assert "text" in item
             peak = max(peak, pyarrow.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0])
     finally:
@@ -179,7 +179,7 @@ def test_array_records_are_json_objects_or_texts_and_nothing_else(tmp_path):
     [fault] = everything(DataConfig(format="array_record", path=str(small_sets.write_array_record(tmp_path / "b", []))))
     assert (fault.kind, fault.where) == ("empty file", str(tmp_path / "b"))
     with pytest.raises(DataError, match=r"gs://bucket/a: ArrayRecord files are read from local disks only"):
-        list(array_records.read_array_record(epath.Path("gs://bucket/a"), {}))
+        list(array_record.read_array_record(epath.Path("gs://bucket/a"), {}))
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
@@ -194,17 +194,17 @@ def test_a_folder_of_several_splits_stands_for_train(tmp_path):
         DataConfig(format="parquet", path=f"{tmp_path}/hub", eval_path=f"{tmp_path}/hub/data/test-*.parquet"),
         DataConfig(format="arrow", path=f"{tmp_path}/saved", eval_path=f"{tmp_path}/saved/test"),
     ):
-        split = sources.load(cfg)
+        split = registry.load(cfg)
         assert (contents(split.train), contents(split.valid)) == (NAMED[:12], NAMED[12:])
         assert "not read" not in split.report
         with pytest.raises(DataError, match=r"data.eval_path .*: holds the splits 't.*', 't.*'; name one"):
-            sources.find(DataConfig(format=cfg.format, path=cfg.path, eval_path=cfg.path))
+            registry.find(DataConfig(format=cfg.format, path=cfg.path, eval_path=cfg.path))
     small_sets.write_parquet(tmp_path / "other" / "a-00000-of-00001.parquet", in_columns(ROWS))
     small_sets.write_parquet(tmp_path / "other" / "b-00000-of-00001.parquet", in_columns(ROWS))
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["a", "b"]}')
     for name, path in (("parquet", "other"), ("arrow", "saved")):
         with pytest.raises(DataError, match=f"data path '{tmp_path}/{path}': holds 'a', 'b' and no 'train'; name one"):
-            sources.find(DataConfig(format=name, path=str(tmp_path / path)))
+            registry.find(DataConfig(format=name, path=str(tmp_path / path)))
 
 
 def test_a_saved_set_that_is_not_whole_is_an_error_before_it_is_read(tmp_path):
@@ -214,7 +214,7 @@ def test_a_saved_set_that_is_not_whole_is_an_error_before_it_is_read(tmp_path):
     content = second.read_bytes()
     second.unlink()
     with pytest.raises(DataError, match=rf"{second}: no such file; expected it, for {folder}/state.json names it"):
-        sources.find(cfg)
+        registry.find(cfg)
     second.write_bytes(content[:-8])  # a stream without its end, whose batches are whole
     with pytest.raises(DataError, match=rf"{second}: truncated or damaged: no end of the stream"):
         everything(cfg)
@@ -230,7 +230,7 @@ def test_a_saved_set_that_is_not_whole_is_an_error_before_it_is_read(tmp_path):
     ):
         (folder / "state.json").write_text(state)
         with pytest.raises(DataError, match=rf"{folder}.*{says}"):
-            sources.find(cfg)
+            registry.find(cfg)
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrow", "array_record"])
@@ -239,7 +239,7 @@ def test_a_path_without_files_is_an_error(name, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=f"data path '{path.replace('*', '.')}': "):
-        sources.find(DataConfig(format=name, path=path))
+        registry.find(DataConfig(format=name, path=path))
 
 
 def test_values_that_columns_can_have(tmp_path):
@@ -337,14 +337,14 @@ def test_of_damaged_files_every_record_is_read_or_reported_or_the_file_is_refuse
     rng = random.Random(0)
     rows = [{"text": f"{i} " + rng.randbytes(20).hex(), "label": i % 2} for i in range(20)]
     cfg = written(name, tmp_path / "set", rows)
-    unit = sources.find(cfg).train[0]
+    unit = registry.find(cfg).train[0]
     file = Path(unit.folder) / unit.name if name == "tfds" else Path(unit)
     content, total = file.read_bytes(), WRITERS[name][1]
     refused = 0
     for _ in range(DAMAGED_FILES // len(WRITERS)):
         file.write_bytes(damaged(content, rng))
         try:
-            found = list(sources.read(unit, cfg))
+            found = list(registry.read(unit, cfg))
         except DataError as error:
             assert str(file) in str(error)
             refused += 1

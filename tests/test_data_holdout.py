@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data import holdout
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data import splits
+from lm.data.record import DataError
 from tests.test_data_sources import TEXTS, contents, lines_of, read, write
 
 
@@ -30,14 +30,14 @@ def test_the_same_content_is_never_on_both_sides_and_no_side_is_empty(texts, fra
         with pytest.raises(
             DataError, match=r"cannot hold records out: found .*, 1 distinct .by text.; expected two or more"
         ):
-            holdout.hold_out(items, fraction)
+            splits.hold_out(items, fraction)
         return
-    train, valid = holdout.hold_out(items, fraction)
+    train, valid = splits.hold_out(items, fraction)
     assert train and valid
     assert not set(contents(train)) & set(contents(valid))
     assert sorted(contents(train) + contents(valid)) == sorted(texts)
     random.shuffle(items)
-    assert set(contents(holdout.hold_out(items, fraction)[1])) == set(contents(valid))
+    assert set(contents(splits.hold_out(items, fraction)[1])) == set(contents(valid))
 
 
 def test_eval_path_is_held_out_and_what_it_shares_with_train_is_told(tmp_path):

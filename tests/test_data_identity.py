@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lm import input_pipeline
 from lm.config import DataConfig
-from lm.data import files, holdout, pipeline, sources, tokenizer
-from lm.data.records import DataError
+from lm.data import splits, tokenizer
+from lm.data.readers import paths, registry
+from lm.data.record import DataError
 from tests import toys
 from tests.test_data_sources import write
 
@@ -22,11 +24,11 @@ STORIES = [[f"Tale {n} begins here. ", f"Then number {n} goes on! ", f"And {n} e
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.randoms())
 def test_identities_are_unique_and_those_of_different_records_do_not_depend_on_order_or_place(texts, random):
     records = [{"text": text, "source": "one:1"} for text in texts]
-    holdout.identify(records)
+    splits.identify(records)
     assert len({record["identity"] for record in records}) == len(records)
     again = [{"text": text, "source": f"other:{n}"} for n, text in enumerate(texts)]
     random.shuffle(again)
-    holdout.identify(again)
+    splits.identify(again)
     assert {r["identity"] for r in again} == {r["identity"] for r in records}
     firsts = {r["text"]: r["identity"] for r in records[::-1]}
     assert {r["text"]: r["identity"] for r in again[::-1]} == firsts
@@ -50,7 +52,7 @@ def test_documents_of_one_line_are_told_apart(tmp_path, words, indent):
     path = tmp_path / "all.json"
     path.write_text(json.dumps([{"text": "".join(story)} for story in STORIES], indent=indent))
     cfg = pairs_config(path)
-    part = pipeline.build(cfg, words, sources.load(cfg.data)).train
+    part = input_pipeline.build(cfg, words, registry.load(cfg.data)).train
     rows = part.rows
     labels = []
     for number in range(200):
@@ -62,7 +64,7 @@ def test_documents_of_one_line_are_told_apart(tmp_path, words, indent):
 def test_texts_split_within_a_line_are_documents_of_their_own(tmp_path, words):
     path = write(tmp_path / "a.txt", "<|end|>".join("".join(story) for story in STORIES).encode())
     cfg = pairs_config(path, data__format="text", data__separator="<|end|>")
-    data = pipeline.build(cfg, words, sources.load(cfg.data))
+    data = input_pipeline.build(cfg, words, registry.load(cfg.data))
     assert len(np.unique(data.train.rows["document"])) == data.report["train"]["documents"] > 40
 
 
@@ -115,22 +117,22 @@ def labelled_config(path, **changes):
 def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, changes, says):
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
     cfg = pairs_config(path) if changes == "pairs" else labelled_config(path, **changes)
-    split = sources.load(cfg.data)
+    split = registry.load(cfg.data)
     if changes == "pairs":
         split.train = [record for record in split.train + split.valid if "One text" in record["text"]]
     if "same sentence" in says:
         split.train = [record for record in split.train + split.valid if record["text"] == "same"]
     with pytest.raises(DataError, match=f"the train data cannot teach data.task=.*: .*{says}"):
-        pipeline.build(cfg, words, split)
+        input_pipeline.build(cfg, words, split)
 
 
 def test_held_out_data_of_one_label_is_counted(tmp_path, words):
     records = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
     cfg = labelled_config(path, data__labels=("a", "b"))
-    split = sources.load(cfg.data)
+    split = registry.load(cfg.data)
     split.valid = [record for record in split.train if record["label"] == "a"][:5]
-    report = pipeline.build(cfg, words, split).report
+    report = input_pipeline.build(cfg, words, split).report
     assert report["valid"]["nothing_to_tell_apart"] == 5
     assert "nothing_to_tell_apart" not in report["train"]
 
@@ -140,7 +142,7 @@ def test_held_out_data_of_one_label_is_counted(tmp_path, words):
 
 def held(tmp_path, records, **options):
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
-    return sources.load(DataConfig(format="jsonl", path=str(path), eval_fraction=0.3, **options))
+    return registry.load(DataConfig(format="jsonl", path=str(path), eval_fraction=0.3, **options))
 
 
 def answer(text):
@@ -181,13 +183,13 @@ def test_a_user_of_several_texts_can_be_the_group(tmp_path):
 
 def test_the_group_of_a_plain_text_is_its_content():
     """By which prepared data is split too, so that both hold the same documents out."""
-    assert holdout.group({"text": "a", "source": "x"}) == holdout.digest({"text": "a"})
+    assert splits.group({"text": "a", "source": "x"}) == splits.digest({"text": "a"})
 
 
 def test_held_out_files_that_share_texts_with_training_are_told(tmp_path):
     train = write(tmp_path / "one.jsonl", b"\n".join(b'{"text": "t%d", "label": "a"}' % n for n in range(9)))
     valid = write(tmp_path / "two.jsonl", b"\n".join(b'{"text": "t%d", "label": "b"}' % n for n in range(7, 12)))
-    split = sources.load(DataConfig(format="jsonl", path=str(train), eval_path=str(valid)))
+    split = registry.load(DataConfig(format="jsonl", path=str(train), eval_path=str(valid)))
     assert "warning: 2 of 5 held-out records share their text with training" in split.report
 
 
@@ -197,8 +199,8 @@ def test_held_out_files_that_share_texts_with_training_are_told(tmp_path):
 def by_split(root, names):
     for name in names:
         write(root / name, b"x")
-    found = files.find_files(str(root), (".txt",))
-    return {key: [str(p.relative_to(root)) for p in part] for key, part in files.by_split(root, found).items()}
+    found = paths.find_files(str(root), (".txt",))
+    return {key: [str(p.relative_to(root)) for p in part] for key, part in paths.by_split(root, found).items()}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_a_table_whose_name_has_a_split_among_its_words_is_not_trained_on(tmp_pa
     for name in ("reviews.csv", "reviews_val.csv", "reviews_test.csv"):
         write(tmp_path / name, b"text,label\na,b\nc,d\n")
     with pytest.raises(DataError, match=r"holds files of the split 'test', 'validation' beside others, .*reviews\.csv"):
-        sources.load(DataConfig(format="table", path=str(tmp_path)))
+        registry.load(DataConfig(format="table", path=str(tmp_path)))
 
 
 def test_one_file_under_two_names_is_not_on_both_sides(tmp_path):
@@ -251,7 +253,7 @@ def test_one_file_under_two_names_is_not_on_both_sides(tmp_path):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "d" / "b.jsonl")
     for other in (f"{tmp_path}/d/../d/b.jsonl", f"{tmp_path}/link.jsonl"):
         with pytest.raises(DataError, match=r"b\.jsonl: named by both"):
-            sources.load(DataConfig(format="jsonl", path=f"{tmp_path}/d", eval_path=other))
+            registry.load(DataConfig(format="jsonl", path=f"{tmp_path}/d", eval_path=other))
 
 
 def test_a_tar_of_several_splits_is_refused(tmp_path):
@@ -263,21 +265,21 @@ def test_a_tar_of_several_splits_is_refused(tmp_path):
             member.size = len(pixels.getvalue())
             tar.addfile(member, io.BytesIO(pixels.getvalue()))
     with pytest.raises(DataError, match=r"images\.tar: holds the splits 'train', 'validation' in one \.tar"):
-        sources.load(DataConfig(format="images", path=f"{tmp_path}/images.tar", image_shape=(8, 8, 3)))
+        registry.load(DataConfig(format="images", path=f"{tmp_path}/images.tar", image_shape=(8, 8, 3)))
 
 
 def test_a_folder_of_splits_is_trained_on_train_and_evaluated_on_validation(tmp_path):
     for name in ("train", "dev", "test"):
         write(tmp_path / f"{name}.jsonl", b"\n".join(b'{"text": "%s %d"}' % (name.encode(), n) for n in range(4)))
-    split = sources.load(DataConfig(format="jsonl", path=str(tmp_path)))
+    split = registry.load(DataConfig(format="jsonl", path=str(tmp_path)))
     assert {r["text"].split()[0] for r in split.train} == {"train"}
     assert {r["text"].split()[0] for r in split.valid} == {"dev"}
     assert "'train' is trained on, 'validation' is held out" in split.report and "not read: 'test'" in split.report
     (tmp_path / "dev.jsonl").unlink()
-    split = sources.load(DataConfig(format="jsonl", path=str(tmp_path), eval_fraction=0.5))
+    split = registry.load(DataConfig(format="jsonl", path=str(tmp_path), eval_fraction=0.5))
     assert {r["text"].split()[0] for r in split.train + split.valid} == {"train"}
-    split = sources.load(DataConfig(format="jsonl", path=str(tmp_path), eval_path=str(tmp_path / "test.jsonl")))
+    split = registry.load(DataConfig(format="jsonl", path=str(tmp_path), eval_path=str(tmp_path / "test.jsonl")))
     assert {r["text"].split()[0] for r in split.valid} == {"test"}
     (tmp_path / "train.jsonl").rename(tmp_path / "valid.jsonl")
     with pytest.raises(DataError, match="holds 'test', 'validation' and no 'train'"):
-        sources.load(DataConfig(format="jsonl", path=str(tmp_path)))
+        registry.load(DataConfig(format="jsonl", path=str(tmp_path)))

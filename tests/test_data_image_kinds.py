@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lm.config import DataConfig
-from lm.data import image_files, sources
-from lm.data.records import DataError
+from lm.data.readers import images, registry
+from lm.data.record import DataError
 from tests import small_sets
 from tests.test_data_images import PICTURES, SHAPE, encoded, named, read, tarred, write
 
@@ -133,7 +133,7 @@ def test_cmyk_is_made_rgb(tmp_path):
 
 
 def test_a_tar_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "_TAR_BYTES", 1 << 10)
+    monkeypatch.setattr(images, "_TAR_BYTES", 1 << 10)
     path = write(tmp_path / "a.tar", tarred({f"dog/{n}.bin": bytes(300_000) for n in range(20)} | named()))
     tracemalloc.start()
     found = read(path)
@@ -180,10 +180,10 @@ def test_images_of_published_sets_are_those_of_their_files(name, tmp_path, tfds_
         else:
             path = small_sets.write_parquet(tmp_path / "a.parquet", table)
     cfg = DataConfig(format=name.split()[0], path=str(path), image_shape=SHAPE, rename=(("img", "image"),))
-    found = [record for unit in sources.find(cfg).train for record in sources.read(unit, cfg)]
+    found = [record for unit in registry.find(cfg).train for record in registry.read(unit, cfg)]
     assert [record["label"] for record in found] == [*LABELS] * 3
     np.testing.assert_array_equal([record["image"] for record in found], PICTURES)
-    split = sources.load(dataclasses.replace(cfg, eval_fraction=0.3))
+    split = registry.load(dataclasses.replace(cfg, eval_fraction=0.3))
     assert len(split.train) + len(split.valid) == 6
 
 
@@ -200,4 +200,4 @@ def test_a_bad_image_of_a_table_is_a_fault_of_its_row(tmp_path, image, kind, say
     rows = [{"image": {"bytes": encoded(picture), "path": None}} for picture in PICTURES]
     path = small_sets.write_parquet(tmp_path / "a.parquet", small_sets.table([*rows[:3], {"image": image}, *rows[3:]]))
     with pytest.raises(DataError, match=rf"a.parquet:4: {kind}: .*{says}"):
-        sources.load(DataConfig(format="parquet", path=str(path), image_shape=SHAPE))
+        registry.load(DataConfig(format="parquet", path=str(path), image_shape=SHAPE))

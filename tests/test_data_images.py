@@ -10,11 +10,15 @@ import pytest
 from etils import epath
 from PIL import Image, ImageEnhance
 
-from lm import checks, config
+from lm import checks, config, input_pipeline
 from lm.config import Config, DataConfig
-from lm.data import feed, files, image_files, images, pipeline, sources
-from lm.data.records import DataError, Fault, NotRead
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data import augment, loader
+from lm.data.readers import images as image_files
+from lm.data.readers import paths as files
+from lm.data.readers import registry
+from lm.data.record import DataError, Fault, NotRead
+from lm.tasks import images
 
 SHAPE = (8, 6, 3)
 RNG = np.random.default_rng(0)
@@ -146,8 +150,8 @@ def test_a_bad_image_is_a_fault_of_its_own(tmp_path, content, kind, message):
     assert (fault.kind, fault.where) == (kind, f"{path}:dog/bad.png")
     assert len(others) == 6 and not any(isinstance(other, Fault) for other in others)
     with pytest.raises(DataError, match=rf"a.tar:dog/bad.png: {kind}: .*{message}"):
-        sources.load(data_config(path))
-    split = sources.load(data_config(path, max_bad_records=100))
+        registry.load(data_config(path))
+    split = registry.load(data_config(path, max_bad_records=100))
     assert len(split.train) + len(split.valid) == 6
 
 
@@ -189,7 +193,7 @@ def test_a_damaged_mnist_pair_is_refused(tmp_path):
 
 def test_only_grey_and_rgb_can_be_asked_for(tmp_path):
     with pytest.raises(ConfigError, match=r"'data.image_shape' is \(8, 6, 4\); expected 1 channel \(grey\) or 3"):
-        sources.load(DataConfig(format="images", path=str(tmp_path), image_shape=(8, 6, 4)))
+        registry.load(DataConfig(format="images", path=str(tmp_path), image_shape=(8, 6, 4)))
 
 
 # What is held out -----------------------------------------------------------------------------------------------------
@@ -197,15 +201,15 @@ def test_only_grey_and_rgb_can_be_asked_for(tmp_path):
 
 def test_fingerprint_and_split_follow_the_pixels(tmp_path):
     path = write(tmp_path / "a.tar", tarred(named()))
-    first = sources.load(data_config(path))
-    other_place = sources.load(data_config(write(tmp_path / "elsewhere" / "b.tar", tarred(named("train/")))))
+    first = registry.load(data_config(path))
+    other_place = registry.load(data_config(write(tmp_path / "elsewhere" / "b.tar", tarred(named("train/")))))
     assert other_place.fingerprint == first.fingerprint
     changed = PICTURES[0].copy()
     changed[3, 2, 1] ^= 1
-    one_bit = sources.load(data_config(write(tmp_path / "c.tar", tarred(named() | {"dog/0.png": encoded(changed)}))))
+    one_bit = registry.load(data_config(write(tmp_path / "c.tar", tarred(named() | {"dog/0.png": encoded(changed)}))))
     assert one_bit.fingerprint != first.fingerprint
     # The same pixels twice are never on both sides.
-    twice = sources.load(data_config(write(tmp_path / "d.tar", tarred(named() | named("again/")))))
+    twice = registry.load(data_config(write(tmp_path / "d.tar", tarred(named() | named("again/")))))
     held, kept = ({record["image"].tobytes() for record in part} for part in (twice.valid, twice.train))
     assert not held & kept
 
@@ -236,12 +240,12 @@ def packed(tmp_path) -> Path:
 
 def batches(cfg: Config) -> list[dict]:
     """The first training batch and the evaluation's, and the pixels that each row is of."""
-    split = sources.load(cfg.data)
-    data = pipeline.build(cfg, None, split)
-    train = next(feed.train_batches(data, batch_size=5, start_example=0, local_rows=np.arange(5), seed=0))
-    rows = feed.train_row_ids(len(data.train), 0, 0, 5)
+    split = registry.load(cfg.data)
+    data = input_pipeline.build(cfg, None, split)
+    train = next(loader.train_batches(data, batch_size=5, start_example=0, local_rows=np.arange(5), seed=0))
+    rows = loader.train_row_ids(len(data.train), 0, 0, 5)
     valid = next(
-        feed.eval_batches(data.valid, batch_size=5, local_rows=np.arange(5), max_tokens=0, seq_len=cfg.data.seq_len)
+        loader.eval_batches(data.valid, batch_size=5, local_rows=np.arange(5), max_tokens=0, seq_len=cfg.data.seq_len)
     )
     own = [[split.train[i] for i in rows], split.valid]
     return [batch | {"records": records} for batch, records in zip((train, valid), own, strict=True)]
@@ -321,14 +325,14 @@ def test_what_does_not_fit_is_refused(packed):
 def augmented(name: str, pixels: np.ndarray, strength: float, seed: int = 0) -> np.ndarray:
     before = pixels.copy()
     row = {"images": pixels, "labels": np.int32(3)}
-    out = images.AUGMENTATIONS[name](row, np.random.default_rng(seed), strength, None, Config())
+    out = augment.AUGMENTATIONS[name].change(row, np.random.default_rng(seed), strength, None, Config())
     np.testing.assert_array_equal(pixels, before)
     assert out["labels"] == 3
     assert (out["images"].shape, out["images"].dtype) == (pixels.shape, np.uint8)
     return out["images"]
 
 
-@pytest.mark.parametrize("name", images.AUGMENTATIONS)
+@pytest.mark.parametrize("name", ("crop", "flip", "color"))
 @pytest.mark.parametrize("channels", [1, 3])
 def test_strength_0_changes_nothing(name, channels):
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""lm/data/jobs.py: work in processes that may be killed."""
+"""lm/corpus/workers.py: work in processes that may be killed."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lm.data import jobs
+from lm.corpus import workers as jobs
 from tests import busy
 
 

@@ -1,4 +1,4 @@
-"""lm/data/labelled.py: sentences and pairs as rows, cut as by hand, with the labels of the config."""
+"""lm/tasks/classification.py: sentences and pairs as rows, cut as by hand, with the labels of the config."""
 
 from collections import Counter
 
@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import config
-from lm.data import examples, packing, tokenizer
-from lm.data.labelled import encode_pair
-from lm.data.records import DataError
-from lm.data.tasks import TASKS
+from lm.data import example, packing, tokenizer
+from lm.data.record import DataError
+from lm.tasks.classification import encode_pair
+from lm.tasks.registry import TASKS
 
 TEXTS = [f"a film of {n} plots, and good ones {n * n}." for n in range(40)]
 TOK = tokenizer.train(TEXTS, 330, 100_000)
@@ -45,7 +45,7 @@ def test_a_pair_is_cut_as_by_hand(first, second, seq_len):
 def rows(task, records, **data):
     cfg = config.Config(data=config.DataConfig(task=task, packing="pad", **({"seq_len": 12} | data)))
     counts = Counter()
-    made = examples.make(TASKS[task], records, TOK, cfg, counts)
+    made = example.make(TASKS[task], records, TOK, cfg, counts)
     return packing.pack(made, TASKS[task].columns(cfg), cfg.data)[0], counts
 
 

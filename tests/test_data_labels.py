@@ -10,9 +10,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lm.config import DataConfig
-from lm.data import labels, sources
-from lm.data.records import DataError, Fault
-from lm.data.tasks import TASKS
+from lm.data import labels
+from lm.data.readers import registry
+from lm.data.record import DataError, Fault
+from lm.tasks.registry import TASKS
 from tests import small_sets
 
 
@@ -56,7 +57,7 @@ def texts_with(values: list) -> list[dict]:
 def read(where: tuple[str, Path | str], task: str, names: tuple[str, ...] = ()) -> list:
     """The label of each record, or the kind of its fault."""
     cfg = DataConfig(format=where[0], path=str(where[1]), task=task, labels=names)
-    found = [item for unit in sources.find(cfg).train for item in sources.read(unit, cfg)]
+    found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
     return [item.kind if isinstance(item, Fault) else item.get("label") for item in found]
 
 
@@ -70,7 +71,7 @@ def test_a_boolean_label_is_read_alike_in_every_format(tmp_path, name, names):
     assert read(where, "sentences", ("0", "1")) == ["wrong label", "wrong label", "no label", "wrong label"]
     assert read(where, "scored_sentences") == ["wrong label", "wrong label", "no label", "wrong label"]
     cfg = DataConfig(format=kind, path=str(where[1]), task="text")
-    found = [item for unit in sources.find(cfg).train for item in sources.read(unit, cfg)]
+    found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
     assert [record["text"] for record in found] == [f"text {i}" for i in range(4)]
 
 
@@ -135,11 +136,11 @@ def test_bad_labels_are_left_out_and_counted_up_to_the_limit(tmp_path):
     cfg = DataConfig(
         format="jsonl", path=str(path), task="sentences", labels=("a", "b"), max_bad_records=3, eval_fraction=0.4
     )
-    split = sources.load(cfg)
+    split = registry.load(cfg)
     assert len(split.train) + len(split.valid) == 4
     assert "skipped 3 bad records:\n  2 x no label\n" in split.report and "1 x wrong label" in split.report
     with pytest.raises(DataError, match=r"a.jsonl:3: no label: found no label; expected 'label'.*max_bad_records=N"):
-        sources.load(DataConfig(format="jsonl", path=str(path), task="sentences", labels=("a", "b")))
+        registry.load(DataConfig(format="jsonl", path=str(path), task="sentences", labels=("a", "b")))
 
 
 @pytest.mark.parametrize("tag", [None, True, math.nan])
@@ -147,7 +148,7 @@ def test_a_bad_tag_or_entity_is_a_fault_of_its_record(tmp_path, tag):
     rows = [{"words": ["a", "b"], "tags": ["O", "O"]}, {"words": ["a", "b"], "tags": ["O", tag]}]
     rows += [{"text": "a b", "entities": [{"start": 0, "end": 1, "label": name}]} for name in (tag, "X")]
     cfg = DataConfig(format="jsonl", path=str(write_jsonl(tmp_path, rows)), task="tagging")
-    found = [item for unit in sources.find(cfg).train for item in sources.read(unit, cfg)]
+    found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
     assert [isinstance(item, Fault) for item in found] == [False, True, True, False]
 
 

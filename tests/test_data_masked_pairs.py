@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import build, losses, objectives, program
-from lm.data import feed, masked_pairs, pipeline, sources, tokenizer
+from lm import build, input_pipeline, losses, program
+from lm.data import loader, tokenizer
+from lm.data.readers import registry
+from lm.tasks import masked_lm, objectives
 from tests import toys
 
 SENTENCES = ["The dog ran.", "Was it red?", "Not at all!\n", "A cat sat", " on the mat", ".", "\n\nIt slept. ", "Yes."]
@@ -35,7 +37,7 @@ def squeezed(text):
 def test_pairs_are_the_document_in_order_split_near_its_middle(words, parts, seq_len):
     counts = Counter[str]()
     record = {"text": "".join(f" {part}" for part in parts), "source": "x:1"}
-    found = masked_pairs.neighbours(record, words, settings(data__seq_len=seq_len), counts)
+    found = masked_lm.neighbours(record, words, settings(data__seq_len=seq_len), counts)
     rows = [example.columns for example in found]
     text = "".join(words.decode(row["tokens"]) for row in rows)
     if not counts:
@@ -48,7 +50,7 @@ def test_pairs_are_the_document_in_order_split_near_its_middle(words, parts, seq
         assert first.rstrip(" ")[-1] in ".?!\n"
         # No other end of a sentence is nearer to the middle.
         middle, total = int((row["type_ids"] == 0).sum()), len(row["tokens"])
-        sentences = masked_pairs._BETWEEN_SENTENCES.split(record["text"])
+        sentences = masked_lm._BETWEEN_SENTENCES.split(record["text"])
         ends = np.cumsum([len(words.encode(s if s[:1].isspace() else f" {s}")) for s in sentences])
         starts = {0, *ends.tolist()}
         if not counts:
@@ -59,7 +61,7 @@ def test_pairs_are_the_document_in_order_split_near_its_middle(words, parts, seq
 
 def test_every_stretch_begins_with_white_space_so_that_none_tells_its_place(words):
     record = {"text": f"{SENTENCES[0]} {SENTENCES[1]}", "source": "x:1"}
-    (example,) = masked_pairs.neighbours(record, words, settings(data__seq_len=64), Counter())
+    (example,) = masked_lm.neighbours(record, words, settings(data__seq_len=64), Counter())
     tokens, types = example.columns["tokens"], example.columns["type_ids"]
     assert [words.decode(tokens[types == side])[0] for side in (0, 1)] == [" ", " "]
 
@@ -70,9 +72,9 @@ def records(count: int) -> list[dict[str, str]]:
 
 
 def batches(cfg, words, count):
-    data = pipeline.build(cfg, words, sources.Split(records(12), records(3), "", ""))
+    data = input_pipeline.build(cfg, words, registry.Split(records(12), records(3), "", ""))
     local = np.arange(cfg.data.batch_size)
-    stream = feed.train_batches(data, batch_size=len(local), start_example=0, local_rows=local, seed=0)
+    stream = loader.train_batches(data, batch_size=len(local), start_example=0, local_rows=local, seed=0)
     made = [next(stream) for _ in range(count)]
     stream.close()
     return data, made
@@ -103,8 +105,8 @@ def test_the_label_says_whether_b_follows_a_in_the_document(words, pairs):
                 spoilt.add(second)
     assert pairs == "order" or len(spoilt) > 8, "any other row is as good"
     assert 0.3 < np.mean(labels) < 0.7
-    again = list(feed.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
-    twice = list(feed.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
+    again = list(loader.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
+    twice = list(loader.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
     for one, other in zip(again, twice, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data import ngrams
+from lm.corpus import ngrams
 
 
 def words(text: str) -> list[str]:

@@ -8,8 +8,9 @@ import pytest
 import zstandard
 from etils import epath
 
-from lm.data import records
-from lm.data.records import DataError, read_jsonl
+from lm.data.readers import text
+from lm.data.readers.text import read_jsonl
+from lm.data.record import DataError
 from tests.test_data_sources import BOM, GOOD, contents, read, write
 
 
@@ -19,7 +20,7 @@ def test_packed_files_give_what_the_plain_one_gives(tmp_path, monkeypatch, name,
     plain = write(tmp_path / "plain.jsonl", b"\n".join(GOOD))
     content = b"[" + b" ,\n".join(GOOD) + b" ]\n" if ".json." in f"{name}." else BOM + b"\r\n".join(GOOD) + b"\r\n\r\n"
     packed = write(tmp_path / name, content)
-    monkeypatch.setattr(records, "_CHUNK_BYTES", chunk_bytes)  # lines that span chunks, chunks that hold many lines
+    monkeypatch.setattr(text, "_CHUNK_BYTES", chunk_bytes)  # lines that span chunks, chunks that hold many lines
     found, expected = (list(read_jsonl(epath.Path(p), {})) for p in (packed, plain))
     assert contents(found) == contents(expected) == [f"good {i}" for i in range(8)]
     assert [r["source"] for r in found] == [f"{packed}:{i + 1}" for i in range(8)]
@@ -75,7 +76,7 @@ def packed(suffix: str, pieces: list[bytes]) -> bytes:
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tar", "a-images-idx3-ubyte"])
 def test_a_file_that_unpacks_to_too_much_is_an_error_that_names_the_key(tmp_path, monkeypatch, name, suffix):
-    monkeypatch.setattr(records, "_NEVER_A_BOMB", 1 << 16)
+    monkeypatch.setattr(text, "_NEVER_A_BOMB", 1 << 16)
     path = tmp_path / f"{name}{suffix}"
     path.write_bytes(packed(suffix, [b" " * (1 << 20)]))
     (tmp_path / f"a-labels-idx1-ubyte{suffix}").write_bytes(b"")
@@ -87,17 +88,15 @@ def test_a_file_that_unpacks_to_too_much_is_an_error_that_names_the_key(tmp_path
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_the_limit_is_on_what_is_unpacked_of_what_was_read(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(records, "_NEVER_A_BOMB", 0)
+    monkeypatch.setattr(text, "_NEVER_A_BOMB", 0)
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(packed(suffix, [b"".join(b"%s\n" % line for line in GOOD * 100)]))
     factor = len(GOOD[0] + b"\n") * len(GOOD) * 100 / path.stat().st_size
-    assert len(list(read_jsonl(epath.Path(path), {}, records.Opening(max_expansion=int(factor) + 1)))) == 800
+    assert len(list(read_jsonl(epath.Path(path), {}, text.Opening(max_expansion=int(factor) + 1)))) == 800
     with pytest.raises(DataError, match=r"data.max_expansion"):
-        list(read_jsonl(epath.Path(path), {}, records.Opening(max_expansion=int(factor) - 1)))
+        list(read_jsonl(epath.Path(path), {}, text.Opening(max_expansion=int(factor) - 1)))
     monkeypatch.undo()
-    assert (
-        len(list(read_jsonl(epath.Path(path), {}, records.Opening(max_expansion=1)))) == 800
-    )  # a small one is no bomb
+    assert len(list(read_jsonl(epath.Path(path), {}, text.Opening(max_expansion=1)))) == 800  # a small one is no bomb
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -106,7 +105,7 @@ def test_a_packed_file_is_read_in_bounded_memory(tmp_path, suffix):
     line = GOOD[0] + b" " * 9_999 + b"\n"
     path.write_bytes(packed(suffix, [line * 6_000]))  # 60 MB, of some KB
     tracemalloc.start()
-    chunks = sum(1 for _ in records.chunks(epath.Path(path), 1_000_000))
+    chunks = sum(1 for _ in text.chunks(epath.Path(path), 1_000_000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert chunks > 1 and peak < 40e6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lm.config import Config, DataConfig
 from lm.data import packing
-from lm.data.examples import Example, shifted_columns
+from lm.data.example import Example, shifted_columns
 
 MODES = ("pad", "best_fit", "concat")
 

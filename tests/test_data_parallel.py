@@ -3,12 +3,12 @@
 import pytest
 
 from lm.config import DataConfig
-from lm.data import sources
-from lm.data.records import DataError
+from lm.data.readers import registry
+from lm.data.record import DataError
 from tests.test_data_sources import read, write
 
 
-def parallel(tmp_path, source: bytes, target: bytes, **options) -> sources.Split:
+def parallel(tmp_path, source: bytes, target: bytes, **options) -> registry.Split:
     write(tmp_path / "train.en.gz", source)
     write(tmp_path / "train.de.gz", target)
     return read(tmp_path / "train.{en,de}.gz", format="parallel", **options)
@@ -55,7 +55,7 @@ def test_an_empty_line_of_either_side_is_a_fault_at_its_place(tmp_path):
 @pytest.mark.parametrize("path", ["train.en", "train.{en}", "{a,b}.{en,de}"])
 def test_the_path_of_a_parallel_corpus_names_both_sides(path):
     with pytest.raises(DataError, match=r"expected the two sides once in braces, such as DIR/train.\{en,de\}.gz"):
-        sources.load(DataConfig(path=path, format="parallel"))
+        registry.load(DataConfig(path=path, format="parallel"))
 
 
 def test_multi30k(shared_data):

@@ -1,4 +1,4 @@
-"""lm/data/pipeline.py: the stream is a pure function of an index, whatever the hosts and wherever it starts."""
+"""lm/input_pipeline.py: the stream is a pure function of an index, whatever the hosts and wherever it starts."""
 
 import dataclasses
 import itertools
@@ -7,9 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lm import config, schema
-from lm.data import feed, pipeline, sources, tokenizer
-from lm.data.records import DataError
+from lm import config, input_pipeline
+from lm.config import schema
+from lm.data import loader, tokenizer
+from lm.data.readers import registry
+from lm.data.record import DataError
 
 TEXTS = [f"document {i} says hello {'and again ' * (i % 7)}now.\n" for i in range(60)]
 TOK = tokenizer.train(TEXTS, 330, 100_000)
@@ -21,20 +23,20 @@ def records(texts):
 
 
 def make_split(train=tuple(TEXTS[:50]), valid=tuple(TEXTS[50:])):
-    return sources.Split(records(train), records(valid), "fingerprint", "")
+    return registry.Split(records(train), records(valid), "fingerprint", "")
 
 
 def make_config(seed=0, **data):
     return dataclasses.replace(config.Config(seed=seed), data=config.DataConfig(**({"seq_len": 32} | data)))
 
 
-DATA = pipeline.build(make_config(), TOK, make_split())
+DATA = input_pipeline.build(make_config(), TOK, make_split())
 NUM_ROWS = len(DATA.train)
 
 
 def take(count, *, start=0, local_rows=None, seed=0, data=DATA):
     local_rows = np.arange(BATCH) if local_rows is None else local_rows
-    stream = feed.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local_rows, seed=seed)
+    stream = loader.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local_rows, seed=seed)
     batches = list(itertools.islice(stream, count))
     stream.close()
     return batches
@@ -55,24 +57,24 @@ def pairs(batches):
 
 
 def test_each_epoch_is_another_permutation_and_each_seed_another_stream():
-    epochs = feed.train_row_ids(50, 0, 0, 150).reshape(3, 50)
+    epochs = loader.train_row_ids(50, 0, 0, 150).reshape(3, 50)
     assert (np.sort(epochs) == np.arange(50)).all()
-    other_seed = feed.train_row_ids(50, 1, 0, 150).reshape(3, 50)
+    other_seed = loader.train_row_ids(50, 1, 0, 150).reshape(3, 50)
     orders = [tuple(order) for order in (*epochs, *other_seed)]
     assert len(set(orders)) == 6 and tuple(range(50)) not in orders
-    assert feed.train_row_ids(50, 0, 37, 60).tolist() == epochs.ravel()[37:97].tolist()
-    assert feed.train_row_ids(50, 0, 50 * 10**12, 50).tolist() != epochs[0].tolist()
+    assert loader.train_row_ids(50, 0, 37, 60).tolist() == epochs.ravel()[37:97].tolist()
+    assert loader.train_row_ids(50, 0, 50 * 10**12, 50).tolist() != epochs[0].tolist()
 
 
 def test_the_order_is_the_same_on_every_version_and_machine():
     """A change here makes runs that are under way resume on other data."""
-    assert feed.train_row_ids(7, 0, 0, 14).tolist() == [3, 6, 2, 0, 4, 1, 5, 6, 5, 0, 4, 3, 1, 2]
-    assert feed.train_row_ids(1, -1, 0, 3).tolist() == [0, 0, 0]
+    assert loader.train_row_ids(7, 0, 0, 14).tolist() == [3, 6, 2, 0, 4, 1, 5, 6, 5, 0, 4, 3, 1, 2]
+    assert loader.train_row_ids(1, -1, 0, 3).tolist() == [0, 0, 0]
 
 
 def test_batches_are_the_rows_that_the_index_names_in_the_dtypes_of_the_contract():
     first, second = take(2)
-    ids = feed.train_row_ids(NUM_ROWS, 0, 0, 2 * BATCH)
+    ids = loader.train_row_ids(NUM_ROWS, 0, 0, 2 * BATCH)
     for batch, rows in ((first, ids[:BATCH]), (second, ids[BATCH:])):
         for key, (_, dtype) in DATA.valid.columns.items():
             assert batch[key].dtype == dtype
@@ -111,7 +113,7 @@ def test_an_epoch_holds_every_row_once():
 def test_evaluation_holds_every_row_once_and_pads_without_weight(batch_size):
     def run(local_rows):
         return list(
-            feed.eval_batches(DATA.valid, batch_size=batch_size, local_rows=local_rows, max_tokens=0, seq_len=32)
+            loader.eval_batches(DATA.valid, batch_size=batch_size, local_rows=local_rows, max_tokens=0, seq_len=32)
         )
 
     batches, num_rows = run(np.arange(batch_size)), len(DATA.valid)
@@ -128,7 +130,7 @@ def test_evaluation_holds_every_row_once_and_pads_without_weight(batch_size):
 
 @pytest.mark.parametrize("max_tokens,rows", [(1, 1), (32, 1), (33, 2), (64, 2), (10**9, 0)])
 def test_evaluation_stops_at_its_budget(max_tokens, rows):
-    batches = feed.eval_batches(DATA.valid, batch_size=3, local_rows=np.arange(3), max_tokens=max_tokens, seq_len=32)
+    batches = loader.eval_batches(DATA.valid, batch_size=3, local_rows=np.arange(3), max_tokens=max_tokens, seq_len=32)
     used = np.concatenate([b["tokens"][b["segment_ids"].any(1)] for b in batches])
     assert len(used) == (rows or len(DATA.valid))
     assert len(np.unique(used, axis=0)) == len(used)
@@ -147,7 +149,9 @@ def test_the_report_counts_what_the_batches_hold():
 def test_bytes_are_those_of_the_answers():
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "na\u00efve \u2581 now"}]
     chats = [{"messages": turns, "source": "f:1"}] * 3
-    report = pipeline.build(make_config(task="chat", seq_len=64), TOK, sources.Split(chats, chats, "", "")).report
+    report = input_pipeline.build(
+        make_config(task="chat", seq_len=64), TOK, registry.Split(chats, chats, "", "")
+    ).report
     assert report["train"]["bytes"] == 3 * len("na\u00efve \u2581 now".encode())
     assert 0 < report["train"]["targets"] < report["train"]["tokens"]
 
@@ -155,9 +159,9 @@ def test_bytes_are_those_of_the_answers():
 def test_packing_changes_neither_pairs_nor_counts():
     reports, found = [], []
     for mode in ("pad", "best_fit", "concat"):
-        data = pipeline.build(make_config(packing=mode), TOK, make_split())
+        data = input_pipeline.build(make_config(packing=mode), TOK, make_split())
         reports.append({key: data.report["train"][key] for key in ("documents", "tokens", "targets", "bytes")})
-        rows = feed.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=32)
+        rows = loader.eval_batches(data.train, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=32)
         found.append(pairs(list(rows)))
     assert reports[0] == reports[1] == reports[2] and found[0] == found[1] == found[2]
 
@@ -169,28 +173,28 @@ def test_data_without_a_target_is_refused_with_its_counts(half):
         return [{"messages": messages, "source": "f:1"}, {"messages": messages, "source": "f:2"}]
 
     halves = {"train": chat("user", "assistant"), "valid": chat("user", "assistant")} | {half: chat("system", "user")}
-    split = sources.Split(halves["train"], halves["valid"], "", "")
+    split = registry.Split(halves["train"], halves["valid"], "", "")
     with pytest.raises(DataError, match=f"the {half} data has no target.*documents 2, dropped_no_target 2"):
-        pipeline.build(make_config(task="chat"), TOK, split)
+        input_pipeline.build(make_config(task="chat"), TOK, split)
     halves[half] = []
     with pytest.raises(DataError, match=f"the {half} data has no target.*no documents"):
-        pipeline.build(make_config(task="chat"), TOK, sources.Split(halves["train"], halves["valid"], "", ""))
+        input_pipeline.build(make_config(task="chat"), TOK, registry.Split(halves["train"], halves["valid"], "", ""))
 
 
 def test_the_fingerprint_names_the_stream():
     other_tokenizer = tokenizer.Tokenizer(TOK.model)
     other_tokenizer.__dict__["hash"] = "another tokenizer that gives the same ids"
     changed = [
-        pipeline.build(make_config(), other_tokenizer, make_split()),
-        pipeline.build(make_config(), TOK, dataclasses.replace(make_split(), fingerprint="other")),
-        pipeline.build(make_config(), TOK, make_split(train=tuple(reversed(TEXTS[:50])))),
-        pipeline.build(make_config(seed=1), TOK, make_split()),
-        pipeline.build(make_config(seq_len=33), TOK, make_split()),
-        pipeline.build(make_config(packing="pad"), TOK, make_split()),
-        pipeline.build(make_config(mask_documents=False), TOK, make_split()),
+        input_pipeline.build(make_config(), other_tokenizer, make_split()),
+        input_pipeline.build(make_config(), TOK, dataclasses.replace(make_split(), fingerprint="other")),
+        input_pipeline.build(make_config(), TOK, make_split(train=tuple(reversed(TEXTS[:50])))),
+        input_pipeline.build(make_config(seed=1), TOK, make_split()),
+        input_pipeline.build(make_config(seq_len=33), TOK, make_split()),
+        input_pipeline.build(make_config(packing="pad"), TOK, make_split()),
+        input_pipeline.build(make_config(mask_documents=False), TOK, make_split()),
     ]
     assert len({DATA.fingerprint, *(data.fingerprint for data in changed)}) == len(changed) + 1
-    assert pipeline.build(make_config(batch_size=4), TOK, make_split()).fingerprint == DATA.fingerprint
+    assert input_pipeline.build(make_config(batch_size=4), TOK, make_split()).fingerprint == DATA.fingerprint
 
 
 def test_real_chat_data_packs_whole(shared_data):
@@ -202,9 +206,9 @@ def test_real_chat_data_packs_whole(shared_data):
         max_records=300,
     )
     cfg = dataclasses.replace(config.Config(), data=data)
-    split = sources.load(data)
+    split = registry.load(data)
     tok = tokenizer.train(TEXTS, 330, 100_000)
-    built = pipeline.build(cfg, tok, split)
+    built = input_pipeline.build(cfg, tok, split)
     report = built.report["train"]
     answers = [m["content"] for r in split.train for m in r["messages"] if m["role"] == "assistant"]
     assert report["documents"] == report["examples"] + report["dropped_long_prompt"] == 300
@@ -212,7 +216,7 @@ def test_real_chat_data_packs_whole(shared_data):
     assert lost > 0 and 0 < report["answer_cut"] < report["examples"]
     assert report["targets"] >= report["examples"]
     roomy = dataclasses.replace(cfg, data=dataclasses.replace(data, seq_len=2048))
-    report = pipeline.build(roomy, tok, split).report["train"]
+    report = input_pipeline.build(roomy, tok, split).report["train"]
     assert report["documents"] == report["examples"] == 300 and not {"answer_cut", "chats_shortened"} & set(report)
     assert report["bytes"] == sum(len(answer.encode()) for answer in answers)
 
@@ -223,9 +227,9 @@ def marked(name, count):
 
 def replay_data(share=0.3, **data):
     """Own rows and replayed ones, all told apart by their tokens."""
-    own, other = (sources.Split(marked(n, 23), marked(n + " held", 5), n, "") for n in ("own", "other"))
+    own, other = (registry.Split(marked(n, 23), marked(n + " held", 5), n, "") for n in ("own", "other"))
     cfg = make_config(packing="pad", seq_len=48, replay=share, **data)
-    return pipeline.build(cfg, TOK, own, replayed=other)
+    return input_pipeline.build(cfg, TOK, own, replayed=other)
 
 
 def texts_of(batches):
@@ -267,7 +271,7 @@ def test_replay_and_curriculum_resume_anywhere_on_any_number_of_hosts(curriculum
 
 def test_a_curriculum_begins_with_short_rows_and_ends_in_epochs():
     cfg = make_config(packing="pad", seq_len=48, batch_size=BATCH, curriculum=schema.Duration(examples=90))
-    data = pipeline.build(cfg, TOK, sources.Split(marked("own", 40), marked("held", 5), "", ""))
+    data = input_pipeline.build(cfg, TOK, registry.Split(marked("own", 40), marked("held", 5), "", ""))
     assert data.easy_first == 12 * BATCH  # 90 examples are 11.25 steps
     rows = np.concatenate([(b["segment_ids"] > 0).sum(axis=1) for b in take(30, data=data)])
     ranked = np.sort((data.train.rows["segment_ids"] > 0).sum(axis=1))
@@ -277,27 +281,27 @@ def test_a_curriculum_begins_with_short_rows_and_ends_in_epochs():
     assert rows[0] == ranked[0] and rows[:96].max() > np.median(ranked)
     texts = texts_of(take(30, data=data))
     assert len(set(texts[96 : 96 + 40])) == len(set(texts[136 : 136 + 40])) == 40
-    other = pipeline.build(
+    other = input_pipeline.build(
         dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, curriculum=schema.Duration(steps=13))),
         TOK,
-        sources.Split(marked("own", 40), marked("held", 5), "", ""),
+        registry.Split(marked("own", 40), marked("held", 5), "", ""),
     )
     assert other.fingerprint != data.fingerprint
 
 
 def test_replayed_rows_decide_the_fingerprint_and_are_counted():
     prints = {replay_data().fingerprint, replay_data(0.31).fingerprint}
-    own = sources.Split(marked("own", 23), marked("own held", 5), "own", "")
-    another = sources.Split(marked("another", 23), marked("another held", 5), "another", "")
+    own = registry.Split(marked("own", 23), marked("own held", 5), "own", "")
+    another = registry.Split(marked("another", 23), marked("another held", 5), "another", "")
     prints.add(
-        pipeline.build(make_config(packing="pad", seq_len=48, replay=0.3), TOK, own, replayed=another).fingerprint
+        input_pipeline.build(make_config(packing="pad", seq_len=48, replay=0.3), TOK, own, replayed=another).fingerprint
     )
     assert len(prints) == 3
     data = replay_data()
     assert data.report["replay_train"]["documents"] == 23 and data.report["replay_valid"]["documents"] == 5
     assert list(data.held_out) == ["", "replay_"] and len(data.held_out["replay_"]) == 5
     with pytest.raises(ValueError, match=r"data\.replay is 0\.3"):
-        pipeline.build(make_config(replay=0.3), TOK, own)
-    empty = sources.Split(records(["", ""]), records([""]), "", "")
+        input_pipeline.build(make_config(replay=0.3), TOK, own)
+    empty = registry.Split(records(["", ""]), records([""]), "", "")
     with pytest.raises(DataError, match=r"'data\.replay': the train data has no target"):
-        pipeline.build(make_config(replay=0.3), TOK, own, replayed=empty)
+        input_pipeline.build(make_config(replay=0.3), TOK, own, replayed=empty)

@@ -18,10 +18,11 @@ import pyarrow.parquet
 import pytest
 
 from lm import config
-from lm.data import examples, holdout, jobs, prepare, shards, tokenizer
+from lm.config.schema import ConfigError
+from lm.corpus import pipeline, workers
+from lm.data import example, shards, splits, tokenizer
 from lm.data import packing as rows_of
-from lm.data.tasks import TASKS
-from lm.schema import ConfigError
+from lm.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 20_000
@@ -37,8 +38,8 @@ def recipe(path, **data):
     )
 
 
-def run(cfg, out, runner=jobs.here, **options):
-    return prepare.run(prepare.plan(cfg, out, **{"shard_bytes": SHARD_BYTES, **options}), runner, lambda *_: None)
+def run(cfg, out, runner=workers.here, **options):
+    return pipeline.run(pipeline.plan(cfg, out, **{"shard_bytes": SHARD_BYTES, **options}), runner, lambda *_: None)
 
 
 def contents(folder):
@@ -119,7 +120,7 @@ def test_shards_hold_what_is_to_be_kept(corpus, prepared):
     kept = [text for text, reason in expected.items() if not reason]
     assert sorted(found["train"] + found["valid"]) == sorted(kept)
     # The same documents are held out as a run that reads the raw text holds out.
-    _, valid = holdout.hold_out([{"text": text, "source": ""} for text in kept], 0.1)
+    _, valid = splits.hold_out([{"text": text, "source": ""} for text in kept], 0.1)
     assert sorted(found["valid"]) == sorted(record["text"] for record in valid)
     # A shard is a range of hashes, and sorted.
     digests = [hashlib.sha256(json.dumps({"text": text}).encode()).digest() for text in found["train"]]
@@ -176,7 +177,7 @@ def interrupted(after):
         for unit in units:
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            yield from jobs.here(work, [unit])
+            yield from workers.here(work, [unit])
 
     return runner
 
@@ -184,7 +185,7 @@ def interrupted(after):
 def test_a_job_goes_on_to_the_same_bytes_wherever_it_stopped(corpus, prepared, tmp_path):
     folder, _, _ = corpus
     options = {"evaluation": [str(folder / "questions.txt")], "filters": ["words"]}
-    planned = prepare.plan(recipe(folder / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES, **options)
+    planned = pipeline.plan(recipe(folder / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES, **options)
     (tmp_path / "out" / ".work.1.tmp").mkdir(parents=True)  # killed while the folder was made
     starts = 0
     while not (tmp_path / "out" / "index.json").exists():
@@ -192,7 +193,7 @@ def test_a_job_goes_on_to_the_same_bytes_wherever_it_stopped(corpus, prepared, t
         for scratch in (tmp_path / "out").rglob("work/read"):
             (scratch / ".00000000-00000000.1.tmp").mkdir(exist_ok=True)  # what a kill leaves
         try:
-            prepare.run(planned, interrupted(after=2), lambda *_: None)
+            pipeline.run(planned, interrupted(after=2), lambda *_: None)
         except KeyboardInterrupt:
             continue
     assert starts > 10
@@ -239,7 +240,7 @@ def test_workers_and_a_kill_give_the_same_bytes(corpus, prepared, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="Apache Beam is not installed: .[beam]")
 def test_beam_gives_the_same_bytes(corpus, prepared, tmp_path):
     folder, _, _ = corpus
-    with jobs.beam("DirectRunner", []) as runner:
+    with workers.beam("DirectRunner", []) as runner:
         run(
             recipe(folder / "raw"),
             tmp_path / "out",
@@ -254,7 +255,7 @@ def test_beam_gives_the_same_bytes(corpus, prepared, tmp_path):
 def test_without_beam_the_extra_is_named():
     with (
         pytest.raises(ConfigError, match=r"--runner=DirectRunner needs Apache Beam: pip install -e '\.\[beam\]'"),
-        jobs.beam("DirectRunner", []),
+        workers.beam("DirectRunner", []),
     ):
         pass
 
@@ -292,10 +293,10 @@ def test_small_files_are_read_together_and_none_is_left_out(corpus, tmp_path):
         (tmp_path / "raw" / f"{i:02}.jsonl").write_text("\n".join(lines))
     (tmp_path / "raw" / "00-empty.jsonl").write_text("")  # the first one
     cfg = recipe(tmp_path / "raw", max_bad_records=1)
-    planned = prepare.plan(cfg, tmp_path / "out", shard_bytes=SHARD_BYTES)
+    planned = pipeline.plan(cfg, tmp_path / "out", shard_bytes=SHARD_BYTES)
     sizes = [sum(file.stat().length for file in group) for _, group in planned.groups]
     assert 1 < len(planned.groups) < 20 and max(sizes) <= SHARD_BYTES // 2
-    index = prepare.run(planned, jobs.here, lambda *_: None)
+    index = pipeline.run(planned, workers.here, lambda *_: None)
     assert index["statistics"]["faults"] == {"empty file": 1}
     found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "valid")
     assert sorted(found) == sorted(kept)
@@ -322,7 +323,7 @@ def test_rows_are_those_of_a_run_that_reads_raw_text(corpus, tmp_path, task, pac
     opened = shards.open_folder(str(tmp_path / "out"))
     for part in ("train", "valid"):
         texts = [d["text"] for d in sorted_documents(folder / "raw" / "c.jsonl.gz", part, 0.3)]
-        made = examples.make(
+        made = example.make(
             TASKS[task],
             [{"text": text, "source": ""} for text in texts],
             tokenizer.load(tmp_path / "out" / "tokenizer.model"),

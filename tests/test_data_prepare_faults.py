@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from lm.data import jobs, stages
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.corpus import stages, workers
+from lm.data.record import DataError
 from tests.test_data_prepare import contents, interrupted, recipe, removed, run
 
 
@@ -92,7 +92,7 @@ def test_input_that_changes_while_it_is_prepared_is_refused(tmp_path):
     def changes(work, units):
         with path.open("a") as file:
             file.write('{"text": "one more"}\n')
-        return jobs.here(work, units)
+        return workers.here(work, units)
 
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was prepared"):
         run(recipe(path), tmp_path / "out", changes)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import toys
 
-from lm import config, losses, objectives, train
-from lm.data import pipeline, prompts, sources, tokenizer
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm import config, input_pipeline, losses, train
+from lm.config.schema import ConfigError
+from lm.data import tokenizer
+from lm.data.readers import registry
+from lm.data.record import DataError
+from lm.tasks import objectives, prompting
 
 LABELS = ("0", "1", "2")
 TEMPLATES = (
@@ -55,7 +57,7 @@ def spelled(row):
 
 def make(record, cfg):
     counts = Counter()
-    (example,) = prompts.prompted(record, TOK, cfg, counts)
+    (example,) = prompting.prompted(record, TOK, cfg, counts)
     return example.columns, counts
 
 
@@ -98,8 +100,8 @@ def test_each_template_is_used_and_a_record_always_has_the_same():
 def test_shots_are_balanced_and_the_same_for_all(shots):
     cfg = make_config(TEMPLATES[:1], seq_len=1024, shots=shots)
     train_records = records(20)
-    held_out = prompts.with_shots(train_records, records(6, first=30), cfg)
-    assert prompts.with_shots(train_records[::-1], records(6, first=30), cfg) == held_out
+    held_out = prompting.with_shots(train_records, records(6, first=30), cfg)
+    assert prompting.with_shots(train_records[::-1], records(6, first=30), cfg) == held_out
     chosen = held_out[0]["shots"]
     assert all(record["shots"] == chosen for record in held_out)
     assert len({shot["text"] for shot in chosen}) == shots and all(shot in train_records for shot in chosen)
@@ -113,7 +115,9 @@ def test_shots_are_balanced_and_the_same_for_all(shots):
 
 def test_only_held_out_rows_have_shots():
     data = [
-        pipeline.build(make_config(TEMPLATES[:1], 256, n), TOK, sources.Split(records(20), records(6, 30), "", ""))
+        input_pipeline.build(
+            make_config(TEMPLATES[:1], 256, n), TOK, registry.Split(records(20), records(6, 30), "", "")
+        )
         for n in (0, 2)
     ]
     np.testing.assert_equal(data[0].train.rows, data[1].train.rows)
@@ -160,7 +164,7 @@ def test_a_long_prompt_loses_its_left_end_alike_for_all_words():
 )
 def test_templates_that_cannot_be_filled_in_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        prompts.check(make_config(**changes))
+        prompting.check(make_config(**changes))
 
 
 def test_records_that_do_not_fit_are_named():

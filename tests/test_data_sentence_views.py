@@ -1,4 +1,4 @@
-"""lm/data/sentence_views.py: stretches of documents and what spoils them, and sentences side by side."""
+"""lm/tasks/sentence_embeddings.py: stretches of documents and what spoils them, and sentences side by side."""
 
 import dataclasses
 import itertools
@@ -6,10 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
-from lm import config
+from lm import config, input_pipeline
 from lm.config import Config, DataConfig
-from lm.data import feed, pipeline, sources, tokenizer
-from lm.data.tasks import TASKS
+from lm.data import loader, tokenizer
+from lm.data.readers import registry
+from lm.tasks.registry import TASKS
 
 TEXTS = [" ".join(f"{chr(97 + i % 26)}{7 * i + j * j}" for j in range(9)) + "\n" for i in range(40)]
 TOK = dataclasses.replace(tokenizer.train(TEXTS, 330, 100_000), extra_ids=1)
@@ -21,14 +22,14 @@ def build(**options):
     records = [{"text": text, "source": f"f:{i}"} for i, text in enumerate(TEXTS)]
     if data.task != "masked_pairs":
         records = [r | {"text_pair": f"pair {r['text']}", "negative": f"not {r['text']}"} for r in records]
-    split = sources.Split(records, records, "", "")
-    return pipeline.build(
+    split = registry.Split(records, records, "", "")
+    return input_pipeline.build(
         dataclasses.replace(Config(**options), data=data, tokenizer=config.TokenizerConfig()), TOK, split
     )
 
 
 def take(data, count):
-    stream = feed.train_batches(data, batch_size=64, start_example=0, local_rows=np.arange(64), seed=0)
+    stream = loader.train_batches(data, batch_size=64, start_example=0, local_rows=np.arange(64), seed=0)
     batches = list(itertools.islice(stream, count))
     stream.close()
     return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}

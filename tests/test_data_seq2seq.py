@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm import build, checks
-from lm.data import corrupt, feed, pipeline, seq2seq, sources, tokenizer
-from lm.schema import ConfigError
+from lm import build, checks, input_pipeline
+from lm.config.schema import ConfigError
+from lm.data import loader, tokenizer
+from lm.data.readers import registry
+from lm.tasks import corrupt, seq2seq
 from tests import toys
 
 WORDS = ["ein", "hund", "und", "eine", "katze", "a", "dog", "and", "cat"]
@@ -58,9 +60,9 @@ def test_a_long_pair_is_cut_before_its_end_or_dropped(words):
 
 
 def batches(cfg, words, records, count):
-    data = pipeline.build(cfg, words, sources.Split(records, records, "", ""))
+    data = input_pipeline.build(cfg, words, registry.Split(records, records, "", ""))
     rows = np.arange(cfg.data.batch_size)
-    stream = feed.train_batches(data, batch_size=len(rows), start_example=0, local_rows=rows, seed=cfg.seed)
+    stream = loader.train_batches(data, batch_size=len(rows), start_example=0, local_rows=rows, seed=cfg.seed)
     made = [next(stream) for _ in range(count)]
     stream.close()
     return data, made

@@ -1,4 +1,4 @@
-"""lm.data.sources and lm.data.records: every form and every fault of users' own files."""
+"""lm.data.readers.registry and lm.data.readers.text: every form and every fault of users' own files."""
 
 import gzip
 import json
@@ -12,9 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm.config import DataConfig
-from lm.data import builtin, files, records, sources
-from lm.data.records import DataError, Fault, read_jsonl, read_text
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data.readers import paths, python_stdlib, registry
+from lm.data.readers import text as records
+from lm.data.readers.text import read_jsonl, read_text
+from lm.data.record import DataError, Fault
 
 GOOD = [json.dumps({"text": f"good {i}"}).encode() for i in range(8)]
 BOM = b"\xef\xbb\xbf"
@@ -27,16 +29,16 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def read(path: Path, **options) -> sources.Split:
+def read(path: Path, **options) -> registry.Split:
     options = {"format": "jsonl", "eval_fraction": 0.3} | options
-    return sources.load(DataConfig(path=str(path), **options))
+    return registry.load(DataConfig(path=str(path), **options))
 
 
 def contents(found: list[dict]) -> list:
     return [record.get("text", record.get("messages")) for record in found]
 
 
-def everything(split: sources.Split) -> list:
+def everything(split: registry.Split) -> list:
     return sorted(contents(split.train + split.valid), key=str)
 
 
@@ -109,11 +111,11 @@ def test_parts_of_a_text_do_not_depend_on_its_chunks(tmp_path, monkeypatch, chun
 def test_a_folder_is_read_recursively_in_sorted_order_and_a_glob_as_it_says(tmp_path):
     for name in ("b.txt", "a/z.txt.gz", "a/y.md", "README", ".hidden.txt", ".git/c.txt"):
         write(tmp_path / name, name.encode())
-    found = files.find_files(str(tmp_path), (".txt", ".text", ".md"))
+    found = paths.find_files(str(tmp_path), (".txt", ".text", ".md"))
     assert [str(p.relative_to(tmp_path)) for p in found] == ["a/y.md", "a/z.txt.gz", "b.txt"]
-    matches = files.find_files(str(tmp_path / "*" / "[xy].*"), (".txt", ".text", ".md"))
+    matches = paths.find_files(str(tmp_path / "*" / "[xy].*"), (".txt", ".text", ".md"))
     assert [p.name for p in matches] == ["y.md"]
-    assert [p.name for p in files.find_files(str(tmp_path / "README"), (".txt",))] == ["README"]
+    assert [p.name for p in paths.find_files(str(tmp_path / "README"), (".txt",))] == ["README"]
     split = read(tmp_path, format="text", eval_path=str(tmp_path / "README"))
     assert contents(split.train) == ["a/y.md", "a/z.txt.gz", "b.txt"]
     assert contents(split.valid) == ["README"]
@@ -340,13 +342,13 @@ def test_a_key_that_would_be_ignored_is_refused(tmp_path, options):
 
 def test_builtin_formats_take_their_split_from_the_corpus(monkeypatch):
     side = {"train": [{"text": "a", "source": "x"}, {"text": "b", "source": "y"}], "valid": [{"text": "c"}]}
-    corpus = builtin.Corpus({"text": side, "instructions": {**side, "valid": []}}, "0" * 64, "corpus report")
-    monkeypatch.setattr(builtin, "load", lambda: corpus)
-    split = sources.load(DataConfig(format="builtin_text", max_records=1))
+    corpus = python_stdlib.Corpus({"text": side, "instructions": {**side, "valid": []}}, "0" * 64, "corpus report")
+    monkeypatch.setattr(python_stdlib, "load", lambda: corpus)
+    split = registry.load(DataConfig(format="builtin_text", max_records=1))
     assert len(split.train) == 1 and split.valid == side["valid"]
     assert "corpus report\ntext: 2 train and 1 valid records, split by file" in split.report
     with pytest.raises(DataError, match=r"data.format=builtin_instructions: no valid record"):
-        sources.load(DataConfig(format="builtin_instructions"))
+        registry.load(DataConfig(format="builtin_instructions"))
 
 
 # Real files -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""lm.data.span_qa: labels are the tokens of the answer, and predicted tokens are characters of the context."""
+"""lm.tasks.span_qa: labels are the tokens of the answer, and predicted tokens are characters of the context."""
 
 import dataclasses
 import json
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import CheckpointConfig, Config, DataConfig, EvalConfig
-from lm.data import span_qa, tokenizer
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data import tokenizer
+from lm.data.record import DataError
+from lm.tasks import span_qa
 
 PROSE = ["The Panthers defense gave up just 308 points, ranking sixth. Wie viele? "] * 40 + ["naïve 東京 (PD)"] * 3
 TOKENIZER = tokenizer.train(PROSE, 330, 1_000_000)

@@ -1,4 +1,4 @@
-"""lm.data.tables and lm.data.fields: labelled data as it is published, and every fault that it can have."""
+"""lm/data/readers/tables.py and fields.py: labelled data as it is published, and every fault that it can have."""
 
 import collections
 import csv
@@ -14,9 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm.config import DataConfig
-from lm.data import columnar, sources, tables
-from lm.data.records import DataError, Fault, read_jsonl
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data.readers import parquet, registry, tables
+from lm.data.readers.text import read_jsonl
+from lm.data.record import DataError, Fault
 from tests import small_sets
 
 
@@ -248,7 +249,7 @@ def test_questions_without_an_answer_in_columns(tmp_path):
         for i, (texts, at) in enumerate([(["apples"], [5]), ([], [])])
     ]
     path = small_sets.write_parquet(tmp_path / "a.parquet", small_sets.table(rows))
-    found = [record["answers"] for record in columnar.read_parquet(epath.Path(path), {})]
+    found = [record["answers"] for record in parquet.read_parquet(epath.Path(path), {})]
     assert found == [[{"text": "apples", "answer_start": 5}], []]
 
 
@@ -338,7 +339,7 @@ def test_a_bad_label_is_a_fault(tmp_path, value, kind, says):
 def test_real_tables(shared_data):
     def load(path: Path, **rename: str) -> list[dict]:
         cfg = DataConfig(format="table", path=str(path), rename=tuple((k.strip("_"), v) for k, v in rename.items()))
-        split = sources.load(cfg)
+        split = registry.load(cfg)
         return sorted(split.train + split.valid, key=lambda record: int(record["source"].rpartition(":")[2]))
 
     cola = load(shared_data("cola") / "train.tsv", _2="label", _4="text")
@@ -370,7 +371,7 @@ def test_real_conll(shared_data):
 
 
 def test_real_squad(shared_data):
-    split = sources.load(
+    split = registry.load(
         DataConfig(format="squad", path=str(shared_data("xquad") / "xquad.en.json"), eval_fraction=0.2)
     )
     assert len(split.train) + len(split.valid) == 1190 and 150 < len(split.valid) < 330

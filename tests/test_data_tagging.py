@@ -1,4 +1,4 @@
-"""lm.data.tagging: every word has its own label, whatever the tokenizer, the length of a row, and the characters."""
+"""lm.tasks.tagging: every word has its own label, whatever the tokenizer, the length of a row, and the characters."""
 
 import dataclasses
 import functools
@@ -15,9 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm.config import Config, DataConfig, EvalConfig
-from lm.data import packing, sources, tables, tagging, tokenizer
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data import packing, tokenizer
+from lm.data.readers import registry, tables
+from lm.data.record import DataError
+from lm.tasks import tagging
 
 PROSE = ["Parkinson's disease is treated with selegiline, 10 mg per day. "] * 40 + ["naïve 東京 (PD)-induced"] * 3
 TOKENIZER = tokenizer.train(PROSE, 330, 1_000_000)
@@ -209,7 +211,7 @@ def load(path: Path, text: str, **data) -> list[dict]:
     path.write_text(text)
     train = path.with_stem("train")
     train.write_text(text)
-    return sources.load(DataConfig(path=str(train), eval_path=str(path), task="tagging", **data)).valid
+    return registry.load(DataConfig(path=str(train), eval_path=str(path), task="tagging", **data)).valid
 
 
 def test_the_same_sentence_twice_in_a_file_is_two_sentences(tmp_path):

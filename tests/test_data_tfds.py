@@ -8,9 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lm.config import DataConfig
-from lm.data import sources
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data.readers import registry
+from lm.data.record import DataError
 from tests import small_sets
 from tests.test_data_formats import FEATURES, NAMED, ROWS, contents, everything
 
@@ -45,7 +45,7 @@ def imdb(tfds_dir):
 )
 def test_what_is_held_out_of_train_is_not_trained_on(imdb, split):
     cfg = DataConfig(format="tfds", path="imdb_reviews", eval_path=split)
-    found = sources.load(cfg)
+    found = registry.load(cfg)
     reference = tfds.data_source("imdb_reviews", data_dir=imdb.parents[2], split=split)
     assert [record["text"].encode() for record in found.valid] == [example["text"] for example in reference]
     held_out = {record["text"] for record in found.valid}
@@ -58,16 +58,16 @@ def test_what_is_held_out_of_train_is_not_trained_on(imdb, split):
 
 def test_a_set_that_is_not_there_is_an_error_with_the_command_that_makes_it(imdb, tfds_dir):
     with pytest.raises(DataError) as error:
-        sources.load(DataConfig(format="tfds", path="glue/sst2"))
+        registry.load(DataConfig(format="tfds", path="glue/sst2"))
     assert str(error.value).startswith(f"TFDS set 'glue/sst2': not found in {tfds_dir} (TFDS_DATA_DIR")
     code = f"tfds.builder('glue/sst2', data_dir='{tfds_dir}', file_format='array_record').download_and_prepare()"
     assert str(error.value).endswith(f'    python -c "import tensorflow_datasets as tfds; {code}"')
     with pytest.raises(DataError, match=r"TFDS set 'imdb_reviews/plain_text/1.0.0': no split 'tset' .*train, test"):
-        sources.load(DataConfig(format="tfds", path="imdb_reviews", eval_path="tset"))
+        registry.load(DataConfig(format="tfds", path="imdb_reviews", eval_path="tset"))
     with pytest.raises(DataError, match=r"TFDS set 'no name!' in .*Parsing builder name string no name! failed"):
-        sources.load(DataConfig(format="tfds", path="no name!"))
+        registry.load(DataConfig(format="tfds", path="no name!"))
     with pytest.raises(ConfigError, match=r"'data.separator'"):
-        sources.load(DataConfig(format="tfds", path="imdb_reviews", separator="|"))
+        registry.load(DataConfig(format="tfds", path="imdb_reviews", separator="|"))
 
 
 def test_a_set_in_another_format_a_missing_and_a_foreign_shard_are_errors(imdb):
@@ -76,13 +76,13 @@ def test_a_set_in_another_format_a_missing_and_a_foreign_shard_are_errors(imdb):
     small_sets.write_array_record(first, [b"foreign"] * 7)
     cfg = DataConfig(format="tfds", path="imdb_reviews")
     with pytest.raises(DataError, match=rf"{first}: found 7 records; expected 8, as the data set's description says"):
-        sources.load(cfg)
+        registry.load(cfg)
     small_sets.write_array_record(first, [b"foreign"] * 8)
     with pytest.raises(DataError, match=rf"{first}:1: malformed example: "):
-        sources.load(cfg)
+        registry.load(cfg)
     first.unlink()
     with pytest.raises(DataError, match=rf"{first}: no such file; expected it, for {imdb}/dataset_info.json names it"):
-        sources.find(cfg)
+        registry.find(cfg)
     first.write_bytes(content)
     info = imdb / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
@@ -90,10 +90,10 @@ def test_a_set_in_another_format_a_missing_and_a_foreign_shard_are_errors(imdb):
         DataError,
         match=r"in the format tfrecord; expected array_record. Move this folder away. TFDS .*:\n .*\n *python",
     ):
-        sources.load(cfg)
+        registry.load(cfg)
     info.write_text("{")
     with pytest.raises(DataError, match=r"TFDS set 'imdb_reviews' in "):
-        sources.load(cfg)
+        registry.load(cfg)
 
 
 def test_classes_in_lists_have_names_and_answers_are_objects(tfds_dir):

@@ -7,8 +7,8 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lm.config.schema import ConfigError
 from lm.data import tokenizer as tokenizers
-from lm.schema import ConfigError
 
 MARKS = ("<|user|>", "<|end|>", "<s>", "</s>", "<pad>", "<unk>", "<0x41>", "\u2581", "\u2585", "\ufeff", "\r\n", "  ")
 PROSE = [f"def add_{i}(x):\n    return x + {i}\n\n\tThe sum of {i} and x, naïve or not.\n" for i in range(200)]

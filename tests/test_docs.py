@@ -17,9 +17,13 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lm import config, objectives, report, sharding, train
+from lm import config, train
 from lm.config import MeshConfig
-from lm.data import fields
+from lm.data.readers import fields
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
+from lm.tasks import objectives
+from lm.tracking import report
 from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,8 +67,8 @@ def run(small_world, ran, monkeypatch):
     monkeypatch.chdir(small_world)
     monkeypatch.delenv("LM_SHARED_DATA", raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", "../tensorflow_datasets")
-    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
     monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")  # pictures take a second a run
 
     def call(arguments: list[str], made: set[str]) -> dict[str, float]:

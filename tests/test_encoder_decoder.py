@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import losses, sharding, trees
+from lm import losses, param_paths
 from lm.config import Config, MeshConfig
-from lm.models import attention, families, layers
+from lm.models import attention, layers, registry
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
 from tests import toys
 
 INPUTS, TARGETS = 9, 7
@@ -103,7 +105,7 @@ def test_cached_decoding_equals_the_full_forward(style):
 
 
 def loss_and_grads(cfg, dtype, params, batch):
-    model = families.MODELS[cfg.kind](Config(model=cfg), None, dtype)
+    model = registry.MODELS[cfg.kind](Config(model=cfg), None, dtype)
 
     def loss(params):
         out = model.apply(params, batch, rng=jax.random.key(3))
@@ -121,7 +123,7 @@ def test_eight_devices_compute_what_one_does(kind):
     batch = pairs(((9, 7), (4, 5), (2, 7), (9, 1)), inputs=10, targets=8)
     batch["is_prefix"] = (batch["positions"] < 3) * batch["segment_ids"]
     loss, grads = loss_and_grads(cfg, jnp.float32, params, batch)
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     specs = jax.tree.map(
         lambda axes: jax.NamedSharding(mesh, sharding.spec(axes)),
         model.logical_axes(),
@@ -131,9 +133,13 @@ def test_eight_devices_compute_what_one_does(kind):
         there = sharding.to_global(batch, np.arange(4), 4, mesh)
         split_loss, split_grads = loss_and_grads(cfg, jnp.float32, jax.device_put(params, specs), there)
     np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
-    for path, grad in trees.flatten(grads).items():
+    for path, grad in param_paths.flatten(grads).items():
         np.testing.assert_allclose(
-            trees.flatten(split_grads)[path], grad, rtol=1e-4, atol=2e-5 * max(1, np.abs(grad).max()), err_msg=path
+            param_paths.flatten(split_grads)[path],
+            grad,
+            rtol=1e-4,
+            atol=2e-5 * max(1, np.abs(grad).max()),
+            err_msg=path,
         )
         assert np.abs(grad).max() > 0, f"{path} does not learn"
 
@@ -221,7 +227,7 @@ def test_a_segment_sees_its_prefix_and_what_is_before():
 
 
 def test_a_cached_prefix_equals_the_full_forward():
-    """The prompt is the prefix; behind padding on its left, as `lm.generate` puts it."""
+    """The prompt is the prefix; behind padding on its left, as `lm.decoding.sampling` puts it."""
     cfg, model, params = model_of(toys.PREFIX)
     batch = sequence([9, 9], 9, 0) | {"is_prefix": np.tile((np.arange(9) < 5).astype(np.int32), (2, 1))}
     full, _ = run(cfg, model, params, batch)

@@ -1,9 +1,9 @@
-"""lm.entity_tags: which labels are tags of entities, and in which scheme."""
+"""lm.evaluation.entity_tags: which labels are tags of entities, and in which scheme."""
 
 import pytest
 
-from lm import entity_tags
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.evaluation import entity_tags
 
 IOBES = {"O": "O", "B-X": "B-X", "I-X": "I-X", "E-X": "E-X", "S-X": "S-X"}
 

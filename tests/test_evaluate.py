@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, evaluate, losses, metrics, sharding, step
+from lm import build, losses, step
 from lm.config import MeshConfig
-from lm.data import feed
+from lm.data import loader
+from lm.evaluation import evaluate, metrics
 from lm.models import transformer
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
 
 ROWS, SEQ_LEN = 11, 12
 
@@ -20,11 +23,11 @@ ROWS, SEQ_LEN = 11, 12
 def run(eval_step, params, batch_size: int, shards: int, rows=None, max_tokens: int = 0):
     """Evaluates on some of the fake devices, through the real batches and placement."""
     rows = toys.batch(ROWS, SEQ_LEN) if rows is None else rows
-    mesh = sharding.make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
+    mesh = make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
     local = sharding.local_rows(mesh, batch_size)
     columns = {key: (x.shape[1:], x.dtype) for key, x in rows.items() if key != "example_index"}
-    part = feed.Part(*feed.in_memory({key: rows[key] for key in columns}), [], columns, columns)
-    batches = feed.eval_batches(
+    part = loader.Part(*loader.in_memory({key: rows[key] for key in columns}), [], columns, columns)
+    batches = loader.eval_batches(
         part, batch_size=batch_size, local_rows=local, max_tokens=max_tokens, seq_len=rows["tokens"].shape[1]
     )
     with jax.set_mesh(mesh):

@@ -1,4 +1,4 @@
-"""lm/models/experts.py against a float64 loop over positions and experts; what a mixture must not change."""
+"""lm/models/moe.py against a float64 loop over positions and experts; what a mixture must not change."""
 
 import dataclasses
 import functools
@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checks, losses, objectives, sharding, trees
+from lm import checks, losses, param_paths
 from lm.config import Config, MeshConfig
-from lm.models import experts
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.models import moe
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
+from lm.tasks import objectives
 from tests import test_models, toys
 from tests.test_step import assert_close
 
@@ -60,7 +63,7 @@ def test_a_mixture_is_the_loop_over_experts_and_so_are_its_gradients(choices, ga
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def run(x, logits, kernels):
-        y, chosen = experts.mix(x, logits, kernels, choices)
+        y, chosen = moe.mix(x, logits, kernels, choices)
         return (y * weights.astype(np.float32)).sum(), (y, chosen)
 
     small = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, logits, tuple(kernels)))
@@ -83,7 +86,7 @@ def test_a_mixture_is_the_loop_over_experts_and_so_are_its_gradients(choices, ga
 def test_no_position_is_dropped_when_all_choose_one_expert():
     x, logits, kernels = made()
     logits[..., 2] += 100
-    y, chosen = experts.mix(*jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, logits, tuple(kernels))), 1)
+    y, chosen = moe.mix(*jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, logits, tuple(kernels))), 1)
     assert (np.asarray(chosen) == 2).all()
     np.testing.assert_allclose(y, mixture(x, logits, kernels, 1), rtol=0, atol=2e-5)
 
@@ -97,7 +100,7 @@ def test_the_tpu_kernel_is_the_plain_form():
 
     def run(interpret):
         def total(x, kernel):
-            return (experts.by_group(x, kernel, sizes, interpret=interpret) * weights).sum()
+            return (moe.by_group(x, kernel, sizes, interpret=interpret) * weights).sum()
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, kernel)
 
@@ -112,7 +115,7 @@ def test_balance_is_that_of_each_rows_real_positions():
     _, logits, _ = made()
     segments = np.array([[1, 1, 2, 2, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], np.int32)
     chosen = np.argsort(-logits, axis=-1)[..., :2]
-    balance = jax.jit(experts.balance)
+    balance = jax.jit(moe.balance)
     found = balance(jnp.asarray(logits, jnp.float32), jnp.asarray(chosen), jnp.asarray(segments))
     for b, real in enumerate((4, 1, 0)):
         share, p = np.zeros(X), np.zeros(X)
@@ -186,10 +189,10 @@ def test_what_experts_lack_is_refused(changes, message, tmp_path):
 
 def test_a_mesh_that_does_not_divide_the_experts_is_refused():
     cfg, model, _ = toys.decoder(dataclasses.replace(toys.MOE, experts=(6, 2)), 12)
-    axes = trees.flatten(model.logical_axes())
+    axes = param_paths.flatten(model.logical_axes())
     shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
-    shapes = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
+    shapes = {path: leaf.shape for path, leaf in param_paths.flatten(shapes).items()}
     assert shapes["decoder/layers/mlp/down_kernel"] == (cfg.num_layers, 6, cfg.mlp_dim, cfg.embed_dim)
-    mesh = sharding.make_mesh(MeshConfig(expert=4))
+    mesh = make_mesh(MeshConfig(expert=4))
     with pytest.raises(ConfigError, match=r"^mesh.expert=4 does not divide 'experts' \(6\) of parameter '.*_kernel'"):
         sharding.check_divisible(shapes, axes, mesh)

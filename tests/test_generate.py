@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import toys
 
-from lm import config, generate, losses, trees
+from lm import config, losses, param_paths
 from lm.config import Config, DataConfig, GenerateConfig
+from lm.config.schema import ConfigError
 from lm.data import tokenizer as tokenizers
-from lm.schema import ConfigError
+from lm.decoding import sampling
 
 NEW = 6
 PROMPTS = ((7,), (5, 11, 4), (30, 2, 9, 41, 17, 8, 25, 13, 6))  # one shorter, one longer than the sliding window
@@ -45,7 +46,7 @@ def make(style, prompts, *, seed=0, tokenizer=NEVER, params=None, rows_multiple=
     cfg, model, toy_params = model_of(style)
     changes = {"max_new_tokens": NEW, "temperature": 0.0} | changes
     whole = Config(model=cfg, generate=GenerateConfig(**changes), data=DataConfig(task=task))
-    return generate.generate(
+    return sampling.generate(
         model, params or toy_params, prompts, jax.random.key(seed), whole, tokenizer, rows_multiple=rows_multiple
     )
 
@@ -111,8 +112,8 @@ def test_samples_are_a_function_of_the_key_and_the_row():
 
 
 def with_head(scale: float):
-    flat = trees.flatten(model_of("llama")[2])
-    return trees.unflatten(flat | {"lm_head/kernel": scale * flat["lm_head/kernel"]})
+    flat = param_paths.flatten(model_of("llama")[2])
+    return param_paths.unflatten(flat | {"lm_head/kernel": scale * flat["lm_head/kernel"]})
 
 
 def test_each_step_draws_anew():
@@ -138,10 +139,12 @@ def test_rows_are_filled_up_for_the_mesh_and_change_nothing():
 def test_padded_rows_of_the_vocabulary_are_never_produced(temperature):
     """Even where the model would make them by far the most likely."""
     cfg, _, params = model_of("llama")
-    flat = trees.flatten(params)
+    flat = param_paths.flatten(params)
     kernel = np.array(flat["lm_head/kernel"])
     kernel[:, toys.VOCAB :] = 1e3 * np.where(np.arange(cfg.vocab_size - toys.VOCAB) % 2, 1, -1)
-    made = make("llama", PROMPTS, temperature=temperature, params=trees.unflatten(flat | {"lm_head/kernel": kernel}))
+    made = make(
+        "llama", PROMPTS, temperature=temperature, params=param_paths.unflatten(flat | {"lm_head/kernel": kernel})
+    )
     assert [len(row) for row in made] == [NEW] * 3
     assert all(0 <= token < toys.VOCAB for row in made for token in row)
 
@@ -163,7 +166,7 @@ def frequencies(logits, **changes) -> np.ndarray:
     """How often each id is chosen, over many keys."""
     keys = jax.random.split(jax.random.key(3), DRAWS)
     many = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits)))
-    return np.bincount(generate.choose(many, keys, GenerateConfig(**changes)), minlength=len(logits)) / DRAWS
+    return np.bincount(sampling.choose(many, keys, GenerateConfig(**changes)), minlength=len(logits)) / DRAWS
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_frequencies(changes, want):
 def kept(logits, **changes) -> list[int]:
     """The ids that can be drawn, the most likely first."""
     cfg = GenerateConfig(**{"temperature": 1.0} | changes)
-    (found,), (ids,) = generate.candidates(jnp.asarray(logits, jnp.float32)[None], cfg)
+    (found,), (ids,) = sampling.candidates(jnp.asarray(logits, jnp.float32)[None], cfg)
     return np.asarray(ids)[np.asarray(found) > -np.inf].tolist()
 
 
@@ -278,7 +281,7 @@ def test_temperatures_near_0_choose_the_most_likely(temperature):
     logits = jnp.asarray(np.where(np.isinf(rows), losses.MASKED_LOGIT, rows), jnp.float32)
     keys = jax.random.split(jax.random.key(0), len(rows))
     for rest in ({}, {"top_k": 2}, {"top_p": 0.5}):
-        assert np.all(generate.choose(logits, keys, GenerateConfig(temperature=temperature, **rest)) == 1)
+        assert np.all(sampling.choose(logits, keys, GenerateConfig(temperature=temperature, **rest)) == 1)
 
 
 def test_no_temperature_brings_back_what_is_masked():
@@ -315,7 +318,7 @@ def test_only_text_its_end_and_what_is_asked_for_may_be_generated(task, symbols,
     cfg = Config(data=DataConfig(task=task), generate=GenerateConfig(symbols=symbols))
     ids = {"eos": [words.eos_id], "end": [words.end_of_turn_id], "bos": [words.bos_id], "mask": [words.mask_id]}
     ids |= {"roles": list(words.role_ids.values()), "sentinels": words.sentinel_ids.tolist()}
-    allowed = set(np.flatnonzero(generate.allowed_ids(words, cfg)).tolist())
+    allowed = set(np.flatnonzero(sampling.allowed_ids(words, cfg)).tolist())
     text = set(range(words.vocab_size)) - {i for each in ids.values() for i in each} - {words.pad_id, 3}  # 3: unknown
     assert {words.encode("\x00")[0], *words.encode("a bee")} < text, "a byte is text"
     assert allowed == text | {i for name in beside_text for i in ids[name]}
@@ -342,7 +345,7 @@ def test_rows_are_filtered_each_by_itself():
     seen = [set(), set(), set()]
     for seed in range(40):
         for row, token in enumerate(
-            generate.choose(
+            sampling.choose(
                 logits, jax.random.split(jax.random.key(seed), 3), GenerateConfig(temperature=1.0, top_p=0.6)
             )
         ):
@@ -356,7 +359,7 @@ def test_prompts_are_encoded_as_the_task_sees_them():
     )
     text = Config(model=model_of("gpt2")[0], generate=GenerateConfig(max_new_tokens=MAX_LEN - 3))
     chat = dataclasses.replace(text, data=DataConfig(task="chat"), generate=GenerateConfig(max_new_tokens=NEW))
-    assert generate.encode_prompt("ab", words, text) == [1, 97, 98]
-    assert generate.encode_prompt("ab", words, chat) == [1, 4, 97, 98, 6, 5]
+    assert sampling.encode_prompt("ab", words, text) == [1, 97, 98]
+    assert sampling.encode_prompt("ab", words, chat) == [1, 4, 97, 98, 6, 5]
     with pytest.raises(ConfigError, match=f"a prompt of 4 ids .* do not fit 'model.max_len' .{MAX_LEN}"):
-        generate.encode_prompt("abc", words, text)
+        sampling.encode_prompt("abc", words, text)

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config, losses, objectives, optim, sharding, step
+from lm import config, losses, optim, step
 from lm.config import Config, MeshConfig, ModelConfig, OptimConfig
-from lm.models import families, heads, transformer
+from lm.models import heads, registry, transformer
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
+from lm.tasks import objectives
 from lm.types import Head
 from tests import toys
 
@@ -46,7 +49,7 @@ def batch(rows: int, seq_len: int = 12, label: type = np.int32) -> dict[str, np.
 @functools.cache
 def model(kind: str, pool: str):
     cfg = make_config(kind=kind, pool=pool)
-    fns = families.MODELS[kind](cfg, Head("pooled", 3), jnp.float32)
+    fns = registry.MODELS[kind](cfg, Head("pooled", 3), jnp.float32)
     params = jax.jit(fns.init)(jax.random.key(0))
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * RNG.standard_normal(leaf.shape).astype(np.float32), params)
     return cfg, fns, moved
@@ -139,13 +142,13 @@ def test_a_mesh_and_micro_batches_give_what_one_device_gives(name):
     cfg = make_config(dropout=0.1, embed_noise=5.0)
     cfg = dataclasses.replace(cfg, objective=name, loss=config.LossConfig(r_drop=0.5 if r_drop else 0.0))
     objective = objectives.OBJECTIVES[name]
-    fns = families.MODELS["encoder"](cfg, objective.head(cfg), jnp.float32)
+    fns = registry.MODELS["encoder"](cfg, objective.head(cfg), jnp.float32)
     given = batch(8, label=np.int32 if name == "classification" else np.float32)
     params = jax.device_get(jax.jit(fns.init)(jax.random.key(0)))
     optimizer = optim.build(OptimConfig(learning_rate=1e-2), params, total_steps=9, warmup_steps=0, decay_steps=0)
     found = {}
     for sizes, micro_batches in (((1, 1, 1), 1), ((1, 1, 1), 2), ((2, 2, 2), 1)):
-        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         with jax.set_mesh(mesh):
             state = step.init_state(jax.tree.map(jnp.asarray, params), optimizer, use_ema=False)
             run = jax.jit(
@@ -175,7 +178,7 @@ def test_r_drop_sees_every_row_under_two_masks():
     cfg = dataclasses.replace(
         cfg, model=dataclasses.replace(cfg.model, dropout=0.3), loss=config.LossConfig(r_drop=1.0)
     )
-    fns = families.MODELS["encoder"](cfg, Head("pooled", 3), jnp.float32)
+    fns = registry.MODELS["encoder"](cfg, Head("pooled", 3), jnp.float32)
     given, rng = batch(3), jax.random.key(3)
     plain = dataclasses.replace(cfg, loss=config.LossConfig())
     terms = objectives.classification(fns.apply, cfg, None)(params, given, rng)

@@ -1,4 +1,4 @@
-"""lm/hlo.py: what it reads off compiled programs, against figures known beforehand."""
+"""lm/planner/hlo.py: what it reads off compiled programs, against figures known beforehand."""
 
 import re
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import hlo, sharding, traffic
 from lm.config import MeshConfig
+from lm.parallel.mesh import make_mesh
+from lm.planner import collectives, hlo
 
 LAYERS, ROWS, WIDTH, INNER = 5, 16, 32, 48
 
@@ -211,7 +212,7 @@ def test_a_counter_may_start_above_0_and_go_up_by_more_than_one(begin, steps, tu
 
 def test_communication_is_counted_with_its_loops():
     """ZeRO-3 by hand: a kernel gathered in each layer, and one sum over all devices at the end."""
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
 
     def fn(kernels, x):
         def body(x, kernel):
@@ -226,7 +227,7 @@ def test_communication_is_counted_with_its_loops():
         program = hlo.parse(jax.jit(fn).lower(kernels, x).compile().as_text())
     found = {
         (each.kind, each.axes, each.devices, each.times, each.bytes)
-        for each in traffic.collectives(program, dict(mesh.shape))
+        for each in collectives.collectives(program, dict(mesh.shape))
     }
     assert found == {("all-gather", "fsdp", 8, LAYERS, 4 * WIDTH**2), ("all-reduce", "fsdp", 8, 1, 4)}
 
@@ -282,7 +283,7 @@ ENTRY %main (a: bf16[8,64]) -> bf16[2,64] {
 
 def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter():
     for text, kind in ((SCATTERED, "reduce-scatter"), (SCATTERED.replace("dynamic-slice(", "copy("), "all-reduce")):
-        (found,) = traffic.collectives(hlo.parse(text), {"fsdp": 4})
+        (found,) = collectives.collectives(hlo.parse(text), {"fsdp": 4})
         assert found == (kind, "fsdp", 4, "bf16", False, 1, 2 * 8 * 64)
 
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lm import config, resume, trees
+from lm import config, param_paths
+from lm.checkpoint import resume
 from lm.config import Config, ModelConfig, TrainConfig
-from lm.models import families, initialisers, transformer
-from lm.schema import Duration
+from lm.config.schema import Duration
+from lm.models import initialisers, registry, transformer
 
 WIDTH, MLP, LAYERS, VOCAB, PATCH = 64, 160, 3, 512, 48
 TIED = ModelConfig(num_layers=LAYERS, embed_dim=WIDTH, num_heads=4, mlp_dim=MLP, vocab_size=VOCAB)
@@ -26,9 +27,9 @@ CUT = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sq
 def start(cfg):
     """Path -> parameter at the start."""
     cfg = transformer.resolve(cfg, vocab_size=VOCAB, seq_len=128)
-    model = families.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
+    model = registry.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
     # Quicker to compile than the default's generator.
-    return trees.flatten(jax.jit(model.init)(jax.random.key(0, impl="rbg")))
+    return param_paths.flatten(jax.jit(model.init)(jax.random.key(0, impl="rbg")))
 
 
 def xavier(fan_in, fan_out):

@@ -13,14 +13,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lm import build, objectives, sharding
+from lm import build, input_pipeline
 from lm.config import Config, CorruptConfig, DataConfig, MeshConfig, ModelConfig, TokenizerConfig
-from lm.data import feed, interactions, items, pipeline, sources
-from lm.data.items import ItemVocabulary
-from lm.data.records import DataError
-from lm.data.tasks import TASKS
+from lm.config.schema import ConfigError
+from lm.data import loader
+from lm.data.readers import interactions, registry
+from lm.data.record import DataError
 from lm.models import transformer
-from lm.schema import ConfigError
+from lm.parallel.mesh import make_mesh
+from lm.tasks import objectives, recommendation
+from lm.tasks.recommendation import ItemVocabulary
+from lm.tasks.registry import TASKS
 
 MISSED = 2**31 - 1
 
@@ -31,8 +34,8 @@ def write(path: Path, rows: list[tuple], header: str = "user,item,time") -> Path
     return path
 
 
-def load(path: Path, **data) -> sources.Split:
-    return sources.load(DataConfig(format="interactions", path=str(path), **data))
+def load(path: Path, **data) -> registry.Split:
+    return registry.load(DataConfig(format="interactions", path=str(path), **data))
 
 
 def make_config(vocabulary: ItemVocabulary, task: str = "items", seq_len: int = 6, **model) -> Config:
@@ -123,7 +126,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 # Vocabulary -----------------------------------------------------------------------------------------------------------
 
 CHOSEN = [*("b" * 4), *("a" * 4), *("d" * 7), "e", "c"]
-VOCABULARY = dataclasses.replace(items.train(CHOSEN, TokenizerConfig(vocab_size=10)), extra_ids=1)
+VOCABULARY = dataclasses.replace(recommendation.train(CHOSEN, TokenizerConfig(vocab_size=10)), extra_ids=1)
 
 
 def test_a_vocabulary_comes_back_as_it_went_and_its_hash_says_so(tmp_path):
@@ -135,12 +138,12 @@ def test_a_vocabulary_comes_back_as_it_went_and_its_hash_says_so(tmp_path):
     assert np.flatnonzero(~VOCABULARY.is_control_V).tolist() == [3, 4, 5, 6, 7]
     assert (VOCABULARY.vocab_size, len(VOCABULARY.is_control_V), VOCABULARY.mask_id) == (11, 11, 10)
     VOCABULARY.save(tmp_path / "items.json")
-    back = items.load(tmp_path / "items.json")
+    back = recommendation.load(tmp_path / "items.json")
     assert back == dataclasses.replace(VOCABULARY, extra_ids=0) and back.hash == VOCABULARY.hash
-    others = [items.train([*CHOSEN, "c"], TokenizerConfig(vocab_size=10)), dataclasses.replace(back, size=11)]
+    others = [recommendation.train([*CHOSEN, "c"], TokenizerConfig(vocab_size=10)), dataclasses.replace(back, size=11)]
     assert len({back.hash, *(other.hash for other in others)}) == 3
     with pytest.raises(ConfigError, match=r"'tokenizer.vocab_size' is 7, but .* has 5 items; set it to at least 8"):
-        items.train(CHOSEN, TokenizerConfig(vocab_size=7))
+        recommendation.train(CHOSEN, TokenizerConfig(vocab_size=7))
 
 
 @pytest.mark.parametrize(
@@ -159,12 +162,12 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, change):
     change(content)
     (tmp_path / "items.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"{tmp_path}/items.json is"):
-        items.load(tmp_path / "items.json")
+        recommendation.load(tmp_path / "items.json")
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40))
 def test_the_popularity_rank_counts_all_that_are_chosen_as_often(chosen):
-    vocabulary, counts = items.train(chosen, TokenizerConfig(vocab_size=20)), Counter(chosen)
+    vocabulary, counts = recommendation.train(chosen, TokenizerConfig(vocab_size=20)), Counter(chosen)
     for item, count in counts.items():
         assert vocabulary.popularity_rank(item) == sum(other >= count for other in counts.values())
     assert vocabulary.popularity_rank("never") == MISSED
@@ -223,7 +226,7 @@ def test_of_a_held_out_user_the_last_item_alone_is_hidden(chosen, target, tokens
     row = made.columns | {"segment_ids": np.ones(len(tokens), np.int32)}
     for seed in range(20):
         cfg = make_config(VOCABULARY, "masked_items")
-        hidden = items.mask_items(row, np.random.default_rng(seed), VOCABULARY, cfg)
+        hidden = recommendation.mask_items(row, np.random.default_rng(seed), VOCABULARY, cfg)
         assert (show(hidden["tokens"]), show(hidden["targets"])) == (tokens, targets)
         assert hidden["loss_weights"].tolist() == [0.0] * (len(tokens) - 1) + [1.0]
     assert counts == counted
@@ -237,7 +240,7 @@ def test_training_hides_a_share_of_the_items_and_at_times_the_last_one_alone(n, 
     cfg = make_config(VOCABULARY, "masked_items", length)
     last_alone, chosen = 0, np.zeros(length)
     for seed in range(draws):
-        out = items.mask_items(row, np.random.default_rng([1, seed]), VOCABULARY, cfg)
+        out = recommendation.mask_items(row, np.random.default_rng([1, seed]), VOCABULARY, cfg)
         at = np.flatnonzero(out["loss_weights"])
         assert (out["tokens"][at] == VOCABULARY.mask_id).all() and (out["targets"] == tokens).all()
         kept = np.setdiff1d(np.arange(length), at)
@@ -256,11 +259,11 @@ def test_training_hides_a_share_of_the_items_and_at_times_the_last_one_alone(n, 
 def test_the_held_out_items_are_in_no_training_row(tmp_path):
     rows = [(f"u{u}", f"i{u}_{n}", n) for u in range(9) for n in range(3 + u % 4)]  # every item its own
     split = load(write(tmp_path / "a.csv", rows))
-    vocabulary = items.train((i for r in split.train for i in r["items"]), TokenizerConfig(vocab_size=90))
+    vocabulary = recommendation.train((i for r in split.train for i in r["items"]), TokenizerConfig(vocab_size=90))
     held_out = {r["target"] for r in (*split.valid, *split.test)}
     assert held_out == {f"i{u}_{n + u % 4}" for u in range(9) for n in (1, 2)}
     assert not held_out & {item for item, _ in vocabulary.items}
-    data = pipeline.build(make_config(vocabulary, seq_len=8), vocabulary, split)
+    data = input_pipeline.build(make_config(vocabulary, seq_len=8), vocabulary, split)
     assert data.report["valid"]["targets_unseen"] == data.report["valid"]["targets"] == 9
     assert data.report["train"]["targets"] == sum(1 + u % 4 for u in range(9))
     assert data.valid.meta == [MISSED] * 9
@@ -284,8 +287,8 @@ def batch_of(task: str, histories=HISTORIES):
     """The held-out rows of some users, through packing and corruption."""
     records = [{"items": list(h), "user": "u", "source": "f", "target": t} for h, t in histories]
     cfg = make_config(VOCABULARY, task)
-    data = pipeline.build(cfg, VOCABULARY, sources.Split(records, records, "", ""))
-    [batch] = feed.eval_batches(
+    data = input_pipeline.build(cfg, VOCABULARY, registry.Split(records, records, "", ""))
+    [batch] = loader.eval_batches(
         data.valid, batch_size=len(records), local_rows=np.arange(len(records)), max_tokens=0, seq_len=6
     )
     return cfg, batch
@@ -318,7 +321,7 @@ def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight
         if target in "abcde":
             nll += np.log(np.exp(own).sum()) - own[target_id]
     for count in (1, 8):
-        mesh = sharding.make_mesh(MeshConfig(data=count), jax.devices()[:count])
+        mesh = make_mesh(MeshConfig(data=count), jax.devices()[:count])
         with jax.set_mesh(mesh):
             terms = jax.device_get(loss_fn(params, build.placer(mesh, 8)(batch)))
         assert terms.weight == 7  # the target that nobody has seen has no loss, but has missed

@@ -10,10 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from lm import build, config, monitor, sharding, train
+from lm import build, config, train
 from lm.config import Config, MeshConfig
-from lm.data import items, sources
-from lm.schema import ConfigError, Duration
+from lm.config.schema import ConfigError, Duration
+from lm.data.readers import registry
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
+from lm.tasks import recommendation
+from lm.tracking import tracker
 from tests.test_items import VOCABULARY
 from tools import make_interactions
 
@@ -46,8 +50,8 @@ MASKED = {
 @pytest.fixture
 def on_one_device(monkeypatch):
     """Call it to have runs on one device from then on."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    return lambda: monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return lambda: monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, t
     on_one_device()
     cfg = recipe(table)
     summary = train.train(cfg, tmp_path / "run")
-    split = sources.load(cfg.data)
+    split = registry.load(cfg.data)
     counts = Counter(item for record in split.train for item in record["items"])
     popular = [sum(c >= counts[r["target"]] for c in counts.values()) <= 10 for r in split.valid]
     assert summary["popularity_hr_at_10"] == np.mean(popular)
@@ -82,7 +86,7 @@ def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, t
     popular = [sum(c >= counts[r["target"]] for c in counts.values()) <= 10 for r in split.test]
     assert summary["test"]["popularity_hr_at_10"] == np.mean(popular)
     assert summary["test"]["hr_at_10"] > np.mean(popular) + 0.1
-    vocabulary = items.load(tmp_path / "run" / "items.json")
+    vocabulary = recommendation.load(tmp_path / "run" / "items.json")
     assert dict(vocabulary.items) == counts
 
     # What goes on from it has its ids, whatever its own data has.
@@ -99,7 +103,7 @@ def test_the_test_items_are_scored_by_the_checkpoint_that_validation_chose(table
     few = {"data__max_records": 24, "optim__learning_rate": 0.02, "optim__schedule": "constant", "model__embed_dim": 64}
     cfg = recipe(table, eval__every_steps=20, train__total_steps=60, optim__weight_decay=0.0, **few)
     summary = train.train(cfg, tmp_path / "long")
-    rows, _ = monitor.read_rows(tmp_path / "long" / "metrics.jsonl")
+    rows, _ = tracker.read_rows(tmp_path / "long" / "metrics.jsonl")
     best = max((row for row in rows if row["split"] == "eval"), key=lambda row: row["ndcg_at_10"])
     assert summary["test"]["step"] == best["step"] == 20 < summary["steps"]
     short = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, total=Duration(steps=20)))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lm import flags as lm_flags
-from lm import interrupt
+from lm import preemption
+from lm.parallel import xla_flags as lm_flags
 from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_a_job_set_has_a_pod_a_host_and_is_started_again_when_preempted_only():
     command = ["TPU_ACCELERATOR_TYPE=v6e-16", "python", "-m", "lm.main", "--distributed", *train]
     assert shlex.split(container["command"][2]) == command
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and interrupt.Preempted.exit_status in rule["onExitCodes"]["values"]
+    assert rule["action"] == "FailJob" and preemption.Preempted.exit_status in rule["onExitCodes"]["values"]
 
 
 def test_sky_gets_a_task(tmp_path):
@@ -107,7 +107,7 @@ def test_sky_gets_a_task(tmp_path):
 @pytest.mark.parametrize(("statuses", "ends"), [([75, 75, 0], 0), ([75, 1], 1), ([0], 0)])
 def test_a_preempted_run_is_started_again_and_no_other(tmp_path, statuses, ends):
     """The real shell line, with a program in the run's place that ends as told."""
-    assert interrupt.Preempted.exit_status == launch.PREEMPTED
+    assert preemption.Preempted.exit_status == launch.PREEMPTED
     (tmp_path / "left").write_text("\n".join(map(str, statuses)))
     program = fake(tmp_path, "train", 'cd "$(dirname "$0")"\nn=$(head -1 left); sed -i 1d left; exit $n')
     done = subprocess.run(["bash", "-c", launch.until_done(str(program))], timeout=60)
@@ -295,7 +295,8 @@ def test_a_tpu_that_nobody_named_is_told_of_in_one_line(monkeypatch, capsys, tmp
     ],
 )
 def test_a_program_starts_anew_with_huge_pages_once_and_with_its_arguments(given, found):
-    program = "import os, sys; from lm import flags; print('began'); sys.stdout.flush(); flags.use_huge_pages(); "
+    program = "import os, sys; from lm.parallel import xla_flags; print('began'); sys.stdout.flush(); "
+    program += "xla_flags.use_huge_pages(); "
     program += "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
     environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
     environment |= {"GLIBC_TUNABLES": given} if given else {}

@@ -1,4 +1,4 @@
-"""lm/losses.py against float64 numpy, and its promises about memory, masks and sharding."""
+"""lm/losses/cross_entropy.py against float64 numpy, and its promises about memory, masks and sharding."""
 
 import functools
 import itertools
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import losses, sharding
+from lm import losses
 from lm.config import MeshConfig
+from lm.parallel.mesh import make_mesh
 from tests import reference
 
 B, L, D, V, VOCAB = 8, 7, 16, 24, 21
@@ -297,7 +298,7 @@ def test_sharded_and_in_a_scan_of_micro_batches_is_the_same():
         (total, d_unembed), d_hidden = jax.lax.scan(body, (0.0, jnp.zeros_like(unembed)), micro)
         return total, d_hidden.reshape(hidden.shape), d_unembed
 
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         rows = PartitionSpec(("data", "fsdp"))
         specs = [rows, PartitionSpec(None, "tensor"), rows, rows]
@@ -314,7 +315,7 @@ def test_rows_split_over_devices_give_the_same():
     hidden, targets, weights = hidden[:, :6], targets[:, :6], at_most(weights[:, :6], 2)
     expected = reference.cross_entropy(hidden, unembed, targets, weights, vocab_size=VOCAB)
     likelihood = functools.partial(losses.sequence_log_likelihood, vocab_size=VOCAB, chunk_len=2)
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))):
         rows = PartitionSpec(("data", "fsdp"), "context")
         specs = [rows, PartitionSpec(None, "tensor"), rows, rows]
         inputs = (hidden, unembed, targets, weights)

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import contrast, losses, objectives, scores, sharding
+from lm import losses
 from lm.config import Config, LossConfig, MeshConfig
+from lm.evaluation import scores
+from lm.losses import contrastive
+from lm.parallel.mesh import make_mesh
+from lm.tasks import objectives
 from lm.types import ModelOutput
 
 B, P = 8, 5
@@ -53,7 +57,7 @@ def on_mesh(function, mesh_cfg, *arrays):
     """The jitted function of arrays whose rows are split over a mesh; None = one device and no mesh."""
     if mesh_cfg is None:
         return jax.jit(function)(*arrays)
-    mesh = sharding.make_mesh(mesh_cfg)
+    mesh = make_mesh(mesh_cfg)
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         return jax.jit(function)(*(jax.device_put(x, rows) for x in arrays))
@@ -70,7 +74,7 @@ def test_contrastive_is_the_papers_equation(mesh, views, symmetric):
     z = make_views(views)
 
     def loss(z, weights):
-        terms = contrast.info_nce(z, weights, temperature=0.2, symmetric=symmetric)
+        terms = contrastive.info_nce(z, weights, temperature=0.2, symmetric=symmetric)
         return terms.sum, terms
 
     (_, terms), grad = on_mesh(jax.value_and_grad(loss, has_aux=True), MESHES[mesh], z, WEIGHTS)
@@ -88,7 +92,7 @@ def test_rows_of_weight_0_change_nothing_even_when_not_finite():
     junk = np.where((WEIGHTS == 0)[:, None, None], np.nan, z).astype(np.float32)
 
     def loss(z):
-        return contrast.info_nce(z, jnp.asarray(WEIGHTS), temperature=0.05, symmetric=True).sum
+        return contrastive.info_nce(z, jnp.asarray(WEIGHTS), temperature=0.05, symmetric=True).sum
 
     run = jax.jit(jax.value_and_grad(loss))
     (value, grad), clean = run(junk), run(z)
@@ -99,13 +103,13 @@ def test_rows_of_weight_0_change_nothing_even_when_not_finite():
 
 def test_contrastive_of_no_rows_is_0_and_of_one_view_refused():
     def loss(z):
-        terms = contrast.info_nce(z, jnp.zeros(B), temperature=0.05, symmetric=True)
+        terms = contrastive.info_nce(z, jnp.zeros(B), temperature=0.05, symmetric=True)
         return terms.sum, terms
 
     (_, terms), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(make_views(2))
     assert all(np.all(x == 0) for x in jax.tree.leaves((terms, grad)))
     with pytest.raises(ValueError, match=r"z is \(8, 1, 5\), expected two views"):
-        contrast.info_nce(make_views(1), jnp.ones(B), temperature=0.05, symmetric=False)
+        contrastive.info_nce(make_views(1), jnp.ones(B), temperature=0.05, symmetric=False)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

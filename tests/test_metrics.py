@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import metrics, objectives, train
+from lm import train
 from lm.config import Config, DataConfig, ModelConfig
+from lm.evaluation import flops, metrics
+from lm.tasks import objectives
 
 
 def test_bits_per_byte_and_perplexity_of_a_hand_worked_case():
@@ -70,7 +72,7 @@ def test_train_flops_of_a_hand_worked_model():
     # GPT-2 block, D=8, H=2, E=4, F=32: attention 4 * 8 * 8 = 256, MLP 2 * 8 * 32 = 512; 3 layers; logits 8 * 100.
     model = ModelConfig(num_layers=3, embed_dim=8, num_heads=2)
     matrices = 3 * (256 + 512) + 800
-    assert metrics.train_flops_per_token(model, seq_len=16, vocab_size=100) == 6 * matrices + 12 * 3 * 2 * 4 * 16
+    assert flops.train_flops_per_token(model, seq_len=16, vocab_size=100) == 6 * matrices + 12 * 3 * 2 * 4 * 16
 
 
 def test_train_flops_of_grouped_heads_gate_and_window():
@@ -79,22 +81,22 @@ def test_train_flops_of_grouped_heads_gate_and_window():
         num_layers=2, embed_dim=8, num_heads=4, num_kv_heads=1, head_dim=6, mlp_dim=20, mlp="swiglu", sliding_window=5
     )
     matrices = 2 * (384 + 96 + 480) + 8 * 50
-    assert metrics.train_flops_per_token(model, seq_len=16, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 5
-    assert metrics.train_flops_per_token(model, seq_len=3, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 3
+    assert flops.train_flops_per_token(model, seq_len=16, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 5
+    assert flops.train_flops_per_token(model, seq_len=3, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 3
 
 
 @pytest.mark.parametrize(("window", "seen"), [(0, 128.5), (64, 64 - 64 * 63 / 2 / 256), (500, 128.5)])
 def test_the_causal_half_counts_the_keys_that_a_position_sees(window, seen):
     """Up to one key: the diagonal is counted as half."""
     model = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, sliding_window=window)
-    flops = functools.partial(metrics.train_flops_per_token, seq_len=256, vocab_size=100)
-    matrices = flops(model) - 12 * 3 * 8 * min(256, window or 256)
-    half = flops(model, causal_half=True)
+    per_token = functools.partial(flops.train_flops_per_token, seq_len=256, vocab_size=100)
+    matrices = per_token(model) - 12 * 3 * 8 * min(256, window or 256)
+    half = per_token(model, causal_half=True)
     assert half - matrices == pytest.approx(12 * 3 * 8 * seen, abs=12 * 3 * 8)
     if not 0 < window < 256:
         assert half - matrices == 12 * 3 * 8 * 128
     both_ways = dataclasses.replace(model, kind="encoder")
-    assert flops(both_ways, causal_half=True) == flops(both_ways) == flops(model)
+    assert per_token(both_ways, causal_half=True) == per_token(both_ways) == per_token(model)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_mfu_as_maxtext_published_it_for_v6e(sizes, vocab, seq_len, tokens, publ
     """Tokens a second of a chip and MFU, both as published: they agree with attention counted in full."""
     model = ModelConfig(num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8, mlp="swiglu", **sizes)
     full, half = (
-        metrics.mfu(tokens, metrics.train_flops_per_token(model, seq_len, vocab, causal_half=h), "TPU v6 lite", 1)
+        flops.mfu(tokens, flops.train_flops_per_token(model, seq_len, vocab, causal_half=h), "TPU v6 lite", 1)
         for h in (False, True)
     )
     assert full == pytest.approx(published, abs=0.001) and half < published - 0.01
@@ -121,15 +123,15 @@ def test_train_flops_count_the_experts_that_a_token_goes_through():
         dataclasses.replace(dense, experts=(7, 3)),
     )
     router = 6 * 3 * 8 * 7
-    flops = functools.partial(metrics.train_flops_per_token, seq_len=16, vocab_size=100)
-    assert flops(model) == flops(three) + router
+    per_token = functools.partial(flops.train_flops_per_token, seq_len=16, vocab_size=100)
+    assert per_token(model) == per_token(three) + router
 
 
 def test_mfu_of_a_hand_worked_case():
     # PaLM 540B, table 3: 238.3K tokens/s on 6144 TPU v4; 540.35e9 parameters, 118 layers, 48 heads of 256, 2048 long.
-    flops = 6 * 540.35e9 + 12 * 118 * 48 * 256 * 2048
-    assert metrics.mfu(238.3e3, flops, "TPU v4", 6144) == pytest.approx(0.462, abs=0.001)  # 46.2% in the paper
-    assert metrics.mfu(238.3e3, flops, "cpu", 6144) is None
+    per_token = 6 * 540.35e9 + 12 * 118 * 48 * 256 * 2048
+    assert flops.mfu(238.3e3, per_token, "TPU v4", 6144) == pytest.approx(0.462, abs=0.001)  # 46.2% in the paper
+    assert flops.mfu(238.3e3, per_token, "cpu", 6144) is None
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_mfu_of_a_hand_worked_case():
     ],
 )
 def test_peak_flops(device_kind, peak):
-    assert metrics.peak_flops(device_kind) == peak
+    assert flops.peak_flops(device_kind) == peak
 
 
 def test_every_objective_has_a_unit_and_only_language_models_a_perplexity():

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import selection, step, trees
+from lm import param_paths, step
+from lm.optim import trainable
 from lm.types import LossTerms
 from tests.test_selection import BASE, LAST_TWO, SHAPES, build, random_tree
 
@@ -19,12 +20,12 @@ def test_mixout_is_the_papers_formula_with_a_mask_of_the_step_and_the_path():
     del start["head"]
     keys = [jax.random.fold_in(jax.random.key(5), number) for number in range(400)]
     mixed = jax.vmap(lambda key: step.mix(now, start, rate, key))(jnp.stack(keys))
-    for path, leaf in trees.flatten(mixed).items():
-        w = np.asarray(trees.flatten(now)[path], np.float64)
+    for path, leaf in param_paths.flatten(mixed).items():
+        w = np.asarray(param_paths.flatten(now)[path], np.float64)
         if path != "decoder/layers/mlp/up/kernel":  # no kernel, or no start
             np.testing.assert_array_equal(leaf, np.broadcast_to(np.float32(w), leaf.shape))
             continue
-        u = np.asarray(trees.flatten(start)[path], np.float64)
+        u = np.asarray(param_paths.flatten(start)[path], np.float64)
         kept, replaced = (w - rate * u) / (1 - rate), (u - rate * u) / (1 - rate)
         leaf = np.asarray(leaf, np.float64)
         is_kept = np.abs(leaf - kept) < 1e-5
@@ -32,9 +33,9 @@ def test_mixout_is_the_papers_formula_with_a_mask_of_the_step_and_the_path():
         assert is_kept.mean() == pytest.approx(1 - rate, abs=0.01)
         spread = np.abs(w - u) * np.sqrt(rate / (1 - rate) / len(keys))
         assert (np.abs(leaf.mean(0) - w) < 5 * spread + 1e-6).all()
-    same, other = (trees.flatten(step.mix(now, start, rate, key)) for key in keys[:2])
+    same, other = (param_paths.flatten(step.mix(now, start, rate, key)) for key in keys[:2])
     path = "decoder/layers/mlp/up/kernel"
-    np.testing.assert_array_equal(same[path], trees.flatten(mixed)[path][0])
+    np.testing.assert_array_equal(same[path], param_paths.flatten(mixed)[path][0])
     assert not np.array_equal(same[path], other[path])
     assert step.mix(now, start, 0.0, keys[0]) is now
     twins = {name: {"kernel": jnp.ones((8, 8))} for name in ("a", "b")}
@@ -56,11 +57,11 @@ def test_mixout_of_a_step_is_seen_by_the_gradient_alone():
     state = step.init_state(params, seen, use_ema=False, anchored=kernels)
     state = state._replace(step=jnp.int32(4), start=jax.tree.map(jnp.zeros_like, state.start))
     one = functools.partial(step.train_step, loss_fn=loss_fn, optimizer=seen, seed=3, micro_batches=2, ema_decay=0.0)
-    got = trees.flatten(jax.jit(functools.partial(one, mixout=0.5))(state, {"tokens": jnp.ones(4)})[0].params)
-    part = selection.trained_part(optimizer.selection, params)
-    mixed = trees.flatten(step.mix(part, state.start, 0.5, jax.random.fold_in(jax.random.key(3), 4)))
+    got = param_paths.flatten(jax.jit(functools.partial(one, mixout=0.5))(state, {"tokens": jnp.ones(4)})[0].params)
+    part = trainable.trained_part(optimizer.selection, params)
+    mixed = param_paths.flatten(step.mix(part, state.start, 0.5, jax.random.fold_in(jax.random.key(3), 4)))
     assert not np.array_equal(mixed["decoder/layers/mlp/up/kernel"], part["decoder"]["layers"]["mlp"]["up"]["kernel"])
-    for path, w in trees.flatten(part).items():
+    for path, w in param_paths.flatten(part).items():
         mask = np.asarray(mixed[path]) / np.asarray(w)  # 0 or 2, as the start is 0; 1 where nothing is mixed
         want = 3 * np.asarray(mixed[path], np.float64) ** 2 / 2 * mask  # / 2: two halves of 1 over two weights of 2
         np.testing.assert_allclose(got[path][-len(w) :], want, rtol=1e-5, atol=1e-7, err_msg=path)

@@ -14,14 +14,16 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from lm import build, config, objectives, sharding, train
+from lm import build, config, train
 from lm.config import Config, MeshConfig, ModelConfig
-from lm.data import mixtures
-from lm.data.mixtures import Part
-from lm.data.records import DataError
+from lm.config.schema import ConfigError
+from lm.data.record import DataError
 from lm.data.tokenizer import train as train_tokenizer
-from lm.models import families, transformer
-from lm.schema import ConfigError
+from lm.models import registry, transformer
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
+from lm.tasks import multitask, objectives
+from lm.tasks.multitask import Part
 from tests import toys
 from tools import mix_tasks
 
@@ -37,7 +39,7 @@ def make_config(**loss) -> Config:
 
 
 def test_labels_say_which_tasks_there_are():
-    assert mixtures.parts(LABELS) == PARTS
+    assert multitask.parts(LABELS) == PARTS
     assert objectives.OBJECTIVES["multitask"].head(make_config()).size == 6
 
 
@@ -53,7 +55,7 @@ def test_labels_say_which_tasks_there_are():
 )
 def test_labels_that_say_no_tasks_are_refused(labels, says):
     with pytest.raises(ConfigError) as error:
-        mixtures.parts(labels)
+        multitask.parts(labels)
     assert says in str(error.value) and "'data.labels'" in str(error.value)
 
 
@@ -61,7 +63,7 @@ def made(label: str):
     words = train_tokenizer(["one two three four " * 9], 285, 1000)
     counts: Counter[str] = Counter()
     record = {"text": "one two", "text_pair": "three", "label": label, "source": "f:7"}
-    [example] = mixtures.mixed(record, words, make_config(), counts)
+    [example] = multitask.mixed(record, words, make_config(), counts)
     return example.columns, counts
 
 
@@ -114,7 +116,7 @@ def batch(rows: int = 16) -> dict[str, np.ndarray]:
 @functools.cache
 def model():
     cfg = make_config()
-    fns = families.MODELS["encoder"](cfg, objectives.OBJECTIVES["multitask"].head(cfg), jnp.float32)
+    fns = registry.MODELS["encoder"](cfg, objectives.OBJECTIVES["multitask"].head(cfg), jnp.float32)
     rng = np.random.default_rng(1)
     params = jax.jit(fns.init)(jax.random.key(0))
     return fns, jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params)
@@ -141,7 +143,7 @@ def test_each_row_counts_by_its_own_tasks_loss(devices, eps):
     rows = batch()
     logits = jax.device_get(fns.apply(params, rows).head).astype(np.float64)
     want = reference(logits, rows, eps)
-    mesh = sharding.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     loss_fn = objectives.multitask(fns.apply, make_config(label_smoothing=eps), None)
     with jax.set_mesh(mesh):
         terms = jax.device_get(jax.jit(lambda p, b: loss_fn(p, b, None))(params, build.placer(mesh, 16)(rows)))
@@ -233,8 +235,8 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
     c.model.kind, c.model.num_layers, c.model.embed_dim, c.model.num_heads = "encoder", 1, 16, 2
     c.model.pool, c.optim.learning_rate, c.optim.warmup_steps = "mean", 1e-2, 1
     c.train.total_steps, c.checkpoint.best_metric = 40, "mean_score"
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
     summary = train.train(config.build(c), tmp_path / "run")
     assert summary["toy_mood_accuracy"] > 0.9 and summary["toy_alike_pearson"] > 0.9
     assert summary["mean_score"] == pytest.approx((summary["toy_mood_accuracy"] + summary["toy_alike_pearson"]) / 2)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import losses, sharding, trees
+from lm import losses, param_paths
+from lm.config.schema import ConfigError
 from lm.models import attention, layers, transformer
-from lm.schema import ConfigError
+from lm.parallel import sharding
 from tests import toys
 
 SEQ_LEN = 12
@@ -75,8 +76,8 @@ def test_another_document_changes_nothing_bitwise(style, seq_len):
     (logits, grads), (other_logits, other_grads) = run(params, batch), run(params, other)
     assert not np.array_equal(logits[~is_b], other_logits[~is_b])
     np.testing.assert_array_equal(np.asarray(logits)[is_b], np.asarray(other_logits)[is_b])
-    for path, grad in trees.flatten(grads).items():
-        theirs = np.asarray(trees.flatten(other_grads)[path])
+    for path, grad in param_paths.flatten(grads).items():
+        theirs = np.asarray(param_paths.flatten(other_grads)[path])
         # What A's tokens choose lies between B's in an expert's group: its sum over positions, to which A gives exact
         # zeros, is cut elsewhere, and rounds otherwise on some CPUs.
         is_of_expert = style == "experts" and "/mlp/" in path

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm import monitor
 from lm.config import MonitorConfig
-from lm.monitor import Monitor
+from lm.tracking import tracker
+from lm.tracking.tracker import Monitor
 
 
 class Clock:
@@ -23,7 +23,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(monitor, "_now", clock)
+    monkeypatch.setattr(tracker, "_now", clock)
     return clock
 
 
@@ -98,7 +98,7 @@ def test_a_bad_row_inside_is_refused_by_line(tmp_path, bad):
 
 def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
-    monitor.write_atomic(path, "old")
+    tracker.write_atomic(path, "old")
 
     def disk_full(_):
         assert path.read_text() == "old"  # the new text lies beside it until it is whole
@@ -106,7 +106,7 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="no space"):
-        monitor.write_atomic(path, "new")
+        tracker.write_atomic(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["summary.json"]
 
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checks, losses, mup, optim, trees
+from lm import checks, losses, optim, param_paths
 from lm.config import ModelConfig, OptimConfig
+from lm.config.schema import ConfigError
 from lm.models import attention, blocks, transformer
-from lm.schema import ConfigError
+from lm.optim import mup
 from tests import toys
 
 BASE, WIDE, STEPS, ROWS, SEQ_LEN = 64, 512, 3, 4, 16
@@ -30,7 +31,7 @@ def model_of(cfg, width, base):
 
 def optimizer_of(name, cfg, model, params):
     options = OptimConfig(name=name, schedule="constant", learning_rate=RATES[name], clip_norm=0.0, weight_decay=0.0)
-    scales = mup.direction_scales(name, trees.flatten(model.logical_axes()), mup.width_ratio(cfg))
+    scales = mup.direction_scales(name, param_paths.flatten(model.logical_axes()), mup.width_ratio(cfg))
     return optim.build(options, params, total_steps=10, warmup_steps=0, decay_steps=0, scales=scales)
 
 
@@ -119,14 +120,17 @@ def test_at_the_base_nothing_differs(cfg):
         out = model.apply(params, batch)
         found.append((params, out.hidden_BxLxD, out.unembed_DxV))
     jax.tree.map(np.testing.assert_array_equal, *found)
-    assert set(mup.direction_scales("adamw", trees.flatten(model.logical_axes()), 1.0).values()) == {1.0}
+    assert set(mup.direction_scales("adamw", param_paths.flatten(model.logical_axes()), 1.0).values()) == {1.0}
 
 
 def test_what_each_weight_has():
     """At four times the base's width: the variance at the start, and the factor of the direction."""
     cfg = dataclasses.replace(WIDER, experts=(2, 1), use_bias=True, init="fan_in")
     cfg, model = model_of(cfg, 256, (BASE, 16))
-    axes, params = trees.flatten(model.logical_axes()), trees.flatten(jax.jit(model.init)(jax.random.key(0)))
+    axes, params = (
+        param_paths.flatten(model.logical_axes()),
+        param_paths.flatten(jax.jit(model.init)(jax.random.key(0))),
+    )
     assert mup.width_ratio(cfg) == 1 / 4
     assert mup.query_scale(cfg) == pytest.approx(4 / 64)  # sqrt(16) / 64
     scales = {name: mup.direction_scales(name, axes, 1 / 4) for name in ("adamw", "lion", "adafactor", "muon")}

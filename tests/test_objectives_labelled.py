@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import build, checks, config, objectives, train
+from lm import build, checks, config, train
 from lm.config import Config, DataConfig
-from lm.data import sources, span_qa, tagging
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data.readers import registry
+from lm.tasks import objectives, span_qa, tagging
 from lm.types import ModelOutput
 from tests import toys
 
@@ -62,7 +63,7 @@ def run(tmp_path, data, objective, **changes):
     )
     train.train(cfg, tmp_path / "run")
     trained, model, params, words = build.load_run(str(tmp_path / "run"))
-    valid = sources.load(cfg.data).valid
+    valid = registry.load(cfg.data).valid
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     reported = [line for line in lines if line["split"] == "eval"][-1]
 

@@ -12,9 +12,10 @@ import optax.contrib
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import optim, selection, trees
+from lm import optim, param_paths
 from lm.config import OptimConfig
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.optim import trainable
 
 NAMES = ("adamw", "lion", "adafactor", "muon")
 SHAPES = {
@@ -32,7 +33,7 @@ FREEZE_EMBED = (("embed/.*", 0.0), (".*", 1.0))
 
 def random_tree(seed, shapes=SHAPES, scale=1.0):
     rng = np.random.default_rng(seed)
-    return trees.unflatten({p: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for p, s in shapes.items()})
+    return param_paths.unflatten({p: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for p, s in shapes.items()})
 
 
 def build(cfg, params, **lengths):
@@ -57,7 +58,7 @@ def directions(optimizer, grads_of_steps):
     zeros = jax.tree.map(jnp.zeros_like, params)
     for grads in grads_of_steps:
         moved, state, _ = update(grads, state, zeros, jnp.int32(0))
-        out.append({path: -np.asarray(leaf, np.float64) for path, leaf in trees.flatten(moved).items()})
+        out.append({path: -np.asarray(leaf, np.float64) for path, leaf in param_paths.flatten(moved).items()})
     return out
 
 
@@ -70,11 +71,11 @@ def relative_error(got, want):
 
 def reference_run(cfg, params, grads_of_steps, lr_of_steps, multiplier, decayed):
     """AdamW and Lion as their papers write them, in float64."""
-    params = {path: np.asarray(leaf, np.float64) for path, leaf in trees.flatten(params).items()}
+    params = {path: np.asarray(leaf, np.float64) for path, leaf in param_paths.flatten(params).items()}
     mean, square = ({path: np.zeros_like(leaf) for path, leaf in params.items()} for _ in range(2))
     norms = []
     for t, (grads, lr) in enumerate(zip(grads_of_steps, lr_of_steps, strict=True), start=1):
-        grads = {path: np.asarray(leaf, np.float64) for path, leaf in trees.flatten(grads).items()}
+        grads = {path: np.asarray(leaf, np.float64) for path, leaf in param_paths.flatten(grads).items()}
         norms.append(math.sqrt(sum((g**2).sum() for g in grads.values())))
         clip = min(1.0, cfg.clip_norm / norms[-1]) if cfg.clip_norm else 1.0
         for path, param in params.items():
@@ -121,7 +122,7 @@ def test_steps_match_the_float64_reference(name, clip_norm):
         lambda path: path.endswith(("kernel", "embedding")),
     )
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-6)
-    for path, leaf in trees.flatten(now).items():
+    for path, leaf in param_paths.flatten(now).items():
         assert relative_error(leaf, expected[path]) < 1e-6, path
 
 
@@ -132,8 +133,10 @@ def test_decay_rules_choose_what_decays():
     assert [path for path, decayed in optimizer.selection.decayed.items() if any(decayed)] == ["lm_head/kernel"]
     zeros = jax.tree.map(jnp.zeros_like, params)
     moved, _, _ = one_step(optimizer, zeros, params)
-    for path, leaf in trees.flatten(moved).items():
-        np.testing.assert_array_equal(leaf, trees.flatten(params)[path] * (0.5 if path == "lm_head/kernel" else 1))
+    for path, leaf in param_paths.flatten(moved).items():
+        np.testing.assert_array_equal(
+            leaf, param_paths.flatten(params)[path] * (0.5 if path == "lm_head/kernel" else 1)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,8 +146,8 @@ def test_learning_rate_zero_changes_no_parameter(name):
     assert info["learning_rate"] == 0
     jax.tree.map(np.testing.assert_array_equal, moved, params)
     moved, _, _ = one_step(optimizer, random_tree(1), params, step=4)
-    for path, leaf in trees.flatten(moved).items():
-        assert not np.array_equal(leaf, trees.flatten(params)[path])
+    for path, leaf in param_paths.flatten(moved).items():
+        assert not np.array_equal(leaf, param_paths.flatten(params)[path])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +167,7 @@ def test_frozen_parameters_hold_no_state(name):
     optimizer = build(OptimConfig(name=name, lr_rules=FREEZE_EMBED), params)
     assert [path for path, trained in optimizer.selection.trained.items() if not trained] == ["embed/embedding"]
     assert optimizer.selection.lr_multiplier["embed/embedding"] == (0,)
-    trained = selection.trained_part(optimizer.selection, params)
+    trained = trainable.trained_part(optimizer.selection, params)
     state = jax.eval_shape(optimizer.init, trained)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert any("lm_head" in name for name in names)
@@ -173,10 +176,10 @@ def test_frozen_parameters_hold_no_state(name):
 
 def test_grad_norm_and_new_parameters_are_of_the_trained_ones_alone():
     optimizer = build(OptimConfig(lr_rules=FREEZE_EMBED), random_tree(0))
-    trained = selection.trained_part(optimizer.selection, random_tree(0))
-    grads = selection.trained_part(optimizer.selection, random_tree(1))
+    trained = trainable.trained_part(optimizer.selection, random_tree(0))
+    grads = trainable.trained_part(optimizer.selection, random_tree(1))
     moved, _, info = one_step(optimizer, grads, trained)
-    assert trees.flatten(moved).keys() == SHAPES.keys() - {"embed/embedding"}
+    assert param_paths.flatten(moved).keys() == SHAPES.keys() - {"embed/embedding"}
     squares = [(np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(grads)]
     np.testing.assert_allclose(info["grad_norm"], math.sqrt(sum(squares)), rtol=1e-6)
 
@@ -186,7 +189,7 @@ def test_grad_norm_and_new_parameters_are_of_the_trained_ones_alone():
 def test_one_trained_parameter_is_enough(name, only):
     params = random_tree(0)
     optimizer = build(OptimConfig(name=name, lr_rules=((only, 1.0), (".*", 0.0))), params)
-    trained = selection.trained_part(optimizer.selection, params)
+    trained = trainable.trained_part(optimizer.selection, params)
     state = jax.eval_shape(optimizer.init, trained)
     moved, after, _ = jax.eval_shape(optimizer.update, trained, state, trained, jnp.int32(0))
     assert jax.tree.structure(moved) == jax.tree.structure(trained) and len(jax.tree.leaves(moved)) == 1
@@ -237,7 +240,7 @@ def test_muon_on_stacked_kernels_is_muon_on_each_layer_alone():
         for layer in range(layers):
             state = alone.init(jnp.zeros((rows, columns)))
             for step, grads in enumerate(grads_of_steps):
-                expected, state = update_alone(trees.flatten(grads)[path][layer], state)
+                expected, state = update_alone(param_paths.flatten(grads)[path][layer], state)
                 expected = 0.2 * math.sqrt(max(rows, columns)) * np.asarray(expected)
                 np.testing.assert_allclose(got[step][path][layer], expected, rtol=1e-4, atol=1e-5)
 
@@ -277,7 +280,7 @@ def reference_adafactor(grads_of_steps, b1, b2, eps):
 
 @pytest.mark.parametrize("b1", [0.0, 0.9])
 def test_adafactor_on_stacked_weights_is_the_reference_on_each_layer_alone(b1, monkeypatch):
-    monkeypatch.setattr(optim, "ADAFACTOR_MIN_DIM", 4)
+    monkeypatch.setattr(optim.optimizer, "ADAFACTOR_MIN_DIM", 4)
     shapes = {
         "decoder/layers/a/kernel": (9, 4, 6),  # the layer axis is the largest
         "decoder/layers/b/kernel": (9, 12, 5),
@@ -287,14 +290,14 @@ def test_adafactor_on_stacked_weights_is_the_reference_on_each_layer_alone(b1, m
     }
     grads_of_steps = [random_tree(seed, shapes) for seed in range(6)]
     for step, grads in enumerate(grads_of_steps):  # uneven layers and steps: statistics shared by layers would show
-        for path, leaf in trees.flatten(grads).items():
+        for path, leaf in param_paths.flatten(grads).items():
             scale = 10.0 ** jnp.arange(leaf.shape[0]) if "layers" in path else jnp.ones(leaf.shape[0])
             scaled = leaf * scale.reshape(-1, *[1] * (leaf.ndim - 1)) * 3.0**step
-            grads_of_steps[step] = trees.unflatten(trees.flatten(grads_of_steps[step]) | {path: scaled})
+            grads_of_steps[step] = param_paths.unflatten(param_paths.flatten(grads_of_steps[step]) | {path: scaled})
     cfg = dataclasses.replace(UNIT, name="adafactor", b1=b1, b2=0.7, eps=0.1)
     got = directions(build(cfg, grads_of_steps[0]), grads_of_steps)
     for path in shapes:
-        history = [np.asarray(trees.flatten(grads)[path], np.float64) for grads in grads_of_steps]
+        history = [np.asarray(param_paths.flatten(grads)[path], np.float64) for grads in grads_of_steps]
         for layer in range(shapes[path][0]) if "layers" in path else [...]:
             expected = reference_adafactor([grad[layer] for grad in history], b1, cfg.b2, cfg.eps)
             for step, want in enumerate(expected):
@@ -304,7 +307,7 @@ def test_adafactor_on_stacked_weights_is_the_reference_on_each_layer_alone(b1, m
 def test_adafactor_holds_factored_moments_of_large_matrices():
     shapes = {"decoder/layers/mlp/up/kernel": (2, 128, 256), "embed/embedding": (300, 128)}
     cfg = OptimConfig(name="adafactor", b1=0.0)
-    abstract = trees.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
+    abstract = param_paths.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
     state = jax.eval_shape(build(cfg, abstract).init, abstract)
     largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
     assert largest == 2 * 256  # one column moment for each layer
@@ -315,24 +318,24 @@ def test_adafactor_holds_factored_moments_of_large_matrices():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_specs_follow_the_parameters(name, monkeypatch):
-    monkeypatch.setattr(optim, "ADAFACTOR_MIN_DIM", 8)
+    monkeypatch.setattr(optim.optimizer, "ADAFACTOR_MIN_DIM", 8)
     params = random_tree(0)
     optimizer = build(OptimConfig(name=name, lr_rules=FREEZE_EMBED), params)
-    trained = selection.trained_part(optimizer.selection, params)
-    specs = trees.map_with_path(lambda path, leaf: PartitionSpec(*[None] * (leaf.ndim - 1), "fsdp"), trained)
+    trained = trainable.trained_part(optimizer.selection, params)
+    specs = param_paths.map_with_path(lambda path, leaf: PartitionSpec(*[None] * (leaf.ndim - 1), "fsdp"), trained)
     abstract = jax.eval_shape(lambda: trained)
     got = optim.state_specs(optimizer, abstract, specs)
 
     state = jax.eval_shape(optimizer.init, abstract)
     assert jax.tree.structure(got) == jax.tree.structure(state)
-    shapes = {path: leaf.shape for path, leaf in trees.flatten(trained).items()}
+    shapes = {path: leaf.shape for path, leaf in param_paths.flatten(trained).items()}
     like_parameters = 0
     for (key, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(got), strict=True):
         path = "/".join(entry.key for entry in key if isinstance(entry, jax.tree_util.DictKey))
         owner = next((p for p in shapes if path.endswith(p)), None)
         matches = owner is not None and shapes[owner] == leaf.shape
         like_parameters += matches
-        assert spec == (trees.flatten(specs)[owner] if matches else PartitionSpec()), key
+        assert spec == (param_paths.flatten(specs)[owner] if matches else PartitionSpec()), key
     per_parameter = {"adamw": 2, "lion": 1, "adafactor": 1, "muon": 1}[name]
     assert like_parameters >= per_parameter * len(shapes)
 

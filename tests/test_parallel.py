@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import objectives, optim, rings, sharding, step, trees
+from lm import optim, param_paths, step
 from lm.config import Config, LossConfig, MeshConfig, OptimConfig
 from lm.models import attention
+from lm.parallel import ring_reduce, sharding
+from lm.parallel.mesh import make_mesh
+from lm.tasks import objectives
 from tests import toys
 from tests.test_step import assert_close
 
@@ -22,7 +25,7 @@ STYLES = toys.STYLES | {"experts": toys.MOE}
 
 def mesh_of(**sizes):
     sizes = {"data": 1} | sizes
-    return sharding.make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+    return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def steps_of(model, cfg, params, batch, mesh):
@@ -44,7 +47,9 @@ def steps_of(model, cfg, params, batch, mesh):
         ema_decay=0.9,
     )
     with jax.set_mesh(mesh):
-        specs = trees.map_with_path(lambda _, axes: jax.NamedSharding(mesh, sharding.spec(axes)), model.logical_axes())
+        specs = param_paths.map_with_path(
+            lambda _, axes: jax.NamedSharding(mesh, sharding.spec(axes)), model.logical_axes()
+        )
         state = step.init_state(jax.device_put(params, specs), adamw, use_ema=True)
         placed = sharding.to_global(batch, sharding.local_rows(mesh, ROWS), ROWS, mesh)
         jitted, found = jax.jit(one), []
@@ -94,9 +99,9 @@ def assert_the_same_steps(found, expected):
 def test_gradients_that_go_round_rings_are_those_of_one_device(sizes, monkeypatch):
     """Layers as on TPU, all else as on CPU: these rows are too short for the attention kernel."""
     model, cfg, params, batch, expected = on_one_device("llama")
-    summed, calls = rings.sum_where_it_lies, []
+    summed, calls = ring_reduce.sum_where_it_lies, []
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-    monkeypatch.setattr(rings, "sum_where_it_lies", lambda *args: calls.append(1) or summed(*args))
+    monkeypatch.setattr(ring_reduce, "sum_where_it_lies", lambda *args: calls.append(1) or summed(*args))
     found = steps_of(model, cfg, params, batch, mesh_of(**sizes))
     assert len(calls) == 8, "one each of the kernels of the scanned layer, and the output projection's"
     assert_the_same_steps(found, expected)

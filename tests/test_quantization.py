@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lm import checks
+from lm.config.schema import ConfigError
 from lm.models import layers
-from lm.schema import ConfigError
 from tests import toys
 from tests.test_parallel import ROWS, SEQ_LEN, mesh_of, steps_of
 

@@ -1,4 +1,4 @@
-"""lm/ranks.py: the rank of the item that was chosen, and what is told of ranks."""
+"""lm/losses/ranking.py: the rank of the item that was chosen, and what is told of ranks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from lm import ranks, scores, sharding
 from lm.config import MeshConfig
+from lm.evaluation import scores
+from lm.losses import ranking
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
 from tests.test_items import MISSED, VOCABULARY, brute_rank
 
 
@@ -26,7 +29,7 @@ def whole_numbers(rows: int, length: int, width: int, vocab: int, seed: int):
 @pytest.mark.parametrize("mesh_sizes", [{"data": 1}, {"data": 8}, {"data": 2, "tensor": 4}])
 def test_ranks_are_those_of_a_sort(mesh_sizes, softcap):
     devices = jax.devices()[: mesh_sizes["data"] * mesh_sizes.get("tensor", 1)]
-    mesh = sharding.make_mesh(MeshConfig(**mesh_sizes), devices)
+    mesh = make_mesh(MeshConfig(**mesh_sizes), devices)
     hidden, unembed, targets, weights = whole_numbers(32, 5, 3, 16, seed=1)
     placed = sharding.to_global(
         {"hidden": hidden, "targets": targets, "weights": weights}, sharding.local_rows(mesh, 32), 32, mesh
@@ -36,7 +39,7 @@ def test_ranks_are_those_of_a_sort(mesh_sizes, softcap):
     def ranked(batch, unembed_DxV):
         unembed_DxV = sharding.constrain(unembed_DxV, None, "vocab")
         is_item_V = jnp.asarray(~VOCABULARY.is_control_V)
-        return ranks.target_rank(
+        return ranking.target_rank(
             batch["hidden"], unembed_DxV, batch["targets"], batch["weights"], is_item_V, softcap=softcap
         )
 
@@ -57,7 +60,7 @@ def test_a_model_that_tells_nothing_apart_or_diverged_ranks_last():
         hidden = np.full((2, 1, 3), value, np.float32)
         targets, weights = np.array([[3], [7]], np.int32), np.ones((2, 1), np.float32)
         is_item_V = jnp.asarray(~VOCABULARY.is_control_V)
-        got = ranks.target_rank(hidden, jnp.ones((3, 16)), jnp.asarray(targets), jnp.asarray(weights), is_item_V)
+        got = ranking.target_rank(hidden, jnp.ones((3, 16)), jnp.asarray(targets), jnp.asarray(weights), is_item_V)
         assert got.tolist() == [5, 5]
 
 

@@ -11,10 +11,17 @@ from typing import Any
 import jax
 import pytest
 
-from lm import aot, build, checkpoint, chips, config, evaluate, generate, metrics, sharding, transfer
+from lm import build, checkpoint, config, input_pipeline
+from lm.checkpoint import init_from
 from lm.config import MeshConfig
-from lm.data import pipeline, prepare, tokenizer
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.corpus import pipeline as prepare
+from lm.data import tokenizer
+from lm.decoding import sampling
+from lm.evaluation import evaluate, metrics
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
+from lm.planner import topology, train_compile
 from tests import toys
 from tools import (
     bench_training,
@@ -88,11 +95,11 @@ def figures(
     """All metrics of an evaluation, then loss, weight and gradient norm of each step; and the parameters at the start,
     which are `params` where they are given."""
     planned = build.plan(cfg, None)
-    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[: 8 if params else 1])
+    mesh = make_mesh(mesh_cfg, jax.devices()[: 8 if params else 1])
     run = build.run(planned, workdir, mesh, lambda _: None)
     with jax.set_mesh(mesh):
         if params is None:
-            params, _ = transfer.initialize(run.model, run.abstract_state.params, cfg.seed, None, {})
+            params, _ = init_from.initialize(run.model, run.abstract_state.params, cfg.seed, None, {})
             params = jax.device_get(params)
         placed = jax.device_put(params, run.state_shardings.params)
         row_ids, batches = build.eval_rows(run, run.data.valid)
@@ -137,7 +144,7 @@ TAKES = {
     "translate": {"multi30k_translation"},
     "show_reconstructions": {"mae_cifar10"},
 }
-CHECKS = {"chat": generate.check_kind, "translate": translate.check, "show_reconstructions": show_reconstructions.check}
+CHECKS = {"chat": sampling.check_kind, "translate": translate.check, "show_reconstructions": show_reconstructions.check}
 
 
 @pytest.mark.parametrize("tool", TAKES)
@@ -156,7 +163,7 @@ def test_a_tool_says_which_runs_it_is_for(tool):
 def started(cfg: config.Config) -> tuple[Any, ...]:
     """What `build.load_run` gives of a run, of one that has learnt nothing."""
     planned, model, params = build.read_model(cfg)
-    words = planned.tokenizer or build.tokenizer_for(planned, pipeline.load(cfg.data))
+    words = planned.tokenizer or build.tokenizer_for(planned, input_pipeline.load(cfg.data))
     return planned.cfg, model, params, words
 
 
@@ -172,13 +179,13 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
         assert "example 0: " in capsys.readouterr().out
         inspect_batch.to_html(rows, "")
 
-    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
     monkeypatch.setattr(bench_training, "matmul_flops", lambda product: 1e12)  # takes seconds
     bench_training.show(bench_training.measure(cfg, tmp_path / "bench", rounds=1, seconds=0.0))
-    monkeypatch.setattr(aot, "devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(train_compile, "devices", lambda _: jax.devices()[:1])
     whole = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
-    assert aot.lower_step(whole, chips.topology("v5e:1x1", 1)).tokens > 0
+    assert train_compile.lower_step(whole, topology.topology("v5e:1x1", 1)).tokens > 0
 
     of_text = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_records=0))
     try:

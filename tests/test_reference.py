@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import trees
+from lm import param_paths
 from lm.config import LossConfig, ModelConfig
 from tests import reference
 
@@ -64,7 +64,7 @@ def make_params(cfg: ModelConfig, seed: int = 0) -> dict:
         noise = rng.normal(size=shape)
         return 1 + 0.3 * noise if path.endswith("scale") else 0.4 * noise
 
-    return trees.unflatten({path: draw(path, shape) for path, shape in sorted(shapes.items())})
+    return param_paths.unflatten({path: draw(path, shape) for path, shape in sorted(shapes.items())})
 
 
 def make_batch(seed: int = 0) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ def make_batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def hidden_states(params: dict, batch: dict, cfg: ModelConfig) -> np.ndarray:
-    leaves = {path: (value, np.zeros(value.shape)) for path, value in trees.flatten(params).items()}
+    leaves = {path: (value, np.zeros(value.shape)) for path, value in param_paths.flatten(params).items()}
     return reference.decoder(leaves, batch, cfg)[0]
 
 
@@ -89,7 +89,7 @@ def test_gradients_match_finite_differences(style):
     params = make_params(cfg)
     _, weight, grads = reference.loss_and_grads(params, batch, cfg, LOSS, VOCAB)
     assert weight == batch["loss_weights"].sum() > 0
-    flat, flat_grads = trees.flatten(params), trees.flatten(grads)
+    flat, flat_grads = param_paths.flatten(params), param_paths.flatten(grads)
     assert flat.keys() == flat_grads.keys()
     rng = np.random.default_rng(1)
     step = 1e-5
@@ -107,7 +107,7 @@ def test_gradients_match_finite_differences(style):
         for direction in [*directions, whole / np.linalg.norm(whole)]:
             above, below = (
                 reference.loss_and_grads(
-                    trees.unflatten(flat | {path: leaf + sign * step * direction}), batch, cfg, LOSS, VOCAB
+                    param_paths.unflatten(flat | {path: leaf + sign * step * direction}), batch, cfg, LOSS, VOCAB
                 )[0]
                 for sign in (1, -1)
             )
@@ -118,7 +118,7 @@ def test_gradients_match_finite_differences(style):
 @pytest.mark.parametrize("style", STYLES)
 def test_padded_vocabulary_and_unused_rows_have_gradient_0(style):
     cfg, batch = STYLES[style], make_batch()
-    grads = trees.flatten(reference.loss_and_grads(make_params(cfg), batch, cfg, LOSS, VOCAB)[2])
+    grads = param_paths.flatten(reference.loss_and_grads(make_params(cfg), batch, cfg, LOSS, VOCAB)[2])
     unembed = grads["embed/embedding"] if cfg.tie_embeddings else grads["lm_head/kernel"].T
     assert np.all(unembed[VOCAB:] == 0)
     assert np.all(np.abs(unembed[:VOCAB]).max(axis=1) > 0)

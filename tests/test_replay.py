@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from lm import checkpoint, train
-from lm.data.records import DataError
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.data.record import DataError
 from tests import toys
 
 TINY = {"model__num_layers": 1, "model__dropout": 0.0, "train__total_steps": 4}

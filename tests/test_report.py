@@ -6,21 +6,24 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config, metrics, monitor, report, selection, trees
+from lm import config, param_paths
 from lm.config import MonitorConfig, OptimConfig
+from lm.evaluation import metrics
+from lm.optim import trainable
+from lm.tracking import report, tracker
 
 
 @pytest.fixture
 def run(tmp_path):
     workdir = tmp_path / "a<b"
-    with monitor.Monitor(workdir, 20, 0, True, MonitorConfig()) as m:
+    with tracker.Monitor(workdir, 20, 0, True, MonitorConfig()) as m:
         for step in (0, 10, 20):
             m.log(step, "eval", {"loss": 3.0 - step / 10, "perplexity": 20.0, "bits_per_byte": 1.25})
             m.text(step, "greedy", f"sample {step} <script>alert(1)</script>")
         for step in (10, 20):
             m.log(step, "train", {"loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 5.0})
     (workdir / "config.json").write_text(config.to_json(config.Config()))
-    goodput = {**dict.fromkeys(monitor.BUCKETS, 0.0), "step": 3.0, "other": 1.0}
+    goodput = {**dict.fromkeys(tracker.BUCKETS, 0.0), "step": 3.0, "other": 1.0}
     report.write_summary(workdir, {"parameters": 1234567, "goodput": goodput, "best": {"step": 20}})
     return workdir
 
@@ -77,10 +80,12 @@ def test_parameter_table_shows_every_leaf_and_exact_totals():
     )
     table = report.parameter_table(
         params,
-        selection=selection.resolve(cfg, params, total_steps=3000),
+        selection=trainable.resolve(cfg, params, total_steps=3000),
         learning_rate=1e-3,
-        scales=dict.fromkeys(trees.flatten(params), 1.0) | {"decoder/final_norm/scale": 0.5},
-        origin={path: "runs/a[b]@best" if path.startswith("decoder") else "scratch" for path in trees.flatten(params)},
+        scales=dict.fromkeys(param_paths.flatten(params), 1.0) | {"decoder/final_norm/scale": 0.5},
+        origin={
+            path: "runs/a[b]@best" if path.startswith("decoder") else "scratch" for path in param_paths.flatten(params)
+        },
     )
     lines = [" ".join(line.split()) for line in table.splitlines() if "─" not in line and line.strip()]
     assert lines == [
@@ -124,7 +129,7 @@ def test_report_of_the_same_run_is_the_same_bytes(run):
 
 
 def test_curves_hold_the_points_of_each_split(run):
-    rows, _ = monitor.read_rows(run / "metrics.jsonl")
+    rows, _ = tracker.read_rows(run / "metrics.jsonl")
     about = functools.partial(metrics.about, objective="clm")
     panels = {panel.get_title(loc="left"): panel for panel in report.draw_curves(rows, about).axes}
     assert list(panels) == [
@@ -156,7 +161,7 @@ def test_report_of_a_run_that_has_only_begun_says_so(tmp_path):
 )
 def test_the_report_says_what_the_loss_is_measured_in(tmp_path, monkeypatch, objective, unit):
     monkeypatch.setattr(report, "_curves", lambda rows, about: "")  # they take a second
-    with monitor.Monitor(tmp_path, 5, 0, True, MonitorConfig()) as m:
+    with tracker.Monitor(tmp_path, 5, 0, True, MonitorConfig()) as m:
         m.log(5, "eval", {"loss": 3.0, "web_loss": 2.0})
     (tmp_path / "config.json").write_text(config.to_json(config.Config(objective=objective)))
     report.write_summary(tmp_path, {"loss": 3.0, "before": {"loss": 4.0}})
@@ -165,7 +170,7 @@ def test_the_report_says_what_the_loss_is_measured_in(tmp_path, monkeypatch, obj
     assert f"<td>loss<td>3 <i>{unit}</i>" in page and f"<td>before.loss<td>4 <i>{unit}</i>" in page
     assert unit.startswith("nats per token") or "nats per token" not in page
     about = functools.partial(metrics.about, objective=objective)
-    rows, _ = monitor.read_rows(tmp_path / "metrics.jsonl")
+    rows, _ = tracker.read_rows(tmp_path / "metrics.jsonl")
     panels = report.draw_curves(rows, about).axes
     assert [(panel.get_title(loc="left"), panel.get_ylabel()) for panel in panels] == [
         ("Loss", unit),

@@ -1,4 +1,4 @@
-"""lm/resume.py: what a run that goes on may change, that it goes on where it was, and from which checkpoint."""
+"""lm/checkpoint/resume.py: what a resumed run may change, where it goes on, and from which checkpoint."""
 
 import dataclasses
 import json
@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm import build, checkpoint, interrupt, resume, schema, train
-from lm.checkpoint import CheckpointError, list_saved
-from lm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from lm import build, checkpoint, preemption, train
+from lm.checkpoint import CheckpointError, list_saved, resume
+from lm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, schema
+from lm.config.schema import ConfigError, Duration
 from lm.data import tokenizer
-from lm.interrupt import Preempted
-from lm.schema import ConfigError, Duration
+from lm.preemption import Preempted
 from tests import toys
 from tests.test_checkpoint import assert_same, flip, info, may_stop_orbax, save, small
 
@@ -47,7 +47,7 @@ def test_other_data_and_another_seed_are_refused_unless_asked_for(tmp_path):
 def test_a_run_goes_on_with_another_batch_size_and_with_other_data(tmp_path, monkeypatch, capsys):
     texts = toys.write_texts(tmp_path / "texts", documents=30)
     cfg = toys.recipe(texts, train__total_steps=6, eval__at_start=False)
-    monkeypatch.setattr(interrupt.Interrupt, "requested", lambda _, done: done in (2, 4))
+    monkeypatch.setattr(preemption.Interrupt, "requested", lambda _, done: done in (2, 4))
     run = tmp_path / "run"
 
     def saved():
@@ -149,7 +149,7 @@ def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, mon
     def stop(*_):
         raise Reached
 
-    monkeypatch.setattr(train.sharding, "make_mesh", stop)
+    monkeypatch.setattr(train.mesh_lib, "make_mesh", stop)
     cfg = toys.recipe(tmp_path / "no_data", tokenizer__vocab_size=300)
     resolved = build.plan(cfg, tmp_path).cfg
     tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / "tokenizer.model")

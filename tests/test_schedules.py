@@ -9,7 +9,7 @@ import pytest
 
 from lm import optim
 from lm.config import OptimConfig
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 from tests.test_optim import random_tree, standard
 
 

@@ -1,4 +1,4 @@
-"""lm.scores against the libraries and scripts that publish them, and defined numbers for degenerate inputs."""
+"""lm/evaluation/scores.py against the libraries and scripts that publish them, and degenerate inputs."""
 
 import collections
 import json
@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import scores
 from lm.config import EvalConfig
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.evaluation import scores
 
 PAIRS = st.integers(2, 4).flatmap(
     lambda classes: st.tuples(
@@ -331,5 +331,6 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
 
 
 def test_nothing_of_the_extra_is_imported_before_it_is_needed():
-    code = "import lm.scores, sys; print([m for m in ('sklearn', 'seqeval', 'sacrebleu', 'scipy') if m in sys.modules])"
+    names = ("sklearn", "seqeval", "sacrebleu", "scipy")
+    code = f"import lm.evaluation.scores, sys; print([m for m in {names} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

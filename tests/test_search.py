@@ -1,4 +1,4 @@
-"""lm/settings.py, lm/search.py and `tools/plan.py --search`: arithmetic, choosing, resuming, and what is written."""
+"""lm/planner/candidates.py, search.py and `tools/plan.py --search`: arithmetic, choosing, resuming, what is written."""
 
 import dataclasses
 import itertools
@@ -17,14 +17,17 @@ from absl import flags
 from ml_collections import config_flags
 from test_aot import LENGTH, ROOT, SMALL, needs_libtpu
 
-from lm import chips, config, search, settings, sharding
-from lm.flags import libtpu
+from lm import config
+from lm.config.schema import ConfigError, flatten
 from lm.models.blocks import REMAT_POLICIES
-from lm.schema import ConfigError, flatten
-from lm.search import Found
-from lm.settings import Candidate
+from lm.parallel.mesh import AXES
+from lm.parallel.xla_flags import libtpu
+from lm.planner import candidates as settings
+from lm.planner import search, topology
+from lm.planner.candidates import Candidate
+from lm.planner.search import Found
 
-GIB = chips.GIB
+GIB = topology.GIB
 RECIPE = ROOT / "configs/bench/v5e16_124m.py"
 
 
@@ -40,7 +43,7 @@ def recipe(argv=()):
 @pytest.fixture(scope="module")
 def small():
     """(config, slices, settings, arithmetic of each) of the small model on 2 x 2 chips."""
-    cfg, where = recipe(), chips.topology("v5e:2x2", 1)
+    cfg, where = recipe(), topology.topology("v5e:2x2", 1)
     candidates = settings.space(cfg, where, ["--a", "--b"])
     model = settings.sizes(cfg)
     return cfg, where, candidates, [settings.guess(cfg, model, where, one) for one in candidates]
@@ -67,7 +70,7 @@ def test_settings_fit_the_chips_and_leave_the_batch_alone(small):
     meshes = {one.mesh for one in candidates}
     assert (1, 4, 1, 1, 1) in meshes and (1, 2, 1, 1, 2) in meshes and (1, 1, 1, 4, 1) in meshes
     for one in candidates:
-        sizes = dict(zip(sharding.AXES, one.mesh, strict=True))
+        sizes = dict(zip(AXES, one.mesh, strict=True))
         assert sizes["expert"] == 1 and sizes["tensor"] <= cfg.model.num_heads
         rows = sizes["data"] * sizes["fsdp"] * one.micro_batches
         assert cfg.data.batch_size % rows == 0
@@ -104,7 +107,7 @@ def test_from_which_size_on_kernels_go_in_pieces_is_not_searched_where_none_is_l
 
 def test_arithmetic_of_experts_by_hand():
     """A position's products are those of the experts it goes through; its devices have room for each other's."""
-    cfg, where = recipe(["--config.model.experts=(8, 2)"]), chips.topology("v5e:2x2", 1)
+    cfg, where = recipe(["--config.model.experts=(8, 2)"]), topology.topology("v5e:2x2", 1)
     dense = settings.sizes(recipe([f"--config.model.mlp_dim={2 * SMALL['model.mlp_dim']}"]))
     model, layers = settings.sizes(cfg), SMALL["model.num_layers"]
     width, inner = SMALL["model.embed_dim"], SMALL["model.mlp_dim"]
@@ -158,7 +161,7 @@ def test_what_is_pinned_stays_and_what_cannot_be_is_refused(small):
     with pytest.raises(ConfigError, match="divides"):
         settings.space(odd, where, [""], ["mesh.tensor"])
     with pytest.raises(ConfigError, match="dcn_data"):
-        settings.space(cfg, chips.topology("v5e:2x2", 2), [""])
+        settings.space(cfg, topology.topology("v5e:2x2", 2), [""])
 
 
 def test_arithmetic_of_the_state_and_of_what_is_kept_by_hand(small):
@@ -333,7 +336,7 @@ def test_a_search_that_is_killed_goes_on_and_arithmetic_is_below_what_is_compile
     assert "--workdir=DIR" in done.stdout.splitlines()[-1]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
-    where = chips.topology("v5e:2x2", 1)
+    where = topology.topology("v5e:2x2", 1)
     winner = recipe(
         [f"--config.{key}={value}" for key, value in pinned.items()] + [f"--flagfile={tmp_path}/cache/winner.flags"]
     )

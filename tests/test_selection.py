@@ -11,10 +11,14 @@ import pytest
 
 from configs import common
 from lm import build as build_lib
-from lm import checkpoint, optim, selection, sharding, step, train, trees
+from lm import checkpoint, optim, param_paths, step, train
 from lm.config import AdapterConfig, CheckpointConfig, MeshConfig, OptimConfig
+from lm.config.schema import ConfigError
 from lm.models import transformer
-from lm.schema import ConfigError
+from lm.optim import trainable
+from lm.parallel import mesh as mesh_lib
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
 from tests import test_build, test_step, toys
 
 LAYERS = 3
@@ -33,7 +37,7 @@ LAST_TWO = ((r"decoder/layers/[12]/.*", 1.0), (r"head/.*", 2.0), (r".*", 0.0))
 
 def random_tree(seed):
     rng = np.random.default_rng(seed)
-    return trees.unflatten({p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in SHAPES.items()})
+    return param_paths.unflatten({p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in SHAPES.items()})
 
 
 def build(cfg, params, total_steps=10):
@@ -44,27 +48,27 @@ def build(cfg, params, total_steps=10):
 def apart(tree):
     """Every layer as a leaf of its own, under a name that the code does not know as stacked."""
     out = {}
-    for path, leaf in trees.flatten(tree).items():
+    for path, leaf in param_paths.flatten(tree).items():
         names = [path.replace("layers/", f"block/{i}/") for i in range(LAYERS)] if "layers" in path else [path]
         out |= dict(zip(names, leaf if "layers" in path else [leaf], strict=True))
-    return trees.unflatten(out)
+    return param_paths.unflatten(out)
 
 
 def follow(optimizer, params, grads_of_steps, first_step=0, start=None):
     """All parameters and the last optimizer state after some steps."""
-    part = selection.trained_part(optimizer.selection, params)
+    part = trainable.trained_part(optimizer.selection, params)
     state, update = optimizer.init(part), jax.jit(optimizer.update)
     for number, grads in enumerate(grads_of_steps, first_step):
-        grads = selection.trained_part(optimizer.selection, grads)
+        grads = trainable.trained_part(optimizer.selection, grads)
         part, state, info = update(grads, state, part, jnp.int32(number), start)
-    return trees.overlay(params, part), state, info
+    return param_paths.overlay(params, part), state, info
 
 
 # --- the rules ---
 
 
 def test_rules_resolve_to_slices():
-    got = selection.resolve(
+    got = trainable.resolve(
         dataclasses.replace(BASE, lr_rules=LAST_TWO, unfreeze_rules=((".*/1/.*", 0.07), (".*", 0.0))),
         random_tree(0),
         100,
@@ -74,14 +78,16 @@ def test_rules_resolve_to_slices():
     assert got.lr_multiplier["decoder/layers/mlp/up/bias"] == (0, 1, 1) and got.lr_multiplier["head/out/kernel"] == (2,)
     assert got.decayed["decoder/layers/mlp/up/kernel"] == (True,) * 3
     assert got.start["decoder/layers/mlp/up/kernel"] == (0, 7, 0)  # 0.07 * 100 is 7.000000000000001
-    shapes = {path: leaf.shape for path, leaf in trees.flatten(selection.trained_part(got, random_tree(0))).items()}
+    shapes = {
+        path: leaf.shape for path, leaf in param_paths.flatten(trainable.trained_part(got, random_tree(0))).items()
+    }
     assert shapes == {
         "decoder/layers/mlp/up/bias": (2, 6),
         "decoder/layers/mlp/up/kernel": (2, 4, 6),
         "head/out/kernel": (4, 2),
     }
-    abstract = selection.trained_part(got, jax.eval_shape(lambda: random_tree(0)))
-    assert {path: leaf.shape for path, leaf in trees.flatten(abstract).items()} == shapes
+    abstract = trainable.trained_part(got, jax.eval_shape(lambda: random_tree(0)))
+    assert {path: leaf.shape for path, leaf in param_paths.flatten(abstract).items()} == shapes
 
 
 @pytest.mark.parametrize(
@@ -115,8 +121,8 @@ def test_layers_under_rules_move_as_parameters_of_their_own(name):
     params, grads = random_tree(0), [random_tree(seed) for seed in range(1, 7)]
     got, _, info = follow(build(cfg, params), params, grads)
     want, _, expected = follow(build(cfg, apart(params)), apart(params), [apart(tree) for tree in grads])
-    for path, leaf in trees.flatten(apart(got)).items():
-        np.testing.assert_allclose(leaf, trees.flatten(want)[path], rtol=1e-6, atol=1e-7, err_msg=path)
+    for path, leaf in param_paths.flatten(apart(got)).items():
+        np.testing.assert_allclose(leaf, param_paths.flatten(want)[path], rtol=1e-6, atol=1e-7, err_msg=path)
     assert info["grad_norm"] == pytest.approx(float(expected["grad_norm"]), rel=1e-6)
     np.testing.assert_array_equal(
         got["decoder"]["layers"]["mlp"]["up"]["kernel"][0], params["decoder"]["layers"]["mlp"]["up"]["kernel"][0]
@@ -133,10 +139,10 @@ def test_a_parameter_held_back_begins_as_a_run_of_its_own(name):
     prompt = dataclasses.replace(late, unfreeze_rules=((".*", 0.0),))
     own, _, _ = follow(build(prompt, params), params, grads[3:], first_step=3)
     throughout, _, _ = follow(build(prompt, params), params, grads)
-    for path, leaf in trees.flatten(params).items():
+    for path, leaf in param_paths.flatten(params).items():
         held = slice(1, None) if "layers" in path else slice(0, 0)
         free = slice(0, 1) if "layers" in path else slice(None)
-        flat = [np.asarray(trees.flatten(tree)[path]) for tree in (before, after, own, throughout)]
+        flat = [np.asarray(param_paths.flatten(tree)[path]) for tree in (before, after, own, throughout)]
         np.testing.assert_array_equal(flat[0][held], leaf[held])
         assert not np.array_equal(flat[0][free], leaf[free])
         np.testing.assert_allclose(flat[1][held], flat[2][held], rtol=1e-6, atol=1e-7, err_msg=path)
@@ -166,11 +172,11 @@ def test_the_start_draws_as_l2_sp_writes_it():
     params, start = random_tree(0), random_tree(1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     optimizer = build(cfg, params)
-    anchors = selection.trained_part(optimizer.selection, start)
+    anchors = trainable.trained_part(optimizer.selection, start)
     del anchors["head"]
     got, _, _ = follow(optimizer, params, [zeros] * 2, start=anchors)
-    for path, leaf in trees.flatten(got).items():
-        want, origin = (np.asarray(trees.flatten(tree)[path], np.float64) for tree in (params, start))
+    for path, leaf in param_paths.flatten(got).items():
+        want, origin = (np.asarray(param_paths.flatten(tree)[path], np.float64) for tree in (params, start))
         rate, target, weight = (0.2, 0.0, 0.2) if "head" in path else (0.1, origin, 0.3)
         moved = target + (want - target) * (1 - rate * weight) ** 2
         learns = np.arange(len(want)) >= (1 if "layers" in path else 0 if "head" in path else len(want))
@@ -180,17 +186,19 @@ def test_the_start_draws_as_l2_sp_writes_it():
 def test_specs_follow_slices_and_groups():
     cfg = dataclasses.replace(BASE, lr_rules=LAST_TWO, unfreeze_rules=((".*/1/.*", 0.5), (".*", 0.0)))
     optimizer = build(cfg, random_tree(0))
-    part = selection.trained_part(optimizer.selection, random_tree(0))
-    specs = trees.map_with_path(lambda path, leaf: jax.P(*[None] * (leaf.ndim - 1), path), part)
+    part = trainable.trained_part(optimizer.selection, random_tree(0))
+    specs = param_paths.map_with_path(lambda path, leaf: jax.P(*[None] * (leaf.ndim - 1), path), part)
     got = optim.state_specs(optimizer, jax.eval_shape(lambda: part), specs)
     assert jax.tree.structure(got) == jax.tree.structure(optimizer.init(part))
     groups = [state.mu for state in got[1]]
-    assert [sorted(trees.flatten(group)) for group in groups] == [
-        sorted(trees.flatten(part)),
-        sorted(trees.flatten(part))[:2],
+    assert [sorted(param_paths.flatten(group)) for group in groups] == [
+        sorted(param_paths.flatten(part)),
+        sorted(param_paths.flatten(part))[:2],
     ]
     for group in groups:
-        assert trees.flatten(group) == {path: trees.flatten(specs)[path] for path in trees.flatten(group)}
+        assert param_paths.flatten(group) == {
+            path: param_paths.flatten(specs)[path] for path in param_paths.flatten(group)
+        }
 
 
 # --- the step, on a model with LoRA: at its start it computes what the base does ---
@@ -217,13 +225,13 @@ def model():
     cfg, _, base, batch, (_, weight, grads) = test_step.expected("gpt2")
     adapter = AdapterConfig("lora", rank=2, dropout=0.3, targets=".*/(query|down)")
     fns = transformer.text_model(cfg, jnp.float32, None, adapter)
-    fresh = trees.flatten(jax.jit(fns.init)(jax.random.key(0)))
-    params = trees.unflatten(fresh | trees.flatten(base))
+    fresh = param_paths.flatten(jax.jit(fns.init)(jax.random.key(0)))
+    params = param_paths.unflatten(fresh | param_paths.flatten(base))
     return test_step.loss_of(fns, cfg), fns, jax.device_get(params), batch, jax.tree.map(lambda g: g / weight, grads)
 
 
 def anchored():
-    return {path: "/mlp/" in path and "lora_" not in path for path in trees.flatten(model()[2])}
+    return {path: "/mlp/" in path and "lora_" not in path for path in param_paths.flatten(model()[2])}
 
 
 @functools.cache
@@ -241,12 +249,14 @@ def run(optimizer_of, steps, *, devices=1, micro_batches=1, state=None, mixout=0
     """Jitted steps on a mesh; the state comes back on the host."""
     _, fns, params, batch, _ = model()
     sizes = {1: MeshConfig(data=1), 8: MeshConfig(data=2, fsdp=2, tensor=2)}[devices]
-    mesh = sharding.make_mesh(sizes, jax.devices()[:devices])
+    mesh = make_mesh(sizes, jax.devices()[:devices])
     rows = batch["tokens"].shape[0]
     with jax.set_mesh(mesh):
         placed = sharding.to_global(batch, sharding.local_rows(mesh, rows), rows, mesh)
         if state is None:
-            where = trees.map_with_path(lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), fns.logical_axes())
+            where = param_paths.map_with_path(
+                lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), fns.logical_axes()
+            )
             state = step.init_state(jax.device_put(params, where), optimizer_of(), use_ema=True, anchored=anchored())
         for _ in range(steps):
             state, _ = compiled(optimizer_of, mixout, micro_batches)(state, placed)
@@ -266,8 +276,8 @@ def test_the_gradient_is_that_of_the_slice():
         moved = lambda grads, state, p, step, start: (jax.tree.map(jnp.add, p, grads), state, {})  # noqa: E731
         return learn()._replace(init=lambda p: (), update=moved)
 
-    flat, before = trees.flatten(run(seen, 1, micro_batches=2, mixout=0.0).params), trees.flatten(params)
-    for path, want in trees.flatten(grads).items():
+    flat, before = param_paths.flatten(run(seen, 1, micro_batches=2, mixout=0.0).params), param_paths.flatten(params)
+    for path, want in param_paths.flatten(grads).items():
         first = first_layer(path)
         np.testing.assert_array_equal(flat[path][:first], before[path][:first])
         got = flat[path][first:] - before[path][first:]
@@ -276,24 +286,24 @@ def test_the_gradient_is_that_of_the_slice():
 
 
 def test_nothing_outside_the_selection_changes_a_bit_or_holds_state():
-    before, state = trees.flatten(model()[2]), after(3)
+    before, state = param_paths.flatten(model()[2]), after(3)
     sizes = {path: leaf[first_layer(path) :].size for path, leaf in before.items() if leaf[first_layer(path) :].size}
-    for path, leaf in trees.flatten(state.params).items():
+    for path, leaf in param_paths.flatten(state.params).items():
         first = first_layer(path)
         np.testing.assert_array_equal(leaf[:first], before[path][:first])
         assert not leaf[first:].size or not np.array_equal(leaf[first:], before[path][first:]), path
     held = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert len(held) == 2 * len(sizes) and sum(held) == 2 * sum(sizes.values())
-    assert {path: leaf.size for path, leaf in trees.flatten(state.ema).items()} == sizes
-    for path, leaf in trees.flatten(state.start).items():
+    assert {path: leaf.size for path, leaf in param_paths.flatten(state.ema).items()} == sizes
+    for path, leaf in param_paths.flatten(state.start).items():
         np.testing.assert_array_equal(leaf, before[path][1:])
 
 
 def test_the_average_of_a_slice_is_evaluated_in_its_place():
     state = after(3)
-    got = trees.flatten(step.eval_params(jax.device_put(state)))
-    for path, leaf in trees.flatten(state.params).items():
-        ema = trees.flatten(state.ema).get(path, leaf[:0])
+    got = param_paths.flatten(step.eval_params(jax.device_put(state)))
+    for path, leaf in param_paths.flatten(state.params).items():
+        ema = param_paths.flatten(state.ema).get(path, leaf[:0])
         np.testing.assert_array_equal(got[path], np.concatenate([leaf[: len(leaf) - len(ema)], ema]))
 
 
@@ -327,8 +337,8 @@ def test_a_resumed_run_with_slices_is_the_uninterrupted_one_bitwise(tmp_path):
 @pytest.mark.slow
 def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monkeypatch):
     """`init_from`, LoRA, the last layer, a late start, the draw to the start, mixout, the average: through lm.train."""
-    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device)
+    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
     tiny = test_build.TINY | {"model__num_layers": 2}
     test_build.write_run(tmp_path / "base", {1: 0.5}, **tiny)
     cfg = toys.recipe(
@@ -362,13 +372,13 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
     assert summary["trained_parameters"] == trained
 
     state = checkpoint.choose(str(tmp_path / "run"))
-    params = trees.flatten(build_lib.load_run(str(tmp_path / "run"))[2])
+    params = param_paths.flatten(build_lib.load_run(str(tmp_path / "run"))[2])
     name = "decoder/layers/mlp/up/kernel"
     wanted = {
         f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32, sharding=sharding.replicated(one_device))
         for kind, n in (("ema", 1), ("params", 2))
     }
-    read = trees.flatten(checkpoint.load(state, trees.unflatten(wanted)))
+    read = param_paths.flatten(checkpoint.load(state, param_paths.unflatten(wanted)))
     np.testing.assert_array_equal(params[name], np.concatenate([read[f"params/{name}"][:1], read[f"ema/{name}"]]))
 
 

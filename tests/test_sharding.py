@@ -12,14 +12,17 @@ import pytest
 import toys
 from jax import P
 
-from lm import sharding, trees
+from lm import param_paths
 from lm.config import MeshConfig
+from lm.config.schema import ConfigError
 from lm.models import layers, transformer
-from lm.schema import ConfigError
+from lm.parallel import mesh as mesh_lib
+from lm.parallel import sharding
+from lm.parallel.mesh import AXES, _as_ring, make_mesh, mesh_sizes
 
 
 def mesh(devices: int = 8, **sizes):
-    return sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
+    return make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,7 @@ def mesh(devices: int = 8, **sizes):
     ],
 )
 def test_mesh_sizes(sizes, devices, want):
-    assert sharding.mesh_sizes(MeshConfig(**sizes), devices) == want
+    assert mesh_sizes(MeshConfig(**sizes), devices) == want
 
 
 @pytest.mark.parametrize(
@@ -53,10 +56,10 @@ def test_mesh_sizes(sizes, devices, want):
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
     cfg = MeshConfig(**sizes)
-    sizes = [f"{axis}={getattr(cfg, axis)}" for axis in (*sharding.AXES, "dcn_data")]
+    sizes = [f"{axis}={getattr(cfg, axis)}" for axis in (*AXES, "dcn_data")]
     asked = f"mesh {' '.join(sizes)} does not fit {devices} devices"
     with pytest.raises(ConfigError, match=f"^{asked}: their product must be {devices}; .* would do$|does not divide"):
-        sharding.mesh_sizes(cfg, devices)
+        mesh_sizes(cfg, devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +101,13 @@ def test_every_factorisation_of_a_slice_is_a_mesh_of_all_its_chips(kind, shape):
     for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
         if count % (fsdp * expert * tensor) == 0:
             cfg = MeshConfig(data=count // (fsdp * expert * tensor), fsdp=fsdp, expert=expert, tensor=tensor)
-            made = sharding.make_mesh(cfg, devices)
+            made = make_mesh(cfg, devices)
             assert made.devices.shape == (cfg.data, fsdp, expert, 1, tensor)
             assert {device.id for device in made.devices.ravel()} == {*range(count)}
 
 
 def test_slices_may_split_their_axes_too():
-    made = sharding.make_mesh(MeshConfig(dcn_data=2, fsdp=32, expert=2), slice_of("TPU v6 lite", 8, 8, slices=2))
+    made = make_mesh(MeshConfig(dcn_data=2, fsdp=32, expert=2), slice_of("TPU v6 lite", 8, 8, slices=2))
     assert made.devices.shape == (2, 32, 2, 1, 1)
     for number in range(2):
         assert {device.slice_index for device in made.devices[number].ravel()} == {number}
@@ -116,7 +119,7 @@ def test_sizes_that_are_said_to_do_do(devices):
     for data, fsdp, tensor, dcn in itertools.product((-1, 1, 2), (1, 2, 3, 32), (1, 5, 8), (1, 2)):
         cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, dcn_data=dcn)
         try:
-            assert np.prod(sharding.mesh_sizes(cfg, devices)) == devices
+            assert np.prod(mesh_sizes(cfg, devices)) == devices
         except ConfigError as error:
             refused += 1
             offered = str(error).rpartition("; ")[2]
@@ -133,7 +136,7 @@ def test_sizes_that_are_said_to_do_do(devices):
             else:
                 changes = [{name: size for name, (size,) in named}]
             for change in changes:
-                sharding.mesh_sizes(dataclasses.replace(cfg, **change), devices)
+                mesh_sizes(dataclasses.replace(cfg, **change), devices)
     assert refused > 30
 
 
@@ -144,8 +147,8 @@ def test_a_mesh_over_other_slices_than_there_are_is_refused():
         with pytest.raises(
             ConfigError, match=f"^mesh.dcn_data={cfg.dcn_data}: expected {slices}, the number of slices$"
         ):
-            sharding.make_mesh(cfg, devices)
-    assert sharding.make_mesh(MeshConfig(dcn_data=2, fsdp=4)).shape["data"] == 2, "on CPU there are none"
+            make_mesh(cfg, devices)
+    assert make_mesh(MeshConfig(dcn_data=2, fsdp=4)).shape["data"] == 2, "on CPU there are none"
 
 
 def test_the_mesh_names_its_axes():
@@ -200,7 +203,7 @@ def test_constrain_and_gather_place_what_is_computed_and_do_nothing_without_a_me
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("heads", "embed")])
 def test_gradients_of_weights_are_summed_in_rings_and_lie_as_the_weights(sizes, axes, longest, monkeypatch):
     """Of whole numbers, so that no order of summing rounds; rings of all devices of an axis, and rows and columns."""
-    monkeypatch.setattr(sharding, "LONGEST_RING", longest)
+    monkeypatch.setattr(mesh_lib, "LONGEST_RING", longest)
     rng, made = np.random.default_rng(0), mesh(**{"data": 1} | sizes)
     x, w, c = (jnp.asarray(rng.integers(-4, 5, shape), jnp.float32) for shape in ((8, 4, 16), (16, 32), (8, 4, 32)))
     with jax.set_mesh(made):
@@ -221,19 +224,19 @@ def test_neighbours_of_a_ring_lie_beside_each_other(shape):
         coords = np.array([device.coords for device in devices.ravel()])
         return np.abs(coords - np.roll(coords, -1, axis=0)).sum(axis=1)
 
-    found = sharding._as_ring(chips.reshape(1, -1, 1, 1, 1))
+    found = _as_ring(chips.reshape(1, -1, 1, 1, 1))
     assert found.shape == (1, chips.size, 1, 1, 1) and {id(x) for x in found.ravel()} == {id(x) for x in chips}
     assert (hops(found)[:-1] == 1).all(), "to and fro; only the way back to the first may be longer"
     assert hops(found).sum() < hops(chips).sum()
     assert shape[0] != 2 or hops(found)[-1] == 1
-    np.testing.assert_array_equal(sharding._as_ring(found), found)
+    np.testing.assert_array_equal(_as_ring(found), found)
 
 
 @pytest.mark.parametrize(("shape", "far"), [((8, 8, 1), 2), ((8, 16, 1), 2), ((16, 16, 1), 1)])
 def test_neighbours_of_rows_and_columns_are_close(shape, far):
     """Of the grid of rings that a long axis is; 16 chips close to a ring, from the first of 8 to the last is far."""
     chips = np.array([SimpleNamespace(coords=place) for place in np.ndindex(shape)], object)
-    found = sharding._as_ring(chips.reshape(1, -1, 1, 1, 1))
+    found = _as_ring(chips.reshape(1, -1, 1, 1, 1))
     assert {id(x) for x in found.ravel()} == {id(x) for x in chips}
     assert shape != (16, 16, 1) or (found.ravel() == chips).all()
     rows, columns = max(shape), min(size for size in shape if size > 1)
@@ -308,8 +311,8 @@ def test_every_large_parameter_is_split_over_fsdp_and_over_tensor(style):
     cfg = dataclasses.replace(toys.STYLES[style], embed_dim=64, num_heads=8, num_kv_heads=8, mlp_dim=128)
     cfg = transformer.resolve(cfg, vocab_size=toys.VOCAB, seq_len=32)
     model = transformer.text_model(cfg, jnp.float32)
-    axes = trees.flatten(model.logical_axes())
-    shapes = trees.flatten(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
+    axes = param_paths.flatten(model.logical_axes())
+    shapes = param_paths.flatten(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
     large = {path: leaf.shape for path, leaf in shapes.items() if leaf.size >= 64 * 64}
     assert len(large) >= 7
     for sizes in ({"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8}, {"data": 1, "fsdp": 2, "context": 4}):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import losses, optim, sharding, step, trees
+from lm import losses, optim, param_paths, step
 from lm.config import LossConfig, MeshConfig, OptimConfig
 from lm.models import transformer
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
 from tests import reference, toys
 
 LOSS = LossConfig(z_loss=1e-3, label_smoothing=0.1, chunk_len=5)
@@ -51,7 +53,7 @@ def adamw(params, **changes) -> optim.Optimizer:
 
 def take_step(params, batch, optimizer, loss_fn, mesh_cfg, devices, *, micro_batches=1, ema=0.9):
     """A step on a mesh; returns the state with host arrays and the metrics."""
-    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:devices])
+    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     rows = batch["tokens"].shape[0]
     with jax.set_mesh(mesh):
         state = step.init_state(params, optimizer, use_ema=ema > 0)
@@ -69,7 +71,7 @@ def assert_close(got, want, tolerance: float) -> None:
     A bias of the keys adds the same to all scores of a query, so its exact gradient is 0: what rounding leaves of it is
     held against the bias of the queries.
     """
-    got, want = trees.flatten(got), trees.flatten(want)
+    got, want = param_paths.flatten(got), param_paths.flatten(want)
     assert got.keys() == want.keys()
     for path in want:
         scale = np.abs(want[path.replace("key/bias", "query/bias")]).max()
@@ -123,9 +125,9 @@ def test_remat_and_unrolling_change_no_gradient(remat, unroll):
 def test_zero3_gathers_weights_and_keeps_them_split():
     """On an fsdp mesh no parameter of more than one dimension but norms is held whole."""
     _, model, params, _, _ = expected("llama")
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
-    axes = trees.flatten(model.logical_axes())
-    for path, leaf in trees.flatten(params).items():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
+    axes = param_paths.flatten(model.logical_axes())
+    for path, leaf in param_paths.flatten(params).items():
         split = jax.NamedSharding(mesh, sharding.spec(axes[path])).shard_shape(leaf.shape)
         assert np.prod(split) == (leaf.size if "norm" in path else leaf.size / 8), path
 
@@ -151,18 +153,20 @@ def test_frozen_parameters_stay_bitwise_and_hold_no_state():
     cfg, model, params, batch, _ = expected("gpt2")
     optimizer = adamw(params, lr_rules=((r"decoder/layers/mlp/.*", 1.0), (r".*", 0.0)))
     state, _ = take_step(params, batch, optimizer, loss_of(model, cfg), MeshConfig(data=1), 1)
-    new, old = trees.flatten(state.params), trees.flatten(params)
+    new, old = param_paths.flatten(state.params), param_paths.flatten(params)
     for path in old:
         assert np.array_equal(new[path], old[path]) != path.startswith("decoder/layers/mlp/"), path
-    held = trees.flatten(state.opt_state[1].mu)
+    held = param_paths.flatten(state.opt_state[1].mu)
     assert set(held) == {path for path in old if path.startswith("decoder/layers/mlp/")}
 
 
 def test_ema_follows_its_formula():
     cfg, model, params, batch, _ = expected("gpt2")
     state, _ = take_step(params, batch, adamw(params), loss_of(model, cfg), MeshConfig(data=1), 1, ema=0.75)
-    for path, average in trees.flatten(state.ema).items():
-        want = 0.1 * trees.flatten(params)[path] + 0.9 * trees.flatten(state.params)[path]  # 0.1 = (1 + 0) / (10 + 0)
+    for path, average in param_paths.flatten(state.ema).items():
+        want = (
+            0.1 * param_paths.flatten(params)[path] + 0.9 * param_paths.flatten(state.params)[path]
+        )  # 0.1 = (1 + 0) / (10 + 0)
         np.testing.assert_allclose(average, want, rtol=1e-6, atol=1e-7)
 
 
@@ -184,9 +188,9 @@ def test_zero3_holds_one_layer_gathered_and_reduces_the_output_projection_once()
     wide = dataclasses.replace(toys.LLAMA, num_layers=8, embed_dim=256, mlp_dim=1024, qk_norm=False)
     cfg = transformer.resolve(wide, vocab_size=512, seq_len=32)
     model = transformer.text_model(cfg, jnp.float32)
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    where = trees.map_with_path(lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), model.logical_axes())
+    where = param_paths.map_with_path(lambda _, a: jax.NamedSharding(mesh, sharding.spec(a)), model.logical_axes())
     params = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     rows = sharding.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in toys.batch(8, 32).items()}
@@ -194,7 +198,7 @@ def test_zero3_holds_one_layer_gathered_and_reduces_the_output_projection_once()
         loss_fn = loss_of(model, cfg, LossConfig(chunk_len=8))
         gradient = jax.jit(jax.grad(lambda p, b: loss_fn(p, b, None).sum), out_shardings=where)
         compiled = gradient.lower(params, batch).compile()
-    kernels = sum(leaf.size * 4 for path, leaf in trees.flatten(shapes).items() if "layers" in path)
+    kernels = sum(leaf.size * 4 for path, leaf in param_paths.flatten(shapes).items() if "layers" in path)
     assert compiled.memory_analysis().temp_size_in_bytes < kernels
     computation, reductions = "", []
     for line in compiled.as_text().splitlines():

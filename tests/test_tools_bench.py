@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from lm import sharding
 from lm.config import MeshConfig
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
 from tests import toys
 from tools import bench_peer
 from tools import bench_training as bench
@@ -34,8 +35,8 @@ GPT2 = {
 
 @pytest.fixture
 def one_device(monkeypatch):
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
 
 
 @pytest.fixture

@@ -13,8 +13,11 @@ import jax
 import pytest
 import toys
 
-from lm import build, generate, sharding, train
+from lm import build, train
 from lm.config import MeshConfig
+from lm.decoding import sampling
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "What is 2 and 2?"
@@ -24,7 +27,7 @@ QUESTION = "What is 2 and 2?"
 def run(tmp_path_factory):
     """A chat model trained for two steps."""
     folder = tmp_path_factory.mktemp("chat")
-    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     cfg = toys.recipe(
         toys.write_chats(folder / "chats.jsonl"),
         train__total_steps=2,
@@ -37,7 +40,7 @@ def run(tmp_path_factory):
         eval__at_start=False,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *_: one_device)
+        patch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
         train.train(cfg, folder / "run")
     return folder / "run"
 
@@ -73,7 +76,7 @@ def loaded(run: Path):
 
 
 def greedy(run, *, turns, new: int = 8) -> str:
-    """What the model answers to a conversation, by `lm.generate` alone."""
+    """What the model answers to a conversation, by `lm.decoding.sampling` alone."""
     cfg, model, params, words = loaded(run)
     ids = [words.bos_id]
     for number, text in enumerate(turns):
@@ -82,7 +85,7 @@ def greedy(run, *, turns, new: int = 8) -> str:
     prompt = [*ids, words.role_ids["assistant"]]
     chosen = {"temperature": 0.0, "max_new_tokens": new}
     cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, **chosen))
-    return words.decode(generate.generate(model, params, [prompt], jax.random.key(0), cfg, words)[0])
+    return words.decode(sampling.generate(model, params, [prompt], jax.random.key(0), cfg, words)[0])
 
 
 def test_a_prompt_is_answered_and_the_program_ends(run):

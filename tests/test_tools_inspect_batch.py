@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lm import config
-from lm.data import feed, pipeline
+from lm import config, input_pipeline
+from lm.data import loader
 from lm.data import tokenizer as tokenizers
-from lm.data.tasks import TASKS
+from lm.tasks.registry import TASKS
 from tools import inspect_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def test_colours_tell_trained_from_masked_and_the_roles_apart(monkeypatch, capsy
 def test_the_rows_are_those_of_the_run(recipe):
     cfg = config.build(runpy.run_path(str(recipe))["get_config"]())
     tok, data = inspect_batch.load(cfg)
-    ids = feed.train_row_ids(len(data.train), cfg.seed, 3, 4)
+    ids = loader.train_row_ids(len(data.train), cfg.seed, 3, 4)
     batch = inspect_batch.batch_from(cfg, data, "train", example=3, rows=4)
     np.testing.assert_array_equal(batch["tokens"], data.train.rows["tokens"][ids])
     assert batch["example_index"].tolist() == [3, 4, 5, 6]
@@ -246,13 +246,13 @@ def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
         section, _, name = key.partition("__")
         c[section][name] = value
     cfg = config.build(c)
-    found = pipeline.load(cfg.data)
+    found = input_pipeline.load(cfg.data)
     words = few_words
     if "items" in task:
         texts = [item for record in found[0].train for item in record["items"]]
         words = TASKS[task].words.train(texts, cfg.tokenizer)
     words = None if "image" in task else dataclasses.replace(words, extra_ids=9)
-    data = pipeline.build(cfg, words, *found)
+    data = input_pipeline.build(cfg, words, *found)
     for split in ("train", "valid"):
         batch = inspect_batch.batch_from(cfg, data, split, example=0, rows=3)
         rows = list(inspect_batch.read(batch, words, cfg))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from lm import build, checkpoint, schema, trees
+from lm import build, checkpoint, param_paths
+from lm.config import schema
 from tests import test_build, toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,10 +62,12 @@ def save_tuned(folder, base_params, words, **changes):
     rng = np.random.default_rng(0)
 
     def value(path, leaf):
-        moved = path not in trees.flatten(base_params) or "final_norm" in path
-        return jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) if moved else trees.flatten(base_params)[path]
+        moved = path not in param_paths.flatten(base_params) or "final_norm" in path
+        return (
+            jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) if moved else param_paths.flatten(base_params)[path]
+        )
 
-    params = trees.map_with_path(value, planned.abstract_params)
+    params = param_paths.map_with_path(value, planned.abstract_params)
     (folder / "tuned").mkdir()
     words.save(folder / "tuned" / "tokenizer.model")
     info = {"config": schema.to_dict(planned.cfg), "tokenizer_hash": words.hash, "data": {"example": 32}}
@@ -82,7 +85,7 @@ def test_a_merged_run_computes_the_same_and_starts_another(call, runs):
     cfg, params, got = hidden(runs / "merged")
     _, _, want = hidden(runs / "tuned")
     assert cfg.adapter.kind == "none" and cfg.init_from == ""
-    assert not any("lora_" in path for path in trees.flatten(params))
+    assert not any("lora_" in path for path in param_paths.flatten(params))
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
     assert np.abs(want - hidden(runs / "base")[2]).max() > 0.1
     saved = checkpoint.choose(f"{runs / 'merged'}@best")

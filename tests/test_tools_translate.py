@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from lm import build, generate, sharding, train
+from lm import build, train
 from lm.config import MeshConfig
+from lm.decoding import sampling
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
 from tests import toys
 
 pytestmark = pytest.mark.slow
@@ -32,7 +35,7 @@ def run(tmp_path_factory):
     for name, rows in (("train", 200), ("test", 5)):
         write_side(folder / f"{name}.en", rows, {word: word for word in LEXICON}, rows)
         write_side(folder / f"{name}.de", rows, LEXICON, rows)
-    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     cfg = toys.recipe(
         folder / "train.{en,de}",
         **{"data__format": "parallel", "data__task": "translation", "data__packing": "pad", "data__seq_len": 16},
@@ -48,7 +51,7 @@ def run(tmp_path_factory):
         **{"generate__prompts": ("a dog",), "generate__max_new_tokens": 12, "generate__temperature": 0.0},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *_: one_device)
+        patch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
         summary = train.train(cfg, folder / "run")
     return folder, summary
 
@@ -72,8 +75,8 @@ def test_one_beam_writes_what_greedy_generation_says_and_scores_it(run, translat
     out = translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--beams=1", "--batch_size=2")
     cfg, model, params, words = build.load_run(str(folder / "run"))
     sources = (folder / "test.en").read_text().splitlines()
-    prompts = [generate.encode_prompt(text, words, cfg) for text in sources]
-    made = generate.generate(model, params, prompts, jax.random.key(0), cfg, words)
+    prompts = [sampling.encode_prompt(text, words, cfg) for text in sources]
+    made = sampling.generate(model, params, prompts, jax.random.key(0), cfg, words)
     written = (folder / "run" / "translations.txt").read_text(encoding="utf-8").splitlines()
     assert written == [" ".join(words.decode(ids).split()) for ids in made]
     bleu = sacrebleu.corpus_bleu(written, [(folder / "test.de").read_text(encoding="utf-8").splitlines()]).score

@@ -1,8 +1,9 @@
-"""lm/traffic.py: who talks to whom, along which axes of the mesh, in the forms in which HLO writes it."""
+"""lm/planner/collectives.py: who talks to whom, along which axes of the mesh, in the forms in which HLO writes it."""
 
 import pytest
 
-from lm import aot, chips, hlo, traffic
+from lm.planner import collectives, hlo, train_compile
+from lm.planner import topology as chips
 
 MESH = {"dcn_data": 1, "data": 2, "fsdp": 4, "tensor": 1}
 
@@ -28,14 +29,14 @@ def op(text):
     ],
 )
 def test_groups_of_devices_and_the_axes_they_run_along(written, groups, axes):
-    found = traffic.device_groups(op(written))
+    found = collectives.device_groups(op(written))
     assert found == groups
-    assert traffic.axes_of(found, MESH) == axes
+    assert collectives.axes_of(found, MESH) == axes
 
 
 def test_axes_of_a_mesh_that_is_not_known_or_not_this_one_are_left_out():
-    assert traffic.axes_of([[0, 1]], {}) == ""
-    assert traffic.axes_of([[0, 9]], MESH) == ""
+    assert collectives.axes_of([[0, 1]], {}) == ""
+    assert collectives.axes_of([[0, 9]], MESH) == ""
 
 
 SLICES = """HloModule m
@@ -53,13 +54,13 @@ ENTRY %main (a: bf16[96,8,128]) -> bf16[96,8,128] {
 
 def test_what_slices_send_each_other_is_counted_and_waited_for():
     program = hlo.parse(SLICES)
-    (found,) = traffic.collectives(program, {"dcn_data": 2, "data": 1, "fsdp": 4})
+    (found,) = collectives.collectives(program, {"dcn_data": 2, "data": 1, "fsdp": 4})
     bytes_sent = 2 * 96 * 8 * 128
     assert found == ("all-reduce", "dcn_data", 2, "bf16", True, 1, bytes_sent)
-    assert traffic.in_table([found, found]) == {
+    assert collectives.in_table([found, found]) == {
         "all-reduce bf16 over dcn_data (2) async": {"times": 2, "bytes": 2 * bytes_sent}
     }
-    guess = aot.estimate(program, chips.topology("v5e:2x2", 2))
+    guess = train_compile.estimate(program, chips.topology("v5e:2x2", 2))
     # A ring of two passes the bytes twice, half of them each time; what is computed meanwhile is not waited for.
     passes = 2 * (1 / 2)
     copied = 2 * bytes_sent / 819e9  # read and written; less than the compiler's 10 us
@@ -100,14 +101,14 @@ ENTRY %main (s: (s32[], bf16[4,8,128], bf16[8,128])) -> bf16[4,8,128] {
 def test_copies_to_the_hosts_memory_and_back_are_counted_and_waited_for(chip, bandwidth):
     """Four slices of a stack go there and come back, and all of it at the end."""
     program, size = hlo.parse(OFFLOADED), 2 * 8 * 128
-    assert traffic.host_copies(program) == {"to_host": 4 * size, "from_host": 4 * size + 4 * size}
+    assert collectives.host_copies(program) == {"to_host": 4 * size, "from_host": 4 * size + 4 * size}
     where = chips.topology(chip, 1)
-    guess = aot.estimate(program, where)
+    guess = train_compile.estimate(program, where)
     copied = 4 * min(15 / where.chip.clock, 2 * size / where.chip.hbm_bandwidth)  # beside the copies to the host
     assert guess.other == pytest.approx(1e3 * copied)
     assert guess.host == pytest.approx(1e3 * (12 * size / bandwidth - copied)) and guess.total > guess.host
     assert guess.host_hidden == pytest.approx(1e3 * copied)
-    assert traffic.host_copies(hlo.parse(SLICES)) == {"to_host": 0, "from_host": 0}
+    assert collectives.host_copies(hlo.parse(SLICES)) == {"to_host": 0, "from_host": 0}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,6 @@ ENTRY %main (a: bf16[1024,128]) -> bf16[8192,128] {
     where, mesh = chips.topology("v6e:16x16", 1), {"dcn_data": 1, "data": 1, "fsdp": 32, "expert": 8}
     sent = 1e3 * 2 * 8192 * 128 * 7 / 8 / 9e10
     for links in (0.5, 1.0, 2.0):
-        guess = aot.estimate(hlo.parse(text), where, mesh=mesh, links={"expert": links})
+        guess = train_compile.estimate(hlo.parse(text), where, mesh=mesh, links={"expert": links})
         assert guess.exposed == pytest.approx(sent / links)
-    assert aot.estimate(hlo.parse(text), where).exposed == pytest.approx(sent)
+    assert train_compile.estimate(hlo.parse(text), where).exposed == pytest.approx(sent)

@@ -17,9 +17,11 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, config, evaluate, interrupt, optim, resume, schema, train
-from lm.checkpoint import CheckpointError
-from lm.schema import ConfigError
+from lm import checkpoint, config, optim, preemption, train
+from lm.checkpoint import CheckpointError, resume
+from lm.config import schema
+from lm.config.schema import ConfigError
+from lm.evaluation import evaluate
 from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +95,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(texts, tmp_path):
         process.send_signal(how)
         _, errors = process.communicate(timeout=120)
         ends.append((process.returncode, errors))
-    assert [status for status, _ in ends] == [-signal.SIGKILL, interrupt.Preempted.exit_status, -signal.SIGKILL], ends
+    assert [status for status, _ in ends] == [-signal.SIGKILL, preemption.Preempted.exit_status, -signal.SIGKILL], ends
     assert "the same command goes on" in ends[1][1]
     subprocess.run(start, cwd=ROOT, env=environment(8), check=True, capture_output=True)
 
@@ -318,9 +320,10 @@ def test_bits_per_byte_counts_every_held_out_byte_once(texts, tmp_path):
     """An untrained model is near uniform, so its bits per byte are about log2(ids) x tokens / bytes of the files."""
     cfg = toys.recipe(texts, train__total_steps=1, optim__learning_rate=1e-9, eval__batch_size=24)
     summary = train.train(cfg, tmp_path)
-    from lm.data import sources, tokenizer
+    from lm.data import tokenizer
+    from lm.data.readers import registry
 
-    valid = [record["text"] for record in sources.load(cfg.data).valid]
+    valid = [record["text"] for record in registry.load(cfg.data).valid]
     words = tokenizer.load(tmp_path / "tokenizer.model")
     targets = sum(len(words.encode(text)) + 1 for text in valid)
     bits = summary["nll"] / math.log(2) * targets

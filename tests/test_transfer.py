@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, checkpoint, optim, schema, step, train, transfer, trees
-from lm.checkpoint import CheckpointError
-from lm.config import CheckpointConfig, Config, ModelConfig, OptimConfig
+from lm import build, checkpoint, optim, param_paths, step, train
+from lm.checkpoint import CheckpointError, init_from
+from lm.config import CheckpointConfig, Config, ModelConfig, OptimConfig, schema
+from lm.config.schema import ConfigError, to_dict
 from lm.data import tokenizer
 from lm.models import transformer
-from lm.schema import ConfigError, to_dict
 from lm.types import TrainState
 
 SMALL = ModelConfig(num_layers=1, embed_dim=8, num_heads=2, mlp_dim=12)
@@ -55,10 +55,10 @@ def save(workdir, params, ema=None, number: int = 7) -> checkpoint.Saved:
 def initialize(saved, rules, cfg: ModelConfig = SMALL):
     """(flat parameters, origins, unused) of a new run."""
     model, abstract = model_of(cfg)
-    origin_of, unused = transfer.sources(abstract, rules, saved)
-    params, origin = transfer.initialize(model, abstract, SEED, saved, origin_of)
+    origin_of, unused = init_from.sources(abstract, rules, saved)
+    params, origin = init_from.initialize(model, abstract, SEED, saved, origin_of)
     assert jax.tree.structure(params) == jax.tree.structure(abstract)
-    return trees.flatten(params), origin, unused
+    return param_paths.flatten(params), origin, unused
 
 
 def same(a, b) -> bool:
@@ -68,7 +68,7 @@ def same(a, b) -> bool:
 def test_keep_takes_every_parameter(tmp_path):
     old = random_like(model_of()[1], 0)
     got, origin, unused = initialize(save(tmp_path / "old", old), ((".*", "keep"),))
-    for path, leaf in trees.flatten(old).items():
+    for path, leaf in param_paths.flatten(old).items():
         assert same(got[path], leaf) and origin[path] == "old@7"
     assert got.keys() == origin.keys() and unused == []
 
@@ -77,7 +77,7 @@ def test_only_what_the_rules_say_is_initialised_and_as_the_models_init_would(tmp
     old = random_like(model_of()[1], 0)
     rules = ((r"decoder/layers/mlp/.*|embed/embedding", "reinit"), (".*", "keep"))
     got, origin, unused = initialize(save(tmp_path, old), rules)
-    fresh, kept = trees.flatten(fresh_of()), trees.flatten(old)
+    fresh, kept = param_paths.flatten(fresh_of()), param_paths.flatten(old)
     anew = {path for path in got if "/mlp/" in path or path == "embed/embedding"}
     assert len(anew) == 5 and {path for path, text in origin.items() if text == "initialised"} == anew
     for path, leaf in got.items():
@@ -88,16 +88,16 @@ def test_only_what_the_rules_say_is_initialised_and_as_the_models_init_would(tmp
 def test_the_average_is_preferred_where_there_is_one(tmp_path):
     """It holds the trained parameters only: of frozen ones there is just the parameter."""
     old, average = random_like(model_of()[1], 0), random_like(model_of()[1], 1)
-    ema = trees.select(average, {path: "/mlp/" in path for path in trees.flatten(old)})
+    ema = param_paths.select(average, {path: "/mlp/" in path for path in param_paths.flatten(old)})
     got, origin, _ = initialize(save(tmp_path / "old", old, ema), ((".*", "keep"),))
     for path, leaf in got.items():
         tree, name = (average, "old@7 ema") if "/mlp/" in path else (old, "old@7")
-        assert same(leaf, trees.flatten(tree)[path]) and origin[path] == name
+        assert same(leaf, param_paths.flatten(tree)[path]) and origin[path] == name
 
 
 def test_renamed_parameters_are_read_from_the_path_that_the_groups_make(tmp_path):
     old = random_like(model_of()[1], 0)
-    flat = trees.flatten(old)
+    flat = param_paths.flatten(old)
     moved = {path.replace("decoder/layers/", "encoder/stack/"): leaf for path, leaf in flat.items()}
     moved["table"] = moved.pop("embed/embedding")
     moved["extra/kernel"] = jnp.ones(3)
@@ -106,7 +106,7 @@ def test_renamed_parameters_are_read_from_the_path_that_the_groups_make(tmp_path
         (r"embed|embed/embedding", "table"),  # the whole path is replaced, whichever alternative is tried first
         (".*", "keep"),
     )
-    got, _, unused = initialize(save(tmp_path, trees.unflatten(moved)), rules)
+    got, _, unused = initialize(save(tmp_path, param_paths.unflatten(moved)), rules)
     assert unused == ["extra/kernel"]
     for path, leaf in flat.items():
         assert same(got[path], leaf), path
@@ -114,14 +114,14 @@ def test_renamed_parameters_are_read_from_the_path_that_the_groups_make(tmp_path
 
 def refusal(saved, rules, cfg: ModelConfig = SMALL, seq_len: int = 8) -> str:
     with pytest.raises(ConfigError) as error:
-        transfer.sources(model_of(cfg, seq_len)[1], rules, saved)
+        init_from.sources(model_of(cfg, seq_len)[1], rules, saved)
     return str(error.value)
 
 
 def test_what_cannot_be_transferred_is_refused_with_advice(tmp_path):
-    old = trees.flatten(random_like(model_of()[1], 0))
+    old = param_paths.flatten(random_like(model_of()[1], 0))
     old["decoder/final_norm/scales"] = old.pop("decoder/final_norm/scale")
-    saved = save(tmp_path, trees.unflatten(old))
+    saved = save(tmp_path, param_paths.unflatten(old))
     keep = ((".*", "keep"),)
     missing = refusal(saved, keep)
     assert "has no parameter 'decoder/final_norm/scale'" in missing and str(saved.path) in missing
@@ -142,11 +142,11 @@ def test_what_cannot_be_transferred_is_refused_with_advice(tmp_path):
 def test_what_is_left_behind_is_named(tmp_path):
     untied = dataclasses.replace(SMALL, tie_embeddings=False)
     saved = save(tmp_path, random_like(model_of(untied)[1], 0))
-    origin_of, unused = transfer.sources(model_of()[1], (("embed/position.*", "reinit"), (".*", "keep")), saved)
+    origin_of, unused = init_from.sources(model_of()[1], (("embed/position.*", "reinit"), (".*", "keep")), saved)
     assert unused == ["embed/position_embedding", "lm_head/kernel"]
     saved.info["config"] = {"model": to_dict(ModelConfig(num_heads=2))}
     config = ModelConfig(num_heads=4)
-    assert transfer.describe(origin_of, unused, saved, config).splitlines() == [
+    assert init_from.describe(origin_of, unused, saved, config).splitlines() == [
         f"init_from {saved.path}: {len(origin_of) - 1} parameters read",
         "  initialised afresh (1): embed/position_embedding",
         "  left behind (2): embed/position_embedding, lm_head/kernel",
@@ -158,7 +158,7 @@ def test_a_fine_tuned_run_can_be_fine_tuned_again(tmp_path):
     rules = ((r"embed/position_embedding", "reinit"), (".*", "keep"))
     first = random_like(model_of()[1], 0)
     second, _, _ = initialize(save(tmp_path / "a", first), rules)
-    saved = save(tmp_path / "b", trees.unflatten(second), ema=trees.unflatten(second), number=3)
+    saved = save(tmp_path / "b", param_paths.unflatten(second), ema=param_paths.unflatten(second), number=3)
     third, origin, _ = initialize(saved, ((".*", "keep"),))
     assert all(same(third[path], second[path]) for path in second)
     assert set(origin.values()) == {"b@3 ema"}
@@ -178,7 +178,7 @@ def test_nothing_but_parameters_is_transferred(tmp_path):
         abstract_state=SimpleNamespace(params=abstract),
         state_shardings=jax.tree.leaves(abstract)[0].sharding,
     )
-    origin_of, unused = transfer.sources(abstract, ((".*", "keep"),), saved)
+    origin_of, unused = init_from.sources(abstract, ((".*", "keep"),), saved)
     planned = SimpleNamespace(init=saved, origin_of=origin_of, unused=unused)
     said = []
     state, position, _ = train.restore(run, planned, [], said.append)
@@ -191,7 +191,7 @@ def test_nothing_but_parameters_is_transferred(tmp_path):
 
 def test_from_scratch_is_the_models_init():
     model, abstract = model_of()
-    params, origin = transfer.initialize(model, abstract, SEED, None, {})
+    params, origin = init_from.initialize(model, abstract, SEED, None, {})
     assert set(origin.values()) == {"initialised"}
     jax.tree.map(lambda a, b: None if same(a, b) else pytest.fail(), params, fresh_of())
 

@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import objectives, sharding, trees
+from lm import param_paths
 from lm.config import Config, DataConfig, MeshConfig, ModelConfig
+from lm.config.schema import ConfigError
 from lm.models import transformer, vision
-from lm.schema import ConfigError
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
+from lm.tasks import objectives
 from lm.types import Head
 from tests import reference
 from tools import show_reconstructions
@@ -110,7 +113,7 @@ def reference_hidden(leaves, images, seen, cfg):
 
 
 def leaves_of(params):
-    values = {path: np.asarray(leaf, np.float64) for path, leaf in trees.flatten(params).items()}
+    values = {path: np.asarray(leaf, np.float64) for path, leaf in param_paths.flatten(params).items()}
     return {path: (value, np.zeros_like(value)) for path, value in values.items()}
 
 
@@ -191,19 +194,19 @@ def test_on_a_mesh_as_on_one_device(objective):
 
     run = jax.value_and_grad(loss, has_aux=True)
     (value, terms), grads = jax.jit(run)(params, batch)
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    axes = trees.flatten(fns.logical_axes())
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    axes = param_paths.flatten(fns.logical_axes())
     with jax.set_mesh(mesh):
         where = {path: jax.NamedSharding(mesh, sharding.spec(axes[path])) for path in axes}
-        placed = trees.unflatten({p: jax.device_put(x, where[p]) for p, x in trees.flatten(params).items()})
+        placed = param_paths.unflatten({p: jax.device_put(x, where[p]) for p, x in param_paths.flatten(params).items()})
         rows = {key: jax.device_put(x, sharding.batch_sharding(mesh)) for key, x in batch.items()}
         (split_value, split_terms), split_grads = jax.jit(run)(placed, rows)
     assert value > 0.1
     assert any(not spec.is_fully_replicated for spec in where.values())
     np.testing.assert_allclose(split_value, value, rtol=1e-5)
     np.testing.assert_allclose(split_terms.weight, terms.weight)
-    for path, grad in trees.flatten(grads).items():
-        got = np.asarray(trees.flatten(split_grads)[path])
+    for path, grad in param_paths.flatten(grads).items():
+        got = np.asarray(param_paths.flatten(split_grads)[path])
         np.testing.assert_allclose(got, grad, rtol=0, atol=1e-5 + 2e-5 * np.abs(grad).max(), err_msg=path)
 
 
@@ -213,7 +216,7 @@ def test_on_a_mesh_as_on_one_device(objective):
 def test_a_vit_takes_all_but_its_head_from_an_autoencoder():
     shapes = {}
     for kind, head in (("vit", Head("pooled", 5)), ("mae", None)):
-        shapes[kind] = {path: leaf.shape for path, leaf in trees.flatten(make(kind, head)[2]).items()}
+        shapes[kind] = {path: leaf.shape for path, leaf in param_paths.flatten(make(kind, head)[2]).items()}
     kept = {path: shape for path, shape in shapes["vit"].items() if not path.startswith("head/")}
     assert kept == {p: s for p, s in shapes["mae"].items() if p.startswith(("embed/", "encoder/"))}
     assert len(kept) < len(shapes["vit"])

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lm import build, config, train
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 from tools import show_reconstructions
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm import config
 from lm.config import Config, ModelConfig
-from lm.models import families, transformer
+from lm.models import registry, transformer
 from lm.types import ModelFns, Params
 
 VOCAB = 50  # rows of the embedding are 128: the rest is padding
@@ -52,7 +52,7 @@ def decoder(cfg: ModelConfig, seq_len: int, seed: int = 0) -> tuple[ModelConfig,
     """A resolved config (of any kind of text model), its functions, and parameters whose zeros and ones are perturbed,
     so that each one matters."""
     cfg = transformer.resolve(cfg, vocab_size=VOCAB, seq_len=seq_len)
-    model = families.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
+    model = registry.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
     rng = np.random.default_rng(seed)
     params = jax.jit(model.init)(jax.random.key(seed))
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), params)

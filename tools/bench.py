@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lm import config
-from lm import flags as lm_flags
+from lm.parallel import xla_flags as lm_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _PEER = flags.DEFINE_enum("peer", "", ["", "transformers"], "What trains the same model in the same run.")

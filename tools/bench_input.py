@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from lm import config
-from lm.data import examples, feed, packing, pipeline, shards, sources, tokenizer
-from lm.data.examples import Rows
-from lm.data.tasks import TASKS
+from lm import config, input_pipeline
+from lm.data import example, loader, packing, shards, tokenizer
+from lm.data.example import Rows
+from lm.data.readers import registry
+from lm.tasks.registry import TASKS
 
 LENGTH, BATCH = 1024, 128
 WEIGHTS = {"web": 0.6, "books": 0.3, "code": 0.1}  # also how much of the bytes each source has
@@ -53,7 +54,7 @@ def prepared(folder: Path, megabytes: int, seconds: float) -> dict[str, float]:
         write(folder / name, max(BATCH, round(megabytes * share * 1e6 / (2 * LENGTH))), number)
     mixture = tuple((0.0, str(folder / name), weight) for name, weight in WEIGHTS.items())
     cfg = config.Config(data=config.DataConfig(format="prepared", mixture=mixture, seq_len=LENGTH, batch_size=BATCH))
-    data = pipeline.build(cfg, None, *pipeline.load(cfg.data))
+    data = input_pipeline.build(cfg, None, *input_pipeline.load(cfg.data))
     began = time.perf_counter()
     next(batches := batches_of(data, _FAR))
     restore = time.perf_counter() - began
@@ -80,10 +81,10 @@ def prepared(folder: Path, megabytes: int, seconds: float) -> dict[str, float]:
     return figures
 
 
-def batches_of(data: feed.Data, start: int) -> Any:
+def batches_of(data: loader.Data, start: int) -> Any:
     """The batches of a run from an example on."""
     local = np.arange(BATCH)
-    return feed.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local, seed=0)
+    return loader.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local, seed=0)
 
 
 def copied(folders: list[Path], columns: int) -> Iterator[dict[str, np.ndarray]]:
@@ -147,11 +148,11 @@ def on_the_fly(seconds: float) -> tuple[float, float]:
     """Tokens a second of tokenizing and packing the built-in text by all cores, the tokenizer at hand; and a second of
     CPU time of all threads."""
     cfg = config.Config(data=config.DataConfig(seq_len=LENGTH))
-    split = sources.load(cfg.data)
+    split = registry.load(cfg.data)
     words = tokenizer.train([record["text"] for record in split.train], 8192, 2_000_000)
     task, tokens, began, cpu = TASKS["text"], 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
-        made = examples.make(task, split.train, words, cfg, Counter(), os.cpu_count() or 1)
+        made = example.make(task, split.train, words, cfg, Counter(), os.cpu_count() or 1)
         rows, _ = packing.pack(made, task.columns(cfg), cfg.data)
         tokens += int(np.count_nonzero(rows["segment_ids"]))
     return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lm import config, trees
+from lm import config, param_paths
 from lm.config import Config
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 
 def check(cfg: Config, platform: str) -> None:
@@ -181,7 +181,7 @@ def product(size: int) -> Callable[[], Any]:
 
 def weights(params: Mapping[str, Any], num_layers: int) -> dict[str, np.ndarray]:
     """Our parameters by the names of `GPT2LMHeadModel`: kernels are [in, out] there too; query, key, value are one."""
-    flat = {path: np.asarray(x) for path, x in trees.flatten(params).items()}
+    flat = {path: np.asarray(x) for path, x in param_paths.flatten(params).items()}
     layer = "decoder/layers"
     out = {
         "transformer.wte.weight": flat["embed/embedding"],

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.config import Config
+from lm.evaluation import flops
+from lm.parallel import mesh as mesh_lib
 
 # Losses of one batch in float32, by other sums: from the same weights, and after a step of the same optimizer.
 AGREE_AT_START, AGREE_AFTER = 1e-5, 1e-4
@@ -71,7 +73,7 @@ def measure(
     """
     import jax
 
-    from lm import build, metrics
+    from lm import build
     from tools import bench_peer
 
     if peer:
@@ -100,8 +102,8 @@ def measure(
     per_second = statistics.median(tokens / each.wall for each in found["own"])
     is_counted = own.run.tokenizer is not None and build.predicts_tokens(cfg)
     words = own.run.tokenizer.vocab_size if is_counted else 0
-    per_token = functools.partial(metrics.train_flops_per_token, cfg.model, cfg.data.seq_len, words)
-    flops, causal = (per_token(causal_half=half) if is_counted else None for half in (False, True))
+    per_token = functools.partial(flops.train_flops_per_token, cfg.model, cfg.data.seq_len, words)
+    full, causal = (per_token(causal_half=half) if is_counted else None for half in (False, True))
     figures: dict[str, Any] = {
         "device": device.device_kind,
         "devices": devices,
@@ -116,13 +118,13 @@ def measure(
         "page_faults_per_step": statistics.median(each.page_faults for each in found["own"]) / steps,
         "seconds_to_first_step": sum(own.seconds.values()),
         "seconds_of_it": own.seconds,
-        "model_flops_per_token": flops,
-        "mfu": metrics.mfu(per_second, flops, device.device_kind, devices),
-        "mfu_causal": metrics.mfu(per_second, causal, device.device_kind, devices),
+        "model_flops_per_token": full,
+        "mfu": flops.mfu(per_second, full, device.device_kind, devices),
+        "mfu_causal": flops.mfu(per_second, causal, device.device_kind, devices),
     }
-    if flops and figures["mfu"] is None:  # no peak is known: beside what one large matrix product reaches
+    if full and figures["mfu"] is None:  # no peak is known: beside what one large matrix product reaches
         ceiling = matmul_flops(jax_product)
-        figures |= {"matmul_flops_per_second": ceiling, "share_of_matmul": per_second * flops / ceiling}
+        figures |= {"matmul_flops_per_second": ceiling, "share_of_matmul": per_second * full / ceiling}
     if peer:
         pairs = list(zip(found["own"], found["peer"], strict=True))
         compared |= {"name": "transformers", "activation": activation, **bench_peer.about()}
@@ -137,18 +139,19 @@ def prepare(cfg: Config, folder: Path, *, keep_start: bool) -> Training:
     """Everything up to the end of the first step, as `lm.train` does it."""
     import jax
 
-    from lm import build, program, sharding, transfer
+    from lm import build, program
+    from lm.checkpoint import init_from
 
     times = [_BEGAN, time.perf_counter()]
     planned = build.plan(cfg, None)
-    mesh = sharding.make_mesh(planned.cfg.mesh)
+    mesh = mesh_lib.make_mesh(planned.cfg.mesh)
     run = build.run(planned, folder, mesh, lambda _: None)
     times.append(time.perf_counter())
     with jax.set_mesh(mesh):
         shape = program.abstract_batch(run.cfg, mesh, run.cfg.data.batch_size)
         train_step = run.train_step.lower(run.abstract_state, shape).compile()
         times.append(time.perf_counter())
-        params, _ = transfer.initialize(
+        params, _ = init_from.initialize(
             run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
         )
         start = jax.device_get(params) if keep_start else None

@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     args = parser.parse_args()
 
-    from lm import schema
     from lm.checkpoint import CheckpointError
+    from lm.config import schema
 
     try:
         talk(args)
@@ -34,15 +34,18 @@ def talk(args: argparse.Namespace) -> None:
     """Reads lines, prints answers."""
     import jax
 
-    from lm import build, config, generate, monitor, schema
-    from lm.data import chats
+    from lm import build, config
+    from lm.config import schema
+    from lm.decoding import sampling
+    from lm.tasks import chat
+    from lm.tracking import tracker
 
     cfg, model, params, words = build.load_run(args.workdir)
     keys = ("temperature", "top_k", "top_p", "max_new_tokens")
     chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     values = schema.to_dict(cfg)
     cfg = config.build(values | {"generate": values["generate"] | chosen})
-    room = generate.prompt_room(cfg)
+    room = sampling.prompt_room(cfg)
     if room < 2:
         raise schema.ConfigError(
             f"--max_new_tokens={cfg.generate.max_new_tokens} leaves no room for a prompt in the {cfg.data.seq_len} "
@@ -50,13 +53,13 @@ def talk(args: argparse.Namespace) -> None:
         )
     key = jax.random.key(args.seed)
     is_chat = cfg.data.task == "chat"
-    turns: list[chats.Turn] = []
+    turns: list[chat.Turn] = []
     print(f"{'chat' if is_chat else 'text continuation'} model, {args.workdir}; end with Ctrl-D", file=sys.stderr)
     for turn, line in enumerate([args.prompt] if args.prompt else lines()):
         if is_chat:
-            asked = [*turns, chats.encode({"role": "user", "content": line}, words, "the question")]
+            asked = [*turns, chat.encode({"role": "user", "content": line}, words, "the question")]
             try:
-                turns = chats.recent_prompt(asked, words, room)
+                turns = chat.recent_prompt(asked, words, room)
             except schema.ConfigError as error:
                 if args.prompt:
                     raise
@@ -64,14 +67,14 @@ def talk(args: argparse.Namespace) -> None:
                 continue
             if left_out := len(asked) - len(turns):
                 print(f"(the oldest {left_out} turns of the conversation no longer fit)", file=sys.stderr)
-            ids = chats.prompt_ids(turns, words)
+            ids = chat.prompt_ids(turns, words)
         else:
-            ids = fit(generate.encode_prompt(line, words, cfg), room)
-        made = generate.generate(model, params, [ids], jax.random.fold_in(key, turn), cfg, words)[0]
+            ids = fit(sampling.encode_prompt(line, words, cfg), room)
+        made = sampling.generate(model, params, [ids], jax.random.fold_in(key, turn), cfg, words)[0]
         answer = words.decode(made)
         if is_chat:
-            turns.append(chats.encode({"role": "assistant", "content": answer}, words, "the answer"))
-        print(monitor.visible(answer), flush=True)
+            turns.append(chat.encode({"role": "assistant", "content": answer}, words, "the answer"))
+        print(tracker.visible(answer), flush=True)
 
 
 def fit(ids: list[int], room: int) -> list[int]:

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
 from lm import config
-from lm import flags as lm_flags
+from lm.parallel import xla_flags as lm_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows to show.", lower_bound=1)
@@ -116,29 +116,28 @@ def main(argv: list[str]) -> None:
 
 def load(cfg: Any) -> tuple[Any, Any]:
     """(tokenizer, packed data) of a run of this config that has not begun."""
-    from lm import build, replay
-    from lm.data import pipeline
+    from lm import build, input_pipeline, replay
 
     planned = build.plan(cfg, None)
-    found = pipeline.load(cfg.data)
+    found = input_pipeline.load(cfg.data)
     words = build.tokenizer_for(planned, found)
-    return words, pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, planned.cfg))
+    return words, input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, planned.cfg))
 
 
 def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:
     """The rows that a run is given from the index `example` on, in training or in evaluation."""
     import numpy as np
 
-    from lm.data import feed
+    from lm.data import loader
 
     one: dict[str, Any] = {"batch_size": 1, "local_rows": np.arange(1)}
     if split == "train":  # no more rows than are shown
-        stream: Iterator[feed.HostBatch] = feed.train_batches(
+        stream: Iterator[loader.HostBatch] = loader.train_batches(
             data, start_example=example, seed=cfg.seed, threads=0, **one
         )
     else:
         limits = {"max_tokens": cfg.eval.max_tokens, "seq_len": cfg.data.seq_len}
-        evaluation = feed.eval_batches(data.valid, **limits, **one)
+        evaluation = loader.eval_batches(data.valid, **limits, **one)
         stream = itertools.islice(evaluation, example, None)
     found = list(itertools.islice(stream, rows))
     if not found:
@@ -250,7 +249,7 @@ def _with_words(tokens: list[Token], sizes: Any) -> list[Token]:
 
 def facts_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config) -> list[str]:
     """What is known of a row as a whole: its label, number or answer, the shape of its image."""
-    from lm.data import mixtures
+    from lm.tasks import multitask
 
     facts = []
     labels, task = cfg.data.labels, cfg.data.task
@@ -260,7 +259,7 @@ def facts_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config) -> list[st
         seen, hidden = len(row["visible_patches"]), len(row["masked_patches"])
         facts.append(f"{hidden} of {seen + hidden} patches hidden")
     if "part" in row:
-        part = mixtures.parts(labels)[int(row["part"])]
+        part = multitask.parts(labels)[int(row["part"])]
         value = part.classes[int(row["labels"])] if part.classes else f"{float(row['labels']):g}"
         facts.append(f"{part.name}: {value}")
     elif cfg.objective == "span_qa":

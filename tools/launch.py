@@ -108,8 +108,9 @@ def slice_of(accelerator: str, topology: str = "") -> Slice:
 CHECK = """
 import sys
 from absl import app, flags
-from lm import config, main, sharding
-from lm.flags import parse
+from lm import config, main
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.xla_flags import parse
 
 def check(argv):
     workdir, cfg = flags.FLAGS.workdir, config.build(flags.FLAGS.config)
@@ -119,7 +120,7 @@ def check(argv):
         sys.exit(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
     if cfg.mesh.dcn_data != slices:
         sys.exit(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {slices}, the number of slices; change it or --slices")
-    sharding.mesh_sizes(cfg.mesh, devices)
+    mesh_lib.mesh_sizes(cfg.mesh, devices)
 
 app.run(check, flags_parser=parse)
 """

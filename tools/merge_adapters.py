@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from lm.checkpoint import CheckpointError
-    from lm.schema import ConfigError
+    from lm.config.schema import ConfigError
 
     try:
         if args.out.exists():
@@ -60,25 +60,29 @@ def merge(args: argparse.Namespace) -> None:
 
 def extract(args: argparse.Namespace) -> None:
     """RUN -> OUT with what it trained or initialised, and the fingerprints of all else."""
-    from lm import build, checkpoint, selection, transfer, trees
-    from lm.schema import ConfigError
+    from lm import build, checkpoint, param_paths
+    from lm.checkpoint import init_from
+    from lm.config.schema import ConfigError
+    from lm.optim import trainable
 
     saved = checkpoint.choose(args.run)
     cfg, _, params, words = build.load_run(args.run)
-    trained = selection.resolve(cfg.optim, params, total_steps=1).trained
-    actions = trees.match_rules(cfg.init_rules, list(trained), "init_rules")
-    own = {path: trained[path] or actions[path] == transfer.REINIT for path in trained}
+    trained = trainable.resolve(cfg.optim, params, total_steps=1).trained
+    actions = param_paths.match_rules(cfg.init_rules, list(trained), "init_rules")
+    own = {path: trained[path] or actions[path] == init_from.REINIT for path in trained}
     if all(own.values()) or not cfg.init_from:
         raise ConfigError(f"{args.run} has no frozen base: it trains everything, or started from no 'init_from'")
     base = {path: saved.info["arrays"][f"params/{path}"]["fingerprint"] for path in own if not own[path]}
-    write(args.out, saved, cfg, trees.select(params, own), words, base={"run": cfg.init_from, "fingerprints": base})
+    write(
+        args.out, saved, cfg, param_paths.select(params, own), words, base={"run": cfg.init_from, "fingerprints": base}
+    )
 
 
 def attach(args: argparse.Namespace) -> None:
     """EXTRACTED and its base -> OUT with both."""
     import jax
 
-    from lm import build, checkpoint, config, trees
+    from lm import build, checkpoint, config, param_paths
 
     saved = checkpoint.choose(args.run)
     if "base" not in saved.info:
@@ -92,26 +96,28 @@ def attach(args: argparse.Namespace) -> None:
             f"'{name}' is not the base of {saved.path}: '{different[0]}' differs ({len(different)} of {len(expected)} "
             "arrays); name the right one with --base=RUN, or RUN@STEP"
         )
-    flat = trees.flatten(params)
+    flat = param_paths.flatten(params)
     kept = {
         f"params/{path}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for path, leaf in flat.items()
         if path not in expected
     }
-    own = checkpoint.load(saved, trees.unflatten(kept))["params"]
-    write(args.out, saved, cfg, trees.overlay(params, own), planned.tokenizer)
+    own = checkpoint.load(saved, param_paths.unflatten(kept))["params"]
+    write(args.out, saved, cfg, param_paths.overlay(params, own), planned.tokenizer)
 
 
 def write(out: Path, saved: Any, cfg: Any, params: Any, words: Any, **about: Any) -> None:
     """A run folder with one checkpoint: the step, position and metrics of `saved`, with other parameters."""
     import jax
 
-    from lm import build, checkpoint, config, monitor, schema
+    from lm import build, checkpoint, config
+    from lm.config import schema
+    from lm.tracking import tracker
 
     out.mkdir(parents=True)
     if words:
         words.save(out / build.tokenizer_file(cfg))
-    monitor.write_atomic(out / "config.json", config.to_json(cfg))
+    tracker.write_atomic(out / "config.json", config.to_json(cfg))
     kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
     with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:
         saves.save(saved.step, {"params": params}, kept | {"config": schema.to_dict(cfg)} | about, saved.metrics)

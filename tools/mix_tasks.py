@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
 from lm import config
-from lm.data import sources
+from lm.data.readers import registry
 
 
 def mix(out: Path, names: list[str]) -> dict[str, int]:
@@ -27,7 +27,7 @@ def mix(out: Path, names: list[str]) -> dict[str, int]:
     splits = {}
     for name in names:
         cfg = config.build(importlib.import_module(f"configs.{name}").get_config())
-        splits[name] = sources.load(cfg.data)
+        splits[name] = registry.load(cfg.data)
     out.mkdir(parents=True, exist_ok=True)
     for part in ("train", "valid"):
         with (out / f"{part}.jsonl").open("w", encoding="utf-8") as file:

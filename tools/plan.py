@@ -8,9 +8,9 @@ Needs the TPU compiler: pip install -e '.[tpu]'. Memory, FLOPs and communication
 is a guess, see docs/performance.md. A step that does not fit is an answer too: its largest buffers, and exit status 3.
 
 --search looks for the fastest mesh, remat policy, micro-batches, chunks of the loss and compiler flags that fit, the
-batch unchanged (`lm/search.py`). Any of these that the command line sets (--config.mesh.tensor=1, --libtpu_flags=...)
-is not searched. Results are kept in --cache: the same command again goes on. The winner goes to --winner, a file for
---flagfile.
+batch unchanged (`lm/planner/search.py`). What the command line sets of these (--config.mesh.tensor=1,
+--libtpu_flags=...) is not searched. Results are kept in --cache: the same command again goes on. The winner goes to
+--winner, a file for --flagfile.
 """
 
 import contextlib
@@ -29,9 +29,10 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
-from lm import aot, chips, config, hlo, traffic
-from lm import flags as lm_flags
-from lm.schema import ConfigError
+from lm import config
+from lm.config.schema import ConfigError
+from lm.parallel import xla_flags as lm_flags
+from lm.planner import collectives, hlo, topology, train_compile
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Slice, as v5e:4x4 or v5p:2x4x4; '' = TOPOLOGY of the recipe.")
@@ -62,11 +63,11 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     try:
         check_flags()
-        where = chips.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
+        where = topology.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
         cfg = without_missing_start(config.build(_CONFIG.value))
         usual = lm_flags.libtpu(where.name.partition(":")[0], cfg.model.embed_dim)
         libtpu_flags = usual if _FLAGS.value is None else _FLAGS.value
-        aot.prepare(libtpu_flags)
+        train_compile.prepare(libtpu_flags)
         if _SEARCH.value:
             from tools import plan_search  # imports JAX, which reads then what was prepared
 
@@ -93,7 +94,7 @@ def too_much(found: dict[str, Any]) -> str:
     """Which memory a step that the compiler accepted has too little of."""
     where = [("hbm_peak", "hbm_capacity", "a chip"), ("host_memory", "host_capacity", "its host, of a chip's share")]
     return ", and ".join(
-        f"{found[needs] / chips.GIB:,.1f} of {found[has] / chips.GIB:,.1f} GiB of the memory of {what}"
+        f"{found[needs] / topology.GIB:,.1f} of {found[has] / topology.GIB:,.1f} GiB of the memory of {what}"
         for needs, has, what in where
         if found[needs] > found[has]
     )
@@ -155,20 +156,20 @@ def without_missing_start(cfg: config.Config) -> config.Config:
     return cfg
 
 
-def planned(cfg: config.Config, where: chips.Topology, libtpu_flags: str) -> dict[str, Any]:
+def planned(cfg: config.Config, where: topology.Topology, libtpu_flags: str) -> dict[str, Any]:
     """Figures of a step, or why it does not fit; of the cache, where the same program is there already."""
-    lowered = aot.lower_step(cfg, where, evaluation=_EVALUATION.value)
-    cache = Path(_CACHE.value, f"{aot.key(lowered, where, libtpu_flags)}.json") if _CACHE.value else None
+    lowered = train_compile.lower_step(cfg, where, evaluation=_EVALUATION.value)
+    cache = Path(_CACHE.value, f"{train_compile.key(lowered, where, libtpu_flags)}.json") if _CACHE.value else None
     if cache and cache.exists() and not _HLO.value:
         try:
             return json.loads(cache.read_text(encoding="utf-8")) | {"from_cache": True}
         except ValueError:
             print(f"{cache} is damaged: compiling again", file=sys.stderr)
     try:
-        compiled = aot.compile_step(lowered)
+        compiled = train_compile.compile_step(lowered)
         write(_HLO.value, compiled.text)
         found = figures(lowered, compiled, where)
-    except aot.DoesNotFit as answer:
+    except train_compile.DoesNotFit as answer:
         found = {"fits": False, "hbm_needed": answer.needed, "why": str(answer), **identity(lowered, where)}
     if cache:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -201,10 +202,12 @@ def recipe_path() -> Path:
     return Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
 
 
-def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: chips.Topology) -> dict[str, Any]:
+def figures(
+    lowered: train_compile.Lowered, compiled: train_compile.Compiled, where: topology.Topology
+) -> dict[str, Any]:
     """All that is known of a compiled step, as JSON takes it. Bytes and FLOPs are of one chip and one step."""
     program = hlo.parse(compiled.text)
-    guess = aot.estimate(program, where, mesh=lowered.mesh, links=lowered.links, experts=lowered.experts)
+    guess = train_compile.estimate(program, where, mesh=lowered.mesh, links=lowered.links, experts=lowered.experts)
     seconds = guess.total / 1e3
     memory = dict(compiled.memory)
     host = memory.pop("host")
@@ -220,26 +223,26 @@ def figures(lowered: aot.Lowered, compiled: aot.Compiled, where: chips.Topology)
         "host_memory": host,
         **{f"state_{name}": size for name, size in lowered.state.items()},
         "host_bytes_to_save": lowered.saved,
-        "host_copies": traffic.host_copies(program),
+        "host_copies": collectives.host_copies(program),
         "model_flops": lowered.model_flops,
         "model_flops_causal": lowered.model_flops_causal,
         "hlo_flops": compiled_flops,
         "not_counted": not_counted,
-        "collectives": traffic.in_table(traffic.collectives(program, lowered.mesh)),
+        "collectives": collectives.in_table(collectives.collectives(program, lowered.mesh)),
         "compile_seconds": round(compiled.seconds, 1),
         "estimated_ms": {name: round(value, 2) for name, value in guess._asdict().items()},
         "estimated_step_ms": round(guess.total, 2),
         "estimated_tokens_per_second_a_chip": lowered.tokens / lowered.chips / seconds,
     }
     if lowered.model_flops and lowered.model_flops_causal and not not_counted:
-        aot.check_ratio(lowered, compiled_flops)
+        train_compile.check_ratio(lowered, compiled_flops)
         found["model_over_hlo_flops"] = lowered.model_flops / compiled_flops
         found["estimated_mfu"] = lowered.model_flops / seconds / where.chip.peak_flops
         found["estimated_mfu_causal"] = lowered.model_flops_causal / seconds / where.chip.peak_flops
     return found
 
 
-def identity(lowered: aot.Lowered, where: chips.Topology) -> dict[str, Any]:
+def identity(lowered: train_compile.Lowered, where: topology.Topology) -> dict[str, Any]:
     """What was compiled, for what."""
     return {
         "step": "evaluation" if _EVALUATION.value else "training",
@@ -275,7 +278,7 @@ def show(found: dict[str, Any]) -> None:
     offloads = bool(found["host_memory"])
 
     def gib(key: str) -> str:
-        return f"{found[key] / chips.GIB:,.2f} GiB"
+        return f"{found[key] / topology.GIB:,.2f} GiB"
 
     copies = " and ".join(f"{size / 1e9:,.3f} GB" for size in found["host_copies"].values())
     rows = {

@@ -12,11 +12,13 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from lm import chips, config, search, settings
-from lm.schema import ConfigError
+from lm import config
+from lm.config.schema import ConfigError
+from lm.planner import candidates as settings
+from lm.planner import search, topology
 
 
-def look_for_the_best(cfg: config.Config, where: chips.Topology, usual: str, cache: Path) -> None:
+def look_for_the_best(cfg: config.Config, where: topology.Topology, usual: str, cache: Path) -> None:
     """Searches, with progress; prints what was found, and writes the winner. `usual`: flags of the compiler.
 
     Raises:
@@ -96,8 +98,8 @@ def in_words(found: Any) -> str:
     """Time and memory of a candidate."""
     if found.failed:
         return found.note
-    memory = f"{found.peak / chips.GIB:6.2f} GiB" if found.peak else " " * 10
-    memory += f" and {found.host / chips.GIB:.2f} of the host's" if found.fits and found.host else ""
+    memory = f"{found.peak / topology.GIB:6.2f} GiB" if found.peak else " " * 10
+    memory += f" and {found.host / topology.GIB:.2f} of the host's" if found.fits and found.host else ""
     return f"{found.ms:8,.1f} ms {memory}" if found.fits else f"does not fit {memory}{'' if found.peak else found.note}"
 
 
@@ -115,7 +117,7 @@ def report(candidates: list[Any], found: dict[int, Any], best: list[int], own: i
     Console(width=140).print(table)
 
 
-def plot(path: str, found: dict[int, Any], best: list[int], where: chips.Topology) -> None:
+def plot(path: str, found: dict[int, Any], best: list[int], where: topology.Topology) -> None:
     """Memory against time, as a PNG."""
     import matplotlib
 
@@ -124,9 +126,9 @@ def plot(path: str, found: dict[int, Any], best: list[int], where: chips.Topolog
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     fitting = [each for each in found.values() if each.fits]
-    axes.scatter([each.peak / chips.GIB for each in fitting], [each.ms for each in fitting], color="0.6")
-    axes.plot([found[i].peak / chips.GIB for i in best], [found[i].ms for i in best], "o-", color="C0")
-    axes.axvline(where.chip.hbm_bytes / chips.GIB, color="C3", linestyle="--")
+    axes.scatter([each.peak / topology.GIB for each in fitting], [each.ms for each in fitting], color="0.6")
+    axes.plot([found[i].peak / topology.GIB for i in best], [found[i].ms for i in best], "o-", color="C0")
+    axes.axvline(where.chip.hbm_bytes / topology.GIB, color="C3", linestyle="--")
     axes.set_xlabel("peak memory of a chip, GiB (dashed: all there is)")
     axes.set_ylabel("estimated step, ms")
     axes.set_title(f"{where.slices} x {where.name}: line = none is faster and smaller", fontsize=10)

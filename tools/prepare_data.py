@@ -21,8 +21,8 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
 from lm import config
-from lm import flags as lm_flags
-from lm.data import filters, jobs, prepare
+from lm.corpus import filters, pipeline, workers
+from lm.parallel import xla_flags as lm_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _OUT = flags.DEFINE_string("out", "", "Folder to write to. The same command again goes on.")
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or _CONFIG.value is None or not _OUT.value:
         sys.exit("error: --config=configs/NAME.py and --out=FOLDER are needed, as --flag=value; --help explains them")
     try:
-        planned = prepare.plan(
+        planned = pipeline.plan(
             config.build(_CONFIG.value),
             Path(_OUT.value),
             evaluation=_EVALUATION.value,
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
         )
         if planned.note:
             print(planned.note, file=sys.stderr)
-        runner = jobs.beam(_RUNNER.value, _OPTIONS.value) if _RUNNER.value else jobs.processes(_WORKERS.value)
+        runner = workers.beam(_RUNNER.value, _OPTIONS.value) if _RUNNER.value else workers.processes(_WORKERS.value)
         with runner as run, bars() as (update, seconds):
-            index = prepare.run(planned, run, update)
+            index = pipeline.run(planned, run, update)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it stopped")
     except (ValueError, RuntimeError, OSError) as error:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def bars() -> Iterator[tuple[Callable[[str, int, int, float], None], dict[str, float]]]:
-    """(what `lm.data.prepare.run` calls with its progress, seconds that the units of each stage took so far)."""
+    """(what `lm.corpus.pipeline.run` calls with its progress, seconds that the units of each stage took so far)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

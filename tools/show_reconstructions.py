@@ -21,8 +21,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from lm.checkpoint import CheckpointError
-    from lm.data.records import DataError
-    from lm.schema import ConfigError
+    from lm.config.schema import ConfigError
+    from lm.data.record import DataError
 
     try:
         draw(*reconstruct(args.run, args.rows), args.out)
@@ -33,7 +33,7 @@ def main() -> None:
 
 def check(cfg: Any) -> None:
     """Raises ConfigError unless a run of this config makes images."""
-    from lm.schema import ConfigError
+    from lm.config.schema import ConfigError
 
     if cfg.objective != "mae":
         raise ConfigError(f"this run's 'objective' is {cfg.objective}: show_reconstructions.py is for runs of mae")
@@ -43,16 +43,18 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
     """`panels` of held-out images, evenly spaced over all of them, and what is written above the picture."""
     import jax
 
-    from lm import build, checkpoint
-    from lm.data import feed, pipeline
+    from lm import build, checkpoint, input_pipeline
+    from lm.data import loader
 
     saved = checkpoint.choose(run)
     cfg, model, params, _ = build.load_run(run)
     check(cfg)
     own = dataclasses.replace(cfg.data, replay=0.0)  # not what it replayed
-    data = pipeline.build(dataclasses.replace(cfg, data=own), None, *pipeline.load(own))
+    data = input_pipeline.build(dataclasses.replace(cfg, data=own), None, *input_pipeline.load(own))
     rows = min(rows, len(data.valid))
-    batch = next(feed.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1))
+    batch = next(
+        loader.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1)
+    )
     prediction_BxTxC = np.asarray(jax.jit(model.apply)(params, batch).head)
     images, masked, size = batch["images"], batch["masked_patches"], cfg.model.patch_size
     error, of_zero = (loss(x, images, masked, size) for x in (prediction_BxTxC, np.zeros_like(prediction_BxTxC)))

@@ -31,9 +31,9 @@ def main() -> None:
     if not math.isfinite(args.alpha):
         parser.error(f"--alpha must be finite, got {args.alpha}")
 
-    from lm import schema
     from lm.checkpoint import CheckpointError
-    from lm.data.records import DataError
+    from lm.config import schema
+    from lm.data.record import DataError
 
     try:
         translate(args)
@@ -43,7 +43,7 @@ def main() -> None:
 
 def check(cfg: Any) -> None:
     """Raises ConfigError unless a run of this config translates."""
-    from lm import schema
+    from lm.config import schema
 
     if cfg.data.task != "translation":
         raise schema.ConfigError(f"this run's 'data.task' is {cfg.data.task}: translate.py is for runs of translation")
@@ -53,25 +53,28 @@ def translate(args: argparse.Namespace) -> None:
     """Translates in batches of like length; sources that are longer than the run's rows are not cut."""
     import dataclasses
 
-    from lm import beam, build, config, generate, schema, scores
-    from lm.data import files, sources
+    from lm import build, config
+    from lm.config import schema
+    from lm.data.readers import paths, registry
+    from lm.decoding import beam_search, sampling
+    from lm.evaluation import scores
 
     cfg, model, params, words = build.load_run(args.run)
     check(cfg)
     if args.max_new_tokens is not None:
         values = schema.to_dict(cfg)
         cfg = config.build(values | {"generate": values["generate"] | {"max_new_tokens": args.max_new_tokens}})
-    pairs = sources.parallel_records(args.path)[: args.limit or None]
+    pairs = registry.parallel_records(args.path)[: args.limit or None]
     references = [pair["target"] for pair in pairs]
     scoring = dataclasses.replace(cfg.eval, bleu_tokenizer=args.bleu_tokenizer or cfg.eval.bleu_tokenizer)
-    tokenizer = scores.bleu_tokenizer(scoring, files.target_side(args.path), references)
+    tokenizer = scores.bleu_tokenizer(scoring, paths.target_side(args.path), references)
     signatures = scores.translation_signatures(tokenizer)  # what is not installed is told before the work is done
-    prompts = [generate.encode_prompt(pair["text"], words, cfg) for pair in pairs]
+    prompts = [sampling.encode_prompt(pair["text"], words, cfg) for pair in pairs]
     made = [""] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), args.batch_size):
         rows = order[start : start + args.batch_size]
-        found = beam.search(
+        found = beam_search.search(
             model,
             params,
             [prompts[i] for i in rows],

@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lm.parallel import mesh as mesh_lib
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -203,12 +205,14 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from lm import build, config, evaluate, metrics, objectives, optim, program, sharding, step
+    from lm import build, config, optim, program, step
+    from lm.evaluation import evaluate, metrics
+    from lm.tasks import objectives
 
     cfg = config.build(recipe)
     with tempfile.TemporaryDirectory() as folder:
         planned = build.plan(cfg, None)
-        mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
+        mesh = mesh_lib.make_mesh(cfg.mesh, jax.devices()[:1])
         prepared = build.run(planned, Path(folder), mesh, lambda _: None)
     cfg = prepared.cfg
     row_ids, held_out = build.eval_rows(prepared, prepared.data.valid)
@@ -269,7 +273,8 @@ def key_of(name: str, size: tuple[int, int], scheme: str, step: int, seed: int) 
 
 def fingerprint(name: str, size: tuple[int, int]) -> str:
     """Of what differs from the defaults in a config, but for where its data lies and for the scheme."""
-    from lm import config, schema
+    from lm import config
+    from lm.config import schema
 
     usual = dict(schema.flatten(config.defaults().to_dict()))
     given = schema.flatten(FAMILIES[name].recipe(*size).to_dict())

@@ -285,7 +285,8 @@ def fingerprint(name: str, arm: Arm, seed: int) -> str:
 
     A key that is new changes no figure; a default that changes may, and is not noticed: delete results.json then.
     """
-    from lm import config, schema
+    from lm import config
+    from lm.config import schema
 
     before = schema.flatten(config.BEFORE)  # what a run did that had no such key
     usual = dict(schema.flatten(config.defaults().to_dict())) | dict(before)
@@ -357,7 +358,7 @@ def beyond(name: str, arm: Arm, seeds: int) -> str:
 
 
 if __name__ == "__main__":
-    from lm import flags
+    from lm.parallel import xla_flags
 
-    flags.use_huge_pages()
+    xla_flags.use_huge_pages()
     main()

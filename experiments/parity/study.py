@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lm.parallel import mesh as mesh_lib
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -60,18 +62,20 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
     import jax
 
     from configs import gpt2_tinystories
-    from lm import build, config, evaluate, metrics, sharding, transfer
+    from lm import build, config
+    from lm.checkpoint import init_from
+    from lm.evaluation import evaluate, metrics
     from tools import bench_peer
 
     cfg = config.build(gpt2_tinystories.get_config())
     planned = build.plan(cfg, None)
     bench_peer.check(planned.cfg, jax.default_backend())
-    mesh = sharding.make_mesh(planned.cfg.mesh, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(planned.cfg.mesh, jax.devices()[:1])
     with tempfile.TemporaryDirectory() as folder:
         run = build.run(planned, Path(folder), mesh, lambda _: None)
     row_ids, held_out = build.eval_rows(run, run.data.valid)
     held_out = list(held_out)
-    params, _ = transfer.initialize(run.model, run.abstract_state.params, run.cfg.seed, None, {})
+    params, _ = init_from.initialize(run.model, run.abstract_state.params, run.cfg.seed, None, {})
     start = jax.device_get(params)
 
     def ours() -> tuple[Callable[[], float], Callable[[], float]]:

@@ -16,11 +16,10 @@ import numpy as np
 from etils import epath
 
 from lm.config import Config
-from lm.data import images
-from lm.data.examples import Row
-from lm.data.records import DataError
+from lm.config.schema import ConfigError, nearest
+from lm.data.example import Row
+from lm.data.record import DataError
 from lm.data.tokenizer import Tokenizer
-from lm.schema import ConfigError, nearest
 
 
 class Augmentation(NamedTuple):
@@ -228,6 +227,56 @@ def _check_synonyms(cfg: Config) -> None:
     read_synonyms(cfg.data.synonyms)
 
 
+# Images ---------------------------------------------------------------------------------------------------------------
+
+_ASPECTS = 3 / 4, 4 / 3  # least and greatest width / height of a crop, of a square image
+
+
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+
+
+def crop(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
+    """A rectangle of the image, brought back to its size; up to `strength` of the area is cut off (Szegedy et al. 2014,
+    section 6). Its share of the area is drawn evenly, its aspect from 3:4 to 4:3 evenly on a logarithmic scale."""
+    del tokenizer, cfg
+    from PIL import Image
+
+    pixels = row["images"]
+    height, width, channels = pixels.shape
+    area = rng.uniform(1 - strength, 1)
+    # A rectangle of that area and aspect fits in the image if the aspect is in [area, 1 / area].
+    aspect = np.exp(rng.uniform(np.log(max(_ASPECTS[0], area)), np.log(min(_ASPECTS[1], 1 / area))))
+    h, w = height * np.sqrt(area / aspect), width * np.sqrt(area * aspect)
+    top, left = rng.uniform(0, height - h), rng.uniform(0, width - w)
+    picture = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    part = picture.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    return row | {"images": np.asarray(part).reshape(pixels.shape)}
+
+
+def flip(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
+    """Left and right change places, with probability `strength`."""
+    del tokenizer, cfg
+    return row | {"images": row["images"][:, ::-1]} if rng.random() < strength else row
+
+
+def color(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
+    """Brightness, contrast and saturation, each times a number drawn from 1 - strength to 1 + strength."""
+    del tokenizer, cfg
+    pixels = row["images"].astype(np.float32)
+    brightness, contrast, saturation = rng.uniform(max(0.0, 1 - strength), 1 + strength, 3).astype(np.float32)
+    pixels = np.clip(pixels * brightness, 0, 255)
+    mean = _grey(pixels).mean()
+    pixels = np.clip(mean + contrast * (pixels - mean), 0, 255)
+    grey = _grey(pixels)
+    pixels = np.clip(grey + saturation * (pixels - grey), 0, 255)
+    return row | {"images": np.rint(pixels).astype(np.uint8)}
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, C] -> [H, W, 1]."""
+    return pixels if pixels.shape[-1] == 1 else (pixels @ _GREY)[..., None]
+
+
 _TEXT_TASKS = ("sentences", "scored_sentences", "masked_text")  # one sentence or a pair, nothing said of its tokens
 _IMAGE_TASKS = ("images", "masked_images", "image_pairs")
 
@@ -236,5 +285,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "swap": Augmentation(swap, _TEXT_TASKS),
     "cutoff": Augmentation(cutoff, _TEXT_TASKS),
     "synonyms": Augmentation(synonyms, _TEXT_TASKS, _check_synonyms),
-    **{name: Augmentation(change, _IMAGE_TASKS) for name, change in images.AUGMENTATIONS.items()},
+    "crop": Augmentation(crop, _IMAGE_TASKS),
+    "flip": Augmentation(flip, _IMAGE_TASKS),
+    "color": Augmentation(color, _IMAGE_TASKS),
 }

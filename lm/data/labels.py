@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from lm.config import DataConfig
-from lm.data.records import Fault, NotRead, Record
+from lm.data.record import Fault, NotRead, Record
 
 # Values of data.task that read the field 'label'.
 OF_CLASSES = ("sentences", "prompted", "mixed_sentences", "images")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import DataConfig
-from lm.data.examples import Columns, Example, Row, Rows
+from lm.data.example import Columns, Example, Row, Rows
 
 # Best fit packs this many examples (or positions) at a time, longest first.
 _WINDOW_EXAMPLES, _WINDOW_POSITIONS = 1024, 2**22

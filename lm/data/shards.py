@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm.data.examples import Rows
-from lm.data.records import DataError
+from lm.data.example import Rows
+from lm.data.record import DataError
 
 FORMAT = 2
 INDEX = "index.json"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from lm.schema import ConfigError
+from lm.config.schema import ConfigError
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"

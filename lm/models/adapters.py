@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import trees
+from lm import param_paths
 from lm.config import AdapterConfig
+from lm.config.schema import ConfigError
 from lm.models import layers
-from lm.schema import ConfigError
 from lm.types import Params
 
 # adapter.kind -> the bottlenecks of a block.
@@ -55,7 +55,7 @@ def check(cfg: AdapterConfig, paths: Iterable[str]) -> None:
     paths = list(paths)
     if cfg.kind == "lora":
         dense = [path.removesuffix("/kernel") for path in paths if "/layers/" in path and path.endswith("/kernel")]
-        trees.match_rules(((cfg.targets, True), (".*", False)), dense, "adapter.targets")
+        param_paths.match_rules(((cfg.targets, True), (".*", False)), dense, "adapter.targets")
     elif cfg.kind != "none" and not any("/adapter_" in path for path in paths):
         raise ConfigError(f"'adapter.kind' {cfg.kind}: this kind of model has no place for it")
 
@@ -68,15 +68,17 @@ def merge(params: Params, cfg: AdapterConfig) -> Params:
     """
     if cfg.kind != "lora":
         raise ConfigError(f"'adapter.kind' is {cfg.kind}: only lora can be merged into the kernels")
-    flat = trees.flatten(params)
-    return trees.unflatten({p: _shifted(flat, p, cfg, 1.0) for p in flat if not p.endswith(("/lora_a", "/lora_b"))})
+    flat = param_paths.flatten(params)
+    return param_paths.unflatten(
+        {p: _shifted(flat, p, cfg, 1.0) for p in flat if not p.endswith(("/lora_a", "/lora_b"))}
+    )
 
 
 def unmerge(merged: Params, adapters: Params, cfg: AdapterConfig) -> Params:
     """Inverse of `merge`, up to rounding: the kernels without, and beside them, the LoRA leaves of `adapters`."""
-    lora = {path: leaf for path, leaf in trees.flatten(adapters).items() if path.endswith(("/lora_a", "/lora_b"))}
-    flat = trees.flatten(merged) | lora
-    return trees.unflatten({path: _shifted(flat, path, cfg, -1.0) for path in flat})
+    lora = {path: leaf for path, leaf in param_paths.flatten(adapters).items() if path.endswith(("/lora_a", "/lora_b"))}
+    flat = param_paths.flatten(merged) | lora
+    return param_paths.unflatten({path: _shifted(flat, path, cfg, -1.0) for path in flat})
 
 
 def _shifted(flat: dict[str, Any], path: str, cfg: AdapterConfig, sign: float) -> Any:

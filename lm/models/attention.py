@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from lm import sharding
+from lm.parallel import sharding
 
 # The result of attention, in a remat policy (lm.models.blocks).
 NAME = "attention"

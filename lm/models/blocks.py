@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm import mup, sharding
 from lm.config import AdapterConfig, ModelConfig
-from lm.models import adapters, attention, experts, layers
+from lm.models import adapters, attention, layers, moe
 from lm.models.attention import Mask, attend
 from lm.models.initialisers import initialiser
 from lm.models.layers import fold
+from lm.optim import mup
+from lm.parallel import sharding
 
 # What is kept of a layer's forward pass for its backward pass, by the names of `checkpoint_name`; the rest is computed
 # again. What is gathered for use is never kept, but gathered again, or every layer's would be held: weights (ZeRO-3),
@@ -85,7 +86,7 @@ class Stack(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=unroll > 1)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, experts.ROUTING: 0},
+            variable_axes={"params": 0, moe.ROUTING: 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=cfg.num_layers,
@@ -142,7 +143,7 @@ class Block(nn.Module):
             x_BxLxD += added("cross_attention", y_BxLxD, 4)
         normed_BxLxD = norm("mlp_norm", x_BxLxD)
         if cfg.experts[0]:
-            y_BxLxD = experts.Experts(cfg, self.dtype, name="mlp")(normed_BxLxD, mask.query_segments_BxL)
+            y_BxLxD = moe.Experts(cfg, self.dtype, name="mlp")(normed_BxLxD, mask.query_segments_BxL)
         else:
             y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(normed_BxLxD, fold(keys_B, 3))
         x_BxLxD += added("mlp", y_BxLxD, 1)

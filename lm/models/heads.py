@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import mup
 from lm.config import ModelConfig
 from lm.models import initialisers, layers
+from lm.optim import mup
 from lm.types import Head
 
 

@@ -28,7 +28,8 @@ Truncated: a normal distribution of that deviation, cut at twice that.
 The same in every scheme: tables of positions and types, [CLS] and the mask token of images start at 0.02; the bias by
 distance, routers, task heads and adapters as their modules say.
 
-Under muP (`lm.mup`) these are the deviations at the width of the base; elsewhere they are multiplied as its table says.
+Under muP these are the deviations at the width of the base; elsewhere they are multiplied as the table in
+`lm.optim.mup` says.
 """
 
 import math
@@ -38,8 +39,8 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 
-from lm import mup
 from lm.config import ModelConfig
+from lm.optim import mup
 
 Init = Callable[..., jax.Array]
 # What a weight is: a token table, [vocabulary, width]; a kernel, [..., fan-in, fan-out]; one that writes to the

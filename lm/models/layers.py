@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import rings, sharding
 from lm.config import AdapterConfig
 from lm.models.initialisers import Init, fan_in_normal
+from lm.parallel import ring_reduce, sharding
 
 NO_ADAPTER = AdapterConfig()
 
@@ -80,7 +80,7 @@ class Dense(nn.Module):
 def project(x: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
     """x [..., I] @ kernel -> [..., O]; the kernel is gathered for use, and its gradient split as it is."""
     if sharding.platform() == "tpu" and x.ndim == 3:
-        return apart(x, kernel_IxO, axes, rings.goes_round(kernel_IxO, axes, x.shape))
+        return apart(x, kernel_IxO, axes, ring_reduce.goes_round(kernel_IxO, axes, x.shape))
     return matmul(x, sharding.gather(kernel_IxO, *axes))
 
 
@@ -121,7 +121,7 @@ def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d
         d_BxLxO, d_kernel = jax.lax.optimization_barrier((d_BxLxO, d_kernel))
     d_BxLxI = d_BxLxO @ kernel_IxO.T
     if in_ring:
-        d_kernel = rings.sum_parts(d_kernel, names)
+        d_kernel = ring_reduce.sum_parts(d_kernel, names)
         d_kernel = d_kernel.T if adds else d_kernel
     return d_BxLxI, d_kernel
 

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import mup, sharding
 from lm.config import AdapterConfig, ModelConfig
-from lm.models import experts, layers
+from lm.config.schema import ConfigError
+from lm.models import layers, moe
 from lm.models.attention import Mask
 from lm.models.blocks import Stack
 from lm.models.heads import HeadLayer
 from lm.models.initialisers import SMALL, Init, initialiser
 from lm.models.layers import fold
-from lm.schema import ConfigError
+from lm.optim import mup
+from lm.parallel import sharding
 from lm.types import Batch, Head, ModelFns, ModelOutput, Params
 
 
@@ -85,7 +86,7 @@ def functions(module: Any, batch: Mapping[str, Any], cached: ModelConfig | None 
         keys_B = None
         if rng is not None:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["example_index"])
-        out, sown = module.apply({"params": params}, batch, keys_B, cache, mutable=[experts.ROUTING])
+        out, sown = module.apply({"params": params}, batch, keys_B, cache, mutable=[moe.ROUTING])
         layers_of_each = jax.tree.leaves(sown)  # [N, 2, B] of each stack
         if layers_of_each:
             out = out._replace(routing_2xB=jnp.concatenate(layers_of_each).mean(axis=0))

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
 from lm.config import AdapterConfig, Config, ModelConfig
+from lm.config.schema import ConfigError
 from lm.models import layers, transformer
 from lm.models.attention import Mask
 from lm.models.blocks import Stack
 from lm.models.heads import HeadLayer
 from lm.models.initialisers import SMALL, initialiser
-from lm.schema import ConfigError
+from lm.parallel import sharding
 from lm.types import Batch, Head, ModelFns, ModelOutput
 
 

@@ -1,0 +1,134 @@
+"""The bridge: parameters of one run start another. Nothing happens that the returned tables do not say."""
+
+import re
+
+import jax
+
+from lm import param_paths
+from lm.checkpoint import store
+from lm.checkpoint.store import CheckpointError, Saved
+from lm.config import ModelConfig, schema
+from lm.config.schema import ConfigError, nearest
+from lm.types import ModelFns, Params
+
+KEEP, REINIT = "keep", "reinit"
+
+
+def sources(
+    abstract: Params, rules: tuple[tuple[str, str], ...], saved: Saved
+) -> tuple[dict[str, str | None], list[str]]:
+    """Decides, without reading an array, where each parameter comes from.
+
+    Args:
+      abstract: the new model's parameters as `jax.ShapeDtypeStruct`.
+      rules: ordered (regex over the new path, action): 'keep' = the same path, 'reinit' = a fresh value, anything else
+        = the old path to read, in which \\1 stands for the regex's first group. Example, an encoder from a decoder:
+        (r'encoder/(.*)', r'decoder/\\1').
+      saved: the checkpoint.
+
+    Returns:
+      (new path -> name of the array in the checkpoint, or None = a fresh value; old parameters that are not used).
+      An averaged parameter ('ema/...', perhaps of the last layers only) is preferred: the old run was evaluated on it.
+
+    Raises:
+      ConfigError: a rule fits nothing, or asks for a parameter that the checkpoint lacks or has in another shape.
+    """
+    flat = param_paths.flatten(abstract)
+    known = saved.info.get("arrays", {})
+    actions = param_paths.match_rules(rules, list(flat), "init_rules")
+    out: dict[str, str | None] = {}
+    for path, action in actions.items():
+        if action == REINIT:
+            out[path] = None
+            continue
+        matched = next(found for pattern, _ in rules if (found := re.fullmatch(pattern, path)))
+        try:
+            old = path if action == KEEP else matched.expand(action)
+        except (re.error, IndexError) as error:
+            raise ConfigError(f"'init_rules': {action!r} is no path to read '{path}' from: {error}") from None
+        whole = f"params/{old}"
+        if whole not in known:
+            olds = [n.removeprefix("params/") for n in known if n.startswith("params/")]
+            raise ConfigError(
+                f"'init_from': {saved.path} has no parameter '{old}' for '{path}'{nearest(old, olds)}; add the rule "
+                f"('{path}', '{REINIT}') or ('{path}', OLD_PATH) to 'init_rules'"
+            )
+        if tuple(known[whole]["shape"]) != flat[path].shape:
+            raise ConfigError(
+                f"'init_from': '{path}' has shape {flat[path].shape}, {saved.path} has {tuple(known[whole]['shape'])}; "
+                f"make the models agree or add the rule ('{path}', '{REINIT}') to 'init_rules'"
+            )
+        out[path] = f"ema/{old}" if f"ema/{old}" in known else whole
+    used = {name.split("/", 1)[1] for name in out.values() if name}
+    unused = [n.removeprefix("params/") for n in known if n.startswith("params/")]
+    return out, sorted(set(unused) - used)
+
+
+def initialize(
+    model: ModelFns, abstract: Params, seed: int, saved: Saved | None, origin_of: dict[str, str | None]
+) -> tuple[Params, dict[str, str]]:
+    """Reads what the checkpoint gives and initialises only the rest.
+
+    Args:
+      model: the new model.
+      abstract: its parameters as `jax.ShapeDtypeStruct` with shardings.
+      seed: of the initialiser.
+      saved: the checkpoint, or None = everything from scratch.
+      origin_of: as `sources` returns it; ignored from scratch.
+
+    Returns:
+      (parameters, path -> where its value came from, for the parameter table).
+
+    Raises:
+      CheckpointError: the checkpoint is damaged.
+    """
+    flat = param_paths.flatten(abstract)
+    fresh = [path for path in flat if saved is None or origin_of[path] is None]
+    made = jax.jit(
+        lambda key: {path: leaf for path, leaf in param_paths.flatten(model.init(key)).items() if path in fresh},
+        out_shardings={path: flat[path].sharding for path in fresh},
+    )(jax.random.key(seed))
+    origin = {path: "initialised" for path in fresh}
+    if saved is None:
+        return param_paths.unflatten(made), origin
+    names = {path: name for path, name in origin_of.items() if name is not None}
+    if not names:
+        raise CheckpointError(f"'init_rules' take nothing from {saved.path}")
+    known, wanted = saved.info["arrays"], {}
+    for path, name in names.items():
+        shape, like = tuple(known[name]["shape"]), flat[path]
+        wanted[name] = jax.ShapeDtypeStruct(shape, like.dtype, sharding=like.sharding)
+        if shape != like.shape:  # the average is of the last layers only
+            wanted[name.replace("ema/", "params/", 1)] = like
+    read = param_paths.flatten(store.load(saved, param_paths.unflatten(wanted)))
+
+    def value(path: str, name: str) -> jax.Array:
+        if read[name].shape == flat[path].shape:
+            return read[name]
+        whole = param_paths.replace_last(read[name.replace("ema/", "params/", 1)], read[name])
+        return jax.device_put(whole, flat[path].sharding)
+
+    run = saved.path.parent.parent.name
+    for path, name in names.items():
+        kind, old = name.split("/", 1)
+        origin[path] = f"{run}@{saved.step}" + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
+    return param_paths.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
+
+
+def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved, model: ModelConfig) -> str:
+    """How many parameters are read, fresh and left behind, and in what else the models differ.
+
+    Models of the same shapes may compute different functions, so each key of `model` that changes is named.
+    """
+    read = sum(name is not None for name in origin_of.values())
+    fresh = [path for path, name in origin_of.items() if name is None]
+    lines = [f"init_from {saved.path}: {read} parameters read"]
+    if fresh:
+        lines.append(f"  initialised afresh ({len(fresh)}): {', '.join(fresh)}")
+    if unused:
+        lines.append(f"  left behind ({len(unused)}): {', '.join(unused)}")
+    old = saved.info["config"].get("model", {})
+    for key, now in schema.to_dict(model).items():
+        if old.get(key, now) != now:
+            lines.append(f"  model.{key}: {old[key]!r} there, {now!r} here")
+    return "\n".join(lines)

@@ -1,0 +1,428 @@
+"""The sections of a config and their checks: every key has one owner here, and its default here.
+
+A recipe in `configs/` starts from `defaults()`, changes what it means to change, and `build` turns the result into a
+`Config`: an unknown key, a wrong type, an unknown choice or two durations at once is refused with the key named and the
+nearest known name suggested.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lm.config import schema
+from lm.config.schema import NEVER, ConfigError, Duration, flatten, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which SentencePiece model turns text into ids."""
+
+    path: str = ""  # a .model file; '' = the one of init_from's run, else train one on the training text
+    vocab_size: int = 8192  # ids, when training one
+    extra_ids: int = 0  # ids after those of the model: the mask (the first one) and the sentinels of span corruption
+    train_bytes: int = 10_000_000  # at most this much text is read to train one
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where records come from and how they become rows of a batch."""
+
+    format: Literal[
+        Literal["builtin_text", "builtin_instructions", "text", "jsonl", "table", "conll", "squad", "parallel"],
+        Literal["images", "interactions", "tfds", "array_record", "parquet", "arrow", "prepared"],
+    ] = "builtin_text"
+    # A file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}; tfds: the name
+    # of a set such as wikipedia/20230601.en, whose split 'train' is read; prepared: the folder that
+    # tools/prepare_data.py made.
+    path: str = ""
+    # Instead of `path`: (share of the run from which it counts, path, weight). Those of the largest share that the run
+    # has passed hold: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
+    mixture: tuple[tuple[float, str, float], ...] = ()
+    # '' = the validation split of a folder that has one, else eval_fraction of the texts, contexts, ... of `path` (see
+    # docs/formats.md); tfds: a split such as test or train[:1%].
+    eval_path: str = ""
+    eval_fraction: float = 0.02
+    encoding: str = "utf-8"  # of text files: a codec of Python's
+    max_expansion: int = 1000  # a .gz or .zst file that unpacks to more than so many times its size is refused
+    separator: str = ""  # text only: splits one file into documents; '' = one document a file
+    # (field in the file, field expected) pairs, where records have fields. Numbers, from 1, name the columns of a table
+    # that has no header.
+    rename: tuple[tuple[str, str], ...] = ()
+    task: Literal[
+        Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
+        Literal["lone_sentences", "sentence_pairs", "sentence_triples"],
+        Literal["sentences", "scored_sentences", "tagging", "entities", "span_qa", "prompted"],
+        Literal["images", "masked_images", "image_pairs"],
+        Literal["items", "masked_items", "mixed_sentences"],
+    ] = "text"  # which entry of lm.tasks.registry makes examples
+    # Classification and tagging: all there are; a label's place here is its index. mixed_sentences: 'TASK/LABEL' for
+    # each label of each task, 'TASK/' for one that has numbers.
+    labels: tuple[str, ...] = ()
+    image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
+    templates: tuple[str, ...] = ()  # prompted only: '{text} It was {label:bad|good}.', a word for each of `labels`
+    shots: int = 0  # prompted only: this many examples of the training data are put before each held-out prompt
+    augment: tuple[
+        tuple[str, float], ...
+    ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
+    synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
+    replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
+    curriculum: Duration = NEVER  # at first draw from the short rows, then ever longer ones too, all after this long
+    seq_len: int = 256  # positions in a row; of the encoder's input, where there is an encoder and a decoder
+    target_len: int = 0  # positions of a row of the decoder, where there is an encoder too; 0 = seq_len
+    batch_size: int = 16  # rows in a step, over all devices
+    packing: Literal["pad", "best_fit", "concat"] = "best_fit"
+    mask_documents: bool = True  # False: documents packed in one row see the ones before them
+    # Longer than a row: drop_turns (chat only) leaves out the oldest turns, truncate the end, drop the whole example.
+    overlong: Literal["auto", "drop_turns", "truncate", "drop"] = "auto"  # chat: drop_turns, translation: truncate
+    max_bad_records: int = 0  # so many are left out and counted, with their places; one more is an error
+    max_records: int = 0  # 0 = all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class CorruptConfig:
+    """What self-supervised tasks hide of an example."""
+
+    rate: float = 0.15  # share of the tokens, or of an image's patches
+    mean_span: float = 3.0  # span_corruption only: mean length of a hidden span, in tokens
+    whole_words: bool = False  # masked_text: all pieces of a word or none
+    pairs: Literal["next", "order"] = (
+        "next"  # masked_pairs only: is B what follows A (BERT); are A and B swapped (ALBERT)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Small trained additions to a model that is otherwise frozen, see `lm.models.adapters`."""
+
+    kind: Literal["none", "lora", "houlsby", "pfeiffer"] = "none"
+    rank: int = 8  # of LoRA; width of a bottleneck
+    alpha: float = 16.0  # LoRA only: the product of its two matrices is scaled by alpha / rank
+    dropout: float = 0.0  # LoRA only: on its input
+    targets: str = r".*(query|value)"  # LoRA only: a regular expression over the paths of the Dense layers
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Pre-norm blocks. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
+
+    kind: Literal["decoder", "prefix_decoder", "encoder", "encoder_decoder", "vit", "mae"] = "decoder"
+    num_layers: int = 4  # of the encoder, where there is an encoder and a decoder
+    decoder_layers: int = 0  # encoder_decoder and mae; 0 = num_layers
+    decoder_dim: int = 0  # mae only: width of its decoder; 0 = embed_dim
+    embed_dim: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 0  # 0 = num_heads
+    head_dim: int = 0  # 0 = embed_dim / num_heads
+    mlp_dim: int = 0  # 0 = 4 * embed_dim
+    vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's, rounded up to a multiple of 128
+    max_len: int = 0  # rows of the learned position table; 0 = data.seq_len
+    patch_size: int = 4  # vit and mae: an image is cut in squares of this many pixels a side
+    # Llama: rope. relative is T5's bias; sincos, fixed sines of row and column, is that of vit and mae.
+    position: Literal["learned", "rope", "relative", "sincos"] = "learned"
+    rope_theta: float = 10_000.0
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
+    norm_eps: float = 1e-5
+    # How parameters start: a scheme of lm.models.initialisers.
+    init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu
+    experts: tuple[int, int] = (0, 0)  # so many MLPs of mlp_dim in a layer, of which a position goes through so many
+    use_bias: bool = True  # False
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+    mup_base: tuple[int, int] = (0, 0)  # muP: embed_dim and head_dim (0 = as here) of the tuned recipe; (0, 0) = off
+    logit_softcap: float = 0.0  # 0 = off; else logits = cap * tanh(logits / cap)
+    attention_softcap: float = 0.0  # the same, on attention scores
+    sliding_window: int = 0  # 0 = off; else a position sees itself and the window - 1 before it
+    pool: Literal["first", "mean", "last"] = "first"  # what a head on a row reads: [CLS], the mean, the last token
+    projection_dim: int = 128  # contrastive only: width of the projection head's output
+    dropout: float = 0.0
+    embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # compute, see lm.program.compute_dtype
+    remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.blocks
+    unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Options of the losses."""
+
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2 (PaLM, section 5)
+    label_smoothing: float = 0.0
+    temperature: float = 0.05  # contrastive only: similarities are divided by it
+    r_drop: float = 0.0  # classification only: weight of the divergence between two dropout masks (R-Drop); 0 = off
+    chunk_len: int = 128  # positions of each row (of a device's part of it) whose logits are held at once; 0 = all
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer. Rules are ordered (regex over the whole parameter path, value) pairs; the first match wins."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-3  # the peak
+    schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "cosine"
+    warmup: Duration = NEVER
+    decay: Duration = NEVER  # wsd only: the final linear decay
+    end_lr_ratio: float = 0.0  # learning rate at the end / peak; linear, cosine and wsd
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # per step: lr * weight_decay * parameter
+    decay_rules: tuple[tuple[str, bool], ...] = ((r".*(kernel|embedding)", True), (r".*", False))
+    lr_rules: tuple[tuple[str, float], ...] = ((r".*", 1.0),)  # multiplies the learning rate; 0 = frozen
+    unfreeze_rules: tuple[tuple[str, float], ...] = ((r".*", 0.0),)  # share of the run after which a parameter learns
+    to_init: float = 0.0  # weight of L2 towards the values at the start, as weight_decay is towards 0 (L2-SP)
+    mixout: float = 0.0  # probability that an entry is replaced by its value at the start while training
+    clip_norm: float = 1.0  # of the global gradient norm; 0 = off
+    ema_decay: float = 0.0  # 0 = off; else evaluation uses the average; less at the start, see lm.step
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices along each axis; -1 for `data` = all the rest."""
+
+    data: int = -1  # copies of the model, inside a slice
+    fsdp: int = 1  # parameters, moments and batch split (ZeRO-3)
+    expert: int = 1  # experts split, and all else as by fsdp
+    context: int = 1  # positions of each row split, and parameters and moments as by fsdp
+    tensor: int = 1  # heads, MLP width and vocabulary split
+    dcn_data: int = 1  # data parallel over slices, across the data-centre network
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, and in how many pieces a step is computed."""
+
+    total: Duration = NEVER
+    patience: tuple[int, float] = (0, 0.0)  # evaluations without a gain above the 2nd before stopping; 0 = never
+    micro_batches: int = 1  # the batch is split in this many, their gradients summed: less memory, the same result
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out data."""
+
+    every: Duration = NEVER  # none = only at the start and the end
+    at_start: bool = True
+    batch_size: int = 0  # 0 = data.batch_size
+    max_tokens: int = 0  # evaluate on at most this many positions; 0 = all held-out rows
+    # tagging: in which scheme data.labels spell entities, see lm.evaluation.entity_tags; auto = by their
+    # letters, IOB1 or IOB2 by the held-out tags; none = words alone are scored.
+    entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = "auto"
+    # span_qa with unanswerable questions: the answer is '' where the score of none is above the best span's by more.
+    null_threshold: float = 0.0
+    # tools/translate.py: sacrebleu's tokenizer; auto = by the target language (the ending of the reference file).
+    bleu_tokenizer: Literal[
+        Literal["auto", "13a", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K"],
+        Literal["intl", "char", "none"],
+    ] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and what is kept."""
+
+    every: Duration = NEVER  # none = only at the end and when an evaluation is the best so far
+    keep_latest: int = 2
+    keep_best: int = 1
+    best_metric: str = (
+        "loss"  # a key of the evaluation's metrics; lm.evaluation.metrics knows whether less of it is better
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Samples written at each evaluation."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    temperature: float = 0.8  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    symbols: tuple[Literal["sentinels", "roles", "mask", "bos"], ...] = ()  # control symbols allowed beside text
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """What is written while training."""
+
+    log_every_steps: int = 10
+    profile: tuple[int, int] = (0, 0)  # the first step of a profiler trace, and of how many; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    objective: Literal[
+        Literal["clm", "mlm", "seq2seq", "mae", "contrastive"],
+        Literal["classification", "regression", "tagging", "span_qa"],
+        Literal["next_item", "masked_item", "multitask", "verbalizer"],
+    ] = "clm"
+    init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
+    init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or a path to read from instead
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    corrupt: CorruptConfig = CorruptConfig()
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    generate: GenerateConfig = GenerateConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+
+# Keys that change neither the parameters nor the data of any step to come, so that a resumed run may change them.
+RESUMABLE = (
+    *("mesh", "eval", "checkpoint", "generate", "monitor"),
+    *("model.init", "model.remat", "model.unroll", "loss.chunk_len"),
+)
+# Keys whose default is not what every run did before there was such a key: what it did.
+BEFORE: dict[str, dict[str, Any]] = {"model": {"init": "fan_in"}}
+
+
+def defaults() -> Any:
+    """The default config as a `ConfigDict`, with every key there is: recipes start from it."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(to_dict(Config()))
+
+
+def build(source: Mapping[str, Any]) -> Config:
+    """Builds a `Config` from a `ConfigDict` or nested dict, strictly.
+
+    Raises:
+      ConfigError: unknown key, wrong type, unknown choice, two durations at once, or values that contradict each other.
+    """
+    try:
+        source = source.to_dict() if hasattr(source, "to_dict") else source
+    except OSError as error:  # so late does ml_collections tell that it could not load the recipe
+        raise ConfigError(f"no recipe to load: {str(error).strip().splitlines()[-1].strip()}") from None
+    config = schema.build_section(Config, source, "")
+    schema.check_encoding(config.data.encoding, "data.encoding")
+    _check(config)
+    return config
+
+
+def build_saved(source: Mapping[str, Any]) -> Config:
+    """`build` of what a run wrote; a key that it lacks has the value that the run had without it, see `BEFORE`."""
+    return build({**source, **{section: values | source.get(section, {}) for section, values in BEFORE.items()}})
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON; `build(json.loads(to_json(c))) == c`."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Key -> (old value, new value), for the keys whose values differ."""
+    old_flat, new_flat = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
+    return {key: (old_flat[key], new_flat[key]) for key in old_flat if old_flat[key] != new_flat[key]}
+
+
+# Ways to pack the examples of a task; those of any other task are padded, one to a row.
+TASK_PACKINGS = {
+    "text": ("pad", "best_fit", "concat"),
+    "prefix_text": ("pad", "best_fit", "concat"),
+    "masked_text": ("pad", "best_fit", "concat"),
+    "span_corruption": ("pad", "concat"),
+    "chat": ("pad", "best_fit"),
+}
+
+_AT_LEAST_ONE = {
+    *("model.num_layers", "model.embed_dim", "model.num_heads", "model.patch_size", "model.projection_dim"),
+    *("data.seq_len", "data.batch_size", "data.max_expansion", "adapter.rank", "corrupt.mean_span"),
+    *("train.micro_batches", "checkpoint.keep_latest", "monitor.log_every_steps", "generate.max_new_tokens"),
+    *("mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.dcn_data"),
+}
+_BELOW_ONE = {
+    *("model.dropout", "adapter.dropout", "loss.label_smoothing", "data.eval_fraction", "data.replay", "corrupt.rate"),
+    *("optim.b1", "optim.b2", "optim.ema_decay", "optim.mixout"),
+}
+
+
+def _check(config: Config) -> None:
+    """Refuses values that no run could use, whatever the data."""
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    for key, value in flatten(to_dict(config)):
+        numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
+        if not numbers or key in ("mesh.data", "seed", "eval.null_threshold"):
+            continue
+        least = 1 if key in _AT_LEAST_ONE else 0
+        if min(numbers) < least:
+            raise ConfigError(f"'{key}' must {f'be at least {least}' if least else 'not be negative'}, got {value}")
+        if key in _BELOW_ONE and value >= 1:
+            raise ConfigError(f"'{key}' must be in [0, 1), got {value}")
+    is_vision = model.kind in ("vit", "mae")
+    needs = {
+        "'optim.eps' must be greater than 0": optim.eps > 0,
+        f"'generate.top_p' must be in (0, 1], got {config.generate.top_p}": 0 < config.generate.top_p <= 1,
+        f"'data.batch_size' ({data.batch_size}) must be a multiple of 'train.micro_batches' ({train.micro_batches})": (
+            data.batch_size % train.micro_batches == 0
+        ),
+        f"'model.num_heads' ({model.num_heads}) must be a multiple of 'model.num_kv_heads' ({model.num_kv_heads})": (
+            model.num_heads % (model.num_kv_heads or model.num_heads) == 0
+        ),
+        f"'model.embed_dim' ({model.embed_dim}) must be a multiple of 'model.num_heads' ({model.num_heads}), or set "
+        "'model.head_dim'": bool(model.head_dim) or model.embed_dim % model.num_heads == 0,
+        f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len}) or 'data.target_len'": (
+            model.position != "learned" or not model.max_len or model.max_len >= max(data.seq_len, data.target_len)
+        ),
+        f"'data.path' is empty: data.format={data.format} needs a file, folder or glob": (
+            data.format.startswith("builtin") or bool(data.path) or bool(data.mixture)
+        ),
+        f"'data.path' ({data.path!r}) and 'data.eval_path' must be empty, for 'data.mixture' says what is read": (
+            not data.mixture or not (data.path or data.eval_path or data.format.startswith("builtin"))
+        ),
+        f"'data.mixture' must begin at 0, its shares of the run be below 1 and its weights above 0: {data.mixture}": (
+            not data.mixture
+            or (
+                min(start for start, _, _ in data.mixture) == 0
+                and all(0 <= start < 1 and weight > 0 for start, _, weight in data.mixture)
+            )
+        ),
+        "'data.curriculum_*' orders one source, but there is a 'data.mixture'": (
+            not data.mixture or data.curriculum == NEVER
+        ),
+        f"'optim.decay_*' is read by schedule wsd only; 'optim.schedule' is {optim.schedule}": (
+            optim.schedule == "wsd" or optim.decay == NEVER
+        ),
+        f"'optim.schedule' is {optim.schedule}, but no 'optim.decay_steps|_tokens|_examples|_epochs' is set": (
+            optim.schedule != "wsd" or optim.decay != NEVER
+        ),
+        f"'data.task' is {data.task}, which does not fit 'data.format' ({data.format})": (
+            (data.format, data.task) not in (("builtin_text", "chat"), ("builtin_instructions", "text"))
+        ),
+        f"'data.packing' is {data.packing}, but 'data.task' {data.task} has more than tokens in a row; use pad": (
+            data.packing in TASK_PACKINGS.get(data.task, ("pad",))
+        ),
+        f"'data.curriculum_*' goes by the length of one example; set data.packing=pad, not {data.packing}": (
+            data.curriculum == NEVER or data.packing == "pad"
+        ),
+        "'data.replay' draws from the data of the run that 'init_from' names, which is ''": (
+            not data.replay or bool(config.init_from)
+        ),
+        f"'data.labels' names a label twice: {data.labels}": len(set(data.labels)) == len(data.labels),
+        "'data.image_shape' must be of three numbers above 0": min(data.image_shape) > 0,
+        f"'data.image_shape' {data.image_shape} must be multiples of 'model.patch_size' ({model.patch_size}) in height "
+        "and width": not is_vision or not any(size % model.patch_size for size in data.image_shape[:2]),
+        f"'model.position' is {model.position}, but 'model.kind' {model.kind} needs "
+        f"{'sincos' if is_vision else 'another'}": is_vision == (model.position == "sincos"),
+        "'model.mup_base' lacks its first number, an embed_dim": model.mup_base[0] > 0 or not any(model.mup_base),
+        "'loss.temperature' must be greater than 0": config.loss.temperature > 0,
+        "'train.patience' counts evaluations, but no 'eval.every_*' is set": (
+            not train.patience[0] or config.eval.every != NEVER
+        ),
+        "'train.patience' goes back to the best checkpoint, but 'checkpoint.keep_best' is 0": (
+            not train.patience[0] or config.checkpoint.keep_best > 0
+        ),
+        f"'seed' must be in [-2^31, 2^31), got {config.seed}": -(2**31) <= config.seed < 2**31,
+        "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != NEVER,
+    }
+    if broken := [message for message, holds in needs.items() if not holds]:
+        raise ConfigError(broken[0])

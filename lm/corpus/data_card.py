@@ -1,0 +1,86 @@
+"""What a prepared folder says of itself to people: README.md and a histogram of the documents' lengths."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm.corpus.filters import FILTERS
+
+# Documents that a filter of quality dropped are counted in `statistics` under its name; these are what else drops some.
+_OTHER_REASONS = {
+    "contaminated": "text of an evaluation file",
+    "exact_duplicate": "the content of an earlier one",
+    "near_duplicate": "much like an earlier one",
+}
+
+
+def write(folder: Path, index: Mapping[str, Any]) -> None:
+    """Writes README.md and lengths.png from what `lm.corpus.pipeline` puts into the index."""
+    _plot(folder / "lengths.png", index["statistics"]["lengths"])
+    (folder / "README.md").write_text(text(index), encoding="utf-8")
+
+
+def text(index: Mapping[str, Any]) -> str:
+    """The data card, Markdown."""
+    settings, found = index["settings"], index["statistics"]
+    data, how, length = settings["data"], settings["prepare"], index["layout"]["length"]
+    rows = [("read", found["documents"], found["bytes"])]
+    rows += [(_reason(why), -documents, -size) for why, (documents, size) in found["dropped"].items()]
+    rows += [(f"kept: {part}", kept["documents"], kept["bytes"]) for part, kept in found["kept"].items()]
+    parts = [
+        (
+            part,
+            f"{len(index['parts'][part]):,}",
+            *(f"{kept[key]:,}" for key in ("rows", "tokens")),
+            f"{kept['tokens'] / kept['rows'] / length:.1%}",
+        )
+        for part, kept in found["kept"].items()
+    ]
+    bad = ", ".join(f"{kind} {count:,}" for kind, count in found["faults"].items()) or "none"
+    near = f"similarity of at least {how['near']}" if how["near"] else "not looked for"
+    held = "data.eval_path" if data["eval_path"] else f"a share of {data['eval_fraction']}, by the hash of the content"
+    sections = [
+        "# Prepared data",
+        f"Rows of {length} tokens for `data.task={data['task']}`, `data.packing={settings['packing']}`.",
+        "    python -m lm.main --config=RECIPE --workdir=RUN --config.data.format=prepared --config.data.path=FOLDER",
+        "## Source",
+        f"`data.format={data['format']}`, `{data['path']}`: {len(settings['files']):,} files, {found['records']:,} "
+        f"records, of which bad: {bad}. Licence, languages and who is in it: not known to the tool; write it here.",
+        "## What was kept",
+        _table(("", "documents", "bytes"), [(name, f"{count:,}", f"{size:,}") for name, count, size in rows]),
+        f"Held out: {held}. Near duplicates: {near}. Unicode was composed (NFC) and outer white space taken away, "
+        f"which changed {found['normalised']:,} documents. Each record that went is a line of `removed.jsonl`.",
+        "## Rows",
+        _table(("part", "shards", "rows", "tokens", "fill"), parts),
+        f"Tokenizer: `tokenizer.model`, sha256 {index['tokenizer_hash']}.",
+        "![Tokens of a document](lengths.png)",
+        "## Evaluation files looked for",
+        "\n".join(f"- `{name}`" for name in settings["evaluation"]) or "None.",
+        *([f"A document goes that has {how['ngram']} words in a row of one."] if settings["evaluation"] else []),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _reason(why: str) -> str:
+    if why in _OTHER_REASONS:
+        return f"{why}: {_OTHER_REASONS[why]}"
+    return f"{why}: not from {FILTERS[why].least:g} to {FILTERS[why].most:g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plot(path: Path, counts: Sequence[int]) -> None:
+    """Documents by length; bin i has those of 2^(i - 1) to 2^i - 1 tokens."""
+    from matplotlib.figure import Figure
+
+    used = [i for i, count in enumerate(counts) if count]
+    shown = range(used[0], used[-1] + 1) if used else range(1)
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar([str(2**i // 2) for i in shown], [counts[i] for i in shown])
+    axes.set_xlabel("tokens of a document, from this number up to the next")
+    axes.set_ylabel("documents")
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # which would say the version of the plotting library

@@ -1,0 +1,210 @@
+"""Parquet files and Arrow streams to records, a batch of rows at a time; a row's columns are a JSON line's fields.
+
+Numbers that a Hugging Face data set has names for (`ClassLabel`) become their names.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from etils import epath
+
+from lm.config import DataConfig
+from lm.data.readers import fields, images, paths, text
+from lm.data.readers.fields import BadRecord, Names
+from lm.data.record import DataError, Fault, Record
+
+_ROWS_AT_ONCE = 256
+_BUFFER_BYTES = 1 << 20  # of a column that is read while its rows are
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_Shape = tuple[int, int, int]
+
+
+def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Path]]:
+    """Split -> its files, of a data set that Hugging Face's `save_to_disk` wrote; else as `files.find_splits`.
+
+    Raises:
+      DataError: a file that the set should have is not there.
+    """
+    try:
+        folder = epath.Path(path).expanduser()
+        if (folder / "dataset_dict.json").is_file():
+            splits = _json(folder / "dataset_dict.json").get("splits")
+            if not isinstance(splits, list) or not splits or not all(isinstance(name, str) for name in splits):
+                raise DataError(f"{folder / 'dataset_dict.json'}: names no split; expected the list 'splits'")
+            if bad := [name for name in splits if PurePath(name).name != name]:
+                raise DataError(
+                    f"{folder / 'dataset_dict.json'}: split {bad[0]!r}; expected the name of a folder in it"
+                )
+            there = [name for name in splits if name == paths.TRAIN or (folder / name).is_dir()]
+            usual = [paths.split_named(name) or name for name in splits]
+            keys = usual if len(set(usual)) == len(usual) else splits
+            return {
+                key: _saved_files(folder / name) if name in there else []
+                for key, name in zip(keys, splits, strict=True)
+            }
+        is_saved = (folder / "state.json").is_file()
+    except (KeyError, NotImplementedError, OSError):  # of which find_files says what it is
+        return paths.find_splits(path, suffixes)
+    return {"": _saved_files(folder)} if is_saved else paths.find_splits(path, suffixes)
+
+
+def described_in(path: epath.Path) -> list[epath.Path]:
+    """Where `save_to_disk` describes the data of a file."""
+    folder = path.parent
+    return [folder / "state.json", folder / "dataset_info.json", folder.parent / "dataset_dict.json"]
+
+
+def _saved_files(folder: epath.Path) -> list[epath.Path]:
+    """The files that the state.json of `save_to_disk` names, in its order."""
+    state = _json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder}: a selection of the rows of its files; save it again after flatten_indices()")
+    try:
+        found = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'state.json'}: {error!r}; expected the list '_data_files' of save_to_disk"
+        ) from None
+    if missing := [file for file in found if not file.is_file()]:
+        raise DataError(f"{missing[0]}: no such file; expected it, for {folder / 'state.json'} names it")
+    if not found:
+        raise DataError(f"{folder / 'state.json'}: names no file; expected at least one")
+    return found
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: {error}; expected the JSON that save_to_disk writes") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: found {type(content).__name__}; expected the object that save_to_disk writes")
+    return content
+
+
+def read_parquet(
+    path: epath.Path, rename: Mapping[str, str], shape: _Shape = DataConfig.image_shape
+) -> Iterator[Record | Fault]:
+    """Rows of a parquet file.
+
+    Args:
+      path: the file.
+      rename: column -> field expected. Columns that no record has are not read.
+      shape: of an image, where there is one, see `image_files.pixels`.
+
+    Raises:
+      DataError: the file cannot be read to its end, or its columns make no record.
+    """
+    with _reading(path, "parquet"), path.open("rb") as file:
+        from pyarrow import parquet
+
+        table = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        names = _columns(table.schema_arrow, path, rename)
+        batches = table.iter_batches(_ROWS_AT_ONCE, columns=names, use_threads=False)
+        parse = functools.partial(_record, names=_class_names(table.schema_arrow), rename=rename, shape=shape)
+        yield from _rows(batches, parse, path, table.metadata.num_rows)
+
+
+def read_arrow(
+    path: epath.Path, rename: Mapping[str, str], shape: _Shape = DataConfig.image_shape
+) -> Iterator[Record | Fault]:
+    """Rows of a file in Arrow's stream format, such as Hugging Face's `save_to_disk` writes. See `read_parquet`."""
+    with _reading(path, "arrow"), path.open("rb") as file:
+        import pyarrow
+
+        stream = pyarrow.ipc.open_stream(file)
+        names = _columns(stream.schema, path, rename)
+        batches = (_checked(batch).select(names) for batch in stream)
+        parse = functools.partial(_record, names=_class_names(stream.schema), rename=rename, shape=shape)
+        yield from _rows(batches, parse, path, None)
+        # A stream that is cut off between two batches ends like a whole one.
+        end = file.tell()
+        file.seek(-len(_END_OF_STREAM), 2)
+        if file.read() != _END_OF_STREAM or file.tell() != end:
+            raise DataError(f"{path}: truncated or damaged: no end of the stream where it ends; expected a whole file")
+
+
+def _checked(batch: Any) -> Any:
+    """The batch; offsets that lead out of it would be followed unseen."""
+    batch.validate(full=True)
+    return batch
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path, kind: str) -> Iterator[None]:
+    """What pyarrow stumbles over, as DataError that names the file."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(f"{path}: reading {kind} needs the package pyarrow: pip install -e '.[parquet]'") from None
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        place = "".join(getattr(error, "__notes__", ()))
+        raise DataError(f"{path}: damaged or no {kind} file{place} ({reason}); expected a whole one") from error
+
+
+def _columns(schema: Any, path: epath.Path, rename: Mapping[str, str]) -> list[str]:
+    try:
+        return fields.columns(schema.names, rename)
+    except BadRecord as error:
+        raise DataError(f"{path}: {error.args[0]}: {error.args[1]}") from None
+
+
+def _rows(
+    batches: Iterable[Any], parse: Callable[[Any, int], Record], path: epath.Path, total: int | None
+) -> Iterator[Record | Fault]:
+    number = 0
+    try:
+        for batch in batches:
+            for row in range(batch.num_rows):
+                number += 1
+                yield text.to_record(functools.partial(parse, batch), row, path, number)
+    except Exception as error:
+        error.add_note(f" behind row {number}")  # for `_reading`, which knows the file but not how far it was
+        raise
+    if total is not None and number != total:
+        raise DataError(f"{path}: read {number:,} rows; expected {total:,}, as the file says")
+    if not number:
+        yield text.empty_file(path)
+
+
+def _record(batch: Any, row: int, names: Names, rename: Mapping[str, str], shape: _Shape) -> Record:
+    values = {}
+    for field, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[field] = column[row].as_py()
+        except UnicodeDecodeError as error:
+            raise BadRecord("invalid UTF-8", f"'{field}' is not UTF-8 ({error.reason}); expected UTF-8 text") from None
+    return images.with_pixels(fields.normalise(fields.named(values, names, ""), rename), shape)
+
+
+def _class_names(schema: Any) -> Names:
+    """The names of classes that a Hugging Face data set keeps in the schema's metadata."""
+    try:
+        return _names(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (LookupError, TypeError, ValueError):  # of another writer
+        return None
+
+
+def _names(feature: Any) -> Names:
+    """{"names": [...], "_type": "ClassLabel"}, alone or in lists and objects, which carry a '_type' or none."""
+    if isinstance(feature, list):
+        return [_names(feature[0])]
+    if not isinstance(feature, dict):
+        return None
+    kind = feature.get("_type")
+    if kind == "ClassLabel":
+        return tuple(map(str, feature["names"]))
+    if isinstance(kind, str):
+        return [_names(feature["feature"])] if "feature" in feature else None
+    return {field: _names(inner) for field, inner in feature.items()}

@@ -1,0 +1,372 @@
+"""From a data config to records: which units of data there are, how each is read, and which records are held out."""
+
+import dataclasses
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from lm.config import DataConfig
+from lm.config.schema import ConfigError
+from lm.data import labels, splits
+from lm.data.readers import array_record, images, interactions, parquet, python_stdlib, tables, tfds
+from lm.data.readers import paths as files
+from lm.data.readers.text import Opening, read_jsonl, read_text
+from lm.data.record import DataError, Fault, NotRead, Record
+
+_SHOWN_EXAMPLES = 3  # places shown of each kind of fault
+
+# What can be read by itself: a path, or two files line by line. It can be pickled, and `str` tells them apart.
+Unit = Any
+
+
+class Format(NamedTuple):
+    """How the records of a format are found and read.
+
+    Attributes:
+      find: (data.path, data.eval_path) -> the units to train on and those held out.
+      read: (unit, config) -> its records and faults, one at a time, in their order.
+      reads: the keys among `_OPTIONAL` that it reads; the others are refused.
+    """
+
+    find: Callable[[str, str], "Units"]
+    read: Callable[[Unit, DataConfig], Iterator[Record | Fault | NotRead]]
+    reads: tuple[str, ...] = ()
+
+
+class Units(NamedTuple):
+    """What `data.path` and `data.eval_path` name.
+
+    Attributes:
+      train: units to train on.
+      valid: units held out; empty = a share of the records of `train` is, see `lm.data.splits`.
+      notes: what the run should say of them: which split is which, what is not read.
+    """
+
+    train: list[Unit]
+    valid: list[Unit]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Split:
+    """Records to train on and records held out. Each has an `identity` that no other one has.
+
+    Attributes:
+      train: records to train on, in the order of the sorted file names and of each file.
+      valid: held-out records, by which checkpoints are chosen; never empty.
+      fingerprint: sha256 hex over the format, the contents and their order; not over where the files lie.
+      report: what was read and what was skipped, for the run to print.
+    """
+
+    train: list[Record]
+    valid: list[Record]
+    fingerprint: str
+    report: str
+    test: list[Record] = dataclasses.field(
+        default_factory=list
+    )  # read once, at the end of a run; most formats have none
+
+
+def load(cfg: DataConfig) -> Split:
+    """Reads the records that `data.*` names.
+
+    Held out are the records of `data.eval_path`, else those of a folder's validation split, else the groups (records
+    of one context, text, user: see `lm.data.splits`) with a small sha256: the same ones in whatever order the files
+    give them. The built-in formats and interactions have their own split. `data.max_records` keeps the train records
+    of the smallest hashes, so that a smaller number gives a subset of a larger one.
+
+    Raises:
+      DataError: a bad file; more bad records than `data.max_bad_records` (see `lm.data.readers.text`); no record left
+        to train on or to hold out.
+      ConfigError: a key is set that this format does not read.
+    """
+    split = _OWN_SPLIT[cfg.format](cfg) if cfg.format in _OWN_SPLIT else _read_all(cfg)
+    for name, records in (("train", split.train), ("valid", split.valid)):
+        if not records:
+            raise DataError(f"data.format={cfg.format}: no {name} record; expected at least one\n{split.report}")
+    if 0 < cfg.max_records < len(split.train):
+        split.report += f"\ntrain cut to data.max_records={cfg.max_records:,} of {len(split.train):,} records"
+        split.train = splits.smallest(split.train, cfg.max_records)
+    split.fingerprint = splits.fingerprint(cfg.format, split.train, split.valid, *([split.test] if split.test else []))
+    splits.identify(itertools.chain(split.train, split.valid, split.test))
+    return split
+
+
+def find(cfg: DataConfig) -> Units:
+    """The units of a format of `FORMATS`, in the order in which they are read.
+
+    Raises:
+      DataError: a path names nothing, or something is named by both paths.
+      ConfigError: a key is set that this format does not read, or nothing is held out.
+    """
+    _check(cfg)
+    if not cfg.eval_path and not cfg.eval_fraction:
+        raise ConfigError("nothing is held out: set 'data.eval_path' or an 'data.eval_fraction' above 0")
+    return FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
+
+
+def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault | NotRead]:
+    """The records of one unit that `find` gave, and a `Fault` for each that is bad: together all there are. A
+    `NotRead` is a file in an archive that is none.
+
+    A label that `data.task` cannot use makes its record bad, see `lm.data.labels`.
+
+    Raises:
+      DataError: the unit cannot be read to its end.
+    """
+    return (labels.checked(item, cfg) for item in FORMATS[cfg.format].read(unit, cfg))
+
+
+def parallel_records(path: str) -> list[Record]:
+    """All pairs of a parallel corpus such as 'DIR/test.{en,de}.gz', in order. Raises DataError at the first fault."""
+    readings = [tables.read_parallel(*pair) for pair in files.file_pairs(path, ("",))]
+    return list(_good_records(readings, DataConfig(), [], []))
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+def _rename(cfg: DataConfig) -> dict[str, str]:
+    for names in zip(*cfg.rename, strict=True):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"'data.rename' names a field twice: {cfg.rename}")
+    return dict(cfg.rename)
+
+
+def _named(
+    *suffixes: str, find_splits: Callable[[str, tuple[str, ...]], dict[str, list[Unit]]] = files.find_splits
+) -> Callable[[str, str], Units]:
+    """Finds the files of two paths. `suffixes` are of the names that a folder is searched for; a file named in full, or
+    by a glob, is read whatever its name."""
+
+    def find_both(path: str, eval_path: str) -> Units:
+        found = find_splits(path, suffixes)
+        held_out = find_splits(eval_path, suffixes) if eval_path else {}
+        if len(held_out) > 1:
+            names = ", ".join(map(repr, held_out))
+            raise DataError(f"data.eval_path '{eval_path}': holds the splits {names}; name one by its folder or a glob")
+        units = _train_and_validation(path, found, held_out.popitem()[1] if eval_path else [])
+        if both := sorted(set(map(_real, units.train)) & set(map(_real, units.valid))):
+            hint = "narrow data.path, by a glob perhaps"
+            raise DataError(f"{both[0]}: named by both data.path and data.eval_path; {hint}")
+        return units
+
+    return find_both
+
+
+def _real(unit: Unit) -> str:
+    """What tells a unit apart, however its path is written: 'd/b', './d/../d/b' and a link to it are one."""
+    return str(unit) if "://" in str(unit) else os.path.realpath(unit) if isinstance(unit, epath.Path) else str(unit)
+
+
+def _train_and_validation(path: str, found: dict[str, list[Unit]], held_out: list[Unit]) -> Units:
+    """Of a folder that holds several splits its 'train' and, unless `held_out` names others, its 'validation'."""
+    if len(found) == 1:
+        (only,) = found.values()
+        return Units(only, held_out)
+    if files.TRAIN not in found:
+        names = ", ".join(map(repr, sorted(found)))
+        raise DataError(f"data path '{path}': holds {names} and no 'train'; name one by its folder or a glob")
+    valid = held_out or found.get(files.VALIDATION, [])
+    notes = [
+        f"{path} holds several splits: 'train' is trained on"
+        + ", 'validation' is held out" * (not held_out and bool(valid))
+    ]
+    read = {str(unit) for unit in (*found[files.TRAIN], *valid)}
+    if rest := [f"'{name}'" for name in sorted(found) if not read & set(map(str, found[name]))]:
+        notes.append(f"not read: {', '.join(rest)} (data.eval_path names another split to evaluate on)")
+    return Units(found[files.TRAIN], valid, tuple(notes))
+
+
+def _pairs(path: str, suffixes: tuple[str, ...]) -> dict[str, list[Unit]]:
+    return {"": files.file_pairs(path, suffixes)}
+
+
+def _opening(cfg: DataConfig) -> Opening:
+    return Opening(cfg.encoding, cfg.max_expansion)
+
+
+def _text_with_fields(reader: Callable[[Any, Mapping[str, str], Opening], Iterator[Record | Fault]]) -> dict[str, Any]:
+    return {"read": lambda unit, cfg: reader(unit, _rename(cfg), _opening(cfg)), "reads": ("rename", "encoding")}
+
+
+def _with_images(
+    reader: Callable[[Any, Mapping[str, str], tuple[int, int, int]], Iterator[Record | Fault]],
+) -> dict[str, Any]:
+    return {"read": lambda unit, cfg: reader(unit, _rename(cfg), cfg.image_shape), "reads": ("rename",)}
+
+
+FORMATS: dict[str, Format] = {
+    "text": Format(
+        _named(".txt", ".text", ".md"),
+        lambda path, cfg: read_text(path, cfg.separator, _opening(cfg)),
+        reads=("separator", "encoding"),
+    ),
+    "jsonl": Format(_named(".jsonl", ".json"), **_text_with_fields(read_jsonl)),
+    "table": Format(_named(".tsv", ".csv"), **_text_with_fields(tables.read_table)),
+    "conll": Format(_named(".conll", ".conllu", ".iob", ".tsv"), **_text_with_fields(tables.read_conll)),
+    "squad": Format(_named(".json"), lambda path, cfg: tables.read_squad(path, _opening(cfg)), reads=("encoding",)),
+    "parallel": Format(
+        _named("", find_splits=_pairs),
+        lambda pair, cfg: tables.read_parallel(pair.source, pair.target, _opening(cfg)),
+        reads=("encoding",),
+    ),
+    "images": Format(
+        _named(*images.SUFFIXES),
+        lambda path, cfg: images.read_images(path, cfg.image_shape, cfg.max_expansion),
+    ),
+    "tfds": Format(lambda name, split: Units(*tfds.find(name, split)), **_with_images(tfds.read)),
+    "array_record": Format(
+        _named(".array_record", ".arrayrecord"),
+        lambda path, cfg: array_record.read_array_record(path, _rename(cfg)),
+        reads=("rename",),
+    ),
+    "parquet": Format(_named(".parquet"), **_with_images(parquet.read_parquet)),
+    "arrow": Format(_named(".arrow", find_splits=parquet.find_arrow), **_with_images(parquet.read_arrow)),
+}
+
+
+def _builtin(cfg: DataConfig) -> Split:
+    _check(cfg)
+    corpus, part = python_stdlib.load(), cfg.format.removeprefix("builtin_")
+    records = corpus.parts[part]
+    counts = f"{part}: {len(records['train']):,} train and {len(records['valid']):,} valid records, split by file"
+    return Split(records["train"], records["valid"], "", f"{corpus.report}\n{counts}")
+
+
+def _interactions(cfg: DataConfig) -> Split:
+    """Of every user the second-last item validates and the last one tests, as in SASRec and BERT4Rec."""
+    _check(cfg)
+    rename, faults = _rename(cfg), list[Fault]()
+    found_splits = files.find_splits(cfg.path, (".csv", ".tsv"))
+    if len(found_splits) > 1:
+        raise DataError(
+            f"data path '{cfg.path}': holds the splits {', '.join(map(repr, found_splits))}, but interactions are "
+            "split by time for each user; name the files to read by a glob"
+        )
+    (paths,) = found_splits.values()
+    rows = (interactions.read_interactions(path, rename, _opening(cfg)) for path in paths)
+    found = interactions.leave_one_out(_good_records(rows, cfg, faults, []))
+    report = [
+        f"read {len(paths)} files: {len(found.train):,} users, split by time: of each user the second-last item "
+        "validates (and chooses checkpoints), the last one tests; left out: "
+        f"{found.users_left_out:,} users of fewer than {interactions.MIN_ITEMS} items, with "
+        f"{found.interactions_left_out:,} items",
+        *left_out(cfg, paths),
+    ]
+    if faults:
+        report.append(_describe(faults))
+    return Split(found.train, found.valid, "", "\n".join(report), found.test)
+
+
+# Formats that are not read unit by unit: they hold out by a rule of their own.
+_OWN_SPLIT: dict[str, Callable[[DataConfig], Split]] = {
+    "builtin_text": _builtin,
+    "builtin_instructions": _builtin,
+    "interactions": _interactions,
+}
+_OPTIONAL = ("separator", "rename", "encoding")
+_UNREAD = {
+    "builtin_text": ("path", "eval_path", *_OPTIONAL),
+    "builtin_instructions": ("path", "eval_path", *_OPTIONAL),
+    "interactions": ("eval_path", "separator"),
+    **{name: tuple(key for key in _OPTIONAL if key not in fmt.reads) for name, fmt in FORMATS.items()},
+}
+
+
+def _check(cfg: DataConfig) -> None:
+    """Refuses options that the format does not read, before anything is read."""
+    _rename(cfg)
+    if cfg.image_shape[2] not in (1, 3):
+        raise ConfigError(f"'data.image_shape' is {cfg.image_shape}; expected 1 channel (grey) or 3 (RGB)")
+    for key in _UNREAD[cfg.format]:
+        if (value := getattr(cfg, key)) != getattr(DataConfig, key):
+            raise ConfigError(f"'data.{key}' is {value!r}, but data.format={cfg.format} does not read it")
+
+
+# Reading all of it ----------------------------------------------------------------------------------------------------
+
+
+def _read_all(cfg: DataConfig) -> Split:
+    units, faults, not_read = find(cfg), list[Fault](), list[NotRead]()
+    parts = (units.train, units.valid)
+    train, valid = (list(_good_records((read(unit, cfg) for unit in part), cfg, faults, not_read)) for part in parts)
+    report = [f"read {len(train) + len(valid):,} records of {sum(map(len, parts)):,} files"]
+    report += [f"  {' to '.join(dict.fromkeys((str(part[0]), str(part[-1]))))}" for part in parts if part]
+    report += units.notes
+    report += left_out(cfg, [*units.train, *units.valid], not_read)
+    if faults:
+        report.append(_describe(faults))
+    if units.valid:
+        report += _overlap(train, valid)
+    else:
+        train, valid = splits.hold_out(train, cfg.eval_fraction)
+        report.append(splits.describe_groups(train, valid))
+    report.append(f"{len(train):,} train and {len(valid):,} valid records")
+    return Split(train, valid, "", "\n".join(report))
+
+
+def _overlap(train: list[Record], valid: list[Record]) -> list[str]:
+    """Warnings about held-out records that are trained on as well, as a whole or by their text, context, ..."""
+
+    def shared(key: Callable[[Record], bytes]) -> list[Record]:
+        seen = set(map(key, train))
+        return [record for record in valid if key(record) in seen]
+
+    whole, grouped = shared(splits.digest), shared(splits.group)
+    told = [f"warning: {len(whole):,} of {len(valid):,} held-out records are trained on as well"] if whole else []
+    if len(grouped) > len(whole):
+        kinds = ", ".join(sorted(set(map(splits.grouping, grouped))))
+        told.append(f"warning: {len(grouped):,} of {len(valid):,} held-out records share their {kinds} with training")
+    return told
+
+
+def left_out(cfg: DataConfig, units: Iterable[Unit], not_read: Iterable[NotRead] = ()) -> list[str]:
+    """A line for each folder, glob or archive, that names the files in it that are not read."""
+    used = [path for unit in units for path in files.files_of(unit)]
+    if cfg.format == "images":
+        used += [images.labels_beside(path) for path in used]
+    if cfg.format == "arrow":
+        used += [about for path in used for about in parquet.described_in(path)]
+    in_folders = [files.left_out(path, used) for path in (cfg.path, cfg.eval_path) if path and used]
+    in_archives: dict[str, list[str]] = {}
+    for archive, name in not_read:
+        in_archives.setdefault(archive, []).append(name)
+    return [line for line in (*in_folders, *itertools.starmap(files.describe_left_out, in_archives.items())) if line]
+
+
+def _good_records(
+    readings: Iterable[Iterable[Record | Fault | NotRead]],
+    cfg: DataConfig,
+    faults: list[Fault],
+    not_read: list[NotRead],
+) -> Iterator[Record]:
+    """The records of all units; faults are raised, or added to `faults` until there are too many."""
+    for reading in readings:
+        for item in reading:
+            if isinstance(item, NotRead):
+                not_read.append(item)
+            elif not isinstance(item, Fault):
+                yield item
+            elif not cfg.max_bad_records:
+                hint = "data.max_bad_records=N leaves up to N such records out"
+                raise DataError(f"{item.where}: {item.kind}: {item.message} ({hint})")
+            else:
+                faults.append(item)
+                if len(faults) > cfg.max_bad_records:
+                    raise DataError(f"more than data.max_bad_records={cfg.max_bad_records}: {_describe(faults)}")
+
+
+def _describe(faults: list[Fault]) -> str:
+    """Counts of each kind of fault, with the first few places."""
+    lines = [f"skipped {len(faults):,} bad records:"]
+    for kind, count in Counter(fault.kind for fault in faults).most_common():
+        examples = [f for f in faults if f.kind == kind][:_SHOWN_EXAMPLES]
+        lines.append(f"  {count:,} x {kind}")
+        lines += [f"    {fault.where}: {fault.message}" for fault in examples]
+        lines += ["    ..."] if count > len(examples) else []
+    return "\n".join(lines)

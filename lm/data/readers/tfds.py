@@ -1,0 +1,167 @@
+"""Sets of TensorFlow Datasets by their names, read from their ArrayRecord files, without TensorFlow.
+
+They are looked for where TFDS looks: in the folder `TFDS_DATA_DIR`, else ~/tensorflow_datasets.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lm.config import DataConfig
+from lm.data.readers import array_record, fields, text
+from lm.data.readers import images as image_files
+from lm.data.readers.fields import BadRecord, Names
+from lm.data.record import DataError, Fault, Record
+
+
+class Shard(NamedTuple):
+    """Records `start` to `stop` (not included) of a file that has `size` of them, in the folder of its set."""
+
+    folder: str
+    name: str
+    start: int
+    stop: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}[{self.start}:{self.stop}]"
+
+
+def find(name: str, eval_split: str) -> tuple[list[Shard], list[Shard]]:
+    """The shards of 'train', and those of `eval_split`, which are taken out of the former where they are part of it.
+
+    Args:
+      name: as TFDS has it: 'imdb_reviews', 'wikipedia/20230601.en', 'glue/sst2:2.0.0'.
+      eval_split: as TFDS has it: 'test', 'train[:1%]'; '' = none.
+
+    Raises:
+      DataError: there is no such set, no such split of it, or a file of the split is missing or of another format.
+    """
+    builder = _load(name)
+    held_out = _shards(builder, eval_split) if eval_split else []
+    train = _shards(builder, "train")
+    for out in held_out:
+        train = [rest for shard in train for rest in _without(shard, out)]
+    return train, held_out
+
+
+def _load(name: str) -> Any:
+    """The set's description, from its files alone: the code that makes it is not needed, and nothing is downloaded."""
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    code = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()"
+    how = (
+        "TFDS prepares it with TensorFlow, in an environment of its own:\n"
+        "    pip install tensorflow tensorflow-datasets array_record\n"
+        f'    python -c "import tensorflow_datasets as tfds; {code}"'
+    )
+    try:
+        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except registered.DatasetNotFoundError:
+        found = f"not found in {data_dir} (TFDS_DATA_DIR names another folder)"
+        raise DataError(f"TFDS set '{name}': {found}. {how}") from None
+    except Exception as error:  # a name that does not parse, a damaged description: whatever TFDS stumbles over
+        raise DataError(f"TFDS set '{name}' in {data_dir}: {type(error).__name__}: {error}") from error
+    if builder.info.file_format.value != "array_record":
+        raise DataError(
+            f"{builder.data_dir}: TFDS set '{name}' is there in the format {builder.info.file_format.value}; expected "
+            f"array_record. Move this folder away. {how}"
+        )
+    return builder
+
+
+def _shards(builder: Any, split: str) -> list[Shard]:
+    try:
+        found = builder.info.splits[split].file_instructions
+    except Exception as error:  # ValueError, KeyError, AssertionError: TFDS has no common one
+        known = ", ".join(builder.info.splits)
+        raise DataError(f"TFDS set '{builder.info.full_name}': no split '{split}' ({error}); it has {known}") from None
+    if missing := [file.filename for file in found if not epath.Path(file.filename).is_file()]:
+        raise DataError(f"{missing[0]}: no such file; expected it, for {builder.data_dir}/dataset_info.json names it")
+    folder = str(builder.data_dir)
+    return [
+        Shard(folder, epath.Path(file.filename).name, file.skip, file.skip + file.take, file.examples_in_shard)
+        for file in found
+    ]
+
+
+def _without(shard: Shard, out: Shard) -> list[Shard]:
+    """What is left of `shard`: before `out` and behind it."""
+    if shard.name != out.name:
+        return [shard]
+    before = shard._replace(stop=min(shard.stop, out.start))
+    behind = shard._replace(start=max(shard.start, out.stop))
+    return [rest for rest in (before, behind) if rest.start < rest.stop]
+
+
+def read(
+    shard: Shard, rename: Mapping[str, str], shape: tuple[int, int, int] = DataConfig.image_shape
+) -> Iterator[Record | Fault]:
+    """The records of a shard, a class by its name, an image as `image_files.pixels` decodes it.
+
+    Raises:
+      DataError: the file is missing or damaged as a whole, or the features of the set make no record.
+    """
+    features = _features(shard.folder)
+    try:
+        fields.columns(list(features), rename)
+    except BadRecord as error:
+        raise DataError(f"{shard.folder}/features.json: {error.args[0]}: {error.args[1]}") from None
+    names, images = _names(features), _images(features)
+
+    def parse(content: bytes) -> Record:
+        try:
+            example = features.deserialize_example_np(content, decoders=images)
+        except Exception as error:  # whatever protobuf and the features stumble over
+            raise BadRecord("malformed example", f"{error}; expected one with the set's features") from None
+        plain = {field: bytes(value) if field in images else _plain(value) for field, value in example.items()}
+        return image_files.with_pixels(fields.normalise(fields.named(plain, names, ""), rename), shape)
+
+    path = epath.Path(shard.folder) / shard.name
+    return array_record.read_range(path, shard.start, shard.stop, parse, shard.size)
+
+
+@functools.cache
+def _features(folder: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(folder).info.features
+
+
+def _images(features: Any) -> dict[str, Any]:
+    """The features that are images -> what makes TFDS leave their files as they are."""
+    import tensorflow_datasets as tfds
+
+    found = (field for field, feature in features.items() if isinstance(feature, tfds.features.Image))
+    return dict.fromkeys(found, tfds.decode.SkipDecoding())
+
+
+def _names(feature: Any) -> Names:
+    import tensorflow_datasets as tfds
+
+    match feature:
+        case tfds.features.ClassLabel():
+            return tuple(feature.names) if feature.num_classes else None
+        case tfds.features.Sequence():
+            inner = _names(feature.feature)
+            # A sequence of objects is kept as an object of lists.
+            return {field: [names] for field, names in inner.items()} if isinstance(inner, dict) else [inner]
+        case tfds.features.FeaturesDict():
+            return {field: _names(inner) for field, inner in feature.items()}
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists and numbers, bytes as text. Raises BadRecord."""
+    if isinstance(value, dict):
+        return {field: _plain(inner) for field, inner in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return text.decode(value) if isinstance(value, bytes) else value

@@ -1,0 +1,123 @@
+"""Identity of records, and which of them are held out: functions of their content alone.
+
+A record's identity is for grouping, scoring and logs; its `source` (file and line) is for messages only.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from lm.data.record import DataError, Record
+
+_NOT_CONTENT = ("source", "identity")
+
+# What records have in common that must not be on both sides of a split: the first of these that a record has.
+_GROUPED_BY = {
+    "group": "group",  # named by the user, see `data.rename`
+    "context": "context",  # questions on one paragraph
+    "text": "text",  # the same text under another label, beside another text, or with another translation
+    "words": "sentence",
+    "messages": "prompt",  # see `_prompt`
+    "image": "image",
+    "user": "user",
+}
+
+
+def digest(record: Record) -> bytes:
+    """sha256 of a record's content: of all its fields but its source and identity."""
+    return _sha256({field: value for field, value in record.items() if field not in _NOT_CONTENT})
+
+
+def identify(records: Iterable[Record]) -> None:
+    """Gives every record its `identity`: a hash of its content, and a number from the second of equal records on.
+
+    The identity depends neither on file names nor on the order of different records, and no two records share one.
+    """
+    seen: Counter[str] = Counter()
+    for record in records:
+        content = digest(record)[:12].hex()
+        seen[content] += 1
+        record["identity"] = content if seen[content] == 1 else f"{content}-{seen[content]}"
+
+
+def grouping(record: Record) -> str:
+    """What the record is grouped by: 'text', 'context', 'user', ..."""
+    return next((_GROUPED_BY[field] for field in _GROUPED_BY if field in record), "record")
+
+
+def group(record: Record) -> bytes:
+    """sha256 of what the record shares with others that must be on its side of a split.
+
+    Worked: two questions on one paragraph have one group, and so has one text under two labels.
+    """
+    for field in _GROUPED_BY:
+        if field in record:
+            return _sha256({field: _prompt(record[field]) if field == "messages" else record[field]})
+    return digest(record)
+
+
+def _prompt(messages: list[Record]) -> list[Record]:
+    """The messages before the first answer: another answer to the same prompt is of the same group."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    return messages[:first] or messages
+
+
+def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
+    """(train, valid): held out are the groups whose sha256, read as a number in [0, 1), is below `fraction`.
+
+    At least one group falls on each side: the smallest hash is held out, the largest is trained on.
+
+    Raises:
+      DataError: there are fewer than two groups.
+    """
+    groups = [group(record) for record in records]
+    first, last = min(groups, default=b""), max(groups, default=b"")
+    if first == last:
+        kinds = ", ".join(sorted({grouping(record) for record in records})) or "record"
+        raise DataError(
+            f"cannot hold records out: found {len(records):,} records, {len(set(groups))} distinct (by {kinds}); "
+            "expected two or more distinct ones. Set data.eval_path or, with data.format=text, data.separator: '' "
+            "makes one document of each file"
+        )
+    held = [g == first or (is_below(g, fraction) and g != last) for g in groups]
+    pairs = list(zip(records, held, strict=True))
+    return [record for record, out in pairs if not out], [record for record, out in pairs if out]
+
+
+def describe_groups(train: list[Record], valid: list[Record]) -> str:
+    """What the groups of a split are, and how many there are on each side."""
+    kinds = sorted({grouping(record) for record in (*train, *valid)})
+    sizes = [len({group(record) for record in records}) for records in (train, valid)]
+    return f"split by {', '.join(kinds)}: {sizes[0]:,} distinct to train on, {sizes[1]:,} held out"
+
+
+def is_below(digest_of_it: bytes, fraction: float) -> bool:
+    """Whether a digest, read as a number in [0, 1), is below `fraction`."""
+    return int.from_bytes(digest_of_it[:8]) < int(fraction * 2**64)
+
+
+def smallest(records: list[Record], count: int) -> list[Record]:
+    """The `count` records of the smallest digests, in their order: a smaller number gives a subset of a larger one."""
+    chosen = sorted(range(len(records)), key=lambda i: digest(records[i]))[:count]
+    return [records[i] for i in sorted(chosen)]
+
+
+def fingerprint(name: str, *splits: list[Record]) -> str:
+    """sha256 hex over the name of the format, the contents of each split and their order."""
+    whole = hashlib.sha256(name.encode())
+    for records in splits:
+        whole.update(b"\0split\0")
+        for record in records:
+            whole.update(digest(record))
+    return whole.hexdigest()
+
+
+def _sha256(fields: Record) -> bytes:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=_array).encode()).digest()
+
+
+def _array(value: np.ndarray) -> list[str]:
+    return [str(value.dtype), str(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]

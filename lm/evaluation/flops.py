@@ -1,0 +1,93 @@
+"""Model FLOPs of a training step, and the share of the hardware's peak that they are."""
+
+from lm.config import ModelConfig
+
+
+def train_flops_per_token(
+    model: ModelConfig, seq_len: int, vocab_size: int, *, causal_half: bool = False
+) -> float | None:
+    """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
+
+    N counts the matrices a token is multiplied with: those of the blocks (of the experts it goes through only) and the
+    output projection, tied or not, but not the embedding, which is a look-up; norms and biases are left out, being
+    below 0.1%. The second term is the attention scores and their sum over values. Two conventions are in use: attention
+    in full, not halved for causality (PaLM, arXiv:2204.02311, appendix B), and its causal half, as MaxText has counted
+    since 2025. The context is seq_len, or the sliding window when that is shorter; the causal half of it is the mean
+    number of keys that a position sees, taken as context - context^2 / (2 seq_len), which is seq_len / 2 without a
+    window. Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
+
+    Args:
+      model: its sizes.
+      seq_len: positions in a row.
+      vocab_size: rows of the output projection.
+      causal_half: the second convention; the same as the first for a model whose attention is not causal.
+
+    Returns:
+      None for a model whose positions do not all go through all layers once, which this does not count: an
+      encoder-decoder, a masked autoencoder.
+    """
+    if model.decoder_layers or model.kind in ("encoder_decoder", "mae"):
+        return None
+    heads, width = model.num_heads, model.embed_dim
+    head_dim = model.head_dim or width // heads
+    kv_heads = model.num_kv_heads or heads
+    mlp_dim = model.mlp_dim or 4 * width
+    attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
+    mlp = width * mlp_dim * (3 if model.mlp == "swiglu" else 2)
+    if experts := model.experts[0]:
+        mlp = model.experts[1] * mlp + width * experts  # the router
+    matrices = model.num_layers * (attention + mlp) + width * vocab_size
+    context = float(min(seq_len, model.sliding_window or seq_len))
+    if causal_half and model.kind in ("decoder", "prefix_decoder"):
+        context -= context**2 / (2 * seq_len)
+    return 6.0 * matrices + 12.0 * model.num_layers * heads * head_dim * context
+
+
+# FLOP/s of one *JAX device*, dense bfloat16 (no structured sparsity), by the start of `device_kind`; the first match
+# wins. A chip of TPU v2, v3 and 7x shows as two devices, so each has half of its chip's peak.
+# TPU: the "peak compute per chip" of cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version;
+# the names of kinds are those of jax/_src/pallas/mosaic/tpu_info.py. GPU: the data sheets' figures, which are with
+# sparsity from Ampere on and so are halved; the SXM part where the name does not say PCIe or NVL.
+PEAK_FLOPS = (
+    ("TPU v2", 46e12 / 2),
+    ("TPU v3", 123e12 / 2),
+    ("TPU v4 lite", 138e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # v5p; its kind is 'TPU v5' or 'TPU v5p'
+    ("TPU v6", 918e12),  # v6e; 'TPU v6 lite' or 'TPU v6e'
+    ("TPU7", 2307e12 / 2),  # Ironwood
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA GH200", 989e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA GB200", 2500e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device of `jax.Device.device_kind`; None where it is not known (every CPU)."""
+    return next((peak for prefix, peak in PEAK_FLOPS if device_kind.startswith(prefix)), None)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float | None, device_kind: str, num_devices: int) -> float | None:
+    """Model FLOPs utilisation in [0, 1]: the FLOP/s the model needs over the bfloat16 peak of all devices.
+
+    Args:
+      tokens_per_second: over all devices.
+      flops_per_token: see `train_flops_per_token`.
+      device_kind: of `jax.Device`.
+      num_devices: JAX devices, over all hosts.
+
+    Returns:
+      None where the peak is not known, or the FLOPs.
+    """
+    peak = peak_flops(device_kind)
+    return (
+        None if peak is None or flops_per_token is None else tokens_per_second * flops_per_token / (peak * num_devices)
+    )

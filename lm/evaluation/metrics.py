@@ -1,0 +1,153 @@
+"""Metrics that merge exactly.
+
+A metric is a (sum, weight) pair and its value is sum / weight, divided once, at the very end: adding the pairs of
+micro-batches, batches, shards or hosts gives what one pass over all of it would have given. There is no mean of means.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# name -> (sum, weight), on the host in float64. Examples, over all tokens with a loss weight:
+#   loss           (what is optimised, weight)  label smoothing and z-loss included
+#   nll            (-log p(target) in nats, weight)
+#   bits_per_byte  (-log2 p(target), UTF-8 bytes the targets stand for)
+Sums = dict[str, tuple[float, float]]
+
+
+# Objective -> what its loss, and its nll where it has one, are measured in.
+LOSS_UNITS = {
+    "clm": "nats per token",
+    "seq2seq": "nats per token",
+    "mlm": "nats per hidden token",
+    "next_item": "nats per item",
+    "masked_item": "nats per hidden item",
+    "classification": "nats per example",
+    "verbalizer": "nats per example",
+    "tagging": "nats per word",
+    "span_qa": "nats per window",
+    "contrastive": "nats per example",
+    "regression": "squared error per example",
+    "mae": "squared error per hidden patch",
+    "multitask": "nats or squared error per example",
+}
+LANGUAGE_MODELS = ("clm", "seq2seq", "mlm")  # objectives whose nll has a perplexity
+_LOSS = "that of the objective's loss"
+
+
+class About(NamedTuple):
+    """What a metric is.
+
+    Attributes:
+      title: its name in a table or above a curve.
+      unit: of its values; '' = none, as of a share.
+      less_is_better: whether a smaller value is the better one.
+    """
+
+    title: str
+    unit: str = ""
+    less_is_better: bool = False
+
+
+METRICS = {
+    "loss": About("Loss", _LOSS, less_is_better=True),
+    "nll": About("NLL", _LOSS, less_is_better=True),
+    "answer_loss": About("NLL of the answers", _LOSS, less_is_better=True),
+    "perplexity": About("Perplexity", less_is_better=True),
+    "bits_per_byte": About("Bits per byte", less_is_better=True),
+    "accuracy": About("Accuracy"),
+    "pair_accuracy": About("Accuracy of the pairs' labels"),
+    "token_accuracy": About("Accuracy over words"),
+    "f1": About("F1"),
+    "matthews": About("Matthews correlation"),
+    "pearson": About("Pearson correlation"),
+    "spearman": About("Spearman correlation"),
+    "exact_match": About("Exact match"),
+    "HasAns_exact": About("Exact match where there is an answer"),
+    "HasAns_f1": About("F1 where there is an answer"),
+    "NoAns_exact": About("Exact match where there is none"),
+    "NoAns_f1": About("F1 where there is none"),
+    "best_exact": About("Exact match at the best threshold"),
+    "best_f1": About("F1 at the best threshold"),
+    "best_exact_thresh": About("Threshold of the best exact match"),
+    "best_f1_thresh": About("Threshold of the best F1"),
+    "entity_f1": About("Entity F1"),
+    "entity_f1_strict": About("Entity F1, strict"),
+    "entity_precision": About("Entity precision"),
+    "entity_recall": About("Entity recall"),
+    "mean_score": About("Mean score of the tasks"),
+    "hr_at_10": About("Hit rate at 10"),
+    "ndcg_at_10": About("NDCG at 10"),
+    "alignment": About("Alignment", "squared distance", less_is_better=True),
+    "uniformity": About("Uniformity", less_is_better=True),
+    "balance": About("Balance of the experts", less_is_better=True),
+    "weight": About("Weight of the batch"),
+    "learning_rate": About("Learning rate"),
+    "grad_norm": About("Gradient norm"),
+    "tokens_per_second": About("Tokens per second"),
+    "tokens_per_second_a_device": About("Tokens per second and device"),
+    "mfu": About("MFU, attention in full"),
+    "mfu_causal": About("MFU, attention's causal half"),
+    "input_bound": About("Input-bound", "share of the time"),
+}
+
+
+def about(name: str, objective: str = "", labels: Sequence[str] = ()) -> About:
+    """What is known of a metric; of 'NAME_loss', the loss of the source or the task NAME, what is known of 'loss'.
+
+    A name that is not in `METRICS` is its own title, and more of it is better.
+
+    Args:
+      name: as an evaluation reports it.
+      objective: of the run, which says what its loss is measured in; '' = not known.
+      labels: `data.labels`, which tell the tasks of a mixture that have numbers.
+    """
+    words = name.split("_")
+    own = next((i for i in range(len(words)) if "_".join(words[i:]) in METRICS), None)
+    if own is None:
+        return About(name)
+    found, prefix = METRICS["_".join(words[own:])], "_".join(words[:own])
+    if found.unit == _LOSS:
+        unit = LOSS_UNITS.get(objective, "")
+        if objective == "multitask" and prefix:
+            unit = LOSS_UNITS["regression" if f"{prefix}/" in labels else "classification"]
+        found = found._replace(unit=unit)
+    return found._replace(title=f"{prefix}: {found.title}") if prefix else found
+
+
+def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple[Any, Any]]:
+    """The pairs that every token likelihood reports; for `LossTerms.metrics`, also inside jit.
+
+    Args:
+      nll_sum: [], sum of loss_weight * -log p(target), in nats.
+      weight_sum: [], sum of loss_weight.
+      byte_sum: [], sum of the UTF-8 bytes of the targets that have a weight; control symbols stand for 0 bytes.
+    """
+    return {"nll": (nll_sum, weight_sum), "bits_per_byte": (nll_sum / math.log(2), byte_sum)}
+
+
+def add(total: Mapping[str, tuple[Any, Any]], part: Mapping[str, tuple[Any, Any]]) -> Sums:
+    """The sums of both, in float64. A name that only one of them has is kept. Scalars of any kind are taken."""
+    out = {name: (float(value), float(weight)) for name, (value, weight) in total.items()}
+    for name, (value, weight) in part.items():
+        old_value, old_weight = out.get(name, (0.0, 0.0))
+        out[name] = (old_value + float(value), old_weight + float(weight))
+    return out
+
+
+def gain(name: str, value: float) -> float:
+    """A number that is larger for the better value of a metric: `value`, or minus it where less is better."""
+    return -value if about(name).less_is_better else value
+
+
+def finalize(sums: Mapping[str, tuple[Any, Any]], objective: str = "clm") -> dict[str, float]:
+    """Name -> sum / weight, and 'perplexity' = exp(nll) where the objective is one of `LANGUAGE_MODELS`.
+
+    A metric whose weight is 0 was measured on nothing and is left out, rather than reported as 0 or NaN.
+    A perplexity beyond float64 is inf.
+    """
+    out = {name: float(value) / float(weight) for name, (value, weight) in sums.items() if float(weight) != 0}
+    if "nll" in out and objective in LANGUAGE_MODELS:
+        # exp overflows just above 709 nats; a diverged model is there.
+        out["perplexity"] = math.inf if out["nll"] > 709 else math.exp(out["nll"])
+    return out

@@ -1,0 +1,305 @@
+"""From records, or from prepared shards, to the rows of a run."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from lm.config import Config, DataConfig, schema
+from lm.config.schema import NEVER, ConfigError
+from lm.data import augment, example, loader, packing, sampler, shards
+from lm.data.example import Columns, Row, Rows, Task
+from lm.data.loader import REPLAY, Data, Finish, Part, Source
+from lm.data.readers import registry
+from lm.data.readers.registry import Split
+from lm.data.record import DataError, Record
+from lm.data.shards import Prepared
+from lm.data.tokenizer import Tokenizer
+from lm.tasks.registry import TASKS
+
+# Keys of DataConfig that decide what the rows of given records are.
+_SHAPES_ROWS = (
+    *("task", "labels", "image_shape", "templates", "augment", "mixture", "replay"),
+    *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
+)
+_UNREAD_BY_PREPARED = ("eval_path", "rename", "encoding", "max_records")
+Found = Split | Prepared  # what a source gives
+_QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
+
+
+def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
+    """The config of each source that examples come from: '' alone, or the last name of each path of `data.mixture`.
+
+    Raises:
+      ConfigError: two paths end in the same name.
+    """
+    if not cfg.mixture:
+        return {"": cfg}
+    paths = list(dict.fromkeys(path for _, path, _ in cfg.mixture))
+    names = [PurePath(path).name.split(".")[0] for path in paths]
+    for name in names:
+        if names.count(name) > 1 or name in ("", REPLAY):
+            raise ConfigError(f"'data.mixture': its paths must end in different names, not '{REPLAY}', got {names}")
+    return {name: dataclasses.replace(cfg, path=path, mixture=()) for name, path in zip(names, paths, strict=True)}
+
+
+def load(cfg: DataConfig) -> list[Found]:
+    """What each source gives: records, or rows that were prepared.
+
+    Raises:
+      DataError: as `sources` and `shards` do.
+      ConfigError: a key is set that prepared data does not read.
+    """
+    each = by_source(cfg).values()
+    if cfg.format != "prepared":
+        return [registry.load(one) for one in each]
+    for key in _UNREAD_BY_PREPARED:
+        if (value := getattr(cfg, key)) != getattr(DataConfig, key):
+            raise ConfigError(
+                f"'data.{key}' is {value!r}, but prepared data does not read it; prepare the data with it"
+            )
+    return [shards.open_folder(one.path) for one in each]
+
+
+def _stages(cfg: DataConfig) -> tuple[tuple[float, tuple[Fraction, ...]], ...]:
+    """`data.mixture` by stage, and `data.replay` as the share of one source more."""
+    names, replay = by_source(cfg), Fraction(str(cfg.replay))
+    paths = [one.path for one in names.values()]
+    starts = sorted({start for start, _, _ in cfg.mixture}) or [0.0]
+    stages = []
+    for start in starts:
+        holds = {path: Fraction(str(weight)) for at, path, weight in cfg.mixture if at == start}
+        given = holds or {cfg.path: Fraction(1)}
+        total = sum(given.values())
+        own = [given.get(path, Fraction(0)) / total * (1 - replay) for path in paths]
+        stages.append((start, (*own, replay) if cfg.replay else tuple(own)))
+    return tuple(stages)
+
+
+def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Found | None = None) -> Data:
+    """Makes and packs the examples of both halves of each source and, where `data.replay` is set, of `replayed`.
+
+    Args:
+      cfg: of the run.
+      tokenizer: of the run.
+      found: what `load` gave, in its order.
+      replayed: what another run was trained on.
+
+    Raises:
+      DataError: a half has nothing to train on or to evaluate; the message gives the counts.
+      ConfigError: `data.curriculum_*` goes by a length that the rows do not have; rows that were prepared otherwise.
+    """
+    if (replayed is None) != (cfg.data.replay == 0):
+        raise ValueError(f"data.replay is {cfg.data.replay}: the records to replay are given where it is above 0 only")
+    made: dict[str, Source] = {}
+    report: dict[str, dict[str, float]] = {}
+    content: list[Any] = []
+    for name, one in zip(by_source(cfg.data), found, strict=True):
+        made[name], counts, checksums = _source(one, cfg, tokenizer)
+        prefix = f"{name}_" if name else ""
+        report |= {f"{prefix}{half}": values for half, values in counts.items()}
+        content.append([one.fingerprint, checksums])
+    if replayed:
+        plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0, curriculum=NEVER))
+        try:
+            made[REPLAY], counts, checksums = _source(replayed, plain, tokenizer)
+        except DataError as error:
+            raise DataError(f"'data.replay': {error}") from None
+        report |= {f"{REPLAY}_{half}": values for half, values in counts.items()}
+        content.append([replayed.fingerprint, checksums])
+    data = Data(made, _stages(cfg.data), "", report)
+    data = data._replace(easy_first=_easy_first(cfg, data))
+    settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
+    settings |= {"corrupt": schema.to_dict(cfg.corrupt), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
+    settings |= {"easy_first": data.easy_first}
+    parts = [content, tokenizer.hash if tokenizer else "", settings]
+    about: dict[str, str | int] = {"tokenizer": _sha256(parts[1])[:12], "settings": _sha256(settings)[:12]}
+    for (name, source), each in zip(made.items(), content, strict=True):
+        prefix = f"{name}: " if name else ""
+        about |= {f"{prefix}content": _sha256(each)[:12], f"{prefix}training rows": len(source.train)}
+    return data._replace(fingerprint=_sha256(parts), about=about)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _easy_first(cfg: Config, data: Data) -> int:
+    """How many examples of the one source the curriculum orders."""
+    if cfg.data.curriculum == NEVER:
+        return 0
+    if not any(name.endswith("segment_ids") for name in data.train.stored):
+        raise ConfigError(f"'data.curriculum_*' goes by length, but rows of data.task={cfg.data.task} have none")
+    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
+    examples_in_all = cfg.data.curriculum.to_steps(**size) * cfg.data.batch_size
+    return sampler.counts(data.mixture(0), examples_in_all)[0]
+
+
+def _source(
+    found: Found, cfg: Config, tokenizer: Tokenizer | None
+) -> tuple[Source, dict[str, dict[str, float]], dict[str, int]]:
+    """The parts of a source, what was counted, and what stands for the training rows in a fingerprint."""
+    if isinstance(found, Prepared):
+        parts = {name: _prepared(found, name, cfg, tokenizer) for name in ("train", "valid")}
+        checksums: dict[str, int] = {}
+    else:
+        task = TASKS[cfg.data.task]
+        train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
+        parts = {"train": (train, counts)}
+        held_out = {"valid": found.valid} | ({"test": found.test} if found.test else {})
+        for name, records in held_out.items():
+            records = task.held_out(found.train, records, cfg) if task.held_out else records
+            part, _, counts = _packed(records, name, cfg, tokenizer)
+            parts[name] = part, counts
+    report = {name: counts for name, (_, counts) in parts.items()}
+    return Source(**{name: part for name, (part, _) in parts.items()}), report, checksums
+
+
+def _packed(
+    records: Sequence[Record], name: str, cfg: Config, tokenizer: Tokenizer | None
+) -> tuple[Part, dict[str, int], dict[str, float]]:
+    """Records as rows in memory, checksums of the rows, and counts."""
+    task, counts = TASKS[cfg.data.task], Counter[str]()
+    progress = _progress(records, f"packing {name} rows")
+    made = example.make(task, progress, tokenizer, cfg, counts, os.cpu_count() or 1)
+    stored = task.columns(cfg)
+    rows, meta = packing.pack(made, stored, cfg.data)
+    report: dict[str, float] = {**counts, "rows": len(next(iter(rows.values())))}
+    if "segment_ids" in rows:
+        filled = int(np.count_nonzero(rows["segment_ids"]))
+        report |= {"tokens": filled, "fill": filled / max(1, rows["segment_ids"].size)}
+    if "targets" in rows and tokenizer:
+        is_target = rows["loss_weights"] > 0
+        report["targets"] = int(np.count_nonzero(is_target))
+        report["bytes"] = int(tokenizer.token_bytes()[rows["targets"][is_target]].sum())
+    if not report.get("targets", report["rows"]):
+        found = ", ".join(f"{key} {value:,}" for key, value in counts.items()) or "no documents"
+        keys = "data.path" if name == "train" else "data.eval_path, data.eval_fraction"
+        raise DataError(
+            f"the {name} data has no target: nothing in it counts for the loss ({found}); "
+            f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
+        )
+    if lack := task.lacks(rows, cfg) if task.lacks else "":
+        if name == "train":
+            raise DataError(f"the train data cannot teach data.task={cfg.data.task}: {lack}; check data.path")
+        report["nothing_to_tell_apart"] = report["rows"]
+    checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(rows.items())}
+    return _part(task, name, cfg, tokenizer, *loader.in_memory(rows), stored, meta), checksums, report
+
+
+def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | None) -> tuple[Part, dict[str, float]]:
+    """Rows that lie on disk, and what was counted when they were prepared.
+
+    Raises:
+      ConfigError: they are not what this run would make of their documents.
+      DataError: there are none.
+    """
+    task = TASKS[cfg.data.task]
+    stored = task.columns(cfg)
+    table = found.table(half, mask_documents=cfg.data.mask_documents, skip=cfg.data.max_bad_records)
+    if set(stored) != set(table.layout.names):
+        raise ConfigError(
+            f"{found.path}: rows of {', '.join(table.layout.names)}; 'data.task' {cfg.data.task} reads "
+            f"{', '.join(stored)}"
+        )
+    if tokenizer and (was := found.about.get("tokenizer_hash", tokenizer.hash)) != tokenizer.hash:
+        raise ConfigError(
+            f"{found.path}: its rows were made with tokenizer {was[:12]}, but this run has {tokenizer.hash[:12]}: ids "
+            "would mean other text; put its tokenizer.model back"
+        )
+    if (length := stored["tokens"][0][0]) != table.layout.length:
+        raise ConfigError(
+            f"{found.path}: rows of {table.layout.length} positions, this run needs {length}; set "
+            "data.seq_len, or prepare the data anew"
+        )
+    if (was := found.about["settings"]["packing"]) != cfg.data.packing:
+        raise ConfigError(f"{found.path}: 'data.packing' was {was} when it was prepared, and is {cfg.data.packing} now")
+    if not len(table):
+        raise DataError(f"{found.path}: no {half} rows; prepare it anew with more documents, or another held-out share")
+    return _part(task, half, cfg, tokenizer, len(table), table.take, stored, []), found.counts(half)
+
+
+def _part(
+    task: Task,
+    name: str,
+    cfg: Config,
+    tokenizer: Tokenizer | None,
+    size: int,
+    take: Callable[[np.ndarray], Rows],
+    stored: Columns,
+    meta: list[Any],
+) -> Part:
+    finish = _finish(task, name == "train", cfg, tokenizer, size, take, stored)
+    return Part(size, take, meta, stored, (task.batch or task.columns)(cfg), finish)
+
+
+def _finish(
+    task: Task,
+    is_train: bool,
+    cfg: Config,
+    tokenizer: Tokenizer | None,
+    size: int,
+    take: Callable[[np.ndarray], Rows],
+    stored: Columns,
+) -> Finish | None:
+    """What is done to a row each time it is used: augmentation while training, then the task's corruption."""
+    steps: list[Finish] = []
+    if is_train and not task.augments:
+        steps += [functools.partial(_augment, name, strength, cfg, tokenizer) for name, strength in cfg.data.augment]
+    if task.draws_other:
+        steps.append(functools.partial(_with_other, size, take, stored))
+    if task.corrupt is not None:
+        corrupt = task.corrupt
+        steps.append(lambda row, rng: corrupt(row, rng, tokenizer, cfg))
+    if not steps:
+        return None
+    return lambda row, rng: functools.reduce(lambda row, step: step(row, rng), steps, row)
+
+
+def _with_other(
+    size: int, take: Callable[[np.ndarray], Rows], stored: Columns, row: Row, rng: np.random.Generator
+) -> Row:
+    """The row, and beside it a random one of all rows."""
+    other = take(rng.integers(size, size=1))
+    return row | {f"other_{key}": other[key][0].astype(dtype) for key, (_, dtype) in stored.items()}
+
+
+def _augment(
+    name: str, strength: float, cfg: Config, tokenizer: Tokenizer | None, row: Row, rng: np.random.Generator
+) -> Row:
+    return augment.AUGMENTATIONS[name].change(row, rng, strength, tokenizer, cfg)
+
+
+def _progress(records: Sequence[Record], what: str) -> Iterator[Record]:
+    """The records, with a progress bar once they have taken `_QUIET_SECONDS`."""
+    start, bar = time.monotonic(), None
+    try:
+        for done, record in enumerate(records):
+            yield record
+            if bar is None and time.monotonic() - start > _QUIET_SECONDS:
+                bar = _start_bar(what, len(records))
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=done + 1)
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _start_bar(what: str, total: int) -> Any:
+    from rich import progress
+    from rich.console import Console
+
+    bar = progress.Progress(*progress.Progress.get_default_columns(), console=Console(stderr=True))
+    bar.add_task(what, total=total)
+    bar.start()
+    return bar

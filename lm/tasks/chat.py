@@ -1,0 +1,176 @@
+"""Conversations to rows: what is trained on in them, and what of a conversation longer than a row is kept."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lm.config import Config, DataConfig
+from lm.config.schema import ConfigError
+from lm.data.example import Example, Task, shifted, shifted_columns
+from lm.data.record import DataError, Record
+from lm.data.tokenizer import ROLES, Tokenizer
+
+_REQUEST_ROLES = ("system", "user")
+
+
+class Turn(NamedTuple):
+    """One message.
+
+    Attributes:
+      role: system, user, assistant or tool.
+      ids: the role's symbol, the content, the end of the turn.
+      trained: whether its content and its end are trained on.
+    """
+
+    role: str
+    ids: list[int]
+    trained: bool
+
+
+def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """BOS, then for each turn: role symbol, content, end of turn. Trained on: assistant content and its end of turn,
+    unless the message has "weight": 0. Turns after the last one that is trained on are left out.
+
+    Worked, <u> <a> role symbols and . the end of turn, for user 'hi', assistant 'yo':
+
+        tokens   BOS <u> hi  .  <a> yo
+        targets  <u> hi  .  <a> yo  .
+        weights   0   0  0   0  1   1
+
+    Longer than seq_len: what `data.overlong` says. Counted, chats: chats_shortened (the oldest turns are gone, see
+    `recent_turns`), answer_cut (the last request and its answers are longer than a row; their end is gone),
+    chats_truncated (data.overlong=truncate: the end is gone), dropped_long_prompt (what stands before the answer
+    leaves no room for it), dropped_overlong (data.overlong=drop). Counted, turns: answers_dropped (were to be trained
+    on, and are in no row though others of their chat are).
+
+    Raises:
+      DataError: a role is unknown.
+    """
+    turns = [encode(message, tokenizer, str(record["source"])) for message in record["messages"]]
+    turns = turns[: 1 + max((i for i, turn in enumerate(turns) if turn.trained), default=-1)]
+    room = cfg.data.seq_len  # BOS is an input alone, the last id a target alone
+    kept = turns
+    if _size(turns) > room and cfg.data.overlong == "drop":
+        counts["dropped_overlong"] += 1
+        return []
+    if cfg.data.overlong != "truncate":
+        kept = recent_turns(turns, room)
+    ids = [tokenizer.bos_id, *_ids(kept)][: 1 + room]
+    trained = [False, *_trained(kept)][: 1 + room]
+    if turns and not any(trained):
+        counts["dropped_long_prompt"] += 1
+        return []
+    starts = itertools.accumulate((len(turn.ids) for turn in kept), initial=0)
+    seen = sum(turn.trained and start + 1 < room for turn, start in zip(kept, starts, strict=False))
+    found = {
+        "chats_shortened": len(kept) < len(turns),
+        "chats_truncated" if cfg.data.overlong == "truncate" else "answer_cut": _size(kept) > room,
+        "answers_dropped": sum(turn.trained for turn in turns) - seen,
+    }
+    counts.update({name: int(number) for name, number in found.items() if number})
+    return [Example(shifted(ids, trained))]
+
+
+def recent_turns(turns: Sequence[Turn], room: int) -> list[Turn]:
+    """What is kept of a conversation of which `room` ids fit: whole turns, all of them where they fit.
+
+    The oldest go first, the system turns at the start stay. What is left beside them begins with a request: a user turn
+    (with the user and system turns that directly precede it), so that no answer, and no result of a tool, is without
+    its request. The last request and what follows it stay, even where they are too long.
+
+    Worked, with turns of 3 ids and room 10: system, user, assistant, user, assistant -> system, user, assistant (the
+    last two).
+    """
+    if _size(turns) <= room:
+        return list(turns)
+    first = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    system, starts = list(turns[:first]), _requests(turns, first) or [first]
+    fitting = (start for start in starts if _size(system) + _size(turns[start:]) <= room)
+    return [*system, *turns[next(fitting, starts[-1]) :]]
+
+
+def _requests(turns: Sequence[Turn], first: int) -> list[int]:
+    """Where requests begin, from the turn `first` on."""
+    starts: list[int] = []
+    begin = first
+    for i, turn in enumerate(turns[first:], first):
+        if turn.role not in _REQUEST_ROLES:
+            begin = i + 1
+        elif turn.role == "user" and (not starts or starts[-1] != begin):
+            starts.append(begin)
+    return starts
+
+
+def encode(message: Mapping[str, Any], tokenizer: Tokenizer, source: str) -> Turn:
+    """One message of a record. The result of a tool is written as Qwen and Hermes write it: in a turn of the user,
+    between `<tool_response>` and `</tool_response>`, so that it needs no symbol of its own.
+
+    Raises:
+      DataError: the role is none of these; names `source`.
+    """
+    role, content = message["role"], message["content"]
+    if role not in (*ROLES, "tool"):
+        raise DataError(f"{source}: unknown role {role!r}, expected one of {', '.join((*ROLES, 'tool'))}")
+    if role == "tool":
+        content = f"<tool_response>\n{content}\n</tool_response>"
+    symbol = tokenizer.role_ids["user" if role == "tool" else role]
+    ids = [symbol, *tokenizer.encode(content), tokenizer.end_of_turn_id]
+    return Turn(role, ids, role == "assistant" and message.get("weight", 1) != 0)
+
+
+def prompt_ids(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a conversation up to where the assistant speaks: as in `chat`, then the assistant's role symbol."""
+    return [tokenizer.bos_id, *_ids(turns), tokenizer.role_ids["assistant"]]
+
+
+def recent_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> list[Turn]:
+    """Those of `recent_turns` with which `prompt_ids` has at most `room` ids.
+
+    Raises:
+      ConfigError: the last request alone is longer.
+    """
+    kept = recent_turns(turns, room - 2)
+    if (length := len(prompt_ids(kept, tokenizer))) > room:
+        raise ConfigError(f"the question has {length} ids with its marks, but there is room for {room}")
+    return kept
+
+
+def check(cfg: Config) -> None:
+    """Refuses a `data.overlong` that the task does not know. Raises ConfigError."""
+    if cfg.data.overlong == "drop_turns" and cfg.data.task != "chat":
+        raise ConfigError(
+            f"'data.overlong' is drop_turns, which is for data.task=chat; 'data.task' is {cfg.data.task}: set auto"
+        )
+
+
+def resolve(cfg: DataConfig) -> DataConfig:
+    """The config with the policy that `data.overlong` auto stands for, so that runs say which one they had."""
+    if cfg.overlong != "auto":
+        return cfg
+    return dataclasses.replace(cfg, overlong="drop_turns" if cfg.task == "chat" else "truncate")
+
+
+def _chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    return prompt_ids([encode({"role": "user", "content": text}, tokenizer, "prompt")], tokenizer)
+
+
+def _texts(record: Record) -> Iterator[str]:
+    return (message["content"] for message in record["messages"])
+
+
+def _size(turns: Sequence[Turn]) -> int:
+    return sum(len(turn.ids) for turn in turns)
+
+
+def _ids(turns: Sequence[Turn]) -> list[int]:
+    return [i for turn in turns for i in turn.ids]
+
+
+def _trained(turns: Sequence[Turn]) -> list[bool]:
+    """Of each id whether it is trained on: never a role's symbol, which is given."""
+    return [trained for turn in turns for trained in (False, *[turn.trained] * (len(turn.ids) - 1))]
+
+
+CHAT = Task(("messages",), chat, shifted_columns, _texts, prompt=_chat_prompt)

@@ -1,0 +1,261 @@
+"""Sequences of items: their vocabulary, and the next item to be predicted from those before it."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lm.config import Config, TokenizerConfig
+from lm.config.schema import ConfigError
+from lm.data.example import Columns, Example, Row, Rows, Task, Words, sequence_columns, shifted_columns
+from lm.data.record import Record
+
+_PAD, _BOS, _UNSEEN, _FIRST = 0, 1, 2, 3
+# Of the training rows of `masked_items` as many hide the last item alone, as an evaluation does: of a user's eleven
+# samples the authors' code hides at random in ten and the last item in one (BERT4Rec, section 3.6).
+_LAST_ALONE = 1 / 11
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemVocabulary:
+    """Items to ids and back: what a tokenizer is to text. Make one with `train` or `load`.
+
+    Ids are 0 padding, 1 what comes before the first item, 2 an item that is not in the vocabulary, then the items from
+    the most frequent one on. Ids that are left up to `size` stand for nothing.
+
+    Attributes:
+      items: item -> how often it was chosen, the most frequent first, by name where that is equal.
+      size: ids without the extra ones.
+      extra_ids: ids after those, the first of which is the mask.
+    """
+
+    items: tuple[tuple[str, int], ...] = dataclasses.field(repr=False)
+    size: int
+    extra_ids: int = 0
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {item: i for i, (item, _) in enumerate(self.items, _FIRST)}
+
+    def encode(self, item: str) -> int:
+        """The id of an item; `unseen_id` where the vocabulary lacks it."""
+        return self._ids.get(item, _UNSEEN)
+
+    def piece(self, token_id: int) -> str:
+        """How an id is shown: the item, or <|name|> of what is none."""
+        place = int(token_id) - _FIRST
+        if 0 <= place < len(self.items):
+            return self.items[place][0]
+        names = {_PAD: "pad", _BOS: "start", _UNSEEN: "unseen", self.size: "mask"}
+        return f"<|{names.get(int(token_id), f'unused_{int(token_id)}')}|>"
+
+    def popularity_rank(self, item: str) -> int:
+        """The place of an item, from 1, where the most frequent ones come first, equal ones before it; as
+        `lm.losses.ranking.target_rank` counts. Of an item that the vocabulary lacks it is beyond every place."""
+        token_id = self.encode(item)
+        if token_id == _UNSEEN:
+            return int(np.iinfo(np.int32).max)
+        return int(np.searchsorted(self._falling_counts, -self.items[token_id - _FIRST][1], side="right"))
+
+    @functools.cached_property
+    def _falling_counts(self) -> np.ndarray:
+        return np.array([-count for _, count in self.items])
+
+    @functools.cached_property
+    def is_control_V(self) -> np.ndarray:
+        """bool [vocab_size]: ids that are no item."""
+        ids = np.arange(self.vocab_size)
+        return (ids < _FIRST) | (ids >= _FIRST + len(self.items))
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size] of 0: an item stands for no text."""
+        return np.zeros(self.vocab_size, np.int32)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size + self.extra_ids
+
+    @property
+    def pad_id(self) -> int:
+        return _PAD
+
+    @property
+    def bos_id(self) -> int:
+        return _BOS
+
+    @property
+    def unseen_id(self) -> int:
+        return _UNSEEN
+
+    @property
+    def mask_id(self) -> int:
+        """What stands for an item to be guessed."""
+        if not self.extra_ids:
+            raise ConfigError("this task hides items behind a mask, which needs 'tokenizer.extra_ids' of at least 1")
+        return self.size
+
+    @property
+    def role_ids(self) -> dict[str, int]:
+        """None: nobody speaks in a sequence of items."""
+        return {}
+
+    @functools.cached_property
+    def _content(self) -> bytes:
+        return json.dumps({"size": self.size, "items": self.items}).encode()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of the items, their counts and the size, hexadecimal."""
+        return hashlib.sha256(self._content).hexdigest()
+
+    def save(self, path: Any) -> None:
+        """Writes JSON whole or not at all, to any path that `etils.epath` opens."""
+        from etils import epath
+
+        scratch = epath.Path(f"{path}.tmp")
+        scratch.write_bytes(self._content)
+        scratch.replace(path)
+
+
+def train(items: Iterable[str], cfg: TokenizerConfig) -> ItemVocabulary:
+    """The vocabulary of all these items, of exactly `tokenizer.vocab_size` ids.
+
+    Raises:
+      ConfigError: there are more items than that.
+    """
+    counts = Counter(items)
+    needed = len(counts) + _FIRST
+    if needed > cfg.vocab_size:
+        raise ConfigError(
+            f"'tokenizer.vocab_size' is {cfg.vocab_size:,}, but the training data has {len(counts):,} items; set it to "
+            f"at least {needed}"
+        )
+    return ItemVocabulary(tuple(sorted(counts.items(), key=lambda one: (-one[1], one[0]))), cfg.vocab_size)
+
+
+def load(path: Any) -> ItemVocabulary:
+    """Reads what `ItemVocabulary.save` wrote, from any path that `etils.epath` opens.
+
+    Raises:
+      ConfigError: there is no such file, or it is none of these.
+    """
+    from etils import epath
+
+    path = epath.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"'tokenizer.path': no file {path}; give a vocabulary of items, or '' to make one")
+    try:
+        content = json.loads(path.read_bytes())
+        pairs, size = [(str(item), int(count)) for item, count in content["items"]], int(content["size"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"'tokenizer.path': {path} is not a vocabulary of items ({error!r})") from None
+    if pairs != sorted(dict(pairs).items(), key=lambda one: (-one[1], one[0])) or size < len(pairs) + _FIRST:
+        raise ConfigError(f"'tokenizer.path': {path} is damaged: its items are not distinct, in order and within size")
+    return ItemVocabulary(tuple(pairs), size)
+
+
+def next_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """Each item from those before it; of a held-out user only the target (Kang and McAuley 2018).
+
+    Worked, ^ the start, items a b c and, held out, target d:
+
+        tokens        ^ a b      tokens        ^ a b c
+        targets       a b c      targets       a b c d
+        loss_weights  1 1 1      loss_weights  0 0 0 1
+
+    Longer than seq_len: the oldest are cut, counted as 'history_cut'.
+    """
+    ids = _newest([vocabulary.bos_id, *_ids(record, vocabulary, counts)], cfg.data.seq_len + 1, counts)
+    weights = np.ones(len(ids) - 1, np.float32)
+    if "target" in record:
+        weights[:-1] = 0
+    columns = {"tokens": np.array(ids[:-1], np.int32), "targets": np.array(ids[1:], np.int32), "loss_weights": weights}
+    return [Example(columns, _popularity(record, vocabulary))]
+
+
+def hidden_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The items and, held out, the target after them, nothing hidden yet. Cut as in `next_items`."""
+    ids = _newest(_ids(record, vocabulary, counts), cfg.data.seq_len, counts)
+    if not ids:
+        counts["dropped_empty"] += 1
+        return []
+    held_out = np.array("target" in record, np.int32)
+    columns = {"tokens": np.array(ids, np.int32), "held_out": held_out}
+    return [Example(columns, _popularity(record, vocabulary))]
+
+
+def mask_items(row: Row, rng: np.random.Generator, vocabulary: ItemVocabulary, cfg: Config) -> Row:
+    """Hides items behind the mask, to be predicted from all others (BERT4Rec, Sun et al. 2019).
+
+    Hidden are, in training, round(corrupt.rate * n) of n items, at least one, and in one row of eleven the last item
+    alone; of a held-out user the last item alone. Worked, _ the mask:
+
+        tokens        a _ c    targets  a b c    loss_weights  0 1 0
+
+    Args:
+      row: tokens and segment_ids, int [L]; held_out, int [].
+      rng: generator of this row.
+      vocabulary: its `mask_id`.
+      cfg: `corrupt.rate`.
+
+    Returns:
+      The row with tokens and targets int32 [L], loss_weights float32 [L].
+    """
+    tokens_L = row["tokens"].astype(np.int32)
+    n = int(np.count_nonzero(row["segment_ids"]))
+    last_alone = rng.random() < _LAST_ALONE
+    if row["held_out"] or last_alone:
+        chosen = np.array([n - 1])
+    else:
+        chosen = rng.permutation(n)[: max(1, round(cfg.corrupt.rate * n))]
+    hidden_L, weights_L = tokens_L.copy(), np.zeros(len(tokens_L), np.float32)
+    hidden_L[chosen], weights_L[chosen] = vocabulary.mask_id, 1.0
+    return row | {"tokens": hidden_L, "targets": tokens_L, "loss_weights": weights_L}
+
+
+def _ids(record: Record, vocabulary: ItemVocabulary, counts: Counter[str]) -> list[int]:
+    """Ids of the items, and of the target where there is one. An item that the vocabulary lacks is left out of the
+    history; a target that it lacks stays, as `unseen_id`: no model can name it, and it counts as missed."""
+    ids = [vocabulary.encode(item) for item in record["items"]]
+    known = [i for i in ids if i != vocabulary.unseen_id]
+    counts["items_unseen"] += len(ids) - len(known)
+    if "target" in record:
+        known.append(vocabulary.encode(record["target"]))
+        counts["targets_unseen"] += known[-1] == vocabulary.unseen_id
+    return known
+
+
+def _newest(ids: list[int], limit: int, counts: Counter[str]) -> list[int]:
+    counts["history_cut"] += len(ids) > limit
+    return ids[-limit:]
+
+
+def _popularity(record: Record, vocabulary: ItemVocabulary) -> int | None:
+    return vocabulary.popularity_rank(record["target"]) if "target" in record else None
+
+
+def _items(record: Record) -> Iterator[str]:
+    return iter(record["items"])
+
+
+def _stored(cfg: Config) -> Columns:
+    return sequence_columns(("tokens",), cfg.data.seq_len) | {"held_out": ((), np.int32)}
+
+
+def _lacks(rows: Rows, cfg: Config) -> str:
+    found = np.unique(rows["tokens"])
+    if len(found[found >= _FIRST]) < 2:
+        return "all rows are of one item, so that there is nothing to choose from; expected two or more"
+    return ""
+
+
+VOCABULARY = Words("items.json", train, load)
+ITEMS = Task(("items",), next_items, shifted_columns, _items, words=VOCABULARY, lacks=_lacks)
+MASKED_ITEMS = Task(
+    ("items",), hidden_items, _stored, _items, mask_items, shifted_columns, words=VOCABULARY, lacks=_lacks
+)

@@ -1,0 +1,161 @@
+"""Words with a tag each: parts of speech, and named entities (Ramshaw and Marcus 1995)."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lm.config import Config
+from lm.data.example import Columns, Example, Rows, Task, field_texts, sequence_columns
+from lm.data.record import DataError, Record
+from lm.data.tokenizer import Tokenizer
+from lm.evaluation import entity_tags, scores
+from lm.tasks.classification import label_index
+
+_WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters and digits, or one other character
+
+
+def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """[CLS], the words joined by spaces, [SEP]; the token in which a word begins has the label of the word, others -1.
+
+    Worked, for pieces 'Par', 'kinson', "'", ' s', seq_len 8, labels (O, B, I):
+
+        words    Parkinson  '  s      tags  B  I  I
+        tokens   [CLS] Par kinson ' s [SEP]
+        labels     -1   1    -1   2 2  -1   -1 -1
+
+    Longer than seq_len: parts, cut before a word, so that each word is in one of them (counted: 'sentence_cut'). A word
+    that is longer than a whole row loses its end ('word_cut'). Tags of entities are kept as they are; counted is what
+    their scheme would not have: see `entity_tags.faults`.
+
+    Raises:
+      DataError: a tag that `data.labels` does not have, or two words that begin in one token.
+    """
+    words, room = record["words"], cfg.data.seq_len - 2
+    label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
+    if tag_of := entity_tags.read(cfg.data.labels, _scheme(cfg)):
+        schemes = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
+        found = entity_tags.faults([tag_of[tag] for tag in record["tags"]], schemes)
+        counts.update({name: number for name, number in found.items() if number})
+    text = " ".join(words)
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    size_W = np.array([len(word) for word in words])
+    place_W = np.cumsum(size_W + 1) - size_W - 1
+    starts, ends = np.array(offsets).T
+    token_W = np.searchsorted(ends, place_W, side="right")  # the first token that holds a character of the word
+    end_W = np.searchsorted(starts, place_W + size_W, side="left")  # behind the last one
+    if (clash := np.flatnonzero(np.diff(token_W) == 0)).size:
+        both = " and ".join(map(repr, words[clash[0] : clash[0] + 2]))
+        raise DataError(f"{record['source']}: the words {both} begin in one token, which can have one tag only")
+
+    examples, first = [], 0
+    while first < len(words):
+        start = token_W[first]
+        behind = max(first + 1, int(np.searchsorted(end_W, start + room, side="right")))
+        end = min(end_W[behind - 1], start + room)
+        if end < end_W[behind - 1]:
+            counts["word_cut"] += 1
+        label_L = np.full(cfg.data.seq_len, -1, np.int32)
+        label_L[1 + token_W[first:behind] - start] = label_W[first:behind]
+        tokens = np.array([tokenizer.bos_id, *ids[start:end], tokenizer.eos_id], np.int32)
+        examples.append(Example({"tokens": tokens, "labels": label_L}, (record["identity"], text)))
+        first = behind
+    if len(examples) > 1:
+        counts["sentence_cut"] += 1
+    return examples
+
+
+def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """A text with character spans, as words (runs of letters and digits; any other character) with BIO tags.
+
+    A word has the tag of a span that holds any of its characters; a span that begins or ends inside of a word grows to
+    whole words ('entity_grown'). Of spans that share a word the first one counts, and the longest of those that begin
+    together ('entity_dropped', which also counts spans of white space alone).
+
+    Raises:
+      DataError: as `tagging`, of the tags 'B-label' and 'I-label'.
+    """
+    matches = list(_WORD.finditer(record["text"]))
+    if not matches:
+        counts["dropped_empty"] += 1
+        return []
+    start_W, end_W = (np.array([place(match) for match in matches]) for place in (re.Match.start, re.Match.end))
+    tags = [entity_tags.OUTSIDE] * len(matches)
+    for entity in sorted(record["entities"], key=lambda entity: (entity["start"], -entity["end"])):
+        first = int(np.searchsorted(end_W, entity["start"], side="right"))
+        last = int(np.searchsorted(start_W, entity["end"], side="left"))  # exclusive
+        if first >= last or tags[first:last] != [entity_tags.OUTSIDE] * (last - first):
+            counts["entity_dropped"] += 1
+            continue
+        covered = record["text"][start_W[first] : end_W[last - 1]]
+        if len(covered) > len(record["text"][entity["start"] : entity["end"]].strip()):
+            counts["entity_grown"] += 1
+        tags[first:last] = [f"B-{entity['label']}", *[f"I-{entity['label']}"] * (last - first - 1)]
+    words = [match.group() for match in matches]
+    place = {key: record[key] for key in ("source", "identity")}
+    return tagging({"words": words, "tags": tags, **place}, tokenizer, cfg, counts)
+
+
+def _scheme(cfg: Config) -> str:
+    """`eval.entity_scheme`; of 'auto', the one in which `entities` writes its tags."""
+    is_written_here = cfg.data.task == "entities" and cfg.eval.entity_scheme == "auto"
+    return "IOB2" if is_written_here else cfg.eval.entity_scheme
+
+
+def score_names(cfg: Config) -> tuple[str, ...]:
+    """What `score` gives. Raises ConfigError where labels that look like tags of entities are of no scheme."""
+    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
+    if not tag_of:
+        return ("token_accuracy",)
+    is_strict = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
+    return ("token_accuracy", "entity_f1", "entity_precision", "entity_recall", *["entity_f1_strict"] * bool(is_strict))
+
+
+def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[str, float]:
+    """'token_accuracy' over words and, where the labels are tags of entities, those of `scores.entities` and
+    `scores.strict_entities`.
+
+    Args:
+      outputs: 'label' and 'prediction', int32 [R, L]; a label of -1 is none.
+      meta: of each row the identity and the text of its sentence; rows of one sentence are put together, in order.
+      cfg: whose data.labels the numbers are indices of.
+    """
+    is_word_RxL = outputs["label"] >= 0
+    found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
+    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
+    if not tag_of:
+        return found
+    tags = [tag_of[label] for label in cfg.data.labels]
+    expected: list[list[str]] = []
+    predicted: list[list[str]] = []
+    rows = zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True)
+    # Adjacent rows alone: two sources of a mixture may hold the same sentence.
+    for _, of_sentence in itertools.groupby(rows, key=lambda row: row[0][0]):
+        parts = list(of_sentence)
+        for sentences, side in ((expected, 2), (predicted, 3)):
+            sentences.append([tags[i] for part in parts for i in part[side][part[1]]])
+    found |= scores.entities(expected, predicted)
+    if schemes := entity_tags.strict_schemes(tags, _scheme(cfg)):
+        found |= scores.strict_entities(expected, predicted, entity_tags.tell(schemes, expected))
+    return found
+
+
+def _columns(cfg: Config) -> Columns:
+    return sequence_columns(("tokens", "labels"), cfg.data.seq_len)
+
+
+def _word_texts(record: Record) -> Iterator[str]:
+    yield " ".join(record["words"])
+
+
+def _lacks(rows: Rows, cfg: Config) -> str:
+    found = np.unique(rows["labels"])
+    found = found[found >= 0]
+    return f"all words have the tag {cfg.data.labels[found[0]]!r}; expected two or more" if len(found) == 1 else ""
+
+
+TAGGING = Task(("words", "tags"), tagging, _columns, _word_texts, lacks=_lacks)
+ENTITIES = Task(("text", "entities"), entities, _columns, field_texts("text"), lacks=_lacks)

@@ -1,0 +1,345 @@
+"""What a run leaves to be read: the parameter table, summary.json and report.html."""
+
+import functools
+import html
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lm
+from lm import param_paths
+from lm.config import schema
+from lm.evaluation import metrics
+from lm.optim.trainable import Selection, trained_part
+from lm.tracking.tracker import finite, read_rows, write_atomic
+
+PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
+
+# Panels of the report that come first, in this order.
+FIRST_PANELS = (
+    *("loss", "bits_per_byte", "learning_rate", "grad_norm"),
+    *("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"),
+)
+COLORS = {"train": "#3b6fb6", "eval": "#d9772b"}
+BUCKET_COLORS = {
+    "step": "#3f9c6c",
+    "compile": "#8067b7",
+    "input": "#d0a02c",
+    "eval": "#d9772b",
+    "checkpoint": "#3b6fb6",
+    "other": "#b4bac4",
+}
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of what a run's figures depend on. Touches no device."""
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(package) for name, package in PACKAGES.items()},
+        "lm": lm.__version__,
+    }
+
+
+def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:
+    """Writes `workdir`/summary.json atomically: `summary`, and the versions under 'versions'.
+
+    NaN and infinity become null; the keys they stood at are listed under 'not_finite'.
+    """
+    given, written = dict(schema.flatten(summary)), dict(schema.flatten(finite(summary)))
+    lost = [key for key, value in written.items() if value is None and given[key] is not None]
+    out = {**summary, **({"not_finite": lost} if lost else {}), "versions": versions()}
+    write_atomic(Path(workdir) / "summary.json", json.dumps(finite(out), indent=2, allow_nan=False) + "\n")
+
+
+def parameter_table(
+    params: Mapping[str, Any],
+    *,
+    selection: Selection,
+    learning_rate: float,
+    scales: Mapping[str, float],
+    origin: Mapping[str, str],
+) -> str:
+    """A table of every parameter, a line each, with totals; plain text.
+
+    Args:
+      params: nested dict of arrays or `jax.ShapeDtypeStruct`.
+      selection: what is trained, and how. A frozen parameter's decay and learning rate are shown as '-'; of one whose
+        layers differ the table names the layers that are trained and decayed, and the lowest and highest rate.
+      learning_rate: the peak; the table shows it times the multiplier, and times `scales`.
+      scales: by path, what its direction is multiplied with (`lm.optim.mup`).
+      origin: by path, where the value came from.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    leaves = param_paths.flatten(params)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    total = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    learnt = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained_part(selection, dict(params))))
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    table.add_column("parameter", f"total ({size / 2**20:,.1f} MiB)\n  trained\n  frozen", no_wrap=True)
+    table.add_column("shape")
+    table.add_column("dtype")
+    table.add_column("size", f"{total:,}\n{learnt:,}\n{total - learnt:,}", justify="right", no_wrap=True)
+    for name in ("trained", "decayed"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("peak lr", justify="right", no_wrap=True)
+    table.add_column("from", overflow="fold")
+    group = None
+    for path, leaf in leaves.items():
+        if group not in (None, group := path.split("/")[:-1][:2]):
+            table.add_section()
+        table.add_row(
+            path,
+            " x ".join(map(str, leaf.shape)),
+            str(leaf.dtype),
+            f"{math.prod(leaf.shape):,}",
+            *_how(path, selection, learning_rate * scales[path]),
+            origin[path],
+        )
+    text = io.StringIO()
+    Console(file=text, width=160, color_system=None).print(table, markup=False, highlight=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+
+
+def _how(path: str, selection: Selection, learning_rate: float) -> tuple[str, str, str]:
+    """The cells 'trained', 'decayed' and 'peak lr' of a parameter, over its trained layers."""
+    if not selection.trained[path]:
+        return "frozen", "-", "-"
+    multipliers = selection.lr_multiplier[path]
+    learning = [value != 0 for value in multipliers]
+    decayed = [d and on for d, on in zip(selection.decayed[path], learning, strict=True)]
+    rates = sorted({learning_rate * value for value in multipliers if value})
+    shown = " to ".join(f"{rate:.3g}" for rate in dict.fromkeys((rates[0], rates[-1])))
+    if last := max(start for start, on in zip(selection.start[path], learning, strict=True) if on):
+        shown += f", all from step {last:,}"
+    return _layers(learning, len(learning)), _layers(decayed, sum(learning)), shown
+
+
+def _layers(on: Sequence[bool], number: int) -> str:
+    """[0, 0, 1, 1], 4 -> 'layers 2-3 of 4'. 'yes' where `number`, which is all of those that matter, are on."""
+    if sum(on) in (0, number):
+        return "yes" if any(on) else "no"
+    numbers = [i for i, value in enumerate(on) if value]
+    is_run = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1
+    listed = f"{numbers[0]}-{numbers[-1]}" if is_run else ", ".join(map(str, numbers))
+    return f"layer{'s' if len(numbers) > 1 else ''} {listed} of {len(on)}"
+
+
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Writes `workdir`/report.html from metrics.jsonl, summary.json, samples.jsonl and config.json, atomically.
+
+    One file that refers to no other. What is not there yet is said to be missing, so that a running run can be
+    looked at.
+
+    Returns:
+      Its path.
+    """
+    workdir = Path(workdir)
+    rows, _ = read_rows(workdir / "metrics.jsonl")
+    samples, _ = read_rows(workdir / "samples.jsonl")
+    summary, resolved = _read_json(workdir / "summary.json"), _read_json(workdir / "config.json")
+    figures = {key: value for key, value in summary.items() if key not in ("versions", "goodput")}
+    about = functools.partial(
+        metrics.about, objective=resolved.get("objective", ""), labels=resolved.get("data", {}).get("labels", ())
+    )
+    best_metric = resolved.get("checkpoint", {}).get("best_metric", "loss")
+    body = [
+        f"<h1>{html.escape(workdir.resolve().name)}</h1>",
+        f"<p class=sub>{_subtitle(rows, summary)}</p>",
+        _tiles(rows, summary, best_metric, about),
+        "<h2>Curves</h2>",
+        _curves(rows, about),
+        "<h2>Where the time went</h2>",
+        _goodput_bar(summary.get("goodput", {})),
+        "<h2>Figures</h2>",
+        _table(schema.flatten(figures), about),
+        "<h2>Samples</h2>",
+        _samples(samples),
+        "<h2>Config</h2>",
+        _table(schema.flatten(resolved)),
+    ]
+    title = html.escape(workdir.resolve().name)
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+    path = workdir / "report.html"
+    write_atomic(path, f"{page}<main>{''.join(body)}</main></html>\n")
+    return path
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About] = metrics.about) -> Any:
+    """A matplotlib figure with a panel for every metric over the step, train as a line, eval as dots on a line.
+
+    Made without pyplot: no global state, no display, nothing to close.
+
+    Args:
+      rows: of metrics.jsonl.
+      about: what is known of a metric by its name, in a run of this objective.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    present = {key for row in rows for key, value in row.items() if isinstance(value, float) and key != "seconds"}
+    names = [name for name in FIRST_PANELS if name in present] + sorted(present.difference(FIRST_PANELS))
+    height = max(1, math.ceil(len(names) / 2))
+    figure = Figure(figsize=(10.5, 2.9 * height), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
+    panels = figure.subplots(height, 2, squeeze=False).flatten()
+    for name, panel in zip(names, panels, strict=False):
+        for split, color in COLORS.items():
+            points = [(row["step"], row[name]) for row in rows if row["split"] == split and row.get(name) is not None]
+            if points:
+                marker = "o" if split == "eval" or len(points) == 1 else None
+                style = {"color": color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
+                panel.plot(*zip(*points, strict=True), label=f"{split} {_number(points[-1][1])}", **style)
+        if name in ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"):
+            panel.set_ylim(bottom=0)  # else small jitter looks large
+        elif name.endswith("perplexity"):
+            panel.set_yscale("log")  # else an untrained model's hides all that follows
+        else:
+            panel.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        panel.set_title(about(name).title, loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
+        panel.set_ylabel(about(name).unit, fontsize=8.5, color="#5b6577")
+        # The last values, above the panel, where no curve can run through them.
+        above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "borderaxespad": 0.2}
+        panel.legend(ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)
+        panel.set_xlabel("step", fontsize=8.5, color="#5b6577")
+        panel.tick_params(which="both", labelsize=8.5, colors="#5b6577", length=0)
+        panel.grid(axis="y", color="#e6e9ef", lw=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.spines["bottom"].set_color("#c9ced8")
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for panel in panels[len(names) :]:
+        panel.remove()
+    return figure
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About]) -> str:
+    if not rows:
+        return "<p class=none>No rows in metrics.jsonl yet.</p>"
+    import matplotlib
+
+    buffer = io.StringIO()
+    # The salt and the missing date make the same rows give the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "lm", "svg.fonttype": "path"}):
+        draw_curves(rows, about).savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return f"<div class=card>{svg[svg.index('<svg') :]}</div>"
+
+
+def _subtitle(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    done = f"{rows[-1]['step']:,} steps in {rows[-1]['seconds']:,.0f} s" if rows else "not started"
+    used = " · ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+    return html.escape(
+        " · ".join(part for part in (done, used or "no summary.json yet: still running or killed") if part)
+    )
+
+
+def _tiles(
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    best_metric: str,
+    about: Callable[[str], metrics.About],
+) -> str:
+    """The last evaluation and the size and speed of the run, in large type."""
+    last: Mapping[str, Any] = next((row for row in reversed(rows) if row["split"] == "eval"), {})
+    names = dict.fromkeys(("loss", "perplexity", "bits_per_byte", best_metric, "accuracy"))
+    wanted = [(f"eval {name.replace('_', ' ')}", last.get(name), about(name).unit) for name in names]
+    sizes = ("tokens_per_second", "parameters", "seconds")
+    wanted += [(name.replace("_", " "), summary.get(name), "") for name in sizes]
+    wanted += [(about(name).title, summary.get(name), "") for name in ("mfu", "mfu_causal")]
+    tiles = [
+        f"<div class=tile><b>{_number(value)}</b><span>{html.escape(name)}</span><i>{html.escape(unit)}</i></div>"
+        for name, value, unit in wanted
+        if isinstance(value, int | float)
+    ]
+    return f"<div class=tiles>{''.join(tiles)}</div>"
+
+
+def _goodput_bar(goodput: Mapping[str, float]) -> str:
+    total = sum(goodput.values())
+    if not total:
+        return "<p class=none>Not recorded.</p>"
+    order = sorted(goodput, key=lambda name: -goodput[name])
+    bar = "".join(
+        f'<i style="width:{100 * goodput[name] / total:.3f}%;background:{BUCKET_COLORS[name]}" title={name}></i>'
+        for name in order
+    )
+    legend = "".join(
+        f'<span><i style="background:{BUCKET_COLORS[name]}"></i>{name} <b>{goodput[name] / total:.1%}</b> '
+        f"{goodput[name]:,.1f} s</span>"
+        for name in order
+    )
+    return f"<div class=card><div class=bar>{bar}</div><div class=legend>{legend}</div></div>"
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Samples by step, the latest open."""
+    steps = sorted({row["step"] for row in samples}, reverse=True)
+    if not steps:
+        return "<p class=none>None.</p>"
+    out = []
+    for step in steps:
+        texts = "".join(
+            f"<h3>{html.escape(row['name'])}</h3><pre>{html.escape(row['text'])}</pre>"
+            for row in samples
+            if row["step"] == step
+        )
+        is_open = " open" if step == steps[0] else ""
+        out.append(f"<details class=card{is_open}><summary>Step {step:,}</summary>{texts}</details>")
+    return "".join(out)
+
+
+def _table(items: Iterator[tuple[str, Any]], about: Callable[[str], metrics.About] | None = None) -> str:
+    """Keys and values; with `about`, a key whose last part is a metric has its unit behind the value."""
+
+    def unit(key: str, value: Any) -> str:
+        name = about(key.rpartition(".")[2]).unit if about and isinstance(value, int | float) else ""
+        return f" <i>{html.escape(name)}</i>" if name else ""
+
+    rows = "".join(f"<tr><td>{html.escape(key)}<td>{_number(value)}{unit(key, value)}" for key, value in items)
+    return f"<div class=card><table>{rows}</table></div>" if rows else "<p class=none>Not written yet.</p>"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, str | list):
+        return html.escape(json.dumps(value, ensure_ascii=False))
+    if isinstance(value, int) or (abs(value) >= 10_000 and value == round(value)):
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+STYLE = """
+body{margin:0;background:#f5f6f9;color:#222b3a;font:15px/1.5 system-ui,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:32px 20px 64px}
+h1{margin:0;font-size:28px} h2{margin:36px 0 12px;font-size:18px} h3{margin:16px 0 6px;font-size:13px;color:#5b6577}
+.sub,.none{color:#5b6577;margin:4px 0 20px}
+.card{background:#fff;border:1px solid #e2e6ed;border-radius:10px;padding:16px;margin-bottom:12px}
+.card svg{width:100%;height:auto;display:block}
+.tiles{display:flex;flex-wrap:wrap;gap:12px}
+.tile{background:#fff;border:1px solid #e2e6ed;border-radius:10px;padding:12px 18px;flex:1 1 130px}
+.tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}
+.tile span,.tile i{color:#5b6577;font-size:13px;display:block}
+.bar{display:flex;height:26px;border-radius:6px;overflow:hidden}.bar i{display:block;min-width:1px}
+.legend{display:flex;flex-wrap:wrap;gap:6px 22px;margin-top:12px;font-size:13px;color:#5b6577}
+.legend i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}.legend b{color:#222b3a}
+table{border-collapse:collapse;font-size:13px;width:100%}
+td{padding:4px 12px 4px 0;border-bottom:1px solid #eef0f4;vertical-align:top;font-variant-numeric:tabular-nums}
+td:first-child,td i{width:40%;color:#5b6577} td+td{overflow-wrap:anywhere}
+pre{margin:0;padding:12px;background:#f5f6f9;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;
+font:13px/1.5 ui-monospace,monospace}
+summary{cursor:pointer;font-weight:600}
+"""
