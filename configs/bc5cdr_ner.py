@@ -11,6 +11,7 @@ Reads ../shared/data/bc5cdr/{train,devel}.tsv (LM_SHARED_DATA names another plac
 from typing import Any
 
 from configs import abstracts_mlm, common
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
@@ -21,13 +22,11 @@ def get_config(arg: str | None = None) -> Any:
 def tagger(c: Any, arg: str | None, run: str) -> Any:
     """The recipe on the model of another: `c`, the recipe of the pre-training, and `run`, its folder."""
     common.fine_tune(c, arg, {"mlm": run})
-    c.objective = "tagging"
+    c.task = task_config("tagging", labels=("O", "B-Chemical", "I-Chemical", "B-Disease", "I-Disease"))
     c.data.format = "conll"
-    c.data.task = "tagging"
     c.data.path = common.shared_data("bc5cdr/train.tsv")
     c.data.eval_path = common.shared_data("bc5cdr/devel.tsv")
     c.data.rename = (("1", "token"), ("2", "tag"))
-    c.data.labels = ("O", "B-Chemical", "I-Chemical", "B-Disease", "I-Disease")
     c.data.packing = "pad"
     c.data.seq_len = 64
     c.data.batch_size = 32

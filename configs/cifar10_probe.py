@@ -12,6 +12,7 @@ worth. Data as in `configs/mae_cifar10.py`, with its labels.
 from typing import Any
 
 from configs import mae_cifar10
+from lm.tasks import task_config
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -19,9 +20,7 @@ LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse
 def get_config(arg: str | None = None) -> Any:
     """Training of the head alone; `arg` is 'mae' (also when empty), 'simclr' or 'random'."""
     c = mae_cifar10.get_config()
-    c.objective = "classification"
-    c.data.task = "images"
-    c.data.labels = LABELS
+    c.task = task_config("image_classification", labels=LABELS)
     c.data.augment = (("crop", 0.3), ("flip", 0.5))
     if arg != "random":
         c.init_from = f"runs/{arg or 'mae'}_cifar10"

@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> Any:
     c.data.rename = (("2", "label"), ("4", "text"))  # a table without a header
     c.data.path = common.shared_data("cola/train.tsv")
     c.data.eval_path = common.shared_data("cola/dev.tsv")
-    c.data.labels = ("0", "1")
+    c.task.labels = ("0", "1")
     c.data.seq_len = 32
     c.checkpoint.best_metric = "matthews"
     return c

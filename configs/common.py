@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lm import config
 from lm.config.schema import ConfigError
+from lm.tasks import default_config
 
 Rates = tuple[tuple[str, float], ...]
 
@@ -143,7 +143,7 @@ def llama(chips: int, rows: int, seq_len: int, remat: str, sizes: dict[str, int]
       remat: what is kept of a layer.
       sizes: keys of the model's config.
     """
-    c = config.defaults()
+    c = default_config()
     c.tokenizer.vocab_size = sizes["vocab_size"]
     c.data.format = "text"
     c.data.path = shared_data("tinystories/sample.txt")

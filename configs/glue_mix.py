@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 from configs import reviews_clm
+from lm.tasks import task_config
 
 PARTS = ("sst2", "cola", "rte", "stsb")
 DATA = "runs/glue_mix_data"
@@ -20,13 +21,12 @@ DATA = "runs/glue_mix_data"
 def get_config(arg: str | None = None) -> Any:
     """See above for `arg`."""
     c = reviews_clm.for_sentences(arg)
-    c.objective = "multitask"
     c.data.format = "jsonl"
-    c.data.task = "mixed_sentences"
     c.data.path = f"{DATA}/train.jsonl"
     c.data.eval_path = f"{DATA}/valid.jsonl"
-    labels = {name: importlib.import_module(f"configs.{name}").get_config().data.labels for name in PARTS}
-    c.data.labels = tuple(f"{name}/{label}" for name, own in labels.items() for label in own or ("",))
+    tasks = {name: importlib.import_module(f"configs.{name}").get_config().task for name in PARTS}
+    labels = (f"{name}/{label}" for name, task in tasks.items() for label in task.get("labels", ("",)))
+    c.task = task_config("multitask", labels=tuple(labels))
     c.data.seq_len = 64
     c.checkpoint.best_metric = "mean_score"
     return c

@@ -10,13 +10,13 @@ Reads ../shared/data/tinystories/sample.txt; LM_SHARED_DATA or --config.data.pat
 from typing import Any
 
 from configs import common
-from lm import config
+from lm.tasks import default_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Pre-training on stories; `arg` is not used."""
     del arg
-    c = config.defaults()
+    c = default_config()
     c.tokenizer.vocab_size = 2048
     c.data.format = "text"
     c.data.path = common.shared_data("tinystories/sample.txt")

@@ -10,6 +10,7 @@ model this small learns the form of a worked answer, not arithmetic.
 from typing import Any
 
 from configs import common, tinystories
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
@@ -18,7 +19,7 @@ def get_config(arg: str | None = None) -> Any:
     c = tinystories.get_config()
     c.init_from = "runs/tinystories"
     c.data.format = "jsonl"
-    c.data.task = "chat"
+    c.task = task_config("chat")
     c.data.path = common.shared_data("gsm8k/train.jsonl")
     c.data.eval_path = common.shared_data("gsm8k/test.jsonl")
     c.data.rename = (("question", "prompt"), ("answer", "response"))

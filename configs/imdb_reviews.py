@@ -12,19 +12,18 @@ prepares it. For runs of minutes on two CPU cores see configs/imdb.py.
 from typing import Any
 
 from configs import common, wikipedia_clm
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """See above for `arg`."""
     c = wikipedia_clm.get_config()
     common.fine_tune(c, arg, {"clm": "runs/wikipedia_clm"})
-    c.objective = "classification"
+    c.task = task_config("classification", labels=("neg", "pos"))
     c.model.pool = "mean"
     c.model.dropout = 0.1
-    c.data.task = "sentences"
     c.data.path = "imdb_reviews"
     c.data.eval_path = "test"
-    c.data.labels = ("neg", "pos")
     c.data.packing = "pad"
     c.data.seq_len = 512  # longer reviews lose their end
     c.data.batch_size = 32

@@ -11,24 +11,22 @@ Reads ../shared/data/cifar10/*.tar (LM_SHARED_DATA names another place): 5,000 i
 from typing import Any
 
 from configs import common
-from lm import config
+from lm.tasks import default_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Pre-training on pixels; `arg` is not used."""
     del arg
-    c = config.defaults()
-    c.objective = "mae"
+    c = default_config("masked_autoencoding")
+    c.task.image_shape = (32, 32, 3)
+    c.task.mask_rate = 0.75  # 16 patches are seen, 48 are not
     c.data.format = "images"
-    c.data.task = "masked_images"
     c.data.path = common.shared_data("cifar10/cifar10_jpg_train_500perclass.tar")
     c.data.eval_path = common.shared_data("cifar10/cifar10_jpg_test_100perclass.tar")
-    c.data.image_shape = (32, 32, 3)
     c.data.seq_len = 65  # (32 / 4)^2 patches and [CLS]: what speeds are counted in
     c.data.packing = "pad"
     c.data.augment = (("crop", 0.6), ("flip", 0.5))
     c.data.batch_size = 128
-    c.corrupt.rate = 0.75  # 16 patches are seen, 48 are not
 
     c.model.kind = "mae"
     c.model.patch_size = 4

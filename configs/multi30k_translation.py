@@ -16,6 +16,7 @@ from typing import Any
 
 from configs import common, t5_tinystories
 from lm.config.schema import ConfigError
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
@@ -27,7 +28,7 @@ def get_config(arg: str | None = None) -> Any:
     c.data.path = common.shared_data("multi30k/train.{en,de}.gz")
     c.data.eval_path = common.shared_data("multi30k/val.{en,de}.gz")
     c.data.separator = ""
-    c.data.task = "translation"
+    c.task = task_config("translation")
     c.data.packing = "pad"
     c.data.seq_len = 48
     c.data.target_len = 48
@@ -40,8 +41,7 @@ def get_config(arg: str | None = None) -> Any:
         c.tokenizer.vocab_size = 4096
         c.tokenizer.extra_ids = 0
     if arg == "decoder":
-        c.objective = "clm"
-        c.data.task = "chat"
+        c.task = task_config("chat")
         c.data.packing = "best_fit"
         c.data.seq_len = 96
         c.data.target_len = 0

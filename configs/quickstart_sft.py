@@ -10,6 +10,7 @@ The argument 'scratch' starts from random parameters with the same tokenizer and
 from typing import Any
 
 from configs import quickstart_pretrain
+from lm.tasks import task_config
 
 PRETRAINED = "runs/quickstart/pretrain"
 
@@ -22,7 +23,7 @@ def get_config(arg: str | None = None) -> Any:
     else:
         c.init_from = PRETRAINED
     c.data.format = "builtin_instructions"
-    c.data.task = "chat"
+    c.task = task_config("chat")
 
     c.optim.learning_rate = 1e-3
     c.optim.warmup_steps = 10

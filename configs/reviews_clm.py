@@ -9,13 +9,13 @@ Reads ../shared/data/imdb/imdb_train.jsonl.gz; LM_SHARED_DATA or --config.data.p
 from typing import Any
 
 from configs import common
-from lm import config
+from lm.tasks import default_config, task_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Causal language modelling; `arg` is not used."""
     del arg
-    c = config.defaults()
+    c = default_config()
     c.tokenizer.vocab_size = 4096
     c.tokenizer.extra_ids = 1  # the mask of reviews_mlm.py, so that both have one tokenizer
     c.tokenizer.train_bytes = 4_000_000
@@ -64,12 +64,11 @@ def for_sentences(arg: str | None) -> Any:
         ",".join(word for word in words if word != "clm" or "scratch" not in words),
         {"clm": "runs/reviews_clm"} if is_decoder else {"mlm": "runs/reviews_mlm"},
     )
-    c.objective = "classification"
+    c.task = task_config("classification")
     c.model.kind = "decoder" if is_decoder else "encoder"
     c.model.pool = "mean"
     c.model.dropout = 0.1
     c.data.format = "table"
-    c.data.task = "sentences"
     c.data.packing = "pad"
     c.data.batch_size = 32
     c.optim.learning_rate = 1e-3

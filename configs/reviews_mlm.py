@@ -13,6 +13,7 @@ from typing import Any
 
 from configs import reviews_clm
 from lm.config.schema import ConfigError
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
@@ -20,14 +21,11 @@ def get_config(arg: str | None = None) -> Any:
     if arg not in (None, "", "next", "order"):
         raise ConfigError(f"recipe argument '{arg}': expected next, order or nothing")
     c = reviews_clm.get_config()
-    c.objective = "mlm"
-    c.data.task = "masked_text"
-    c.corrupt.rate = 0.3  # more to learn from each row than BERT's 0.15 (Wettig et al. 2023)
+    c.task = task_config("masked_lm_pairs", pairs=arg) if arg else task_config("masked_lm")
+    c.task.mask_rate = 0.3  # more to learn from each row than BERT's 0.15 (Wettig et al. 2023)
     c.model.kind = "encoder"
     c.model.pool = "mean"
     c.train.total_tokens = 5_000_000
     if arg:
-        c.data.task = "masked_pairs"
         c.data.packing = "pad"
-        c.corrupt.pairs = arg
     return c

@@ -20,6 +20,6 @@ def get_config(arg: str | None = None) -> Any:
     c.data.rename = (("sentence1", "text"), ("sentence2", "text_pair"), ("label", "label"))
     c.data.path = common.shared_data("rte/train.tsv")
     c.data.eval_path = common.shared_data("rte/dev.tsv")
-    c.data.labels = ("0", "1")
+    c.task.labels = ("0", "1")
     c.data.seq_len = 128
     return c

@@ -16,25 +16,23 @@ that is worth after few passes, see experiments/objectives/results.md.
 
 from typing import Any
 
-from lm import config
 from lm.config.schema import ConfigError
+from lm.tasks import default_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Each item from those before it; `arg` is '', 'masked' or 'scratch'."""
     if arg not in (None, "", "masked", "scratch"):
         raise ConfigError(f"recipe argument '{arg}': expected masked, scratch or nothing")
-    c = config.defaults()
+    c = default_config("next_item")
     if arg:
         c.tokenizer.extra_ids = 1  # bert4rec's mask, which no row has
     if arg == "masked":
         c.init_from = "runs/bert4rec"
         c.init_rules = ((r"decoder/(.*)", r"encoder/\1"), (r".*", "keep"))
-    c.objective = "next_item"
     c.tokenizer.vocab_size = 512  # items and three more
     c.data.format = "interactions"
     c.data.path = "runs/interactions.csv"
-    c.data.task = "items"
     c.data.packing = "pad"
     c.data.seq_len = 32  # the newest items of a user
     c.data.batch_size = 128

@@ -9,21 +9,19 @@ Data as in `configs/mae_cifar10.py`; `configs/cifar10_probe.py` and `configs/cif
 from typing import Any
 
 from configs import mae_cifar10
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Pre-training on pairs of views; `arg` is not used."""
     del arg
     c = mae_cifar10.get_config()
-    c.objective = "contrastive"
-    c.data.task = "image_pairs"
+    c.task = task_config("contrastive_images", temperature=0.2, projection_dim=64)
     c.data.augment = (("crop", 0.8), ("flip", 0.5), ("color", 0.4))  # a view keeps at least a fifth of the area
-    c.loss.temperature = 0.2
 
     c.model.kind = "vit"
     c.model.decoder_layers = c.model.decoder_dim = 0  # there is none
     c.model.pool = "mean"
-    c.model.projection_dim = 64
 
     c.optim.warmup_steps = 20
     c.train.total_steps = 400

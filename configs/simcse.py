@@ -6,7 +6,7 @@
 Two CPU cores, minutes. Held-out alignment and uniformity: see experiments/objectives/results.md.
 Without an argument a sentence's two views are its two dropout masks, on the sentences of SST-2. With 'pairs' they are
 the two sides of STS-B's pairs, whatever their score: weak supervision. Data of your own with hard negatives: a jsonl
-file of 'text', 'text_pair' and 'negative', with --config.data.task=sentence_triples.
+file of 'text', 'text_pair' and 'negative', with --config.task.name=contrastive_triples.
 Reads ../shared/data/{sst2,stsb} (LM_SHARED_DATA names another place).
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from configs import common, reviews_mlm
 from lm.config.schema import ConfigError
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
@@ -23,9 +24,8 @@ def get_config(arg: str | None = None) -> Any:
     c = reviews_mlm.get_config()
     c.init_from = "runs/reviews_mlm"
     c.init_rules = ((r"head/.*", "reinit"), (r".*", "keep"))
-    c.objective = "contrastive"
+    c.task = task_config("contrastive_pairs" if arg else "contrastive_sentences", temperature=0.05)
     c.data.format = "table"
-    c.data.task = "sentence_pairs" if arg else "lone_sentences"
     name = "stsb/stsb-en-{}.csv" if arg else "sst2/{}.tsv"
     c.data.path = common.shared_data(name.format("train"))
     c.data.eval_path = common.shared_data(name.format("dev"))
@@ -34,7 +34,6 @@ def get_config(arg: str | None = None) -> Any:
     c.data.seq_len = 48
     c.data.batch_size = 64
     c.model.dropout = 0.1
-    c.loss.temperature = 0.05
     c.optim.learning_rate = 3e-4
     c.optim.warmup_steps = 10
     c.train.total_tokens = 0

@@ -20,6 +20,6 @@ def get_config(arg: str | None = None) -> Any:
     c.data.rename = (("1", "text"), ("2", "label"))  # a table without a header
     c.data.path = common.shared_data("sst2/train.tsv")
     c.data.eval_path = common.shared_data("sst2/dev.tsv")
-    c.data.labels = ("0", "1")  # negative, positive
+    c.task.labels = ("0", "1")  # negative, positive
     c.data.seq_len = 48
     return c

@@ -12,17 +12,16 @@ Reads ../shared/data/stsb/stsb-en-{train,dev}.csv (LM_SHARED_DATA names another 
 from typing import Any
 
 from configs import common, reviews_clm
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """See above for `arg`."""
     c = reviews_clm.for_sentences(arg)
-    c.objective = "regression"
-    c.data.task = "scored_sentences"
+    c.task = task_config("regression")
     c.data.rename = (("1", "text"), ("2", "text_pair"), ("3", "label"))  # a table without a header
     c.data.path = common.shared_data("stsb/stsb-en-train.csv")
     c.data.eval_path = common.shared_data("stsb/stsb-en-dev.csv")
-    c.data.labels = ()
     c.data.seq_len = 64
     c.checkpoint.best_metric = "pearson"
     return c

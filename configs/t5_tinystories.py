@@ -8,15 +8,15 @@ Two CPU cores, minutes. Held-out nats per predicted token: not run.
 from typing import Any
 
 from configs import tinystories
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Span corruption on stories; `arg` is not used."""
     del arg
     c = tinystories.get_config()
-    c.objective = "seq2seq"
+    c.task = task_config("span_corruption")
     c.tokenizer.extra_ids = 33  # the mask and 32 sentinels
-    c.data.task = "span_corruption"
     c.data.target_len = 64  # what is hidden of 284 tokens: 43 of them, 14 sentinels and EOS
 
     c.model.kind = "encoder_decoder"

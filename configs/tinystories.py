@@ -13,15 +13,15 @@ Reads ../shared/data/tinystories/sample.txt; LM_SHARED_DATA or --config.data.pat
 from typing import Any
 
 from configs import common
-from lm import config
 from lm.config.schema import ConfigError
+from lm.tasks import default_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Pre-training on stories; `arg` is 'experts' or nothing."""
     if arg not in (None, "", "experts"):
         raise ConfigError(f"recipe argument '{arg}': expected 'experts' or none")
-    c = config.defaults()
+    c = default_config()
     c.tokenizer.vocab_size = 2048
     c.data.format = "text"
     c.data.path = common.shared_data("tinystories/sample.txt")

@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> Any:
     c.data.path = common.shared_data("ud_ewt/en_ewt-ud-train_from_source_docs.conllu.gz")
     c.data.eval_path = common.shared_data("ud_ewt/en_ewt-ud-dev.conllu")
     c.data.rename = (("2", "token"), ("4", "tag"))
-    c.data.labels = (
+    c.task.labels = (
         *("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART"),
         *("PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X"),
     )

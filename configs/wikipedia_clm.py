@@ -10,13 +10,13 @@ there has the command that prepares it.
 
 from typing import Any
 
-from lm import config
+from lm.tasks import default_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """Causal language modelling; `arg` is not used."""
     del arg
-    c = config.defaults()
+    c = default_config()
     c.tokenizer.vocab_size = 32_000
     c.tokenizer.train_bytes = 100_000_000
     c.data.format = "tfds"

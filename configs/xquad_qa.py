@@ -13,19 +13,18 @@ Reads ../shared/data/xquad/xquad.en.json (LM_SHARED_DATA names another place).
 from typing import Any
 
 from configs import bc5cdr_ner, common, reviews_mlm
+from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """See above for `arg`."""
     c = bc5cdr_ner.tagger(reviews_mlm.get_config(), arg, "runs/reviews_mlm")
-    c.objective = "span_qa"
+    c.task = task_config("span_qa")
     c.data.format = "squad"
-    c.data.task = "span_qa"
     c.data.path = common.shared_data("xquad/xquad.en.json")
     c.data.eval_path = ""
     c.data.eval_fraction = 0.2
     c.data.rename = ()
-    c.data.labels = ()
     c.data.seq_len = 256
     c.data.batch_size = 8
 

@@ -12,19 +12,18 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import checkpoint, checks, config, input_pipeline, optim, param_paths, program, replay
+from lm import checkpoint, checks, input_pipeline, optim, param_paths, program, replay
 from lm.checkpoint import CheckpointError, init_from, resume
 from lm.config import Config, DataConfig, MeshConfig
 from lm.config.schema import ConfigError
-from lm.data import example, loader
+from lm.data import loader
 from lm.data.readers import registry
 from lm.data.tokenizer import Tokenizer
 from lm.decoding import sampling
 from lm.models import adapters, transformer
 from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
-from lm.tasks import chat, objectives
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS, base, build_saved_config, columns_of_batch, task_of
 from lm.types import Batch, ModelFns, Outputs, TrainState
 
 
@@ -118,11 +117,13 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         except CheckpointError as error:
             raise CheckpointError(f"'init_from' is {cfg.init_from}: {error}") from None
     checks.fit(cfg)
-    found = _find_tokenizer(cfg, workdir if has_begun else None, init) if TASKS[cfg.data.task].texts else None
+    overlong: Any = task_of(cfg).overlong[0] if cfg.data.overlong == "auto" else cfg.data.overlong
+    data = dataclasses.replace(cfg.data, overlong=overlong)
+    found = _find_tokenizer(cfg, workdir if has_begun else None, init) if task_of(cfg).texts else None
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
     longest = max(cfg.data.seq_len, cfg.data.target_len)
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
-    cfg = dataclasses.replace(cfg, model=resolved, data=chat.resolve(cfg.data))
+    cfg = dataclasses.replace(cfg, model=resolved, data=data)
     model = program.make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     adapters.check(cfg.adapter, param_paths.flatten(abstract))
@@ -138,9 +139,9 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
 
 def predicts_tokens(cfg: Config) -> bool:
     """Whether the model reads rows of tokens, each once, and predicts tokens."""
-    task = TASKS[cfg.data.task]
-    shape, _ = (task.batch or task.columns)(cfg).get("tokens", ((), None))
-    return objectives.OBJECTIVES[cfg.objective].head(cfg) is None and len(shape) == 1
+    task = task_of(cfg)
+    shape, _ = columns_of_batch(task, cfg).get("tokens", ((), None))
+    return task.head(cfg) is None and len(shape) == 1
 
 
 def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -> Run:
@@ -152,13 +153,13 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
       mesh: the devices.
       note: called with what a person should read.
     """
-    cfg = planned.cfg
+    cfg, task = planned.cfg, task_of(planned.cfg)
     checks.mesh_divides(cfg, mesh, planned.abstract_params, planned.logical_axes)
-    found = input_pipeline.load(cfg.data)
+    found = input_pipeline.load(cfg.data, task.wanted(cfg))
     for source in found:
         note(source.report)
         if isinstance(source, registry.Split):
-            example.check_fields(TASKS[cfg.data.task], [*source.train, *source.valid], cfg.data, TASKS)
+            base.check_fields(task, [*source.train, *source.valid], TASKS)
     words = tokenizer_for(planned, found, note)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -181,9 +182,8 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         anchored=planned.anchored,
         epoch_examples=data.epoch_examples,
     )
-    objective = objectives.OBJECTIVES[cfg.objective]
     batch = program.abstract_batch(cfg, mesh, checks.eval_batch_size(cfg))
-    checks.metric(cfg, made.eval_step, planned.abstract_params, batch, objective.scores(cfg))
+    checks.metric(cfg, made.eval_step, planned.abstract_params, batch, task.score_names(cfg))
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
     return Run(
         **made._asdict(),
@@ -193,7 +193,7 @@ def run(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -
         prompts=prompts,
         data=data,
         every={"eval": cfg.eval.every.to_steps(**size), "checkpoint": cfg.checkpoint.every.to_steps(**size)},
-        score=objective.score,
+        score=task.scores,
         replay=planned.replay,
     )
 
@@ -203,13 +203,13 @@ def tokenizer_for(
 ) -> Tokenizer | None:
     """The run's tokenizer, trained where there is none yet; None where the task reads no text. Every process trains it:
     an error is then every process's, and the result, a function of the texts, is the same."""
-    task, cfg = TASKS[planned.cfg.data.task], planned.cfg.tokenizer
+    task, cfg = task_of(planned.cfg), planned.cfg.tokenizer
     if task.texts is None or planned.tokenizer:
         return planned.tokenizer
     note(f"training a tokenizer of {cfg.vocab_size:,} ids")
     records = itertools.chain.from_iterable(split.train for split in found if isinstance(split, registry.Split))
     texts = itertools.chain.from_iterable(map(task.texts, records))
-    return dataclasses.replace(task.words.train(texts, cfg), extra_ids=cfg.extra_ids)
+    return dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
 
 
 def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | None) -> Tokenizer | None:
@@ -220,7 +220,7 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
     Raises:
       ConfigError: naming both files, or the run whose tokenizer is gone.
     """
-    words = TASKS[cfg.data.task].words
+    words = task_of(cfg).vocabulary
     candidates: list[Any] = [workdir / words.file] if workdir else []
     if cfg.tokenizer.path:
         candidates.append(epath.Path(cfg.tokenizer.path))
@@ -313,7 +313,7 @@ def eval_rows(run: Run, part: loader.Part) -> tuple[np.ndarray, Any]:
 
 def tokenizer_file(cfg: Config) -> str:
     """What a run's folder calls its tokenizer."""
-    return TASKS[cfg.data.task].words.file
+    return task_of(cfg).vocabulary.file
 
 
 def tokenizer_hash(run: Run) -> str:
@@ -338,7 +338,7 @@ def load_run(name: str) -> tuple[Config, ModelFns, Any, Any]:
       CheckpointError: no such checkpoint, or a damaged one.
     """
     saved = checkpoint.choose(name)
-    cfg = config.build_saved(saved.info["config"])
+    cfg = build_saved_config(saved.info["config"])
     changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", init_from.KEEP),)}
     planned, model, params = read_model(dataclasses.replace(cfg, **changes))
     return cfg, model, params, planned.tokenizer

@@ -16,18 +16,18 @@ from lm.data import augment
 from lm.data.loader import REPLAY
 from lm.evaluation import metrics
 from lm.parallel import sharding
-from lm.tasks import chat, corrupt, objectives, prompting
-from lm.tasks.registry import TASKS
+from lm.tasks import columns_of_batch, task_of
 from lm.types import LENGTH_KEYS
 
 
 def fit(cfg: Config) -> None:
-    """Refuses an objective, a task and a model that do not fit together, by what the objective says of itself.
+    """Refuses a task, a model and keys that do not fit together, by what the task says of itself.
 
     Raises:
       ConfigError: naming the two keys, and what would fit.
     """
-    corrupt.check(cfg)
+    task, name = task_of(cfg), cfg.task.name
+    task.check(cfg)
     try:
         re.compile(cfg.adapter.targets)
     except re.error as error:
@@ -38,36 +38,29 @@ def fit(cfg: Config) -> None:
             "expected, say, ((r'.*/(lora|adapter)_.*', 1.0), (r'.*', 0.0))"
         )
     augment.check(cfg)
-    prompting.check(cfg)
-    chat.check(cfg)
-    objective, task = objectives.OBJECTIVES[cfg.objective], TASKS[cfg.data.task]
     for key, value, fitting in (
-        ("model.kind", cfg.model.kind, objective.kinds),
-        ("data.task", cfg.data.task, objective.tasks),
+        ("model.kind", cfg.model.kind, task.models),
+        ("data.packing", cfg.data.packing, task.packing),
+        ("data.overlong", cfg.data.overlong, ("auto", *task.overlong)),
     ):
         if value not in fitting:
-            raise ConfigError(f"'objective' {cfg.objective} does not fit '{key}' {value}; use {', '.join(fitting)}")
-    (task.batch or task.columns)(cfg)  # refuses what leaves nothing to predict
-    objective.scores(cfg)  # refuses labels that cannot be scored
+            raise ConfigError(f"'{key}' is {value}, which does not fit task.name={name}; use {', '.join(fitting)}")
+    columns = columns_of_batch(task, cfg)  # refuses what leaves nothing to predict
+    task.score_names(cfg)  # refuses labels that cannot be scored
     usual = schema.to_dict(LossConfig())
     for key, value in schema.to_dict(cfg.loss).items():
-        # A recipe may leave the size of a chunk for another objective: it changes no value.
-        if value != usual[key] and key not in (*objective.reads, "chunk_len"):
-            raise ConfigError(f"'loss.{key}' is {value}, but 'objective' {cfg.objective} does not read it")
-    if cfg.loss.r_drop and not cfg.model.dropout:
-        raise ConfigError("'loss.r_drop' compares two dropout masks, but 'model.dropout' is 0")
-    if objective.couples_rows and cfg.train.micro_batches > 1:
-        raise ConfigError(f"'train.micro_batches' must be 1: 'objective' {cfg.objective} compares all rows of a batch")
-    if (head := objective.head(cfg)) and head.size < 1:
-        raise ConfigError(f"'data.labels' is empty, but 'objective' {cfg.objective} needs to know all labels")
+        # A recipe may leave the size of a chunk for another task: it changes no value.
+        if value != usual[key] and key not in (*task.loss_options, "chunk_len"):
+            raise ConfigError(f"'loss.{key}' is {value}, but task.name={name} does not read it")
+    if task.couples_rows and cfg.train.micro_batches > 1:
+        raise ConfigError(f"'train.micro_batches' must be 1: task.name={name} compares all rows of a batch")
+    head = task.head(cfg)
     if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
         raise ConfigError(f"'model.pool' is first, which sees nothing else in a {cfg.model.kind}; use last or mean")
     _of_text(cfg)
-    gives_prefix = "is_prefix" in (task.batch or task.columns)(cfg)
-    if task.prompt and gives_prefix != (cfg.model.kind == "prefix_decoder"):
+    if task.prompt and ("is_prefix" in columns) != (cfg.model.kind == "prefix_decoder"):
         raise ConfigError(
-            f"'model.kind' {cfg.model.kind} does not fit 'data.task' {cfg.data.task}: prefix_decoder and prefix_text "
-            "go together"
+            f"'model.kind' {cfg.model.kind} does not fit task.name={name}: prefix_decoder and prefix_lm go together"
         )
     if cfg.generate.prompts and (task.prompt is None or head or cfg.model.kind == "encoder"):
         raise ConfigError("'generate.prompts' is set, but this model does not generate text; set it to ()")
@@ -106,7 +99,7 @@ def _of_text(cfg: Config) -> None:
 def metric(cfg: Config, eval_step: Callable[..., Any], params: Any, batch: Any, names: tuple[str, ...]) -> None:
     """Refuses a `checkpoint.best_metric` that no evaluation will have, before anything is compiled."""
     measured, _ = jax.eval_shape(eval_step, params, batch)
-    known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0)), cfg.objective), *names]
+    known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0)), task_of(cfg).has_perplexity), *names]
     prefixes = [*input_pipeline.by_source(cfg.data), *([REPLAY] if cfg.data.replay else [])]
     known = sorted({f"{prefix}_{name}" if prefix else name for prefix in ("", *prefixes) for name in known})
     if cfg.checkpoint.best_metric not in known:
@@ -132,8 +125,7 @@ def mesh_divides(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: di
         raise ConfigError(
             f"'eval.batch_size' ({eval_batch_size(cfg)}) must be a multiple of {shards}, as the mesh splits"
         )
-    task = TASKS[cfg.data.task]
-    for key, (shape, _) in (task.batch or task.columns)(cfg).items():
+    for key, (shape, _) in columns_of_batch(task_of(cfg), cfg).items():
         if key in LENGTH_KEYS and shape[-1] % mesh.shape["context"]:
             raise ConfigError(
                 f"mesh.context={mesh.shape['context']} does not divide the {shape[-1]} positions of '{key}': change "

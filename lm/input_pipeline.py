@@ -1,14 +1,17 @@
 """From records, or from prepared shards, to the rows of a run."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import PurePath
 from typing import Any
@@ -17,23 +20,24 @@ import numpy as np
 
 from lm.config import Config, DataConfig, schema
 from lm.config.schema import NEVER, ConfigError
-from lm.data import augment, example, loader, packing, sampler, shards
-from lm.data.example import Columns, Row, Rows, Task
+from lm.data import augment, loader, packing, sampler, shards
+from lm.data.example import Columns, Example, Row, Rows
 from lm.data.loader import REPLAY, Data, Finish, Part, Source
 from lm.data.readers import registry
 from lm.data.readers.registry import Split
-from lm.data.record import DataError, Record
+from lm.data.record import NOTHING, DataError, Record, Wanted
 from lm.data.shards import Prepared
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.registry import TASKS
+from lm.tasks import Task, columns_of_batch, task_of
 
 # Keys of DataConfig that decide what the rows of given records are.
 _SHAPES_ROWS = (
-    *("task", "labels", "image_shape", "templates", "augment", "mixture", "replay"),
+    *("augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
 _UNREAD_BY_PREPARED = ("eval_path", "rename", "encoding", "max_records")
 Found = Split | Prepared  # what a source gives
+_CHUNK_RECORDS = 32  # that a thread takes at a time
 _QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
 
 
@@ -53,7 +57,7 @@ def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
     return {name: dataclasses.replace(cfg, path=path, mixture=()) for name, path in zip(names, paths, strict=True)}
 
 
-def load(cfg: DataConfig) -> list[Found]:
+def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> list[Found]:
     """What each source gives: records, or rows that were prepared.
 
     Raises:
@@ -62,7 +66,7 @@ def load(cfg: DataConfig) -> list[Found]:
     """
     each = by_source(cfg).values()
     if cfg.format != "prepared":
-        return [registry.load(one) for one in each]
+        return [registry.load(one, wanted) for one in each]
     for key in _UNREAD_BY_PREPARED:
         if (value := getattr(cfg, key)) != getattr(DataConfig, key):
             raise ConfigError(
@@ -120,7 +124,7 @@ def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Fou
     data = Data(made, _stages(cfg.data), "", report)
     data = data._replace(easy_first=_easy_first(cfg, data))
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
-    settings |= {"corrupt": schema.to_dict(cfg.corrupt), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
+    settings |= {"task": schema.to_dict(cfg.task), "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     settings |= {"easy_first": data.easy_first}
     parts = [content, tokenizer.hash if tokenizer else "", settings]
     about: dict[str, str | int] = {"tokenizer": _sha256(parts[1])[:12], "settings": _sha256(settings)[:12]}
@@ -139,7 +143,7 @@ def _easy_first(cfg: Config, data: Data) -> int:
     if cfg.data.curriculum == NEVER:
         return 0
     if not any(name.endswith("segment_ids") for name in data.train.stored):
-        raise ConfigError(f"'data.curriculum_*' goes by length, but rows of data.task={cfg.data.task} have none")
+        raise ConfigError(f"'data.curriculum_*' goes by length, but rows of task.name={cfg.task.name} have none")
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
     examples_in_all = cfg.data.curriculum.to_steps(**size) * cfg.data.batch_size
     return sampler.counts(data.mixture(0), examples_in_all)[0]
@@ -153,7 +157,7 @@ def _source(
         parts = {name: _prepared(found, name, cfg, tokenizer) for name in ("train", "valid")}
         checksums: dict[str, int] = {}
     else:
-        task = TASKS[cfg.data.task]
+        task = task_of(cfg)
         train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
         parts = {"train": (train, counts)}
         held_out = {"valid": found.valid} | ({"test": found.test} if found.test else {})
@@ -165,13 +169,67 @@ def _source(
     return Source(**{name: part for name, (part, _) in parts.items()}), report, checksums
 
 
+def make_examples(
+    task: Task,
+    records: Iterable[Record],
+    tokenizer: Tokenizer | None,
+    cfg: Config,
+    counts: Counter[str],
+    threads: int = 1,
+) -> Iterator[Example]:
+    """Yields the examples of `records` in their order, adding to `counts` what became of them.
+
+    SentencePiece works while other threads run Python: `threads` of them tokenize, a few records ahead.
+
+    Counted: documents, examples; cut_in_pieces (text longer than seq_len); dropped_empty, dropped_no_target (nothing in
+    it to train on); and what a task adds.
+
+    Raises:
+      DataError: a record has a role or a label that is not known.
+    """
+
+    def of_records(chunk: list[Record]) -> tuple[list[Example], Counter[str]]:
+        own = Counter({"documents": len(chunk)})
+        return [example for record in chunk for example in task.examples(record, tokenizer, cfg, own)], own
+
+    for found, own in _in_order(of_records, _chunks(records), threads):
+        counts.update(own)
+        for example in found:
+            if "loss_weights" in example.columns and not example.columns["loss_weights"].any():
+                counts["dropped_no_target"] += 1
+                continue
+            counts["examples"] += 1
+            yield example
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    records = iter(records)
+    while chunk := list(itertools.islice(records, _CHUNK_RECORDS)):
+        yield chunk
+
+
+def _in_order(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+    """function(item) of each item in its order, by so many threads."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        pending: collections.deque[Any] = collections.deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
 def _packed(
     records: Sequence[Record], name: str, cfg: Config, tokenizer: Tokenizer | None
 ) -> tuple[Part, dict[str, int], dict[str, float]]:
     """Records as rows in memory, checksums of the rows, and counts."""
-    task, counts = TASKS[cfg.data.task], Counter[str]()
+    task, counts = task_of(cfg), Counter[str]()
     progress = _progress(records, f"packing {name} rows")
-    made = example.make(task, progress, tokenizer, cfg, counts, os.cpu_count() or 1)
+    made = make_examples(task, progress, tokenizer, cfg, counts, os.cpu_count() or 1)
     stored = task.columns(cfg)
     rows, meta = packing.pack(made, stored, cfg.data)
     report: dict[str, float] = {**counts, "rows": len(next(iter(rows.values())))}
@@ -187,11 +245,11 @@ def _packed(
         keys = "data.path" if name == "train" else "data.eval_path, data.eval_fraction"
         raise DataError(
             f"the {name} data has no target: nothing in it counts for the loss ({found}); "
-            f"check {keys}, data.task, data.overlong and data.seq_len ({cfg.data.seq_len})"
+            f"check {keys}, task.name, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )
     if lack := task.lacks(rows, cfg) if task.lacks else "":
         if name == "train":
-            raise DataError(f"the train data cannot teach data.task={cfg.data.task}: {lack}; check data.path")
+            raise DataError(f"the train data cannot teach task.name={cfg.task.name}: {lack}; check data.path")
         report["nothing_to_tell_apart"] = report["rows"]
     checksums = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in sorted(rows.items())}
     return _part(task, name, cfg, tokenizer, *loader.in_memory(rows), stored, meta), checksums, report
@@ -204,12 +262,12 @@ def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | No
       ConfigError: they are not what this run would make of their documents.
       DataError: there are none.
     """
-    task = TASKS[cfg.data.task]
+    task = task_of(cfg)
     stored = task.columns(cfg)
     table = found.table(half, mask_documents=cfg.data.mask_documents, skip=cfg.data.max_bad_records)
     if set(stored) != set(table.layout.names):
         raise ConfigError(
-            f"{found.path}: rows of {', '.join(table.layout.names)}; 'data.task' {cfg.data.task} reads "
+            f"{found.path}: rows of {', '.join(table.layout.names)}; 'task.name' {cfg.task.name} reads "
             f"{', '.join(stored)}"
         )
     if tokenizer and (was := found.about.get("tokenizer_hash", tokenizer.hash)) != tokenizer.hash:
@@ -240,7 +298,7 @@ def _part(
     meta: list[Any],
 ) -> Part:
     finish = _finish(task, name == "train", cfg, tokenizer, size, take, stored)
-    return Part(size, take, meta, stored, (task.batch or task.columns)(cfg), finish)
+    return Part(size, take, meta, stored, columns_of_batch(task, cfg), finish)
 
 
 def _finish(
@@ -252,15 +310,15 @@ def _finish(
     take: Callable[[np.ndarray], Rows],
     stored: Columns,
 ) -> Finish | None:
-    """What is done to a row each time it is used: augmentation while training, then the task's corruption."""
+    """What is done to a row each time it is used: augmentation while training, then the task's transform."""
     steps: list[Finish] = []
     if is_train and not task.augments:
         steps += [functools.partial(_augment, name, strength, cfg, tokenizer) for name, strength in cfg.data.augment]
     if task.draws_other:
         steps.append(functools.partial(_with_other, size, take, stored))
-    if task.corrupt is not None:
-        corrupt = task.corrupt
-        steps.append(lambda row, rng: corrupt(row, rng, tokenizer, cfg))
+    if task.transform is not None:
+        transform = task.transform
+        steps.append(lambda row, rng: transform(row, rng, tokenizer, cfg))
     if not steps:
         return None
     return lambda row, rng: functools.reduce(lambda row, step: step(row, rng), steps, row)

@@ -5,7 +5,6 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from lm import config
 from lm.parallel import xla_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
@@ -25,9 +24,10 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     try:
-        cfg = config.build(_CONFIG.value)
+        from lm import tasks, train  # imports JAX
+
+        cfg = tasks.build_config(_CONFIG.value)
         xla_flags.set_libtpu(cfg.model.embed_dim)
-        from lm import train  # imports JAX
 
         if _PRINT.value:
             print(train.describe(cfg, _WORKDIR.value or "."))

@@ -13,8 +13,7 @@ from lm.config import Config
 from lm.models import registry
 from lm.optim import mup, trainable
 from lm.parallel import sharding
-from lm.tasks import objectives
-from lm.tasks.registry import TASKS
+from lm.tasks import columns_of_batch, task_of
 from lm.types import ModelFns, Params, TrainState
 
 
@@ -77,7 +76,7 @@ def make(
         scales=mup.direction_scales(cfg.optim.name, logical_axes, mup.width_ratio(cfg.model)),
     )
     model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
-    loss_fn = objectives.OBJECTIVES[cfg.objective].loss(model.apply, cfg, words)
+    loss_fn = task_of(cfg).loss(model.apply, cfg, words)
     train_step = functools.partial(
         step.train_step,
         loss_fn=loss_fn,
@@ -107,14 +106,13 @@ def make(
 
 
 def make_model(cfg: Config, dtype: Any) -> ModelFns:
-    """The functions of the model that `model.kind` names, with the head that the objective needs."""
-    return registry.MODELS[cfg.model.kind](cfg, objectives.OBJECTIVES[cfg.objective].head(cfg), dtype)
+    """The functions of the model that `model.kind` names, with the head that the task needs."""
+    return registry.MODELS[cfg.model.kind](cfg, task_of(cfg).head(cfg), dtype)
 
 
 def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `rows` rows."""
-    task = TASKS[cfg.data.task]
-    columns = (task.batch or task.columns)(cfg) | {"row_weights": ((), jnp.float32), "example_index": ((), jnp.int32)}
+    columns = columns_of_batch(task_of(cfg), cfg) | {"row_weights": ((), jnp.float32), "example_index": ((), jnp.int32)}
 
     def abstract(key: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         where = sharding.batch_sharding(mesh, key, 1 + len(shape))

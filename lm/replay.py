@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lm import checkpoint, config, input_pipeline
+from lm import checkpoint, input_pipeline
 from lm.checkpoint import CheckpointError, Saved
 from lm.config import Config, DataConfig, schema
 from lm.config.schema import ConfigError
-from lm.data import example
 from lm.data.readers.registry import Split
 from lm.data.record import DataError
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS, base, build_saved_config, task_of
 
 
 def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig | None:
@@ -27,7 +26,7 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
     if not cfg.data.replay:
         return None
     if init:
-        other = config.build(init.info["config"]).data
+        other = build_saved_config(init.info["config"]).data
         if other.mixture:
             raise ConfigError(
                 f"'data.replay' draws from one source, but {cfg.init_from} was trained on a 'data.mixture'"
@@ -57,9 +56,9 @@ def load(
         return None
     place = f"'data.replay': the data of {cfg.init_from}"
     try:
-        (found,) = input_pipeline.load(where)
+        (found,) = input_pipeline.load(where, task_of(cfg).wanted(cfg))
         if isinstance(found, Split):
-            example.check_fields(TASKS[cfg.data.task], [*found.train, *found.valid], cfg.data, TASKS)
+            base.check_fields(task_of(cfg), [*found.train, *found.valid], TASKS)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
     except ConfigError as error:

@@ -24,6 +24,7 @@ from lm.optim import mup, trainable
 from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
 from lm.preemption import Interrupt, Preempted
+from lm.tasks import base, build_saved_config, task_of
 from lm.tracking import report, tracker
 from lm.types import TrainState
 
@@ -62,7 +63,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
-        resume.refuse_changes(config.build_saved(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
+        resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")
     run = build.run(planned, workdir, mesh, say)
@@ -216,6 +217,7 @@ def best_state(
 def evaluate_all(run: build.Run, part: str, evaluate_rows: Callable[[Any, int], Any]) -> dict[str, float]:
     """Metrics of all rows of a part ('valid' or 'test') of the run's own data and, where it has several sources, of
     each by its name."""
+    finalize = functools.partial(metrics.finalize, has_perplexity=task_of(run.cfg).has_perplexity)
     total: metrics.Sums = {}
     outputs: list[Any] = []
     meta: list[Any] = []
@@ -228,15 +230,13 @@ def evaluate_all(run: build.Run, part: str, evaluate_rows: Callable[[Any, int], 
         sums, found = evaluate_rows(batches, len(row_ids))
         about = [rows.meta[i] for i in row_ids] if run.score else []
         if name:
-            values = metrics.finalize(sums, run.cfg.objective) | (run.score(found, about, run.cfg) if run.score else {})
+            values = finalize(sums) | (run.score(found, about, run.cfg) if run.score else {})
             by_source |= {f"{name}_{key}": value for key, value in values.items()}
         if name != REPLAY:
             total, meta = metrics.add(total, sums), meta + about
             outputs.append(found)
     joined = {key: np.concatenate([found[key] for found in outputs]) for key in outputs[0]}
-    return (
-        metrics.finalize(total, run.cfg.objective) | (run.score(joined, meta, run.cfg) if run.score else {}) | by_source
-    )
+    return finalize(total) | (run.score(joined, meta, run.cfg) if run.score else {}) | by_source
 
 
 def restore(
@@ -295,12 +295,12 @@ def observe(
     watch.progress(done, values["loss"], tokens_per_second, utilisation.get("mfu"), rate.input_bound)
     if is_due(done, run.cfg.monitor.log_every_steps) or done == run.total_steps:
         values["tokens_per_second"] = tokens_per_second
-        watch.log(done, "train", values | utilisation | metrics.finalize(sums, run.cfg.objective))
+        watch.log(done, "train", values | utilisation | metrics.finalize(sums, task_of(run.cfg).has_perplexity))
 
 
 def in_words(values: dict[str, float], cfg: Config) -> str:
     """The metrics of an evaluation in one line, each with its unit."""
-    units = {name: metrics.about(name, cfg.objective, cfg.data.labels).unit for name in values}
+    units = {name: base.about(task_of(cfg), cfg, name).unit for name in values}
     return " · ".join(f"{name} {value:.4f} {units[name]}".rstrip() for name, value in values.items())
 
 
@@ -359,7 +359,7 @@ def summarise(
     cfg, done = run.cfg, int(state.step)
     whole = run.abstract_state.params
     trained = trainable.trained_part(run.optimizer.selection, whole)
-    answer = {"answer_loss": values["nll"]} if cfg.data.task == "chat" else {}
+    answer = {"answer_loss": values["nll"]} if cfg.task.name == "chat" else {}
     return {
         **values,
         **answer,

@@ -23,8 +23,8 @@ from tools import bench_training  # isort: skip  (first: its clock starts there)
 from absl import app, flags
 from ml_collections import config_flags
 
-from lm import config
 from lm.parallel import xla_flags as lm_flags
+from lm.tasks import build_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _PEER = flags.DEFINE_enum("peer", "", ["", "transformers"], "What trains the same model in the same run.")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
                 found = bench_input.measure(Path(folder), list(map(int, _MEGABYTES.value)), _SECONDS.value)
                 bench_input.show(found)
             else:
-                cfg = config.build(_CONFIG.value)
+                cfg = build_config(_CONFIG.value)
                 lm_flags.set_libtpu(cfg.model.embed_dim)
                 found = bench_training.measure(
                     cfg,

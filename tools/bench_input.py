@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lm import config, input_pipeline
-from lm.data import example, loader, packing, shards, tokenizer
+from lm.data import loader, packing, shards, tokenizer
 from lm.data.example import Rows
 from lm.data.readers import registry
 from lm.tasks.registry import TASKS
@@ -150,9 +150,9 @@ def on_the_fly(seconds: float) -> tuple[float, float]:
     cfg = config.Config(data=config.DataConfig(seq_len=LENGTH))
     split = registry.load(cfg.data)
     words = tokenizer.train([record["text"] for record in split.train], 8192, 2_000_000)
-    task, tokens, began, cpu = TASKS["text"], 0, time.perf_counter(), time.process_time()
+    task, tokens, began, cpu = TASKS["causal_lm"], 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
-        made = example.make(task, split.train, words, cfg, Counter(), os.cpu_count() or 1)
+        made = input_pipeline.make_examples(task, split.train, words, cfg, Counter(), os.cpu_count() or 1)
         rows, _ = packing.pack(made, task.columns(cfg), cfg.data)
         tokens += int(np.count_nonzero(rows["segment_ids"]))
     return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)

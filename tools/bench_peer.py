@@ -27,8 +27,7 @@ def check(cfg: Config, platform: str) -> None:
         raise ConfigError(f"--peer=transformers compares on CPU, and JAX is on {platform}: set JAX_PLATFORMS=cpu")
     model, optim, plain = cfg.model, cfg.optim, config.Config()
     needs = {
-        "objective": cfg.objective == "clm",
-        "data.task": cfg.data.task == "text",
+        "task.name": cfg.task.name == "causal_lm",
         "data.mask_documents (False)": not cfg.data.mask_documents,
         "data.packing (concat)": cfg.data.packing == "concat",
         "model.num_kv_heads": model.num_kv_heads == model.num_heads,

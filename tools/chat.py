@@ -34,7 +34,7 @@ def talk(args: argparse.Namespace) -> None:
     """Reads lines, prints answers."""
     import jax
 
-    from lm import build, config
+    from lm import build, tasks
     from lm.config import schema
     from lm.decoding import sampling
     from lm.tasks import chat
@@ -44,7 +44,7 @@ def talk(args: argparse.Namespace) -> None:
     keys = ("temperature", "top_k", "top_p", "max_new_tokens")
     chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     values = schema.to_dict(cfg)
-    cfg = config.build(values | {"generate": values["generate"] | chosen})
+    cfg = tasks.build_config(values | {"generate": values["generate"] | chosen})
     room = sampling.prompt_room(cfg)
     if room < 2:
         raise schema.ConfigError(
@@ -52,7 +52,7 @@ def talk(args: argparse.Namespace) -> None:
             "positions that this run was trained on"
         )
     key = jax.random.key(args.seed)
-    is_chat = cfg.data.task == "chat"
+    is_chat = cfg.task.name == "chat"
     turns: list[chat.Turn] = []
     print(f"{'chat' if is_chat else 'text continuation'} model, {args.workdir}; end with Ctrl-D", file=sys.stderr)
     for turn, line in enumerate([args.prompt] if args.prompt else lines()):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes impor
 
 from lm import config
 from lm.parallel import xla_flags as lm_flags
+from lm.tasks import build_config, task_of
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows to show.", lower_bound=1)
@@ -28,19 +29,6 @@ _HTML = flags.DEFINE_string("html", "", "Also write the batch to this file, as a
 
 ROLE_COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "": "default"}
 SEGMENT_COLOURS = ("blue", "yellow", "red")
-LEGEND = "A token is trained when the model learns to predict it from those before it."
-_HIDDEN = "A token is trained when the model learns what stood in its place, which is noted at it."
-_WHOLE = "The model learns from each row as a whole."
-# objective -> what a trained token is; for all others LEGEND holds.
-LEGENDS = {
-    "mlm": _HIDDEN,
-    "masked_item": _HIDDEN,
-    "tagging": "A token is trained when the model learns its tag, which is noted at it.",
-    "span_qa": "The model learns where the answer begins and ends; its tokens are noted.",
-    "contrastive": "The model learns which views belong together.",
-    "mae": "The model learns what the hidden patches show.",
-    **dict.fromkeys(("classification", "regression", "multitask"), _WHOLE),
-}
 _LONGEST_WORD = 24  # tokens that stay on one line of the page
 
 
@@ -95,7 +83,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or _CONFIG.value is None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     try:
-        cfg = config.build(_CONFIG.value)
+        cfg = build_config(_CONFIG.value)
         tokenizer, data = load(cfg)
         rows = list(read(batch_from(cfg, data, _SPLIT.value, _EXAMPLE.value, _ROWS.value), tokenizer, cfg))
     except (ValueError, RuntimeError, OSError) as error:
@@ -107,7 +95,7 @@ def main(argv: list[str]) -> None:
         for name, counts in data.report.items()
         if name.endswith(_SPLIT.value)
     )
-    legend = LEGENDS.get(cfg.objective, LEGEND)
+    legend = task_of(cfg).legend
     print_rows(rows, report, legend)
     if _HTML.value:
         Path(_HTML.value).write_text(to_html(rows, report, legend), encoding="utf-8")
@@ -162,7 +150,7 @@ def read(batch: dict[str, Any], tokenizer: Any, cfg: config.Config = config.Conf
         ]
         ids = [part["segment_ids"] for _, part in parts_of(row, cfg)]
         padding = sum(int((part == 0).sum()) for part in ids)
-        has_targets = "targets" in row or cfg.objective == "tagging"
+        has_targets = "targets" in row or is_tagged(row)
         if named:
             names, segments = map(list, zip(*named, strict=True))
             yield Row(int(example_index), segments, padding, names if any(names) else [], facts, [], has_targets)
@@ -180,14 +168,14 @@ def parts_of(row: dict[str, Any], cfg: config.Config) -> list[tuple[str, dict[st
     if row["tokens"].ndim == 1:
         return [("", row)]
     views = [{key: x[i] for key, x in row.items() if x.ndim == 2} for i in range(len(row["tokens"]))]
-    names = cfg.data.labels if cfg.data.task == "prompted" else [f"view {i}" for i in range(1, 1 + len(views))]
+    names = cfg.task.labels if cfg.task.name == "prompting" else [f"view {i}" for i in range(1, 1 + len(views))]
     return list(zip(map(visible, names), views, strict=True))
 
 
 def segments_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config, sizes: Any) -> list[list[Token]]:
     """The tokens of each segment of a sequence; of a pair of sentences, those of each sentence."""
     segment_ids = row["segment_ids"]
-    is_shifted = "targets" in row and LEGENDS.get(cfg.objective) != _HIDDEN
+    is_shifted = "targets" in row and cfg.model.kind != "encoder"
     segments = []
     for segment in range(1, segment_ids.max() + 1):
         for kind in sorted(set(row["type_ids"][segment_ids == segment].tolist())) if "type_ids" in row else [None]:
@@ -226,9 +214,9 @@ def _in_place(row: dict[str, Any], inside: Any, tokenizer: Any, cfg: config.Conf
         note, weight = "", 0.0
         if "targets" in row and row["loss_weights"][i]:
             note, weight = tokenizer.piece(row["targets"][i]), float(row["loss_weights"][i])
-        elif cfg.objective == "tagging" and row["labels"][i] >= 0:
-            note, weight = cfg.data.labels[row["labels"][i]], 1.0
-        elif cfg.objective == "span_qa" and 0 < row["labels"][0] <= i <= row["labels"][1]:
+        elif is_tagged(row) and row["labels"][i] >= 0:
+            note, weight = cfg.task.labels[row["labels"][i]], 1.0
+        elif is_span(row) and 0 < row["labels"][0] <= i <= row["labels"][1]:
             note = "answer"
         token_id = int(row["tokens"][i])
         shown.append(
@@ -247,30 +235,39 @@ def _with_words(tokens: list[Token], sizes: Any) -> list[Token]:
     return [token._replace(begins_word=begin) for token, begin in zip(tokens, begins, strict=True)]
 
 
+def is_tagged(row: dict[str, Any]) -> bool:
+    """Whether positions have labels."""
+    return "labels" in row and row["labels"].shape == row["tokens"].shape
+
+
+def is_span(row: dict[str, Any]) -> bool:
+    """Whether the label is a first and a last position."""
+    return "labels" in row and row["labels"].shape == (2,)
+
+
 def facts_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config) -> list[str]:
     """What is known of a row as a whole: its label, number or answer, the shape of its image."""
     from lm.tasks import multitask
 
     facts = []
-    labels, task = cfg.data.labels, cfg.data.task
     if "images" in row:
         facts.append("image " + " x ".join(map(str, row["images"].shape[-3:])))
     if "masked_patches" in row:
         seen, hidden = len(row["visible_patches"]), len(row["masked_patches"])
         facts.append(f"{hidden} of {seen + hidden} patches hidden")
     if "part" in row:
-        part = multitask.parts(labels)[int(row["part"])]
+        part = multitask.parts(cfg.task.labels)[int(row["part"])]
         value = part.classes[int(row["labels"])] if part.classes else f"{float(row['labels']):g}"
         facts.append(f"{part.name}: {value}")
-    elif cfg.objective == "span_qa":
+    elif is_span(row):
         start, end = row["labels"].tolist()
         facts.append(f"answer {tokenizer.decode(row['tokens'][start : end + 1])!r}" if start else "no answer in it")
-    elif task == "masked_pairs":
-        spoilt = "B of another document" if cfg.corrupt.pairs == "next" else "A and B swapped"
+    elif cfg.task.name == "masked_lm_pairs":
+        spoilt = "B of another document" if cfg.task.pairs == "next" else "A and B swapped"
         facts.append(spoilt if row["labels"] else "A and B as in the document")
     elif "labels" in row and row["labels"].ndim == 0:
         is_class = row["labels"].dtype.kind == "i"
-        facts.append(f"label {labels[int(row['labels'])] if is_class else format(float(row['labels']), 'g')}")
+        facts.append(f"label {cfg.task.labels[int(row['labels'])] if is_class else format(float(row['labels']), 'g')}")
     return facts
 
 

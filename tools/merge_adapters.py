@@ -82,13 +82,13 @@ def attach(args: argparse.Namespace) -> None:
     """EXTRACTED and its base -> OUT with both."""
     import jax
 
-    from lm import build, checkpoint, config, param_paths
+    from lm import build, checkpoint, param_paths, tasks
 
     saved = checkpoint.choose(args.run)
     if "base" not in saved.info:
         raise checkpoint.CheckpointError(f"{saved.path} was not made by 'extract': it names no base")
     name, expected = args.base or saved.info["base"]["run"], saved.info["base"]["fingerprints"]
-    cfg = config.build_saved(saved.info["config"])
+    cfg = tasks.build_saved_config(saved.info["config"])
     planned, _, params = build.read_model(dataclasses.replace(cfg, init_from=name))
     found = jax.device_get(jax.jit(checkpoint.fingerprints)(params))
     if different := [path for path, wanted in expected.items() if int(found[path]) != wanted]:

@@ -1,4 +1,4 @@
-"""Writes the labelled sentences of several recipes as one data set, for objective=multitask.
+"""Writes the labelled sentences of several recipes as one data set, for task.name=multitask.
 
 python tools/mix_tasks.py OUT RECIPE [RECIPE ...]
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
-from lm import config
 from lm.data.readers import registry
+from lm.tasks import build_config, task_of
 
 
 def mix(out: Path, names: list[str]) -> dict[str, int]:
@@ -26,8 +26,8 @@ def mix(out: Path, names: list[str]) -> dict[str, int]:
     """
     splits = {}
     for name in names:
-        cfg = config.build(importlib.import_module(f"configs.{name}").get_config())
-        splits[name] = registry.load(cfg.data)
+        cfg = build_config(importlib.import_module(f"configs.{name}").get_config())
+        splits[name] = registry.load(cfg.data, task_of(cfg).wanted(cfg))
     out.mkdir(parents=True, exist_ok=True)
     for part in ("train", "valid"):
         with (out / f"{part}.jsonl").open("w", encoding="utf-8") as file:

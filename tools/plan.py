@@ -33,6 +33,7 @@ from lm import config
 from lm.config.schema import ConfigError
 from lm.parallel import xla_flags as lm_flags
 from lm.planner import collectives, hlo, topology, train_compile
+from lm.tasks import build_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Slice, as v5e:4x4 or v5p:2x4x4; '' = TOPOLOGY of the recipe.")
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     try:
         check_flags()
         where = topology.topology(_TOPOLOGY.value or topology_of_recipe(), _SLICES.value)
-        cfg = without_missing_start(config.build(_CONFIG.value))
+        cfg = without_missing_start(build_config(_CONFIG.value))
         usual = lm_flags.libtpu(where.name.partition(":")[0], cfg.model.embed_dim)
         libtpu_flags = usual if _FLAGS.value is None else _FLAGS.value
         train_compile.prepare(libtpu_flags)

@@ -20,9 +20,9 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
 
-from lm import config
 from lm.corpus import filters, pipeline, workers
 from lm.parallel import xla_flags as lm_flags
+from lm.tasks import build_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _OUT = flags.DEFINE_string("out", "", "Folder to write to. The same command again goes on.")
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --config=configs/NAME.py and --out=FOLDER are needed, as --flag=value; --help explains them")
     try:
         planned = pipeline.plan(
-            config.build(_CONFIG.value),
+            build_config(_CONFIG.value),
             Path(_OUT.value),
             evaluation=_EVALUATION.value,
             ngram=_NGRAM.value,

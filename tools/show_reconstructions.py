@@ -35,8 +35,8 @@ def check(cfg: Any) -> None:
     """Raises ConfigError unless a run of this config makes images."""
     from lm.config.schema import ConfigError
 
-    if cfg.objective != "mae":
-        raise ConfigError(f"this run's 'objective' is {cfg.objective}: show_reconstructions.py is for runs of mae")
+    if cfg.task.name != "masked_autoencoding":
+        raise ConfigError(f"this run's 'task.name' is {cfg.task.name}; expected a run of masked_autoencoding")
 
 
 def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:

@@ -45,15 +45,14 @@ def check(cfg: Any) -> None:
     """Raises ConfigError unless a run of this config translates."""
     from lm.config import schema
 
-    if cfg.data.task != "translation":
-        raise schema.ConfigError(f"this run's 'data.task' is {cfg.data.task}: translate.py is for runs of translation")
+    if cfg.task.name != "translation":
+        raise schema.ConfigError(f"this run's 'task.name' is {cfg.task.name}; translate.py is for runs of translation")
 
 
 def translate(args: argparse.Namespace) -> None:
     """Translates in batches of like length; sources that are longer than the run's rows are not cut."""
-    import dataclasses
 
-    from lm import build, config
+    from lm import build, tasks
     from lm.config import schema
     from lm.data.readers import paths, registry
     from lm.decoding import beam_search, sampling
@@ -63,11 +62,11 @@ def translate(args: argparse.Namespace) -> None:
     check(cfg)
     if args.max_new_tokens is not None:
         values = schema.to_dict(cfg)
-        cfg = config.build(values | {"generate": values["generate"] | {"max_new_tokens": args.max_new_tokens}})
+        cfg = tasks.build_config(values | {"generate": values["generate"] | {"max_new_tokens": args.max_new_tokens}})
     pairs = registry.parallel_records(args.path)[: args.limit or None]
     references = [pair["target"] for pair in pairs]
-    scoring = dataclasses.replace(cfg.eval, bleu_tokenizer=args.bleu_tokenizer or cfg.eval.bleu_tokenizer)
-    tokenizer = scores.bleu_tokenizer(scoring, paths.target_side(args.path), references)
+    wanted = args.bleu_tokenizer or cfg.task.bleu_tokenizer
+    tokenizer = scores.bleu_tokenizer(wanted, paths.target_side(args.path), references)
     signatures = scores.translation_signatures(tokenizer)  # what is not installed is told before the work is done
     prompts = [sampling.encode_prompt(pair["text"], words, cfg) for pair in pairs]
     made = [""] * len(pairs)

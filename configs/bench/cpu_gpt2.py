@@ -9,13 +9,13 @@ that attention is causal and nothing else, as GPT-2's own; the learning rate is 
 
 from typing import Any
 
-from lm import config
+from lm.tasks import default_config
 
 
 def get_config(arg: str | None = None) -> Any:
     """The benchmark on the built-in corpus; `arg` is not used."""
     del arg
-    c = config.defaults()
+    c = default_config()
     c.tokenizer.vocab_size = 8192
     c.data.format = "builtin_text"
     c.data.packing = "concat"

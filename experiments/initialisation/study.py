@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.parallel import mesh as mesh_lib
+from lm.tasks import build_config, default_config, task_config, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -58,9 +59,8 @@ class Family:
 def stories(width: int, layers: int) -> Any:
     """A GPT-2-like decoder on TinyStories; the other families of text change it."""
     from configs import common
-    from lm import config
 
-    c = config.defaults()
+    c = default_config()
     c.tokenizer.vocab_size = 1024
     c.data.format = "text"
     c.data.path = common.shared_data("tinystories/sample.txt")
@@ -96,16 +96,17 @@ def llama(width: int, layers: int) -> Any:
 def encoder(width: int, layers: int) -> Any:
     """A BERT-like encoder that predicts masked tokens."""
     c = stories(width, layers)
-    c.objective, c.data.task, c.model.kind = "mlm", "masked_text", "encoder"
+    c.task = task_config("masked_lm", mask_rate=0.3)
+    c.model.kind = "encoder"
     c.tokenizer.extra_ids = 1
-    c.corrupt.rate = 0.3
     return c
 
 
 def encoder_decoder(width: int, layers: int) -> Any:
     """A T5-like encoder-decoder (tied, as configs/t5_tinystories.py) that fills in spans; `layers` over both sides."""
     c = llama(width, (layers + 1) // 2)
-    c.objective, c.data.task, c.model.kind = "seq2seq", "span_corruption", "encoder_decoder"
+    c.task = task_config("span_corruption")
+    c.model.kind = "encoder_decoder"
     c.tokenizer.extra_ids = 33
     c.data.target_len = 36
     c.model.position, c.model.tie_embeddings = "relative", True
@@ -205,11 +206,10 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from lm import build, config, optim, program, step
+    from lm import build, optim, program, step
     from lm.evaluation import evaluate, metrics
-    from lm.tasks import objectives
 
-    cfg = config.build(recipe)
+    cfg = build_config(recipe)
     with tempfile.TemporaryDirectory() as folder:
         planned = build.plan(cfg, None)
         mesh = mesh_lib.make_mesh(cfg.mesh, jax.devices()[:1])
@@ -217,7 +217,7 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
     cfg = prepared.cfg
     row_ids, held_out = build.eval_rows(prepared, prepared.data.valid)
     held_out = list(held_out)
-    loss_fn = objectives.OBJECTIVES[cfg.objective].loss(prepared.model.apply, cfg, prepared.tokenizer)
+    loss_fn = task_of(cfg).loss(prepared.model.apply, cfg, prepared.tokenizer)
 
     @functools.cache
     def batches(seed: int) -> Any:
@@ -273,12 +273,13 @@ def key_of(name: str, size: tuple[int, int], scheme: str, step: int, seed: int) 
 
 def fingerprint(name: str, size: tuple[int, int]) -> str:
     """Of what differs from the defaults in a config, but for where its data lies and for the scheme."""
-    from lm import config
     from lm.config import schema
 
-    usual = dict(schema.flatten(config.defaults().to_dict()))
+    usual = dict(schema.flatten(default_config().to_dict()))
     given = schema.flatten(FAMILIES[name].recipe(*size).to_dict())
-    values = {key: value for key, value in given if value != usual[key] and "path" not in key and key != "model.init"}
+    values = {
+        key: value for key, value in given if value != usual.get(key) and "path" not in key and key != "model.init"
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -215,7 +215,7 @@ def use_compilation_cache() -> None:
 
 def run_row(name: str, seeds: int) -> None:
     """Every run of a row that is not done yet; a pre-training also where its folder is gone, others start from it."""
-    from lm import config, train
+    from lm import tasks, train
 
     row = ROWS[name]
     if row.data and not Path(row.data[0]).exists():
@@ -226,7 +226,7 @@ def run_row(name: str, seeds: int) -> None:
             if found(name, arm, seed) and (not row.once or (folder / "summary.json").exists()):
                 continue
             began = time.monotonic()
-            train.train(config.build(recipe_of(name, arm, seed)), folder)
+            train.train(tasks.build_config(recipe_of(name, arm, seed)), folder)
             found(name, arm, seed)
             print(f"{folder}: {time.monotonic() - began:.0f} s", flush=True)
 
@@ -285,14 +285,13 @@ def fingerprint(name: str, arm: Arm, seed: int) -> str:
 
     A key that is new changes no figure; a default that changes may, and is not noticed: delete results.json then.
     """
-    from lm import config
+    from lm import tasks
     from lm.config import schema
 
-    before = schema.flatten(config.BEFORE)  # what a run did that had no such key
-    usual = dict(schema.flatten(config.defaults().to_dict())) | dict(before)
+    usual = dict(schema.flatten(tasks.default_config().to_dict())) | {"model.init": "fan_in"}  # of the first rows
     recipe = recipe_of(name, arm, seed)
     given = schema.flatten(recipe.to_dict())
-    values: dict[str, Any] = {key: value for key, value in given if value != usual[key] and "path" not in key}
+    values: dict[str, Any] = {key: value for key, value in given if value != usual.get(key) and "path" not in key}
     values["needs"] = [fingerprint(needed, ROWS[needed].arms[0], 0) for needed in starts_from(recipe)]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.parallel import mesh as mesh_lib
+from lm.tasks import build_config
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -62,12 +63,12 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
     import jax
 
     from configs import gpt2_tinystories
-    from lm import build, config
+    from lm import build
     from lm.checkpoint import init_from
     from lm.evaluation import evaluate, metrics
     from tools import bench_peer
 
-    cfg = config.build(gpt2_tinystories.get_config())
+    cfg = build_config(gpt2_tinystories.get_config())
     planned = build.plan(cfg, None)
     bench_peer.check(planned.cfg, jax.default_backend())
     mesh = mesh_lib.make_mesh(planned.cfg.mesh, jax.devices()[:1])

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lm import config
+from lm.tasks import default_config
 
 
 def get_config(arg: str) -> Any:
     """Rows of 1,024 tokens of JSON lines below `arg`."""
-    c = config.defaults()
+    c = default_config()
     c.data.format = "jsonl"
     c.data.path = arg
     c.data.seq_len = 1024

@@ -2,13 +2,10 @@
 
 from lm.config.schema import NEVER, ConfigError, Duration, flatten, to_dict
 from lm.config.sections import (
-    BEFORE,
     RESUMABLE,
-    TASK_PACKINGS,
     AdapterConfig,
     CheckpointConfig,
     Config,
-    CorruptConfig,
     DataConfig,
     EvalConfig,
     GenerateConfig,
@@ -17,11 +14,10 @@ from lm.config.sections import (
     ModelConfig,
     MonitorConfig,
     OptimConfig,
+    TaskConfig,
     TokenizerConfig,
     TrainConfig,
     build,
-    build_saved,
-    defaults,
     diff,
     to_json,
 )

@@ -1,8 +1,8 @@
 """The sections of a config and their checks: every key has one owner here, and its default here.
 
-A recipe in `configs/` starts from `defaults()`, changes what it means to change, and `build` turns the result into a
-`Config`: an unknown key, a wrong type, an unknown choice or two durations at once is refused with the key named and the
-nearest known name suggested.
+A recipe in `configs/` starts from `lm.tasks.default_config`, changes what it means to change, and `build` turns the
+result into a `Config`: an unknown key, a wrong type, an unknown choice or two durations at once is refused, with the
+key named and the nearest known name suggested.
 """
 
 import dataclasses
@@ -12,6 +12,13 @@ from typing import Any, Literal
 
 from lm.config import schema
 from lm.config.schema import NEVER, ConfigError, Duration, flatten, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is learnt. These are the options of a task that has none of its own; the others' are in `lm.tasks`."""
+
+    name: str = "causal_lm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +56,6 @@ class DataConfig:
     # (field in the file, field expected) pairs, where records have fields. Numbers, from 1, name the columns of a table
     # that has no header.
     rename: tuple[tuple[str, str], ...] = ()
-    task: Literal[
-        Literal["text", "chat", "prefix_text", "masked_text", "masked_pairs", "span_corruption", "translation"],
-        Literal["lone_sentences", "sentence_pairs", "sentence_triples"],
-        Literal["sentences", "scored_sentences", "tagging", "entities", "span_qa", "prompted"],
-        Literal["images", "masked_images", "image_pairs"],
-        Literal["items", "masked_items", "mixed_sentences"],
-    ] = "text"  # which entry of lm.tasks.registry makes examples
-    # Classification and tagging: all there are; a label's place here is its index. mixed_sentences: 'TASK/LABEL' for
-    # each label of each task, 'TASK/' for one that has numbers.
-    labels: tuple[str, ...] = ()
-    image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
-    templates: tuple[str, ...] = ()  # prompted only: '{text} It was {label:bad|good}.', a word for each of `labels`
-    shots: int = 0  # prompted only: this many examples of the training data are put before each held-out prompt
     augment: tuple[
         tuple[str, float], ...
     ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
@@ -77,18 +71,6 @@ class DataConfig:
     overlong: Literal["auto", "drop_turns", "truncate", "drop"] = "auto"  # chat: drop_turns, translation: truncate
     max_bad_records: int = 0  # so many are left out and counted, with their places; one more is an error
     max_records: int = 0  # 0 = all of them
-
-
-@dataclasses.dataclass(frozen=True)
-class CorruptConfig:
-    """What self-supervised tasks hide of an example."""
-
-    rate: float = 0.15  # share of the tokens, or of an image's patches
-    mean_span: float = 3.0  # span_corruption only: mean length of a hidden span, in tokens
-    whole_words: bool = False  # masked_text: all pieces of a word or none
-    pairs: Literal["next", "order"] = (
-        "next"  # masked_pairs only: is B what follows A (BERT); are A and B swapped (ALBERT)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +117,6 @@ class ModelConfig:
     attention_softcap: float = 0.0  # the same, on attention scores
     sliding_window: int = 0  # 0 = off; else a position sees itself and the window - 1 before it
     pool: Literal["first", "mean", "last"] = "first"  # what a head on a row reads: [CLS], the mean, the last token
-    projection_dim: int = 128  # contrastive only: width of the projection head's output
     dropout: float = 0.0
     embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
     dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # compute, see lm.program.compute_dtype
@@ -149,8 +130,6 @@ class LossConfig:
 
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 (PaLM, section 5)
     label_smoothing: float = 0.0
-    temperature: float = 0.05  # contrastive only: similarities are divided by it
-    r_drop: float = 0.0  # classification only: weight of the divergence between two dropout masks (R-Drop); 0 = off
     chunk_len: int = 128  # positions of each row (of a device's part of it) whose logits are held at once; 0 = all
 
 
@@ -206,16 +185,6 @@ class EvalConfig:
     at_start: bool = True
     batch_size: int = 0  # 0 = data.batch_size
     max_tokens: int = 0  # evaluate on at most this many positions; 0 = all held-out rows
-    # tagging: in which scheme data.labels spell entities, see lm.evaluation.entity_tags; auto = by their
-    # letters, IOB1 or IOB2 by the held-out tags; none = words alone are scored.
-    entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = "auto"
-    # span_qa with unanswerable questions: the answer is '' where the score of none is above the best span's by more.
-    null_threshold: float = 0.0
-    # tools/translate.py: sacrebleu's tokenizer; auto = by the target language (the ending of the reference file).
-    bleu_tokenizer: Literal[
-        Literal["auto", "13a", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K"],
-        Literal["intl", "char", "none"],
-    ] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,16 +224,11 @@ class Config:
     """One run."""
 
     seed: int = 0
-    objective: Literal[
-        Literal["clm", "mlm", "seq2seq", "mae", "contrastive"],
-        Literal["classification", "regression", "tagging", "span_qa"],
-        Literal["next_item", "masked_item", "multitask", "verbalizer"],
-    ] = "clm"
     init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
     init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or a path to read from instead
+    task: Any = TaskConfig()  # the options of the task that its name chooses, see lm.tasks
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
-    corrupt: CorruptConfig = CorruptConfig()
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     loss: LossConfig = LossConfig()
@@ -281,20 +245,17 @@ class Config:
 RESUMABLE = (
     *("mesh", "eval", "checkpoint", "generate", "monitor"),
     *("model.init", "model.remat", "model.unroll", "loss.chunk_len"),
+    *("task.entity_scheme", "task.null_threshold", "task.bleu_tokenizer"),
 )
-# Keys whose default is not what every run did before there was such a key: what it did.
-BEFORE: dict[str, dict[str, Any]] = {"model": {"init": "fan_in"}}
+Options = Mapping[str, type]  # name of a task -> the dataclass of its options
 
 
-def defaults() -> Any:
-    """The default config as a `ConfigDict`, with every key there is: recipes start from it."""
-    from ml_collections import ConfigDict
-
-    return ConfigDict(to_dict(Config()))
-
-
-def build(source: Mapping[str, Any]) -> Config:
+def build(source: Mapping[str, Any], options: Options) -> Config:
     """Builds a `Config` from a `ConfigDict` or nested dict, strictly.
+
+    Args:
+      source: keys that it lacks have their defaults.
+      options: of each task, by its name.
 
     Raises:
       ConfigError: unknown key, wrong type, unknown choice, two durations at once, or values that contradict each other.
@@ -303,45 +264,42 @@ def build(source: Mapping[str, Any]) -> Config:
         source = source.to_dict() if hasattr(source, "to_dict") else source
     except OSError as error:  # so late does ml_collections tell that it could not load the recipe
         raise ConfigError(f"no recipe to load: {str(error).strip().splitlines()[-1].strip()}") from None
-    config = schema.build_section(Config, source, "")
+    task = source.get("task", {})
+    if not isinstance(task, Mapping):
+        raise ConfigError(f"'task' is a section of keys, 'task.name' among them; got {task!r}")
+    name = task.get("name", Config.task.name)
+    if name not in options:
+        hint = schema.nearest(str(name), options)
+        raise ConfigError(f"'task.name' must be one of {', '.join(options)}; got {name!r}{hint}")
+    section = schema.build_section(options[name], {"name": name, **task}, "task.")
+    rest = {key: value for key, value in source.items() if key != "task"}
+    config = dataclasses.replace(schema.build_section(Config, rest, ""), task=section)
     schema.check_encoding(config.data.encoding, "data.encoding")
     _check(config)
     return config
 
 
-def build_saved(source: Mapping[str, Any]) -> Config:
-    """`build` of what a run wrote; a key that it lacks has the value that the run had without it, see `BEFORE`."""
-    return build({**source, **{section: values | source.get(section, {}) for section, values in BEFORE.items()}})
-
-
 def to_json(config: Config) -> str:
-    """The resolved config as JSON; `build(json.loads(to_json(c))) == c`."""
+    """The resolved config as JSON; `build(json.loads(to_json(c)), options) == c`."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Key -> (old value, new value), for the keys whose values differ."""
     old_flat, new_flat = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
-    return {key: (old_flat[key], new_flat[key]) for key in old_flat if old_flat[key] != new_flat[key]}
+    keys = {**old_flat, **new_flat}  # another task has other options
+    both = {key: (old_flat.get(key), new_flat.get(key)) for key in keys}
+    return {key: (before, now) for key, (before, now) in both.items() if before != now}
 
-
-# Ways to pack the examples of a task; those of any other task are padded, one to a row.
-TASK_PACKINGS = {
-    "text": ("pad", "best_fit", "concat"),
-    "prefix_text": ("pad", "best_fit", "concat"),
-    "masked_text": ("pad", "best_fit", "concat"),
-    "span_corruption": ("pad", "concat"),
-    "chat": ("pad", "best_fit"),
-}
 
 _AT_LEAST_ONE = {
-    *("model.num_layers", "model.embed_dim", "model.num_heads", "model.patch_size", "model.projection_dim"),
-    *("data.seq_len", "data.batch_size", "data.max_expansion", "adapter.rank", "corrupt.mean_span"),
+    *("model.num_layers", "model.embed_dim", "model.num_heads", "model.patch_size"),
+    *("data.seq_len", "data.batch_size", "data.max_expansion", "adapter.rank"),
     *("train.micro_batches", "checkpoint.keep_latest", "monitor.log_every_steps", "generate.max_new_tokens"),
     *("mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.dcn_data"),
 }
 _BELOW_ONE = {
-    *("model.dropout", "adapter.dropout", "loss.label_smoothing", "data.eval_fraction", "data.replay", "corrupt.rate"),
+    *("model.dropout", "adapter.dropout", "loss.label_smoothing", "data.eval_fraction", "data.replay"),
     *("optim.b1", "optim.b2", "optim.ema_decay", "optim.mixout"),
 }
 
@@ -351,7 +309,7 @@ def _check(config: Config) -> None:
     model, data, optim, train = config.model, config.data, config.optim, config.train
     for key, value in flatten(to_dict(config)):
         numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
-        if not numbers or key in ("mesh.data", "seed", "eval.null_threshold"):
+        if not numbers or key.startswith("task.") or key in ("mesh.data", "seed"):
             continue
         least = 1 if key in _AT_LEAST_ONE else 0
         if min(numbers) < least:
@@ -395,26 +353,15 @@ def _check(config: Config) -> None:
         f"'optim.schedule' is {optim.schedule}, but no 'optim.decay_steps|_tokens|_examples|_epochs' is set": (
             optim.schedule != "wsd" or optim.decay != NEVER
         ),
-        f"'data.task' is {data.task}, which does not fit 'data.format' ({data.format})": (
-            (data.format, data.task) not in (("builtin_text", "chat"), ("builtin_instructions", "text"))
-        ),
-        f"'data.packing' is {data.packing}, but 'data.task' {data.task} has more than tokens in a row; use pad": (
-            data.packing in TASK_PACKINGS.get(data.task, ("pad",))
-        ),
         f"'data.curriculum_*' goes by the length of one example; set data.packing=pad, not {data.packing}": (
             data.curriculum == NEVER or data.packing == "pad"
         ),
         "'data.replay' draws from the data of the run that 'init_from' names, which is ''": (
             not data.replay or bool(config.init_from)
         ),
-        f"'data.labels' names a label twice: {data.labels}": len(set(data.labels)) == len(data.labels),
-        "'data.image_shape' must be of three numbers above 0": min(data.image_shape) > 0,
-        f"'data.image_shape' {data.image_shape} must be multiples of 'model.patch_size' ({model.patch_size}) in height "
-        "and width": not is_vision or not any(size % model.patch_size for size in data.image_shape[:2]),
         f"'model.position' is {model.position}, but 'model.kind' {model.kind} needs "
         f"{'sincos' if is_vision else 'another'}": is_vision == (model.position == "sincos"),
         "'model.mup_base' lacks its first number, an embed_dim": model.mup_base[0] > 0 or not any(model.mup_base),
-        "'loss.temperature' must be greater than 0": config.loss.temperature > 0,
         "'train.patience' counts evaluations, but no 'eval.every_*' is set": (
             not train.patience[0] or config.eval.every != NEVER
         ),

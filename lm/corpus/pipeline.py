@@ -21,10 +21,10 @@ from lm.corpus.workers import JobError, Runner
 from lm.data import shards, tokenizer
 from lm.data.readers import paths, registry
 from lm.data.record import DataError, Fault
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS
 
 # Tasks that read text alone, and whose rows shards can hold.
-_TASKS = ("text", "prefix_text", "masked_text", "span_corruption")
+_TASKS = ("causal_lm", "prefix_lm", "masked_lm", "span_corruption")
 _UNMADE_WORK = ".work."  # begins the name of what a kill leaves while the folder is made
 # Keys of the config that decide what a prepared folder holds.
 _DATA_KEYS = (
@@ -82,8 +82,8 @@ def plan(
     """
     if "://" in str(folder):
         raise ConfigError(f"--out={folder} is a URL; expected a folder, local or mounted (NFS, gcsfuse)")
-    if cfg.data.task not in _TASKS:
-        raise ConfigError(f"'data.task' is {cfg.data.task}; data is prepared for {', '.join(_TASKS)}")
+    if cfg.task.name not in _TASKS:
+        raise ConfigError(f"'task.name' is {cfg.task.name}; data is prepared for {', '.join(_TASKS)}")
     if cfg.data.format not in registry.FORMATS:
         raise ConfigError(f"'data.format' is {cfg.data.format}; data is prepared from {', '.join(registry.FORMATS)}")
     for name in filters:
@@ -270,7 +270,7 @@ def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
         for name in names:
             file.write(artifacts.array(job.work / "write" / name, "removed").tobytes())
     (job.folder / "removed.jsonl.tmp").replace(job.folder / "removed.jsonl")
-    columns = TASKS[job.cfg.data.task].columns(job.cfg)
+    columns = TASKS[job.cfg.task.name].columns(job.cfg)
     index = {
         "parts": parts,
         "layout": {"length": columns["tokens"][0][0], "shifted": "targets" in columns},

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lm import input_pipeline
 from lm.corpus import artifacts, stages
 from lm.corpus.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
-from lm.data import example as examples
 from lm.data import packing, shards, tokenizer
+from lm.data.example import Example
 from lm.data.record import DataError
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS
 
 _COUNTED = ("documents", "examples", "cut_in_pieces", "dropped_empty")  # of what `examples.make` counts
 LENGTH_BINS = 32  # of documents, by the logarithm to base 2 of their tokens
@@ -144,12 +145,12 @@ def write(job: Job, name: str) -> None:
     part, number, _, count = name.split("-")
     found = documents(job, part, int(number), int(count))
     words = dataclasses.replace(tokenizer.load(job.folder / "tokenizer.model"), extra_ids=job.cfg.tokenizer.extra_ids)
-    task, counts, lengths = TASKS[job.cfg.data.task], Counter[str](), np.zeros(LENGTH_BINS, np.int64)
+    task, counts, lengths = TASKS[job.cfg.task.name], Counter[str](), np.zeros(LENGTH_BINS, np.int64)
 
-    def made() -> Iterator[examples.Example]:
+    def made() -> Iterator[Example]:
         for _, _, text in found.kept:
             record = {"text": text, "source": name}
-            of_record = list(examples.make(task, [record], words, job.cfg, counts))
+            of_record = list(input_pipeline.make_examples(task, [record], words, job.cfg, counts))
             length = sum(len(example.columns["tokens"]) for example in of_record)
             lengths[min(LENGTH_BINS - 1, length.bit_length())] += 1
             yield from of_record

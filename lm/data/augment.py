@@ -27,7 +27,7 @@ class Augmentation(NamedTuple):
 
     Attributes:
       change: (row, rng, strength, tokenizer, config) -> row; strength is in (0, 1].
-      tasks: values of `data.task` that fit: it knows every column of their rows that the change touches.
+      tasks: values of `task.name` that fit: it knows every column of their rows that the change touches.
       check: refuses a config that it could not be applied with.
     """
 
@@ -51,8 +51,10 @@ def check(cfg: Config) -> None:
         if not 0 < strength <= 1:
             raise ConfigError(f"'data.augment': the strength of {name} must be in (0, 1], got {strength}")
         fitting = AUGMENTATIONS[name].tasks
-        if data.task not in fitting:
-            raise ConfigError(f"'data.augment': {name} does not fit 'data.task' {data.task}; use {', '.join(fitting)}")
+        if cfg.task.name not in fitting:
+            raise ConfigError(
+                f"'data.augment': {name} does not fit 'task.name' {cfg.task.name}; use {', '.join(fitting)}"
+            )
         if data.packing != "pad":
             raise ConfigError(f"'data.augment' changes rows of one example; set data.packing=pad, not {data.packing}")
         AUGMENTATIONS[name].check(cfg)
@@ -277,8 +279,8 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
     return pixels if pixels.shape[-1] == 1 else (pixels @ _GREY)[..., None]
 
 
-_TEXT_TASKS = ("sentences", "scored_sentences", "masked_text")  # one sentence or a pair, nothing said of its tokens
-_IMAGE_TASKS = ("images", "masked_images", "image_pairs")
+_TEXT_TASKS = ("classification", "regression", "masked_lm")  # one sentence or a pair, nothing said of its tokens
+_IMAGE_TASKS = ("image_classification", "masked_autoencoding", "contrastive_images")
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "delete": Augmentation(delete, _TEXT_TASKS),

@@ -4,12 +4,7 @@ import math
 
 import numpy as np
 
-from lm.config import DataConfig
-from lm.data.record import Fault, NotRead, Record
-
-# Values of data.task that read the field 'label'.
-OF_CLASSES = ("sentences", "prompted", "mixed_sentences", "images")
-OF_NUMBERS = ("scored_sentences",)
+from lm.data.record import Fault, NotRead, Record, Wanted
 
 _LARGEST = float(np.finfo(np.float32).max)
 _BOOLEANS = ("true", "false")
@@ -28,37 +23,41 @@ def number(label: str) -> float:
     return value if abs(value) <= _LARGEST else math.nan
 
 
-def checked(record: Record | Fault | NotRead, cfg: DataConfig) -> Record | Fault | NotRead:
+def checked(record: Record | Fault | NotRead, wanted: Wanted) -> Record | Fault | NotRead:
     """The record with its label as text, or a fault where the task cannot use it; what is no record passes through.
 
-    A task that reads no label drops one that is no text. A boolean is the label of `data.labels` that is spelled like
-    it in any case, so that true in JSON and True in a table are one class. A class that `data.labels` lacks passes,
-    unless it is a boolean or spells a missing value: it means that `data.labels` is wrong, which the task refuses.
+    A task that reads no label drops one that is no text. A boolean is the label of `task.labels` that is spelled like
+    it in any case, so that true in JSON and True in a table are one class. A class that `task.labels` lacks passes,
+    unless it is a boolean or spells a missing value: it means that `task.labels` is wrong, which the task refuses.
 
     Args:
       record: whose 'label', if it has one, is a text, a boolean, or None where the data have none for it.
-      cfg: whose task and labels count.
+      wanted: whose label and classes count.
     """
     if isinstance(record, Fault | NotRead) or not {"label", "text", "image"} & set(record):
         return record
     label = record.get("label")
-    if cfg.task not in (*OF_CLASSES, *OF_NUMBERS):
+    if not wanted.label:
         return record if isinstance(label, str) else {key: value for key, value in record.items() if key != "label"}
     if label is None:
         found = "no label" if "label" in record else f"the fields {', '.join(sorted(set(record) - {'source'}))}"
-        expected = f"'label', which data.task={cfg.task} reads (data.rename maps another name to it)"
+        expected = f"'label', which task.name={wanted.task} reads (data.rename maps another name to it)"
         return Fault("no label", str(record["source"]), f"found {found}; expected {expected}")
     task, own = "", str(label)
-    if cfg.task == "mixed_sentences" and "/" in own:
+    if wanted.label == "mixed" and "/" in own:
         task, own = own.split("/", 1)
         task += "/"
-    if cfg.task in OF_NUMBERS or task in cfg.labels:
+    if wanted.label == "number" or task in wanted.classes:
         return _wrong(record, "a finite number") if math.isnan(number(own)) else record
-    if task + own in cfg.labels:
+    if task + own in wanted.classes:
         return record | {"label": task + own}
     if own.lower() in _BOOLEANS:
-        alike = [known for known in cfg.labels if known.lower() == (task + own).lower()]
-        return record | {"label": alike[0]} if alike else _wrong(record, f"one of data.labels: {', '.join(cfg.labels)}")
+        alike = [known for known in wanted.classes if known.lower() == (task + own).lower()]
+        return (
+            record | {"label": alike[0]}
+            if alike
+            else _wrong(record, f"one of task.labels: {', '.join(wanted.classes)}")
+        )
     return _wrong(record, "a label") if own.lower() in _NULLS else record
 
 

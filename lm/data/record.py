@@ -1,6 +1,6 @@
 """Records: what readers make of files, and what they make of what cannot be one."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # The fields of one of `lm.data.readers.fields.FORMS` (of a table, any), and always "source": "file:line" (or "file").
 Record = dict[str, Any]
@@ -23,3 +23,22 @@ class NotRead(NamedTuple):
 
     archive: str
     name: str
+
+
+class Wanted(NamedTuple):
+    """What a task asks of the records that it reads.
+
+    Attributes:
+      task: its name, for messages.
+      label: what 'label' is to be: a class, a number, or either ('TASK/CLASS' and 'TASK/NUMBER'); '' = it is not read.
+      classes: the labels that are known.
+      image_shape: height, width, channels of images.
+    """
+
+    task: str = ""
+    label: Literal["", "class", "number", "mixed"] = ""
+    classes: tuple[str, ...] = ()
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+
+
+NOTHING = Wanted()  # of records that are read for no task

@@ -14,7 +14,7 @@ from lm.config import Config, GenerateConfig
 from lm.config.schema import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.parallel import sharding
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS, task_of
 from lm.types import Batch, ModelFns, Params
 
 # Prompts are padded to a multiple of this, so that prompts of like length share a compilation.
@@ -87,7 +87,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
       ConfigError: the model does not generate text, or the learned positions have no room for it and what follows.
     """
     check_kind(cfg)
-    prompt = TASKS[cfg.data.task].prompt
+    prompt = task_of(cfg).prompt
     assert prompt is not None
     ids = prompt(text, tokenizer)
     check_room(len(ids), cfg)
@@ -96,10 +96,10 @@ def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
 
 def check_kind(cfg: Config) -> None:
     """Raises ConfigError unless a model of this config generates text."""
-    if cfg.model.kind not in PROMPTING or TASKS[cfg.data.task].prompt is None:
+    if cfg.model.kind not in PROMPTING or task_of(cfg).prompt is None:
         fitting = ", ".join(name for name, task in TASKS.items() if task.prompt)
         raise ConfigError(
-            f"a model of data.task={cfg.data.task} and model.kind={cfg.model.kind} does not generate text; expected "
+            f"a model of task.name={cfg.task.name} and model.kind={cfg.model.kind} does not generate text; expected "
             f"one of the tasks {fitting}, and of the kinds {', '.join(PROMPTING)}"
         )
 
@@ -156,7 +156,7 @@ def generate(
       params: its parameters.
       prompts: ids, none empty.
       key: a row's samples are a function of it and the row's index.
-      cfg: `generate`, `model` and `data.task` are read.
+      cfg: `generate`, `model` and `task.name` are read.
       tokenizer: says which ids are text, and which end it.
       rows_multiple: rows are filled up to a multiple of it, for the mesh.
 
@@ -175,14 +175,13 @@ def generate(
 
 def stop_ids(tokenizer: Tokenizer, cfg: Config) -> tuple[int, ...]:
     """Ids that end what is generated: EOS and, for a chat model, the end of a turn."""
-    return (tokenizer.eos_id, tokenizer.end_of_turn_id) if cfg.data.task == "chat" else (tokenizer.eos_id,)
+    return task_of(cfg).ends(tokenizer)
 
 
 def allowed_ids(tokenizer: Tokenizer, cfg: Config) -> np.ndarray:
     """bool [vocab_size]: the ids that generation may choose. Text, what ends it, and the symbols of `generate.symbols`;
     a model of span corruption answers with sentinels, so that these are allowed there."""
-    own = ("sentinels",) if cfg.data.task == "span_corruption" else ()
-    return tokenizer.may_generate(stop_ids(tokenizer, cfg), (*own, *cfg.generate.symbols))
+    return tokenizer.may_generate(stop_ids(tokenizer, cfg), (*task_of(cfg).generates, *cfg.generate.symbols))
 
 
 def mask_ids(scores_xV: jax.Array, allowed_V: jax.Array) -> jax.Array:

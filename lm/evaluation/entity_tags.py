@@ -37,7 +37,7 @@ def read(labels: tuple[str, ...], scheme: str = "auto") -> Mapping[str, str]:
 
     Args:
       labels: all that a word may have.
-      scheme: of `eval.entity_scheme`; 'none' = the labels are no tags of entities, whatever they look like.
+      scheme: of `task.entity_scheme`; 'none' = the labels are no tags of entities, whatever they look like.
 
     Raises:
       ConfigError: the labels are not of `scheme`; or some look like tags of entities, and others do not.
@@ -70,10 +70,10 @@ def read(labels: tuple[str, ...], scheme: str = "auto") -> Mapping[str, str]:
 
 
 def _refusal(found: str, scheme: str) -> str:
-    expected = "of IOB1, IOB2, IOBES or BILOU" if scheme == "auto" else f"of 'eval.entity_scheme' {scheme}"
+    expected = "of IOB1, IOB2, IOBES or BILOU" if scheme == "auto" else f"of 'task.entity_scheme' {scheme}"
     return (
-        f"'data.labels': {found}; expected 'O' and tags such as 'B-PER' with the letters {expected}, or set "
-        "eval.entity_scheme=none, which scores words alone"
+        f"'task.labels': {found}; expected 'O' and tags such as 'B-PER' with the letters {expected}, or set "
+        "task.entity_scheme=none, which scores words alone"
     )
 
 
@@ -82,7 +82,7 @@ def strict_schemes(tags: Iterable[str], scheme: str) -> tuple[str, ...]:
 
     Args:
       tags: values of `read`.
-      scheme: of `eval.entity_scheme`.
+      scheme: of `task.entity_scheme`.
     """
     if scheme != "auto":
         return ("IOBES" if scheme == "BILOU" else scheme,)

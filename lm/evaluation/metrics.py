@@ -5,7 +5,7 @@ micro-batches, batches, shards or hosts gives what one pass over all of it would
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # name -> (sum, weight), on the host in float64. Examples, over all tokens with a loss weight:
@@ -15,24 +15,7 @@ from typing import Any, NamedTuple
 Sums = dict[str, tuple[float, float]]
 
 
-# Objective -> what its loss, and its nll where it has one, are measured in.
-LOSS_UNITS = {
-    "clm": "nats per token",
-    "seq2seq": "nats per token",
-    "mlm": "nats per hidden token",
-    "next_item": "nats per item",
-    "masked_item": "nats per hidden item",
-    "classification": "nats per example",
-    "verbalizer": "nats per example",
-    "tagging": "nats per word",
-    "span_qa": "nats per window",
-    "contrastive": "nats per example",
-    "regression": "squared error per example",
-    "mae": "squared error per hidden patch",
-    "multitask": "nats or squared error per example",
-}
-LANGUAGE_MODELS = ("clm", "seq2seq", "mlm")  # objectives whose nll has a perplexity
-_LOSS = "that of the objective's loss"
+_LOSS = "that of the loss"  # stands for what the task measures its loss in
 
 
 class About(NamedTuple):
@@ -92,15 +75,14 @@ METRICS = {
 }
 
 
-def about(name: str, objective: str = "", labels: Sequence[str] = ()) -> About:
+def about(name: str, loss_unit: Callable[[str], str] = lambda prefix: "") -> About:
     """What is known of a metric; of 'NAME_loss', the loss of the source or the task NAME, what is known of 'loss'.
 
     A name that is not in `METRICS` is its own title, and more of it is better.
 
     Args:
       name: as an evaluation reports it.
-      objective: of the run, which says what its loss is measured in; '' = not known.
-      labels: `data.labels`, which tell the tasks of a mixture that have numbers.
+      loss_unit: NAME, or '' -> what that loss is measured in, see `lm.tasks.base.loss_unit`.
     """
     words = name.split("_")
     own = next((i for i in range(len(words)) if "_".join(words[i:]) in METRICS), None)
@@ -108,10 +90,7 @@ def about(name: str, objective: str = "", labels: Sequence[str] = ()) -> About:
         return About(name)
     found, prefix = METRICS["_".join(words[own:])], "_".join(words[:own])
     if found.unit == _LOSS:
-        unit = LOSS_UNITS.get(objective, "")
-        if objective == "multitask" and prefix:
-            unit = LOSS_UNITS["regression" if f"{prefix}/" in labels else "classification"]
-        found = found._replace(unit=unit)
+        found = found._replace(unit=loss_unit(prefix))
     return found._replace(title=f"{prefix}: {found.title}") if prefix else found
 
 
@@ -140,14 +119,14 @@ def gain(name: str, value: float) -> float:
     return -value if about(name).less_is_better else value
 
 
-def finalize(sums: Mapping[str, tuple[Any, Any]], objective: str = "clm") -> dict[str, float]:
-    """Name -> sum / weight, and 'perplexity' = exp(nll) where the objective is one of `LANGUAGE_MODELS`.
+def finalize(sums: Mapping[str, tuple[Any, Any]], has_perplexity: bool) -> dict[str, float]:
+    """Name -> sum / weight, and 'perplexity' = exp(nll) of a language model (`Task.has_perplexity`).
 
     A metric whose weight is 0 was measured on nothing and is left out, rather than reported as 0 or NaN.
     A perplexity beyond float64 is inf.
     """
     out = {name: float(value) / float(weight) for name, (value, weight) in sums.items() if float(weight) != 0}
-    if "nll" in out and objective in LANGUAGE_MODELS:
+    if "nll" in out and has_perplexity:
         # exp overflows just above 709 nats; a diverged model is there.
         out["perplexity"] = math.inf if out["nll"] > 709 else math.exp(out["nll"])
     return out

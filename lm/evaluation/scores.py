@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import EvalConfig
 from lm.config.schema import ConfigError
 
 
@@ -235,11 +234,11 @@ _BLEU_TOKENIZERS = {
 _NO_SPACES = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
 
-def bleu_tokenizer(cfg: EvalConfig, language: str, references: Sequence[str]) -> str:
-    """The tokenizer of BLEU: `eval.bleu_tokenizer` or, of 'auto', sacrebleu's for the language, which is 13a for most.
+def bleu_tokenizer(name: str, language: str, references: Sequence[str]) -> str:
+    """The tokenizer of BLEU: `name` or, of 'auto', sacrebleu's for the language, which is 13a for most.
 
     Args:
-      cfg: names the tokenizer.
+      name: `task.bleu_tokenizer` of translation.
       language: a code such as 'ja', 'zh-CN', 'kor_Hang'; anything else = not known.
       references: whose script is looked at where nothing else tells.
 
@@ -247,8 +246,8 @@ def bleu_tokenizer(cfg: EvalConfig, language: str, references: Sequence[str]) ->
       ConfigError: 'auto', a language that is not known, and a script without spaces between words: 13a would take a
         sentence for a word.
     """
-    if cfg.bleu_tokenizer != "auto":
-        return cfg.bleu_tokenizer
+    if name != "auto":
+        return name
     codes = re.split("[-_./]", language.lower())
     if known := next((_BLEU_TOKENIZERS[code] for code in codes if code in _BLEU_TOKENIZERS), None):
         return known
@@ -257,7 +256,7 @@ def bleu_tokenizer(cfg: EvalConfig, language: str, references: Sequence[str]) ->
     if 2 * unspaced > letters:
         raise ConfigError(
             f"BLEU: the references (language '{language}') are in a script without spaces between words, or Korean; "
-            "set 'eval.bleu_tokenizer' to one that fits: zh, ja-mecab, ko-mecab, flores200 or char"
+            "set 'task.bleu_tokenizer' to one that fits: zh, ja-mecab, ko-mecab, flores200 or char"
         )
     return "13a"
 
@@ -266,7 +265,7 @@ def _translation_metrics(tokenizer: str) -> tuple[Any, Any]:
     """sacrebleu's BLEU and chrF."""
     sacrebleu = _library("sacrebleu")
     if tokenizer not in (known := sorted(sacrebleu.BLEU.TOKENIZERS)):
-        raise ConfigError(f"'eval.bleu_tokenizer' {tokenizer}: sacrebleu has {', '.join(known)}")
+        raise ConfigError(f"'task.bleu_tokenizer' {tokenizer}: sacrebleu has {', '.join(known)}")
     try:
         return sacrebleu.BLEU(tokenize=tokenizer), sacrebleu.CHRF()
     except (Exception, SystemExit) as error:  # whatever the tokenizers stumble over

@@ -29,11 +29,11 @@ from lm.types import Batch, Head, ModelFns, ModelOutput
 
 
 def vit(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
-    """The Vision Transformer as pure functions. Reads `images`, uint8 [B, *data.image_shape].
+    """The Vision Transformer as pure functions. Reads `images`, uint8 [B, *task.image_shape].
 
     `ModelOutput.hidden_BxLxD` is [B, 1 + T, D].
     """
-    images = jnp.zeros((1, *cfg.data.image_shape), jnp.uint8)
+    images = jnp.zeros((1, *cfg.task.image_shape), jnp.uint8)
     return transformer.functions(Vit(cfg.model, dtype, head, cfg.adapter), {"images": images})
 
 
@@ -45,9 +45,9 @@ def mae(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     """
     if head is not None:
         raise ConfigError(f"'model.kind' mae predicts pixels and has no {head.kind} head; use vit")
-    height, width, _ = cfg.data.image_shape
+    height, width, _ = cfg.task.image_shape
     patches = jnp.arange(height * width // cfg.model.patch_size**2, dtype=jnp.int32)[None]
-    images = jnp.zeros((1, *cfg.data.image_shape), jnp.uint8)
+    images = jnp.zeros((1, *cfg.task.image_shape), jnp.uint8)
     batch = {"images": images, "visible_patches": patches[:, :1], "masked_patches": patches[:, 1:]}
     return transformer.functions(Mae(cfg.model, dtype, cfg.adapter), batch)
 

@@ -157,7 +157,7 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
 
     from lm import build, checks, param_paths, program
     from lm.optim import trainable
-    from lm.tasks.registry import TASKS
+    from lm.tasks import task_of
 
     planned = build.plan(cfg, None)
     cfg = planned.cfg
@@ -167,7 +167,7 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
     made = program.make(
         cfg,
         mesh,
-        words if TASKS[cfg.data.task].texts else None,
+        words if task_of(cfg).texts else None,
         abstract_params=planned.abstract_params,
         logical_axes=planned.logical_axes,
         anchored=planned.anchored,
@@ -185,8 +185,10 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
         (leaf.size * leaf.dtype.itemsize, path) for path, leaf in flat.items() if leaf.sharding.is_fully_replicated
     ]
     tokens = rows * cfg.data.seq_len
-    is_counted = TASKS[cfg.data.task].texts and build.predicts_tokens(cfg)
-    predicting = words.vocab_size if cfg.objective == "clm" else 0  # others need not predict at every position
+    is_counted = task_of(cfg).texts and build.predicts_tokens(cfg)
+    predicting = (
+        words.vocab_size if cfg.task.name in ("causal_lm", "prefix_lm", "chat") else 0
+    )  # others need not predict at every position
     full, causal, needed = (
         flops.train_flops_per_token(cfg.model, cfg.data.seq_len, vocab, causal_half=half) if is_counted else None
         for vocab, half in ((words.vocab_size, False), (words.vocab_size, True), (predicting, True))

@@ -1,16 +1,22 @@
 """Conversations to rows: what is trained on in them, and what of a conversation longer than a row is kept."""
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lm.config import Config, DataConfig
+from lm.config import Config
 from lm.config.schema import ConfigError
-from lm.data.example import Example, Task, shifted, shifted_columns
+from lm.data.example import Example
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
+from lm.tasks.base import (
+    TOKEN_LOSS,
+    Task,
+    shifted,
+    shifted_columns,
+)
+from lm.tasks.language_modelling import next_token_loss
 
 _REQUEST_ROLES = ("system", "user")
 
@@ -137,21 +143,6 @@ def recent_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> lis
     return kept
 
 
-def check(cfg: Config) -> None:
-    """Refuses a `data.overlong` that the task does not know. Raises ConfigError."""
-    if cfg.data.overlong == "drop_turns" and cfg.data.task != "chat":
-        raise ConfigError(
-            f"'data.overlong' is drop_turns, which is for data.task=chat; 'data.task' is {cfg.data.task}: set auto"
-        )
-
-
-def resolve(cfg: DataConfig) -> DataConfig:
-    """The config with the policy that `data.overlong` auto stands for, so that runs say which one they had."""
-    if cfg.overlong != "auto":
-        return cfg
-    return dataclasses.replace(cfg, overlong="drop_turns" if cfg.task == "chat" else "truncate")
-
-
 def _chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     return prompt_ids([encode({"role": "user", "content": text}, tokenizer, "prompt")], tokenizer)
 
@@ -173,4 +164,19 @@ def _trained(turns: Sequence[Turn]) -> list[bool]:
     return [trained for turn in turns for trained in (False, *[turn.trained] * (len(turn.ids) - 1))]
 
 
-CHAT = Task(("messages",), chat, shifted_columns, _texts, prompt=_chat_prompt)
+CHAT = Task(
+    name="chat",
+    models=("decoder",),
+    fields=("messages",),
+    examples=chat,
+    columns=shifted_columns,
+    texts=_texts,
+    loss=next_token_loss,
+    loss_unit="nats per token",
+    packing=("pad", "best_fit"),
+    loss_options=TOKEN_LOSS,
+    has_perplexity=True,
+    prompt=_chat_prompt,
+    ends=lambda tokenizer: (tokenizer.eos_id, tokenizer.end_of_turn_id),
+    overlong=("drop_turns", "truncate", "drop"),
+)

@@ -1,15 +1,42 @@
-"""Sentences, one or a pair, with a label or a score: classification, regression, and pairs to tell apart."""
+"""Classification and regression of sentences, one or a pair."""
 
+import dataclasses
 from collections import Counter
+from typing import Any
 
+import jax
 import numpy as np
 
+from lm import losses
 from lm.config import Config
-from lm.config.schema import nearest
+from lm.config.schema import ConfigError
 from lm.data import labels
-from lm.data.example import Columns, Example, Task, field_texts, one_label, sequence_columns
-from lm.data.record import DataError, Record
+from lm.data.example import Columns, Example
+from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
+from lm.evaluation import scores
+from lm.tasks.base import (
+    TEXT_MODELS,
+    Apply,
+    LossFn,
+    Task,
+    check_labels,
+    field_texts,
+    label_index,
+    one_label,
+    sequence_columns,
+    two_views,
+)
+from lm.types import Batch, Head, LossTerms, Outputs, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationOptions:
+    """Options of classification."""
+
+    name: str = "classification"
+    labels: tuple[str, ...] = ()  # all there are; a label's place here is its index
+    r_drop: float = 0.0  # weight of the divergence between two dropout masks (R-Drop, Liang et al. 2021); 0 = off
 
 
 def encode_pair(
@@ -39,23 +66,13 @@ def encode_pair(
     return {"tokens": np.array(ids, np.int32), "type_ids": np.array(types, np.int32)}
 
 
-def label_index(label: str, record: Record, cfg: Config) -> int:
-    """The place of a label in `data.labels`. Raises DataError, naming the record, for one that is not there."""
-    if label not in cfg.data.labels:
-        expected = ", ".join(cfg.data.labels)
-        raise DataError(
-            f"{record['source']}: unknown label {label!r}{nearest(label, cfg.data.labels)}; data.labels has {expected}"
-        )
-    return cfg.data.labels.index(label)
-
-
-def labelled(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+def labelled_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """A sentence or a pair with the index of its label."""
     columns = encode_pair(record["text"], record.get("text_pair"), tokenizer, cfg.data.seq_len, counts)
     return [Example(columns | {"labels": np.array(label_index(record["label"], record, cfg), np.int32)})]
 
 
-def scored(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+def scored_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """A sentence or a pair with a number. Raises DataError, naming the record, where it is not a finite one."""
     score = labels.number(record["label"])
     if np.isnan(score):
@@ -68,6 +85,105 @@ def _columns(cfg: Config, label: type) -> Columns:
     return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"labels": ((), label)}
 
 
+def classification_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """Cross-entropy of one of `task.labels` for a row; with `task.r_drop` under two dropout masks while training."""
+    del tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        twice = rng is not None and cfg.task.r_drop > 0
+        if twice:
+            batch = two_views(batch)
+        logits_BxC = apply(params, batch, rng=rng).head
+        labels_B, weights_B = batch["labels"], batch["row_weights"]
+        terms = losses.class_cross_entropy(logits_BxC, labels_B, weights_B, label_smoothing=cfg.loss.label_smoothing)
+        if twice:
+            divergence = losses.symmetric_divergence(logits_BxC[::2], logits_BxC[1::2], weights_B[::2])
+            # Two views of a row weigh 2, so the divergence of the pair counts twice too.
+            terms = terms._replace(sum=terms.sum + 2 * cfg.task.r_drop * divergence)
+        return terms._replace(outputs=terms.outputs | {"label": labels_B})
+
+    return loss_fn
+
+
+def regression_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """Squared error of a number for a row."""
+    del cfg, tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        head_Bx1 = apply(params, batch, rng=rng).head
+        terms = losses.squared_error(head_Bx1[:, 0], batch["labels"], batch["row_weights"])
+        return terms._replace(outputs=terms.outputs | {"label": batch["labels"]})
+
+    return loss_fn
+
+
+def class_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    """F1 and Matthews correlation of one label for each row, see `scores.classification`."""
+    del meta
+    return scores.classification(outputs["label"], outputs["prediction"], len(cfg.task.labels))
+
+
+def class_score_names(cfg: Config) -> tuple[str, ...]:
+    """The names of `class_scores`."""
+    del cfg
+    return ("f1", "matthews")
+
+
+def number_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    """Pearson and Spearman correlation of one number for each row."""
+    del meta, cfg
+    return scores.regression(outputs["label"], outputs["prediction"])
+
+
+def number_score_names(cfg: Config) -> tuple[str, ...]:
+    """The names of `number_scores`."""
+    del cfg
+    return ("pearson", "spearman")
+
+
+def check_classes(cfg: Config) -> None:
+    """Raises ConfigError for labels that are empty or double, and for R-Drop without dropout."""
+    check_labels(cfg)
+    if not cfg.task.r_drop >= 0:
+        raise ConfigError(f"'task.r_drop' must not be negative, got {cfg.task.r_drop}")
+    if cfg.task.r_drop and not cfg.model.dropout:
+        raise ConfigError("'task.r_drop' compares two dropout masks, but 'model.dropout' is 0")
+
+
 _TEXTS = field_texts("text", "text_pair")
-LABELLED = Task(("text", "label"), labelled, lambda cfg: _columns(cfg, np.int32), _TEXTS, lacks=one_label)
-SCORED = Task(("text", "label"), scored, lambda cfg: _columns(cfg, np.float32), _TEXTS, lacks=one_label)
+
+CLASSIFICATION = Task(
+    name="classification",
+    models=TEXT_MODELS,
+    fields=("text", "label"),
+    examples=labelled_sentences,
+    columns=lambda cfg: _columns(cfg, np.int32),
+    texts=_TEXTS,
+    loss=classification_loss,
+    loss_unit="nats per example",
+    legend="The model learns from each row as a whole.",
+    options=ClassificationOptions,
+    check=check_classes,
+    wanted=lambda cfg: Wanted(cfg.task.name, "class", cfg.task.labels),
+    lacks=lambda rows, cfg: one_label(rows, cfg.task.labels),
+    head=lambda cfg: Head("pooled", len(cfg.task.labels)),
+    scores=class_scores,
+    score_names=class_score_names,
+    loss_options=("label_smoothing",),
+)
+REGRESSION = Task(
+    name="regression",
+    models=TEXT_MODELS,
+    fields=("text", "label"),
+    examples=scored_sentences,
+    columns=lambda cfg: _columns(cfg, np.float32),
+    texts=_TEXTS,
+    loss=regression_loss,
+    loss_unit="squared error per example",
+    legend="The model learns from each row as a whole.",
+    wanted=lambda cfg: Wanted(cfg.task.name, "number"),
+    lacks=lambda rows, cfg: one_label(rows),
+    head=lambda cfg: Head("pooled", 1),
+    scores=number_scores,
+    score_names=number_score_names,
+)

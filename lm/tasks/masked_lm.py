@@ -1,18 +1,182 @@
-"""Documents to pairs of neighbouring stretches, of which `lm.tasks.corrupt.masked_pairs` makes what BERT reads."""
+"""Masked language modelling (BERT, Devlin et al. 2019), of texts or of pairs whose label is predicted too."""
 
+import dataclasses
+import functools
 import re
 from collections import Counter
+from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
+from lm import losses
 from lm.config import Config
+from lm.config.schema import ConfigError
 from lm.data import splits
-from lm.data.example import Columns, Example, Rows, Task, field_texts, sequence_columns, shifted_columns
+from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
-from lm.tasks import corrupt
+from lm.tasks.base import (
+    TOKEN_LOSS,
+    Apply,
+    LossFn,
+    Task,
+    check_mask_rate,
+    field_texts,
+    sequence_columns,
+    shifted_columns,
+    whole_row,
+)
+from lm.tasks.language_modelling import predict_tokens, unshifted_documents
+from lm.types import Batch, Head, LossTerms, Params
 
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_MASKED, _REPLACED = 0.8, 0.1  # of the chosen tokens; the rest keep theirs (Devlin et al. 2019, section 3.1)
+_LONG_WORD = 8  # pieces: one of up to so many is hidden whole, however short the row
+_PAIR_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])(?=\s)|(?<=\n)(?=[^\n])")  # nothing is lost: white space begins the next
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLmOptions:
+    """Options of masked language modelling."""
+
+    name: str = "masked_lm"
+    mask_rate: float = 0.15  # share of the tokens that are predicted
+    whole_words: bool = False  # all pieces of a word or none
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPairsOptions:
+    """Options of masked language modelling on pairs of stretches."""
+
+    name: str = "masked_lm_pairs"
+    mask_rate: float = 0.15
+    whole_words: bool = False
+    pairs: Literal["next", "order"] = "next"  # is B what follows A (BERT); are A and B swapped (ALBERT)
+
+
+def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
+    """Chooses tokens to predict, and hides most of them (BERT, Devlin et al. 2019).
+
+    Of n tokens that are neither padding nor control symbols round(task.mask_rate * n) are chosen, at least one if there
+    is one. Of the chosen 80 % become the mask, 10 % a random id that is no control symbol, 10 % stay. With
+    task.whole_words words are chosen in random order as long as the whole word fits that number, at least one word
+    (of one longer than `most_predicted` its first pieces); each of its pieces is then hidden on its own.
+
+    Worked, _ the mask, sixth token chosen and kept, eighth replaced:
+
+        tokens        [CLS] the _  sat on the _  zoo [SEP]
+        targets       [CLS] the cat sat on the mat .  [SEP]
+        loss_weights    0    0   1   0  0   1   1  1    0
+
+    Args:
+      row: tokens and segment_ids, int [L].
+      rng: generator of this row.
+      tokenizer: its `mask_id`, `is_control_V`, `vocab_size` and `piece`.
+      cfg: `task.mask_rate` and `task.whole_words`.
+
+    Returns:
+      The row with tokens and targets int32 [L], loss_weights float32 [L].
+    """
+    table = _vocabulary(tokenizer)
+    tokens_L, segments_L = row["tokens"].astype(np.int32), row["segment_ids"]
+    at_M = np.flatnonzero((segments_L > 0) & ~table.is_special[tokens_L])  # what may be chosen
+    word_M = np.arange(len(at_M))
+    if cfg.task.whole_words and len(at_M):
+        word_M = np.cumsum(_starts_word(tokens_L, segments_L, table)[at_M])
+        word_M -= word_M[0]
+    budget = max(1, round(cfg.task.mask_rate * len(at_M)))
+    order_W = rng.permutation(word_M[-1] + 1 if len(at_M) else 0)
+    size_W = np.bincount(word_M, minlength=len(order_W))
+    fits_W = np.cumsum(size_W[order_W]) <= budget
+    fits_W[:1] = True
+    chosen = at_M[np.isin(word_M, order_W[fits_W])][: _most(cfg, len(tokens_L))]
+    fate = rng.random(len(chosen))
+    random_ids = rng.choice(table.ordinary_ids, len(chosen))
+    hidden_L = tokens_L.copy()
+    hidden_L[chosen] = np.select(
+        [fate < _MASKED, fate < _MASKED + _REPLACED], [np.int32(tokenizer.mask_id), random_ids], tokens_L[chosen]
+    )
+    weights_L = np.zeros(len(tokens_L), np.float32)
+    weights_L[chosen] = 1.0
+    return row | {"tokens": hidden_L, "targets": tokens_L, "loss_weights": weights_L}
+
+
+def most_predicted(cfg: Config) -> int:
+    """Positions of a row that ever have a weight."""
+    return _most(cfg, cfg.data.seq_len)
+
+
+def _most(cfg: Config, row_len: int) -> int:
+    return max(round(cfg.task.mask_rate * row_len), _LONG_WORD)
+
+
+class _Vocabulary(NamedTuple):
+    """bool [V] each, but `ordinary_ids`, int32: all ids that are no control symbol."""
+
+    is_special: np.ndarray
+    is_space: np.ndarray
+    starts_word: np.ndarray
+    ordinary_ids: np.ndarray
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any) -> _Vocabulary:
+    is_special = tokenizer.is_control_V
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    white_bytes = {f"<0x{byte:02X}>" for byte in b" \t\n\v\f\r"}
+    is_space = np.array([piece in white_bytes or not piece.replace(_SPACE, " ").strip() for piece in pieces])
+    starts_word = is_space | np.array([piece.startswith(_SPACE) for piece in pieces])
+    return _Vocabulary(is_special, is_space, starts_word, np.flatnonzero(~is_special).astype(np.int32))
+
+
+def _starts_word(tokens_L: np.ndarray, segments_L: np.ndarray, table: _Vocabulary) -> np.ndarray:
+    """bool [L]: a piece that begins with a space, or follows white space, a special token or another document."""
+    starts_L = table.starts_word[tokens_L]
+    starts_L[0] = True
+    starts_L[1:] |= (table.is_space | table.is_special)[tokens_L[:-1]] | (segments_L[1:] != segments_L[:-1])
+    return starts_L
+
+
+def masked_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """Prediction of the tokens that were chosen, from all others (Devlin et al. 2019, section 3.1).
+
+    Metrics:
+      nll: nats a predicted token.
+      accuracy: of the most likely token.
+    """
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        out = apply(params, batch, rng=rng)
+        return predict_tokens(out, batch, cfg, tokenizer, most_predicted(cfg))
+
+    return loss_fn
+
+
+def masked_pair_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """That of the chosen tokens, and the cross-entropy of the label of the pair.
+
+    Every predicted token counts the label of its row once, so that the two add up as means do in BERT, and a batch is
+    still the sum of its parts.
+
+    Metrics:
+      nll, accuracy: as of `masked_token_loss`.
+      pair_accuracy: of the labels of pairs.
+    """
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        out = apply(params, batch, rng=rng)
+        terms = predict_tokens(out, batch, cfg, tokenizer, most_predicted(cfg))
+        pairs = losses.class_cross_entropy(out.head, batch["labels"], batch["loss_weights"].sum(axis=1))
+        right_B = (pairs.outputs["prediction"] == batch["labels"]) * batch["row_weights"]
+        named = terms.metrics | {"pair_accuracy": (right_B.sum(), batch["row_weights"].sum())}
+        return terms._replace(sum=terms.sum + pairs.sum, metrics=named)
+
+    return loss_fn
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
 
 
 def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
@@ -25,7 +189,7 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
       Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a hash of the content: equal texts are one
       document.
     """
-    room = cfg.data.seq_len - corrupt.PAIR_SPECIALS
+    room = cfg.data.seq_len - _PAIR_SPECIALS
     document = np.array(int.from_bytes(splits.digest(record)[:4]) & 0x7FFFFFFF, np.int32)
     groups: list[list[list[int]]] = [[]]
     for sentence in _BETWEEN_SENTENCES.split(record["text"]):
@@ -49,27 +213,112 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
     return made
 
 
-def _stored(cfg: Config) -> Columns:
+def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
+    """[CLS] A [SEP] B [SEP] of two stretches of one document, half of the time spoilt: the label says whether.
+
+    task.pairs=next (BERT's next sentence prediction): the spoilt B is another document's. task.pairs=order
+    (ALBERT, Lan et al. 2020): A and B change places. What does not fit is cut from the end of the longer one.
+
+    Args:
+      row: tokens int [L], A then B; type_ids [L], 0 in A and 1 in B; segment_ids [L], 0 = padding; document [], which
+        document. With pairs=next also the same columns of a random row, named 'other_...'; a row of the same
+        document spoils nothing.
+      rng: generator of this row.
+      tokenizer: its `bos_id` ([CLS]) and `eos_id` ([SEP]).
+      cfg: `task.pairs` and `data.seq_len`.
+
+    Returns:
+      tokens, segment_ids, positions and type_ids int32 [seq_len]; labels int32 []: 0 = as in the document, 1 = spoilt.
+      No other column passes through.
+    """
+    first, second = _stretches(row, "")
+    spoilt = bool(rng.random() < 0.5)
+    if cfg.task.pairs == "order" and spoilt:
+        first, second = second, first
+    elif spoilt:
+        spoilt = bool(row["document"] != row["other_document"])
+        second = _stretches(row, "other_")[1] if spoilt else second
+    room = cfg.data.seq_len - _PAIR_SPECIALS
+    first, second = (
+        first[: max(room - len(second), (room + 1) // 2)],
+        second[: max(room - len(first), room // 2)],
+    )
+    ids = np.concatenate([[tokenizer.bos_id], first, [tokenizer.eos_id], second, [tokenizer.eos_id]])
+    types = np.repeat([0, 1], [len(first) + 2, len(second) + 1])
+    return whole_row("tokens", ids, cfg.data.seq_len) | {
+        "type_ids": np.pad(types, (0, cfg.data.seq_len - len(ids))).astype(np.int32),
+        "labels": np.array(spoilt, np.int32),
+    }
+
+
+def masked_pairs(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
+    """`pair_sentences`, then `mask_tokens`."""
+    return mask_tokens(pair_sentences(row, rng, tokenizer, cfg), rng, tokenizer, cfg)
+
+
+def _stretches(row: Row, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    is_token, type_ids = row[f"{prefix}segment_ids"] > 0, row[f"{prefix}type_ids"]
+    tokens = row[f"{prefix}tokens"].astype(np.int32)
+    return tokens[is_token & (type_ids == 0)], tokens[is_token & (type_ids == 1)]
+
+
+def _pair_columns(cfg: Config) -> Columns:
     return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"document": ((), np.int32)}
 
 
-def _batch(cfg: Config) -> Columns:
+def _pair_batch_columns(cfg: Config) -> Columns:
     return shifted_columns(cfg) | {"type_ids": ((cfg.data.seq_len,), np.int32), "labels": ((), np.int32)}
 
 
-def _lacks(rows: Rows, cfg: Config) -> str:
-    if cfg.corrupt.pairs == "next" and len(np.unique(rows["document"])) < 2:
+def _one_document(rows: Rows, cfg: Config) -> str:
+    if cfg.task.pairs == "next" and len(np.unique(rows["document"])) < 2:
         return "all rows are of one document, so that no pair can have its B from another one; expected two or more"
     return ""
 
 
-MASKED_PAIRS = Task(
-    ("text",),
-    neighbours,
-    _stored,
-    field_texts("text"),
-    corrupt.masked_pairs,
-    _batch,
+def _columns(cfg: Config) -> Columns:
+    return sequence_columns(("tokens",), cfg.data.seq_len)
+
+
+def _check(cfg: Config) -> None:
+    check_mask_rate(cfg)
+    if cfg.tokenizer.extra_ids < 1:
+        raise ConfigError(
+            f"'tokenizer.extra_ids' is {cfg.tokenizer.extra_ids}, but task.name={cfg.task.name} needs 1, the mask"
+        )
+    least = _PAIR_SPECIALS + 2
+    if cfg.task.name == "masked_lm_pairs" and cfg.data.seq_len < least:
+        raise ConfigError(f"'data.seq_len' ({cfg.data.seq_len}) must be at least {least} for task.name=masked_lm_pairs")
+
+
+MASKED_LM = Task(
+    name="masked_lm",
+    models=("encoder",),
+    fields=("text",),
+    examples=unshifted_documents,
+    columns=_columns,
+    texts=field_texts("text"),
+    loss=masked_token_loss,
+    loss_unit="nats per hidden token",
+    legend="A token is trained when the model learns what stood in its place, which is noted at it.",
+    options=MaskedLmOptions,
+    check=_check,
+    packing=("pad", "best_fit", "concat"),
+    transform=mask_tokens,
+    batch_columns=shifted_columns,
+    loss_options=TOKEN_LOSS,
+    has_perplexity=True,
+)
+MASKED_LM_PAIRS = MASKED_LM._replace(
+    name="masked_lm_pairs",
+    examples=neighbours,
+    columns=_pair_columns,
+    loss=masked_pair_loss,
+    options=MaskedPairsOptions,
+    packing=("pad",),
+    transform=masked_pairs,
+    batch_columns=_pair_batch_columns,
     draws_other=True,
-    lacks=_lacks,
+    lacks=_one_document,
+    head=lambda cfg: Head("pooled", 2, keeps_unembed=True),
 )

@@ -1,18 +1,41 @@
-"""Labelled sentences of several tasks in one stream: each label says whose it is, 'sst2/1' or 'stsb/3.8'."""
+"""Classification and regression of several tasks at once: each label says whose it is, 'sst2/1' or 'stsb/3.8'."""
 
+import dataclasses
 import itertools
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lm import losses
 from lm.config import Config
 from lm.config.schema import ConfigError, nearest
-from lm.data.example import Columns, Example, Rows, Task, field_texts, sequence_columns
+from lm.data.example import Columns, Example, Rows
 from lm.data.labels import number
-from lm.data.record import DataError, Record
+from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.classification import encode_pair
+from lm.evaluation import scores
+from lm.tasks.base import (
+    TEXT_MODELS,
+    Apply,
+    LossFn,
+    Task,
+    check_labels,
+    field_texts,
+    sequence_columns,
+)
+from lm.tasks.classification import class_score_names, encode_pair, number_score_names
+from lm.types import Batch, Head, LossTerms, Outputs, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class MultitaskOptions:
+    """Options of a mixture of tasks."""
+
+    name: str = "multitask"
+    labels: tuple[str, ...] = ()  # 'TASK/LABEL' for each label of each task, 'TASK/' for one that has numbers
 
 
 class Part(NamedTuple):
@@ -30,7 +53,7 @@ class Part(NamedTuple):
 
 
 def parts(labels: tuple[str, ...]) -> list[Part]:
-    """The tasks that `data.labels` lists: 'NAME/CLASS' for each class, 'NAME/' where it has numbers.
+    """The tasks that `task.labels` lists: 'NAME/CLASS' for each class, 'NAME/' where it has numbers.
 
     Worked: ('sst2/0', 'sst2/1', 'stsb/') -> Part('sst2', ('0', '1'), 0), Part('stsb', (), 2).
 
@@ -44,17 +67,17 @@ def parts(labels: tuple[str, ...]) -> list[Part]:
         is_number = classes == ("",) and f"{name}/" in labels
         if not name or not (is_number or (len(classes) > 1 and all(classes))):
             raise ConfigError(
-                f"'data.labels': task '{name}' has the labels {classes}; expected two or more of the form "
+                f"'task.labels': task '{name}' has the labels {classes}; expected two or more of the form "
                 f"'{name or 'NAME'}/CLASS', or '{name or 'NAME'}/' alone where it has numbers"
             )
         if name in {part.name for part in found}:
-            raise ConfigError(f"'data.labels': the labels of task '{name}' must stand together")
+            raise ConfigError(f"'task.labels': the labels of task '{name}' must stand together")
         found.append(Part(name, () if is_number else classes, first))
         first += len(classes)
     return found
 
 
-def mixed(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+def mixed_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """A sentence or a pair with its task and its label: the place of a class among its task's, or a number.
 
     Counted: the examples of each task, by its name.
@@ -62,7 +85,7 @@ def mixed(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str
     Raises:
       DataError: the task or the label is not known; the message names the record.
     """
-    known = parts(cfg.data.labels)
+    known = parts(cfg.task.labels)
     name, _, label = record["label"].partition("/")
     place = next((i for i, part in enumerate(known) if part.name == name), None)
     if place is None:
@@ -84,17 +107,108 @@ def _value(label: str, part: Part) -> float:
     return number(label)
 
 
+def multitask_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """Classes or numbers of several tasks, each by its own columns of the head (MT-DNN, Liu et al. 2019).
+
+    The loss is summed over the rows of a batch, whichever tasks they are of, each by its task's loss.
+
+    Metrics:
+      TASK_loss, and TASK_accuracy where it has classes: over the rows of that task.
+    """
+    del tokenizer
+    known = parts(cfg.task.labels)
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        logits_BxC = apply(params, batch, rng=rng).head
+        labels_B, part_B, weights_B = batch["labels"], batch["part"], batch["row_weights"]
+        total, found, said_B = jnp.zeros(()), {}, jnp.zeros_like(labels_B)
+        for i, part in enumerate(known):
+            own_B = jnp.where(part_B == i, weights_B, 0)
+            if part.classes:
+                columns = slice(part.first, part.first + len(part.classes))
+                classes_B, smoothing = labels_B.astype(jnp.int32), cfg.loss.label_smoothing
+                terms = losses.class_cross_entropy(logits_BxC[:, columns], classes_B, own_B, label_smoothing=smoothing)
+                found[f"{part.name}_accuracy"] = terms.metrics["accuracy"]
+            else:
+                terms = losses.squared_error(logits_BxC[:, part.first], labels_B, own_B)
+            found[f"{part.name}_loss"] = (terms.sum, terms.weight)
+            total += terms.sum
+            said_B = jnp.where(part_B == i, terms.outputs["prediction"].astype(jnp.float32), said_B)
+        outputs = {"prediction": said_B, "label": labels_B, "part": part_B}
+        return LossTerms(total, weights_B.sum(), found, outputs)
+
+    return loss_fn
+
+
+def part_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    """What each task alone would report, under 'TASK_...', and 'mean_score': the mean over the tasks of their accuracy,
+    or Pearson correlation where they have numbers. A task without a row scores nothing and is not in the mean."""
+    del meta
+    values: dict[str, float] = {}
+    main: list[float] = []
+    for i, part in enumerate(parts(cfg.task.labels)):
+        labels, said = (outputs[name][outputs["part"] == i] for name in ("label", "prediction"))
+        if not labels.size:
+            continue
+        if part.classes:
+            found = scores.classification(labels.astype(int), said.astype(int), len(part.classes))
+            main.append(scores.accuracy(labels, said))
+        else:
+            found = scores.regression(labels, said)
+            main.append(found["pearson"])
+        values |= {f"{part.name}_{name}": value for name, value in found.items()}
+    return values | {"mean_score": float(np.mean(main))}
+
+
+def part_score_names(cfg: Config) -> tuple[str, ...]:
+    """The names of `part_scores`."""
+    own = [
+        f"{part.name}_{name}"
+        for part in parts(cfg.task.labels)
+        for name in (class_score_names(cfg) if part.classes else number_score_names(cfg))
+    ]
+    return (*own, "mean_score")
+
+
 def _columns(cfg: Config) -> Columns:
     columns = sequence_columns(("tokens", "type_ids"), cfg.data.seq_len)
     return columns | {"labels": ((), np.float32), "part": ((), np.int32)}
 
 
 def _lacks(rows: Rows, cfg: Config) -> str:
-    for place, part in enumerate(parts(cfg.data.labels)):
+    for place, part in enumerate(parts(cfg.task.labels)):
         labels = rows["labels"][rows["part"] == place]
         if len(labels) and (labels == labels[0]).all():
             return f"all {len(labels):,} rows of task '{part.name}' have one label; expected two or more"
     return ""
 
 
-MIXED = Task(("text", "label"), mixed, _columns, field_texts("text", "text_pair"), lacks=_lacks)
+def _check(cfg: Config) -> None:
+    check_labels(cfg)
+    parts(cfg.task.labels)
+
+
+def _unit(cfg: Config, prefix: str) -> str:
+    return "squared error per example" if f"{prefix}/" in cfg.task.labels else "nats per example"
+
+
+MULTITASK = Task(
+    name="multitask",
+    models=TEXT_MODELS,
+    fields=("text", "label"),
+    examples=mixed_sentences,
+    columns=_columns,
+    texts=field_texts("text", "text_pair"),
+    loss=multitask_loss,
+    loss_unit="nats or squared error per example",
+    legend="The model learns from each row as a whole.",
+    options=MultitaskOptions,
+    check=_check,
+    wanted=lambda cfg: Wanted(cfg.task.name, "mixed", cfg.task.labels),
+    lacks=_lacks,
+    head=lambda cfg: Head("pooled", sum(len(part.classes) or 1 for part in parts(cfg.task.labels))),
+    scores=part_scores,
+    score_names=part_score_names,
+    loss_options=("label_smoothing",),
+    unit_of=_unit,
+)

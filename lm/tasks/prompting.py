@@ -4,6 +4,7 @@ A template such as '{text} It was {label:bad|good}.' has the record's fields, an
 each of `data.labels`, in their order; a plain '{label}' stands for the labels themselves.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import string
@@ -12,14 +13,27 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from lm import losses
 from lm.config import Config
 from lm.config.schema import ConfigError, nearest
-from lm.data.example import Columns, Example, Task, field_texts, one_label
-from lm.data.record import DataError, Record
+from lm.data.example import Columns, Example
+from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.classification import label_index
+from lm.tasks.base import (
+    Apply,
+    LossFn,
+    Task,
+    check_labels,
+    field_texts,
+    label_index,
+    one_label,
+    views_as_rows,
+)
+from lm.tasks.classification import class_score_names, class_scores
+from lm.types import Batch, LossTerms, Params
 
 _FIELDS = ("text", "text_pair", "label")
 _BETWEEN_SHOTS = "\n\n"
@@ -39,20 +53,28 @@ class Template(NamedTuple):
     after: str
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptingOptions:
+    """Options of classification by prompts."""
+
+    name: str = "prompting"
+    labels: tuple[str, ...] = ()  # all there are; a label's place here is its index
+    templates: tuple[str, ...] = ()  # '{text} It was {label:bad|good}.', a word for each of `labels`
+    shots: int = 0  # this many examples of the training data are put before each held-out prompt
+
+
 def check(cfg: Config) -> None:
     """Refuses templates that could not be filled in. Raises ConfigError, naming the key."""
-    data = cfg.data
-    if data.task != "prompted":
-        for key, value in (("templates", data.templates), ("shots", data.shots)):
-            if value:
-                raise ConfigError(f"'data.{key}' is read by data.task=prompted only; 'data.task' is {data.task}")
-        return
-    if not data.templates:
-        raise ConfigError("'data.templates' is empty; data.task=prompted needs one, such as '{text} It was {label}.'")
-    if len(data.labels) < 2:
-        raise ConfigError(f"'data.labels' is {data.labels}; data.task=prompted chooses between two or more")
-    for i, template in enumerate(data.templates):
-        parse(template, f"'data.templates[{i}]'", data.labels)
+    check_labels(cfg)
+    options = cfg.task
+    if not options.templates:
+        raise ConfigError("'task.templates' is empty; task.name=prompting needs one, such as '{text} It was {label}.'")
+    if len(options.labels) < 2:
+        raise ConfigError(f"'task.labels' is {options.labels}; task.name=prompting chooses between two or more")
+    if options.shots < 0:
+        raise ConfigError(f"'task.shots' must not be negative, got {options.shots}")
+    for i, template in enumerate(options.templates):
+        parse(template, f"'task.templates[{i}]'", options.labels)
 
 
 def parse(template: str, key: str, labels: tuple[str, ...]) -> Template:
@@ -76,26 +98,26 @@ def parse(template: str, key: str, labels: tuple[str, ...]) -> Template:
     words = tuple(spec.split("|")) if spec else labels
     if len(words) != len(labels) or len(set(words)) != len(words) or not all(words):
         raise ConfigError(
-            f"{key}: {template!r} has the words {', '.join(words)}; expected one for each of data.labels, all different"
+            f"{key}: {template!r} has the words {', '.join(words)}; expected one for each of task.labels, all different"
         )
     before = tuple((literal, field or "") for literal, field, _, _ in [*parts[:at], (parts[at][0], "", "", None)])
     return Template(before, words, "".join(literal for literal, _, _, _ in parts[at + 1 :]))
 
 
 def with_shots(train: Sequence[Record], held_out: Sequence[Record], cfg: Config) -> list[Record]:
-    """The held-out records with the same `data.shots` training records each, as field 'shots'.
+    """The held-out records with the same `task.shots` training records each, as field 'shots'.
 
     Of each label, in turn, those of the smallest hashes: as many of one as of another, or one more.
     """
-    by_label: dict[str, list[Record]] = {label: [] for label in cfg.data.labels}
+    by_label: dict[str, list[Record]] = {label: [] for label in cfg.task.labels}
     for record in sorted(train, key=_digest):
         by_label.setdefault(record["label"], []).append(record)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_label.values()))
-    shots = list(itertools.islice((record for record in in_turn if record is not None), cfg.data.shots))
+    shots = list(itertools.islice((record for record in in_turn if record is not None), cfg.task.shots))
     return [record | {"shots": shots} for record in held_out]
 
 
-def prompted(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """The filled-in template once for each label, of which only the word of that label counts for the loss.
 
     BOS, the shots of a held-out record, the prompt, the word. A space before the word is part of it. Longer than
@@ -108,9 +130,9 @@ def prompted(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
     Raises:
       DataError: a label is not known, a field is missing, or a word alone is too long.
     """
-    templates = cfg.data.templates
+    templates = cfg.task.templates
     number = zlib.crc32(repr([record.get(field) for field in ("text", "text_pair")]).encode()) % len(templates)
-    template = parse(templates[number], f"'data.templates[{number}]'", cfg.data.labels)
+    template = parse(templates[number], f"'task.templates[{number}]'", cfg.task.labels)
     shots = [
         _prompt(shot, template) + template.words[label_index(shot["label"], shot, cfg)] + template.after
         for shot in record.get("shots", ())
@@ -119,7 +141,7 @@ def prompted(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
     stem = prompt.rstrip(" ")
     space = prompt[len(stem) :]
     prompt_ids, seq_len = tokenizer.encode(stem), cfg.data.seq_len
-    shape = (len(cfg.data.labels), seq_len)
+    shape = (len(cfg.task.labels), seq_len)
     columns = {name: np.zeros(shape, dtype) for name, (_, dtype) in _columns(cfg).items() if name != "labels"}
     words = [tokenizer.encode(space + word) for word in template.words]
     room = seq_len - max(map(len, words))  # the same for all, so that all words follow the same prompt
@@ -139,7 +161,7 @@ def prompted(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
 def _prompt(record: Record, template: Template) -> str:
     for _, field in template.before:
         if field and field not in record:
-            raise DataError(f"{record['source']}: a template of data.templates has {{{field}}}, which the record lacks")
+            raise DataError(f"{record['source']}: a template of task.templates has {{{field}}}, which the record lacks")
     return "".join(literal + (record[field] if field else "") for literal, field in template.before)
 
 
@@ -148,11 +170,51 @@ def _digest(record: Record) -> bytes:
 
 
 def _columns(cfg: Config) -> Columns:
-    shape = (len(cfg.data.labels), cfg.data.seq_len)
+    shape = (len(cfg.task.labels), cfg.data.seq_len)
     of_label: dict[str, Any] = {name: (shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     return of_label | {"loss_weights": (shape, np.float32), "labels": ((), np.int32)}
 
 
-PROMPTED = Task(
-    ("text", "label"), prompted, _columns, field_texts("text", "text_pair"), held_out=with_shots, lacks=one_label
+def verbalizer_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """Which of the words for `task.labels` goes on with a prompt: a softmax over their likelihoods, each the product of
+    its tokens' (Schick and Schütze 2021, section 3.1). Only those tokens count for the loss."""
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        labels_B, classes = batch["labels"], batch["tokens"].shape[1]
+        rows = views_as_rows(batch, classes)
+        out = apply(params, rows, rng=rng)
+        likelihood_R = losses.sequence_log_likelihood(
+            out.hidden_BxLxD,
+            out.unembed_DxV,
+            rows["targets"],
+            rows["loss_weights"],
+            vocab_size=tokenizer.vocab_size,
+            softcap=cfg.model.logit_softcap,
+            chunk_len=cfg.loss.chunk_len,
+        )
+        terms = losses.class_cross_entropy(
+            likelihood_R.reshape(-1, classes), labels_B, batch["row_weights"], label_smoothing=cfg.loss.label_smoothing
+        )
+        return terms._replace(outputs=terms.outputs | {"label": labels_B})
+
+    return loss_fn
+
+
+PROMPTING = Task(
+    name="prompting",
+    models=("decoder",),
+    fields=("text", "label"),
+    examples=prompted_sentences,
+    columns=_columns,
+    texts=field_texts("text", "text_pair"),
+    loss=verbalizer_loss,
+    loss_unit="nats per example",
+    options=PromptingOptions,
+    check=check,
+    wanted=lambda cfg: Wanted(cfg.task.name, "class", cfg.task.labels),
+    held_out=with_shots,
+    lacks=lambda rows, cfg: one_label(rows, cfg.task.labels),
+    scores=class_scores,
+    score_names=class_score_names,
+    loss_options=("label_smoothing",),
 )

@@ -1,4 +1,4 @@
-"""Sequences of items: their vocabulary, and the next item to be predicted from those before it."""
+"""Recommendation: the next item of a sequence (SASRec), or a masked one (BERT4Rec), and the vocabulary of items."""
 
 import dataclasses
 import functools
@@ -8,17 +8,41 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.config import Config, TokenizerConfig
 from lm.config.schema import ConfigError
-from lm.data.example import Columns, Example, Row, Rows, Task, Words, sequence_columns, shifted_columns
+from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
+from lm.evaluation import scores
+from lm.losses import ranking
+from lm.tasks.base import (
+    TOKEN_LOSS,
+    Apply,
+    LossFn,
+    Task,
+    Vocabulary,
+    check_mask_rate,
+    sequence_columns,
+    shifted_columns,
+)
+from lm.tasks.language_modelling import predict_tokens
+from lm.types import Batch, LossTerms, Outputs, Params
 
 _PAD, _BOS, _UNSEEN, _FIRST = 0, 1, 2, 3
-# Of the training rows of `masked_items` as many hide the last item alone, as an evaluation does: of a user's eleven
+# Of the training rows of `masked_item` as many hide the last item alone, as an evaluation does: of a user's eleven
 # samples the authors' code hides at random in ten and the last item in one (BERT4Rec, section 3.6).
 _LAST_ALONE = 1 / 11
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedItemOptions:
+    """Options of masked items."""
+
+    name: str = "masked_item"
+    mask_rate: float = 0.15  # share of the items that are hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +216,7 @@ def hidden_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts
 def mask_items(row: Row, rng: np.random.Generator, vocabulary: ItemVocabulary, cfg: Config) -> Row:
     """Hides items behind the mask, to be predicted from all others (BERT4Rec, Sun et al. 2019).
 
-    Hidden are, in training, round(corrupt.rate * n) of n items, at least one, and in one row of eleven the last item
+    Hidden are, in training, round(task.mask_rate * n) of n items, at least one, and in one row of eleven the last item
     alone; of a held-out user the last item alone. Worked, _ the mask:
 
         tokens        a _ c    targets  a b c    loss_weights  0 1 0
@@ -201,7 +225,7 @@ def mask_items(row: Row, rng: np.random.Generator, vocabulary: ItemVocabulary, c
       row: tokens and segment_ids, int [L]; held_out, int [].
       rng: generator of this row.
       vocabulary: its `mask_id`.
-      cfg: `corrupt.rate`.
+      cfg: `task.mask_rate`.
 
     Returns:
       The row with tokens and targets int32 [L], loss_weights float32 [L].
@@ -212,7 +236,7 @@ def mask_items(row: Row, rng: np.random.Generator, vocabulary: ItemVocabulary, c
     if row["held_out"] or last_alone:
         chosen = np.array([n - 1])
     else:
-        chosen = rng.permutation(n)[: max(1, round(cfg.corrupt.rate * n))]
+        chosen = rng.permutation(n)[: max(1, round(cfg.task.mask_rate * n))]
     hidden_L, weights_L = tokens_L.copy(), np.zeros(len(tokens_L), np.float32)
     hidden_L[chosen], weights_L[chosen] = vocabulary.mask_id, 1.0
     return row | {"tokens": hidden_L, "targets": tokens_L, "loss_weights": weights_L}
@@ -254,8 +278,73 @@ def _lacks(rows: Rows, cfg: Config) -> str:
     return ""
 
 
-VOCABULARY = Words("items.json", train, load)
-ITEMS = Task(("items",), next_items, shifted_columns, _items, words=VOCABULARY, lacks=_lacks)
-MASKED_ITEMS = Task(
-    ("items",), hidden_items, _stored, _items, mask_items, shifted_columns, words=VOCABULARY, lacks=_lacks
+def item_loss(apply: Apply, cfg: Config, vocabulary: Any) -> LossFn:
+    """Prediction of items by cross-entropy over all of them; a target that the vocabulary lacks has no loss.
+
+    Outputs:
+      rank: place of the target of the row's last prediction among all items, see `ranking.target_rank`. Items of the
+        history take part: a user may choose one again.
+    """
+    is_item_V = jnp.asarray(~vocabulary.is_control_V)
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        out = apply(params, batch, rng=rng)
+        targets_BxL, weights_BxL = batch["targets"], batch["loss_weights"]
+        known = batch | {"loss_weights": jnp.where(is_item_V[targets_BxL], weights_BxL, 0)}
+        terms = predict_tokens(out, known, cfg, vocabulary)
+        softcap = cfg.model.logit_softcap
+        rank_B = ranking.target_rank(
+            out.hidden_BxLxD, out.unembed_DxV, targets_BxL, weights_BxL, is_item_V, softcap=softcap
+        )
+        return terms._replace(outputs={"rank": rank_B})
+
+    return loss_fn
+
+
+def rank_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    """Hit rate and NDCG at 10 of the model, and of always naming the most popular items."""
+    del cfg
+    by_popularity = scores.ranking(np.array(meta))
+    return scores.ranking(outputs["rank"]) | {f"popularity_{name}": value for name, value in by_popularity.items()}
+
+
+def rank_score_names(cfg: Config) -> tuple[str, ...]:
+    """The names of `rank_scores`."""
+    return ("hr_at_10", "ndcg_at_10", "popularity_hr_at_10", "popularity_ndcg_at_10")
+
+
+def _check_masked(cfg: Config) -> None:
+    check_mask_rate(cfg)
+    if cfg.tokenizer.extra_ids < 1:
+        raise ConfigError(
+            f"'tokenizer.extra_ids' is {cfg.tokenizer.extra_ids}, but task.name=masked_item needs 1, the mask"
+        )
+
+
+NEXT_ITEM = Task(
+    name="next_item",
+    models=("decoder",),
+    fields=("items",),
+    examples=next_items,
+    columns=shifted_columns,
+    texts=_items,
+    loss=item_loss,
+    loss_unit="nats per item",
+    vocabulary=Vocabulary("items.json", train, load),
+    lacks=_lacks,
+    scores=rank_scores,
+    score_names=rank_score_names,
+    loss_options=TOKEN_LOSS,
+)
+MASKED_ITEM = NEXT_ITEM._replace(
+    name="masked_item",
+    models=("encoder",),
+    examples=hidden_items,
+    columns=_stored,
+    loss_unit="nats per hidden item",
+    legend="A token is trained when the model learns what stood in its place, which is noted at it.",
+    options=MaskedItemOptions,
+    check=_check_masked,
+    transform=mask_items,
+    batch_columns=shifted_columns,
 )

@@ -1,55 +1,77 @@
-"""Every task by its name in `data.task`: how records become the rows that an objective reads."""
+"""Every task by its name in `task.name`; configs, whose `task` section is of one of them."""
 
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
-from lm.config import Config
-from lm.data import example
-from lm.data.example import Columns, Task, field_texts, sequence_columns, shifted_columns
-from lm.tasks import (
-    chat,
-    classification,
-    corrupt,
-    images,
-    masked_lm,
-    multitask,
-    prompting,
-    recommendation,
-    sentence_embeddings,
-    seq2seq,
-    span_qa,
-    tagging,
-)
+from ml_collections import ConfigDict
 
-
-def _whole_columns(cfg: Config) -> Columns:
-    return sequence_columns(("tokens",), cfg.data.seq_len)
-
-
-def _prefix_columns(cfg: Config) -> Columns:
-    return shifted_columns(cfg) | {"is_prefix": ((cfg.data.seq_len,), np.int32)}
-
+from lm import config
+from lm.config import Config, older, schema
+from lm.config.schema import ConfigError
+from lm.tasks.base import Task
+from lm.tasks.chat import CHAT
+from lm.tasks.classification import CLASSIFICATION, REGRESSION
+from lm.tasks.images import CONTRASTIVE_IMAGES, IMAGE_CLASSIFICATION, MASKED_AUTOENCODING
+from lm.tasks.language_modelling import CAUSAL_LM, PREFIX_LM
+from lm.tasks.masked_lm import MASKED_LM, MASKED_LM_PAIRS
+from lm.tasks.multitask import MULTITASK
+from lm.tasks.prompting import PROMPTING
+from lm.tasks.recommendation import MASKED_ITEM, NEXT_ITEM
+from lm.tasks.sentence_embeddings import CONTRASTIVE_PAIRS, CONTRASTIVE_SENTENCES, CONTRASTIVE_TRIPLES
+from lm.tasks.seq2seq import SPAN_CORRUPTION, TRANSLATION
+from lm.tasks.span_qa import SPAN_QA
+from lm.tasks.tagging import ENTITIES, TAGGING
 
 TASKS: dict[str, Task] = {
-    "text": example.TEXT,
-    "chat": chat.CHAT,
-    "prefix_text": example.TEXT._replace(corrupt=corrupt.prefix, batch=_prefix_columns),
-    "span_corruption": seq2seq.SPAN_CORRUPTION,
-    "translation": seq2seq.TRANSLATION,
-    "masked_text": Task(
-        ("text",), example.whole_text, _whole_columns, field_texts("text"), corrupt.mask_tokens, shifted_columns
-    ),
-    "masked_pairs": masked_lm.MASKED_PAIRS,
-    **sentence_embeddings.SENTENCE_TASKS,
-    "sentences": classification.LABELLED,
-    "scored_sentences": classification.SCORED,
-    "mixed_sentences": multitask.MIXED,
-    "prompted": prompting.PROMPTED,
-    "tagging": tagging.TAGGING,
-    "entities": tagging.ENTITIES,
-    "span_qa": span_qa.SPAN_QA,
-    "images": images.LABELLED_IMAGES,
-    "masked_images": images.MASKED_IMAGES,
-    "image_pairs": images.IMAGE_PAIRS,
-    "items": recommendation.ITEMS,
-    "masked_items": recommendation.MASKED_ITEMS,
+    task.name: task
+    for task in (
+        *(CAUSAL_LM, PREFIX_LM, CHAT),
+        *(MASKED_LM, MASKED_LM_PAIRS),
+        *(SPAN_CORRUPTION, TRANSLATION),
+        *(CONTRASTIVE_SENTENCES, CONTRASTIVE_PAIRS, CONTRASTIVE_TRIPLES),
+        *(CLASSIFICATION, REGRESSION, MULTITASK, PROMPTING),
+        *(TAGGING, ENTITIES, SPAN_QA),
+        *(MASKED_AUTOENCODING, CONTRASTIVE_IMAGES, IMAGE_CLASSIFICATION),
+        *(NEXT_ITEM, MASKED_ITEM),
+    )
 }
+_OPTIONS = {name: task.options for name, task in TASKS.items()}
+
+
+def task_of(cfg: Config) -> Task:
+    """The task that `task.name` names."""
+    return TASKS[cfg.task.name]
+
+
+def task_config(name: str, **options: Any) -> Any:
+    """The section `task` of a recipe, as a `ConfigDict`: the options of a task, those not given at their defaults.
+
+    Raises:
+      ConfigError: no such task, or option.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"no task '{name}'{schema.nearest(name, TASKS)}; there are {', '.join(TASKS)}")
+    section = schema.build_section(TASKS[name].options, {"name": name, **options}, "task.")
+    return ConfigDict(schema.to_dict(section))
+
+
+def default_config(name: str = "causal_lm") -> Any:
+    """The default config of a task as a `ConfigDict`, with every key there is: recipes start from it.
+
+    Raises:
+      ConfigError: no such task.
+    """
+    defaults = ConfigDict(schema.to_dict(Config()))
+    defaults.task = task_config(name)
+    return defaults
+
+
+def build_config(source: Mapping[str, Any]) -> Config:
+    """A `Config` from a `ConfigDict` or nested dict, strictly. Raises ConfigError, as `lm.config.build`."""
+    return config.build(source, _OPTIONS)
+
+
+def build_saved_config(source: Mapping[str, Any]) -> Config:
+    """The `Config` that a run of this or an older version saved as JSON."""
+    known = {name: tuple(schema.keys(options)) for name, options in _OPTIONS.items()}
+    return build_config(older.upgrade(source, known))

@@ -1,18 +1,88 @@
-"""Sentences side by side, to tell what belongs together from all else (SimCSE, Gao et al. 2021)."""
+"""Contrastive learning of sentence embeddings (SimCSE, Gao et al. 2021)."""
 
+import dataclasses
 from collections import Counter
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.config import Config
 from lm.config.schema import ConfigError
-from lm.data.example import Columns, Example, Rows, Task, field_texts
+from lm.data.example import Columns, Example, Rows
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
+from lm.evaluation import scores
+from lm.losses import contrastive as contrastive_losses
+from lm.tasks.base import (
+    TEXT_MODELS,
+    Apply,
+    LossFn,
+    Task,
+    field_texts,
+    views_as_rows,
+)
 from lm.tasks.classification import encode_pair
+from lm.types import Batch, Head, LossTerms, Outputs, Params
 
 
-def _views(fields: tuple[str, ...]) -> Task:
+@dataclasses.dataclass(frozen=True)
+class ContrastiveOptions:
+    """Options of contrastive learning of sentences."""
+
+    name: str = "contrastive_sentences"
+    temperature: float = 0.05  # similarities are divided by it
+    projection_dim: int = 128  # width of the projection head's output
+
+
+def contrastive_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """Views of the same row alike, those of other rows not: SimCLR for images, SimCSE for text.
+
+    A text alone, [B, 1, L], is seen under two dropout masks; while evaluating there is none, so that its views are the
+    same and only `uniformity` tells something.
+    """
+    del tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        weights_B, is_image = batch["row_weights"], "images" in batch
+        views = batch["images" if is_image else "tokens"].shape[1]
+        if views == 1:
+            batch = {key: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x for key, x in batch.items()}
+            views = 2
+        z_RxP = apply(params, views_as_rows(batch, views), rng=rng).head
+        z_BxnxP = z_RxP.reshape(-1, views, z_RxP.shape[-1])
+        terms = contrastive_losses.info_nce(z_BxnxP, weights_B, temperature=cfg.task.temperature, symmetric=is_image)
+        return terms._replace(outputs={"first": z_BxnxP[:, 0], "second": z_BxnxP[:, 1]})
+
+    return loss_fn
+
+
+def view_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
+    """Alignment and uniformity of two vectors for each row that should be alike (Wang and Isola 2020)."""
+    del meta, cfg
+    return scores.views(outputs["first"], outputs["second"])
+
+
+def view_score_names(cfg: Config) -> tuple[str, ...]:
+    """The names of `view_scores`."""
+    return ("alignment", "uniformity")
+
+
+def projection_head(cfg: Config) -> Head:
+    """The projection, an MLP, of which a trained model's user has no need."""
+    return Head("projection", cfg.task.projection_dim)
+
+
+def check_contrast(cfg: Config) -> None:
+    """Raises ConfigError for a temperature or a width that no run could use."""
+    if cfg.task.temperature <= 0:
+        raise ConfigError(f"'task.temperature' must be greater than 0, got {cfg.task.temperature}")
+    if cfg.task.projection_dim < 1:
+        raise ConfigError(f"'task.projection_dim' must be at least 1, got {cfg.task.projection_dim}")
+
+
+def _views(name: str, fields: tuple[str, ...]) -> Task:
     """Sentences of one record side by side, [n, L] each: anchor, what is alike, and what only seems to be."""
 
     def make(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
@@ -32,7 +102,7 @@ def _views(fields: tuple[str, ...]) -> Task:
 
     def columns(cfg: Config) -> Columns:
         if len(fields) == 1 and not cfg.model.dropout:
-            raise ConfigError(f"'data.task' {cfg.data.task} compares two dropout masks, but 'model.dropout' is 0")
+            raise ConfigError(f"task.name={cfg.task.name} compares two dropout masks, but 'model.dropout' is 0")
         shape = (len(fields), cfg.data.seq_len)
         return {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
 
@@ -44,12 +114,27 @@ def _views(fields: tuple[str, ...]) -> Task:
             return "'text' and 'text_pair' are equal in every row; expected two different sentences"
         return ""
 
-    return Task(fields, make, columns, field_texts(*fields), lacks=lacks)
+    return Task(
+        name=name,
+        models=TEXT_MODELS,
+        fields=fields,
+        examples=make,
+        columns=columns,
+        texts=field_texts(*fields),
+        loss=contrastive_loss,
+        loss_unit="nats per example",
+        legend="The model learns which views belong together.",
+        options=ContrastiveOptions,
+        check=check_contrast,
+        lacks=lacks,
+        head=projection_head,
+        scores=view_scores,
+        score_names=view_score_names,
+        couples_rows=True,
+    )
 
 
-# data.task -> what an anchor is compared with: itself under other dropout, its pair, its pair and a hard negative.
-SENTENCE_TASKS: dict[str, Task] = {
-    "lone_sentences": _views(("text",)),
-    "sentence_pairs": _views(("text", "text_pair")),
-    "sentence_triples": _views(("text", "text_pair", "negative")),
-}
+# What an anchor is compared with: itself under other dropout, its pair, its pair and a hard negative.
+CONTRASTIVE_SENTENCES = _views("contrastive_sentences", ("text",))
+CONTRASTIVE_PAIRS = _views("contrastive_pairs", ("text", "text_pair"))
+CONTRASTIVE_TRIPLES = _views("contrastive_triples", ("text", "text_pair", "negative"))

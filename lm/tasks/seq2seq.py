@@ -1,20 +1,58 @@
-"""Rows of an encoder-decoder: a text and its translation, or a text with holes and what was there."""
+"""Tasks of an encoder-decoder: translation, and span corruption (T5, Raffel et al. 2020)."""
 
+import dataclasses
 from collections import Counter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lm.config import Config
-from lm.data.example import Columns, Example, Task, field_texts, sequence_columns, shifted
+from lm.config.schema import ConfigError
+from lm.data.example import Columns, Example, Row
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
-from lm.tasks import corrupt
+from lm.tasks.base import (
+    TOKEN_LOSS,
+    Task,
+    check_mask_rate,
+    field_texts,
+    sequence_columns,
+    shifted,
+    whole_row,
+)
+from lm.tasks.language_modelling import next_token_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslationOptions:
+    """Options of translation."""
+
+    name: str = "translation"
+    # tools/translate.py: sacrebleu's tokenizer; auto = by the target language (the ending of the reference file).
+    bleu_tokenizer: Literal[
+        Literal["auto", "13a", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K"],
+        Literal["intl", "char", "none"],
+    ] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruptionOptions:
+    """Options of span corruption; T5's names for them are noise_density and mean_noise_span_length."""
+
+    name: str = "span_corruption"
+    mask_rate: float = 0.15  # share of the tokens that are hidden
+    mean_span_length: float = 3.0  # of a hidden span, in tokens
+
+
+def target_len(cfg: Config) -> int:
+    """Positions of the decoder's row."""
+    return cfg.data.target_len or cfg.data.seq_len
 
 
 def columns(cfg: Config) -> Columns:
     """Inputs of data.seq_len positions, and what the decoder reads and predicts of data.target_len."""
     names = ("inputs", "input_segment_ids", "input_positions")
-    decoder = sequence_columns(("tokens", "targets", "loss_weights"), corrupt.target_len(cfg))
+    decoder = sequence_columns(("tokens", "targets", "loss_weights"), target_len(cfg))
     return decoder | {name: ((cfg.data.seq_len,), np.int32) for name in names}
 
 
@@ -35,13 +73,13 @@ def translation(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
     """
     inputs = source_ids(record["text"], tokenizer)
     target = source_ids(record["target"], tokenizer)
-    cut = {"source_cut": len(inputs) > cfg.data.seq_len, "target_cut": len(target) > corrupt.target_len(cfg)}
+    cut = {"source_cut": len(inputs) > cfg.data.seq_len, "target_cut": len(target) > target_len(cfg)}
     if any(cut.values()) and cfg.data.overlong == "drop":
         counts["dropped_overlong"] += 1
         return []
     counts.update(name for name, is_cut in cut.items() if is_cut)
     inputs = [*inputs[: min(len(inputs), cfg.data.seq_len) - 1], tokenizer.eos_id]
-    target = [*target[: min(len(target), corrupt.target_len(cfg)) - 1], tokenizer.eos_id]
+    target = [*target[: min(len(target), target_len(cfg)) - 1], tokenizer.eos_id]
     encoder = {
         "inputs": np.array(inputs, np.int32),
         "input_segment_ids": np.ones(len(inputs), np.int32),
@@ -50,26 +88,165 @@ def translation(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
     return [Example(encoder | shifted([tokenizer.bos_id, *target], [True] * (1 + len(target))))]
 
 
+# Span corruption ----------------------------------------------------------------------------------------------------
+
+
+class SpanSizes(NamedTuple):
+    """Of a row of n tokens: how many are hidden, in how many spans, and how long its inputs and targets become."""
+
+    hidden: int
+    spans: int
+    inputs: int
+    targets: int
+
+
+def span_sizes(n: int, cfg: Config) -> SpanSizes:
+    """round(rate * n) tokens are hidden, at least one and never all, in round(hidden / mean_span) spans, at least one.
+
+    Both ends are counted. A row of fewer than two tokens hides nothing.
+    """
+    hidden = min(max(round(n * cfg.task.mask_rate), 1), n - 1) if n > 1 else 0
+    spans = min(max(round(hidden / cfg.task.mean_span_length), 1), hidden, n - hidden)
+    return SpanSizes(hidden, spans, n - hidden + spans + 1, hidden + spans + 1)
+
+
+def raw_len(cfg: Config) -> int:
+    """Tokens of a row before its spans are hidden: as many as then fill the data.seq_len positions of the encoder.
+
+    Raises:
+      ConfigError: not even two tokens fit.
+    """
+    n = 2
+    if span_sizes(n, cfg).inputs > cfg.data.seq_len:
+        raise ConfigError(f"'data.seq_len' ({cfg.data.seq_len}) must be at least 3 for task.name=span_corruption")
+    while span_sizes(n + 1, cfg).inputs <= cfg.data.seq_len:
+        n += 1
+    return n
+
+
 def raw_text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """The text and EOS, from which `corrupt.span_corruption` hides spans; longer than its row, it is cut in pieces."""
+    """The text and EOS, from which `span_corruption` hides spans; longer than its row, it is cut in pieces."""
     ids = tokenizer.encode(record["text"])
     if not ids:
         counts["dropped_empty"] += 1
         return []
-    tokens, limit = np.array([*ids, tokenizer.eos_id], np.int32), corrupt.raw_len(cfg)
+    tokens, limit = np.array([*ids, tokenizer.eos_id], np.int32), raw_len(cfg)
     if len(tokens) <= limit or cfg.data.packing == "concat":
         return [Example({"tokens": tokens})]
     counts["cut_in_pieces"] += 1
     return [Example({"tokens": tokens[start : start + limit]}) for start in range(0, len(tokens), limit)]
 
 
-TRANSLATION = Task(("text", "target"), translation, columns, field_texts("text", "target"), prompt=source_ids)
-SPAN_CORRUPTION = Task(
-    ("text",),
-    raw_text,
-    lambda cfg: sequence_columns(("tokens",), corrupt.raw_len(cfg)),
-    field_texts("text"),
-    corrupt.span_corruption,
-    columns,
+def span_corruption(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
+    """Hides spans of a row, each behind a sentinel; the decoder says what was there (T5, Raffel et al. 2020, 3.1.4).
+
+    Lengths of the spans, and of what is kept before, between and after them, are random compositions, as in T5's
+    `random_spans_noise_mask`. There a span always ends the row, so that of a row with one span the same tokens would be
+    hidden each time; here nothing need be kept before the first and after the last one. The row is taken as one
+    sequence: documents packed in it see each other. Worked, <0> <1> the sentinels:
+
+        row      thank you for inviting me to your party last week
+        inputs   thank you <0> me to your party <1> week EOS
+        targets  <0> for inviting <1> last EOS
+        tokens   BOS <0> for inviting <1> last
+
+    Args:
+      row: tokens and segment_ids (0 = padding), int [n], n at most `raw_len(cfg)`.
+      rng: generator of this row.
+      tokenizer: its `sentinel_ids`, `bos_id` and `eos_id`.
+      cfg: `task` and `data`; `_check` has passed.
+
+    Returns:
+      The row with inputs, input_segment_ids, input_positions int32 [seq_len] and, of target_len positions, tokens,
+      targets, segment_ids, positions int32 and loss_weights float32: 0 on padding, and everywhere if nothing is hidden.
+    """
+    tokens = row["tokens"][row["segment_ids"] > 0].astype(np.int32)
+    sizes = span_sizes(len(tokens), cfg)
+    inputs: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    kept_lengths = _composition(len(tokens) - sizes.hidden + 2, sizes.spans + 1, rng)
+    kept_lengths[0] -= 1  # the first and the last, which is what is left, may be of no token
+    hidden_lengths = _composition(sizes.hidden, sizes.spans, rng)
+    at = 0
+    for number, (kept, hidden) in enumerate(zip(kept_lengths, hidden_lengths, strict=False)):
+        sentinel = tokenizer.sentinel_ids[number : number + 1]
+        inputs += [tokens[at : at + kept], sentinel]
+        targets += [sentinel, tokens[at + kept : at + kept + hidden]]
+        at += kept + hidden
+    end = [tokenizer.eos_id]
+    target_ids = np.concatenate([*targets, end])
+    encoder = whole_row("inputs", np.concatenate([*inputs, tokens[at:], end]), cfg.data.seq_len, "input_")
+    decoder = whole_row("tokens", np.concatenate([[tokenizer.bos_id], target_ids[:-1]]), target_len(cfg))
+    room = target_len(cfg) - len(target_ids)
+    weight = 1.0 if sizes.spans else 0.0
+    return (
+        row
+        | encoder
+        | decoder
+        | {
+            "targets": np.pad(target_ids, (0, room)).astype(np.int32),
+            "loss_weights": np.pad(np.full(len(target_ids), weight, np.float32), (0, room)),
+        }
+    )
+
+
+def _composition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+    """Lengths, each at least 1, of `parts` parts of `total`; all such lists are equally likely. [0] parts: empty."""
+    if not parts:
+        return np.zeros(0, int)
+    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(cuts, prepend=0, append=total)
+
+
+def _check_span_corruption(cfg: Config) -> None:
+    check_mask_rate(cfg)
+    extra, seq_len = cfg.tokenizer.extra_ids, cfg.data.seq_len
+    if cfg.task.mean_span_length < 1:
+        raise ConfigError(f"'task.mean_span_length' must be at least 1, got {cfg.task.mean_span_length}")
+    sizes = span_sizes(raw_len(cfg), cfg)
+    if extra - 1 < sizes.spans:
+        raise ConfigError(
+            f"'tokenizer.extra_ids' is {extra}, but rows of data.seq_len={seq_len} have up to {sizes.spans} hidden "
+            f"spans: it must be at least {sizes.spans + 1}, a sentinel for each and the mask"
+        )
+    if target_len(cfg) < sizes.targets:
+        raise ConfigError(
+            f"'data.target_len' is {target_len(cfg)}, but what is hidden of rows of data.seq_len={seq_len} takes "
+            f"up to {sizes.targets} positions: it must be at least that"
+        )
+
+
+TRANSLATION = Task(
+    name="translation",
+    models=("encoder_decoder",),
+    fields=("text", "target"),
+    examples=translation,
+    columns=columns,
+    texts=field_texts("text", "target"),
+    loss=next_token_loss,
+    loss_unit="nats per token",
+    options=TranslationOptions,
+    overlong=("truncate", "drop"),
+    loss_options=TOKEN_LOSS,
+    has_perplexity=True,
     prompt=source_ids,
+)
+SPAN_CORRUPTION = Task(
+    name="span_corruption",
+    models=("encoder_decoder",),
+    fields=("text",),
+    examples=raw_text,
+    columns=lambda cfg: sequence_columns(("tokens",), raw_len(cfg)),
+    texts=field_texts("text"),
+    loss=next_token_loss,
+    loss_unit="nats per token",
+    options=SpanCorruptionOptions,
+    check=_check_span_corruption,
+    packing=("pad", "concat"),
+    transform=span_corruption,
+    batch_columns=columns,
+    loss_options=TOKEN_LOSS,
+    has_perplexity=True,
+    prompt=source_ids,
+    generates=("sentinels",),
 )

@@ -1,20 +1,41 @@
 """Questions whose answer is a span of a context, or none (SQuAD v1.1 and v2.0, Rajpurkar et al. 2016, 2018): windows,
 and spans back to text."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lm import losses
 from lm.config import Config
 from lm.config.schema import ConfigError
-from lm.data.example import Columns, Example, Rows, Task, field_texts, sequence_columns
+from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
+from lm.tasks.base import (
+    Apply,
+    LossFn,
+    Task,
+    field_texts,
+    sequence_columns,
+)
+from lm.types import Batch, Head, LossTerms, Params
 
 MAX_ANSWER_TOKENS = 30  # as BERT's run_squad.py
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanQaOptions:
+    """Options of span question answering."""
+
+    name: str = "span_qa"
+    # With unanswerable questions: the answer is '' where the score of none is above the best span's by more.
+    null_threshold: float = 0.0
 
 
 class Window(NamedTuple):
@@ -44,7 +65,7 @@ class Answer(NamedTuple):
     text: str
 
 
-def span_qa(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """[CLS] question [SEP] window of the context [SEP], one example a window; type_ids are 1 from the window on.
 
     `labels` are the positions of the first and the last token of the first answer, or (0, 0), which is [CLS], in a
@@ -175,7 +196,7 @@ def score(outputs: dict[str, np.ndarray], meta: list[Window], cfg: Config) -> di
         null_Q = np.array([np.min(null_R[rows]) for rows in _questions(meta)])
         margins_Q = null_Q - [answers[0].score if answers else -np.inf for _, answers in best]
         margins_Q = np.where(np.isnan(margins_Q), np.inf, margins_Q)  # of a model that has diverged
-        found = scores.answers_or_none(said, accepted, margins_Q, cfg.eval.null_threshold)
+        found = scores.answers_or_none(said, accepted, margins_Q, cfg.task.null_threshold)
     wanted = cfg.checkpoint.best_metric
     if wanted in score_names(cfg) and wanted not in found and not (cfg.data.mixture or cfg.data.replay):
         kind = "with" if wanted.startswith("HasAns") else "without"
@@ -203,4 +224,34 @@ def _lacks(rows: Rows, cfg: Config) -> str:
     return "" if rows["labels"].any() else "no window holds an answer; expected some"
 
 
-SPAN_QA = Task(("question", "context", "answers"), span_qa, _columns, field_texts("question", "context"), lacks=_lacks)
+def span_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
+    """Cross-entropy of the first and the last token of the answer in a window, [CLS] for both where it has none."""
+    del cfg
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        logits_BxLx2 = apply(params, batch, rng=rng).head
+        is_context_BxL = (batch["type_ids"] == 1) & (batch["tokens"] != tokenizer.eos_id)
+        is_first_BxL = jax.lax.broadcasted_iota(jnp.int32, is_context_BxL.shape, 1) == 0
+        return losses.span_cross_entropy(
+            logits_BxLx2, batch["labels"], is_context_BxL | is_first_BxL, batch["row_weights"]
+        )
+
+    return loss_fn
+
+
+SPAN_QA = Task(
+    name="span_qa",
+    models=("encoder",),
+    fields=("question", "context", "answers"),
+    examples=windows,
+    columns=_columns,
+    texts=field_texts("question", "context"),
+    loss=span_loss,
+    loss_unit="nats per window",
+    legend="The model learns where the answer begins and ends; its tokens are noted.",
+    options=SpanQaOptions,
+    lacks=_lacks,
+    head=lambda cfg: Head("token", 2),
+    scores=score,
+    score_names=score_names,
+)

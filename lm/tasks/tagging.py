@@ -1,24 +1,48 @@
 """Words with a tag each: parts of speech, and named entities (Ramshaw and Marcus 1995)."""
 
+import dataclasses
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lm import losses
 from lm.config import Config
-from lm.data.example import Columns, Example, Rows, Task, field_texts, sequence_columns
+from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import entity_tags, scores
-from lm.tasks.classification import label_index
+from lm.tasks.base import (
+    Apply,
+    LossFn,
+    Task,
+    check_labels,
+    field_texts,
+    label_index,
+    sequence_columns,
+)
+from lm.types import Batch, Head, LossTerms, Params
 
 _WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters and digits, or one other character
 
 
-def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+@dataclasses.dataclass(frozen=True)
+class TaggingOptions:
+    """Options of tagging."""
+
+    name: str = "tagging"
+    labels: tuple[str, ...] = ()  # all there are; a label's place here is its index
+    # In which scheme the labels spell entities, see lm.evaluation.entity_tags; auto = by their letters, IOB1 or IOB2 by
+    # the held-out tags; none = words alone are scored.
+    entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = "auto"
+
+
+def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """[CLS], the words joined by spaces, [SEP]; the token in which a word begins has the label of the word, others -1.
 
     Worked, for pieces 'Par', 'kinson', "'", ' s', seq_len 8, labels (O, B, I):
@@ -32,11 +56,11 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     their scheme would not have: see `entity_tags.faults`.
 
     Raises:
-      DataError: a tag that `data.labels` does not have, or two words that begin in one token.
+      DataError: a tag that `task.labels` does not have, or two words that begin in one token.
     """
     words, room = record["words"], cfg.data.seq_len - 2
     label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
-    if tag_of := entity_tags.read(cfg.data.labels, _scheme(cfg)):
+    if tag_of := entity_tags.read(cfg.task.labels, _scheme(cfg)):
         schemes = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
         found = entity_tags.faults([tag_of[tag] for tag in record["tags"]], schemes)
         counts.update({name: number for name, number in found.items() if number})
@@ -68,7 +92,7 @@ def tagging(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     return examples
 
 
-def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+def entity_spans(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """A text with character spans, as words (runs of letters and digits; any other character) with BIO tags.
 
     A word has the tag of a span that holds any of its characters; a span that begins or ends inside of a word grows to
@@ -76,7 +100,7 @@ def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
     together ('entity_dropped', which also counts spans of white space alone).
 
     Raises:
-      DataError: as `tagging`, of the tags 'B-label' and 'I-label'.
+      DataError: as `tagged_words`, of the tags 'B-label' and 'I-label'.
     """
     matches = list(_WORD.finditer(record["text"]))
     if not matches:
@@ -96,18 +120,18 @@ def entities(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
         tags[first:last] = [f"B-{entity['label']}", *[f"I-{entity['label']}"] * (last - first - 1)]
     words = [match.group() for match in matches]
     place = {key: record[key] for key in ("source", "identity")}
-    return tagging({"words": words, "tags": tags, **place}, tokenizer, cfg, counts)
+    return tagged_words({"words": words, "tags": tags, **place}, tokenizer, cfg, counts)
 
 
 def _scheme(cfg: Config) -> str:
-    """`eval.entity_scheme`; of 'auto', the one in which `entities` writes its tags."""
-    is_written_here = cfg.data.task == "entities" and cfg.eval.entity_scheme == "auto"
-    return "IOB2" if is_written_here else cfg.eval.entity_scheme
+    """`task.entity_scheme`; of 'auto', the one in which `entity_spans` writes its tags."""
+    is_written_here = cfg.task.name == "entities" and cfg.task.entity_scheme == "auto"
+    return "IOB2" if is_written_here else cfg.task.entity_scheme
 
 
 def score_names(cfg: Config) -> tuple[str, ...]:
     """What `score` gives. Raises ConfigError where labels that look like tags of entities are of no scheme."""
-    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
+    tag_of = entity_tags.read(cfg.task.labels, _scheme(cfg))
     if not tag_of:
         return ("token_accuracy",)
     is_strict = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
@@ -121,14 +145,14 @@ def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[
     Args:
       outputs: 'label' and 'prediction', int32 [R, L]; a label of -1 is none.
       meta: of each row the identity and the text of its sentence; rows of one sentence are put together, in order.
-      cfg: whose data.labels the numbers are indices of.
+      cfg: whose task.labels the numbers are indices of.
     """
     is_word_RxL = outputs["label"] >= 0
     found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
-    tag_of = entity_tags.read(cfg.data.labels, _scheme(cfg))
+    tag_of = entity_tags.read(cfg.task.labels, _scheme(cfg))
     if not tag_of:
         return found
-    tags = [tag_of[label] for label in cfg.data.labels]
+    tags = [tag_of[label] for label in cfg.task.labels]
     expected: list[list[str]] = []
     predicted: list[list[str]] = []
     rows = zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True)
@@ -154,8 +178,43 @@ def _word_texts(record: Record) -> Iterator[str]:
 def _lacks(rows: Rows, cfg: Config) -> str:
     found = np.unique(rows["labels"])
     found = found[found >= 0]
-    return f"all words have the tag {cfg.data.labels[found[0]]!r}; expected two or more" if len(found) == 1 else ""
+    return f"all words have the tag {cfg.task.labels[found[0]]!r}; expected two or more" if len(found) == 1 else ""
 
 
-TAGGING = Task(("words", "tags"), tagging, _columns, _word_texts, lacks=_lacks)
-ENTITIES = Task(("text", "entities"), entities, _columns, field_texts("text"), lacks=_lacks)
+def tagging_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
+    """Cross-entropy of one of `task.labels` for each word, at the position where it begins."""
+    del tokenizer
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
+        logits_BxLxC = apply(params, batch, rng=rng).head
+        labels_BxL = batch["labels"]
+        is_word_BxL = (labels_BxL >= 0) & (batch["segment_ids"] > 0)
+        weights_BxL = jnp.where(is_word_BxL, batch["row_weights"][:, None], 0.0)
+        smoothing = cfg.loss.label_smoothing
+        terms = losses.class_cross_entropy(logits_BxLxC, labels_BxL, weights_BxL, label_smoothing=smoothing)
+        return terms._replace(outputs=terms.outputs | {"label": labels_BxL})
+
+    return loss_fn
+
+
+TAGGING = Task(
+    name="tagging",
+    models=("encoder",),
+    fields=("words", "tags"),
+    examples=tagged_words,
+    columns=_columns,
+    texts=_word_texts,
+    loss=tagging_loss,
+    loss_unit="nats per word",
+    legend="A token is trained when the model learns its tag, which is noted at it.",
+    options=TaggingOptions,
+    check=check_labels,
+    lacks=_lacks,
+    head=lambda cfg: Head("token", len(cfg.task.labels)),
+    scores=score,
+    score_names=score_names,
+    loss_options=("label_smoothing",),
+)
+ENTITIES = TAGGING._replace(
+    name="entities", fields=("text", "entities"), examples=entity_spans, texts=field_texts("text")
+)

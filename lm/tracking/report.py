@@ -17,8 +17,10 @@ import jax
 import lm
 from lm import param_paths
 from lm.config import schema
+from lm.config.schema import ConfigError
 from lm.evaluation import metrics
 from lm.optim.trainable import Selection, trained_part
+from lm.tasks import base, build_saved_config, task_of
 from lm.tracking.tracker import finite, read_rows, write_atomic
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
@@ -149,9 +151,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     samples, _ = read_rows(workdir / "samples.jsonl")
     summary, resolved = _read_json(workdir / "summary.json"), _read_json(workdir / "config.json")
     figures = {key: value for key, value in summary.items() if key not in ("versions", "goodput")}
-    about = functools.partial(
-        metrics.about, objective=resolved.get("objective", ""), labels=resolved.get("data", {}).get("labels", ())
-    )
+    about = functools.partial(metrics.about, loss_unit=_loss_unit(resolved))
     best_metric = resolved.get("checkpoint", {}).get("best_metric", "loss")
     body = [
         f"<h1>{html.escape(workdir.resolve().name)}</h1>",
@@ -175,6 +175,15 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _loss_unit(resolved: dict[str, Any]) -> Callable[[str], str]:
+    """The unit of a loss of the run, by the name of the part whose loss it is; '' where config.json tells none."""
+    try:
+        cfg = build_saved_config(resolved)
+    except ConfigError:
+        return lambda prefix: ""
+    return functools.partial(base.loss_unit, task_of(cfg), cfg)
+
+
 def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About] = metrics.about) -> Any:
     """A matplotlib figure with a panel for every metric over the step, train as a line, eval as dots on a line.
 
@@ -182,7 +191,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metric
 
     Args:
       rows: of metrics.jsonl.
-      about: what is known of a metric by its name, in a run of this objective.
+      about: what is known of a metric by its name, in a run of this task.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -95,14 +95,14 @@ def pixels(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     except BadRecord:
         raise
     except Image.DecompressionBombError as error:
-        raise BadRecord("wrong size", f"{error}; expected data.image_shape, {height} x {width}") from None
+        raise BadRecord("wrong size", f"{error}; expected task.image_shape, {height} x {width}") from None
     except Exception as error:  # what a decoder of Pillow stumbles over comes as it is: OSError, SyntaxError, ...
         raise BadRecord("damaged image", f"{type(error).__name__}: {error}; {_EXPECTED}") from None
 
 
 def _wrong_size(size: tuple[int, int], shape: tuple[int, int, int]) -> BadRecord:
     found = f"found {size[1]} x {size[0]} pixels"
-    return BadRecord("wrong size", f"{found}; expected data.image_shape, {shape[0]} x {shape[1]}")
+    return BadRecord("wrong size", f"{found}; expected task.image_shape, {shape[0]} x {shape[1]}")
 
 
 def with_pixels(record: Record, shape: tuple[int, int, int]) -> Record:
@@ -184,7 +184,7 @@ def _mnist(path: epath.Path, shape: tuple[int, int, int], max_expansion: int) ->
         raise DataError(f"{labels_path}: found {len(labels)} labels; expected one for each of {len(images)} images")
     if (*images.shape[1:], 1) != shape:
         height, width = images.shape[1:]
-        raise DataError(f"{path}: found {height} x {width} x 1 images; expected data.image_shape, {shape}")
+        raise DataError(f"{path}: found {height} x {width} x 1 images; expected task.image_shape, {shape}")
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         yield {"image": image[:, :, None], "label": str(label), "source": f"{path}:{number}"}
 

@@ -12,10 +12,9 @@ from typing import Any
 
 from etils import epath
 
-from lm.config import DataConfig
 from lm.data.readers import fields, images, paths, text
 from lm.data.readers.fields import BadRecord, Names
-from lm.data.record import DataError, Fault, Record
+from lm.data.record import NOTHING, DataError, Fault, Record
 
 _ROWS_AT_ONCE = 256
 _BUFFER_BYTES = 1 << 20  # of a column that is read while its rows are
@@ -87,7 +86,7 @@ def _json(path: epath.Path) -> dict[str, Any]:
 
 
 def read_parquet(
-    path: epath.Path, rename: Mapping[str, str], shape: _Shape = DataConfig.image_shape
+    path: epath.Path, rename: Mapping[str, str], shape: _Shape = NOTHING.image_shape
 ) -> Iterator[Record | Fault]:
     """Rows of a parquet file.
 
@@ -110,7 +109,7 @@ def read_parquet(
 
 
 def read_arrow(
-    path: epath.Path, rename: Mapping[str, str], shape: _Shape = DataConfig.image_shape
+    path: epath.Path, rename: Mapping[str, str], shape: _Shape = NOTHING.image_shape
 ) -> Iterator[Record | Fault]:
     """Rows of a file in Arrow's stream format, such as Hugging Face's `save_to_disk` writes. See `read_parquet`."""
     with _reading(path, "arrow"), path.open("rb") as file:

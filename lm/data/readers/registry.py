@@ -15,7 +15,7 @@ from lm.data import labels, splits
 from lm.data.readers import array_record, images, interactions, parquet, python_stdlib, tables, tfds
 from lm.data.readers import paths as files
 from lm.data.readers.text import Opening, read_jsonl, read_text
-from lm.data.record import DataError, Fault, NotRead, Record
+from lm.data.record import NOTHING, DataError, Fault, NotRead, Record, Wanted
 
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
 
@@ -28,12 +28,12 @@ class Format(NamedTuple):
 
     Attributes:
       find: (data.path, data.eval_path) -> the units to train on and those held out.
-      read: (unit, config) -> its records and faults, one at a time, in their order.
+      read: (unit, config, what the task wants) -> its records and faults, one at a time, in their order.
       reads: the keys among `_OPTIONAL` that it reads; the others are refused.
     """
 
     find: Callable[[str, str], "Units"]
-    read: Callable[[Unit, DataConfig], Iterator[Record | Fault | NotRead]]
+    read: Callable[[Unit, DataConfig, Wanted], Iterator[Record | Fault | NotRead]]
     reads: tuple[str, ...] = ()
 
 
@@ -71,7 +71,7 @@ class Split:
     )  # read once, at the end of a run; most formats have none
 
 
-def load(cfg: DataConfig) -> Split:
+def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> Split:
     """Reads the records that `data.*` names.
 
     Held out are the records of `data.eval_path`, else those of a folder's validation split, else the groups (records
@@ -84,7 +84,7 @@ def load(cfg: DataConfig) -> Split:
         to train on or to hold out.
       ConfigError: a key is set that this format does not read.
     """
-    split = _OWN_SPLIT[cfg.format](cfg) if cfg.format in _OWN_SPLIT else _read_all(cfg)
+    split = _OWN_SPLIT[cfg.format](cfg) if cfg.format in _OWN_SPLIT else _read_all(cfg, wanted)
     for name, records in (("train", split.train), ("valid", split.valid)):
         if not records:
             raise DataError(f"data.format={cfg.format}: no {name} record; expected at least one\n{split.report}")
@@ -109,16 +109,16 @@ def find(cfg: DataConfig) -> Units:
     return FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
 
 
-def read(unit: Unit, cfg: DataConfig) -> Iterator[Record | Fault | NotRead]:
+def read(unit: Unit, cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Record | Fault | NotRead]:
     """The records of one unit that `find` gave, and a `Fault` for each that is bad: together all there are. A
     `NotRead` is a file in an archive that is none.
 
-    A label that `data.task` cannot use makes its record bad, see `lm.data.labels`.
+    A label that the task cannot use makes its record bad, see `lm.data.labels`.
 
     Raises:
       DataError: the unit cannot be read to its end.
     """
-    return (labels.checked(item, cfg) for item in FORMATS[cfg.format].read(unit, cfg))
+    return (labels.checked(item, wanted) for item in FORMATS[cfg.format].read(unit, cfg, wanted))
 
 
 def parallel_records(path: str) -> list[Record]:
@@ -191,38 +191,38 @@ def _opening(cfg: DataConfig) -> Opening:
 
 
 def _text_with_fields(reader: Callable[[Any, Mapping[str, str], Opening], Iterator[Record | Fault]]) -> dict[str, Any]:
-    return {"read": lambda unit, cfg: reader(unit, _rename(cfg), _opening(cfg)), "reads": ("rename", "encoding")}
+    return {"read": lambda unit, cfg, _: reader(unit, _rename(cfg), _opening(cfg)), "reads": ("rename", "encoding")}
 
 
 def _with_images(
     reader: Callable[[Any, Mapping[str, str], tuple[int, int, int]], Iterator[Record | Fault]],
 ) -> dict[str, Any]:
-    return {"read": lambda unit, cfg: reader(unit, _rename(cfg), cfg.image_shape), "reads": ("rename",)}
+    return {"read": lambda unit, cfg, wanted: reader(unit, _rename(cfg), wanted.image_shape), "reads": ("rename",)}
 
 
 FORMATS: dict[str, Format] = {
     "text": Format(
         _named(".txt", ".text", ".md"),
-        lambda path, cfg: read_text(path, cfg.separator, _opening(cfg)),
+        lambda path, cfg, _: read_text(path, cfg.separator, _opening(cfg)),
         reads=("separator", "encoding"),
     ),
     "jsonl": Format(_named(".jsonl", ".json"), **_text_with_fields(read_jsonl)),
     "table": Format(_named(".tsv", ".csv"), **_text_with_fields(tables.read_table)),
     "conll": Format(_named(".conll", ".conllu", ".iob", ".tsv"), **_text_with_fields(tables.read_conll)),
-    "squad": Format(_named(".json"), lambda path, cfg: tables.read_squad(path, _opening(cfg)), reads=("encoding",)),
+    "squad": Format(_named(".json"), lambda path, cfg, _: tables.read_squad(path, _opening(cfg)), reads=("encoding",)),
     "parallel": Format(
         _named("", find_splits=_pairs),
-        lambda pair, cfg: tables.read_parallel(pair.source, pair.target, _opening(cfg)),
+        lambda pair, cfg, _: tables.read_parallel(pair.source, pair.target, _opening(cfg)),
         reads=("encoding",),
     ),
     "images": Format(
         _named(*images.SUFFIXES),
-        lambda path, cfg: images.read_images(path, cfg.image_shape, cfg.max_expansion),
+        lambda path, cfg, wanted: images.read_images(path, wanted.image_shape, cfg.max_expansion),
     ),
     "tfds": Format(lambda name, split: Units(*tfds.find(name, split)), **_with_images(tfds.read)),
     "array_record": Format(
         _named(".array_record", ".arrayrecord"),
-        lambda path, cfg: array_record.read_array_record(path, _rename(cfg)),
+        lambda path, cfg, _: array_record.read_array_record(path, _rename(cfg)),
         reads=("rename",),
     ),
     "parquet": Format(_named(".parquet"), **_with_images(parquet.read_parquet)),
@@ -281,8 +281,6 @@ _UNREAD = {
 def _check(cfg: DataConfig) -> None:
     """Refuses options that the format does not read, before anything is read."""
     _rename(cfg)
-    if cfg.image_shape[2] not in (1, 3):
-        raise ConfigError(f"'data.image_shape' is {cfg.image_shape}; expected 1 channel (grey) or 3 (RGB)")
     for key in _UNREAD[cfg.format]:
         if (value := getattr(cfg, key)) != getattr(DataConfig, key):
             raise ConfigError(f"'data.{key}' is {value!r}, but data.format={cfg.format} does not read it")
@@ -291,10 +289,12 @@ def _check(cfg: DataConfig) -> None:
 # Reading all of it ----------------------------------------------------------------------------------------------------
 
 
-def _read_all(cfg: DataConfig) -> Split:
+def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
     units, faults, not_read = find(cfg), list[Fault](), list[NotRead]()
     parts = (units.train, units.valid)
-    train, valid = (list(_good_records((read(unit, cfg) for unit in part), cfg, faults, not_read)) for part in parts)
+    train, valid = (
+        list(_good_records((read(unit, cfg, wanted) for unit in part), cfg, faults, not_read)) for part in parts
+    )
     report = [f"read {len(train) + len(valid):,} records of {sum(map(len, parts)):,} files"]
     report += [f"  {' to '.join(dict.fromkeys((str(part[0]), str(part[-1]))))}" for part in parts if part]
     report += units.notes

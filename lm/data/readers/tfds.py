@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm.config import DataConfig
 from lm.data.readers import array_record, fields, text
 from lm.data.readers import images as image_files
 from lm.data.readers.fields import BadRecord, Names
-from lm.data.record import DataError, Fault, Record
+from lm.data.record import NOTHING, DataError, Fault, Record
 
 
 class Shard(NamedTuple):
@@ -100,7 +99,7 @@ def _without(shard: Shard, out: Shard) -> list[Shard]:
 
 
 def read(
-    shard: Shard, rename: Mapping[str, str], shape: tuple[int, int, int] = DataConfig.image_shape
+    shard: Shard, rename: Mapping[str, str], shape: tuple[int, int, int] = NOTHING.image_shape
 ) -> Iterator[Record | Fault]:
     """The records of a shard, a class by its name, an image as `image_files.pixels` decodes it.
 

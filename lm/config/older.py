@@ -1,0 +1,73 @@
+"""Configs as older versions wrote them, in the keys of today."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Until version 1, 'data.task' and 'objective' said together what is 'task.name' now.
+_TASKS = {
+    "text": "causal_lm",
+    "prefix_text": "prefix_lm",
+    "masked_text": "masked_lm",
+    "masked_pairs": "masked_lm_pairs",
+    "lone_sentences": "contrastive_sentences",
+    "sentence_pairs": "contrastive_pairs",
+    "sentence_triples": "contrastive_triples",
+    "image_pairs": "contrastive_images",
+    "sentences": "classification",
+    "images": "image_classification",
+    "scored_sentences": "regression",
+    "mixed_sentences": "multitask",
+    "prompted": "prompting",
+    "masked_images": "masked_autoencoding",
+    "items": "next_item",
+    "masked_items": "masked_item",
+}
+# (section, key) of an option that has moved to its task -> its name there.
+_OPTIONS = {
+    ("data", "labels"): "labels",
+    ("data", "image_shape"): "image_shape",
+    ("data", "templates"): "templates",
+    ("data", "shots"): "shots",
+    ("corrupt", "rate"): "mask_rate",
+    ("corrupt", "mean_span"): "mean_span_length",
+    ("corrupt", "whole_words"): "whole_words",
+    ("corrupt", "pairs"): "pairs",
+    ("loss", "temperature"): "temperature",
+    ("loss", "r_drop"): "r_drop",
+    ("model", "projection_dim"): "projection_dim",
+    ("eval", "entity_scheme"): "entity_scheme",
+    ("eval", "null_threshold"): "null_threshold",
+    ("eval", "bleu_tokenizer"): "bleu_tokenizer",
+}
+# Keys that are newer than some runs, where the default is not what those did: what they did.
+_BEFORE: dict[tuple[str, str], Any] = {("model", "init"): "fan_in"}
+
+
+def is_older(source: Mapping[str, Any]) -> bool:
+    """Whether a saved config is of a version whose tasks had their options in the shared sections."""
+    return "task" not in source
+
+
+def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """A saved config with every key where it stands today.
+
+    Args:
+      source: what a run of this or an older version wrote.
+      known: name of a task -> the keys of its options.
+    """
+    out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+    for (section, key), value in _BEFORE.items():
+        out.setdefault(section, {}).setdefault(key, value)
+    if not is_older(source):
+        return out
+    out.pop("objective", None)
+    old = out.get("data", {}).pop("task", "text")
+    name = _TASKS.get(old, old)
+    task: dict[str, Any] = {"name": name}
+    for (section, key), option in _OPTIONS.items():
+        if key in out.get(section, {}):
+            value = out[section].pop(key)
+            if option in known.get(name, ()):
+                task[option] = value
+    out.pop("corrupt", None)
+    return out | {"task": task}

@@ -1,0 +1,240 @@
+"""What a task is: everything that one way of learning needs, from the records it reads to the scores it reports."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config import Config, TaskConfig, TokenizerConfig
+from lm.config.schema import ConfigError, nearest
+from lm.data import tokenizer as sentencepiece
+from lm.data.example import Columns, Example, Row, Rows
+from lm.data.record import DataError, Record, Wanted
+from lm.evaluation import metrics
+from lm.types import Batch, Head, LossTerms, ModelOutput, Outputs, Params
+
+Apply = Callable[..., ModelOutput]
+LossFn = Callable[[Params, Batch, jax.Array | None], LossTerms]
+
+TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
+TOKEN_LOSS = ("z_loss", "label_smoothing", "chunk_len")  # keys of LossConfig that the cross-entropy of tokens reads
+
+
+class Vocabulary(NamedTuple):
+    """What ids stand for, and where that is kept.
+
+    Attributes:
+      file: its name in a run's folder.
+      train: (what `Task.texts` gives of the training records, config) -> a `Tokenizer` or what stands in for one.
+      load: path -> the same, saved.
+    """
+
+    file: str
+    train: Callable[[Iterable[str], TokenizerConfig], Any]
+    load: Callable[[Any], Any]
+
+
+SENTENCEPIECE = Vocabulary(
+    "tokenizer.model",
+    lambda texts, cfg: sentencepiece.train(texts, cfg.vocab_size, cfg.train_bytes),
+    sentencepiece.load,
+)
+
+
+class Task(NamedTuple):
+    """A task, all of it. Functions that take a config find their options in `config.task`.
+
+    Attributes:
+      name: `task.name` of the config.
+      models: values of `model.kind` that fit.
+      fields: what a record must have.
+      examples: (record, tokenizer, config, counts) -> its examples.
+      columns: config -> the columns of stored rows, after packing.
+      texts: record -> the texts in it, to train a tokenizer on; None = the task reads no text and has no tokenizer.
+      loss: (apply, config, tokenizer) -> (params, batch, rng) -> LossTerms.
+      loss_unit: what the loss, and the nll where there is one, are measured in.
+      legend: what the model learns of a row, in a sentence for people who look at one.
+      options: the dataclass of its keys in `config.task`.
+      check: raises ConfigError for options, or other keys, that do not fit together.
+      wanted: config -> what readers are to make of labels and images.
+      packing: values of `data.packing` that fit.
+      overlong: values of `data.overlong` that fit, besides auto, which is the first of them.
+      transform: (row, rng, tokenizer, config) -> row: what is drawn anew each time that a row is used.
+      batch_columns: config -> the columns after `transform`; None = the same.
+      draws_other: `transform` finds the columns of a random row beside those of its own, as 'other_...'.
+      augments: `transform` itself applies `data.augment`, so that nobody else does.
+      vocabulary: how its tokenizer is trained, saved and loaded.
+      held_out: (training records, held-out records, config) -> held-out records: what they get of the training ones.
+      lacks: (packed rows of a part, config) -> what the task needs and they do not have (a second document, a second
+        label), as a sentence; '' = nothing. Training rows that lack it are refused, held-out ones counted.
+      head: config -> the output layer it needs; None = the model predicts tokens.
+      scores: (outputs, meta of the rows, config) -> metrics of all held-out rows together.
+      score_names: config -> names of those metrics.
+      loss_options: keys of `LossConfig` that its loss reads.
+      couples_rows: the loss of a row depends on the others, so that a batch cannot be computed in parts.
+      has_perplexity: its nll is of a language model.
+      unit_of: (config, prefix of a metric) -> the unit of its loss, where that is another one.
+      prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
+      ends: tokenizer -> ids that end a generated text.
+      generates: control symbols that its texts have beside those of `generate.symbols`.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    fields: tuple[str, ...]
+    examples: Callable[[Record, Any, Config, Counter[str]], list[Example]]
+    columns: Callable[[Config], Columns]
+    texts: Callable[[Record], Iterator[str]] | None
+    loss: Callable[[Apply, Config, Any], LossFn]
+    loss_unit: str
+    legend: str = "A token is trained when the model learns to predict it from those before it."
+    options: type = TaskConfig
+    check: Callable[[Config], None] = lambda cfg: None
+    wanted: Callable[[Config], Wanted] = lambda cfg: Wanted(cfg.task.name)
+    packing: tuple[str, ...] = ("pad",)
+    overlong: tuple[str, ...] = ("truncate",)
+    transform: Callable[[Row, np.random.Generator, Any, Config], Row] | None = None
+    batch_columns: Callable[[Config], Columns] | None = None
+    draws_other: bool = False
+    augments: bool = False
+    vocabulary: Vocabulary = SENTENCEPIECE
+    held_out: Callable[[Sequence[Record], Sequence[Record], Config], list[Record]] | None = None
+    lacks: Callable[[Rows, Config], str] | None = None
+    head: Callable[[Config], Head | None] = lambda cfg: None
+    scores: Callable[[Outputs, list[Any], Config], dict[str, float]] | None = None
+    score_names: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
+    loss_options: tuple[str, ...] = ()
+    couples_rows: bool = False
+    has_perplexity: bool = False
+    unit_of: Callable[[Config, str], str] | None = None
+    prompt: Callable[[str, Any], list[int]] | None = None
+    ends: Callable[[Any], tuple[int, ...]] = lambda tokenizer: (tokenizer.eos_id,)
+    generates: tuple[str, ...] = ()
+
+
+def columns_of_batch(task: Task, cfg: Config) -> Columns:
+    """The columns of a batch of `task`, but for 'row_weights' and 'example_index', which every batch has."""
+    return (task.batch_columns or task.columns)(cfg)
+
+
+def loss_unit(task: Task, cfg: Config, prefix: str = "") -> str:
+    """What a loss is measured in: the task's own, or that of a part of it, whose name its metrics begin with."""
+    return task.unit_of(cfg, prefix) if task.unit_of and prefix else task.loss_unit
+
+
+def about(task: Task, cfg: Config, metric: str) -> metrics.About:
+    """What is known of a metric of a run of this task."""
+    return metrics.about(metric, lambda prefix: loss_unit(task, cfg, prefix))
+
+
+# Columns and texts ----------------------------------------------------------------------------------------------------
+
+
+def sequence_columns(names: tuple[str, ...], length: int) -> Columns:
+    """Columns of `length` positions, with the segment ids and positions that packing adds."""
+    dtypes = {"loss_weights": np.float32}
+    return {name: ((length,), dtypes.get(name, np.int32)) for name in (*names, "segment_ids", "positions")}
+
+
+def shifted_columns(cfg: Config) -> Columns:
+    """Columns of a task that predicts the next token."""
+    return sequence_columns(("tokens", "targets", "loss_weights"), cfg.data.seq_len)
+
+
+def shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
+    """Columns that predict each id from those before it; `trained` says of each id whether it is trained on."""
+    return {
+        "tokens": np.array(ids[:-1], np.int32),
+        "targets": np.array(ids[1:], np.int32),
+        "loss_weights": np.array(trained[1:], np.float32),
+    }
+
+
+def whole_row(name: str, ids: np.ndarray, length: int, prefix: str = "") -> Row:
+    """Ids as one segment of a row of `length` positions, int32, padded with 0."""
+    room = (0, length - len(ids))
+    columns = {
+        name: ids,
+        f"{prefix}segment_ids": np.ones(len(ids)),
+        f"{prefix}positions": np.arange(len(ids)),
+    }
+    return {key: np.pad(column, room).astype(np.int32) for key, column in columns.items()}
+
+
+def field_texts(*names: str) -> Callable[[Record], Iterator[str]]:
+    """The texts in those fields of a record that it has."""
+    return lambda record: (record[name] for name in names if name in record)
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+def check_labels(cfg: Config) -> None:
+    """Raises ConfigError where `task.labels` is empty or names a label twice."""
+    labels = cfg.task.labels
+    if not labels:
+        raise ConfigError(f"'task.labels' is empty; expected all labels that the data of task.name={cfg.task.name} has")
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"'task.labels' names a label twice: {labels}")
+
+
+def label_index(label: str, record: Record, cfg: Config) -> int:
+    """The place of a label in `task.labels`. Raises DataError, naming the record, for one that is not there."""
+    labels = cfg.task.labels
+    if label not in labels:
+        raise DataError(
+            f"{record['source']}: unknown label {label!r}{nearest(label, labels)}; task.labels has {', '.join(labels)}"
+        )
+    return labels.index(label)
+
+
+def one_label(rows: Rows, names: Sequence[str] = ()) -> str:
+    """For `Task.lacks`: rows whose 'labels' are all the same teach nothing, and no score of them means anything."""
+    found = np.unique(rows["labels"])
+    if len(found) != 1:
+        return ""
+    shown = repr(names[int(found[0])]) if names else f"{found[0]:g}"
+    return f"all {len(rows['labels']):,} rows have the label {shown}; expected two or more"
+
+
+def check_mask_rate(cfg: Config) -> None:
+    """Raises ConfigError unless `task.mask_rate` is in (0, 1)."""
+    if not 0 < cfg.task.mask_rate < 1:
+        raise ConfigError(
+            f"'task.mask_rate' is {cfg.task.mask_rate}; expected a share in (0, 1), for task.name={cfg.task.name} "
+            "predicts what it hides"
+        )
+
+
+def check_fields(task: Task, records: Iterable[Record], known: Mapping[str, Task]) -> None:
+    """Raises ConfigError, naming the first record that the task cannot read, and the tasks that can."""
+    for record in records:
+        if missing := [name for name in task.fields if name not in record]:
+            fits = [name for name, other in known.items() if all(field in record for field in other.fields)]
+            raise ConfigError(
+                f"{record['source']}: 'task.name' is {task.name}, which reads '{missing[0]}', but the record has "
+                f"{', '.join(sorted(set(record) - {'source'}))}; set task.name={' or '.join(fits)}, or other data"
+            )
+
+
+# Views of a row -------------------------------------------------------------------------------------------------------
+
+
+def two_views(batch: Batch) -> Batch:
+    """Every row twice, side by side, under dropout of their own. [a, b] -> [a, a, b, b]."""
+    return views_as_rows({key: jnp.stack([x, x], axis=1) if x.ndim > 1 else x for key, x in batch.items()}, 2)
+
+
+def views_as_rows(batch: Batch, views: int) -> Batch:
+    """Arrays [B, views, ...] as [B * views, ...], a row's views side by side; what it has once, [B], each view gets.
+
+    Example indices are told apart, so that each view has dropout of its own.
+    """
+    rows = {key: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else jnp.repeat(x, views) for key, x in batch.items()}
+    index_B = rows["example_index"]
+    # Bits 29 and 30 do that; indices of more than 2^29 examples may then share dropout, which does no harm.
+    view_B = jnp.arange(index_B.shape[0], dtype=jnp.int32) % views
+    return rows | {"example_index": index_B ^ (view_B << 29)}
