@@ -121,7 +121,10 @@ def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimiz
 @needs_libtpu
 def test_a_start_that_is_not_there_yet_is_planned_without_and_what_predicts_no_tokens_has_no_mfu(tmp_path):
     """Fine-tuning of a run that is still to come, with a damaged result of it in the cache."""
-    changes = {"data.format": "table", "data.task": "sentences", "objective": "classification"}
+    changes = {
+        "data.format": "table",
+        "data.task": "sentences",
+    }
     changes |= {
         "data.labels": "('0', '1')",
         "data.separator": "",

@@ -32,7 +32,7 @@ def make_row(first, second=None, length=L):
 
 def make_config(*named, task="sentences", packing="pad", synonyms="", **data):
     data = config.DataConfig(task=task, packing=packing, augment=named, synonyms=synonyms, labels=("0", "1"), **data)
-    return config.Config(objective="classification", data=data)
+    return config.Config(data=data)
 
 
 def change(name, row, seed, strength, cfg=None):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm import input_pipeline
 from lm.config import Config, DataConfig
 from lm.config.schema import ConfigError
-from lm.data import example, tokenizer
+from lm.data import tokenizer
 from lm.data.record import DataError
-from lm.tasks import chat
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS, chat
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, END = TOK.bos_id, TOK.end_of_turn_id
@@ -41,7 +41,10 @@ def run(*turns, seq_len=1000, words=TOK, **options):
     counts = Counter()
     cfg = Config(data=DataConfig(task="chat", seq_len=seq_len, **options))
     record = {"messages": conversation(*turns), "source": "f:1"}
-    made = [types.SimpleNamespace(**e.columns) for e in example.make(TASKS["chat"], [record], words, cfg, counts)]
+    made = [
+        types.SimpleNamespace(**e.columns)
+        for e in input_pipeline.make_examples(TASKS["chat"], [record], words, cfg, counts)
+    ]
     assert counts.pop("documents") == 1 and counts.pop("examples", 0) == len(made)
     for row in made:
         assert row.tokens.dtype == row.targets.dtype == np.int32 and row.loss_weights.dtype == np.float32

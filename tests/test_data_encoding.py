@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from lm import config, input_pipeline
+from lm import input_pipeline
 from lm.config import DataConfig
 from lm.config.schema import ConfigError
 from lm.corpus import decontaminate
 from lm.data.readers import registry, tables
 from lm.data.readers import text as records
 from lm.data.record import DataError, Fault
+from lm.tasks import build_config
 from tests import small_sets
 
 MARK = "\ufeff"
@@ -221,9 +222,9 @@ def test_a_table_in_latin_1(tmp_path):
 def test_an_encoding_that_is_none_is_refused_with_the_config(name, says):
     source = {"data": {"encoding": name}, "train": {"total_steps": 1}}
     with pytest.raises(ConfigError, match=f"'data.encoding' is .*({says})"):
-        config.build(source)
+        build_config(source)
     source["data"]["encoding"] = "cp1252"
-    assert config.build(source).data.encoding == "cp1252"
+    assert build_config(source).data.encoding == "cp1252"
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrow", "tfds", "array_record", "images", "prepared", "builtin_text"])

@@ -6,13 +6,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from lm import input_pipeline
 from lm.config import Config, DataConfig
 from lm.config.schema import ConfigError
-from lm.data import example as examples
 from lm.data import tokenizer
 from lm.data.example import check_fields
 from lm.data.record import DataError
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, EOS = TOK.bos_id, TOK.eos_id
@@ -21,9 +21,12 @@ BOS, EOS = TOK.bos_id, TOK.eos_id
 def run(records, **options):
     counts = Counter()
     cfg = Config(data=DataConfig(**({"task": "chat"} | options)))
-    check_fields(TASKS[cfg.data.task], [{"source": "f:1"} | record for record in records], cfg.data, TASKS)
+    check_fields(TASKS[cfg.task.name], [{"source": "f:1"} | record for record in records], cfg.data, TASKS)
     sourced = [{"source": "f:1"} | record for record in records]
-    made = [types.SimpleNamespace(**e.columns) for e in examples.make(TASKS[cfg.data.task], sourced, TOK, cfg, counts)]
+    made = [
+        types.SimpleNamespace(**e.columns)
+        for e in input_pipeline.make_examples(TASKS[cfg.task.name], sourced, TOK, cfg, counts)
+    ]
     assert counts["examples"] == len(made) and counts["documents"] == len(records)
     for example in made:
         assert example.tokens.dtype == example.targets.dtype == np.int32 and example.loss_weights.dtype == np.float32
@@ -73,10 +76,10 @@ def test_wrong_records_are_named():
 
 
 def test_texts_are_all_that_a_tokenizer_may_learn_from():
-    assert list(TASKS["text"].texts({"text": "one", "source": "f"})) == ["one"]
+    assert list(TASKS["causal_lm"].texts({"text": "one", "source": "f"})) == ["one"]
     assert list(TASKS["chat"].texts(conversation(("user", "two"), ("assistant", "three")))) == ["two", "three"]
     pair = {"text": "one", "text_pair": "two", "label": "no"}
-    assert list(TASKS["sentences"].texts(pair)) == ["one", "two"]
+    assert list(TASKS["classification"].texts(pair)) == ["one", "two"]
 
 
 @pytest.mark.parametrize("threads", [2, 5])
@@ -85,7 +88,7 @@ def test_threads_change_neither_examples_nor_their_order_nor_counts(threads):
     records = [{"text": f"one two three {i} " * (i % 9), "source": f"f:{i}"} for i in range(200)]
     counts = [Counter(), Counter()]
     alone, shared = (
-        list(examples.make(TASKS["text"], records, TOK, cfg, own, n))
+        list(input_pipeline.make_examples(TASKS["causal_lm"], records, TOK, cfg, own, n))
         for own, n in zip(counts, (1, threads), strict=True)
     )
     assert counts[0] == counts[1] and len(alone) == len(shared) > 200
@@ -94,6 +97,8 @@ def test_threads_change_neither_examples_nor_their_order_nor_counts(threads):
             np.testing.assert_array_equal(other.columns[key], column, strict=True)
     chats = [conversation(("user", "hi"), ("assistant", "yo")) | {"source": "f:1"} for _ in range(90)]
     chats[70]["messages"][0]["role"] = "wrong"
-    made = examples.make(TASKS["chat"], chats, TOK, Config(data=DataConfig(task="chat")), Counter(), threads)
+    made = input_pipeline.make_examples(
+        TASKS["chat"], chats, TOK, Config(data=DataConfig(task="chat")), Counter(), threads
+    )
     with pytest.raises(DataError, match="unknown role 'wrong'"):
         list(made)

@@ -15,6 +15,7 @@ from lm.config.schema import ConfigError
 from lm.data import loader, prefetch, sampler, shards, tokenizer
 from lm.data.readers import registry
 from lm.data.record import DataError
+from lm.tasks import build_config, default_config
 from tests import toys
 
 ROWS = {"web": 37, "books": 11, "code": 5}
@@ -243,11 +244,11 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
         ({"curriculum": config.Duration(steps=1)}, "orders one source"),
     ):
         given = {"mixture": ((0.0, "a", 1.0),), "format": "prepared", "packing": "pad"} | changes
-        recipe = config.defaults()
+        recipe = default_config()
         recipe.train.total_steps = 1
         built = config.schema.to_dict(dataclasses.replace(config.Config(), data=config.DataConfig(**given)))
         with pytest.raises(ConfigError, match=says):
-            config.build(built | {"train": recipe.train.to_dict()})
+            build_config(built | {"train": recipe.train.to_dict()})
 
 
 def prepare(cfg, folder):

@@ -41,7 +41,7 @@ def words():
 
 
 def pairs_config(path, **changes):
-    base = {"data__task": "masked_pairs", "objective": "mlm", "model__kind": "encoder", "data__packing": "pad"}
+    base = {"task__name": "masked_lm_pairs", "model__kind": "encoder", "data__packing": "pad"}
     base |= {"tokenizer__extra_ids": 1, "data__format": "jsonl", "data__path": str(path), "data__seq_len": 64}
     return toys.recipe(path.parent, **base | changes)
 
@@ -69,7 +69,7 @@ def test_texts_split_within_a_line_are_documents_of_their_own(tmp_path, words):
 
 
 def labelled_config(path, **changes):
-    base = {"data__task": "sentences", "objective": "classification", "model__kind": "encoder", "data__packing": "pad"}
+    base = {"task__name": "classification", "model__kind": "encoder", "data__packing": "pad"}
     return toys.recipe(path.parent, **base | {"data__format": "jsonl", "data__path": str(path)} | changes)
 
 
@@ -81,35 +81,41 @@ def labelled_config(path, **changes):
             "pairs",
             "all rows are of one document",
         ),
-        ([{"text": f"text {n}", "label": "a"} for n in range(20)], {"data__labels": ("a", "b")}, "have the label 'a'"),
+        ([{"text": f"text {n}", "label": "a"} for n in range(20)], {"task__labels": ("a", "b")}, "have the label 'a'"),
         (
             [{"text": f"text {n}", "label": 2.5} for n in range(20)],
-            {"data__task": "scored_sentences", "objective": "regression"},
+            {
+                "task__name": "regression",
+            },
             "have the label 2.5",
         ),
         (
             [{"text": f"text {n}", "text_pair": f"text {n}"} for n in range(20)],
-            {"data__task": "sentence_pairs", "objective": "contrastive"},
+            {
+                "task__name": "contrastive_pairs",
+            },
             "'text' and 'text_pair' are equal in every row",
         ),
         (
             [{"text": "same", "text_pair": f"text {n}"} for n in range(20)] + [{"text": "x", "text_pair": "y"}],
-            {"data__task": "sentence_pairs", "objective": "contrastive"},
+            {
+                "task__name": "contrastive_pairs",
+            },
             "all rows have the same sentence",
         ),
         (
             [{"text": f"text {n}", "label": "t/a"} for n in range(20)],
-            {"data__task": "mixed_sentences", "objective": "multitask", "data__labels": ("t/a", "t/b")},
+            {"task__name": "multitask", "task__labels": ("t/a", "t/b")},
             "all .* rows of task 't' have one label",
         ),
         (
             [{"words": [f"w{n}", "goes"], "tags": ["O", "O"]} for n in range(20)],
-            {"data__task": "tagging", "objective": "tagging", "data__labels": ("O", "B-X", "I-X")},
+            {"task__name": "tagging", "task__labels": ("O", "B-X", "I-X")},
             "all words have the tag 'O'",
         ),
         (
             [{"question": f"q{n}", "context": f"c{n}", "answers": []} for n in range(20)],
-            {"data__task": "span_qa", "objective": "span_qa", "data__seq_len": 32},
+            {"task__name": "span_qa", "data__seq_len": 32},
             "no window holds an answer",
         ),
     ],
@@ -129,7 +135,7 @@ def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, ch
 def test_held_out_data_of_one_label_is_counted(tmp_path, words):
     records = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
-    cfg = labelled_config(path, data__labels=("a", "b"))
+    cfg = labelled_config(path, task__labels=("a", "b"))
     split = registry.load(cfg.data)
     split.valid = [record for record in split.train if record["label"] == "a"][:5]
     report = input_pipeline.build(cfg, words, split).report

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from PIL import Image, ImageEnhance
 
-from lm import checks, config, input_pipeline
+from lm import checks, input_pipeline
 from lm.config import Config, DataConfig
 from lm.config.schema import ConfigError
 from lm.data import augment, loader
@@ -18,7 +18,7 @@ from lm.data.readers import images as image_files
 from lm.data.readers import paths as files
 from lm.data.readers import registry
 from lm.data.record import DataError, Fault, NotRead
-from lm.tasks import images
+from lm.tasks import build_config, default_config, images
 
 SHAPE = (8, 6, 3)
 RNG = np.random.default_rng(0)
@@ -218,7 +218,7 @@ def test_fingerprint_and_split_follow_the_pixels(tmp_path):
 
 
 def recipe(path: Path, **changes) -> Config:
-    c = config.defaults()
+    c = default_config()
     c.data.format, c.data.path, c.data.image_shape, c.data.eval_fraction = "images", str(path), SHAPE, 0.3
     c.data.packing, c.data.labels = "pad", ("cat", "dog")
     c.model.patch_size, c.model.position, c.corrupt.rate, c.train.total_steps = 2, "sincos", 0.75, 1
@@ -226,7 +226,7 @@ def recipe(path: Path, **changes) -> Config:
     for key, value in changes.items():
         section, name = key.split("__")
         c[section][name] = value
-    return config.build(c)
+    return build_config(c)
 
 
 MASKED = ("mae", "masked_images", "mae")
@@ -261,11 +261,11 @@ def test_labelled_images(packed):
             assert ("cat", "dog")[batch["labels"][row]] == record["label"]
     np.testing.assert_array_equal(valid["row_weights"], np.arange(5) < len(valid["records"]))
     with pytest.raises(DataError, match=r"a.tar:dog/.*png: unknown label 'dog'; data.labels has cat, cow"):
-        batches(recipe(packed, data__labels=("cat", "cow")))
+        batches(recipe(packed, task__labels=("cat", "cow")))
 
 
 def test_masked_images_have_each_patch_once(packed):
-    train, valid = batches(recipe(packed, entries=MASKED, data__labels=()))
+    train, valid = batches(recipe(packed, entries=MASKED, task__labels=()))
     for batch in (train, valid):
         assert (batch["visible_patches"].shape, batch["masked_patches"].shape) == ((5, 3), (5, 9))
         both = np.concatenate([batch["visible_patches"], batch["masked_patches"]], axis=1)
@@ -273,7 +273,7 @@ def test_masked_images_have_each_patch_once(packed):
             assert sorted(both[row]) == list(range(12))
             np.testing.assert_array_equal(batch["images"][row], record["image"])
     assert len({tuple(sorted(row)) for row in train["visible_patches"]}) > 2
-    again = batches(recipe(packed, entries=MASKED, data__labels=()))
+    again = batches(recipe(packed, entries=MASKED, task__labels=()))
     np.testing.assert_array_equal(again[1]["masked_patches"], valid["masked_patches"])
 
 
@@ -308,7 +308,7 @@ def test_what_does_not_fit_is_refused(packed):
         checks.fit(recipe(packed, data__augment=(("flip", 1.0), ("crop", 1.5))))
     for rate in (0.03, 0.97):
         with pytest.raises(ConfigError, match=rf"'corrupt.rate' \({rate}\) hides .* of the 12 patches"):
-            checks.fit(recipe(packed, entries=MASKED, corrupt__rate=rate))
+            checks.fit(recipe(packed, entries=MASKED, task__mask_rate=rate))
     with pytest.raises(
         ConfigError, match=r"'data.image_shape' \(8, 6, 3\) must be multiples of 'model.patch_size' \(4\)"
     ):

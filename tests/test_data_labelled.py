@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import config
-from lm.data import example, packing, tokenizer
+from lm import config, input_pipeline
+from lm.data import packing, tokenizer
 from lm.data.record import DataError
+from lm.tasks import TASKS
 from lm.tasks.classification import encode_pair
-from lm.tasks.registry import TASKS
 
 TEXTS = [f"a film of {n} plots, and good ones {n * n}." for n in range(40)]
 TOK = tokenizer.train(TEXTS, 330, 100_000)
@@ -45,7 +45,7 @@ def test_a_pair_is_cut_as_by_hand(first, second, seq_len):
 def rows(task, records, **data):
     cfg = config.Config(data=config.DataConfig(task=task, packing="pad", **({"seq_len": 12} | data)))
     counts = Counter()
-    made = example.make(TASKS[task], records, TOK, cfg, counts)
+    made = input_pipeline.make_examples(TASKS[task], records, TOK, cfg, counts)
     return packing.pack(made, TASKS[task].columns(cfg), cfg.data)[0], counts
 
 

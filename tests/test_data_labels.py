@@ -13,7 +13,7 @@ from lm.config import DataConfig
 from lm.data import labels
 from lm.data.readers import registry
 from lm.data.record import DataError, Fault
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS
 from tests import small_sets
 
 

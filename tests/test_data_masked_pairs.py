@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lm import build, input_pipeline, losses, program
 from lm.data import loader, tokenizer
 from lm.data.readers import registry
-from lm.tasks import masked_lm, objectives
+from lm.tasks import TASKS, masked_lm
 from tests import toys
 
 SENTENCES = ["The dog ran.", "Was it red?", "Not at all!\n", "A cat sat", " on the mat", ".", "\n\nIt slept. ", "Yes."]
@@ -25,7 +25,7 @@ def words():
 
 
 def settings(**changes):
-    base = {"data__task": "masked_pairs", "objective": "mlm", "model__kind": "encoder", "data__packing": "pad"}
+    base = {"task__name": "masked_lm_pairs", "model__kind": "encoder", "data__packing": "pad"}
     return toys.recipe(Path("none"), **base | {"tokenizer__extra_ids": 1, "data__batch_size": 8} | changes)
 
 
@@ -88,7 +88,7 @@ def halves(batch, row):
 
 @pytest.mark.parametrize("pairs", ["next", "order"])
 def test_the_label_says_whether_b_follows_a_in_the_document(words, pairs):
-    cfg = settings(corrupt__pairs=pairs, data__seq_len=64)
+    cfg = settings(task__pairs=pairs, data__seq_len=64)
     data, made = batches(cfg, words, 12)
     rows, true = data.train.rows, set()
     for tokens, types, real in zip(rows["tokens"], rows["type_ids"], rows["segment_ids"] > 0, strict=True):
@@ -118,7 +118,7 @@ def test_the_loss_is_that_of_the_tokens_and_of_the_pairs(words, tmp_path):
     batch["loss_weights"][2] = 0  # a row that only fills up
     model = program.make_model(cfg, np.float32)
     params = model.init(jax.random.key(0))
-    loss = jax.jit(objectives.OBJECTIVES["mlm"].loss(model.apply, cfg, words))
+    loss = jax.jit(TASKS["masked_lm"].loss(model.apply, cfg, words))
     terms = loss(params, batch, None)
     out = model.apply(params, batch)
     logits = losses.logits(out.hidden_BxLxD, out.unembed_DxV, vocab_size=words.vocab_size, softcap=0.0)

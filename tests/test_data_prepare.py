@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from lm import config
+from lm import config, input_pipeline
 from lm.config.schema import ConfigError
 from lm.corpus import pipeline, workers
-from lm.data import example, shards, splits, tokenizer
 from lm.data import packing as rows_of
-from lm.tasks.registry import TASKS
+from lm.data import shards, splits, tokenizer
+from lm.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 20_000
@@ -214,7 +214,7 @@ def test_workers_and_a_kill_give_the_same_bytes(corpus, prepared, tmp_path):
         [
             "from lm import config",
             "def get_config():",
-            "    c = config.defaults()",
+            "    c = default_config()",
             "    c.train.total_epochs = 1.0",
             *lines,
             "    return c",
@@ -323,7 +323,7 @@ def test_rows_are_those_of_a_run_that_reads_raw_text(corpus, tmp_path, task, pac
     opened = shards.open_folder(str(tmp_path / "out"))
     for part in ("train", "valid"):
         texts = [d["text"] for d in sorted_documents(folder / "raw" / "c.jsonl.gz", part, 0.3)]
-        made = example.make(
+        made = input_pipeline.make_examples(
             TASKS[task],
             [{"text": text, "source": ""} for text in texts],
             tokenizer.load(tmp_path / "out" / "tokenizer.model"),

@@ -16,7 +16,7 @@ from lm.config.schema import ConfigError
 from lm.data import tokenizer
 from lm.data.readers import registry
 from lm.data.record import DataError
-from lm.tasks import objectives, prompting
+from lm.tasks import TASKS, prompting
 
 LABELS = ("0", "1", "2")
 TEMPLATES = (
@@ -35,7 +35,7 @@ def records(count, first=0):
 def make_config(templates=TEMPLATES, seq_len=96, shots=0, labels=LABELS, **data):
     data = {"task": "prompted", "packing": "pad"} | data
     data = config.DataConfig(templates=templates, seq_len=seq_len, shots=shots, labels=labels, **data)
-    return config.Config(objective="verbalizer", data=data)
+    return config.Config(data=data)
 
 
 def spelled(row):
@@ -215,7 +215,7 @@ def test_the_prediction_is_the_word_the_model_finds_likeliest():
 
     cfg = dataclasses.replace(cfg, model=model_cfg)
     apply = jax.jit(model.apply)
-    terms = objectives.OBJECTIVES["verbalizer"].loss(apply, cfg, Words)(params, batch, None)
+    terms = TASKS["prompting"].loss(apply, cfg, Words)(params, batch, None)
     likelihood = np.zeros((5, 3))
     for b, c in itertools.product(range(5), range(3)):
         alone = {key: x[b : b + 1, c] for key, x in batch.items() if x.ndim == 3}
@@ -240,12 +240,11 @@ def test_a_run_learns_to_choose_the_word(tmp_path):
             file.write(json.dumps({"text": " ".join(words), "label": str(label)}) + "\n")
     cfg = toys.recipe(
         path,
-        objective="verbalizer",
         tokenizer__vocab_size=290,
-        data__task="prompted",
+        task__name="prompting",
         data__packing="pad",
-        data__labels=("0", "1"),
-        data__templates=("{text}. {label:bad|good}",),
+        task__labels=("0", "1"),
+        task__templates=("{text}. {label:bad|good}",),
         data__seq_len=64,
         data__eval_fraction=0.3,
         model__num_layers=1,

@@ -10,7 +10,7 @@ from lm import config, input_pipeline
 from lm.config import Config, DataConfig
 from lm.data import loader, tokenizer
 from lm.data.readers import registry
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS
 
 TEXTS = [" ".join(f"{chr(97 + i % 26)}{7 * i + j * j}" for j in range(9)) + "\n" for i in range(40)]
 TOK = dataclasses.replace(tokenizer.train(TEXTS, 330, 100_000), extra_ids=1)

@@ -24,7 +24,7 @@ def words():
 
 
 def settings(**changes):
-    base = {"data__task": "translation", "objective": "seq2seq", "model__kind": "encoder_decoder"}
+    base = {"task__name": "translation", "model__kind": "encoder_decoder"}
     values = {"data__format": "jsonl", "data__packing": "pad", "tokenizer__extra_ids": 20}
     return toys.recipe(Path("none"), **base | values | changes)
 
@@ -70,7 +70,7 @@ def batches(cfg, words, records, count):
 
 @pytest.mark.parametrize("packing", ["pad", "concat"])
 def test_spans_are_hidden_anew_in_every_epoch_and_nothing_is_lost(words, packing):
-    cfg = settings(data__task="span_corruption", data__packing=packing, data__batch_size=2, data__seq_len=16)
+    cfg = settings(task__name="span_corruption", data__packing=packing, data__batch_size=2, data__seq_len=16)
     records = [{"text": " ".join(np.random.default_rng(n).choice(WORDS, 40)), "source": str(n)} for n in range(3)]
     data, made = batches(cfg, words, records, 40)
     assert data.train.rows["tokens"].shape[1] == corrupt.raw_len(cfg) > 16
@@ -91,7 +91,7 @@ def test_spans_are_hidden_anew_in_every_epoch_and_nothing_is_lost(words, packing
 
 
 def test_prefixes_are_drawn_for_packed_rows(words):
-    cfg = settings(data__task="prefix_text", objective="clm", model__kind="prefix_decoder", data__packing="best_fit")
+    cfg = settings(task__name="prefix_lm", model__kind="prefix_decoder", data__packing="best_fit")
     records = [{"text": text, "source": "x"} for pair in PAIRS for text in pair]
     _, made = batches(cfg, words, records, 4)
     for batch in made:
@@ -104,11 +104,23 @@ def test_prefixes_are_drawn_for_packed_rows(words):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model__kind": "prefix_decoder", "data__task": "text", "objective": "clm"}, "go together"),
-        ({"model__kind": "decoder", "data__task": "prefix_text", "objective": "clm"}, "go together"),
+        (
+            {
+                "model__kind": "prefix_decoder",
+                "task__name": "causal_lm",
+            },
+            "go together",
+        ),
+        (
+            {
+                "model__kind": "decoder",
+                "task__name": "prefix_lm",
+            },
+            "go together",
+        ),
         ({"model__kind": "decoder"}, r"'objective' seq2seq does not fit 'model.kind' decoder"),
-        ({"data__task": "chat"}, r"'objective' seq2seq does not fit 'data.task' chat"),
-        ({"data__task": "span_corruption", "data__target_len": 4}, "'data.target_len' is 4"),
+        ({"task__name": "chat"}, r"'objective' seq2seq does not fit 'data.task' chat"),
+        ({"task__name": "span_corruption", "data__target_len": 4}, "'data.target_len' is 4"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changes, says):

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
-from lm import config
+from lm import config, input_pipeline
 from lm.data import example, packing, shards, tokenizer
 from lm.data.record import DataError
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS
 
 TEXTS = [f"document {i} says hello {'and again ' * (i % 23)}now.\n" for i in range(90)]
 TOK = tokenizer.train(TEXTS, 330, 100_000)
@@ -21,7 +21,7 @@ def pack(task="text", **data):
     cfg = dataclasses.replace(config.Config(), data=config.DataConfig(task=task, **({"seq_len": 48} | data)))
     records = [{"text": text, "source": ""} for text in TEXTS]
     columns = TASKS[task].columns(cfg)
-    made = example.make(TASKS[task], records, TOK, cfg, example.Counter())
+    made = input_pipeline.make_examples(TASKS[task], records, TOK, cfg, example.Counter())
     rows, _ = packing.pack(made, columns, cfg.data)
     return {key: rows[key].astype(dtype) for key, (_, dtype) in columns.items()}
 

@@ -22,7 +22,7 @@ from lm.config import MeshConfig
 from lm.data.readers import fields
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
-from lm.tasks import objectives
+from lm.tasks import build_config, objectives
 from lm.tracking import report
 from tests import toys
 
@@ -85,7 +85,7 @@ def run(small_world, ran, monkeypatch):
         assert values(whole) == ["lm.main"], "arguments that are no flags"
         workdir, recipe = Path(values.workdir), values.config
         toys.shrink(recipe)
-        cfg = config.build(recipe)
+        cfg = build_config(recipe)
         started_from = {cfg.init_from, str(Path(cfg.tokenizer.path).parent) if cfg.tokenizer.path else ""} - {""}
         assert started_from <= made, "the page does not make the run that this one starts from"
         made.add(str(workdir))

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import toys
 
-from lm import config, losses, param_paths
+from lm import losses, param_paths
 from lm.config import Config, DataConfig, GenerateConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer as tokenizers
 from lm.decoding import sampling
+from lm.tasks import build_config, default_config
 
 NEW = 6
 PROMPTS = ((7,), (5, 11, 4), (30, 2, 9, 41, 17, 8, 25, 13, 6))  # one shorter, one longer than the sliding window
@@ -291,10 +292,10 @@ def test_no_temperature_brings_back_what_is_masked():
 
 @pytest.mark.parametrize("value", [-1.0, -1e-38, float("nan"), float("inf")])
 def test_temperatures_that_are_none_are_refused(value):
-    c = config.defaults()
+    c = default_config()
     c.train.total_steps, c.generate.temperature = 1, value
     with pytest.raises(ConfigError, match=r"'generate\.temperature' must"):
-        config.build(c)
+        build_config(c)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 def make_config(**model) -> Config:
     shape = {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "mlp_dim": 24, "kind": "encoder"}
     resolved = transformer.resolve(ModelConfig(**(shape | model)), vocab_size=toys.VOCAB, seq_len=12)
-    cfg = Config(objective="classification", model=resolved)
+    cfg = Config(model=resolved)
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, labels=LABELS))
 
 

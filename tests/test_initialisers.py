@@ -13,6 +13,7 @@ from lm.checkpoint import resume
 from lm.config import Config, ModelConfig, TrainConfig
 from lm.config.schema import Duration
 from lm.models import initialisers, registry, transformer
+from lm.tasks import build_saved_config
 
 WIDTH, MLP, LAYERS, VOCAB, PATCH = 64, 160, 3, 512, 48
 TIED = ModelConfig(num_layers=LAYERS, embed_dim=WIDTH, num_heads=4, mlp_dim=MLP, vocab_size=VOCAB)
@@ -148,10 +149,10 @@ def test_the_default_is_gpt2_and_a_run_without_the_key_was_fan_in(tmp_path):
     new = dataclasses.replace(Config(train=TrainConfig(Duration(steps=9))))
     written = config.to_dict(new)
     del written["model"]["init"]
-    old = config.build_saved(written)
+    old = build_saved_config(written)
     assert old.model.init == "fan_in"
     assert dataclasses.replace(old, model=new.model) == new
     said = []
     resume.refuse_changes(old, new, tmp_path, say=said.append)
     assert said == ["changed meanwhile: model.init 'fan_in' -> 'gpt2'"]
-    assert config.build_saved(config.to_dict(new)) == new
+    assert build_saved_config(config.to_dict(new)) == new

@@ -21,9 +21,8 @@ from lm.data.readers import interactions, registry
 from lm.data.record import DataError
 from lm.models import transformer
 from lm.parallel.mesh import make_mesh
-from lm.tasks import objectives, recommendation
+from lm.tasks import TASKS, objectives, recommendation
 from lm.tasks.recommendation import ItemVocabulary
-from lm.tasks.registry import TASKS
 
 MISSED = 2**31 - 1
 
@@ -327,9 +326,9 @@ def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight
         assert terms.weight == 7  # the target that nobody has seen has no loss, but has missed
         assert terms.sum == pytest.approx(nll, rel=2e-6)
         assert terms.outputs["rank"].tolist() == ranks and ranks[4] == MISSED
-    score = objectives.OBJECTIVES["next_item"].score(terms.outputs, [1, 2, 3, MISSED], cfg)
+    score = TASKS["next_item"].scores(terms.outputs, [1, 2, 3, MISSED], cfg)
     assert score["hr_at_10"] == 7 / 8 and score["popularity_hr_at_10"] == 3 / 4
-    assert tuple(score) == objectives.OBJECTIVES["next_item"].scores(cfg)
+    assert tuple(score) == TASKS["next_item"].score_names(cfg)
 
 
 def test_a_causal_model_does_not_see_what_follows_and_no_model_its_target():

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from lm import build, config, train
+from lm import build, train
 from lm.config import Config, MeshConfig
 from lm.config.schema import ConfigError, Duration
 from lm.data.readers import registry
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
-from lm.tasks import recommendation
+from lm.tasks import build_config, default_config, recommendation
 from lm.tracking import tracker
 from tests.test_items import VOCABULARY
 from tools import make_interactions
@@ -24,7 +24,7 @@ from tools import make_interactions
 
 def recipe(path: Path, **changes) -> Config:
     """A run of seconds on a table of interactions."""
-    c = config.defaults()
+    c = default_config()
     c.objective, c.data.task, c.data.format, c.data.path = "next_item", "items", "interactions", str(path)
     c.tokenizer.vocab_size = 48
     c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 16, 64
@@ -35,12 +35,11 @@ def recipe(path: Path, **changes) -> Config:
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         setattr(c[section] if section else c, name, value)
-    return config.build(c)
+    return build_config(c)
 
 
 MASKED = {
-    "objective": "masked_item",
-    "data__task": "masked_items",
+    "task__name": "masked_item",
     "tokenizer__extra_ids": 1,
     "model__kind": "encoder",
     "train__total_steps": 4,
@@ -125,11 +124,11 @@ def test_masked_items_resume_as_if_nothing_had_happened(table, tmp_path, on_one_
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"objective": "clm"}, "'objective' clm does not fit 'data.task' items"),
+        ({}, "'objective' clm does not fit 'data.task' items"),
         ({"model__kind": "encoder"}, "'objective' next_item does not fit 'model.kind' encoder; use decoder"),
         (MASKED | {"model__kind": "decoder"}, "'objective' masked_item does not fit 'model.kind' decoder"),
         (MASKED | {"tokenizer__extra_ids": 0}, "'tokenizer.extra_ids' is 0, but data.task=masked_items needs 1"),
-        (MASKED | {"corrupt__rate": 0.0}, "'corrupt.rate' is 0, but data.task=masked_items"),
+        (MASKED | {"task__mask_rate": 0.0}, "'corrupt.rate' is 0, but data.task=masked_items"),
         ({"generate__prompts": ("i1",)}, "'generate.prompts' is set, but this model does not generate text"),
         ({"data__packing": "best_fit"}, "'data.packing' is best_fit, but 'data.task' items"),
     ],

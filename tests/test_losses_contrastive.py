@@ -11,7 +11,7 @@ from lm.config import Config, LossConfig, MeshConfig
 from lm.evaluation import scores
 from lm.losses import contrastive
 from lm.parallel.mesh import make_mesh
-from lm.tasks import objectives
+from lm.tasks import TASKS
 from lm.types import ModelOutput
 
 B, P = 8, 5
@@ -159,7 +159,7 @@ def test_objective_gives_each_view_its_own_dropout(views, training):
     params = jnp.asarray(rng.normal(size=(4, P)), jnp.float32)
     tokens = rng.integers(0, 3, (B, views, 4)).astype(np.int32)
     batch = {"tokens": tokens, "row_weights": WEIGHTS, "example_index": np.arange(100, 100 + B, dtype=np.int32)}
-    loss_fn = objectives.OBJECTIVES["contrastive"].loss(made_up_apply, Config(loss=LossConfig(temperature=0.2)), None)
+    loss_fn = TASKS["contrastive_images"].loss(made_up_apply, Config(loss=LossConfig(temperature=0.2)), None)
     key = jax.random.key(0) if training else None
     terms = jax.jit(loss_fn)(params, batch, key)
     seen = [tokens[:, min(v, views - 1)] for v in range(max(2, views))]

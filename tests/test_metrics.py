@@ -11,7 +11,7 @@ import pytest
 from lm import train
 from lm.config import Config, DataConfig, ModelConfig
 from lm.evaluation import flops, metrics
-from lm.tasks import objectives
+from lm.tasks import TASKS, objectives
 
 
 def test_bits_per_byte_and_perplexity_of_a_hand_worked_case():
@@ -168,7 +168,7 @@ def test_every_objective_has_a_unit_and_only_language_models_a_perplexity():
 def test_every_score_that_an_objective_names_is_described():
     cfg = Config(data=DataConfig(labels=("sst2/0", "sst2/1", "stsb/")))
     for objective in objectives.OBJECTIVES.values():
-        names = objective.scores(cfg if objective is objectives.OBJECTIVES["multitask"] else Config())
+        names = objective.scores(cfg if objective is TASKS["multitask"] else Config())
         assert not [name for name in names if metrics.about(name).title == name]
 
 

@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from lm import build, config, train
+from lm import build, train
 from lm.config import Config, MeshConfig, ModelConfig
 from lm.config.schema import ConfigError
 from lm.data.record import DataError
@@ -22,7 +22,7 @@ from lm.data.tokenizer import train as train_tokenizer
 from lm.models import registry, transformer
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
-from lm.tasks import multitask, objectives
+from lm.tasks import TASKS, build_config, default_config, multitask, objectives
 from lm.tasks.multitask import Part
 from tests import toys
 from tools import mix_tasks
@@ -33,14 +33,14 @@ PARTS = [Part("mood", ("bad", "good", "so"), 0), Part("alike", (), 3), Part("rig
 
 def make_config(**loss) -> Config:
     shape = ModelConfig(kind="encoder", num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, pool="mean")
-    cfg = Config(objective="multitask", model=transformer.resolve(shape, vocab_size=toys.VOCAB, seq_len=8))
+    cfg = Config(model=transformer.resolve(shape, vocab_size=toys.VOCAB, seq_len=8))
     data = dataclasses.replace(cfg.data, labels=LABELS, task="mixed_sentences", seq_len=8, packing="pad")
     return dataclasses.replace(cfg, data=data, loss=dataclasses.replace(cfg.loss, **loss))
 
 
 def test_labels_say_which_tasks_there_are():
     assert multitask.parts(LABELS) == PARTS
-    assert objectives.OBJECTIVES["multitask"].head(make_config()).size == 6
+    assert TASKS["multitask"].head(make_config()).size == 6
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def batch(rows: int = 16) -> dict[str, np.ndarray]:
 @functools.cache
 def model():
     cfg = make_config()
-    fns = registry.MODELS["encoder"](cfg, objectives.OBJECTIVES["multitask"].head(cfg), jnp.float32)
+    fns = registry.MODELS["encoder"](cfg, TASKS["multitask"].head(cfg), jnp.float32)
     rng = np.random.default_rng(1)
     params = jax.jit(fns.init)(jax.random.key(0))
     return fns, jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params)
@@ -187,7 +187,7 @@ def test_scores_are_those_of_each_task_alone():
     label = np.where(part == 1, rng.normal(size=90), rng.integers(0, np.array([3, 1, 2])[part])).astype(np.float32)
     said = np.where(rng.random(90) < 0.5, label, np.where(part == 1, rng.normal(size=90), 0)).astype(np.float32)
     outputs = {"label": label, "prediction": said, "part": part}
-    score = objectives.OBJECTIVES["multitask"].score
+    score = TASKS["multitask"].score
     found = score(outputs, [], make_config())
     want = {"alike_pearson": scipy.stats.pearsonr(label[part == 1], said[part == 1]).statistic}
     want["alike_spearman"] = scipy.stats.spearmanr(label[part == 1], said[part == 1]).statistic
@@ -199,7 +199,7 @@ def test_scores_are_those_of_each_task_alone():
         accuracies.append(sklearn.metrics.accuracy_score(*own))
     want["mean_score"] = (sum(accuracies) + want["alike_pearson"]) / 3
     assert found == pytest.approx(want, rel=1e-6)
-    assert set(objectives.OBJECTIVES["multitask"].scores(make_config())) == set(found)
+    assert set(TASKS["multitask"].score_names(make_config())) == set(found)
     alone = score({name: array[part == 0] for name, array in outputs.items()}, [], make_config())
     assert set(alone) == {"mood_f1", "mood_matthews", "mean_score"} and alone["mean_score"] == accuracies[0]
 
@@ -212,7 +212,7 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
             lines.append({"text": f"{'yes' if n % 2 else 'no'} {n}", "label": label, "text_pair": f"of {name}"})
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        c = config.defaults()
+        c = default_config()
         c.objective, c.data.task = ("classification", "sentences") if labels else ("regression", "scored_sentences")
         c.data.format, c.data.path, c.data.labels, c.data.packing = "jsonl", str(path), labels, "pad"
         c.data.eval_fraction, c.model.kind, c.train.total_steps = 0.2, "encoder", 1
@@ -227,7 +227,7 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
     assert {line["label"] for line in lines} == {"toy_mood/bad", "toy_mood/good", "toy_alike/0", "toy_alike/1"}
     assert all(set(line) == {"text", "text_pair", "label"} for line in lines)
 
-    c = config.defaults()
+    c = default_config()
     c.objective, c.data.task, c.data.format, c.data.packing = "multitask", "mixed_sentences", "jsonl", "pad"
     c.data.path, c.data.eval_path = (str(tmp_path / "out" / f"{part}.jsonl") for part in ("train", "valid"))
     c.data.labels = ("toy_mood/bad", "toy_mood/good", "toy_alike/")
@@ -237,6 +237,6 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
     c.train.total_steps, c.checkpoint.best_metric = 40, "mean_score"
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
-    summary = train.train(config.build(c), tmp_path / "run")
+    summary = train.train(build_config(c), tmp_path / "run")
     assert summary["toy_mood_accuracy"] > 0.9 and summary["toy_alike_pearson"] > 0.9
     assert summary["mean_score"] == pytest.approx((summary["toy_mood_accuracy"] + summary["toy_alike_pearson"]) / 2)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import build, checks, config, train
+from lm import build, checks, train
 from lm.config import Config, DataConfig
 from lm.config.schema import ConfigError
 from lm.data.readers import registry
-from lm.tasks import objectives, span_qa, tagging
+from lm.tasks import TASKS, build_config, default_config, objectives, span_qa, tagging
 from lm.types import ModelOutput
 from tests import toys
 
@@ -84,7 +84,7 @@ def test_tagging(tmp_path):
     pytest.importorskip("seqeval")
     labels = ("O", "B-Drug", "I-Drug", "B-Place", "I-Place")
     rename = (("1", "token"), ("2", "tag"))
-    changes = {"data__format": "conll", "data__task": "tagging", "data__labels": labels, "data__rename": rename}
+    changes = {"data__format": "conll", "task__name": "tagging", "task__labels": labels, "data__rename": rename}
     data = write_sentences(tmp_path / "a.tsv")
     cfg, valid, words, head, reported = run(tmp_path, data, "tagging", **changes)
     right, nll, total, whole = 0, 0.0, 0, []
@@ -108,7 +108,7 @@ def test_tagging(tmp_path):
 
 
 def test_span_qa(tmp_path):
-    changes = {"data__format": "squad", "data__task": "span_qa", "model__pool": "mean"}
+    changes = {"data__format": "squad", "task__name": "span_qa", "model__pool": "mean"}
     data = write_questions(tmp_path / "a.json")
     cfg, valid, words, head, reported = run(tmp_path, data, "span_qa", **changes)
     exact, nll, rows = 0, 0.0, 0
@@ -151,18 +151,18 @@ def test_padding_and_rows_that_fill_up_a_batch_count_nothing():
 @pytest.mark.parametrize("task", ["tagging", "span_qa"])
 @pytest.mark.parametrize("name", ["delete", "swap", "cutoff"])
 def test_tokens_do_not_move_away_from_their_labels(task, name):
-    c = config.defaults()
+    c = default_config()
     c.data.format, c.data.path, c.train.total_steps, c.model.kind = "jsonl", "x", 1, "encoder"
     c.objective, c.data.task, c.data.packing, c.data.labels = task, task, "pad", ("a", "b")
-    checks.fit(config.build(c))
+    checks.fit(build_config(c))
     c.data.augment = ((name, 0.1),)
     with pytest.raises(ConfigError, match=f"'data.augment': {name} does not fit 'data.task' {task}; use sentences"):
-        checks.fit(config.build(c))
+        checks.fit(build_config(c))
     c.objective, c.data.task = "classification", "sentences"
-    checks.fit(config.build(c))
+    checks.fit(build_config(c))
 
 
 def test_entities_are_scored_of_bio_tags_alone():
-    names = objectives.OBJECTIVES["tagging"].scores
+    names = TASKS["tagging"].score_names
     assert names(Config(data=DataConfig(labels=("NOUN", "VERB")))) == ("token_accuracy",)
     assert "entity_f1" in names(Config(data=DataConfig(labels=("O", "B-X", "I-X"))))

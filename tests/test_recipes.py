@@ -22,6 +22,7 @@ from lm.evaluation import evaluate, metrics
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.planner import topology, train_compile
+from lm.tasks import build_config, default_config
 from tests import toys
 from tools import (
     bench_training,
@@ -53,7 +54,7 @@ def test_there_are_recipes():
 def test_every_recipe_builds(recipe):
     module = importlib.import_module(f"configs.{recipe}")
     assert re.search("lm.main .*--config=configs/", module.__doc__ or ""), "a recipe's docstring gives its command"
-    assert isinstance(config.build(module.get_config()), config.Config)
+    assert isinstance(build_config(module.get_config()), config.Config)
 
 
 @pytest.fixture
@@ -79,14 +80,14 @@ def small(recipe: str) -> config.Config:
     toys.shrink(c)
     c.init_from, c.data.replay = "", 0.0
     c.tokenizer.path = "" if c.data.format == "interactions" else "small.model"
-    c.init_rules = config.defaults().init_rules
+    c.init_rules = default_config().init_rules
     c.model.dropout = 0.1
     c.optim.learning_rate, c.optim.schedule = 1e-2, "constant"
     c.optim.warmup_steps = c.optim.decay_steps = 0
     c.optim.b2, c.optim.weight_decay = 0.95, 0.1
     # Adam divides by the gradient's size: where that is rounding noise its direction is too. eps keeps it out.
     c.optim.eps = 1e-3
-    return config.build(c)
+    return build_config(c)
 
 
 def figures(
@@ -151,7 +152,7 @@ CHECKS = {"chat": sampling.check_kind, "translate": translate.check, "show_recon
 def test_a_tool_says_which_runs_it_is_for(tool):
     assert TAKES[tool] < set(RECIPES)
     for recipe in RECIPES:
-        cfg = config.build(importlib.import_module(f"configs.{recipe}").get_config())
+        cfg = build_config(importlib.import_module(f"configs.{recipe}").get_config())
         if recipe in TAKES[tool]:
             CHECKS[tool](cfg)
             continue

@@ -26,6 +26,7 @@ from lm.planner import candidates as settings
 from lm.planner import search, topology
 from lm.planner.candidates import Candidate
 from lm.planner.search import Found
+from lm.tasks import build_config
 
 GIB = topology.GIB
 RECIPE = ROOT / "configs/bench/v5e16_124m.py"
@@ -37,7 +38,7 @@ def recipe(argv=()):
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     values(values.read_flags_from_files(argv, force_gnu=False))
-    return config.build(holder.value)
+    return build_config(holder.value)
 
 
 @pytest.fixture(scope="module")

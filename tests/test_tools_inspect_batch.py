@@ -18,7 +18,7 @@ from PIL import Image
 from lm import config, input_pipeline
 from lm.data import loader
 from lm.data import tokenizer as tokenizers
-from lm.tasks.registry import TASKS
+from lm.tasks import TASKS, build_config, default_config
 from tools import inspect_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ RECIPE = """
 from lm import config
 
 def get_config():
-    c = config.defaults()
+    c = default_config()
     c.data.format, c.data.path, c.data.task, c.data.eval_fraction = "jsonl", "{data}", "chat", 0.4
     c.data.seq_len = 64
     c.tokenizer.vocab_size = 300
@@ -123,7 +123,7 @@ def test_colours_tell_trained_from_masked_and_the_roles_apart(monkeypatch, capsy
 
 
 def test_the_rows_are_those_of_the_run(recipe):
-    cfg = config.build(runpy.run_path(str(recipe))["get_config"]())
+    cfg = build_config(runpy.run_path(str(recipe))["get_config"]())
     tok, data = inspect_batch.load(cfg)
     ids = loader.train_row_ids(len(data.train), cfg.seed, 3, 4)
     batch = inspect_batch.batch_from(cfg, data, "train", example=3, rows=4)
@@ -181,20 +181,20 @@ SHOWN = {
     "lone_sentences": ("contrastive", {"model__dropout": 0.1}, r"view 1: <s>"),
     "sentence_pairs": ("contrastive", {}, r"view 1: <s> (.|\n)*view 2: <s>"),
     "sentence_triples": ("contrastive", {}, r"view 3: <s>"),
-    "sentences": ("classification", {"data__labels": ("yes", "<no>")}, r"label <no>, 2 segments"),
+    "sentences": ("classification", {"task__labels": ("yes", "<no>")}, r"label <no>, 2 segments"),
     "scored_sentences": ("regression", {}, r"label 1.5, 2 segments"),
-    "mixed_sentences": ("multitask", {"data__labels": ("good/yes", "good/<no>", "n/")}, r"good: <no>, 1 segments"),
+    "mixed_sentences": ("multitask", {"task__labels": ("good/yes", "good/<no>", "n/")}, r"good: <no>, 1 segments"),
     "prompted": (
         "verbalizer",
-        {"data__labels": ("yes", "<no>"), "data__templates": ("{text} is {label}",)},
+        {"task__labels": ("yes", "<no>"), "task__templates": ("{text} is {label}",)},
         r"label <no>, (.|\n)*│1 yes: <s>(.|\n)*│2 <no>: <s>",
     ),
-    "tagging": ("tagging", {"data__labels": ("N", "<V>")}, r"\[b/N\].*/<V>\]"),
-    "entities": ("tagging", {"data__labels": ("O", "B-X", "I-X")}, r"\[b/B-X\].*/O\]"),
+    "tagging": ("tagging", {"task__labels": ("N", "<V>")}, r"\[b/N\].*/<V>\]"),
+    "entities": ("tagging", {"task__labels": ("O", "B-X", "I-X")}, r"\[b/B-X\].*/O\]"),
     "span_qa": ("span_qa", {}, r"answer 'see', 2 segments(.|\n)*s/answer ee/answer ▁ "),
     "items": ("next_item", {}, r"<\|start\|> .*\[i\d+\]"),
     "masked_items": ("masked_item", {}, r"\[<\|mask\|>/i\d+\]"),
-    "images": ("classification", {"data__labels": ("a", "b")}, r"example 0: image 8 x 8 x 3, label [ab]\n"),
+    "images": ("classification", {"task__labels": ("a", "b")}, r"example 0: image 8 x 8 x 3, label [ab]\n"),
     "masked_images": ("mae", {}, r"example 0: image 8 x 8 x 3, 2 of 4 patches hidden\n"),
     "image_pairs": ("contrastive", {"data__augment": (("flip", 0.5),)}, r"example 0: image 8 x 8 x 3\n"),
 }
@@ -237,7 +237,7 @@ def data_of(task, folder, c):
 def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "999")
     objective, changes, expected = SHOWN[task]
-    c = config.defaults()
+    c = default_config()
     c.objective, c.data.task, c.data.seq_len, c.data.eval_fraction, c.train.total_steps = objective, task, 64, 0.3, 1
     c.data.path, c.data.packing, c.tokenizer.extra_ids, c.tokenizer.vocab_size = "", "pad", 9, 32
     c.data.path = str(data_of(task, tmp_path, c))
@@ -245,12 +245,12 @@ def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
     for key, value in changes.items():
         section, _, name = key.partition("__")
         c[section][name] = value
-    cfg = config.build(c)
+    cfg = build_config(c)
     found = input_pipeline.load(cfg.data)
     words = few_words
     if "items" in task:
         texts = [item for record in found[0].train for item in record["items"]]
-        words = TASKS[task].words.train(texts, cfg.tokenizer)
+        words = TASKS[task].vocabulary.train(texts, cfg.tokenizer)
     words = None if "image" in task else dataclasses.replace(words, extra_ids=9)
     data = input_pipeline.build(cfg, words, *found)
     for split in ("train", "valid"):
@@ -287,7 +287,7 @@ def test_a_line_of_the_page_is_broken_between_words_only(few_words):
     ids = [few_words.bos_id, *few_words.encode(text), few_words.eos_id]
     row = {"tokens": ids, "segment_ids": [1] * len(ids), "positions": range(len(ids)), "labels": 1}
     batch = {key: np.array([x], np.int32) for key, x in row.items()} | {"example_index": [0]}
-    cfg = config.Config(objective="classification", data=config.DataConfig(task="sentences", labels=("a", "b")))
+    cfg = config.Config(data=config.DataConfig(task="sentences", labels=("a", "b")))
     (shown,) = inspect_batch.read(batch, few_words, cfg)
     assert inspect_batch.title(shown) == f"example 0: label b, 1 segments, {len(ids)} tokens, 0 padding"
     whole = ["".join(token.text for token in word) for word in inspect_batch.words(shown.segments[0])]

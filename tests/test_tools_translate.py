@@ -38,8 +38,8 @@ def run(tmp_path_factory):
     one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     cfg = toys.recipe(
         folder / "train.{en,de}",
-        **{"data__format": "parallel", "data__task": "translation", "data__packing": "pad", "data__seq_len": 16},
-        **{"objective": "seq2seq", "model__kind": "encoder_decoder", "model__position": "relative"},
+        **{"data__format": "parallel", "task__name": "translation", "data__packing": "pad", "data__seq_len": 16},
+        **{"model__kind": "encoder_decoder", "model__position": "relative"},
         **{
             "model__init": "fan_in",
             "model__embed_dim": 32,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lm import build, config, train
+from lm import build, train
 from lm.config.schema import ConfigError
+from lm.tasks import build_config, default_config
 from tools import show_reconstructions
 
 pytestmark = pytest.mark.slow
@@ -15,7 +16,7 @@ SHAPE = (8, 8, 3)
 
 
 def recipe(path, **entries):
-    c = config.defaults()
+    c = default_config()
     c.data.format, c.data.path, c.data.image_shape, c.data.eval_fraction = "images", str(path), SHAPE, 0.3
     c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 5, 8
     c.model.patch_size, c.model.position, c.model.pool = 4, "sincos", "mean"
@@ -25,7 +26,7 @@ def recipe(path, **entries):
     for key, value in entries.items():
         section, _, name = key.rpartition("__")
         setattr(c[section] if section else c, name, value)
-    return config.build(c)
+    return build_config(c)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,14 @@ def pretrained(tmp_path_factory):
         path = folder / "data" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, SHAPE).astype(np.uint8)).save(path)
-    cfg = recipe(folder / "data", objective="mae", data__task="masked_images", model__kind="mae")
+    cfg = recipe(folder / "data", task__name="masked_autoencoding", model__kind="mae")
     train.train(cfg, folder / "mae")
     return folder / "data", folder / "mae"
 
 
 def test_a_linear_probe_keeps_the_encoder_and_learns_its_head(pretrained):
     data, run = pretrained
-    entries = {"objective": "classification", "data__task": "images", "data__labels": ("a", "b"), "model__kind": "vit"}
+    entries = {"task__name": "image_classification", "task__labels": ("a", "b"), "model__kind": "vit"}
     rules = {"init_from": str(run), "init_rules": (("head/.*", "reinit"), (".*", "keep"))}
     planned = build.plan(recipe(data, **entries, **rules, optim__lr_rules=(("head/.*", 1.0), (".*", 0.0))), None)
     assert len(planned.origin_of) > 10
@@ -54,7 +55,7 @@ def test_a_linear_probe_keeps_the_encoder_and_learns_its_head(pretrained):
 
 
 def test_a_picture_has_no_positions_to_split(tmp_path):
-    cfg = recipe(tmp_path, objective="mae", data__task="masked_images", model__kind="mae", mesh__context=2)
+    cfg = recipe(tmp_path, task__name="masked_autoencoding", model__kind="mae", mesh__context=2)
     with pytest.raises(ConfigError, match=r"^'mesh.context' splits the positions of a text; 'model.kind' mae"):
         build.plan(cfg, None)
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import config
 from lm.config import Config, ModelConfig
 from lm.models import registry, transformer
+from lm.tasks import TASKS, build_config, default_config
+from lm.tasks.language_modelling import predict_tokens
 from lm.types import ModelFns, Params
 
 VOCAB = 50  # rows of the embedding are 128: the rest is padding
@@ -107,10 +108,10 @@ def write_chats(path: Path, rows: int = 40) -> Path:
 
 def recipe(data: Path, **changes: Any) -> Config:
     """A run of a few seconds on a folder of text or a jsonl file; `changes` are keys with '__' for '.'."""
-    c = config.defaults()
-    c.tokenizer.vocab_size = 300
     is_chat = data.suffix == ".jsonl"
-    c.data.format, c.data.task = ("jsonl", "chat") if is_chat else ("text", "text")
+    c = default_config(changes.pop("task__name", "chat" if is_chat else "causal_lm"))
+    c.tokenizer.vocab_size = 300
+    c.data.format = "jsonl" if is_chat else "text"
     c.data.path = str(data)
     c.data.eval_fraction = 0.1
     c.data.seq_len, c.data.batch_size = 32, 16
@@ -125,7 +126,7 @@ def recipe(data: Path, **changes: Any) -> Config:
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         setattr(c[section] if section else c, name, value)
-    return config.build(c)
+    return build_config(c)
 
 
 def shrink(c: Any) -> None:
@@ -134,8 +135,10 @@ def shrink(c: Any) -> None:
     The number of layers stays too: rules name them.
     """
     # One length for most of them, so that they share what is compiled; pairs of sentences, and questions, need room.
-    m, seq_len = c.model, min(c.data.seq_len, {"masked_pairs": 64, "chat": 128}.get(c.data.task, 32))
-    m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim, m.projection_dim = 32, 2, 0, 0, 48, 16
+    m, seq_len = c.model, min(c.data.seq_len, {"masked_lm_pairs": 64, "chat": 128}.get(c.task.name, 32))
+    m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim = 32, 2, 0, 0, 48
+    if "projection_dim" in c.task:
+        c.task.projection_dim = 16
     m.decoder_dim = m.decoder_dim and 32
     m.unroll = 1
     if c.data.format != "interactions":  # whose ids are items
@@ -162,3 +165,13 @@ def shrink(c: Any) -> None:
     c.generate.prompts = c.generate.prompts[:1]
     c.generate.max_new_tokens = 4
     c.monitor.log_every_steps = 1
+
+
+def task(name: str, **options: Any) -> Any:
+    """The options of a task, for `Config.task`."""
+    return TASKS[name].options(name=name, **options)
+
+
+def token_loss(apply: Any, cfg: Config, words: Any) -> Any:
+    """The cross-entropy of all tokens that have a weight, of any model and for any vocabulary."""
+    return lambda params, batch, rng: predict_tokens(apply(params, batch, rng=rng), batch, cfg, words)
