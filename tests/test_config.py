@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from lm import config as config_lib
 from lm.config import Config, schema
 from lm.config.schema import ConfigError, Duration, keys
-from lm.tasks import build_config, default_config
+from lm.tasks import TASKS, build_config, default_config, task_config
 
 RUNNABLE = {"train": {"total_steps": 10}}
+KEYS = [*(key for key in keys(Config) if key != "task"), "task.name"]  # of a task that has no options
+OPTIONS = {name: [f"task.{key}" for key in keys(task.options)] for name, task in TASKS.items()}
 
 
 def build(**sections):
@@ -37,7 +39,7 @@ def test_defaults_hold_every_key():
     flat = [key for key, _ in config_lib.flatten(default_config().to_dict())]
     spelled = [
         spelling
-        for key in keys(Config)
+        for key in KEYS
         for spelling in ([f"{key}_{unit}" for unit in schema.UNITS] if f"{key}_steps" in flat else [key])
     ]
     assert sorted(flat) == sorted(spelled)
@@ -46,6 +48,7 @@ def test_defaults_hold_every_key():
 def test_json_round_trip_of_a_config_with_no_default_left():
     config = build(
         seed=-3,
+        task={"name": "tagging", "labels": ("O", "B-x"), "entity_scheme": "IOB2"},
         init_from="runs/a@best",
         init_rules=((r"head/.*", "reinit"), (r".*", "keep")),
         tokenizer={"path": "é.model"},
@@ -92,6 +95,8 @@ REFUSED = {
     "unknown, nothing near": ({"mesh": {"zzzzzz": 1}}, r"'mesh\.zzzzzz'; known here: data, fsdp, expert, context"),
     "duration without its unit": ({"optim": {"warmup": 10}}, r"'optim\.warmup' .*'warmup_\w+'"),
     "duration with a wrong unit": ({"train": {"total_step": 10}}, r"'train\.total_step' .*'total_steps'"),
+    "unknown option of a task": ({"task": {"name": "masked_lm", "mask_rat": 0.1}}, r"'task\.mask_rat' .*'mask_rate'"),
+    "option of another task": ({"task": {"mask_rate": 0.1}}, r"'task\.mask_rate'; known here: name"),
     # wrong types
     "str for int": ({"model": {"num_layers": "4"}}, r"'model\.num_layers' must be int, got str '4'"),
     "float for int": ({"model": {"num_layers": 4.0}}, r"'model\.num_layers' must be int, got float 4\.0"),
@@ -103,6 +108,11 @@ REFUSED = {
     "bool for a duration": ({"train": {"total_steps": True}}, r"'train\.total_steps' must be int, got bool"),
     "float for steps": ({"train": {"total_steps": 1e3}}, r"'train\.total_steps' must be int, got float 1000\.0"),
     "value for a section": ({"optim": 3}, r"'optim' is a section of keys, got 3"),
+    "value for the task": ({"task": "masked_lm"}, r"'task' is a section of keys, .*; got 'masked_lm'"),
+    "str for an option": (
+        {"task": {"name": "masked_lm", "mask_rate": "1"}},
+        r"'task\.mask_rate' must be float",
+    ),
     "str for a tuple": ({"generate": {"prompts": "Once"}}, r"'generate\.prompts' must be a tuple, got 'Once'"),
     "item of a tuple": ({"generate": {"prompts": ["a", 1]}}, r"'generate\.prompts\[1\]' must be str, got int 1"),
     "short pair": ({"optim": {"lr_rules": [[".*"]]}}, r"'optim\.lr_rules\[0\]' must have 2 items, got \['\.\*'\]"),
@@ -110,6 +120,8 @@ REFUSED = {
     # choices
     "unknown choice": ({"optim": {"name": "adamww"}}, r"'optim\.name' must be one of adamw, lion.*\(.*'adamw'"),
     "choice of a wrong type": ({"optim": {"name": 3}}, r"'optim\.name' must be one of .*; got 3"),
+    "unknown task": ({"task": {"name": "masked_ml"}}, r"'task\.name' must be one of causal_lm, .*\(.*'masked_lm'"),
+    "task of a wrong type": ({"task": {"name": 3}}, r"'task\.name' must be one of .*; got 3"),
     # durations
     "two durations": (
         {"train": {"total_steps": 1000, "total_tokens": 5_000_000}},
@@ -230,14 +242,34 @@ def test_diff_names_what_differs_and_nothing_else():
 
 
 def test_resumable_names_are_keys_or_sections():
-    known = keys(Config)
+    known = {*KEYS, *(key for options in OPTIONS.values() for key in options)}
     for name in config_lib.RESUMABLE:
         assert name in known or any(key.startswith(f"{name}.") for key in known), name
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_has_its_own_options_and_a_recipe_all_of_them(name):
+    assert default_config(name).task == task_config(name)
+    assert sorted(f"task.{key}" for key in default_config(name).task) == sorted(OPTIONS[name])
+    assert build(task={"name": name}).task == TASKS[name].options(name=name)
+    with pytest.raises(ConfigError, match=r"'task\.nam' \(did you mean 'name'\?\)"):
+        task_config(name, nam="x")
+
+
+def test_diff_names_the_options_that_one_of_two_tasks_lacks():
+    old, new = build(task={"name": "masked_lm"}), build(task={"name": "translation"})
+    assert config_lib.diff(old, new) == {
+        "task.name": ("masked_lm", "translation"),
+        "task.mask_rate": (0.15, None),
+        "task.whole_words": (False, None),
+        "task.bleu_tokenizer": (None, "auto"),
+    }
 
 
 def test_keys_are_unique():
     names = keys(Config)
     assert len(set(names)) == len(names)
+    assert all(len(set(options)) == len(options) for options in OPTIONS.values())
     assert {"seed", "optim.learning_rate", "train.total", "data.path"} <= set(names)
     assert not {"train.total_steps", "optim", "train"} & set(names), "a duration counts once, a section not at all"
 

@@ -18,6 +18,8 @@ from lm.tasks.classification import encode_pair
 from tests import toys
 
 WORDS = ["good", "bad", "film", "the", "a", "goodness", "very", "na\u00efve", "plot", "twist"]
+SENTENCES = toys.task("classification", labels=("0", "1"))
+MASKED = toys.task("masked_lm")
 TEXTS = [" ".join(WORDS[i % 3 :]) + f", {i}." for i in range(30)]
 TOK = dataclasses.replace(tokenizer.train(TEXTS, 330, 100_000), extra_ids=2)
 L = 24
@@ -29,9 +31,6 @@ def make_row(first, second=None, length=L):
     n = len(columns["tokens"])
     columns |= {"segment_ids": np.ones(n, np.int32), "positions": np.arange(n, dtype=np.int32)}
     return {name: np.pad(x, (0, length - n)) for name, x in columns.items()} | {"labels": np.array(1, np.int32)}
-
-
-SENTENCES = toys.task("classification", labels=("0", "1"))
 
 
 def make_config(*named, task=SENTENCES, packing="pad", synonyms="", **data):
@@ -191,7 +190,7 @@ def test_a_bad_file_of_synonyms_is_named(tmp_path):
             make_config(("swap", 0.1), task=toys.task("tagging")),
             r"'data\.augment': swap does not fit 'task\.name' tagging; use class",
         ),
-        (make_config(("swap", 0.1), task=toys.task("masked_lm"), packing="concat"), r"set data\.packing=pad, not concat"),
+        (make_config(("swap", 0.1), task=MASKED, packing="concat"), r"set data\.packing=pad, not concat"),
         (make_config(("synonyms", 0.1)), r"'data\.synonyms' is empty, but data\.augment names synonyms"),
         (make_config(synonyms="x.tsv"), r"'data\.synonyms' is read by the augmentation synonyms only"),
     ],

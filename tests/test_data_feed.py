@@ -60,10 +60,10 @@ def alone(folder, seq_len=LENGTH):
     return input_pipeline.build(cfg, None, *input_pipeline.load(cfg.data))
 
 
-def mixed(folders, stages=((0.0, (6, 3, 1)), (0.5, (2, 2, 4)), (0.9, (0, 0, 1))), **data):
+def mixed(folders, stages=((0.0, (6, 3, 1)), (0.5, (2, 2, 4)), (0.9, (0, 0, 1))), task="causal_lm", **data):
     given = [(at, str(folders / name), w) for at, ws in stages for name, w in zip(ROWS, ws, strict=True) if w]
     data_config = config.DataConfig(format="prepared", mixture=tuple(given), seq_len=LENGTH, **data)
-    cfg = dataclasses.replace(config.Config(), data=data_config)
+    cfg = config.Config(task=toys.task(task), data=data_config)
     return input_pipeline.build(cfg, None, *input_pipeline.load(cfg.data))
 
 
@@ -225,8 +225,8 @@ def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path)
     for unread in ({"max_records": 3}, {"rename": (("a", "b"),)}):
         with pytest.raises(ConfigError, match=rf"'data\.{next(iter(unread))}' is .* prepared data does not read it"):
             mixed(folders, **unread)
-    with pytest.raises(ConfigError, match=r"'data\.task' masked_text reads"):
-        mixed(folders, task="masked_text")
+    with pytest.raises(ConfigError, match=r"'task\.name' masked_lm reads"):
+        mixed(folders, task="masked_lm")
     empty = tmp_path / "none"
     write_source(empty, 0, 4, valid=0)
     with pytest.raises(DataError, match="none: no valid rows"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lm.config import DataConfig
 from lm.data.readers import paths, registry, text
-from lm.data.record import DataError
+from lm.data.record import DataError, Wanted
 
 
 def write(folder: Path, *names: str, content: bytes = b"some text") -> None:
@@ -70,14 +70,15 @@ def test_files_of_other_kinds_among_images_are_named(tmp_path):
         (tmp_path / "cat").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "cat" / f"{number}.png")
     write(tmp_path, "cat/notes.txt", "LICENSE")
-    cfg = DataConfig(path=str(tmp_path), format="images", image_shape=(4, 4, 3), eval_fraction=0.3)
-    found = registry.load(cfg).report
+    cfg = DataConfig(path=str(tmp_path), format="images", eval_fraction=0.3)
+    wanted = Wanted(image_shape=(4, 4, 3))
+    found = registry.load(cfg, wanted).report
     assert f"2 files in {tmp_path} not read: " in found
     assert "1 .txt (cat/notes.txt)" in found and "1 without ending (LICENSE)" in found
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for path in sorted((tmp_path / "cat").iterdir()):
             tar.add(path, f"cat/{path.name}")
-    tarred = registry.load(DataConfig(**{**vars(cfg), "path": str(tmp_path / "all.tar")}))
+    tarred = registry.load(DataConfig(**{**vars(cfg), "path": str(tmp_path / "all.tar")}), wanted)
     assert f"1 file in {tmp_path}/all.tar not read: 1 .txt (cat/notes.txt)" in tarred.report
     assert len(tarred.train) + len(tarred.valid) == 6
 

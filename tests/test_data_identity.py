@@ -14,7 +14,8 @@ from lm import input_pipeline
 from lm.config import DataConfig
 from lm.data import splits, tokenizer
 from lm.data.readers import paths, registry
-from lm.data.record import DataError
+from lm.data.record import DataError, Wanted
+from lm.tasks import task_of
 from tests import toys
 from tests.test_data_sources import write
 
@@ -117,7 +118,7 @@ def labelled_config(path, **changes):
 def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, changes, says):
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
     cfg = pairs_config(path) if changes == "pairs" else labelled_config(path, **changes)
-    split = registry.load(cfg.data)
+    split = registry.load(cfg.data, task_of(cfg).wanted(cfg))
     if changes == "pairs":
         split.train = [record for record in split.train + split.valid if "One text" in record["text"]]
     if "same sentence" in says:
@@ -130,7 +131,7 @@ def test_held_out_data_of_one_label_is_counted(tmp_path, words):
     records = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
     cfg = labelled_config(path, task__labels=("a", "b"))
-    split = registry.load(cfg.data)
+    split = registry.load(cfg.data, task_of(cfg).wanted(cfg))
     split.valid = [record for record in split.train if record["label"] == "a"][:5]
     report = input_pipeline.build(cfg, words, split).report
     assert report["valid"]["nothing_to_tell_apart"] == 5
@@ -265,7 +266,7 @@ def test_a_tar_of_several_splits_is_refused(tmp_path):
             member.size = len(pixels.getvalue())
             tar.addfile(member, io.BytesIO(pixels.getvalue()))
     with pytest.raises(DataError, match=r"images\.tar: holds the splits 'train', 'validation' in one \.tar"):
-        registry.load(DataConfig(format="images", path=f"{tmp_path}/images.tar", image_shape=(8, 8, 3)))
+        registry.load(DataConfig(format="images", path=f"{tmp_path}/images.tar"), Wanted(image_shape=(8, 8, 3)))
 
 
 def test_a_folder_of_splits_is_trained_on_train_and_evaluated_on_validation(tmp_path):

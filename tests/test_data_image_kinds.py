@@ -14,7 +14,7 @@ from lm.config import DataConfig
 from lm.data.readers import images, registry
 from lm.data.record import DataError
 from tests import small_sets
-from tests.test_data_images import PICTURES, SHAPE, encoded, named, read, tarred, write
+from tests.test_data_images import PICTURES, SHAPE, WANTED, encoded, named, read, tarred, write
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -179,11 +179,11 @@ def test_images_of_published_sets_are_those_of_their_files(name, tmp_path, tfds_
             path = small_sets.save_to_disk(tmp_path / "set", table)
         else:
             path = small_sets.write_parquet(tmp_path / "a.parquet", table)
-    cfg = DataConfig(format=name.split()[0], path=str(path), image_shape=SHAPE, rename=(("img", "image"),))
-    found = [record for unit in registry.find(cfg).train for record in registry.read(unit, cfg)]
+    cfg = DataConfig(format=name.split()[0], path=str(path), rename=(("img", "image"),))
+    found = [record for unit in registry.find(cfg).train for record in registry.read(unit, cfg, WANTED)]
     assert [record["label"] for record in found] == [*LABELS] * 3
     np.testing.assert_array_equal([record["image"] for record in found], PICTURES)
-    split = registry.load(dataclasses.replace(cfg, eval_fraction=0.3))
+    split = registry.load(dataclasses.replace(cfg, eval_fraction=0.3), WANTED)
     assert len(split.train) + len(split.valid) == 6
 
 
@@ -200,4 +200,4 @@ def test_a_bad_image_of_a_table_is_a_fault_of_its_row(tmp_path, image, kind, say
     rows = [{"image": {"bytes": encoded(picture), "path": None}} for picture in PICTURES]
     path = small_sets.write_parquet(tmp_path / "a.parquet", small_sets.table([*rows[:3], {"image": image}, *rows[3:]]))
     with pytest.raises(DataError, match=rf"a.parquet:4: {kind}: .*{says}"):
-        registry.load(DataConfig(format="parquet", path=str(path), image_shape=SHAPE))
+        registry.load(DataConfig(format="parquet", path=str(path)), WANTED)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from lm.data import augment, loader
 from lm.data.readers import images as image_files
 from lm.data.readers import paths as files
 from lm.data.readers import registry
-from lm.data.record import DataError, Fault, NotRead
-from lm.tasks import build_config, default_config, images
+from lm.data.record import DataError, Fault, NotRead, Wanted
+from lm.tasks import TASKS, build_config, default_config, images, task_of
+from tests import toys
 
 SHAPE = (8, 6, 3)
+WANTED = Wanted(image_shape=SHAPE)
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (6, *SHAPE)).astype(np.uint8)
 
@@ -62,7 +65,7 @@ def read(path: Path, shape: tuple[int, int, int] = SHAPE) -> list:
 
 
 def data_config(path: Path, **options) -> DataConfig:
-    return DataConfig(format="images", path=str(path), image_shape=SHAPE, eval_fraction=0.3, **options)
+    return DataConfig(format="images", path=str(path), eval_fraction=0.3, **options)
 
 
 # Forms ----------------------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ def test_real_data(shared_data):
         (
             encoded(PICTURES[0].transpose(1, 0, 2)),
             "wrong size",
-            r"found 6 x 8 pixels; expected data.image_shape, 8 x 6",
+            r"found 6 x 8 pixels; expected task.image_shape, 8 x 6",
         ),
         (encoded(PICTURES[0])[:60], "damaged image", r"expected a JPEG or PNG image"),
         (encoded(PICTURES[0], "JPEG")[:-30], "damaged image", r"truncated"),
@@ -150,8 +153,8 @@ def test_a_bad_image_is_a_fault_of_its_own(tmp_path, content, kind, message):
     assert (fault.kind, fault.where) == (kind, f"{path}:dog/bad.png")
     assert len(others) == 6 and not any(isinstance(other, Fault) for other in others)
     with pytest.raises(DataError, match=rf"a.tar:dog/bad.png: {kind}: .*{message}"):
-        registry.load(data_config(path))
-    split = registry.load(data_config(path, max_bad_records=100))
+        registry.load(data_config(path), WANTED)
+    split = registry.load(data_config(path, max_bad_records=100), WANTED)
     assert len(split.train) + len(split.valid) == 6
 
 
@@ -181,7 +184,7 @@ def test_a_damaged_mnist_pair_is_refused(tmp_path):
         (images[:-1], labels, r"images-idx3-ubyte: found 287 values; expected 6 x 8 x 6"),
         (labels, labels, r"images-idx3-ubyte: found no IDX header of 3 dimensions"),
         (images, b"", r"labels-idx1-ubyte: found no IDX header of 1 dimensions"),
-        (idx(PICTURES[:, :6, :, 0]), labels, r"found 6 x 6 x 1 images; expected data.image_shape, \(8, 6, 1\)"),
+        (idx(PICTURES[:, :6, :, 0]), labels, r"found 6 x 6 x 1 images; expected task.image_shape, \(8, 6, 1\)"),
     ]
     for number, (image_bytes, label_bytes, message) in enumerate(cases):
         path = write(tmp_path / str(number) / "t10k-images-idx3-ubyte", image_bytes)
@@ -191,9 +194,13 @@ def test_a_damaged_mnist_pair_is_refused(tmp_path):
             read(path, (8, 6, 1))
 
 
-def test_only_grey_and_rgb_can_be_asked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"'data.image_shape' is \(8, 6, 4\); expected 1 channel \(grey\) or 3"):
-        registry.load(DataConfig(format="images", path=str(tmp_path), image_shape=(8, 6, 4)))
+@pytest.mark.parametrize("name", ["image_classification", "masked_autoencoding", "contrastive_images"])
+@pytest.mark.parametrize("shape", [(8, 6, 4), (0, 6, 3)])
+def test_only_grey_and_rgb_can_be_asked_for(name, shape):
+    options = {"labels": ("cat", "dog")} if name == "image_classification" else {}
+    cfg = Config(task=toys.task(name, image_shape=shape, **options))
+    with pytest.raises(ConfigError, match=rf"'task.image_shape' is {re.escape(str(shape))}; expected .*1 channel"):
+        TASKS[name].check(cfg)
 
 
 # What is held out -----------------------------------------------------------------------------------------------------
@@ -201,15 +208,17 @@ def test_only_grey_and_rgb_can_be_asked_for(tmp_path):
 
 def test_fingerprint_and_split_follow_the_pixels(tmp_path):
     path = write(tmp_path / "a.tar", tarred(named()))
-    first = registry.load(data_config(path))
-    other_place = registry.load(data_config(write(tmp_path / "elsewhere" / "b.tar", tarred(named("train/")))))
+    first = registry.load(data_config(path), WANTED)
+    other_place = registry.load(data_config(write(tmp_path / "elsewhere" / "b.tar", tarred(named("train/")))), WANTED)
     assert other_place.fingerprint == first.fingerprint
     changed = PICTURES[0].copy()
     changed[3, 2, 1] ^= 1
-    one_bit = registry.load(data_config(write(tmp_path / "c.tar", tarred(named() | {"dog/0.png": encoded(changed)}))))
+    one_bit = registry.load(
+        data_config(write(tmp_path / "c.tar", tarred(named() | {"dog/0.png": encoded(changed)}))), WANTED
+    )
     assert one_bit.fingerprint != first.fingerprint
     # The same pixels twice are never on both sides.
-    twice = registry.load(data_config(write(tmp_path / "d.tar", tarred(named() | named("again/")))))
+    twice = registry.load(data_config(write(tmp_path / "d.tar", tarred(named() | named("again/")))), WANTED)
     held, kept = ({record["image"].tobytes() for record in part} for part in (twice.valid, twice.train))
     assert not held & kept
 
@@ -218,19 +227,21 @@ def test_fingerprint_and_split_follow_the_pixels(tmp_path):
 
 
 def recipe(path: Path, **changes) -> Config:
-    c = default_config()
-    c.data.format, c.data.path, c.data.image_shape, c.data.eval_fraction = "images", str(path), SHAPE, 0.3
-    c.data.packing, c.data.labels = "pad", ("cat", "dog")
-    c.model.patch_size, c.model.position, c.corrupt.rate, c.train.total_steps = 2, "sincos", 0.75, 1
-    c.objective, c.data.task, c.model.kind = changes.pop("entries", ("classification", "images", "vit"))
+    name, kind = changes.pop("entries", ("image_classification", "vit"))
+    c = default_config(name)
+    c.task.image_shape = SHAPE
+    if "labels" in c.task:
+        c.task.labels = ("cat", "dog")
+    c.data.format, c.data.path, c.data.eval_fraction, c.data.packing = "images", str(path), 0.3, "pad"
+    c.model.kind, c.model.patch_size, c.model.position, c.train.total_steps = kind, 2, "sincos", 1
     for key, value in changes.items():
         section, name = key.split("__")
         c[section][name] = value
     return build_config(c)
 
 
-MASKED = ("mae", "masked_images", "mae")
-PAIRS = ("contrastive", "image_pairs", "vit")
+MASKED = ("masked_autoencoding", "mae")
+PAIRS = ("contrastive_images", "vit")
 
 
 @pytest.fixture
@@ -240,7 +251,7 @@ def packed(tmp_path) -> Path:
 
 def batches(cfg: Config) -> list[dict]:
     """The first training batch and the evaluation's, and the pixels that each row is of."""
-    split = registry.load(cfg.data)
+    split = registry.load(cfg.data, task_of(cfg).wanted(cfg))
     data = input_pipeline.build(cfg, None, split)
     train = next(loader.train_batches(data, batch_size=5, start_example=0, local_rows=np.arange(5), seed=0))
     rows = loader.train_row_ids(len(data.train), 0, 0, 5)
@@ -260,12 +271,12 @@ def test_labelled_images(packed):
             np.testing.assert_array_equal(batch["images"][row], pixels)
             assert ("cat", "dog")[batch["labels"][row]] == record["label"]
     np.testing.assert_array_equal(valid["row_weights"], np.arange(5) < len(valid["records"]))
-    with pytest.raises(DataError, match=r"a.tar:dog/.*png: unknown label 'dog'; data.labels has cat, cow"):
+    with pytest.raises(DataError, match=r"a.tar:dog/.*png: unknown label 'dog'; task.labels has cat, cow"):
         batches(recipe(packed, task__labels=("cat", "cow")))
 
 
 def test_masked_images_have_each_patch_once(packed):
-    train, valid = batches(recipe(packed, entries=MASKED, task__labels=()))
+    train, valid = batches(recipe(packed, entries=MASKED))
     for batch in (train, valid):
         assert (batch["visible_patches"].shape, batch["masked_patches"].shape) == ((5, 3), (5, 9))
         both = np.concatenate([batch["visible_patches"], batch["masked_patches"]], axis=1)
@@ -273,7 +284,7 @@ def test_masked_images_have_each_patch_once(packed):
             assert sorted(both[row]) == list(range(12))
             np.testing.assert_array_equal(batch["images"][row], record["image"])
     assert len({tuple(sorted(row)) for row in train["visible_patches"]}) > 2
-    again = batches(recipe(packed, entries=MASKED, task__labels=()))
+    again = batches(recipe(packed, entries=MASKED))
     np.testing.assert_array_equal(again[1]["masked_patches"], valid["masked_patches"])
 
 
@@ -302,21 +313,21 @@ def test_what_does_not_fit_is_refused(packed):
         ConfigError, match=r"'data.augment': no 'corp' \(did you mean 'crop'\?\); there are .*color, crop"
     ):
         checks.fit(recipe(packed, data__augment=(("corp", 0.5),)))
-    with pytest.raises(ConfigError, match=r"'data.augment': swap does not fit 'data.task' images"):
+    with pytest.raises(ConfigError, match=r"'data.augment': swap does not fit 'task.name' image_classification"):
         checks.fit(recipe(packed, data__augment=(("swap", 0.5),)))
     with pytest.raises(ConfigError, match=r"'data.augment': the strength of crop must be in \(0, 1\], got 1.5"):
         checks.fit(recipe(packed, data__augment=(("flip", 1.0), ("crop", 1.5))))
     for rate in (0.03, 0.97):
-        with pytest.raises(ConfigError, match=rf"'corrupt.rate' \({rate}\) hides .* of the 12 patches"):
+        with pytest.raises(ConfigError, match=rf"'task.mask_rate' \({rate}\) hides .* of the 12 patches"):
             checks.fit(recipe(packed, entries=MASKED, task__mask_rate=rate))
     with pytest.raises(
-        ConfigError, match=r"'data.image_shape' \(8, 6, 3\) must be multiples of 'model.patch_size' \(4\)"
+        ConfigError, match=r"'task.image_shape' \(8, 6, 3\) must be multiples of 'model.patch_size' \(4\)"
     ):
-        recipe(packed, model__patch_size=4)
+        checks.fit(recipe(packed, model__patch_size=4))
     with pytest.raises(ConfigError, match=r"'model.position' is rope, but 'model.kind' vit needs sincos"):
         recipe(packed, model__position="rope")
     with pytest.raises(ConfigError, match=r"'model.position' is sincos, but 'model.kind' encoder needs another"):
-        recipe(packed, entries=("classification", "images", "encoder"))
+        recipe(packed, entries=("image_classification", "encoder"))
 
 
 # Augmentations --------------------------------------------------------------------------------------------------------

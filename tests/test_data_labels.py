@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lm.config import DataConfig
+from lm.config import Config, DataConfig
 from lm.data import labels
 from lm.data.readers import registry
-from lm.data.record import DataError, Fault
+from lm.data.record import DataError, Fault, Wanted
 from lm.tasks import TASKS
-from tests import small_sets
+from tests import small_sets, toys
 
 
 def write_jsonl(folder: Path, rows: list[dict]) -> Path:
@@ -54,10 +54,16 @@ def texts_with(values: list) -> list[dict]:
     return [{"text": f"text {i}", "label": value} for i, value in enumerate(values)]
 
 
+def wanted(name: str, *names: str) -> Wanted:
+    """What a task asks of the records, if these are its labels."""
+    task = TASKS[name]
+    return task.wanted(Config(task=toys.task(name, **({"labels": names} if names else {}))))
+
+
 def read(where: tuple[str, Path | str], task: str, names: tuple[str, ...] = ()) -> list:
     """The label of each record, or the kind of its fault."""
-    cfg = DataConfig(format=where[0], path=str(where[1]), task=task, labels=names)
-    found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
+    cfg = DataConfig(format=where[0], path=str(where[1]))
+    found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg, wanted(task, *names))]
     return [item.kind if isinstance(item, Fault) else item.get("label") for item in found]
 
 
@@ -67,10 +73,10 @@ def test_a_boolean_label_is_read_alike_in_every_format(tmp_path, name, names):
     kind, write = WRITERS[name]
     where = kind, write(tmp_path, texts_with([True, False, None, True]))
     yes, no = sorted(names, key=str.lower, reverse=True)
-    assert read(where, "sentences", names) == [yes, no, "no label", yes]
-    assert read(where, "sentences", ("0", "1")) == ["wrong label", "wrong label", "no label", "wrong label"]
-    assert read(where, "scored_sentences") == ["wrong label", "wrong label", "no label", "wrong label"]
-    cfg = DataConfig(format=kind, path=str(where[1]), task="text")
+    assert read(where, "classification", names) == [yes, no, "no label", yes]
+    assert read(where, "classification", ("0", "1")) == ["wrong label", "wrong label", "no label", "wrong label"]
+    assert read(where, "regression") == ["wrong label", "wrong label", "no label", "wrong label"]
+    cfg = DataConfig(format=kind, path=str(where[1]))
     found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
     assert [record["text"] for record in found] == [f"text {i}" for i in range(4)]
 
@@ -79,44 +85,44 @@ def test_a_boolean_label_is_read_alike_in_every_format(tmp_path, name, names):
 def test_a_number_that_is_missing_is_a_fault_of_its_record(tmp_path, name):
     kind, write = WRITERS[name]
     where = kind, write(tmp_path, texts_with([1.5, None, math.nan, -2.0]))
-    assert read(where, "scored_sentences") == ["1.5", "no label", "no label", "-2.0"]
-    assert read(where, "sentences", ("1.5",)) == ["1.5", "no label", "no label", "-2.0"]
-    assert read(where, "text") == ["1.5", None, None, "-2.0"]
+    assert read(where, "regression") == ["1.5", "no label", "no label", "-2.0"]
+    assert read(where, "classification", ("1.5",)) == ["1.5", "no label", "no label", "-2.0"]
+    assert read(where, "causal_lm") == ["1.5", None, None, "-2.0"]
 
 
 def test_a_boolean_and_an_unknown_class_of_tfds(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     features = {"text": tfds.features.Text(), "label": tfds.features.Scalar(dtype=np.bool_)}
     small_sets.write_tfds(tmp_path, "yes_no", features, {"train": texts_with([True, False])})
-    assert read(("tfds", "yes_no"), "sentences", ("False", "True")) == ["True", "False"]
+    assert read(("tfds", "yes_no"), "classification", ("False", "True")) == ["True", "False"]
     features["label"] = tfds.features.ClassLabel(names=["neg", "pos"])
     small_sets.write_tfds(tmp_path, "classes", features, {"train": texts_with([1, -1])})
-    assert read(("tfds", "classes"), "sentences", ("neg", "pos")) == ["pos", "no label"]
-    assert read(("tfds", "classes"), "text") == ["pos", None]
+    assert read(("tfds", "classes"), "classification", ("neg", "pos")) == ["pos", "no label"]
+    assert read(("tfds", "classes"), "causal_lm") == ["pos", None]
 
 
 @pytest.mark.parametrize(
     ("task", "names", "label", "expected"),
     [
-        ("sentences", ("a", "none"), "none", "none"),  # a class of that name
-        ("sentences", ("a", "b"), "None", "wrong label"),
-        ("sentences", ("a", "b"), "nan", "wrong label"),
-        ("sentences", ("a", "b"), "TRUE", "wrong label"),
-        ("sentences", ("a", "b"), "c", "c"),  # data.labels is wrong: the task refuses it
-        ("scored_sentences", (), "1e-3", "1e-3"),
-        ("scored_sentences", (), "inf", "wrong label"),
-        ("scored_sentences", (), "1_000", "wrong label"),
-        ("scored_sentences", (), "\uff11\uff12", "wrong label"),
-        ("scored_sentences", (), "high", "wrong label"),
-        ("scored_sentences", (), 1e39, "wrong label"),  # infinite in float32
-        ("scored_sentences", (), 3, "3"),
-        ("prompted", ("no", "true"), True, "true"),
-        ("mixed_sentences", ("a/x", "a/y", "b/"), "a/x", "a/x"),
-        ("mixed_sentences", ("a/true", "a/false", "b/"), "a/True", "a/true"),
-        ("mixed_sentences", ("a/x", "a/y", "b/"), "a/None", "wrong label"),
-        ("mixed_sentences", ("a/x", "a/y", "b/"), "b/nan", "wrong label"),
-        ("mixed_sentences", ("a/x", "a/y", "b/"), "b/2", "b/2"),
-        ("mixed_sentences", ("a/true", "a/false", "b/"), True, "wrong label"),
+        ("classification", ("a", "none"), "none", "none"),  # a class of that name
+        ("classification", ("a", "b"), "None", "wrong label"),
+        ("classification", ("a", "b"), "nan", "wrong label"),
+        ("classification", ("a", "b"), "TRUE", "wrong label"),
+        ("classification", ("a", "b"), "c", "c"),  # task.labels is wrong: the task refuses it
+        ("regression", (), "1e-3", "1e-3"),
+        ("regression", (), "inf", "wrong label"),
+        ("regression", (), "1_000", "wrong label"),
+        ("regression", (), "\uff11\uff12", "wrong label"),
+        ("regression", (), "high", "wrong label"),
+        ("regression", (), 1e39, "wrong label"),  # infinite in float32
+        ("regression", (), 3, "3"),
+        ("prompting", ("no", "true"), True, "true"),
+        ("multitask", ("a/x", "a/y", "b/"), "a/x", "a/x"),
+        ("multitask", ("a/true", "a/false", "b/"), "a/True", "a/true"),
+        ("multitask", ("a/x", "a/y", "b/"), "a/None", "wrong label"),
+        ("multitask", ("a/x", "a/y", "b/"), "b/nan", "wrong label"),
+        ("multitask", ("a/x", "a/y", "b/"), "b/2", "b/2"),
+        ("multitask", ("a/true", "a/false", "b/"), True, "wrong label"),
     ],
 )
 def test_labels_of_each_task(tmp_path, task, names, label, expected):
@@ -125,32 +131,29 @@ def test_labels_of_each_task(tmp_path, task, names, label, expected):
 
 
 def test_a_record_without_the_field_is_a_fault_that_names_it(tmp_path):
-    cfg = DataConfig(task="sentences", labels=("a", "b"))
-    fault = labels.checked({"text": "a", "source": "f:3"}, cfg)
-    expected = "found the fields text; expected 'label', which data.task=sentences reads (data.rename maps another name"
+    fault = labels.checked({"text": "a", "source": "f:3"}, wanted("classification", "a", "b"))
+    expected = "found the fields text; expected 'label', which task.name=classification reads (data.rename maps another"
     assert fault.where == "f:3" and fault.message.startswith(expected)
 
 
 def test_bad_labels_are_left_out_and_counted_up_to_the_limit(tmp_path):
     path = write_jsonl(tmp_path, texts_with(["a", "b", None, "a", True, math.nan, "b"]))
-    cfg = DataConfig(
-        format="jsonl", path=str(path), task="sentences", labels=("a", "b"), max_bad_records=3, eval_fraction=0.4
-    )
-    split = registry.load(cfg)
+    cfg = DataConfig(format="jsonl", path=str(path), max_bad_records=3, eval_fraction=0.4)
+    split = registry.load(cfg, wanted("classification", "a", "b"))
     assert len(split.train) + len(split.valid) == 4
     assert "skipped 3 bad records:\n  2 x no label\n" in split.report and "1 x wrong label" in split.report
     with pytest.raises(DataError, match=r"a.jsonl:3: no label: found no label; expected 'label'.*max_bad_records=N"):
-        registry.load(DataConfig(format="jsonl", path=str(path), task="sentences", labels=("a", "b")))
+        registry.load(DataConfig(format="jsonl", path=str(path)), wanted("classification", "a", "b"))
 
 
 @pytest.mark.parametrize("tag", [None, True, math.nan])
 def test_a_bad_tag_or_entity_is_a_fault_of_its_record(tmp_path, tag):
     rows = [{"words": ["a", "b"], "tags": ["O", "O"]}, {"words": ["a", "b"], "tags": ["O", tag]}]
     rows += [{"text": "a b", "entities": [{"start": 0, "end": 1, "label": name}]} for name in (tag, "X")]
-    cfg = DataConfig(format="jsonl", path=str(write_jsonl(tmp_path, rows)), task="tagging")
-    found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg)]
+    cfg = DataConfig(format="jsonl", path=str(write_jsonl(tmp_path, rows)))
+    found = [item for unit in registry.find(cfg).train for item in registry.read(unit, cfg, wanted("tagging"))]
     assert [isinstance(item, Fault) for item in found] == [False, True, True, False]
 
 
 def test_the_tasks_whose_labels_are_checked_are_those_that_read_one():
-    assert {name for name, task in TASKS.items() if "label" in task.fields} == {*labels.OF_CLASSES, *labels.OF_NUMBERS}
+    assert {name for name, task in TASKS.items() if "label" in task.fields} == {n for n in TASKS if wanted(n).label}

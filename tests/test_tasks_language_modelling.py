@@ -130,8 +130,5 @@ def test_a_prefix_is_the_start_of_each_segment(lengths, seed):
 def test_every_prefix_length_is_as_likely():
     row = packed([4], 5, 0) | {"loss_weights": np.ones(5, np.float32)}
     rng = np.random.default_rng(0)
-    shown = [
-        language_modelling.prefix(row, rng, TOK, PREFIX_CONFIG)["is_prefix"].sum()
-        for _ in range(4000)
-    ]
+    shown = [language_modelling.prefix(row, rng, TOK, PREFIX_CONFIG)["is_prefix"].sum() for _ in range(4000)]
     np.testing.assert_allclose(np.bincount(shown, minlength=5)[1:] / 4000, 0.25, atol=0.03)

@@ -1,7 +1,7 @@
 """Labelled sentences as text to go on with: a template asks, and the words for the labels are the answers compared.
 
 A template such as '{text} It was {label:bad|good}.' has the record's fields, and at the place of '{label}' one word for
-each of `data.labels`, in their order; a plain '{label}' stands for the labels themselves.
+each of `task.labels`, in their order; a plain '{label}' stands for the labels themselves.
 """
 
 import dataclasses
