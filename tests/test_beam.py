@@ -139,7 +139,7 @@ def plain_search(kind: str, beams: int, alpha: float) -> list[list[int]]:
 
 def config(kind: str) -> Config:
     generation = GenerateConfig(max_new_tokens=NEW, temperature=0.0)
-    return Config(model=model_of(kind)[0], generate=generation, data=DataConfig(task="chat"))  # which has both stops
+    return Config(model=model_of(kind)[0], generate=generation, task=toys.task("chat"))  # which has both stops
 
 
 def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:

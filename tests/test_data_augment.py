@@ -15,6 +15,7 @@ from lm.data import augment, loader, tokenizer
 from lm.data.readers import registry
 from lm.data.record import DataError
 from lm.tasks.classification import encode_pair
+from tests import toys
 
 WORDS = ["good", "bad", "film", "the", "a", "goodness", "very", "na\u00efve", "plot", "twist"]
 TEXTS = [" ".join(WORDS[i % 3 :]) + f", {i}." for i in range(30)]
@@ -30,9 +31,12 @@ def make_row(first, second=None, length=L):
     return {name: np.pad(x, (0, length - n)) for name, x in columns.items()} | {"labels": np.array(1, np.int32)}
 
 
-def make_config(*named, task="sentences", packing="pad", synonyms="", **data):
-    data = config.DataConfig(task=task, packing=packing, augment=named, synonyms=synonyms, labels=("0", "1"), **data)
-    return config.Config(data=data)
+SENTENCES = toys.task("classification", labels=("0", "1"))
+
+
+def make_config(*named, task=SENTENCES, packing="pad", synonyms="", **data):
+    data = config.DataConfig(packing=packing, augment=named, synonyms=synonyms, **data)
+    return config.Config(task=task, data=data)
 
 
 def change(name, row, seed, strength, cfg=None):
@@ -184,10 +188,10 @@ def test_a_bad_file_of_synonyms_is_named(tmp_path):
         ),
         (make_config(("delete", 0.0)), r"'data\.augment': the strength of delete must be in \(0, 1\], got 0\.0"),
         (
-            make_config(("swap", 0.1), task="tagging"),
-            r"'data\.augment': swap does not fit 'data\.task' tagging; use sent",
+            make_config(("swap", 0.1), task=toys.task("tagging")),
+            r"'data\.augment': swap does not fit 'task\.name' tagging; use class",
         ),
-        (make_config(("swap", 0.1), task="masked_text", packing="concat"), r"set data\.packing=pad, not concat"),
+        (make_config(("swap", 0.1), task=toys.task("masked_lm"), packing="concat"), r"set data\.packing=pad, not concat"),
         (make_config(("synonyms", 0.1)), r"'data\.synonyms' is empty, but data\.augment names synonyms"),
         (make_config(synonyms="x.tsv"), r"'data\.synonyms' is read by the augmentation synonyms only"),
     ],

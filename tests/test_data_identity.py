@@ -84,23 +84,17 @@ def labelled_config(path, **changes):
         ([{"text": f"text {n}", "label": "a"} for n in range(20)], {"task__labels": ("a", "b")}, "have the label 'a'"),
         (
             [{"text": f"text {n}", "label": 2.5} for n in range(20)],
-            {
-                "task__name": "regression",
-            },
+            {"task__name": "regression"},
             "have the label 2.5",
         ),
         (
             [{"text": f"text {n}", "text_pair": f"text {n}"} for n in range(20)],
-            {
-                "task__name": "contrastive_pairs",
-            },
+            {"task__name": "contrastive_pairs"},
             "'text' and 'text_pair' are equal in every row",
         ),
         (
             [{"text": "same", "text_pair": f"text {n}"} for n in range(20)] + [{"text": "x", "text_pair": "y"}],
-            {
-                "task__name": "contrastive_pairs",
-            },
+            {"task__name": "contrastive_pairs"},
             "all rows have the same sentence",
         ),
         (
@@ -128,7 +122,7 @@ def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, ch
         split.train = [record for record in split.train + split.valid if "One text" in record["text"]]
     if "same sentence" in says:
         split.train = [record for record in split.train + split.valid if record["text"] == "same"]
-    with pytest.raises(DataError, match=f"the train data cannot teach data.task=.*: .*{says}"):
+    with pytest.raises(DataError, match=f"the train data cannot teach task.name=.*: .*{says}"):
         input_pipeline.build(cfg, words, split)
 
 

@@ -12,6 +12,7 @@ from lm.data import packing, tokenizer
 from lm.data.record import DataError
 from lm.tasks import TASKS
 from lm.tasks.classification import encode_pair
+from tests import toys
 
 TEXTS = [f"a film of {n} plots, and good ones {n * n}." for n in range(40)]
 TOK = tokenizer.train(TEXTS, 330, 100_000)
@@ -42,17 +43,17 @@ def test_a_pair_is_cut_as_by_hand(first, second, seq_len):
     assert counts == ({"sentence_cut": 1} if len(a) + len(b) < len(whole_a) + len(whole_b) else {})
 
 
-def rows(task, records, **data):
-    cfg = config.Config(data=config.DataConfig(task=task, packing="pad", **({"seq_len": 12} | data)))
+def rows(name, records, **options):
+    cfg = config.Config(task=toys.task(name, **options), data=config.DataConfig(packing="pad", seq_len=12))
     counts = Counter()
-    made = input_pipeline.make_examples(TASKS[task], records, TOK, cfg, counts)
-    return packing.pack(made, TASKS[task].columns(cfg), cfg.data)[0], counts
+    made = input_pipeline.make_examples(TASKS[name], records, TOK, cfg, counts)
+    return packing.pack(made, TASKS[name].columns(cfg), cfg.data)[0], counts
 
 
 def test_rows_have_the_place_of_their_label():
     records = [{"text": "a film", "label": label, "source": "f:1"} for label in ("no", "yes", "maybe", "no")]
     records[1]["text_pair"] = "good ones"
-    made, counts = rows("sentences", records, labels=("maybe", "no", "yes"))
+    made, counts = rows("classification", records, labels=("maybe", "no", "yes"))
     assert made["labels"].tolist() == [1, 2, 0, 1] and counts == {"documents": 4, "examples": 4}
     assert [set(types.tolist()) for types in made["type_ids"]] == [{0}, {0, 1}, {0}, {0}]
     lengths = (made["segment_ids"] > 0).sum(axis=1)
@@ -62,13 +63,13 @@ def test_rows_have_the_place_of_their_label():
 
 def test_rows_have_the_number_of_their_label():
     records = [{"text": "a film", "label": label, "source": "f:1"} for label in ("0.25", "-3", "5e-1")]
-    assert rows("scored_sentences", records)[0]["labels"].tolist() == [0.25, -3.0, 0.5]
+    assert rows("regression", records)[0]["labels"].tolist() == [0.25, -3.0, 0.5]
 
 
 def test_a_wrong_label_is_named():
     record = {"text": "a film", "label": "Yes", "source": "f:7"}
-    with pytest.raises(DataError, match=r"f:7: unknown label 'Yes' \(did you mean 'yes'\?\); data\.labels has no, yes"):
-        rows("sentences", [record], labels=("no", "yes"))
+    with pytest.raises(DataError, match=r"f:7: unknown label 'Yes' \(did you mean 'yes'\?\); task\.labels has no, yes"):
+        rows("classification", [record], labels=("no", "yes"))
     for label in ("high", "nan", "inf", ""):
         with pytest.raises(DataError, match=rf"f:7: found the label '{label}'; expected a finite number"):
-            rows("scored_sentences", [record | {"label": label}])
+            rows("regression", [record | {"label": label}])

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import input_pipeline
-from lm.config import Config, DataConfig
+from lm import checks, input_pipeline
+from lm.config import Config, DataConfig, ModelConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer
 from lm.data.record import DataError
 from lm.tasks import TASKS, chat
+from tests import toys
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, END = TOK.bos_id, TOK.end_of_turn_id
@@ -39,7 +40,7 @@ def ids_of(*turns):
 def run(*turns, seq_len=1000, words=TOK, **options):
     """The rows of one conversation, and what was counted."""
     counts = Counter()
-    cfg = Config(data=DataConfig(task="chat", seq_len=seq_len, **options))
+    cfg = Config(task=toys.task("chat"), data=DataConfig(seq_len=seq_len, **options))
     record = {"messages": conversation(*turns), "source": "f:1"}
     made = [
         types.SimpleNamespace(**e.columns)
@@ -191,11 +192,15 @@ def test_truncate_keeps_the_first_positions():
     assert run(*turns, seq_len=30, overlong="truncate") == ([], {"dropped_long_prompt": 1})
 
 
+def config(name, kind, **data):
+    return Config(task=toys.task(name), model=ModelConfig(kind=kind), data=DataConfig(packing="pad", **data))
+
+
 def test_drop_turns_is_refused_where_there_are_no_turns():
-    with pytest.raises(ConfigError, match=r"'data.overlong' is drop_turns, .* 'data.task' is translation: set auto"):
-        chat.check(Config(data=DataConfig(task="translation", overlong="drop_turns")))
+    with pytest.raises(ConfigError, match=r"'data.overlong' is drop_turns, .* task.name=translation; use auto"):
+        checks.fit(config("translation", "encoder_decoder", overlong="drop_turns"))
     for overlong in ("auto", "drop_turns", "truncate", "drop"):
-        chat.check(Config(data=DataConfig(task="chat", overlong=overlong)))
+        checks.fit(config("chat", "decoder", overlong=overlong))
 
 
 def expected_start(turns, first, room):
