@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lm import losses
-from lm.config import Config, DataConfig, GenerateConfig
+from lm.config import Config, GenerateConfig
 from lm.config.schema import ConfigError
 from lm.decoding import beam_search, sampling
 from lm.types import ModelFns, ModelOutput

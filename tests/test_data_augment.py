@@ -191,7 +191,10 @@ def test_a_bad_file_of_synonyms_is_named(tmp_path):
             make_config(("swap", 0.1), task=toys.task("tagging")),
             r"'data\.augment': swap does not fit 'task\.name' tagging; use class",
         ),
-        (make_config(("swap", 0.1), task=toys.task("masked_lm"), packing="concat"), r"set data\.packing=pad, not concat"),
+        (
+            make_config(("swap", 0.1), task=toys.task("masked_lm"), packing="concat"),
+            r"set data\.packing=pad, not concat",
+        ),
         (make_config(("synonyms", 0.1)), r"'data\.synonyms' is empty, but data\.augment names synonyms"),
         (make_config(synonyms="x.tsv"), r"'data\.synonyms' is read by the augmentation synonyms only"),
     ],

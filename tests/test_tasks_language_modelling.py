@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.pieces import document_lengths, packed
 
 from lm import input_pipeline
 from lm.config import Config, DataConfig
@@ -17,7 +18,6 @@ from lm.data.record import DataError
 from lm.tasks import TASKS, language_modelling
 from lm.tasks.base import check_fields
 from tests import toys
-from tests.pieces import document_lengths, packed
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, EOS = TOK.bos_id, TOK.eos_id
@@ -130,8 +130,5 @@ def test_a_prefix_is_the_start_of_each_segment(lengths, seed):
 def test_every_prefix_length_is_as_likely():
     row = packed([4], 5, 0) | {"loss_weights": np.ones(5, np.float32)}
     rng = np.random.default_rng(0)
-    shown = [
-        language_modelling.prefix(row, rng, TOK, PREFIX_CONFIG)["is_prefix"].sum()
-        for _ in range(4000)
-    ]
+    shown = [language_modelling.prefix(row, rng, TOK, PREFIX_CONFIG)["is_prefix"].sum() for _ in range(4000)]
     np.testing.assert_allclose(np.bincount(shown, minlength=5)[1:] / 4000, 0.25, atol=0.03)
