@@ -130,3 +130,7 @@ class ModelFns(NamedTuple):
     apply: Callable[..., ModelOutput]
     logical_axes: Callable[[], Any]
     init_cache: Callable[[int, int], Any] = _no_cache
+
+
+Apply = Callable[..., ModelOutput]  # `ModelFns.apply`
+LossFn = Callable[[Params, Batch, jax.Array | None], LossTerms]  # (params, batch, rng)

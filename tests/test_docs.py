@@ -1,5 +1,6 @@
 """Every command in docs/tasks and docs/data.md, run in its order on a little data, gives what its page says."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -18,11 +19,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from lm import config, train
-from lm.config import MeshConfig
+from lm.config import MeshConfig, schema
 from lm.data.readers import fields
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
-from lm.tasks import build_config, objectives
+from lm.tasks import TASKS, build_config, language_modelling
 from lm.tracking import report
 from tests import toys
 
@@ -128,6 +129,7 @@ def test_the_list_of_pages_is_whole():
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
 def test_a_page_names_keys_and_files_that_there_are(page):
     keys = {key for key, _ in config.flatten(config.to_dict(config.Config()))}
+    keys |= {f"task.{key}" for task in TASKS.values() for key in schema.keys(task.options)}
     sections = {key.partition(".")[0] for key in keys if "." in key}
     text = page.read_text()
     for name in re.findall(r"`(\w+\.\w+)(?:=[^`]*)?`", text):
@@ -139,16 +141,17 @@ def test_a_page_names_keys_and_files_that_there_are(page):
         assert (page.parent / name).exists(), name
 
 
-def test_the_example_of_an_objective_learns_the_second_half_alone():
-    page = (ROOT / "docs" / "add_an_objective.md").read_text()
-    code = re.search(r"\n( +def second_half.*?return loss_fn\n)", page, flags=re.DOTALL)[1]
-    names = dict(vars(objectives))
+def test_the_example_of_a_task_learns_the_second_half_alone():
+    page = (ROOT / "docs" / "add_a_task.md").read_text()
+    code = re.search(r"\n( +def second_half_loss.*?options=SecondHalfOptions\)\n)", page, flags=re.DOTALL)[1]
+    names = dict(vars(language_modelling)) | {"dataclasses": dataclasses}
     exec(textwrap.dedent(code), names)
+    task = names["SECOND_HALF"]
     cfg, model, params = toys.decoder(toys.GPT2, 12)
     batch, words = toys.batch(8, 12), SimpleNamespace(vocab_size=toys.VOCAB)
-    terms = names["second_half"](model.apply, config.Config(model=cfg), words)(params, batch, None)
+    terms = task.loss(model.apply, config.Config(model=cfg, task=task.options()), words)(params, batch, None)
     batch["loss_weights"][:, :6] = 0
-    expected = objectives.mlm(model.apply, config.Config(model=cfg), words)(params, batch, None)
+    expected = toys.token_loss(model.apply, config.Config(model=cfg), words)(params, batch, None)
     assert terms.weight == batch["loss_weights"].sum() > 0
     assert terms.sum == pytest.approx(float(expected.sum), rel=1e-6)
 

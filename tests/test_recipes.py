@@ -22,7 +22,7 @@ from lm.evaluation import evaluate, metrics
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.planner import topology, train_compile
-from lm.tasks import build_config, default_config
+from lm.tasks import build_config, default_config, task_of
 from tests import toys
 from tools import (
     bench_training,
@@ -156,7 +156,7 @@ def test_a_tool_says_which_runs_it_is_for(tool):
         if recipe in TAKES[tool]:
             CHECKS[tool](cfg)
             continue
-        with pytest.raises(ConfigError, match=rf"{cfg.objective}|{cfg.data.task}") as error:
+        with pytest.raises(ConfigError, match=cfg.task.name) as error:
             CHECKS[tool](cfg)
         assert "\n" not in str(error.value)
 
@@ -164,7 +164,7 @@ def test_a_tool_says_which_runs_it_is_for(tool):
 def started(cfg: config.Config) -> tuple[Any, ...]:
     """What `build.load_run` gives of a run, of one that has learnt nothing."""
     planned, model, params = build.read_model(cfg)
-    words = planned.tokenizer or build.tokenizer_for(planned, input_pipeline.load(cfg.data))
+    words = planned.tokenizer or build.tokenizer_for(planned, input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg)))
     return planned.cfg, model, params, words
 
 
@@ -192,7 +192,7 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
     try:
         prepare.plan(of_text, tmp_path / "prepared")
     except ConfigError as refused:
-        assert re.fullmatch(r"'data\.(task|format)' is [^\n]+; data is prepared (for|from) [^\n]+", str(refused))
+        assert re.fullmatch(r"'(task\.name|data\.format)' is [^\n]+; data is prepared (for|from) [^\n]+", str(refused))
 
     run = started(cfg)
     monkeypatch.setattr(build, "load_run", lambda name: run)

@@ -315,7 +315,7 @@ def has_roles(rows: list[Row]) -> bool:
     return any(token.role for row in rows for segment in row.segments for token in segment)
 
 
-def print_rows(rows: list[Row], report: str, legend: str) -> None:
+def print_rows(rows: list[Row], report: str, legend: str = "") -> None:
     """To the terminal: bold = trained, dim = masked; without colours [brackets] = trained. 'text/note'."""
     from rich.console import Console
     from rich.text import Text
@@ -360,7 +360,7 @@ img { width: 160px; image-rendering: pixelated; display: block }
 """
 
 
-def to_html(rows: list[Row], report: str, legend: str) -> str:
+def to_html(rows: list[Row], report: str, legend: str = "") -> str:
     """A page that needs nothing else; the pointer over a token shows its id, position and weight."""
 
     def span(token: Token) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from lm import config
 from lm.checkpoint.store import CheckpointError, Saved
-from lm.config import Config, schema
+from lm.config import Config, older, schema
 from lm.config.schema import ConfigError
 from lm.data.loader import Data
 from lm.evaluation import evaluate
@@ -87,11 +87,11 @@ def same_data(saved: Saved, data: Data, accept: bool, say: Callable[[str], None]
     if was["fingerprint"] == data.fingerprint:
         return
     old: Mapping[str, Any] = was.get("about", {})
-    lines = [
-        f"  {key}: {old.get(key, 'not there')} -> {data.about.get(key, 'not there')}"
-        for key in sorted(old.keys() | data.about.keys())
-        if old.get(key) != data.about.get(key)
-    ]
+    changed = [key for key in sorted(old.keys() | data.about.keys()) if old.get(key) != data.about.get(key)]
+    # The settings are keys of the config, which `refuse_changes` compares; older versions had other names for some.
+    if old and changed == ["settings"] and older.is_older(saved.info["config"]):
+        return
+    lines = [f"  {key}: {old.get(key, 'not there')} -> {data.about.get(key, 'not there')}" for key in changed]
     prints = f"fingerprint {was['fingerprint'][:12]}, now {data.fingerprint[:12]}"
     found = "\n".join([f"{saved.path} was trained on other data ({prints}):", *lines])
     if not accept:

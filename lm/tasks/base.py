@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,10 +13,7 @@ from lm.data import tokenizer as sentencepiece
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import DataError, Record, Wanted
 from lm.evaluation import metrics
-from lm.types import Batch, Head, LossTerms, ModelOutput, Outputs, Params
-
-Apply = Callable[..., ModelOutput]
-LossFn = Callable[[Params, Batch, jax.Array | None], LossTerms]
+from lm.types import Apply, Batch, Head, LossFn, Outputs
 
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 TOKEN_LOSS = ("z_loss", "label_smoothing", "chunk_len")  # keys of LossConfig that the cross-entropy of tokens reads

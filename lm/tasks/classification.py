@@ -17,8 +17,6 @@ from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
 from lm.tasks.base import (
     TEXT_MODELS,
-    Apply,
-    LossFn,
     Task,
     check_labels,
     field_texts,
@@ -27,7 +25,7 @@ from lm.tasks.base import (
     sequence_columns,
     two_views,
 )
-from lm.types import Batch, Head, LossTerms, Outputs, Params
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,7 @@ from lm.data import augment
 from lm.data.example import Columns, Example, Row
 from lm.data.record import Record, Wanted
 from lm.models import vision
-from lm.tasks.base import (
-    Apply,
-    LossFn,
-    Task,
-    check_mask_rate,
-    label_index,
-    one_label,
-)
+from lm.tasks.base import Task, check_mask_rate, label_index, one_label
 from lm.tasks.classification import check_classes, class_score_names, class_scores, classification_loss
 from lm.tasks.sentence_embeddings import (
     check_contrast,
@@ -30,7 +23,7 @@ from lm.tasks.sentence_embeddings import (
     view_score_names,
     view_scores,
 )
-from lm.types import Batch, Head, LossTerms, Params
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 
 
 @dataclasses.dataclass(frozen=True)

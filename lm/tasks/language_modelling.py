@@ -14,15 +14,8 @@ from lm.data.example import Columns, Example, Row
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import metrics
-from lm.tasks.base import (
-    TOKEN_LOSS,
-    Apply,
-    LossFn,
-    Task,
-    field_texts,
-    shifted_columns,
-)
-from lm.types import Batch, LossTerms, ModelOutput, Params
+from lm.tasks.base import TOKEN_LOSS, Task, field_texts, shifted_columns
+from lm.types import Apply, Batch, LossFn, LossTerms, ModelOutput, Params
 
 
 def predict_tokens(

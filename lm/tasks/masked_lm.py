@@ -16,19 +16,9 @@ from lm.data import splits
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.base import (
-    TOKEN_LOSS,
-    Apply,
-    LossFn,
-    Task,
-    check_mask_rate,
-    field_texts,
-    sequence_columns,
-    shifted_columns,
-    whole_row,
-)
+from lm.tasks.base import TOKEN_LOSS, Task, check_mask_rate, field_texts, sequence_columns, shifted_columns, whole_row
 from lm.tasks.language_modelling import predict_tokens, unshifted_documents
-from lm.types import Batch, Head, LossTerms, Params
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _MASKED, _REPLACED = 0.8, 0.1  # of the chosen tokens; the rest keep theirs (Devlin et al. 2019, section 3.1)

@@ -17,17 +17,9 @@ from lm.data.labels import number
 from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
-from lm.tasks.base import (
-    TEXT_MODELS,
-    Apply,
-    LossFn,
-    Task,
-    check_labels,
-    field_texts,
-    sequence_columns,
-)
+from lm.tasks.base import TEXT_MODELS, Task, check_labels, field_texts, sequence_columns
 from lm.tasks.classification import class_score_names, encode_pair, number_score_names
-from lm.types import Batch, Head, LossTerms, Outputs, Params
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 
 @dataclasses.dataclass(frozen=True)

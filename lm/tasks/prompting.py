@@ -22,18 +22,9 @@ from lm.config.schema import ConfigError, nearest
 from lm.data.example import Columns, Example
 from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.base import (
-    Apply,
-    LossFn,
-    Task,
-    check_labels,
-    field_texts,
-    label_index,
-    one_label,
-    views_as_rows,
-)
+from lm.tasks.base import Task, check_labels, field_texts, label_index, one_label, views_as_rows
 from lm.tasks.classification import class_score_names, class_scores
-from lm.types import Batch, LossTerms, Params
+from lm.types import Apply, Batch, LossFn, LossTerms, Params
 
 _FIELDS = ("text", "text_pair", "label")
 _BETWEEN_SHOTS = "\n\n"

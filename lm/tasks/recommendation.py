@@ -18,18 +18,9 @@ from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
 from lm.evaluation import scores
 from lm.losses import ranking
-from lm.tasks.base import (
-    TOKEN_LOSS,
-    Apply,
-    LossFn,
-    Task,
-    Vocabulary,
-    check_mask_rate,
-    sequence_columns,
-    shifted_columns,
-)
+from lm.tasks.base import TOKEN_LOSS, Task, Vocabulary, check_mask_rate, sequence_columns, shifted_columns
 from lm.tasks.language_modelling import predict_tokens
-from lm.types import Batch, LossTerms, Outputs, Params
+from lm.types import Apply, Batch, LossFn, LossTerms, Outputs, Params
 
 _PAD, _BOS, _UNSEEN, _FIRST = 0, 1, 2, 3
 # Of the training rows of `masked_item` as many hide the last item alone, as an evaluation does: of a user's eleven

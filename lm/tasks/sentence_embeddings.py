@@ -15,16 +15,9 @@ from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
 from lm.losses import contrastive as contrastive_losses
-from lm.tasks.base import (
-    TEXT_MODELS,
-    Apply,
-    LossFn,
-    Task,
-    field_texts,
-    views_as_rows,
-)
+from lm.tasks.base import TEXT_MODELS, Task, field_texts, views_as_rows
 from lm.tasks.classification import encode_pair
-from lm.types import Batch, Head, LossTerms, Outputs, Params
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,8 @@ from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
-from lm.tasks.base import (
-    Apply,
-    LossFn,
-    Task,
-    field_texts,
-    sequence_columns,
-)
-from lm.types import Batch, Head, LossTerms, Params
+from lm.tasks.base import Task, field_texts, sequence_columns
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 
 MAX_ANSWER_TOKENS = 30  # as BERT's run_squad.py
 

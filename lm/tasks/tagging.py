@@ -17,16 +17,8 @@ from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import entity_tags, scores
-from lm.tasks.base import (
-    Apply,
-    LossFn,
-    Task,
-    check_labels,
-    field_texts,
-    label_index,
-    sequence_columns,
-)
-from lm.types import Batch, Head, LossTerms, Params
+from lm.tasks.base import Task, check_labels, field_texts, label_index, sequence_columns
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 
 _WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters and digits, or one other character
 
