@@ -127,6 +127,17 @@ def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, ch
         input_pipeline.build(cfg, words, split)
 
 
+def test_options_that_only_scoring_reads_leave_the_data_what_it_is(tmp_path, words):
+    """A resumed run may change them, see `lm.config.RESUMABLE`."""
+    records = [{"words": [f"w{n}", "goes"], "tags": ["B-X", "O"]} for n in range(20)]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
+    prints = []
+    for changes in ({}, {"task__entity_scheme": "none"}, {"task__labels": ("O", "I-X", "B-X")}):
+        cfg = labelled_config(path, **{"task__name": "tagging", "task__labels": ("O", "B-X", "I-X")} | changes)
+        prints.append(input_pipeline.build(cfg, words, registry.load(cfg.data, task_of(cfg).wanted(cfg))).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_held_out_data_of_one_label_is_counted(tmp_path, words):
     records = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())

@@ -43,6 +43,21 @@ def test_other_data_and_another_seed_are_refused_unless_asked_for(tmp_path):
     assert "--accept_changed_data" not in str(error.value)
 
 
+def test_what_a_task_says_of_its_data_counts_as_data_and_how_it_is_scored_may_change(tmp_path):
+    old = Config(task=toys.task("tagging", labels=("O", "B-x")))
+    said = []
+    resume.refuse_changes(old, changed(old, "task", entity_scheme="none"), tmp_path, say=said.append)
+    assert said == ["changed meanwhile: task.entity_scheme 'auto' -> 'none'"]
+    labels = changed(old, "task", labels=("O", "B-y"))
+    with pytest.raises(ConfigError, match="--accept_changed_data goes on"):
+        resume.refuse_changes(old, labels, tmp_path)
+    resume.refuse_changes(old, labels, tmp_path, accept_data=True)
+    masked = Config(task=toys.task("masked_lm"))
+    with pytest.raises(ConfigError, match=r"task\.mask_rate: 0\.15 -> 0\.3") as error:
+        resume.refuse_changes(masked, changed(masked, "task", mask_rate=0.3), tmp_path, accept_data=True)
+    assert "--accept_changed_data" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_batch_size_and_with_other_data(tmp_path, monkeypatch, capsys):
     texts = toys.write_texts(tmp_path / "texts", documents=30)

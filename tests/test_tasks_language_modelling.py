@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.pieces import document_lengths, packed
 
 from lm import input_pipeline
 from lm.config import Config, DataConfig
@@ -18,6 +17,7 @@ from lm.data.record import DataError
 from lm.tasks import TASKS, language_modelling
 from lm.tasks.base import check_fields
 from tests import toys
+from tests.pieces import document_lengths, packed
 
 TOK = tokenizer.train([f"one two three {i}, say hello and bye now.\n" for i in range(300)], 400, 100_000)
 BOS, EOS = TOK.bos_id, TOK.eos_id

@@ -1,6 +1,6 @@
 """Going on with a run: where it is in its data, and what may have changed meanwhile."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from lm.evaluation import evaluate
 
 # Rows of a step. Where every length is in steps, another one leaves the schedules what they were.
 _ELASTIC = ("data.batch_size", "train.micro_batches")
-_DATA = ("data", "seed")
+_DATA = ("data", "seed", "task.labels", "task.image_shape", "task.templates", "task.shots")
 
 
 class Position(NamedTuple):
@@ -48,16 +48,12 @@ def refuse_changes(
     """Raises ConfigError when a resumed run would compute other steps than it began with; else says what has changed.
 
     Mesh and batch size may change: no example is lost or repeated. The latter only where every length is in steps, as
-    schedules go by steps. `accept_data`: so may `data.*` and the seed.
+    schedules go by steps. `accept_data`: so may `data.*`, what the task says of the data, and the seed.
     """
     by_batch = sorted(key for cfg in (old, new) for key in _lengths_by_batch(cfg))
     free = (*config.RESUMABLE, *(() if by_batch else _ELASTIC), *(_DATA if accept_data else ()))
     differs = config.diff(old, new)
-    changed = {
-        key: values
-        for key, values in differs.items()
-        if not any(key == known or key.startswith(known + ".") for known in free)
-    }
+    changed = {key: values for key, values in differs.items() if not _is_among(key, free)}
     if not changed:
         for key, (before, now) in differs.items():
             say(f"changed meanwhile: {key} {before!r} -> {now!r}")
@@ -65,13 +61,18 @@ def refuse_changes(
     hints = []
     if by_batch and changed.keys() & {*_ELASTIC}:
         hints.append(f"a batch size may change where every length is in steps, but '{by_batch[0]}' is set; ")
-    if all(key.partition(".")[0] in _DATA for key in changed):
+    if all(_is_among(key, _DATA) for key in changed):
         hints.append("--accept_changed_data goes on with other data or another seed; ")
     lines = "\n".join(f"  {key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
     raise ConfigError(
         f"{workdir} holds a run with another config:\n{lines}\n{''.join(hints)}"
         f"put the old values back, or start another --workdir (with --config.init_from={workdir} to build on it)"
     )
+
+
+def _is_among(key: str, names: Sequence[str]) -> bool:
+    """Whether a key, or a section that it is in, is one of `names`."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _lengths_by_batch(cfg: Config) -> list[str]:
