@@ -19,6 +19,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 LAYERS, WIDTH, INNER, VOCAB, LENGTH = 3, 256, 512, 1024, 256
 CHIPS, ROWS = 4, 8
+RECIPE = "configs/bench/v5e16_124m.py"
 SMALL = {
     "model.num_layers": LAYERS,
     "model.embed_dim": WIDTH,
@@ -31,12 +32,22 @@ SMALL = {
     "mesh.fsdp": CHIPS,
 }
 
+SENTENCES = """
+from configs.bench import v5e16_124m
+from lm.tasks import task_config
 
-def plan(tmp_path, *arguments, code=0, seconds=300, **changes):
+def get_config():
+    c = v5e16_124m.get_config()
+    c.task = task_config("classification", labels=("0", "1"))
+    return c
+"""
+
+
+def plan(tmp_path, *arguments, recipe=RECIPE, code=0, seconds=300, **changes):
     """(figures, program, what was printed) of tools/plan.py on the benchmark's recipe, made small."""
     files = [tmp_path / "plan.json", tmp_path / "program.txt"]
     keys = [f"--config.{key}={value}" for key, value in (SMALL | changes).items()]
-    command = [sys.executable, "tools/plan.py", "--config=configs/bench/v5e16_124m.py", "--topology=v5e:2x2"]
+    command = [sys.executable, "tools/plan.py", f"--config={recipe}", "--topology=v5e:2x2"]
     command += [*keys, *arguments, f"--json={files[0]}", f"--dump_hlo={files[1]}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=seconds)
@@ -121,26 +132,18 @@ def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimiz
 @needs_libtpu
 def test_a_start_that_is_not_there_yet_is_planned_without_and_what_predicts_no_tokens_has_no_mfu(tmp_path):
     """Fine-tuning of a run that is still to come, with a damaged result of it in the cache."""
-    changes = {
-        "data.format": "table",
-        "data.task": "sentences",
-    }
-    changes |= {
-        "data.labels": "('0', '1')",
-        "data.separator": "",
-        "data.packing": "pad",
-        "model.pool": "last",
-        "init_from": "runs/not/yet",
-    }
-    cache = tmp_path / "cache"
-    found, _, said = plan(tmp_path, f"--cache={cache}", **changes)
+    recipe, cache = tmp_path / "sentences.py", tmp_path / "cache"
+    recipe.write_text(SENTENCES)
+    changes = {"data.format": "table", "data.separator": "", "data.packing": "pad", "model.pool": "last"}
+    changes |= {"init_from": "runs/not/yet"}
+    found, _, said = plan(tmp_path, f"--cache={cache}", recipe=recipe, **changes)
     assert "no checkpoint under 'runs/not/yet/checkpoints'" in said and "vocabulary of tokenizer.vocab_size=1,0" in said
     assert found["fits"] and found["model_flops"] is None and "estimated_mfu" not in found and "MFU" not in said
     (kept,) = cache.iterdir()
     kept.write_text('{"fits": tr')
     (tmp_path / "program.txt").unlink()
     again = [f"--config.{key}={value}" for key, value in (SMALL | changes).items()]
-    command = [sys.executable, "tools/plan.py", "--config=configs/bench/v5e16_124m.py", "--topology=v5e:2x2", *again]
+    command = [sys.executable, "tools/plan.py", f"--config={recipe}", "--topology=v5e:2x2", *again]
     done = subprocess.run([*command, f"--cache={cache}"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"{kept} is damaged: compiling again" in done.stderr and json.loads(kept.read_text())["fits"]
 
@@ -161,7 +164,7 @@ def test_a_start_that_is_not_there_yet_is_planned_without_and_what_predicts_no_t
 )
 def test_what_cannot_be_planned_is_refused_before_it_is_compiled(arguments, why):
     small = [f"--config.{key}={value}" for key, value in SMALL.items()]
-    command = [sys.executable, "tools/plan.py", "--config=configs/bench/v5e16_124m.py", *small, *arguments]
+    command = [sys.executable, "tools/plan.py", f"--config={RECIPE}", *small, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and why in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
