@@ -73,7 +73,7 @@ class Run(NamedTuple):
       init_state: params -> the state before the first step.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> (metrics, outputs), jitted.
-      score: see `lm.tasks.objectives.Objective`.
+      score: see `lm.tasks.base.Task.scores`.
       replay: see `Plan`.
     """
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lm import param_paths
 from lm.optim import Optimizer
 from lm.optim.trainable import trained_part
-from lm.tasks.objectives import LossFn
+from lm.tasks.base import LossFn
 from lm.types import Batch, LossTerms, Params, TrainState
 
 Metrics = dict[str, Any]
@@ -63,7 +63,7 @@ def train_step(
     Args:
       state: the state.
       batch: arrays [B, ...]; B is a multiple of `micro_batches`.
-      loss_fn: see `lm.tasks.objectives`.
+      loss_fn: see `lm.tasks.base.Task.loss`.
       optimizer: see `lm.optim`.
       seed: of the run. Dropout is a function of it, the step and the row's example index.
       micro_batches: how many parts of the batch are computed one after the other.

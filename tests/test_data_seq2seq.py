@@ -10,7 +10,7 @@ from lm import build, checks, input_pipeline
 from lm.config.schema import ConfigError
 from lm.data import loader, tokenizer
 from lm.data.readers import registry
-from lm.tasks import corrupt, seq2seq
+from lm.tasks import seq2seq
 from tests import toys
 
 WORDS = ["ein", "hund", "und", "eine", "katze", "a", "dog", "and", "cat"]
@@ -73,7 +73,7 @@ def test_spans_are_hidden_anew_in_every_epoch_and_nothing_is_lost(words, packing
     cfg = settings(task__name="span_corruption", data__packing=packing, data__batch_size=2, data__seq_len=16)
     records = [{"text": " ".join(np.random.default_rng(n).choice(WORDS, 40)), "source": str(n)} for n in range(3)]
     data, made = batches(cfg, words, records, 40)
-    assert data.train.rows["tokens"].shape[1] == corrupt.raw_len(cfg) > 16
+    assert data.train.rows["tokens"].shape[1] == seq2seq.raw_len(cfg) > 16
     rows = data.train.rows
     stored = [row[of > 0].tolist() for row, of in zip(rows["tokens"], rows["segment_ids"], strict=True)]
     whole = [token for record in records for token in (*words.encode(record["text"]), words.eos_id)]
