@@ -105,21 +105,18 @@ def test_prefixes_are_drawn_for_packed_rows(words):
     ("changes", "says"),
     [
         (
-            {
-                "model__kind": "prefix_decoder",
-                "task__name": "causal_lm",
-            },
-            "go together",
+            {"model__kind": "prefix_decoder", "task__name": "causal_lm"},
+            "'model.kind' is prefix_decoder, which does not fit task.name=causal_lm; use decoder",
         ),
         (
-            {
-                "model__kind": "decoder",
-                "task__name": "prefix_lm",
-            },
-            "go together",
+            {"model__kind": "decoder", "task__name": "prefix_lm"},
+            "'model.kind' is decoder, which does not fit task.name=prefix_lm; use prefix_decoder",
         ),
-        ({"model__kind": "decoder"}, r"'objective' seq2seq does not fit 'model.kind' decoder"),
-        ({"task__name": "chat"}, r"'objective' seq2seq does not fit 'data.task' chat"),
+        (
+            {"model__kind": "decoder"},
+            "'model.kind' is decoder, which does not fit task.name=translation; use encoder_decoder",
+        ),
+        ({"task__name": "chat"}, "'model.kind' is encoder_decoder, which does not fit task.name=chat; use decoder"),
         ({"task__name": "span_corruption", "data__target_len": 4}, "'data.target_len' is 4"),
     ],
 )

@@ -306,17 +306,17 @@ def real_words():
 @pytest.mark.parametrize(
     ("task", "symbols", "beside_text"),
     [
-        ("text", (), ["eos"]),
+        ("causal_lm", (), ["eos"]),
         ("translation", (), ["eos"]),
         ("chat", (), ["eos", "end"]),
         ("span_corruption", (), ["eos", "sentinels"]),
-        ("text", ("sentinels", "bos"), ["eos", "sentinels", "bos"]),
-        ("text", ("roles", "mask"), ["eos", "roles", "mask"]),
+        ("causal_lm", ("sentinels", "bos"), ["eos", "sentinels", "bos"]),
+        ("causal_lm", ("roles", "mask"), ["eos", "roles", "mask"]),
     ],
 )
 def test_only_text_its_end_and_what_is_asked_for_may_be_generated(task, symbols, beside_text):
     words = real_words()
-    cfg = Config(data=DataConfig(task=task), generate=GenerateConfig(symbols=symbols))
+    cfg = Config(task=toys.task(task), generate=GenerateConfig(symbols=symbols))
     ids = {"eos": [words.eos_id], "end": [words.end_of_turn_id], "bos": [words.bos_id], "mask": [words.mask_id]}
     ids |= {"roles": list(words.role_ids.values()), "sentinels": words.sentinel_ids.tolist()}
     allowed = set(np.flatnonzero(sampling.allowed_ids(words, cfg)).tolist())

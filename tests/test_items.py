@@ -181,7 +181,7 @@ def example_of(task: str, chosen: str, target: str | None = None, seq_len: int =
     record = {"items": list(chosen), "user": "u", "source": "f:1"} | ({"target": target} if target else {})
     counts: Counter[str] = Counter()
     cfg = make_config(VOCABULARY, task, seq_len)
-    [made] = TASKS[task].make(record, VOCABULARY, cfg, counts)
+    [made] = TASKS[task].examples(record, VOCABULARY, cfg, counts)
     return made, +counts
 
 
@@ -205,7 +205,7 @@ def show(ids) -> str:
     ],
 )
 def test_each_item_is_predicted_from_those_before_it(chosen, target, tokens, targets, weights, counted):
-    made, counts = example_of("items", chosen, target)
+    made, counts = example_of("next_item", chosen, target)
     assert (show(made.columns["tokens"]), show(made.columns["targets"])) == (tokens, targets)
     assert made.columns["loss_weights"].tolist() == list(map(float, weights))
     assert counts == counted
@@ -222,10 +222,10 @@ def test_each_item_is_predicted_from_those_before_it(chosen, target, tokens, tar
     ],
 )
 def test_of_a_held_out_user_the_last_item_alone_is_hidden(chosen, target, tokens, targets, counted):
-    made, counts = example_of("masked_items", chosen, target)
+    made, counts = example_of("masked_item", chosen, target)
     row = made.columns | {"segment_ids": np.ones(len(tokens), np.int32)}
     for seed in range(20):
-        cfg = make_config(VOCABULARY, "masked_items")
+        cfg = make_config(VOCABULARY, "masked_item")
         hidden = recommendation.mask_items(row, np.random.default_rng(seed), VOCABULARY, cfg)
         assert (show(hidden["tokens"]), show(hidden["targets"])) == (tokens, targets)
         assert hidden["loss_weights"].tolist() == [0.0] * (len(tokens) - 1) + [1.0]
@@ -237,7 +237,7 @@ def test_training_hides_a_share_of_the_items_and_at_times_the_last_one_alone(n, 
     length, draws = 24, 3000
     tokens = np.pad(np.random.default_rng(0).integers(3, 8, n), (0, length - n)).astype(np.uint8)
     row = {"tokens": tokens, "segment_ids": (np.arange(length) < n).astype(np.uint8), "held_out": np.array(0)}
-    cfg = make_config(VOCABULARY, "masked_items", length)
+    cfg = make_config(VOCABULARY, "masked_item", length)
     last_alone, chosen = 0, np.zeros(length)
     for seed in range(draws):
         out = recommendation.mask_items(row, np.random.default_rng([1, seed]), VOCABULARY, cfg)

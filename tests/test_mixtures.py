@@ -213,9 +213,10 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
             lines.append({"text": f"{'yes' if n % 2 else 'no'} {n}", "label": label, "text_pair": f"of {name}"})
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        c = default_config()
-        c.objective, c.data.task = ("classification", "sentences") if labels else ("regression", "scored_sentences")
-        c.data.format, c.data.path, c.data.labels, c.data.packing = "jsonl", str(path), labels, "pad"
+        c = default_config("classification" if labels else "regression")
+        if labels:
+            c.task.labels = labels
+        c.data.format, c.data.path, c.data.packing = "jsonl", str(path), "pad"
         c.data.eval_fraction, c.model.kind, c.train.total_steps = 0.2, "encoder", 1
         return types.SimpleNamespace(get_config=lambda: c)
 
@@ -228,10 +229,10 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
     assert {line["label"] for line in lines} == {"toy_mood/bad", "toy_mood/good", "toy_alike/0", "toy_alike/1"}
     assert all(set(line) == {"text", "text_pair", "label"} for line in lines)
 
-    c = default_config()
-    c.objective, c.data.task, c.data.format, c.data.packing = "multitask", "mixed_sentences", "jsonl", "pad"
+    c = default_config("multitask")
+    c.data.format, c.data.packing = "jsonl", "pad"
     c.data.path, c.data.eval_path = (str(tmp_path / "out" / f"{part}.jsonl") for part in ("train", "valid"))
-    c.data.labels = ("toy_mood/bad", "toy_mood/good", "toy_alike/")
+    c.task.labels = ("toy_mood/bad", "toy_mood/good", "toy_alike/")
     c.data.seq_len, c.data.batch_size, c.tokenizer.vocab_size = 16, 16, 290
     c.model.kind, c.model.num_layers, c.model.embed_dim, c.model.num_heads = "encoder", 1, 16, 2
     c.model.pool, c.optim.learning_rate, c.optim.warmup_steps = "mean", 1e-2, 1

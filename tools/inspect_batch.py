@@ -107,7 +107,7 @@ def load(cfg: Any) -> tuple[Any, Any]:
     from lm import build, input_pipeline, replay
 
     planned = build.plan(cfg, None)
-    found = input_pipeline.load(cfg.data)
+    found = input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg))
     words = build.tokenizer_for(planned, found)
     return words, input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, planned.cfg))
 
