@@ -213,7 +213,7 @@ def test_workers_and_a_kill_give_the_same_bytes(corpus, prepared, tmp_path):
     lines += [f"    c.tokenizer.{key} = {getattr(cfg.tokenizer, key)!r}" for key in ("vocab_size", "train_bytes")]
     body = "\n".join(
         [
-            "from lm import config",
+            "from lm.tasks import default_config",
             "def get_config():",
             "    c = default_config()",
             "    c.train.total_epochs = 1.0",

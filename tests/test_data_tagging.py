@@ -94,7 +94,7 @@ def test_padding_has_no_label_in_the_rows():
 
 def test_a_tag_that_is_not_known_is_an_error_that_names_the_record():
     with pytest.raises(
-        DataError, match=r"file:7: unknown label 'B-Z' \(did you mean 'B-.'\?\); data.labels has O, B-X"
+        DataError, match=r"file:7: unknown label 'B-Z' \(did you mean 'B-.'\?\); task.labels has O, B-X"
     ):
         tagging.tagged_words(record(["a"], ["B-Z"]), TOKENIZER, config(), Counter())
 
@@ -283,8 +283,8 @@ def test_what_a_scheme_would_not_have_is_counted(labels, tags, counted):
 
 def test_character_spans_are_written_in_iob2():
     cfg = config(32, ("O", "B-X", "E-X", "I-X", "S-X"))
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, task="entities"))
-    with pytest.raises(ConfigError, match=r"'data\.labels': they have the letters B, E, I, S; expected .* IOB2"):
+    cfg = dataclasses.replace(cfg, task=toys.task("entities", labels=cfg.task.labels))
+    with pytest.raises(ConfigError, match=r"'task\.labels': they have the letters B, E, I, S; expected .* IOB2"):
         tagging.score_names(cfg)
 
 

@@ -152,7 +152,7 @@ def test_a_vocabulary_comes_back_as_it_went_and_its_hash_says_so(tmp_path):
         lambda c: c["items"].append(["d", 1]),  # twice
         lambda c: c["items"].reverse(),
         lambda c: c.update(size=7),
-        lambda c: c.pop("next_item"),
+        lambda c: c.pop("items"),
         lambda c: c.update(items=[["d"]]),
     ],
 )
@@ -338,7 +338,7 @@ def test_a_causal_model_does_not_see_what_follows_and_no_model_its_target():
     np.testing.assert_array_equal(hidden[0, :4], hidden[1, :4])  # ^ a b c
     assert np.abs(hidden[0, 4] - hidden[1, 4]).max() > 1e-3
     _, batch = batch_of("masked_item", [("abcd", "e"), ("abcd", "b")] * 4)
-    apply, loss_fn, params = loss_of("masked_items")
+    apply, loss_fn, params = loss_of("masked_item")
     hidden = jax.device_get(apply(params, batch).hidden_BxLxD)
     np.testing.assert_array_equal(hidden[0, :5], hidden[1, :5])
     padded = batch | {"tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], 5)}

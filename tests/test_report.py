@@ -8,6 +8,7 @@ import pytest
 
 from lm import config, param_paths
 from lm.config import MonitorConfig, OptimConfig
+from lm.config.schema import Duration
 from lm.optim import trainable
 from lm.tasks import TASKS, base
 from lm.tracking import report, tracker
@@ -164,7 +165,7 @@ def test_the_report_says_what_the_loss_is_measured_in(tmp_path, monkeypatch, tas
     monkeypatch.setattr(report, "_curves", lambda rows, about: "")  # they take a second
     with tracker.Monitor(tmp_path, 5, 0, True, MonitorConfig()) as m:
         m.log(5, "eval", {"loss": 3.0, "web_loss": 2.0})
-    cfg = config.Config(task=toys.task(task))
+    cfg = config.Config(task=toys.task(task), train=config.TrainConfig(total=Duration(steps=5)))
     (tmp_path / "config.json").write_text(config.to_json(cfg))
     report.write_summary(tmp_path, {"loss": 3.0, "before": {"loss": 4.0}})
     page = report.write_report(tmp_path).read_text()

@@ -242,6 +242,7 @@ def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
     c = default_config(task)
     c.data.seq_len, c.data.eval_fraction, c.train.total_steps = 64, 0.3, 1
     c.model.kind = TASKS[task].models[-1]  # of a classifier, the encoder
+    c.model.position = "sincos" if task in IMAGES else "learned"
     c.data.path, c.data.packing, c.tokenizer.extra_ids, c.tokenizer.vocab_size = "", "pad", 9, 32
     c.data.path = str(data_of(task, tmp_path, c))
     if "mask_rate" in c.task:
@@ -276,10 +277,8 @@ def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
 
 def test_pictures_are_the_images_with_what_is_hidden_grey():
     rng = np.random.default_rng(0)
-    image, cfg = (
-        rng.integers(128, 256, (8, 8, 3)).astype(np.uint8),
-        config.Config(task=toys.task("masked_autoencoding")),
-    )
+    image = rng.integers(128, 256, (8, 8, 3)).astype(np.uint8)
+    cfg = config.Config(task=toys.task("masked_autoencoding"))
     row = {"images": image, "visible_patches": np.array([3, 0]), "masked_patches": np.array([1, 2])}
     whole, seen = inspect_batch.pictures_of(row, cfg)
     png = base64.b64decode(inspect_batch.data_url(whole.pixels).removeprefix("data:image/png;base64,"))
