@@ -45,7 +45,7 @@ def fit(cfg: Config) -> None:
     ):
         if value not in fitting:
             raise ConfigError(f"'{key}' is {value}, which does not fit task.name={name}; use {', '.join(fitting)}")
-    columns = columns_of_batch(task, cfg)  # refuses what leaves nothing to predict
+    columns_of_batch(task, cfg)  # refuses what leaves nothing to predict
     task.score_names(cfg)  # refuses labels that cannot be scored
     usual = schema.to_dict(LossConfig())
     for key, value in schema.to_dict(cfg.loss).items():
@@ -58,10 +58,6 @@ def fit(cfg: Config) -> None:
     if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
         raise ConfigError(f"'model.pool' is first, which sees nothing else in a {cfg.model.kind}; use last or mean")
     _of_text(cfg)
-    if task.prompt and ("is_prefix" in columns) != (cfg.model.kind == "prefix_decoder"):
-        raise ConfigError(
-            f"'model.kind' {cfg.model.kind} does not fit task.name={name}: prefix_decoder and prefix_lm go together"
-        )
     if cfg.generate.prompts and (task.prompt is None or head or cfg.model.kind == "encoder"):
         raise ConfigError("'generate.prompts' is set, but this model does not generate text; set it to ()")
 

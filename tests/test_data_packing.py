@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lm.config import Config, DataConfig
 from lm.data import packing
-from lm.data.example import Example, shifted_columns
+from lm.data.example import Example
+from lm.tasks.base import shifted_columns
 
 MODES = ("pad", "best_fit", "concat")
 

@@ -12,6 +12,7 @@ from lm.config import schema
 from lm.data import loader, tokenizer
 from lm.data.readers import registry
 from lm.data.record import DataError
+from tests import toys
 
 TEXTS = [f"document {i} says hello {'and again ' * (i % 7)}now.\n" for i in range(60)]
 TOK = tokenizer.train(TEXTS, 330, 100_000)
@@ -26,8 +27,8 @@ def make_split(train=tuple(TEXTS[:50]), valid=tuple(TEXTS[50:])):
     return registry.Split(records(train), records(valid), "fingerprint", "")
 
 
-def make_config(seed=0, **data):
-    return dataclasses.replace(config.Config(seed=seed), data=config.DataConfig(**({"seq_len": 32} | data)))
+def make_config(seed=0, task="causal_lm", **data):
+    return config.Config(seed=seed, task=toys.task(task), data=config.DataConfig(**({"seq_len": 32} | data)))
 
 
 DATA = input_pipeline.build(make_config(), TOK, make_split())
@@ -202,10 +203,9 @@ def test_real_chat_data_packs_whole(shared_data):
         format="jsonl",
         path=str(shared_data("gsm8k") / "train.jsonl"),
         rename=(("question", "prompt"), ("answer", "response")),
-        task="chat",
         max_records=300,
     )
-    cfg = dataclasses.replace(config.Config(), data=data)
+    cfg = config.Config(task=toys.task("chat"), data=data)
     split = registry.load(data)
     tok = tokenizer.train(TEXTS, 330, 100_000)
     built = input_pipeline.build(cfg, tok, split)

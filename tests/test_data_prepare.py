@@ -23,13 +23,14 @@ from lm.corpus import pipeline, workers
 from lm.data import packing as rows_of
 from lm.data import shards, splits, tokenizer
 from lm.tasks import TASKS
+from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 20_000
 
 
-def recipe(path, **data):
-    made = config.Config()
+def recipe(path, task="causal_lm", **data):
+    made = config.Config(task=toys.task(task))
     settings = {"format": "jsonl", "path": str(path), "seq_len": 64, "packing": "concat", "eval_fraction": 0.1} | data
     return dataclasses.replace(
         made,
@@ -212,7 +213,7 @@ def test_workers_and_a_kill_give_the_same_bytes(corpus, prepared, tmp_path):
     lines += [f"    c.tokenizer.{key} = {getattr(cfg.tokenizer, key)!r}" for key in ("vocab_size", "train_bytes")]
     body = "\n".join(
         [
-            "from lm import config",
+            "from lm.tasks import default_config",
             "def get_config():",
             "    c = default_config()",
             "    c.train.total_epochs = 1.0",
@@ -314,7 +315,8 @@ def test_held_out_files_win_over_the_same_text_to_train_on(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "packing"), [("text", "pad"), ("text", "concat"), ("masked_text", "best_fit"), ("span_corruption", "pad")]
+    ("task", "packing"),
+    [("causal_lm", "pad"), ("causal_lm", "concat"), ("masked_lm", "best_fit"), ("span_corruption", "pad")],
 )
 def test_rows_are_those_of_a_run_that_reads_raw_text(corpus, tmp_path, task, packing):
     folder, _, _ = corpus

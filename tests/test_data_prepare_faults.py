@@ -106,7 +106,7 @@ def test_what_cannot_be_prepared_is_refused_before_anything_is_written(tmp_path)
     (other / "work" / "mine.txt").write_text("mine")
     cases = [
         (recipe(raw), {}, other, "holds other files"),
-        (recipe(raw, task="chat"), {}, tmp_path / "out", "'data.task' is chat"),
+        (recipe(raw, task="chat"), {}, tmp_path / "out", "'task.name' is chat"),
         (recipe(raw, max_records=5), {}, tmp_path / "out", "'data.max_records' is 5"),
         (recipe(raw), {"filters": ["wrods"]}, tmp_path / "out", r"no filter 'wrods' \(did you mean 'words'"),
         (recipe(raw), {"evaluation": ["gone"]}, tmp_path / "out", "'gone': no such file"),

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
 
 from lm import config, input_pipeline, losses, train
 from lm.config.schema import ConfigError
@@ -17,6 +16,7 @@ from lm.data import tokenizer
 from lm.data.readers import registry
 from lm.data.record import DataError
 from lm.tasks import TASKS, prompting
+from tests import toys
 
 LABELS = ("0", "1", "2")
 TEMPLATES = (
@@ -32,10 +32,9 @@ def records(count, first=0):
     return [{"text": TEXTS[i], "label": LABELS[i * i % 3], "source": f"f:{i}"} for i in range(first, first + count)]
 
 
-def make_config(templates=TEMPLATES, seq_len=96, shots=0, labels=LABELS, **data):
-    data = {"task": "prompted", "packing": "pad"} | data
-    data = config.DataConfig(templates=templates, seq_len=seq_len, shots=shots, labels=labels, **data)
-    return config.Config(data=data)
+def make_config(templates=TEMPLATES, seq_len=96, shots=0, labels=LABELS):
+    task = toys.task("prompting", templates=templates, shots=shots, labels=labels)
+    return config.Config(task=task, data=config.DataConfig(seq_len=seq_len, packing="pad"))
 
 
 def spelled(row):
@@ -57,7 +56,7 @@ def spelled(row):
 
 def make(record, cfg):
     counts = Counter()
-    (example,) = prompting.prompted(record, TOK, cfg, counts)
+    (example,) = prompting.prompted_sentences(record, TOK, cfg, counts)
     return example.columns, counts
 
 
@@ -143,23 +142,22 @@ def test_a_long_prompt_loses_its_left_end_alike_for_all_words():
     [
         (
             {"templates": ("{text} {label}", "{txt} {label}")},
-            r"'data\.templates\[1\]': '\{txt\} \{label\}' has the field \{txt\} \(did you mean 'text'\?\); "
+            r"'task\.templates\[1\]': '\{txt\} \{label\}' has the field \{txt\} \(did you mean 'text'\?\); "
             r"known are \{text\}, \{text_pair\}, \{label\}",
         ),
         ({"templates": ("{label} is {text}",)}, r"must have \{text\}, and \{label\} once, behind the other fields"),
         ({"templates": ("{text} {label} {label}",)}, r"\{label\} once"),
         ({"templates": ("It was {label}",)}, r"must have \{text\}"),
-        ({"templates": ("{text} {label",)}, r"'data\.templates\[0\]': .*expected '}'"),
+        ({"templates": ("{text} {label",)}, r"'task\.templates\[0\]': .*expected '}'"),
         ({"templates": ("{text:>9} {label}",)}, r"only \{label:\.\.\.\} may have anything behind its name"),
         (
             {"templates": ("{text} {label:bad|good}",)},
-            r"has the words bad, good; expected one for each of data\.labels",
+            r"has the words bad, good; expected one for each of task\.labels",
         ),
         ({"templates": ("{text} {label:a|b|a}",)}, r"has the words a, b, a; .* all different"),
-        ({"templates": ()}, r"'data\.templates' is empty"),
-        ({"labels": ("1",)}, r"'data\.labels' is \('1',\)"),
-        ({"task": "sentences"}, r"'data\.templates' is read by data\.task=prompted only; 'data\.task' is sentences"),
-        ({"task": "text", "templates": (), "shots": 2}, r"'data\.shots' is read by data\.task=prompted only"),
+        ({"templates": ()}, r"'task\.templates' is empty"),
+        ({"labels": ("1",)}, r"'task\.labels' is \('1',\)"),
+        ({"shots": -1}, r"'task\.shots' must not be negative, got -1"),
     ],
 )
 def test_templates_that_cannot_be_filled_in_are_refused(changes, message):
@@ -170,14 +168,14 @@ def test_templates_that_cannot_be_filled_in_are_refused(changes, message):
 def test_records_that_do_not_fit_are_named():
     cfg = make_config(("{text} {text_pair} {label}",))
     with pytest.raises(
-        DataError, match=r"f:0: a template of data\.templates has \{text_pair\}, which the record lacks"
+        DataError, match=r"f:0: a template of task\.templates has \{text_pair\}, which the record lacks"
     ):
         make(records(1)[0], cfg)
     with pytest.raises(DataError, match="f:0: unknown label '7'"):
         make(records(1)[0] | {"label": "7"}, make_config())
 
 
-# The objective -------------------------------------------------------------------------------------------------------
+# The loss ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("chunk_len", "softcap"), [(0, 0.0), (3, 5.0)])

@@ -10,7 +10,7 @@ from lm import build, checks, input_pipeline
 from lm.config.schema import ConfigError
 from lm.data import loader, tokenizer
 from lm.data.readers import registry
-from lm.tasks import corrupt, seq2seq
+from lm.tasks import seq2seq
 from tests import toys
 
 WORDS = ["ein", "hund", "und", "eine", "katze", "a", "dog", "and", "cat"]
@@ -73,7 +73,7 @@ def test_spans_are_hidden_anew_in_every_epoch_and_nothing_is_lost(words, packing
     cfg = settings(task__name="span_corruption", data__packing=packing, data__batch_size=2, data__seq_len=16)
     records = [{"text": " ".join(np.random.default_rng(n).choice(WORDS, 40)), "source": str(n)} for n in range(3)]
     data, made = batches(cfg, words, records, 40)
-    assert data.train.rows["tokens"].shape[1] == corrupt.raw_len(cfg) > 16
+    assert data.train.rows["tokens"].shape[1] == seq2seq.raw_len(cfg) > 16
     rows = data.train.rows
     stored = [row[of > 0].tolist() for row, of in zip(rows["tokens"], rows["segment_ids"], strict=True)]
     whole = [token for record in records for token in (*words.encode(record["text"]), words.eos_id)]
@@ -105,21 +105,18 @@ def test_prefixes_are_drawn_for_packed_rows(words):
     ("changes", "says"),
     [
         (
-            {
-                "model__kind": "prefix_decoder",
-                "task__name": "causal_lm",
-            },
-            "go together",
+            {"model__kind": "prefix_decoder", "task__name": "causal_lm"},
+            "'model.kind' is prefix_decoder, which does not fit task.name=causal_lm; use decoder",
         ),
         (
-            {
-                "model__kind": "decoder",
-                "task__name": "prefix_lm",
-            },
-            "go together",
+            {"model__kind": "decoder", "task__name": "prefix_lm"},
+            "'model.kind' is decoder, which does not fit task.name=prefix_lm; use prefix_decoder",
         ),
-        ({"model__kind": "decoder"}, r"'objective' seq2seq does not fit 'model.kind' decoder"),
-        ({"task__name": "chat"}, r"'objective' seq2seq does not fit 'data.task' chat"),
+        (
+            {"model__kind": "decoder"},
+            "'model.kind' is decoder, which does not fit task.name=translation; use encoder_decoder",
+        ),
+        ({"task__name": "chat"}, "'model.kind' is encoder_decoder, which does not fit task.name=chat; use decoder"),
         ({"task__name": "span_corruption", "data__target_len": 4}, "'data.target_len' is 4"),
     ],
 )

@@ -10,19 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import CheckpointConfig, Config, DataConfig, EvalConfig
+from lm.config import CheckpointConfig, Config, DataConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer
 from lm.data.record import DataError
 from lm.tasks import span_qa
+from tests import toys
 
 PROSE = ["The Panthers defense gave up just 308 points, ranking sixth. Wie viele? "] * 40 + ["naïve 東京 (PD)"] * 3
 TOKENIZER = tokenizer.train(PROSE, 330, 1_000_000)
 CONTEXT = "The Panthers gave up just 308 points in 東京, ranking sixth in the league."
 
 
-def config(seq_len: int) -> Config:
-    return Config(data=DataConfig(task="span_qa", seq_len=seq_len, packing="pad"))
+def config(seq_len: int, **options) -> Config:
+    return Config(task=toys.task("span_qa", **options), data=DataConfig(seq_len=seq_len, packing="pad"))
 
 
 def record(context: str, answer: str, start: int | None = None, question: str = "Wie viele?") -> dict:
@@ -32,7 +33,7 @@ def record(context: str, answer: str, start: int | None = None, question: str = 
 
 
 def make(given: dict, seq_len: int, counts: Counter[str] | None = None) -> list:
-    return span_qa.span_qa(given, TOKENIZER, config(seq_len), Counter() if counts is None else counts)
+    return span_qa.windows(given, TOKENIZER, config(seq_len), Counter() if counts is None else counts)
 
 
 def gold_logits(made: list, seq_len: int) -> np.ndarray:
@@ -209,7 +210,7 @@ def test_no_answer_is_said_as_in_run_squad(threshold):
             accepted = [answer["text"] for answer in question["answers"]] or [""]
             right.append(said in accepted)
             of_answerable += [right[-1]] if question["answers"] else []
-        cfg = dataclasses.replace(config(40), eval=EvalConfig(null_threshold=threshold))
+        cfg = config(40, null_threshold=threshold)
         meta = [example.meta for examples in made for example in examples]
         found = span_qa.score({"span_logits": logits}, meta, cfg)
         assert found["exact_match"] == pytest.approx(np.mean(right))
@@ -217,7 +218,7 @@ def test_no_answer_is_said_as_in_run_squad(threshold):
         assert set(found) == set(span_qa.score_names(cfg))
         if found["best_f1"] == pytest.approx(2 / 6):  # to answer nothing is best
             continue
-        better = dataclasses.replace(cfg, eval=EvalConfig(null_threshold=found["best_f1_thresh"]))
+        better = config(40, null_threshold=found["best_f1_thresh"])
         assert span_qa.score({"span_logits": logits}, meta, better)["f1"] == pytest.approx(found["best_f1"])
 
 

@@ -14,20 +14,22 @@ from etils import epath
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lm.config import Config, DataConfig, EvalConfig
+from lm.config import Config, DataConfig
 from lm.config.schema import ConfigError
 from lm.data import packing, tokenizer
 from lm.data.readers import registry, tables
 from lm.data.record import DataError
 from lm.tasks import tagging
+from tests import toys
 
 PROSE = ["Parkinson's disease is treated with selegiline, 10 mg per day. "] * 40 + ["naïve 東京 (PD)-induced"] * 3
 TOKENIZER = tokenizer.train(PROSE, 330, 1_000_000)
 LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 
 
-def config(seq_len: int = 32, labels: tuple[str, ...] = LABELS) -> Config:
-    return Config(data=DataConfig(task="tagging", labels=labels, seq_len=seq_len, packing="pad"))
+def config(seq_len: int = 32, labels: tuple[str, ...] = LABELS, **options) -> Config:
+    task = toys.task("tagging", labels=labels, **options)
+    return Config(task=task, data=DataConfig(seq_len=seq_len, packing="pad"))
 
 
 def record(words: list[str], tags: list[str]) -> dict:
@@ -51,7 +53,7 @@ def words_of(example) -> list[tuple[str, int]]:
 
 def test_the_first_token_of_a_word_has_its_label():
     words, tags = ["Parkinson", "'", "s", "x"], ["B-X", "I-X", "I-X", "O"]
-    (made,) = tagging.tagging(record(words, tags), TOKENIZER, config(), Counter())
+    (made,) = tagging.tagged_words(record(words, tags), TOKENIZER, config(), Counter())
     ids, offsets = TOKENIZER.encode_with_offsets("Parkinson ' s x")
     labels = np.full(32, -1)
     for start, label in ((0, 1), (10, 2), (12, 2), (14, 0)):
@@ -74,7 +76,7 @@ WORDS = st.text(
 def test_no_word_is_lost_and_none_has_the_label_of_another(pairs, seq_len):
     words, tags = map(list, zip(*pairs, strict=True))
     counts: Counter[str] = Counter()
-    made = tagging.tagging(record(words, tags), TOKENIZER, config(seq_len), counts)
+    made = tagging.tagged_words(record(words, tags), TOKENIZER, config(seq_len), counts)
     found = [pair for part in made for pair in words_of(part)]
     assert all(len(part.columns["tokens"]) <= seq_len for part in made)
     assert [LABELS[label] for _, label in found] == tags
@@ -84,7 +86,7 @@ def test_no_word_is_lost_and_none_has_the_label_of_another(pairs, seq_len):
 
 
 def test_padding_has_no_label_in_the_rows():
-    made = tagging.tagging(record(["a", "b"], ["O", "O"]), TOKENIZER, config(16), Counter())
+    made = tagging.tagged_words(record(["a", "b"], ["O", "O"]), TOKENIZER, config(16), Counter())
     cfg = config(16)
     rows, meta = packing.pack(made, tagging.TAGGING.columns(cfg), cfg.data)
     assert (rows["labels"] >= 0).sum() == 2 and rows["labels"][0, -1] == -1 and meta == [("s7", "a b")]
@@ -92,15 +94,15 @@ def test_padding_has_no_label_in_the_rows():
 
 def test_a_tag_that_is_not_known_is_an_error_that_names_the_record():
     with pytest.raises(
-        DataError, match=r"file:7: unknown label 'B-Z' \(did you mean 'B-.'\?\); data.labels has O, B-X"
+        DataError, match=r"file:7: unknown label 'B-Z' \(did you mean 'B-.'\?\); task.labels has O, B-X"
     ):
-        tagging.tagging(record(["a"], ["B-Z"]), TOKENIZER, config(), Counter())
+        tagging.tagged_words(record(["a"], ["B-Z"]), TOKENIZER, config(), Counter())
 
 
 def test_two_words_in_one_token_are_an_error(monkeypatch):
     monkeypatch.setattr(tokenizer.Tokenizer, "encode_with_offsets", lambda self, text: ([9], [(0, len(text))]))
     with pytest.raises(DataError, match="file:7: the words 'a' and 'b' begin in one token"):
-        tagging.tagging(record(["a", "b"], ["O", "O"]), TOKENIZER, config(), Counter())
+        tagging.tagged_words(record(["a", "b"], ["O", "O"]), TOKENIZER, config(), Counter())
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_two_words_in_one_token_are_an_error(monkeypatch):
 def test_tags_that_continue_nothing_are_counted_and_kept(tags, count):
     counts: Counter[str] = Counter()
     tags = tags.split()
-    (made,) = tagging.tagging(record(["a"] * len(tags), tags), TOKENIZER, config(), counts)
+    (made,) = tagging.tagged_words(record(["a"] * len(tags), tags), TOKENIZER, config(), counts)
     assert counts["tag_continues_nothing"] == count
     assert [LABELS[i] for i in made.columns["labels"] if i >= 0] == tags
 
@@ -147,7 +149,7 @@ def span(part: str, label: str = "X", text: str = TEXT) -> dict:
 def test_spans_become_tags_of_words(spans, tags, counted):
     cfg, counts = config(64), Counter()
     given = {"text": TEXT, "entities": spans, "source": "file:7", "identity": "s7"}
-    (made,) = tagging.entities(given, TOKENIZER, cfg, counts)
+    (made,) = tagging.entity_spans(given, TOKENIZER, cfg, counts)
     names = ["The", "(", "PD", ")", "-", "drug", ",", "L", "-2", "dopa", "10mg", "."]
     expected = [(name.rstrip("2") if name == "-2" else name, tags.get(name, "O")) for name in names]
     assert [(word, LABELS[i]) for word, i in words_of(made)] == expected
@@ -162,7 +164,7 @@ def test_every_character_of_the_only_span_is_in_a_word_with_its_tag(text, data):
     words, cfg = [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)], config(64)
     entity = {"start": start, "end": end, "label": "X"}
     given = {"text": text, "entities": [entity], "source": "file:7", "identity": "s7"}
-    made = tagging.entities(given, TOKENIZER, cfg, Counter())
+    made = tagging.entity_spans(given, TOKENIZER, cfg, Counter())
     tags = [LABELS[i] for part in made for i in part.columns["labels"] if i >= 0]
     expected, begun = [], False
     for first, last in words:
@@ -198,9 +200,8 @@ def score_of(
     records: list[dict], predictions: list[str], labels: tuple[str, ...], seq_len: int = 32, **options
 ) -> dict:
     """Scores of records whose words are predicted to have the tags of `predictions`, one text a record."""
-    cfg = config(seq_len, labels)
-    cfg = dataclasses.replace(cfg, eval=EvalConfig(**options))
-    made = [part for given in records for part in tagging.tagging(given, TOKENIZER, cfg, Counter())]
+    cfg = config(seq_len, labels, **options)
+    made = [part for given in records for part in tagging.tagged_words(given, TOKENIZER, cfg, Counter())]
     rows, meta = packing.pack(made, tagging.TAGGING.columns(cfg), cfg.data)
     said = np.full_like(rows["labels"], 0)
     said[rows["labels"] >= 0] = [labels.index(tag) for tags in predictions for tag in tags.split()]
@@ -211,7 +212,7 @@ def load(path: Path, text: str, **data) -> list[dict]:
     path.write_text(text)
     train = path.with_stem("train")
     train.write_text(text)
-    return registry.load(DataConfig(path=str(train), eval_path=str(path), task="tagging", **data)).valid
+    return registry.load(DataConfig(path=str(train), eval_path=str(path), **data)).valid
 
 
 def test_the_same_sentence_twice_in_a_file_is_two_sentences(tmp_path):
@@ -276,14 +277,14 @@ def test_what_a_scheme_would_not_have_is_counted(labels, tags, counted):
         with pytest.raises(ConfigError, match="'NOUN' is no tag of an entity"):
             tagging.score_names(config(32, labels))
         return
-    tagging.tagging(record(["a"] * 4, tags.split()), TOKENIZER, config(32, labels), counts)
+    tagging.tagged_words(record(["a"] * 4, tags.split()), TOKENIZER, config(32, labels), counts)
     assert counts == counted
 
 
 def test_character_spans_are_written_in_iob2():
     cfg = config(32, ("O", "B-X", "E-X", "I-X", "S-X"))
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, task="entities"))
-    with pytest.raises(ConfigError, match=r"'data\.labels': they have the letters B, E, I, S; expected .* IOB2"):
+    cfg = dataclasses.replace(cfg, task=toys.task("entities", labels=cfg.task.labels))
+    with pytest.raises(ConfigError, match=r"'task\.labels': they have the letters B, E, I, S; expected .* IOB2"):
         tagging.score_names(cfg)
 
 
@@ -297,7 +298,7 @@ def test_all_words_of_bc5cdr(shared_data):
     for name in ("train", "devel", "test"):
         for found in tables.read_conll(epath.Path(shared_data("bc5cdr") / f"{name}.tsv"), {"1": "token", "2": "tag"}):
             found["identity"] = found["source"]
-            pairs = [pair for part in tagging.tagging(found, TOKENIZER, cfg, counts) for pair in words_of(part)]
+            pairs = [pair for part in tagging.tagged_words(found, TOKENIZER, cfg, counts) for pair in words_of(part)]
             words, labels = zip(*pairs, strict=True)
             assert [cfg.data.labels[i] for i in labels] == found["tags"]
             cut += sum(word != part for word, part in zip(found["words"], words, strict=True))

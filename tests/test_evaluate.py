@@ -32,7 +32,7 @@ def run(eval_step, params, batch_size: int, shards: int, rows=None, max_tokens: 
     )
     with jax.set_mesh(mesh):
         sums, outputs = evaluate.evaluate(eval_step, params, build.placer(mesh, batch_size), batches, len(part))
-        return metrics.finalize(sums), outputs
+        return metrics.finalize(sums, has_perplexity=True), outputs
 
 
 def count(_, batch):

@@ -16,7 +16,6 @@ from lm.config.schema import ConfigError
 from lm.models import moe
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
-from lm.tasks import objectives
 from tests import test_models, toys
 from tests.test_step import assert_close
 
@@ -147,7 +146,7 @@ def value_and_gradients(params, batch, **changes):
     whole, words = Config(model=cfg), SimpleNamespace(vocab_size=toys.VOCAB)
 
     def total(params):
-        terms = objectives.mlm(model.apply, whole, words)(params, batch, None)
+        terms = toys.token_loss(model.apply, whole, words)(params, batch, None)
         return terms.sum, terms
 
     (_, terms), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)

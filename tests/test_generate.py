@@ -14,7 +14,7 @@ import pytest
 import toys
 
 from lm import losses, param_paths
-from lm.config import Config, DataConfig, GenerateConfig
+from lm.config import Config, GenerateConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer as tokenizers
 from lm.decoding import sampling
@@ -43,10 +43,10 @@ def model_of(style: str):
     return toys.decoder(toys.STYLES[style], MAX_LEN)
 
 
-def make(style, prompts, *, seed=0, tokenizer=NEVER, params=None, rows_multiple=1, task="text", **changes):
+def make(style, prompts, *, seed=0, tokenizer=NEVER, params=None, rows_multiple=1, task="causal_lm", **changes):
     cfg, model, toy_params = model_of(style)
     changes = {"max_new_tokens": NEW, "temperature": 0.0} | changes
-    whole = Config(model=cfg, generate=GenerateConfig(**changes), data=DataConfig(task=task))
+    whole = Config(model=cfg, generate=GenerateConfig(**changes), task=toys.task(task))
     return sampling.generate(
         model, params or toy_params, prompts, jax.random.key(seed), whole, tokenizer, rows_multiple=rows_multiple
     )
@@ -306,17 +306,17 @@ def real_words():
 @pytest.mark.parametrize(
     ("task", "symbols", "beside_text"),
     [
-        ("text", (), ["eos"]),
+        ("causal_lm", (), ["eos"]),
         ("translation", (), ["eos"]),
         ("chat", (), ["eos", "end"]),
         ("span_corruption", (), ["eos", "sentinels"]),
-        ("text", ("sentinels", "bos"), ["eos", "sentinels", "bos"]),
-        ("text", ("roles", "mask"), ["eos", "roles", "mask"]),
+        ("causal_lm", ("sentinels", "bos"), ["eos", "sentinels", "bos"]),
+        ("causal_lm", ("roles", "mask"), ["eos", "roles", "mask"]),
     ],
 )
 def test_only_text_its_end_and_what_is_asked_for_may_be_generated(task, symbols, beside_text):
     words = real_words()
-    cfg = Config(data=DataConfig(task=task), generate=GenerateConfig(symbols=symbols))
+    cfg = Config(task=toys.task(task), generate=GenerateConfig(symbols=symbols))
     ids = {"eos": [words.eos_id], "end": [words.end_of_turn_id], "bos": [words.bos_id], "mask": [words.mask_id]}
     ids |= {"roles": list(words.role_ids.values()), "sentinels": words.sentinel_ids.tolist()}
     allowed = set(np.flatnonzero(sampling.allowed_ids(words, cfg)).tolist())
@@ -359,7 +359,7 @@ def test_prompts_are_encoded_as_the_task_sees_them():
         bos_id=1, encode=lambda text: [ord(c) for c in text], role_ids={"user": 4, "assistant": 5}, end_of_turn_id=6
     )
     text = Config(model=model_of("gpt2")[0], generate=GenerateConfig(max_new_tokens=MAX_LEN - 3))
-    chat = dataclasses.replace(text, data=DataConfig(task="chat"), generate=GenerateConfig(max_new_tokens=NEW))
+    chat = dataclasses.replace(text, task=toys.task("chat"), generate=GenerateConfig(max_new_tokens=NEW))
     assert sampling.encode_prompt("ab", words, text) == [1, 97, 98]
     assert sampling.encode_prompt("ab", words, chat) == [1, 4, 97, 98, 6, 5]
     with pytest.raises(ConfigError, match=f"a prompt of 4 ids .* do not fit 'model.max_len' .{MAX_LEN}"):

@@ -1,4 +1,4 @@
-"""Heads, encoders and the objectives of rows: float64 references, padding without influence, one device = a mesh."""
+"""Heads, encoders and the losses of rows: float64 references, padding without influence, one device = a mesh."""
 
 import dataclasses
 import functools
@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config, losses, optim, step
+from lm import losses, optim, step
 from lm.config import Config, MeshConfig, ModelConfig, OptimConfig
 from lm.models import heads, registry, transformer
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
-from lm.tasks import objectives
+from lm.tasks import TASKS
+from lm.tasks.classification import classification_loss
 from lm.types import Head
 from tests import toys
 
@@ -25,8 +26,7 @@ RNG = np.random.default_rng(0)
 def make_config(**model) -> Config:
     shape = {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "mlp_dim": 24, "kind": "encoder"}
     resolved = transformer.resolve(ModelConfig(**(shape | model)), vocab_size=toys.VOCAB, seq_len=12)
-    cfg = Config(model=resolved)
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, labels=LABELS))
+    return Config(model=resolved, task=toys.task("classification", labels=LABELS))
 
 
 def batch(rows: int, seq_len: int = 12, label: type = np.int32) -> dict[str, np.ndarray]:
@@ -140,9 +140,12 @@ def test_a_mesh_and_micro_batches_give_what_one_device_gives(name):
     """Three steps: losses and parameters on 2 x 2 x 2 devices, and in two micro-batches, equal those of one device."""
     r_drop, name = name == "r_drop", name.replace("r_drop", "classification")
     cfg = make_config(dropout=0.1, embed_noise=5.0)
-    cfg = dataclasses.replace(cfg, objective=name, loss=config.LossConfig(r_drop=0.5 if r_drop else 0.0))
-    objective = objectives.OBJECTIVES[name]
-    fns = registry.MODELS["encoder"](cfg, objective.head(cfg), jnp.float32)
+    if name == "regression":
+        cfg = dataclasses.replace(cfg, task=toys.task(name))
+    elif r_drop:
+        cfg = dataclasses.replace(cfg, task=dataclasses.replace(cfg.task, r_drop=0.5))
+    task = TASKS[name]
+    fns = registry.MODELS["encoder"](cfg, task.head(cfg), jnp.float32)
     given = batch(8, label=np.int32 if name == "classification" else np.float32)
     params = jax.device_get(jax.jit(fns.init)(jax.random.key(0)))
     optimizer = optim.build(OptimConfig(learning_rate=1e-2), params, total_steps=9, warmup_steps=0, decay_steps=0)
@@ -154,7 +157,7 @@ def test_a_mesh_and_micro_batches_give_what_one_device_gives(name):
             run = jax.jit(
                 functools.partial(
                     step.train_step,
-                    loss_fn=objective.loss(fns.apply, cfg, None),
+                    loss_fn=task.loss(fns.apply, cfg, None),
                     optimizer=optimizer,
                     seed=1,
                     micro_batches=micro_batches,
@@ -175,13 +178,11 @@ def test_a_mesh_and_micro_batches_give_what_one_device_gives(name):
 
 def test_r_drop_sees_every_row_under_two_masks():
     cfg, fns, params = model("encoder", "first")
-    cfg = dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, dropout=0.3), loss=config.LossConfig(r_drop=1.0)
-    )
+    plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.3))
+    cfg = dataclasses.replace(plain, task=dataclasses.replace(plain.task, r_drop=1.0))
     fns = registry.MODELS["encoder"](cfg, Head("pooled", 3), jnp.float32)
     given, rng = batch(3), jax.random.key(3)
-    plain = dataclasses.replace(cfg, loss=config.LossConfig())
-    terms = objectives.classification(fns.apply, cfg, None)(params, given, rng)
+    terms = classification_loss(fns.apply, cfg, None)(params, given, rng)
     doubled = {key: np.repeat(x, 2, axis=0) for key, x in given.items()}
     doubled["example_index"] = doubled["example_index"] ^ (np.arange(6, dtype=np.int32) % 2 << 29)
     logits = fns.apply(params, doubled, rng=rng).head
@@ -189,6 +190,6 @@ def test_r_drop_sees_every_row_under_two_masks():
     divergence = losses.symmetric_divergence(logits[::2], logits[1::2], given["row_weights"])
     assert float(divergence) > 0 and float(terms.weight) == 4
     assert float(terms.sum) == pytest.approx(float(twice.sum) + 2 * float(divergence), rel=1e-6)
-    evaluated = objectives.classification(fns.apply, cfg, None)(params, given, None)
+    evaluated = classification_loss(fns.apply, cfg, None)(params, given, None)
     assert float(evaluated.weight) == 2
-    assert float(evaluated.sum) == float(objectives.classification(fns.apply, plain, None)(params, given, None).sum)
+    assert float(evaluated.sum) == float(classification_loss(fns.apply, plain, None)(params, given, None).sum)

@@ -14,15 +14,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm import build, input_pipeline
-from lm.config import Config, CorruptConfig, DataConfig, MeshConfig, ModelConfig, TokenizerConfig
+from lm.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig
 from lm.config.schema import ConfigError
 from lm.data import loader
 from lm.data.readers import interactions, registry
 from lm.data.record import DataError
 from lm.models import transformer
 from lm.parallel.mesh import make_mesh
-from lm.tasks import TASKS, objectives, recommendation
+from lm.tasks import TASKS, recommendation
 from lm.tasks.recommendation import ItemVocabulary
+from tests import toys
 
 MISSED = 2**31 - 1
 
@@ -37,14 +38,14 @@ def load(path: Path, **data) -> registry.Split:
     return registry.load(DataConfig(format="interactions", path=str(path), **data))
 
 
-def make_config(vocabulary: ItemVocabulary, task: str = "items", seq_len: int = 6, **model) -> Config:
+def make_config(vocabulary: ItemVocabulary, task: str = "next_item", seq_len: int = 6, **model) -> Config:
     shape = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24}
-    kind = {"items": "decoder", "masked_items": "encoder"}[task]
+    kind = {"next_item": "decoder", "masked_item": "encoder"}[task]
     resolved = transformer.resolve(
         ModelConfig(**(shape | {"kind": kind} | model)), vocab_size=vocabulary.vocab_size, seq_len=seq_len
     )
-    data = DataConfig(task=task, seq_len=seq_len, packing="pad")
-    return Config(data=data, model=resolved, corrupt=CorruptConfig(rate=0.2))
+    options = toys.task(task, **({"mask_rate": 0.2} if task == "masked_item" else {}))
+    return Config(task=options, data=DataConfig(seq_len=seq_len, packing="pad"), model=resolved)
 
 
 # What is read and held out ----------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def example_of(task: str, chosen: str, target: str | None = None, seq_len: int =
     record = {"items": list(chosen), "user": "u", "source": "f:1"} | ({"target": target} if target else {})
     counts: Counter[str] = Counter()
     cfg = make_config(VOCABULARY, task, seq_len)
-    [made] = TASKS[task].make(record, VOCABULARY, cfg, counts)
+    [made] = TASKS[task].examples(record, VOCABULARY, cfg, counts)
     return made, +counts
 
 
@@ -204,7 +205,7 @@ def show(ids) -> str:
     ],
 )
 def test_each_item_is_predicted_from_those_before_it(chosen, target, tokens, targets, weights, counted):
-    made, counts = example_of("items", chosen, target)
+    made, counts = example_of("next_item", chosen, target)
     assert (show(made.columns["tokens"]), show(made.columns["targets"])) == (tokens, targets)
     assert made.columns["loss_weights"].tolist() == list(map(float, weights))
     assert counts == counted
@@ -221,10 +222,10 @@ def test_each_item_is_predicted_from_those_before_it(chosen, target, tokens, tar
     ],
 )
 def test_of_a_held_out_user_the_last_item_alone_is_hidden(chosen, target, tokens, targets, counted):
-    made, counts = example_of("masked_items", chosen, target)
+    made, counts = example_of("masked_item", chosen, target)
     row = made.columns | {"segment_ids": np.ones(len(tokens), np.int32)}
     for seed in range(20):
-        cfg = make_config(VOCABULARY, "masked_items")
+        cfg = make_config(VOCABULARY, "masked_item")
         hidden = recommendation.mask_items(row, np.random.default_rng(seed), VOCABULARY, cfg)
         assert (show(hidden["tokens"]), show(hidden["targets"])) == (tokens, targets)
         assert hidden["loss_weights"].tolist() == [0.0] * (len(tokens) - 1) + [1.0]
@@ -236,7 +237,7 @@ def test_training_hides_a_share_of_the_items_and_at_times_the_last_one_alone(n, 
     length, draws = 24, 3000
     tokens = np.pad(np.random.default_rng(0).integers(3, 8, n), (0, length - n)).astype(np.uint8)
     row = {"tokens": tokens, "segment_ids": (np.arange(length) < n).astype(np.uint8), "held_out": np.array(0)}
-    cfg = make_config(VOCABULARY, "masked_items", length)
+    cfg = make_config(VOCABULARY, "masked_item", length)
     last_alone, chosen = 0, np.zeros(length)
     for seed in range(draws):
         out = recommendation.mask_items(row, np.random.default_rng([1, seed]), VOCABULARY, cfg)
@@ -268,7 +269,7 @@ def test_the_held_out_items_are_in_no_training_row(tmp_path):
     assert data.valid.meta == [MISSED] * 9
 
 
-# Objectives -----------------------------------------------------------------------------------------------------------
+# Losses ---------------------------------------------------------------------------------------------------------------
 
 
 def brute_rank(logits: np.ndarray, target: int, candidates: set[int]) -> int:
@@ -294,21 +295,20 @@ def batch_of(task: str, histories=HISTORIES):
 
 
 @functools.cache
-def objective_of(task: str):
+def loss_of(task: str):
     """(apply, loss function, parameters), compiled for eight rows."""
     cfg = make_config(VOCABULARY, task, num_layers=1)
     model = transformer.text_model(cfg.model, jnp.float32)
     params = jax.jit(model.init)(jax.random.key(1))
     params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(0).standard_normal(x.shape, np.float32), params)
-    name = {"items": "next_item", "masked_items": "masked_item"}[task]
-    loss = objectives.OBJECTIVES[name].loss(model.apply, cfg, VOCABULARY)
+    loss = TASKS[task].loss(model.apply, cfg, VOCABULARY)
     return jax.jit(model.apply), jax.jit(lambda params, batch: loss(params, batch, None)), params
 
 
-@pytest.mark.parametrize("task", ["items", "masked_items"])
+@pytest.mark.parametrize("task", ["next_item", "masked_item"])
 def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight(task):
     cfg, batch = batch_of(task)
-    apply, loss_fn, params = objective_of(task)
+    apply, loss_fn, params = loss_of(task)
     out = jax.device_get(apply(params, batch))
     logits = out.hidden_BxLxD.astype(np.float64) @ out.unembed_DxV.astype(np.float64)[:, : VOCABULARY.vocab_size]
     nll, ranks = 0.0, []
@@ -332,13 +332,13 @@ def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight
 
 
 def test_a_causal_model_does_not_see_what_follows_and_no_model_its_target():
-    _, batch = batch_of("items", [("abcd", "e"), ("abca", "b")] * 4)
-    apply, _, params = objective_of("items")
+    _, batch = batch_of("next_item", [("abcd", "e"), ("abca", "b")] * 4)
+    apply, _, params = loss_of("next_item")
     hidden = jax.device_get(apply(params, batch).hidden_BxLxD)
     np.testing.assert_array_equal(hidden[0, :4], hidden[1, :4])  # ^ a b c
     assert np.abs(hidden[0, 4] - hidden[1, 4]).max() > 1e-3
-    _, batch = batch_of("masked_items", [("abcd", "e"), ("abcd", "b")] * 4)
-    apply, loss_fn, params = objective_of("masked_items")
+    _, batch = batch_of("masked_item", [("abcd", "e"), ("abcd", "b")] * 4)
+    apply, loss_fn, params = loss_of("masked_item")
     hidden = jax.device_get(apply(params, batch).hidden_BxLxD)
     np.testing.assert_array_equal(hidden[0, :5], hidden[1, :5])
     padded = batch | {"tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], 5)}

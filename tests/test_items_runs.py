@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +23,10 @@ from tests.test_items import VOCABULARY
 from tools import make_interactions
 
 
-def recipe(path: Path, **changes) -> Config:
+def recipe(path: Path, **changes: Any) -> Config:
     """A run of seconds on a table of interactions."""
-    c = default_config()
-    c.objective, c.data.task, c.data.format, c.data.path = "next_item", "items", "interactions", str(path)
+    c = default_config(changes.pop("task__name", "next_item"))
+    c.data.format, c.data.path = "interactions", str(path)
     c.tokenizer.vocab_size = 48
     c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 16, 64
     c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 1, 32, 2, 32
@@ -124,13 +125,12 @@ def test_masked_items_resume_as_if_nothing_had_happened(table, tmp_path, on_one_
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, "'objective' clm does not fit 'data.task' items"),
-        ({"model__kind": "encoder"}, "'objective' next_item does not fit 'model.kind' encoder; use decoder"),
-        (MASKED | {"model__kind": "decoder"}, "'objective' masked_item does not fit 'model.kind' decoder"),
-        (MASKED | {"tokenizer__extra_ids": 0}, "'tokenizer.extra_ids' is 0, but data.task=masked_items needs 1"),
-        (MASKED | {"task__mask_rate": 0.0}, "'corrupt.rate' is 0, but data.task=masked_items"),
+        ({"model__kind": "encoder"}, "'model.kind' is encoder, which does not fit task.name=next_item; use decoder"),
+        (MASKED | {"model__kind": "decoder"}, "'model.kind' is decoder, which does not fit task.name=masked_item"),
+        (MASKED | {"tokenizer__extra_ids": 0}, "'tokenizer.extra_ids' is 0, but task.name=masked_item needs 1"),
+        (MASKED | {"task__mask_rate": 0.0}, "'task.mask_rate' is 0.0; expected a share in (0, 1)"),
         ({"generate__prompts": ("i1",)}, "'generate.prompts' is set, but this model does not generate text"),
-        ({"data__packing": "best_fit"}, "'data.packing' is best_fit, but 'data.task' items"),
+        ({"data__packing": "best_fit"}, "'data.packing' is best_fit, which does not fit task.name=next_item; use pad"),
     ],
 )
 def test_what_does_not_fit_is_refused(table, changes, says):

@@ -7,12 +7,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lm import losses
-from lm.config import Config, LossConfig, MeshConfig
+from lm.config import Config, MeshConfig
 from lm.evaluation import scores
 from lm.losses import contrastive
 from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS
 from lm.types import ModelOutput
+from tests import toys
 
 B, P = 8, 5
 WEIGHTS = np.array([1, 1, 0, 1, 1, 0.5, 1, 0], np.float32)
@@ -141,7 +142,7 @@ def test_patch_mse_is_that_of_normalised_hidden_patches(mesh):
     assert np.all(np.asarray(grads[1]) == 0), "targets get no gradient"
 
 
-# The objective and its scores -----------------------------------------------------------------------------------------
+# The task and its scores ----------------------------------------------------------------------------------------------
 
 
 def made_up_apply(params, batch, *, rng=None, cache=None):
@@ -154,12 +155,13 @@ def made_up_apply(params, batch, *, rng=None, cache=None):
 
 
 @pytest.mark.parametrize(("views", "training"), [(1, True), (1, False), (3, True)])
-def test_objective_gives_each_view_its_own_dropout(views, training):
+def test_each_view_has_its_own_dropout(views, training):
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(4, P)), jnp.float32)
     tokens = rng.integers(0, 3, (B, views, 4)).astype(np.int32)
     batch = {"tokens": tokens, "row_weights": WEIGHTS, "example_index": np.arange(100, 100 + B, dtype=np.int32)}
-    loss_fn = TASKS["contrastive_images"].loss(made_up_apply, Config(loss=LossConfig(temperature=0.2)), None)
+    cfg = Config(task=toys.task("contrastive_sentences", temperature=0.2))
+    loss_fn = TASKS["contrastive_sentences"].loss(made_up_apply, cfg, None)
     key = jax.random.key(0) if training else None
     terms = jax.jit(loss_fn)(params, batch, key)
     seen = [tokens[:, min(v, views - 1)] for v in range(max(2, views))]

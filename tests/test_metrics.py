@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from lm import train
-from lm.config import Config, DataConfig, ModelConfig
+from lm.config import Config, ModelConfig
 from lm.evaluation import flops, metrics
-from lm.tasks import TASKS, objectives
+from lm.tasks import TASKS, base
+from tests import toys
 
 
 def test_bits_per_byte_and_perplexity_of_a_hand_worked_case():
     # Two tokens with p = 1/4 and 1/16: 2 + 4 bits, for a target of 3 bytes: 2 bits a byte, 3 bits a token.
     nll = math.log(4) + math.log(16)
-    out = metrics.finalize(metrics.nll_metrics(nll, 2.0, 3.0))
+    out = metrics.finalize(metrics.nll_metrics(nll, 2.0, 3.0), has_perplexity=True)
     assert out == pytest.approx({"nll": 3 * math.log(2), "bits_per_byte": 2.0, "perplexity": 8.0}, rel=1e-15)
 
 
@@ -33,7 +34,9 @@ def test_merging_parts_is_the_whole():
     total: metrics.Sums = {}
     for part in (slice(0, 40), slice(40, 47), slice(47, 210), slice(210, 300)):  # uneven: a mean of means would show
         total = metrics.add(total, sums(part))
-    assert metrics.finalize(total) == pytest.approx(metrics.finalize(sums(slice(0, 300))), rel=1e-14)
+    assert metrics.finalize(total, has_perplexity=True) == pytest.approx(
+        metrics.finalize(sums(slice(0, 300)), has_perplexity=True), rel=1e-14
+    )
 
 
 def test_sums_are_kept_in_float64():
@@ -50,12 +53,14 @@ def test_add_leaves_its_arguments_alone_and_keeps_names_of_one_side():
 
 
 def test_weight_zero_is_left_out():
-    assert metrics.finalize({"loss": (0.0, 0.0), "nll": (0.0, 0.0), "accuracy": (1.0, 2.0)}) == {"accuracy": 0.5}
+    assert metrics.finalize({"loss": (0.0, 0.0), "nll": (0.0, 0.0), "accuracy": (1.0, 2.0)}, has_perplexity=True) == {
+        "accuracy": 0.5
+    }
 
 
 def test_perplexity_of_a_diverged_model_is_infinite():
-    assert metrics.finalize({"nll": (1e6, 1.0)})["perplexity"] == math.inf
-    assert math.isnan(metrics.finalize({"nll": (math.nan, 1.0)})["perplexity"])
+    assert metrics.finalize({"nll": (1e6, 1.0)}, has_perplexity=True)["perplexity"] == math.inf
+    assert math.isnan(metrics.finalize({"nll": (math.nan, 1.0)}, has_perplexity=True)["perplexity"])
 
 
 def test_likelihood_of_a_jitted_objective():
@@ -63,7 +68,7 @@ def test_likelihood_of_a_jitted_objective():
     def objective(nll_sum):
         return metrics.nll_metrics(nll_sum, jnp.float32(4), jnp.float32(8))
 
-    out = metrics.finalize(metrics.add({}, objective(jnp.float32(6))))
+    out = metrics.finalize(metrics.add({}, objective(jnp.float32(6))), has_perplexity=True)
     assert out["nll"] == 1.5
     assert out["bits_per_byte"] == pytest.approx(6 / math.log(2) / 8, rel=1e-7)
 
@@ -157,37 +162,50 @@ def test_peak_flops(device_kind, peak):
     assert flops.peak_flops(device_kind) == peak
 
 
-def test_every_objective_has_a_unit_and_only_language_models_a_perplexity():
-    assert metrics.LOSS_UNITS.keys() == objectives.OBJECTIVES.keys()
-    for objective in objectives.OBJECTIVES:
-        found = metrics.finalize({"nll": (2.0, 2.0), "loss": (3.0, 2.0)}, objective)
-        assert ("perplexity" in found) == (objective in ("clm", "seq2seq", "mlm"))
-        assert ("token" in metrics.LOSS_UNITS[objective]) == (objective in ("clm", "seq2seq", "mlm"))
+def test_every_task_has_a_unit_and_only_language_models_a_perplexity():
+    language_models = {
+        *("causal_lm", "prefix_lm", "chat", "span_corruption", "translation", "masked_lm", "masked_lm_pairs")
+    }
+    for name, task in TASKS.items():
+        found = metrics.finalize({"nll": (2.0, 2.0), "loss": (3.0, 2.0)}, task.has_perplexity)
+        assert ("perplexity" in found) == (name in language_models)
+        assert ("token" in task.loss_unit) == (name in language_models)
+        assert task.loss_unit
 
 
-def test_every_score_that_an_objective_names_is_described():
-    cfg = Config(data=DataConfig(labels=("sst2/0", "sst2/1", "stsb/")))
-    for objective in objectives.OBJECTIVES.values():
-        names = objective.scores(cfg if objective is TASKS["multitask"] else Config())
-        assert not [name for name in names if metrics.about(name).title == name]
+LABELS = {
+    "multitask": ("sst2/0", "sst2/1", "stsb/"),
+    "tagging": ("O", "B-X", "I-X"),
+    "entities": ("O", "B-X", "I-X"),
+}
+
+
+def config_of(name: str) -> Config:
+    return Config(task=toys.task(name, **({"labels": LABELS[name]} if name in LABELS else {})))
+
+
+def test_every_score_that_a_task_names_is_described():
+    for name, task in TASKS.items():
+        names = task.score_names(config_of(name))
+        assert not [metric for metric in names if metrics.about(metric).title == metric]
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "title", "unit", "gain"),
+    ("name", "task", "title", "unit", "gain"),
     [
-        ("loss", "clm", "Loss", "nats per token", -1),
-        ("replay_nll", "mlm", "replay: NLL", "nats per hidden token", -1),
+        ("loss", "causal_lm", "Loss", "nats per token", -1),
+        ("replay_nll", "masked_lm", "replay: NLL", "nats per hidden token", -1),
         ("sst2_loss", "multitask", "sst2: Loss", "nats per example", -1),
         ("stsb_loss", "multitask", "stsb: Loss", "squared error per example", -1),
-        ("my_web_bits_per_byte", "clm", "my_web: Bits per byte", "", -1),
+        ("my_web_bits_per_byte", "causal_lm", "my_web: Bits per byte", "", -1),
         ("popularity_hr_at_10", "next_item", "popularity: Hit rate at 10", "", 1),
-        ("pair_accuracy", "mlm", "Accuracy of the pairs' labels", "", 1),
-        ("floss", "clm", "floss", "", 1),
+        ("pair_accuracy", "masked_lm_pairs", "Accuracy of the pairs' labels", "", 1),
+        ("floss", "causal_lm", "floss", "", 1),
         ("loss", "", "Loss", "", -1),
     ],
 )
-def test_what_is_known_of_a_metric(name, objective, title, unit, gain):
-    found = metrics.about(name, objective, ("sst2/0", "sst2/1", "stsb/"))
+def test_what_is_known_of_a_metric(name, task, title, unit, gain):
+    found = base.about(TASKS[task], config_of(task), name) if task else metrics.about(name)
     assert (found.title, found.unit) == (title, unit)
     assert metrics.gain(name, 1.0) == gain
 

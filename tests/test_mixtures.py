@@ -22,7 +22,7 @@ from lm.data.tokenizer import train as train_tokenizer
 from lm.models import registry, transformer
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
-from lm.tasks import TASKS, build_config, default_config, multitask, objectives
+from lm.tasks import TASKS, build_config, default_config, multitask
 from lm.tasks.multitask import Part
 from tests import toys
 from tools import mix_tasks
@@ -34,8 +34,9 @@ PARTS = [Part("mood", ("bad", "good", "so"), 0), Part("alike", (), 3), Part("rig
 def make_config(**loss) -> Config:
     shape = ModelConfig(kind="encoder", num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, pool="mean")
     cfg = Config(model=transformer.resolve(shape, vocab_size=toys.VOCAB, seq_len=8))
-    data = dataclasses.replace(cfg.data, labels=LABELS, task="mixed_sentences", seq_len=8, packing="pad")
-    return dataclasses.replace(cfg, data=data, loss=dataclasses.replace(cfg.loss, **loss))
+    data = dataclasses.replace(cfg.data, seq_len=8, packing="pad")
+    task = toys.task("multitask", labels=LABELS)
+    return dataclasses.replace(cfg, task=task, data=data, loss=dataclasses.replace(cfg.loss, **loss))
 
 
 def test_labels_say_which_tasks_there_are():
@@ -56,14 +57,14 @@ def test_labels_say_which_tasks_there_are():
 def test_labels_that_say_no_tasks_are_refused(labels, says):
     with pytest.raises(ConfigError) as error:
         multitask.parts(labels)
-    assert says in str(error.value) and "'data.labels'" in str(error.value)
+    assert says in str(error.value) and "'task.labels'" in str(error.value)
 
 
 def made(label: str):
     words = train_tokenizer(["one two three four " * 9], 285, 1000)
     counts: Counter[str] = Counter()
     record = {"text": "one two", "text_pair": "three", "label": label, "source": "f:7"}
-    [example] = multitask.mixed(record, words, make_config(), counts)
+    [example] = multitask.mixed_sentences(record, words, make_config(), counts)
     return example.columns, counts
 
 
@@ -144,7 +145,7 @@ def test_each_row_counts_by_its_own_tasks_loss(devices, eps):
     logits = jax.device_get(fns.apply(params, rows).head).astype(np.float64)
     want = reference(logits, rows, eps)
     mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
-    loss_fn = objectives.multitask(fns.apply, make_config(label_smoothing=eps), None)
+    loss_fn = multitask.multitask_loss(fns.apply, make_config(label_smoothing=eps), None)
     with jax.set_mesh(mesh):
         terms = jax.device_get(jax.jit(lambda p, b: loss_fn(p, b, None))(params, build.placer(mesh, 16)(rows)))
     assert terms.weight == 15
@@ -159,7 +160,7 @@ def test_each_row_counts_by_its_own_tasks_loss(devices, eps):
 def test_a_task_moves_its_own_columns_of_the_head_alone():
     fns, params = model()
     rows = batch()
-    loss_fn = objectives.multitask(fns.apply, make_config(label_smoothing=0.1), None)
+    loss_fn = multitask.multitask_loss(fns.apply, make_config(label_smoothing=0.1), None)
     gradient = jax.jit(jax.grad(lambda p, b: loss_fn(p, b, None).sum))
     for i, part in enumerate(PARTS):
         kernel = gradient(params, rows | {"row_weights": (rows["part"] == i).astype(np.float32)})["head"]["classifier"]
@@ -171,7 +172,7 @@ def test_parts_of_a_batch_that_mix_tasks_unevenly_add_up_to_the_whole():
     fns, params = model()
     rows = batch()
     by_task = {key: x[np.argsort(rows["part"])] for key, x in rows.items()}  # so that parts lack tasks
-    loss_fn = objectives.multitask(fns.apply, make_config(), None)
+    loss_fn = multitask.multitask_loss(fns.apply, make_config(), None)
     run = jax.jit(lambda p, b: loss_fn(p, b, None)._replace(outputs={}))
     whole = run(params, rows)
     parts = [run(params, {key: x[at : at + 4] for key, x in by_task.items()}) for at in range(0, 16, 4)]
@@ -187,7 +188,7 @@ def test_scores_are_those_of_each_task_alone():
     label = np.where(part == 1, rng.normal(size=90), rng.integers(0, np.array([3, 1, 2])[part])).astype(np.float32)
     said = np.where(rng.random(90) < 0.5, label, np.where(part == 1, rng.normal(size=90), 0)).astype(np.float32)
     outputs = {"label": label, "prediction": said, "part": part}
-    score = TASKS["multitask"].score
+    score = TASKS["multitask"].scores
     found = score(outputs, [], make_config())
     want = {"alike_pearson": scipy.stats.pearsonr(label[part == 1], said[part == 1]).statistic}
     want["alike_spearman"] = scipy.stats.spearmanr(label[part == 1], said[part == 1]).statistic
@@ -212,9 +213,10 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
             lines.append({"text": f"{'yes' if n % 2 else 'no'} {n}", "label": label, "text_pair": f"of {name}"})
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        c = default_config()
-        c.objective, c.data.task = ("classification", "sentences") if labels else ("regression", "scored_sentences")
-        c.data.format, c.data.path, c.data.labels, c.data.packing = "jsonl", str(path), labels, "pad"
+        c = default_config("classification" if labels else "regression")
+        if labels:
+            c.task.labels = labels
+        c.data.format, c.data.path, c.data.packing = "jsonl", str(path), "pad"
         c.data.eval_fraction, c.model.kind, c.train.total_steps = 0.2, "encoder", 1
         return types.SimpleNamespace(get_config=lambda: c)
 
@@ -227,10 +229,10 @@ def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch)
     assert {line["label"] for line in lines} == {"toy_mood/bad", "toy_mood/good", "toy_alike/0", "toy_alike/1"}
     assert all(set(line) == {"text", "text_pair", "label"} for line in lines)
 
-    c = default_config()
-    c.objective, c.data.task, c.data.format, c.data.packing = "multitask", "mixed_sentences", "jsonl", "pad"
+    c = default_config("multitask")
+    c.data.format, c.data.packing = "jsonl", "pad"
     c.data.path, c.data.eval_path = (str(tmp_path / "out" / f"{part}.jsonl") for part in ("train", "valid"))
-    c.data.labels = ("toy_mood/bad", "toy_mood/good", "toy_alike/")
+    c.task.labels = ("toy_mood/bad", "toy_mood/good", "toy_alike/")
     c.data.seq_len, c.data.batch_size, c.tokenizer.vocab_size = 16, 16, 290
     c.model.kind, c.model.num_layers, c.model.embed_dim, c.model.num_heads = "encoder", 1, 16, 2
     c.model.pool, c.optim.learning_rate, c.optim.warmup_steps = "mean", 1e-2, 1

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from lm import build, checks, train
-from lm.config import Config, DataConfig
+from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.data.readers import registry
-from lm.tasks import TASKS, build_config, default_config, objectives, span_qa, tagging
+from lm.tasks import TASKS, build_config, default_config, span_qa, tagging, task_config, task_of
 from lm.types import ModelOutput
 from tests import toys
 
@@ -46,10 +46,9 @@ def write_questions(path, count=60):
     return path
 
 
-def run(tmp_path, data, objective, **changes):
+def run(tmp_path, data, **changes):
     cfg = toys.recipe(
         data,
-        objective=objective,
         model__kind="encoder",
         model__dropout=0.0,
         data__packing="pad",
@@ -63,7 +62,7 @@ def run(tmp_path, data, objective, **changes):
     )
     train.train(cfg, tmp_path / "run")
     trained, model, params, words = build.load_run(str(tmp_path / "run"))
-    valid = registry.load(cfg.data).valid
+    valid = registry.load(cfg.data, task_of(cfg).wanted(cfg)).valid
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     reported = [line for line in lines if line["split"] == "eval"][-1]
 
@@ -86,12 +85,12 @@ def test_tagging(tmp_path):
     rename = (("1", "token"), ("2", "tag"))
     changes = {"data__format": "conll", "task__name": "tagging", "task__labels": labels, "data__rename": rename}
     data = write_sentences(tmp_path / "a.tsv")
-    cfg, valid, words, head, reported = run(tmp_path, data, "tagging", **changes)
+    cfg, valid, words, head, reported = run(tmp_path, data, **changes)
     right, nll, total, whole = 0, 0.0, 0, []
     counts: Counter[str] = Counter()
     for record in valid:
         said = []
-        for example in tagging.tagging(record, words, cfg, counts):
+        for example in tagging.tagged_words(record, words, cfg, counts):
             logits = head(example.columns)
             for position in np.flatnonzero(example.columns["labels"] >= 0):
                 said.append(labels[logits[position].argmax()])
@@ -110,11 +109,11 @@ def test_tagging(tmp_path):
 def test_span_qa(tmp_path):
     changes = {"data__format": "squad", "task__name": "span_qa", "model__pool": "mean"}
     data = write_questions(tmp_path / "a.json")
-    cfg, valid, words, head, reported = run(tmp_path, data, "span_qa", **changes)
+    cfg, valid, words, head, reported = run(tmp_path, data, **changes)
     exact, nll, rows = 0, 0.0, 0
     for record in valid:
         best = (-np.inf, "")
-        for example in span_qa.span_qa(record, words, cfg, Counter()):
+        for example in span_qa.windows(record, words, cfg, Counter()):
             logits, columns = head(example.columns), example.columns
             offsets = example.meta.offsets_Lx2
             context = np.flatnonzero(offsets[:, 1])
@@ -142,27 +141,30 @@ def test_padding_and_rows_that_fill_up_a_batch_count_nothing():
         "segment_ids": np.array([[1, 1, 1, 1, 0, 0], [0] * 6, [1] * 6], np.int32),
         "row_weights": np.array([1.0, 0.0, 0.0], np.float32),
     }
-    cfg = Config(data=DataConfig(labels=("a", "b", "c")))
+    cfg = Config(task=toys.task("tagging", labels=("a", "b", "c")))
     apply = lambda params, batch, rng=None: ModelOutput(jnp.zeros(()), None, None, jnp.asarray(logits))  # noqa: E731
-    terms = objectives.tagging(apply, cfg, None)({}, jax.tree.map(jnp.asarray, batch), None)
+    terms = tagging.tagging_loss(apply, cfg, None)({}, jax.tree.map(jnp.asarray, batch), None)
     assert (float(terms.sum), float(terms.weight)) == (0.0, 2.0)
 
 
 @pytest.mark.parametrize("task", ["tagging", "span_qa"])
 @pytest.mark.parametrize("name", ["delete", "swap", "cutoff"])
 def test_tokens_do_not_move_away_from_their_labels(task, name):
-    c = default_config()
+    labels = ("a", "b")
+    c = default_config(task)
     c.data.format, c.data.path, c.train.total_steps, c.model.kind = "jsonl", "x", 1, "encoder"
-    c.objective, c.data.task, c.data.packing, c.data.labels = task, task, "pad", ("a", "b")
+    c.data.packing = "pad"
+    if task == "tagging":
+        c.task.labels = labels
     checks.fit(build_config(c))
     c.data.augment = ((name, 0.1),)
-    with pytest.raises(ConfigError, match=f"'data.augment': {name} does not fit 'data.task' {task}; use sentences"):
+    with pytest.raises(ConfigError, match=f"'data.augment': {name} does not fit task.name={task}; use classification"):
         checks.fit(build_config(c))
-    c.objective, c.data.task = "classification", "sentences"
+    c.task = task_config("classification", labels=labels)
     checks.fit(build_config(c))
 
 
 def test_entities_are_scored_of_bio_tags_alone():
     names = TASKS["tagging"].score_names
-    assert names(Config(data=DataConfig(labels=("NOUN", "VERB")))) == ("token_accuracy",)
-    assert "entity_f1" in names(Config(data=DataConfig(labels=("O", "B-X", "I-X"))))
+    assert names(Config(task=toys.task("tagging", labels=("NOUN", "VERB")))) == ("token_accuracy",)
+    assert "entity_f1" in names(Config(task=toys.task("tagging", labels=("O", "B-X", "I-X"))))

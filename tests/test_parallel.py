@@ -14,7 +14,6 @@ from lm.config import Config, LossConfig, MeshConfig, OptimConfig
 from lm.models import attention
 from lm.parallel import ring_reduce, sharding
 from lm.parallel.mesh import make_mesh
-from lm.tasks import objectives
 from tests import toys
 from tests.test_step import assert_close
 
@@ -40,7 +39,7 @@ def steps_of(model, cfg, params, batch, mesh):
 
     one = functools.partial(
         step.train_step,
-        loss_fn=objectives.mlm(model.apply, Config(model=cfg, loss=LOSS), SimpleNamespace(vocab_size=toys.VOCAB)),
+        loss_fn=toys.token_loss(model.apply, Config(model=cfg, loss=LOSS), SimpleNamespace(vocab_size=toys.VOCAB)),
         optimizer=adamw._replace(update=update),
         seed=3,
         micro_batches=1,
@@ -114,7 +113,7 @@ def test_between_the_matmuls_positions_are_split_over_tensor_too(sizes):
     """What a layer keeps for its backward pass, of a program that keeps no more than each layer's input."""
     cfg, model, params = toys.decoder(dataclasses.replace(STYLES["llama"], remat="full", num_heads=4), SEQ_LEN)
     mesh, batch = mesh_of(**sizes), toys.batch(ROWS, SEQ_LEN)
-    loss_fn = objectives.mlm(model.apply, Config(model=cfg, loss=LOSS), SimpleNamespace(vocab_size=toys.VOCAB))
+    loss_fn = toys.token_loss(model.apply, Config(model=cfg, loss=LOSS), SimpleNamespace(vocab_size=toys.VOCAB))
     with jax.set_mesh(mesh):
         placed = sharding.to_global(batch, sharding.local_rows(mesh, ROWS), ROWS, mesh)
         grad = jax.jit(jax.grad(lambda params: loss_fn(params, placed, jax.random.key(0)).sum))

@@ -64,7 +64,7 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_step(base, domain, 
         toys.recipe(domain, **TINY, data__replay=0.5)
     going_on = toys.recipe(domain, **TINY, init_from=str(run), data__replay=0.5)
     chats = toys.write_chats(tmp_path / "chats.jsonl")
-    with pytest.raises(ConfigError, match=rf"'data\.replay': the data of {run}: .*'data\.task' is chat, which reads"):
+    with pytest.raises(ConfigError, match=rf"'data\.replay': the data of {run}: .*'task\.name' is chat, which reads"):
         train.train(toys.recipe(chats, **TINY, init_from=str(run), data__replay=0.5), tmp_path / "chat")
     with pytest.raises(ConfigError, match=r"no metric 'replay_los' \(did you mean 'replay_loss'\?\)"):
         wrong = dataclasses.replace(going_on.checkpoint, best_metric="replay_los")

@@ -8,9 +8,11 @@ import pytest
 
 from lm import config, param_paths
 from lm.config import MonitorConfig, OptimConfig
-from lm.evaluation import metrics
+from lm.config.schema import Duration
 from lm.optim import trainable
+from lm.tasks import TASKS, base
 from lm.tracking import report, tracker
+from tests import toys
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_report_of_the_same_run_is_the_same_bytes(run):
 
 def test_curves_hold_the_points_of_each_split(run):
     rows, _ = tracker.read_rows(run / "metrics.jsonl")
-    about = functools.partial(metrics.about, objective="clm")
+    about = functools.partial(base.about, TASKS["causal_lm"], config.Config())
     panels = {panel.get_title(loc="left"): panel for panel in report.draw_curves(rows, about).axes}
     assert list(panels) == [
         "Loss", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second", "Perplexity",
@@ -150,26 +152,27 @@ def test_report_of_a_run_that_has_only_begun_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "unit"),
+    ("task", "unit"),
     [
-        ("clm", "nats per token"),
-        ("mae", "squared error per hidden patch"),
+        ("causal_lm", "nats per token"),
+        ("masked_autoencoding", "squared error per hidden patch"),
         ("classification", "nats per example"),
         ("tagging", "nats per word"),
         ("regression", "squared error per example"),
     ],
 )
-def test_the_report_says_what_the_loss_is_measured_in(tmp_path, monkeypatch, objective, unit):
+def test_the_report_says_what_the_loss_is_measured_in(tmp_path, monkeypatch, task, unit):
     monkeypatch.setattr(report, "_curves", lambda rows, about: "")  # they take a second
     with tracker.Monitor(tmp_path, 5, 0, True, MonitorConfig()) as m:
         m.log(5, "eval", {"loss": 3.0, "web_loss": 2.0})
-    (tmp_path / "config.json").write_text(config.to_json(config.Config(objective=objective)))
+    cfg = config.Config(task=toys.task(task), train=config.TrainConfig(total=Duration(steps=5)))
+    (tmp_path / "config.json").write_text(config.to_json(cfg))
     report.write_summary(tmp_path, {"loss": 3.0, "before": {"loss": 4.0}})
     page = report.write_report(tmp_path).read_text()
     assert f"<b>3</b><span>eval loss</span><i>{unit}</i>" in page
     assert f"<td>loss<td>3 <i>{unit}</i>" in page and f"<td>before.loss<td>4 <i>{unit}</i>" in page
     assert unit.startswith("nats per token") or "nats per token" not in page
-    about = functools.partial(metrics.about, objective=objective)
+    about = functools.partial(base.about, TASKS[task], cfg)
     rows, _ = tracker.read_rows(tmp_path / "metrics.jsonl")
     panels = report.draw_curves(rows, about).axes
     assert [(panel.get_title(loc="left"), panel.get_ylabel()) for panel in panels] == [

@@ -20,7 +20,7 @@ SEQ_LEN = 12
 
 
 def loss_of(model, cfg, loss: LossConfig = LOSS):
-    """What `objectives.clm` does, without a tokenizer."""
+    """What `language_modelling.next_token_loss` does, without a tokenizer."""
 
     def loss_fn(params, batch, rng):
         out = model.apply(params, batch, rng=rng)

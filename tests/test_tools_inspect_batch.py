@@ -19,15 +19,16 @@ from lm import config, input_pipeline
 from lm.data import loader
 from lm.data import tokenizer as tokenizers
 from lm.tasks import TASKS, build_config, default_config
+from tests import toys
 from tools import inspect_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
-from lm import config
+from lm.tasks import default_config
 
 def get_config():
-    c = default_config()
-    c.data.format, c.data.path, c.data.task, c.data.eval_fraction = "jsonl", "{data}", "chat", 0.4
+    c = default_config("chat")
+    c.data.format, c.data.path, c.data.eval_fraction = "jsonl", "{data}", 0.4
     c.data.seq_len = 64
     c.tokenizer.vocab_size = 300
     c.train.total_steps = 1
@@ -115,7 +116,7 @@ def test_colours_tell_trained_from_masked_and_the_roles_apart(monkeypatch, capsy
         inspect_batch.Token("yo", 9, "assistant", 1.0, 1),
         inspect_batch.Token("so", 9, "", 1.0, 2),
     ]
-    inspect_batch.print_rows([inspect_batch.Row(0, [tokens, tokens], 0)], "")
+    inspect_batch.print_rows([inspect_batch.Row(0, [tokens, tokens], 0)], "", "")
     out = capsys.readouterr().out
     segments = ["\x1b[1;34m\u25021 \x1b[0m", "\x1b[1;33m\u25022 \x1b[0m"]
     for code in ("\x1b[2;36mhi", "\x1b[1;32myo", "\x1b[1;39mso", *segments):
@@ -151,6 +152,8 @@ def test_help_imports_nothing_heavy():
     assert "--html" in run("tools/inspect_batch.py", "--help", code=1).stdout
 
 
+IMAGES = {"image_classification": 1, "masked_autoencoding": 2, "contrastive_images": 2}  # pictures shown of a row
+ITEMS = ("next_item", "masked_item")
 # What a file of each task holds, n from 0: with an escape sequence and markup in its texts.
 SEES = "bees\x1b[2J see {n} <b>"
 RECORDS = {
@@ -162,41 +165,40 @@ RECORDS = {
         "context": SEES,
         "answers": [{"text": "see", "answer_start": SEES.index("see")}],
     },
-    "mixed_sentences": {"text": SEES, "label": "good/<no>"},
-    "scored_sentences": {"text": SEES, "text_pair": "red {n}", "label": "1.5"},
-    "prompted": {"text": SEES, "label": "<no>"},
-    "sentences": {"text": SEES, "text_pair": "red {n}", "label": "<no>"},
-    "masked_pairs": {"text": "Bees see\x1b[2J red. Bees see {n}. They do. So it is {n}."},
-    "items": {"user": "u", "items": []},
+    "multitask": {"text": SEES, "label": "good/<no>"},
+    "regression": {"text": SEES, "text_pair": "red {n}", "label": "1.5"},
+    "prompting": {"text": SEES, "label": "<no>"},
+    "classification": {"text": SEES, "text_pair": "red {n}", "label": "<no>"},
+    "masked_lm_pairs": {"text": "Bees see\x1b[2J red. Bees see {n}. They do. So it is {n}."},
+    "next_item": {"user": "u", "items": []},
 }
-# objective, more of the config, and what the terminal shows of a task; what is no task of text has its own test.
+# More of the config, and what the terminal shows of a task; what is no task of text has its own test.
 SHOWN = {
-    "text": ("clm", {}, r"\[<0x1B>\]"),
-    "chat": ("clm", {}, r"<\|user\|> .*<\|assistant\|> \[y\].*\[<\|end\|>\]"),
-    "prefix_text": ("clm", {}, r"<s>/prefix .*\[</s>\]"),
-    "masked_text": ("mlm", {}, r"\[<\|mask\|>/.+?\]"),
-    "masked_pairs": ("mlm", {}, r"(A and B as in the document|B of another document), 2 segments"),
-    "span_corruption": ("seq2seq", {}, r"encoder: .*<\|extra_1\|>.*</s>\s*│2 decoder: <s> \[<\|extra_1\|>\]"),
-    "translation": ("seq2seq", {}, r"encoder: .*<0x1B>.*\s*│2 decoder: <s> .*\[</s>\]"),
-    "lone_sentences": ("contrastive", {"model__dropout": 0.1}, r"view 1: <s>"),
-    "sentence_pairs": ("contrastive", {}, r"view 1: <s> (.|\n)*view 2: <s>"),
-    "sentence_triples": ("contrastive", {}, r"view 3: <s>"),
-    "sentences": ("classification", {"task__labels": ("yes", "<no>")}, r"label <no>, 2 segments"),
-    "scored_sentences": ("regression", {}, r"label 1.5, 2 segments"),
-    "mixed_sentences": ("multitask", {"task__labels": ("good/yes", "good/<no>", "n/")}, r"good: <no>, 1 segments"),
-    "prompted": (
-        "verbalizer",
+    "causal_lm": ({}, r"\[<0x1B>\]"),
+    "chat": ({}, r"<\|user\|> .*<\|assistant\|> \[y\].*\[<\|end\|>\]"),
+    "prefix_lm": ({}, r"<s>/prefix .*\[</s>\]"),
+    "masked_lm": ({}, r"\[<\|mask\|>/.+?\]"),
+    "masked_lm_pairs": ({}, r"(A and B as in the document|B of another document), 2 segments"),
+    "span_corruption": ({}, r"encoder: .*<\|extra_1\|>.*</s>\s*│2 decoder: <s> \[<\|extra_1\|>\]"),
+    "translation": ({}, r"encoder: .*<0x1B>.*\s*│2 decoder: <s> .*\[</s>\]"),
+    "contrastive_sentences": ({"model__dropout": 0.1}, r"view 1: <s>"),
+    "contrastive_pairs": ({}, r"view 1: <s> (.|\n)*view 2: <s>"),
+    "contrastive_triples": ({}, r"view 3: <s>"),
+    "classification": ({"task__labels": ("yes", "<no>")}, r"label <no>, 2 segments"),
+    "regression": ({}, r"label 1.5, 2 segments"),
+    "multitask": ({"task__labels": ("good/yes", "good/<no>", "n/")}, r"good: <no>, 1 segments"),
+    "prompting": (
         {"task__labels": ("yes", "<no>"), "task__templates": ("{text} is {label}",)},
         r"label <no>, (.|\n)*│1 yes: <s>(.|\n)*│2 <no>: <s>",
     ),
-    "tagging": ("tagging", {"task__labels": ("N", "<V>")}, r"\[b/N\].*/<V>\]"),
-    "entities": ("tagging", {"task__labels": ("O", "B-X", "I-X")}, r"\[b/B-X\].*/O\]"),
-    "span_qa": ("span_qa", {}, r"answer 'see', 2 segments(.|\n)*s/answer ee/answer ▁ "),
-    "items": ("next_item", {}, r"<\|start\|> .*\[i\d+\]"),
-    "masked_items": ("masked_item", {}, r"\[<\|mask\|>/i\d+\]"),
-    "images": ("classification", {"task__labels": ("a", "b")}, r"example 0: image 8 x 8 x 3, label [ab]\n"),
-    "masked_images": ("mae", {}, r"example 0: image 8 x 8 x 3, 2 of 4 patches hidden\n"),
-    "image_pairs": ("contrastive", {"data__augment": (("flip", 0.5),)}, r"example 0: image 8 x 8 x 3\n"),
+    "tagging": ({"task__labels": ("N", "<V>")}, r"\[b/N\].*/<V>\]"),
+    "entities": ({"task__labels": ("O", "B-X", "I-X")}, r"\[b/B-X\].*/O\]"),
+    "span_qa": ({}, r"answer 'see', 2 segments(.|\n)*s/answer ee/answer ▁ "),
+    "next_item": ({}, r"<\|start\|> .*\[i\d+\]"),
+    "masked_item": ({}, r"\[<\|mask\|>/i\d+\]"),
+    "image_classification": ({"task__labels": ("a", "b")}, r"example 0: image 8 x 8 x 3, label [ab]\n"),
+    "masked_autoencoding": ({}, r"example 0: image 8 x 8 x 3, 2 of 4 patches hidden\n"),
+    "contrastive_images": ({"data__augment": (("flip", 0.5),)}, r"example 0: image 8 x 8 x 3\n"),
 }
 
 
@@ -208,14 +210,14 @@ def few_words():
 def data_of(task, folder, c):
     """Writes what `task` reads, and says so in the config."""
     c.data.format = "jsonl"
-    if "image" in task:
-        c.data.format, c.data.image_shape = "images", (8, 8, 3)
+    if task in IMAGES:
+        c.data.format, c.task.image_shape = "images", (8, 8, 3)
         for n in range(24):
             path = folder / "ab"[n % 2] / f"{n}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(path)
         return folder
-    if "items" in task:
+    if task in ITEMS:
         c.data.format = "interactions"
         rows = [f"u{user},i{(user * 7 + t) % 9},{t}" for user in range(24) for t in range(6)]
         (folder / "chosen.csv").write_text("user,item,time\n" + "\n".join(rows) + "\n")
@@ -236,43 +238,47 @@ def data_of(task, folder, c):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "999")
-    objective, changes, expected = SHOWN[task]
-    c = default_config()
-    c.objective, c.data.task, c.data.seq_len, c.data.eval_fraction, c.train.total_steps = objective, task, 64, 0.3, 1
+    changes, expected = SHOWN[task]
+    c = default_config(task)
+    c.data.seq_len, c.data.eval_fraction, c.train.total_steps = 64, 0.3, 1
+    c.model.kind = TASKS[task].models[-1]  # of a classifier, the encoder
+    c.model.position = "sincos" if task in IMAGES else "learned"
     c.data.path, c.data.packing, c.tokenizer.extra_ids, c.tokenizer.vocab_size = "", "pad", 9, 32
     c.data.path = str(data_of(task, tmp_path, c))
-    c.corrupt.rate = 0.5 if "image" in task else 0.2
+    if "mask_rate" in c.task:
+        c.task.mask_rate = 0.5 if task in IMAGES else 0.2
     for key, value in changes.items():
         section, _, name = key.partition("__")
         c[section][name] = value
     cfg = build_config(c)
-    found = input_pipeline.load(cfg.data)
+    found = input_pipeline.load(cfg.data, TASKS[task].wanted(cfg))
     words = few_words
-    if "items" in task:
+    if task in ITEMS:
         texts = [item for record in found[0].train for item in record["items"]]
         words = TASKS[task].vocabulary.train(texts, cfg.tokenizer)
-    words = None if "image" in task else dataclasses.replace(words, extra_ids=9)
+    words = None if task in IMAGES else dataclasses.replace(words, extra_ids=9)
     data = input_pipeline.build(cfg, words, *found)
     for split in ("train", "valid"):
         batch = inspect_batch.batch_from(cfg, data, split, example=0, rows=3)
         rows = list(inspect_batch.read(batch, words, cfg))
         assert [row.example_index for row in rows] == [0, 1, 2]
-        inspect_batch.print_rows(rows, "")
+        inspect_batch.print_rows(rows, "", TASKS[task].legend)
         out = capsys.readouterr().out
         assert re.search(expected, out), out
         assert "\x1b" not in out
-        page = inspect_batch.to_html(rows, "")
+        page = inspect_batch.to_html(rows, "", TASKS[task].legend)
         assert "\x1b" not in page and "<b>" not in page and "<no>" not in page and "<V>" not in page
         assert "http" not in page and not re.search('src="(?!data:)', page), "the page needs nothing else"
         notes = [token.note for row in rows for segment in row.segments for token in segment if token.note]
         assert page.count("<rt>") == len(notes)
-        pictures = {"images": 1, "masked_images": 2, "image_pairs": 2}.get(task, 0)
+        pictures = IMAGES.get(task, 0)
         assert page.count("<img") == 3 * pictures
 
 
 def test_pictures_are_the_images_with_what_is_hidden_grey():
     rng = np.random.default_rng(0)
-    image, cfg = rng.integers(128, 256, (8, 8, 3)).astype(np.uint8), config.Config(objective="mae")
+    image = rng.integers(128, 256, (8, 8, 3)).astype(np.uint8)
+    cfg = config.Config(task=toys.task("masked_autoencoding"))
     row = {"images": image, "visible_patches": np.array([3, 0]), "masked_patches": np.array([1, 2])}
     whole, seen = inspect_batch.pictures_of(row, cfg)
     png = base64.b64decode(inspect_batch.data_url(whole.pixels).removeprefix("data:image/png;base64,"))
@@ -287,11 +293,11 @@ def test_a_line_of_the_page_is_broken_between_words_only(few_words):
     ids = [few_words.bos_id, *few_words.encode(text), few_words.eos_id]
     row = {"tokens": ids, "segment_ids": [1] * len(ids), "positions": range(len(ids)), "labels": 1}
     batch = {key: np.array([x], np.int32) for key, x in row.items()} | {"example_index": [0]}
-    cfg = config.Config(data=config.DataConfig(task="sentences", labels=("a", "b")))
+    cfg = config.Config(task=toys.task("classification", labels=("a", "b")))
     (shown,) = inspect_batch.read(batch, few_words, cfg)
     assert inspect_batch.title(shown) == f"example 0: label b, 1 segments, {len(ids)} tokens, 0 padding"
     whole = ["".join(token.text for token in word) for word in inspect_batch.words(shown.segments[0])]
     assert whole == ["<s>", "bees", "\u2581see<0x0A>", "who?", "\u2581", "</s>"]
-    page = inspect_batch.to_html([shown], "")
+    page = inspect_batch.to_html([shown], "", "")
     assert page.count('class="w"') == len(whole)
     assert re.search(r"\.w {[^}]*white-space: pre", page) and "overflow-wrap: anywhere" not in page

@@ -11,18 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import param_paths
-from lm.config import Config, DataConfig, MeshConfig, ModelConfig
+from lm.config import Config, MeshConfig, ModelConfig
 from lm.config.schema import ConfigError
 from lm.models import transformer, vision
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
-from lm.tasks import objectives
+from lm.tasks import TASKS
 from lm.types import Head
-from tests import reference
+from tests import reference, toys
 from tools import show_reconstructions
 
 B, P, SHAPE = 8, 4, (8, 12, 3)  # 2 x 3 patches
 T, VISIBLE = 6, 2
+IMAGE_TASKS = {"mae": "masked_autoencoding", "vit": "contrastive_images"}
 
 
 @functools.cache
@@ -30,7 +31,7 @@ def make(kind, head=None, **options):
     """A small model's config, functions, and parameters whose zeros and ones are perturbed."""
     sizes = dict(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=32, decoder_layers=1, decoder_dim=8) | options
     model = transformer.resolve(ModelConfig(kind=kind, patch_size=P, **sizes), vocab_size=1, seq_len=1)
-    cfg = Config(model=model, data=DataConfig(image_shape=SHAPE))
+    cfg = Config(model=model, task=toys.task(IMAGE_TASKS[kind], image_shape=SHAPE))
     fns = {"vit": vision.vit, "mae": vision.mae}[kind](cfg, head, jnp.float32)
     rng = np.random.default_rng(0)
     params = jax.jit(fns.init)(jax.random.key(0))
@@ -178,14 +179,13 @@ def test_order_of_visible_patches_does_not_matter():
     np.testing.assert_allclose(out.head, other.head, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["mae", "contrastive"])
-def test_on_a_mesh_as_on_one_device(objective):
-    """Loss, metrics and gradients of the whole objective, one row of the batch without weight."""
-    kind, head = ("mae", None) if objective == "mae" else ("vit", Head("projection", 8))
+@pytest.mark.parametrize(("kind", "head"), [("mae", None), ("vit", Head("projection", 8))])
+def test_on_a_mesh_as_on_one_device(kind, head):
+    """Loss, metrics and gradients of the whole task, one row of the batch without weight."""
     cfg, fns, params = make(kind, head, num_layers=1)
-    loss_fn = objectives.OBJECTIVES[objective].loss(fns.apply, cfg, None)
+    loss_fn = TASKS[cfg.task.name].loss(fns.apply, cfg, None)
     batch = make_batch() | {"row_weights": np.array([1, 1, 0, 1, 1, 1, 1, 1], np.float32)}
-    if objective == "contrastive":
+    if kind == "vit":
         batch["images"] = np.stack([batch["images"], make_batch(1)["images"]], axis=1)
 
     def loss(params, batch):

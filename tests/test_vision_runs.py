@@ -16,13 +16,14 @@ SHAPE = (8, 8, 3)
 
 
 def recipe(path, **entries):
-    c = default_config()
-    c.data.format, c.data.path, c.data.image_shape, c.data.eval_fraction = "images", str(path), SHAPE, 0.3
+    c = default_config(entries.pop("task__name"))
+    c.task.image_shape = SHAPE
+    c.data.format, c.data.path, c.data.eval_fraction = "images", str(path), 0.3
     c.data.packing, c.data.seq_len, c.data.batch_size = "pad", 5, 8
     c.model.patch_size, c.model.position, c.model.pool = 4, "sincos", "mean"
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 8, 2
     c.eval.at_start = False
-    c.corrupt.rate, c.train.total_steps = 0.5, 2
+    c.train.total_steps = 2
     for key, value in entries.items():
         section, _, name = key.rpartition("__")
         setattr(c[section] if section else c, name, value)
@@ -37,7 +38,7 @@ def pretrained(tmp_path_factory):
         path = folder / "data" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, SHAPE).astype(np.uint8)).save(path)
-    cfg = recipe(folder / "data", task__name="masked_autoencoding", model__kind="mae")
+    cfg = recipe(folder / "data", task__name="masked_autoencoding", task__mask_rate=0.5, model__kind="mae")
     train.train(cfg, folder / "mae")
     return folder / "data", folder / "mae"
 
@@ -55,7 +56,7 @@ def test_a_linear_probe_keeps_the_encoder_and_learns_its_head(pretrained):
 
 
 def test_a_picture_has_no_positions_to_split(tmp_path):
-    cfg = recipe(tmp_path, task__name="masked_autoencoding", model__kind="mae", mesh__context=2)
+    cfg = recipe(tmp_path, task__name="masked_autoencoding", task__mask_rate=0.5, model__kind="mae", mesh__context=2)
     with pytest.raises(ConfigError, match=r"^'mesh.context' splits the positions of a text; 'model.kind' mae"):
         build.plan(cfg, None)
 

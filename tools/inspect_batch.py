@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes impor
 
 from lm import config
 from lm.parallel import xla_flags as lm_flags
-from lm.tasks import build_config, task_of
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows to show.", lower_bound=1)
@@ -82,6 +81,8 @@ def main(argv: list[str]) -> None:
     """Turns flags into text, and an expected error into one clear message and exit status 1."""
     if len(argv) > 1 or _CONFIG.value is None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
+    from lm.tasks import build_config, task_of
+
     try:
         cfg = build_config(_CONFIG.value)
         tokenizer, data = load(cfg)
@@ -105,9 +106,10 @@ def main(argv: list[str]) -> None:
 def load(cfg: Any) -> tuple[Any, Any]:
     """(tokenizer, packed data) of a run of this config that has not begun."""
     from lm import build, input_pipeline, replay
+    from lm.tasks import task_of
 
     planned = build.plan(cfg, None)
-    found = input_pipeline.load(cfg.data)
+    found = input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg))
     words = build.tokenizer_for(planned, found)
     return words, input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, planned.cfg))
 

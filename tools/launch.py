@@ -111,9 +111,9 @@ from absl import app, flags
 from lm import config, main
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.xla_flags import parse
-from lm.tasks import build_config
 
 def check(argv):
+    from lm.tasks import build_config  # imports JAX
     workdir, cfg = flags.FLAGS.workdir, build_config(flags.FLAGS.config)
     if argv[1:]:
         sys.exit(f"unexpected argument {argv[1]!r}; all options are --flag=value")

@@ -45,12 +45,15 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
 
     from lm import build, checkpoint, input_pipeline
     from lm.data import loader
+    from lm.tasks import task_of
 
     saved = checkpoint.choose(run)
     cfg, model, params, _ = build.load_run(run)
     check(cfg)
     own = dataclasses.replace(cfg.data, replay=0.0)  # not what it replayed
-    data = input_pipeline.build(dataclasses.replace(cfg, data=own), None, *input_pipeline.load(own))
+    data = input_pipeline.build(
+        dataclasses.replace(cfg, data=own), None, *input_pipeline.load(own, task_of(cfg).wanted(cfg))
+    )
     rows = min(rows, len(data.valid))
     batch = next(
         loader.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1)

@@ -71,3 +71,11 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
                 task[option] = value
     out.pop("corrupt", None)
     return out | {"task": task}
+
+
+def upgrade_prepared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a prepared folder, of this or an older version, with every key where it stands today."""
+    data = dict(settings["data"])
+    name = data.pop("task", None)
+    task = {"task": {"name": _TASKS.get(name, name)}} if name else {}
+    return {**settings, "data": data, **task}

@@ -41,7 +41,7 @@ def text(index: Mapping[str, Any]) -> str:
     held = "data.eval_path" if data["eval_path"] else f"a share of {data['eval_fraction']}, by the hash of the content"
     sections = [
         "# Prepared data",
-        f"Rows of {length} tokens for `data.task={data['task']}`, `data.packing={settings['packing']}`.",
+        f"Rows of {length} tokens for `task.name={settings['task']['name']}`, `data.packing={settings['packing']}`.",
         "    python -m lm.main --config=RECIPE --workdir=RUN --config.data.format=prepared --config.data.path=FOLDER",
         "## Source",
         f"`data.format={data['format']}`, `{data['path']}`: {len(settings['files']):,} files, {found['records']:,} "

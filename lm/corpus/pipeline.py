@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm.config import Config, schema
+from lm.config import Config, older, schema
 from lm.config.schema import ConfigError
 from lm.corpus import artifacts, data_card, shard_writer, stages
 from lm.corpus.filters import FILTERS
@@ -29,7 +29,7 @@ _UNMADE_WORK = ".work."  # begins the name of what a kill leaves while the folde
 # Keys of the config that decide what a prepared folder holds.
 _DATA_KEYS = (
     *("format", "path", "eval_path", "eval_fraction", "encoding", "separator", "rename"),
-    *("task", "seq_len"),
+    "seq_len",
 )
 
 
@@ -116,6 +116,7 @@ def plan(
     )
     settings = {
         "packing": cfg.data.packing,
+        "task": {"name": cfg.task.name},
         "data": {name: getattr(cfg.data, name) for name in _DATA_KEYS},
         "tokenizer": {**schema.to_dict(cfg.tokenizer), "hash": words.hash if words else ""},
         "prepare": {"ngram": ngram, "filters": job.filters, "near": near, "shard_bytes": shard_bytes},
@@ -213,7 +214,7 @@ def _is_finished(planned: Plan) -> bool:
     finished = (folder / shards.INDEX).exists()
     if finished or work.exists():
         there = shards.read_index(epath.Path(folder))["settings"] if finished else _settings(work)
-        old, new = dict(schema.flatten(there)), dict(schema.flatten(planned.settings))
+        old, new = dict(schema.flatten(older.upgrade_prepared(there))), dict(schema.flatten(planned.settings))
         if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
             lines = [
                 f"  {key}: {old.get(key, 'not there')} in the folder, {new.get(key, 'not there')} now"
