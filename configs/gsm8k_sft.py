@@ -2,7 +2,7 @@
 
     python -m lm.main --config=configs/gsm8k_sft.py --workdir=runs/gsm8k_sft
 
-Two CPU cores, minutes. Held-out nats per answer token 2.726 on 128 evaluation rows (9.464 before).
+Two CPU cores, minutes. Held-out nats per answer token 2.748 on 128 evaluation rows (9.455 before).
 Reads ../shared/data/gsm8k/{train,test}.jsonl (LM_SHARED_DATA names another place) and starts from runs/tinystories. A
 model this small learns the form of a worked answer, not arithmetic.
 """
