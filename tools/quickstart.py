@@ -28,6 +28,7 @@ def main() -> None:
     run("quickstart_sft.py", sft, f"--config.init_from={pretrained}")
     run("quickstart_sft.py:scratch", scratch, f"--config.tokenizer.path={pretrained / 'tokenizer.model'}")
     show(pretrained, sft, scratch, time.time() - started)
+    print(f"  {draw(workdir)}")
 
 
 def run(recipe: str, workdir: Path, *overrides: str) -> None:
@@ -67,6 +68,34 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
     console.print(f"\n{seconds:,.0f} s in all. Each folder has summary.json, metrics.jsonl, report.html, checkpoints/:")
     for path in (pretrained, sft, scratch):
         console.print(f"  {path}", soft_wrap=True)
+
+
+def draw(workdir: Path) -> Path:
+    """The curves of the three runs on one picture, `workdir`/quickstart.png: lines while training, dots held out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    panels[0].set(title="Pre-training on Python's own prose", xlabel="step", ylabel="bits per byte")
+    panels[1].set(title="Fine-tuning on summaries of functions", xlabel="step", ylabel="nats per answer token")
+    for panel, name, key, label, colour in (
+        (panels[0], "pretrain", "bits_per_byte", None, "#2f6fb3"),
+        (panels[1], "sft", "nll", "from the checkpoint", "#2f6fb3"),
+        (panels[1], "sft_scratch", "nll", "from scratch", "#b3572f"),
+    ):
+        rows = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+        for split, style in (("train", "-"), ("eval", "o")):
+            points = [(row["step"], row[key]) for row in rows if row["split"] == split]
+            panel.plot(*zip(*points, strict=True), style, color=colour, label=label if split == "train" else None)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False)
+    path = workdir / "quickstart.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 if __name__ == "__main__":
