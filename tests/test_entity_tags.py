@@ -41,7 +41,7 @@ def test_labels_that_are_tags(labels, scheme, tags, strict):
 )
 def test_labels_that_are_none(labels):
     assert entity_tags.read(labels) == {}
-    with pytest.raises(ConfigError, match=r"'data\.labels'.*of 'eval.entity_scheme' IOB2.*eval.entity_scheme=none"):
+    with pytest.raises(ConfigError, match=r"'task\.labels'.*of 'task.entity_scheme' IOB2.*task.entity_scheme=none"):
         entity_tags.read(labels, "IOB2")
 
 
@@ -52,7 +52,7 @@ def test_labels_that_are_none(labels):
         (("O", "B-X", "X-I"), "auto", "'X-I' is no tag of an entity"),
         (("O", "b-per", "i-per"), "auto", "'b-per' is no tag of an entity"),
         (("O", "B-X", "E-X", "U-X"), "auto", "they have the letters B, E, U"),
-        (("O", "B-X", "I-X", "E-X", "S-X"), "IOB2", "they have the letters B, E, I, S; .*'eval.entity_scheme' IOB2"),
+        (("O", "B-X", "I-X", "E-X", "S-X"), "IOB2", "they have the letters B, E, I, S; .*'task.entity_scheme' IOB2"),
         (("O", "B-X", "I-X", "E-X", "S-X"), "BILOU", "they have the letters"),
     ],
 )

@@ -10,10 +10,11 @@ import pytest
 
 from lm import config, param_paths
 from lm.checkpoint import resume
-from lm.config import Config, ModelConfig, TrainConfig
+from lm.config import Config, ModelConfig, TaskConfig, TrainConfig
 from lm.config.schema import Duration
 from lm.models import initialisers, registry, transformer
 from lm.tasks import build_saved_config
+from tests import toys
 
 WIDTH, MLP, LAYERS, VOCAB, PATCH = 64, 160, 3, 512, 48
 TIED = ModelConfig(num_layers=LAYERS, embed_dim=WIDTH, num_heads=4, mlp_dim=MLP, vocab_size=VOCAB)
@@ -28,7 +29,8 @@ CUT = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sq
 def start(cfg):
     """Path -> parameter at the start."""
     cfg = transformer.resolve(cfg, vocab_size=VOCAB, seq_len=128)
-    model = registry.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
+    task = toys.task("masked_autoencoding") if cfg.kind == "mae" else TaskConfig()
+    model = registry.MODELS[cfg.kind](Config(task=task, model=cfg), None, jnp.float32)
     # Quicker to compile than the default's generator.
     return param_paths.flatten(jax.jit(model.init)(jax.random.key(0, impl="rbg")))
 

@@ -11,7 +11,7 @@ from lm.evaluation import scores
 from lm.losses import ranking
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
-from tests.test_items import MISSED, VOCABULARY, brute_rank
+from tests.test_tasks_recommendation import MISSED, VOCABULARY, brute_rank
 
 
 def whole_numbers(rows: int, length: int, width: int, vocab: int, seed: int):

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import EvalConfig
 from lm.config.schema import ConfigError
 from lm.evaluation import scores
+from lm.tasks.seq2seq import TranslationOptions
 
 PAIRS = st.integers(2, 4).flatmap(
     lambda classes: st.tuples(
@@ -294,16 +294,16 @@ def test_the_tokenizer_of_bleu_is_that_of_the_target_language():
         *(("ja", chinese, "ja-mecab"), ("jpn_Jpan", chinese, "ja-mecab"), ("test.ko", korean, "ko-mecab")),
         *(("kor_Hang", korean, "ko-mecab"), ("ja", [], "ja-mecab")),
     ):
-        assert scores.bleu_tokenizer(EvalConfig(), code, texts) == tokenizer
-        assert scores.bleu_tokenizer(EvalConfig(bleu_tokenizer="flores200"), code, texts) == "flores200"
+        assert scores.bleu_tokenizer("auto", code, texts) == tokenizer
+        assert scores.bleu_tokenizer("flores200", code, texts) == "flores200"
     for texts in (chinese, korean, thai):
-        with pytest.raises(ConfigError, match=r"\(language 'ref'\).*'eval.bleu_tokenizer'.*flores200"):
-            scores.bleu_tokenizer(EvalConfig(), "ref", texts)
+        with pytest.raises(ConfigError, match=r"\(language 'ref'\).*'task.bleu_tokenizer'.*flores200"):
+            scores.bleu_tokenizer("auto", "ref", texts)
 
 
 def test_what_a_tokenizer_of_bleu_lacks_is_named(monkeypatch, tmp_path):
     sacrebleu = pytest.importorskip("sacrebleu")
-    known = set(get_args(get_type_hints(EvalConfig)["bleu_tokenizer"]))
+    known = set(get_args(get_type_hints(TranslationOptions)["bleu_tokenizer"]))
     assert known == {*sacrebleu.BLEU.TOKENIZERS, "auto"} - {"spm"}  # spm is flores101 by an older name
     for name, module in (("ja", "tokenizer_ja_mecab"), ("ko", "tokenizer_ko_mecab")):
         monkeypatch.setattr(f"sacrebleu.tokenizers.{module}.MeCab", None)

@@ -98,5 +98,5 @@ def test_one_line_says_what_is_wrong(run, translate):
     folder, _ = run
     with pytest.raises(SystemExit, match=r"error: data path .*expected the two sides once in braces"):
         translate(folder / "run", f"--path={folder}/test.en")
-    with pytest.raises(SystemExit, match=r"error: 'eval\.bleu_tokenizer' words: sacrebleu has 13a, char"):
+    with pytest.raises(SystemExit, match=r"error: 'task\.bleu_tokenizer' words: sacrebleu has 13a, char"):
         translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--bleu_tokenizer=words")

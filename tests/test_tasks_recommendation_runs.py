@@ -19,7 +19,7 @@ from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import build_config, default_config, recommendation
 from lm.tracking import tracker
-from tests.test_items import VOCABULARY
+from tests.test_tasks_recommendation import VOCABULARY
 from tools import make_interactions
 
 

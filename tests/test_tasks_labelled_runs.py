@@ -158,7 +158,9 @@ def test_tokens_do_not_move_away_from_their_labels(task, name):
         c.task.labels = labels
     checks.fit(build_config(c))
     c.data.augment = ((name, 0.1),)
-    with pytest.raises(ConfigError, match=f"'data.augment': {name} does not fit task.name={task}; use classification"):
+    with pytest.raises(
+        ConfigError, match=f"'data.augment': {name} does not fit 'task.name' {task}; use classification"
+    ):
         checks.fit(build_config(c))
     c.task = task_config("classification", labels=labels)
     checks.fit(build_config(c))

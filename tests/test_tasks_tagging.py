@@ -300,7 +300,7 @@ def test_all_words_of_bc5cdr(shared_data):
             found["identity"] = found["source"]
             pairs = [pair for part in tagging.tagged_words(found, TOKENIZER, cfg, counts) for pair in words_of(part)]
             words, labels = zip(*pairs, strict=True)
-            assert [cfg.data.labels[i] for i in labels] == found["tags"]
+            assert [cfg.task.labels[i] for i in labels] == found["tags"]
             cut += sum(word != part for word, part in zip(found["words"], words, strict=True))
             assert all(map(str.startswith, found["words"], words))
     assert cut == counts["word_cut"] < 200
