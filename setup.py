@@ -44,6 +44,7 @@ setup(
         "grain>=0.2.18",
         "importlib_resources>=7.1",  # tensorflow-datasets imports it without requiring it
         "jax>=0.10.2",
+        "jaxtyping>=0.3.11",
         "matplotlib>=3.11",
         "ml-collections>=1.1",
         "numpy>=2.4",

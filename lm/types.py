@@ -8,26 +8,38 @@ Shape letters, used in array names all over the code (`logits_BxLxV`):
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
+from jaxtyping import Array, Float32, Int32, UInt8
 
-# Keys, each present when the objective needs it; `[B, L]` unless said otherwise:
-#   tokens          int32    inputs
-#   targets         int32    what each position predicts; never across a segment boundary
-#   loss_weights    float32  0 = not trained on
-#   segment_ids     int32    0 = padding, documents of a row numbered from 1
-#   positions       int32    restart at 0 in each segment
-#   example_index   int32    [B] global index of the row in the stream: names it in errors, seeds its dropout
-#   row_weights     float32  [B] 0 = a row that only fills up the last batch of an evaluation
-#   labels          int32    [B] class; [B, L] tag of each position, -1 = none; float32 [B] where a number is predicted
-#   part            int32    [B] which task of a mixture the row is of
-#   type_ids        int32    0 = first sentence, 1 = second one (encoders)
-#   is_prefix       int32    1 = every position of the segment sees it (prefix LM)
-#   inputs, input_segment_ids, input_positions  int32 [B, S] of the encoder, where there is a decoder for the others
-#   images          uint8    [B, H, W, C], or [B, 2, H, W, C]: two views
-#   visible_patches, masked_patches  int32 [B, n] indices of patches
-Batch = dict[str, jax.Array]
+
+class Batch(TypedDict, total=False):
+    """The arrays of B rows; each is there when the task needs it.
+
+    Text may have several views of a row, [B, views, L]; images [B, views, H, W, C]. S is the length of an encoder's row
+    where a decoder has the others.
+    """
+
+    tokens: Int32[Array, "B *views L"]  # inputs
+    targets: Int32[Array, "B *views L"]  # what each position predicts; never across a segment boundary
+    loss_weights: Float32[Array, "B *views L"]  # 0 = not trained on
+    segment_ids: Int32[Array, "B *views L"]  # 0 = padding, documents of a row numbered from 1
+    positions: Int32[Array, "B *views L"]  # restart at 0 in each segment
+    type_ids: Int32[Array, "B L"]  # 0 = first sentence, 1 = second one (encoders)
+    is_prefix: Int32[Array, "B L"]  # 1 = every position of the segment sees it (prefix LM)
+    inputs: Int32[Array, "B S"]
+    input_segment_ids: Int32[Array, "B S"]
+    input_positions: Int32[Array, "B S"]
+    images: UInt8[Array, "B *views H W C"]
+    visible_patches: Int32[Array, "B seen"]  # indices of patches
+    masked_patches: Int32[Array, "B hidden"]
+    # A class, a number, the tag of each position (-1 = none), or the first and the last position of a span.
+    labels: Int32[Array, " B"] | Float32[Array, " B"] | Int32[Array, "B L"] | Int32[Array, "B 2"]
+    part: Int32[Array, " B"]  # which task of a mixture the row is of
+    example_index: Int32[Array, " B"]  # global index of the row in the stream: names it in errors, seeds its dropout
+    row_weights: Float32[Array, " B"]  # 0 = a row that only fills up the last batch of an evaluation
+
 
 # Keys whose last axis is of positions.
 LENGTH_KEYS = (

@@ -44,6 +44,16 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+@pytest.fixture(autouse=True)
+def batches_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch that a step is traced with is what `lm.types.Batch` says."""
+    from lm import step
+    from tests import batch_types
+
+    for name in ("train_step", "eval_step"):
+        monkeypatch.setattr(step, name, batch_types.checked(getattr(step, name)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """name -> that folder of the shared data; skips the test, saying so, where it is absent."""

@@ -6,7 +6,7 @@ Arrays name their dimensions by logical axes ('batch', 'embed', …); `RULES` sa
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.config.schema import ConfigError
-from lm.types import LENGTH_KEYS
+from lm.types import LENGTH_KEYS, Batch
 
 # Logical axis -> mesh axes. Activations: batch, length, residual_length (the same outside of a block's matmuls, where
 # devices of tensor would hold and compute the same) and row_parts, see `parts_of_rows`. Weights: embed (the axis ZeRO-3
@@ -203,7 +203,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(*index[0].indices(batch_size)) for index in index_map.values()]))
 
 
-def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int, mesh: Mesh) -> Batch:
     """Global arrays [batch_size, …] from this process's part of them; each device gets its rows, or its part of them.
 
     Args:
@@ -222,4 +222,4 @@ def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
         where = batch_sharding(mesh, key, local.ndim)
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), where, piece)
 
-    return {key: make(key, value) for key, value in batch.items()}
+    return cast(Batch, {key: make(key, value) for key, value in batch.items()})

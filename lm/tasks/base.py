@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -221,7 +222,9 @@ def check_fields(task: Task, records: Iterable[Record], known: Mapping[str, Task
 
 def two_views(batch: Batch) -> Batch:
     """Every row twice, side by side, under dropout of their own. [a, b] -> [a, a, b, b]."""
-    return views_as_rows({key: jnp.stack([x, x], axis=1) if x.ndim > 1 else x for key, x in batch.items()}, 2)
+    arrays = cast(dict[str, jax.Array], batch)
+    twice = {key: jnp.stack([x, x], axis=1) if x.ndim > 1 else x for key, x in arrays.items()}
+    return views_as_rows(cast(Batch, twice), 2)
 
 
 def views_as_rows(batch: Batch, views: int) -> Batch:
@@ -229,8 +232,9 @@ def views_as_rows(batch: Batch, views: int) -> Batch:
 
     Example indices are told apart, so that each view has dropout of its own.
     """
-    rows = {key: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else jnp.repeat(x, views) for key, x in batch.items()}
+    arrays = cast(dict[str, jax.Array], batch)
+    rows = {key: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else jnp.repeat(x, views) for key, x in arrays.items()}
     index_B = rows["example_index"]
     # Bits 29 and 30 do that; indices of more than 2^29 examples may then share dropout, which does no harm.
     view_B = jnp.arange(index_B.shape[0], dtype=jnp.int32) % views
-    return rows | {"example_index": index_B ^ (view_B << 29)}
+    return cast(Batch, rows | {"example_index": index_B ^ (view_B << 29)})

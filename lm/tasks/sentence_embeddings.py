@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,9 @@ def contrastive_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
         weights_B, is_image = batch["row_weights"], "images" in batch
         views = batch["images" if is_image else "tokens"].shape[1]
         if views == 1:
-            batch = {key: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x for key, x in batch.items()}
-            views = 2
+            arrays = cast(dict[str, jax.Array], batch)
+            twice = {key: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x for key, x in arrays.items()}
+            batch, views = cast(Batch, twice), 2
         z_RxP = apply(params, views_as_rows(batch, views), rng=rng).head
         z_BxnxP = z_RxP.reshape(-1, views, z_RxP.shape[-1])
         terms = contrastive_losses.info_nce(z_BxnxP, weights_B, temperature=cfg.task.temperature, symmetric=is_image)
