@@ -35,6 +35,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["lm", "lm.*"]),
+    # An editable install of this layout puts the checkout itself on the import path, so that `python tools/NAME.py` and
+    # studies find `lm`, `configs` and `experiments` from any folder. A wheel has `lm` alone.
+    package_dir={"": "."},
     # Lower bounds are the oldest versions that the tests were run with. jax >= 0.11 needs Python >= 3.12.
     install_requires=[
         "absl-py>=2.5",
@@ -63,7 +66,7 @@ setup(
         "quantization": ["qwix>=0.1.8"],  # model.dtype int8 and fp8
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
-        "peer": ["torch>=2.13", "transformers>=5.24"],  # what tools/bench.py and experiments/parity compare with
+        "peer": ["torch>=2.13", "transformers>=5.24"],  # lm/benchmark/transformers_gpt2.py
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
         "beam": ["apache-beam>=2.77"],
         # ruff and mypy are held to one minor version: a new one may find new faults in unchanged code.

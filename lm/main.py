@@ -3,11 +3,11 @@
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
+from lm import command_line
 from lm.parallel import xla_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
+_CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
 _PRINT = flags.DEFINE_bool("print_config", False, "Print the resolved config and the parameter table; do not train.")
 _ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Go on with other data, or another seed, than the run began.")
@@ -48,5 +48,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    xla_flags.use_huge_pages()
-    app.run(main, flags_parser=xla_flags.parse)
+    command_line.use_huge_pages()
+    app.run(main, flags_parser=command_line.parse)

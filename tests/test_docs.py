@@ -1,7 +1,6 @@
 """Every command in docs/tasks and docs/data.md, run in its order on a little data, gives what its page says."""
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, build_config, language_modelling
 from lm.tracking import report
-from tests import toys
+from tests import tool_modules, toys
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections reads recipes
@@ -75,8 +74,7 @@ def run(small_world, ran, monkeypatch):
     def call(arguments: list[str], made: set[str]) -> dict[str, float]:
         """The summary of a run; {} for a tool. `made` are the folders of runs that the page has made so far."""
         if arguments[0] != "-m":
-            monkeypatch.setattr(sys, "argv", arguments)
-            importlib.import_module(f"tools.{Path(arguments[0]).stem}").main()
+            tool_modules.call(Path(arguments[0]).stem, *arguments[1:])
             return {}
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, flag_values=values)

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import pytest
 
 from lm import build, checkpoint, config, input_pipeline
+from lm.benchmark import training as training_benchmark
 from lm.checkpoint import init_from
 from lm.config import MeshConfig
 from lm.config.schema import ConfigError
@@ -23,19 +23,12 @@ from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.planner import topology, train_compile
 from lm.tasks import build_config, default_config, task_of
-from tests import toys
-from tools import (
-    bench_training,
-    chat,
-    inspect_batch,
-    make_interactions,
-    merge_adapters,
-    mix_tasks,
-    show_reconstructions,
-    translate,
-)
+from tests import tool_modules, toys
 
 ROOT = Path(__file__).resolve().parents[1]
+inspect_batch, make_interactions, mix_tasks, show_reconstructions, translate = map(
+    tool_modules.load, ("inspect_batch", "make_interactions", "mix_tasks", "show_reconstructions", "translate")
+)
 ALL = sorted(
     path.relative_to(ROOT / "configs").with_suffix("").as_posix().replace("/", ".")
     for path in (ROOT / "configs").rglob("*.py")
@@ -182,11 +175,11 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
 
     one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
-    monkeypatch.setattr(bench_training, "matmul_flops", lambda product: 1e12)  # takes seconds
-    bench_training.show(bench_training.measure(cfg, tmp_path / "bench", rounds=1, seconds=0.0))
+    monkeypatch.setattr(training_benchmark, "matmul_flops", lambda product: 1e12)  # takes seconds
+    training_benchmark.show(training_benchmark.measure(cfg, tmp_path / "bench", rounds=1, seconds=0.0))
     monkeypatch.setattr(train_compile, "devices", lambda _: jax.devices()[:1])
     whole = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
-    assert train_compile.lower_step(whole, topology.topology("v5e:1x1", 1)).tokens > 0
+    assert train_compile.lower_step(whole, topology.parse("v5e:1x1", 1)).tokens > 0
 
     of_text = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_records=0))
     try:
@@ -199,16 +192,14 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
     monkeypatch.setattr(checkpoint, "choose", lambda name: SimpleNamespace(step=0, info={}))
     out, sides = tmp_path / "out.png", "../shared/data/multi30k/test_2016_flickr.{en,de}.gz"
     for tool, *arguments in (
-        (chat, "--workdir=run", "--prompt=so", "--max_new_tokens=2"),
-        (translate, "run", f"--path={sides}", "--limit=2", "--max_new_tokens=2", "--beams=2", f"--out={out}"),
-        (show_reconstructions, "run", str(out), "--rows=2"),
-        (merge_adapters, "merge", "run", str(out)),
+        ("chat", "--workdir=run", "--prompt=so", "--max_new_tokens=2"),
+        ("translate", "run", f"--path={sides}", "--limit=2", "--max_new_tokens=2", "--beams=2", f"--out={out}"),
+        ("show_reconstructions", "run", str(out), "--rows=2"),
+        ("merge_adapters", "merge", "run", str(out)),
     ):
-        monkeypatch.setattr(sys, "argv", ["tool", *arguments])
-        name = tool.__name__.removeprefix("tools.")
-        if recipe in TAKES.get(name, ()):
-            tool.main()
+        if recipe in TAKES.get(tool, ()):
+            tool_modules.call(tool, *arguments)
             continue
         with pytest.raises(SystemExit) as error:
-            tool.main()
+            tool_modules.call(tool, *arguments)
         assert re.fullmatch(r"error: [^\n]+", error.value.code)

@@ -24,9 +24,9 @@ from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, build_config, default_config, multitask
 from lm.tasks.multitask import Part
-from tests import toys
-from tools import mix_tasks
+from tests import tool_modules, toys
 
+mix_tasks = tool_modules.load("mix_tasks")
 LABELS = ("mood/bad", "mood/good", "mood/so", "alike/", "right/0", "right/1")
 PARTS = [Part("mood", ("bad", "good", "so"), 0), Part("alike", (), 3), Part("right", ("0", "1"), 4)]
 

@@ -19,8 +19,10 @@ from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import build_config, default_config, recommendation
 from lm.tracking import tracker
+from tests import tool_modules
 from tests.test_tasks_recommendation import VOCABULARY
-from tools import make_interactions
+
+make_interactions = tool_modules.load("make_interactions")
 
 
 def recipe(path: Path, **changes: Any) -> Config:

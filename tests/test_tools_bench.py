@@ -1,4 +1,4 @@
-"""tools/bench.py: its figures are of the real training, and the peer beside it computes the same."""
+"""tools/bench.py and lm/benchmark: the real training is measured, and the peer computes the same losses."""
 
 import importlib.util
 import json
@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from lm.benchmark import training as bench
+from lm.benchmark import transformers_gpt2
 from lm.config import MeshConfig
 from lm.config.schema import ConfigError
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import build_config
 from tests import toys
-from tools import bench_peer
-from tools import bench_training as bench
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,20 +52,20 @@ def peer_there():
             pytest.skip(f"no {name}: pip install -e '.[peer]' to compare with it")
 
 
-def test_figures_are_of_the_projects_own_training(cfg, tmp_path, capsys):
+def test_the_real_training_is_measured(cfg, tmp_path, capsys):
     found = bench.measure(cfg, tmp_path, rounds=3, seconds=0.01)
     assert found["tokens_per_step"] == 16 * 32
     assert 0 < found["tokens_per_second_spread"]["min"] <= found["tokens_per_second"]
     assert found["tokens_per_second"] <= found["tokens_per_second_spread"]["max"]
     assert found["tokens_per_cpu_second"] > 0
-    assert found["mfu"] is None and 0 < found["share_of_matmul"] < 1  # of a CPU no peak is known
+    assert found["mfu"] is None and 0 < found["share_of_matmul"] < 1  # the peak of a CPU is not known
     assert found["seconds_to_first_step"] == pytest.approx(sum(found["seconds_of_it"].values()))
     json.dumps(found)
     bench.show(found)
     assert f"{found['parameters']:,}" in capsys.readouterr().out
 
 
-def test_training_that_is_timed_learns_from_batch_after_batch(cfg, tmp_path):
+def test_the_timed_training_learns(cfg, tmp_path):
     own = bench.prepare(cfg, tmp_path, keep_start=False)
     assert own.start is None
     assert own.advance(20) < own.loss - 0.5
@@ -83,54 +83,54 @@ def test_the_peer_computes_the_same_steps(cfg, tmp_path, peer_there):
 
 
 @pytest.mark.parametrize("path", ["embed/position_embedding", "decoder/layers/attention/key/kernel"])
-def test_another_model_in_the_peers_place_is_not_timed(path, cfg, tmp_path, peer_there, monkeypatch):
-    rename = bench_peer.weights
+def test_a_peer_with_other_weights_is_not_timed(path, cfg, tmp_path, peer_there, monkeypatch):
+    rename = transformers_gpt2.weights
 
     def moved(params, num_layers):
-        flat = {key: np.array(x) for key, x in bench_peer.trees.flatten(params).items()}
+        flat = {key: np.array(x) for key, x in transformers_gpt2.param_paths.flatten(params).items()}
         flat[path] += 0.05 * np.arange(flat[path].size).reshape(flat[path].shape) % 0.3
-        return rename(bench_peer.trees.unflatten(flat), num_layers)
+        return rename(transformers_gpt2.param_paths.unflatten(flat), num_layers)
 
-    monkeypatch.setattr(bench_peer, "weights", moved)
+    monkeypatch.setattr(transformers_gpt2, "weights", moved)
     with pytest.raises(bench.Disagree, match="does not compute the same: loss"):
         bench.measure(cfg, tmp_path, rounds=1, seconds=0.01, peer=True)
 
 
-def test_another_optimizer_in_the_peers_place_is_not_timed(cfg, tmp_path, peer_there, monkeypatch):
-    make = bench_peer.make
+def test_a_peer_with_another_learning_rate_is_not_timed(cfg, tmp_path, peer_there, monkeypatch):
+    make = transformers_gpt2.make
 
     def slower(cfg, params, rates, *rest):
         return make(cfg, params, (0.9 * rate for rate in rates), *rest)
 
-    monkeypatch.setattr(bench_peer, "make", slower)
+    monkeypatch.setattr(transformers_gpt2, "make", slower)
     with pytest.raises(bench.Disagree):
         bench.measure(cfg, tmp_path, rounds=1, seconds=0.01, peer=True)
 
 
-def test_a_missing_peer_names_what_to_install(cfg, monkeypatch):
+def test_a_missing_peer_is_an_error_that_names_the_extra(cfg, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"torch and transformers not installed: pip install -e '\.\[peer\]'"):
-        bench_peer.check(cfg, "cpu")
+        transformers_gpt2.check(cfg, "cpu")
 
 
-def test_what_is_not_gpt2_is_refused_by_its_keys(tmp_path, monkeypatch):
+def test_a_config_that_is_no_gpt2_is_refused_and_its_keys_are_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     changed = {"model__position": "rope", "optim__name": "lion", "data__mask_documents": True}
     other = toys.recipe(toys.write_texts(tmp_path / "texts"), **GPT2 | changed)
     with pytest.raises(ConfigError, match=r"data\.mask_documents \(False\).*optim\.name.*model\.position"):
-        bench_peer.check(other, "cpu")
+        transformers_gpt2.check(other, "cpu")
     with pytest.raises(ConfigError, match="JAX is on gpu"):
-        bench_peer.check(other, "gpu")
+        transformers_gpt2.check(other, "gpu")
 
 
 def call(*arguments):
-    """(status, what it said) of the command."""
+    """(exit status, output) of the command."""
     command = [sys.executable, "tools/bench.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_input_alone_is_measured(tmp_path):
+def test_the_input_pipeline_is_measured(tmp_path):
     file = tmp_path / "figures.json"
     status, said = call("--input", "--megabytes=1,2", "--seconds=0.02", f"--json={file}")
     assert status == 0, said
@@ -139,15 +139,15 @@ def test_the_input_alone_is_measured(tmp_path):
     assert found["prepared_tokens_per_second"] > 0 and found["ratio_to_copy"] > 0
 
 
-def test_neither_a_recipe_nor_the_input_is_an_error():
+def test_without_config_and_input_there_is_an_error():
     status, said = call()
     assert status == 1 and "either --config=configs/NAME.py or --input" in said
 
 
-def test_the_benchmarks_recipe_is_what_the_peer_can_be(monkeypatch, one_device):
+def test_the_benchmark_recipe_is_a_gpt2(monkeypatch, one_device):
     from configs.bench import cpu_gpt2
     from lm import build
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    bench_peer.check(build.plan(build_config(cpu_gpt2.get_config()), None).cfg, "cpu")
+    transformers_gpt2.check(build.plan(build_config(cpu_gpt2.get_config()), None).cfg, "cpu")
     assert "torch" not in sys.modules or importlib.util.find_spec("torch")

@@ -1,8 +1,7 @@
-"""Talking to a run: one prompt and out, a conversation, and one line when that cannot be."""
+"""tools/chat.py: a single prompt, a conversation, and errors in one line."""
 
 import dataclasses
 import functools
-import importlib.util
 import io
 import os
 import subprocess
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import jax
 import pytest
-import toys
 
 from lm import build, train
 from lm.config import MeshConfig
 from lm.decoding import sampling
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
+from tests import tool_modules, toys
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "What is 2 and 2?"
@@ -45,24 +44,15 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def chat():
-    spec = importlib.util.spec_from_file_location("chat", ROOT / "tools" / "chat.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def talk(chat, monkeypatch, capsys):
+def talk(monkeypatch, capsys):
     """(*arguments, typed=lines) -> (exit status or message, standard output, standard error)."""
 
     def call(*arguments, typed=""):
-        monkeypatch.setattr(sys, "argv", ["chat.py", *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         status = 0
         try:
-            chat.main()
+            tool_modules.call("chat", *arguments)
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()
@@ -76,7 +66,7 @@ def loaded(run: Path):
 
 
 def greedy(run, *, turns, new: int = 8) -> str:
-    """What the model answers to a conversation, by `lm.decoding.sampling` alone."""
+    """The model's answer to a conversation, computed with `lm.decoding.sampling` directly."""
     cfg, model, params, words = loaded(run)
     ids = [words.bos_id]
     for number, text in enumerate(turns):
@@ -88,7 +78,7 @@ def greedy(run, *, turns, new: int = 8) -> str:
     return words.decode(sampling.generate(model, params, [prompt], jax.random.key(0), cfg, words)[0])
 
 
-def test_a_prompt_is_answered_and_the_program_ends(run):
+def test_a_prompt_is_answered_and_the_program_exits(run):
     result = subprocess.run(
         [sys.executable, "tools/chat.py", f"--workdir={run}", f"--prompt={QUESTION}", "--temperature=0"],
         cwd=ROOT,
@@ -103,7 +93,7 @@ def test_a_prompt_is_answered_and_the_program_ends(run):
     assert f"chat model, {run}" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_conversation_has_a_history(run, talk):
+def test_an_answer_depends_on_the_conversation_so_far(run, talk):
     arguments = (f"--workdir={run}", "--temperature=0", "--max_new_tokens=2")
     status, out, _ = talk(*arguments, typed=f"{QUESTION}\n\nand 3?\n")
     first = greedy(run, turns=[QUESTION], new=2)
@@ -115,7 +105,7 @@ def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(run, talk):
     arguments = (f"--workdir={run}", "--temperature=0", "--max_new_tokens=2")
     *_, words = loaded(run)
     long = "a long, long question"
-    assert 46 / 2 - 2 < len(words.encode(long)) + 2 < 35  # there is room for one of them and a little more
+    assert 46 / 2 - 2 < len(words.encode(long)) + 2 < 35  # one of them fits, two do not
     status, out, err = talk(*arguments, typed=f"{long}\n{long}\n{long * 9}\n3?\n")
     first = greedy(run, turns=[long], new=2)
     last = greedy(run, turns=[long, first, "3?"], new=2)
@@ -139,7 +129,7 @@ def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(run, talk):
         (["--workdir={run}", "--max_new_tokens=44"], "the question has "),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(run, talk, arguments, message):
+def test_an_error_is_one_line(run, talk, arguments, message):
     status, out, err = talk(*[text.format(run=run) for text in arguments], f"--prompt={QUESTION}")
     assert isinstance(status, str) and status.startswith("error: " + message.format(run=run))
     assert "\n" not in status and out == "" and "Traceback" not in err

@@ -1,4 +1,4 @@
-"""tools/inspect_batch.py: what it shows is what a run is given."""
+"""tools/inspect_batch.py: it shows the rows that a run reads."""
 
 import base64
 import dataclasses
@@ -19,9 +19,9 @@ from lm import config, input_pipeline
 from lm.data import loader
 from lm.data import tokenizer as tokenizers
 from lm.tasks import TASKS, build_config, default_config
-from tests import toys
-from tools import inspect_batch
+from tests import tool_modules, toys
 
+inspect_batch = tool_modules.load("inspect_batch")
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
 from lm.tasks import default_config
@@ -56,7 +56,7 @@ def recipe(tmp_path):
     return tmp_path / "recipe.py"
 
 
-def test_reading_a_row_gives_each_token_its_role_weight_position_and_segment():
+def test_each_token_has_its_role_weight_position_and_segment():
     tok = tokenizers.train(["hello\nthere"] * 9, 275, 1000)
     user, assistant, end = tok.role_ids["user"], tok.role_ids["assistant"], tok.end_of_turn_id
     (hi,) = tok.encode("h")
@@ -81,7 +81,7 @@ def test_reading_a_row_gives_each_token_its_role_weight_position_and_segment():
     assert inspect_batch.title(row) == "example 8: 2 segments, 3 trained, 1 padding"
 
 
-def test_documents_that_see_each_other_are_shown_whole():
+def test_documents_that_attend_to_each_other_are_one_segment():
     tok = tokenizers.train(["hello there"] * 9, 275, 1000)
     user, end = tok.role_ids["user"], tok.end_of_turn_id
     row = {"tokens": [tok.bos_id, user, tok.bos_id], "targets": [user, end, user], "loss_weights": [0, 1, 0]}
@@ -107,7 +107,7 @@ def test_text_and_page_show_the_rows_of_the_stream(recipe, tmp_path):
     assert "http" not in text and "src=" not in text, "the page needs nothing else"
 
 
-def test_colours_tell_trained_from_masked_and_the_roles_apart(monkeypatch, capsys):
+def test_trained_and_masked_tokens_and_roles_have_different_colours(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -275,7 +275,7 @@ def test_every_task_is_shown(task, tmp_path, few_words, capsys, monkeypatch):
         assert page.count("<img") == 3 * pictures
 
 
-def test_pictures_are_the_images_with_what_is_hidden_grey():
+def test_hidden_patches_are_grey_in_the_pictures():
     rng = np.random.default_rng(0)
     image = rng.integers(128, 256, (8, 8, 3)).astype(np.uint8)
     cfg = config.Config(task=toys.task("masked_autoencoding"))
@@ -288,7 +288,7 @@ def test_pictures_are_the_images_with_what_is_hidden_grey():
     np.testing.assert_array_equal(seen.pixels[~is_grey], image[~is_grey])
 
 
-def test_a_line_of_the_page_is_broken_between_words_only(few_words):
+def test_lines_of_the_page_break_between_words_only(few_words):
     text = "bees see\nwho? "
     ids = [few_words.bos_id, *few_words.encode(text), few_words.eos_id]
     row = {"tokens": ids, "segment_ids": [1] * len(ids), "positions": range(len(ids)), "labels": 1}

@@ -1,8 +1,6 @@
-"""tools/merge_adapters.py: a merged run computes the same; what is extracted goes back to its own base only."""
+"""tools/merge_adapters.py: a merged run computes the same; an extracted run is attached to its own base only."""
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +11,7 @@ import pytest
 from configs import common
 from lm import build, checkpoint, param_paths
 from lm.config import schema
-from tests import test_build, toys
+from tests import test_build, tool_modules, toys
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = {
@@ -24,27 +22,13 @@ LORA = {
 }
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("merge_adapters", ROOT / "tools" / "merge_adapters.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def call(tool, monkeypatch):
-    """(*arguments) -> what the command ends with: None, or its error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["merge_adapters.py", *map(str, arguments)])
-        try:
-            tool.main()
-        except SystemExit as end:
-            return end.code
-        return None
-
-    return run
+def call(*arguments):
+    """Exit code of the command: None, or its error message."""
+    try:
+        tool_modules.call("merge_adapters", *arguments)
+    except SystemExit as end:
+        return end.code
+    return None
 
 
 @pytest.fixture
@@ -80,7 +64,7 @@ def hidden(folder):
     return cfg, params, np.asarray(jax.jit(model.apply)(params, toys.batch(2, 16)).hidden_BxLxD)
 
 
-def test_a_merged_run_computes_the_same_and_starts_another(call, runs):
+def test_a_merged_run_computes_the_same_and_starts_another(runs):
     assert call("merge", runs / "tuned", runs / "merged") is None
     cfg, params, got = hidden(runs / "merged")
     _, _, want = hidden(runs / "tuned")
@@ -94,7 +78,7 @@ def test_a_merged_run_computes_the_same_and_starts_another(call, runs):
     assert planned.unused == [] and all(planned.origin_of.values())
 
 
-def test_what_is_extracted_is_small_and_goes_back_to_its_base_bitwise(call, runs):
+def test_an_extracted_run_is_small_and_is_attached_to_its_base_bitwise(runs):
     assert call("extract", runs / "tuned", runs / "small") is None
     arrays = checkpoint.choose(str(runs / "small")).info["arrays"]
     assert arrays and all("lora_" in name or "final_norm" in name for name in arrays)
@@ -106,7 +90,7 @@ def test_what_is_extracted_is_small_and_goes_back_to_its_base_bitwise(call, runs
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_another_base_is_refused(call, runs):
+def test_another_base_is_refused(runs):
     call("extract", runs / "tuned", runs / "small")
     shutil.move(runs / "base", runs / "moved")
     assert "no checkpoint under" in call("attach", runs / "small", runs / "whole")
@@ -117,7 +101,7 @@ def test_another_base_is_refused(call, runs):
     assert not (runs / "again").exists()
 
 
-def test_what_cannot_be_done_is_said_in_a_line(call, runs):
+def test_an_impossible_command_is_an_error_in_one_line(runs):
     assert "exists already" in call("merge", runs / "tuned", runs / "base")
     assert "'adapter.kind' is none: only lora can be merged" in call("merge", runs / "base", runs / "out")
     assert "has no frozen base" in call("extract", runs / "base", runs / "out")

@@ -1,8 +1,6 @@
 """Training an encoder-decoder on two files, and translating with it."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +13,7 @@ from lm.config import MeshConfig
 from lm.decoding import sampling
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
-from tests import toys
+from tests import tool_modules, toys
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,20 +55,15 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def translate(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("translate", ROOT / "tools" / "translate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
+def translate(capsys):
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["translate.py", *map(str, arguments)])
-        module.main()
+        tool_modules.call("translate", *arguments)
         return capsys.readouterr().out
 
     return call
 
 
-def test_one_beam_writes_what_greedy_generation_says_and_scores_it(run, translate):
+def test_one_beam_equals_greedy_generation_and_is_scored(run, translate):
     folder, _ = run
     out = translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--beams=1", "--batch_size=2")
     cfg, model, params, words = build.load_run(str(folder / "run"))
@@ -86,15 +79,15 @@ def test_one_beam_writes_what_greedy_generation_says_and_scores_it(run, translat
     assert "|tok:char|" in as_words
 
 
-def test_it_has_learnt_to_translate(run, translate):
-    """Word by word, of a lexicon of seven; an untrained model scores nothing."""
+def test_a_trained_model_translates(run, translate):
+    """The language has seven words, translated one by one; an untrained model scores near 0."""
     folder, _ = run
     out = translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--beams=3", "--limit=4", f"--out={folder}/out")
     assert float(re.search(r"chrF ([\d.]+)", out)[1]) > 40
     assert len((folder / "out").read_text().splitlines()) == 4
 
 
-def test_one_line_says_what_is_wrong(run, translate):
+def test_an_error_is_one_line(run, translate):
     folder, _ = run
     with pytest.raises(SystemExit, match=r"error: data path .*expected the two sides once in braces"):
         translate(folder / "run", f"--path={folder}/test.en")

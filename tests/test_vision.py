@@ -18,9 +18,9 @@ from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS
 from lm.types import Head
-from tests import reference, toys
-from tools import show_reconstructions
+from tests import reference, tool_modules, toys
 
+show_reconstructions = tool_modules.load("show_reconstructions")
 B, P, SHAPE = 8, 4, (8, 12, 3)  # 2 x 3 patches
 T, VISIBLE = 6, 2
 IMAGE_TASKS = {"mae": "masked_autoencoding", "vit": "contrastive_images"}

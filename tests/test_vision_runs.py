@@ -9,8 +9,9 @@ from PIL import Image
 from lm import build, train
 from lm.config.schema import ConfigError
 from lm.tasks import build_config, default_config
-from tools import show_reconstructions
+from tests import tool_modules
 
+show_reconstructions = tool_modules.load("show_reconstructions")
 pytestmark = pytest.mark.slow
 SHAPE = (8, 8, 3)
 

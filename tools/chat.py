@@ -1,37 +1,37 @@
-"""Talk to a run that generates text: a chat model answers with its history; others continue what they are given.
+"""Chats with a run in the terminal: a chat model answers in a conversation, other models continue the text.
 
 python tools/chat.py --workdir=runs/quickstart/sft [--temperature=0.8] [--top_p=0.9] [--prompt="one question"]
 """
 
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+
+from absl import app, flags
+
+from lm import command_line
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; DIR@best or DIR@STEP for another checkpoint.")
+_PROMPT = flags.DEFINE_string("prompt", "", "Answer this and exit, instead of reading from the terminal.")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 = greedy decoding (default: the run's).")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sample from the k most likely tokens (default: the run's).")
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Sample from the most likely tokens of total probability p (default: the run's)."
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Longest answer (default: the run's).")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 
 
-def main() -> None:
-    """Loads the run's newest (or best, or a given) checkpoint and answers until the input ends."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="a run's folder; DIR@best or DIR@STEP for another checkpoint")
-    parser.add_argument("--prompt", help="answer this and end, instead of reading from the terminal")
-    parser.add_argument("--temperature", type=float, help="0 = always the most likely (default: the run's)")
-    parser.add_argument("--top_k", type=int, help="draw from the k most likely ids (default: the run's)")
-    parser.add_argument("--top_p", type=float, help="draw from the most likely ids that reach p (default: the run's)")
-    parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    args = parser.parse_args()
-
-    from lm.checkpoint import CheckpointError
-    from lm.config import schema
-
-    try:
-        talk(args)
-    except (CheckpointError, schema.ConfigError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str]) -> None:
+    """Loads the run's newest checkpoint (or the one asked for) and answers until the input ends."""
+    command_line.arguments(argv)
+    if _WORKDIR.value is None:
+        sys.exit("error: --workdir=DIR is needed; --help explains it")
+    with command_line.one_line_errors():
+        talk(_WORKDIR.value)
 
 
-def talk(args: argparse.Namespace) -> None:
-    """Reads lines, prints answers."""
+def talk(workdir: str) -> None:
+    """Answers --prompt, or each line of the input."""
     import jax
 
     from lm import build, tasks
@@ -40,9 +40,9 @@ def talk(args: argparse.Namespace) -> None:
     from lm.tasks import chat
     from lm.tracking import tracker
 
-    cfg, model, params, words = build.load_run(args.workdir)
-    keys = ("temperature", "top_k", "top_p", "max_new_tokens")
-    chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    cfg, model, params, tokenizer = build.load_run(workdir)
+    given = (_TEMPERATURE, _TOP_K, _TOP_P, _MAX_NEW_TOKENS)
+    chosen = {flag.name: flag.value for flag in given if flag.value is not None}
     values = schema.to_dict(cfg)
     cfg = tasks.build_config(values | {"generate": values["generate"] | chosen})
     room = sampling.prompt_room(cfg)
@@ -51,42 +51,42 @@ def talk(args: argparse.Namespace) -> None:
             f"--max_new_tokens={cfg.generate.max_new_tokens} leaves no room for a prompt in the {cfg.data.seq_len} "
             "positions that this run was trained on"
         )
-    key = jax.random.key(args.seed)
+    key = jax.random.key(_SEED.value)
     is_chat = cfg.task.name == "chat"
     turns: list[chat.Turn] = []
-    print(f"{'chat' if is_chat else 'text continuation'} model, {args.workdir}; end with Ctrl-D", file=sys.stderr)
-    for turn, line in enumerate([args.prompt] if args.prompt else lines()):
+    print(f"{'chat' if is_chat else 'text continuation'} model, {workdir}; end with Ctrl-D", file=sys.stderr)
+    for number, line in enumerate([_PROMPT.value] if _PROMPT.value else typed_lines()):
         if is_chat:
-            asked = [*turns, chat.encode({"role": "user", "content": line}, words, "the question")]
+            conversation = [*turns, chat.encode({"role": "user", "content": line}, tokenizer, "the question")]
             try:
-                turns = chat.recent_prompt(asked, words, room)
+                turns = chat.recent_prompt(conversation, tokenizer, room)
             except schema.ConfigError as error:
-                if args.prompt:
+                if _PROMPT.value:
                     raise
                 print(f"({error}; not asked)", file=sys.stderr)
                 continue
-            if left_out := len(asked) - len(turns):
+            if left_out := len(conversation) - len(turns):
                 print(f"(the oldest {left_out} turns of the conversation no longer fit)", file=sys.stderr)
-            ids = chat.prompt_ids(turns, words)
+            ids = chat.prompt_ids(turns, tokenizer)
         else:
-            ids = fit(sampling.encode_prompt(line, words, cfg), room)
-        made = sampling.generate(model, params, [ids], jax.random.fold_in(key, turn), cfg, words)[0]
-        answer = words.decode(made)
+            ids = truncate(sampling.encode_prompt(line, tokenizer, cfg), room)
+        generated = sampling.generate(model, params, [ids], jax.random.fold_in(key, number), cfg, tokenizer)[0]
+        answer = tokenizer.decode(generated)
         if is_chat:
-            turns.append(chat.encode({"role": "assistant", "content": answer}, words, "the answer"))
+            turns.append(chat.encode({"role": "assistant", "content": answer}, tokenizer, "the answer"))
         print(tracker.visible(answer), flush=True)
 
 
-def fit(ids: list[int], room: int) -> list[int]:
-    """Drops the oldest ids, but not the first (BOS), where there are more than `room`."""
+def truncate(ids: list[int], room: int) -> list[int]:
+    """The first id (BOS) and the last `room` - 1 ids, where there are more than `room`."""
     if len(ids) > room:
         print(f"(only the last {room - 1} ids of the text fit)", file=sys.stderr)
         return [ids[0], *ids[-(room - 1) :]]
     return ids
 
 
-def lines() -> Any:
-    """What is typed, without empty lines."""
+def typed_lines() -> Iterator[str]:
+    """Lines of the input, without empty ones."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -97,5 +97,4 @@ def lines() -> Any:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    main()
+    app.run(main, flags_parser=command_line.parse)

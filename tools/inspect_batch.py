@@ -1,4 +1,4 @@
-"""Prints a batch of any recipe: tokens, what is trained on, who speaks, labels, tags, answers, images.
+"""Prints a batch of any recipe: tokens, loss weights, roles, labels, tags, answers, images.
 
 python tools/inspect_batch.py --config=configs/NAME.py [--config.a.b=v] [--split=valid] [--rows=4] [--html=FILE]
 """
@@ -13,33 +13,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
-from ml_collections import config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
+from lm import command_line, config
 
-from lm import config
-from lm.parallel import xla_flags as lm_flags
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
-_ROWS = flags.DEFINE_integer("rows", 4, "Rows to show.", lower_bound=1)
-_EXAMPLE = flags.DEFINE_integer("example", 0, "First example to show, by the index that errors name.", lower_bound=0)
-_SPLIT = flags.DEFINE_enum("split", "train", ["train", "valid"], "Which half of the data.")
-_HTML = flags.DEFINE_string("html", "", "Also write the batch to this file, as a web page.")
+_CONFIG = command_line.define_recipe()
+_ROWS = flags.DEFINE_integer("rows", 4, "Number of rows.", lower_bound=1)
+_EXAMPLE = flags.DEFINE_integer("example", 0, "First example, by the index that error messages name.", lower_bound=0)
+_SPLIT = flags.DEFINE_enum("split", "train", ["train", "valid"], "Split of the data.")
+_HTML = flags.DEFINE_string("html", "", "Also write the batch as a web page to this file.")
 
 ROLE_COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "": "default"}
 SEGMENT_COLOURS = ("blue", "yellow", "red")
-_LONGEST_WORD = 24  # tokens that stay on one line of the page
+_LONGEST_WORD = 24  # in tokens; a longer word may be broken on the page
 
 
 class Token(NamedTuple):
     """One token of a row.
 
     Attributes:
-      text: its piece, every character visible.
-      position: the one that it has as an input.
-      weight: that of predicting it, or its tag.
-      note: what the model learns of it beside its weight: a tag, what stood there.
-      begins_word: whether a line may be broken before it.
+      text: its piece, with all characters made visible.
+      position: as an input.
+      weight: loss weight of predicting it, or its tag.
+      note: its tag, or the original token.
+      begins_word: whether a line may break before it.
     """
 
     text: str
@@ -52,7 +48,7 @@ class Token(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """An image, uint8 [H, W, C], and what it is."""
+    """An image, uint8 [H, W, C], and its title."""
 
     title: str
     pixels: Any
@@ -62,10 +58,10 @@ class Row(NamedTuple):
     """One row.
 
     Attributes:
-      segments: its segments' tokens, in order.
-      names: of each segment, where they are not just documents.
-      facts: what is known of the whole row, such as its label.
-      has_targets: whether tokens of it can be trained.
+      segments: the tokens of each segment.
+      names: of the segments, if they are not just documents.
+      facts: about the whole row, such as its label.
+      has_targets: whether the row has token targets.
     """
 
     example_index: int
@@ -78,19 +74,15 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Turns flags into text, and an expected error into one clear message and exit status 1."""
+    """Prints the batch, and writes it as a web page if --html asks for one."""
     if len(argv) > 1 or _CONFIG.value is None:
         sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     from lm.tasks import build_config, task_of
 
-    try:
+    with command_line.one_line_errors():
         cfg = build_config(_CONFIG.value)
         tokenizer, data = load(cfg)
         rows = list(read(batch_from(cfg, data, _SPLIT.value, _EXAMPLE.value, _ROWS.value), tokenizer, cfg))
-    except (ValueError, RuntimeError, OSError) as error:
-        if type(error).__module__.startswith("lm."):
-            sys.exit(f"error: {error}")
-        raise
     report = "\n".join(
         f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items())
         for name, counts in data.report.items()
@@ -104,7 +96,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(cfg: Any) -> tuple[Any, Any]:
-    """(tokenizer, packed data) of a run of this config that has not begun."""
+    """(tokenizer, packed data) of a new run of this config."""
     from lm import build, input_pipeline, replay
     from lm.tasks import task_of
 
@@ -115,28 +107,28 @@ def load(cfg: Any) -> tuple[Any, Any]:
 
 
 def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:
-    """The rows that a run is given from the index `example` on, in training or in evaluation."""
+    """The rows that a run reads from the index `example` on, in training or in evaluation."""
     import numpy as np
 
     from lm.data import loader
 
-    one: dict[str, Any] = {"batch_size": 1, "local_rows": np.arange(1)}
-    if split == "train":  # no more rows than are shown
+    single: dict[str, Any] = {"batch_size": 1, "local_rows": np.arange(1)}
+    if split == "train":  # single rows, so that only those shown are read
         stream: Iterator[loader.HostBatch] = loader.train_batches(
-            data, start_example=example, seed=cfg.seed, threads=0, **one
+            data, start_example=example, seed=cfg.seed, threads=0, **single
         )
     else:
         limits = {"max_tokens": cfg.eval.max_tokens, "seq_len": cfg.data.seq_len}
-        evaluation = loader.eval_batches(data.valid, **limits, **one)
+        evaluation = loader.eval_batches(data.valid, **limits, **single)
         stream = itertools.islice(evaluation, example, None)
     found = list(itertools.islice(stream, rows))
     if not found:
-        sys.exit(f"error: --example={example}: an evaluation has only {len(data.valid)} examples")
+        sys.exit(f"error: --example={example}: an evaluation has only {len(data.valid)} examples; name a smaller index")
     return {key: np.concatenate([row[key] for row in found]) for key in found[0]}
 
 
 def read(batch: dict[str, Any], tokenizer: Any, cfg: config.Config = config.Config()) -> Iterator[Row]:  # noqa: B008
-    """Rows of a batch in readable form; a row of padding alone is left out."""
+    """Rows of a batch in readable form, without rows that are all padding."""
     sizes = tokenizer.token_bytes() if tokenizer else None
     for r, example_index in enumerate(batch["example_index"]):
         row = {key: array[r] for key, array in batch.items() if key != "example_index"}
@@ -159,7 +151,7 @@ def read(batch: dict[str, Any], tokenizer: Any, cfg: config.Config = config.Conf
 
 
 def parts_of(row: dict[str, Any], cfg: config.Config) -> list[tuple[str, dict[str, Any]]]:
-    """(name, columns of one sequence) of the sequences in a row: both sides, or each view of it."""
+    """(name, columns) of each sequence of a row: the sides of an encoder-decoder, or the views."""
     if "inputs" in row:
         encoder = {
             "tokens": row["inputs"],
@@ -175,7 +167,7 @@ def parts_of(row: dict[str, Any], cfg: config.Config) -> list[tuple[str, dict[st
 
 
 def segments_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config, sizes: Any) -> list[list[Token]]:
-    """The tokens of each segment of a sequence; of a pair of sentences, those of each sentence."""
+    """The tokens of each segment of a sequence; the sentences of a pair are separate segments."""
     segment_ids = row["segment_ids"]
     is_shifted = "targets" in row and cfg.model.kind != "encoder"
     segments = []
@@ -187,7 +179,7 @@ def segments_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config, sizes: 
 
 
 def _shifted(row: dict[str, Any], inside: Any, tokenizer: Any) -> list[Token]:
-    """The inputs, each with the weight of predicting it, and the last target."""
+    """The inputs and the last target, each with the weight of predicting it."""
     role_of = {i: role for role, i in tokenizer.role_ids.items()}
     columns = [row[key][inside].tolist() for key in ("tokens", "targets", "loss_weights", "positions")]
     columns.append(row["is_prefix"][inside].tolist() if "is_prefix" in row else [0] * len(columns[0]))
@@ -200,7 +192,7 @@ def _shifted(row: dict[str, Any], inside: Any, tokenizer: Any) -> list[Token]:
         shown.append(Token(visible(tokenizer.piece(token_id)), token_id, role, weight, position, note))
 
     for token_id, target, weight, position, is_prefix in zip(*columns, strict=True):
-        if not shown or shown[-1].id != token_id:  # nothing predicts it: the first of a document
+        if not shown or shown[-1].id != token_id:  # the first token of a document, which is not predicted
             role = ""
             show(token_id, 0.0, position, "")
         if is_prefix:
@@ -210,7 +202,7 @@ def _shifted(row: dict[str, Any], inside: Any, tokenizer: Any) -> list[Token]:
 
 
 def _in_place(row: dict[str, Any], inside: Any, tokenizer: Any, cfg: config.Config) -> list[Token]:
-    """The tokens, each with what the model learns of it."""
+    """The tokens, each with its own target, tag or mark."""
     shown = []
     for i in inside.nonzero()[0].tolist():
         note, weight = "", 0.0
@@ -228,7 +220,7 @@ def _in_place(row: dict[str, Any], inside: Any, tokenizer: Any, cfg: config.Conf
 
 
 def _with_words(tokens: list[Token], sizes: Any) -> list[Token]:
-    """With `begins_word` set: at a space or a line break, and at all that stands for no text, as items do."""
+    """Sets `begins_word`: after a space or a line break, and at tokens that are no text, such as items."""
     begins, after = [], True
     for token in tokens:
         is_text = sizes[token.id] > 0
@@ -238,7 +230,7 @@ def _with_words(tokens: list[Token], sizes: Any) -> list[Token]:
 
 
 def is_tagged(row: dict[str, Any]) -> bool:
-    """Whether positions have labels."""
+    """Whether each position has a label."""
     return "labels" in row and row["labels"].shape == row["tokens"].shape
 
 
@@ -248,7 +240,7 @@ def is_span(row: dict[str, Any]) -> bool:
 
 
 def facts_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config) -> list[str]:
-    """What is known of a row as a whole: its label, number or answer, the shape of its image."""
+    """Facts about a whole row: its label, number or answer, the shape of its image."""
     from lm.tasks import multitask
 
     facts = []
@@ -265,8 +257,8 @@ def facts_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config) -> list[st
         start, end = row["labels"].tolist()
         facts.append(f"answer {tokenizer.decode(row['tokens'][start : end + 1])!r}" if start else "no answer in it")
     elif cfg.task.name == "masked_lm_pairs":
-        spoilt = "B of another document" if cfg.task.pairs == "next" else "A and B swapped"
-        facts.append(spoilt if row["labels"] else "A and B as in the document")
+        negative = "B of another document" if cfg.task.pairs == "next" else "A and B swapped"
+        facts.append(negative if row["labels"] else "A and B as in the document")
     elif "labels" in row and row["labels"].ndim == 0:
         is_class = row["labels"].dtype.kind == "i"
         facts.append(f"label {cfg.task.labels[int(row['labels'])] if is_class else format(float(row['labels']), 'g')}")
@@ -274,7 +266,7 @@ def facts_of(row: dict[str, Any], tokenizer: Any, cfg: config.Config) -> list[st
 
 
 def pictures_of(row: dict[str, Any], cfg: config.Config) -> list[Picture]:
-    """The image, or both views of it, and what a masked autoencoder sees of it."""
+    """The image or its views, and the visible patches of a masked autoencoder."""
     from lm.models import vision
 
     images = row["images"]
@@ -292,15 +284,15 @@ _NAMES = {"\n": "\u23ce", "\t": "\u21e5"}
 
 
 def visible(text: str) -> str:
-    """Text with every character shown; U+2581 is a space already, as SentencePiece writes it.
+    """Text with all characters visible. Control characters and escape sequences are spelled out.
 
-    Nothing in it acts on a terminal: an escape sequence is spelled out.
+    A space is U+2581 already, as SentencePiece writes it.
     """
     return "".join(_NAMES.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def title(row: Row) -> str:
-    """One line about a row."""
+    """A line that describes a row."""
     tokens = [token for segment in row.segments for token in segment]
     parts = list(row.facts)
     if tokens:
@@ -313,12 +305,12 @@ def title(row: Row) -> str:
 
 
 def has_roles(rows: list[Row]) -> bool:
-    """Whether anyone speaks."""
+    """Whether any token has a role."""
     return any(token.role for row in rows for segment in row.segments for token in segment)
 
 
 def print_rows(rows: list[Row], report: str, legend: str = "") -> None:
-    """To the terminal: bold = trained, dim = masked; without colours [brackets] = trained. 'text/note'."""
+    """Prints rows: bold = trained, dim = masked; without colours, [brackets] = trained. A note follows a slash."""
     from rich.console import Console
     from rich.text import Text
 
@@ -363,7 +355,7 @@ img { width: 160px; image-rendering: pixelated; display: block }
 
 
 def to_html(rows: list[Row], report: str, legend: str = "") -> str:
-    """A page that needs nothing else; the pointer over a token shows its id, position and weight."""
+    """A self-contained web page; a tooltip on each token shows its id, position and weight."""
 
     def span(token: Token) -> str:
         tip = f"id {token.id}, position {token.position}, weight {token.weight:g}"
@@ -392,7 +384,7 @@ def to_html(rows: list[Row], report: str, legend: str = "") -> str:
     if has_roles(rows):
         roles = "".join(f'<span class="t {role or "none"}">{role or "no role"}</span>' for role in ROLE_COLOURS)
         marks += f" roles: {roles}"
-    bars = " A bar at the left is one segment." if any(row.segments for row in rows) else ""
+    bars = " Each bar at the left is one segment." if any(row.segments for row in rows) else ""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>batch</title><style>{STYLE}</style>'
         f"<h1>Batch</h1><p>{html.escape(report)}</p><p>{legend}{marks}{bars}</p>{''.join(map(section, rows))}"
@@ -401,7 +393,7 @@ def to_html(rows: list[Row], report: str, legend: str = "") -> str:
 
 
 def words(tokens: list[Token]) -> Iterator[list[Token]]:
-    """Tokens in groups between which a line may be broken."""
+    """Groups of tokens; lines may break between groups."""
     group: list[Token] = []
     for token in tokens:
         if group and (token.begins_word or len(group) == _LONGEST_WORD):
@@ -413,7 +405,7 @@ def words(tokens: list[Token]) -> Iterator[list[Token]]:
 
 
 def data_url(pixels: Any) -> str:
-    """An image, uint8 [H, W, C], as a PNG inside of a page."""
+    """An image, uint8 [H, W, C], as a data URL of a PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -422,4 +414,4 @@ def data_url(pixels: Any) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lm_flags.parse)
+    app.run(main, flags_parser=command_line.parse)

@@ -1,11 +1,11 @@
-"""Starts a run on Cloud TPUs: prints the shell script that does it, and with --go runs that script.
+"""Launches a run on Cloud TPUs: prints the shell script that does it, and with --go runs the script.
 
     python tools/launch.py --on=slice --name=NAME --zone=ZONE --accelerator=v5litepod-16 --repository=URL \
         -- --config=configs/X.py --workdir=DIR ...
 
---on is `slice`: a TPU VM, all workers of a pod slice, or with --slices=N of several; `gke`: a JobSet; `sky`: a SkyPilot
-managed job. What follows `--` is checked here, then given to lm.main, which needs --config and --workdir, a folder that
-all workers see. A run that is preempted is started again and resumes. docs/launching.md has more.
+--on is `slice` (a TPU VM, or all workers of a pod slice, or of several with --slices=N), `gke` (a JobSet) or `sky` (a
+SkyPilot managed job). The arguments after `--` are checked here and passed to lm.main. They must include --config and
+--workdir, a folder that all workers can reach. A preempted run is restarted and resumes. See docs/launching.md.
 """
 
 import dataclasses
@@ -21,36 +21,42 @@ from typing import Any
 
 from absl import app, flags
 
-_ON = flags.DEFINE_enum("on", None, ["slice", "gke", "sky"], "Where the run starts.", required=True)
-_NAME = flags.DEFINE_string("name", None, "Of the TPU, the job set or the job.", required=True)
-_ACCELERATOR = flags.DEFINE_string("accelerator", "v5litepod-16", "Type of one slice, as Cloud names it.")
-_SPOT = flags.DEFINE_bool("spot", False, "Cheaper, and preempted at any time.")
+_ON = flags.DEFINE_enum("on", None, ["slice", "gke", "sky"], "Where to run.", required=True)
+_NAME = flags.DEFINE_string("name", None, "Name of the TPU, JobSet or job.", required=True)
+_ACCELERATOR = flags.DEFINE_string("accelerator", "v5litepod-16", "Cloud's name of the slice type.")
+_SPOT = flags.DEFINE_bool("spot", False, "Use spot capacity: cheaper, but preempted at any time.")
 _SLICES = flags.DEFINE_integer(
-    "slices", 1, "slice and gke: how many, joined by the data-centre network.", lower_bound=1
+    "slices", 1, "slice, gke: number of slices, connected by the data-centre network.", lower_bound=1
 )
 _ZONE = flags.DEFINE_string("zone", "", "slice: zone of the TPU.")
-_REPOSITORY = flags.DEFINE_string("repository", "", "slice: URL to clone; sky sends this folder.")
+_REPOSITORY = flags.DEFINE_string("repository", "", "slice: git URL to clone; sky uploads this folder.")
 _IMAGE = flags.DEFINE_string("image", "", "gke: container image with this repository in /lm and lm[tpu] installed.")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "gke: of the node pool, where it is not the usual one of --accelerator."
-)
-_GO = flags.DEFINE_bool("go", False, "Do it. Without this only what would be done is shown.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "gke: topology of the node pool, if not the default of --accelerator.")
+_GO = flags.DEFINE_bool("go", False, "Run the script; without this flag it is only printed.")
 
-READ = {"slice": ("zone", "repository", "slices"), "gke": ("image", "topology", "slices"), "sky": ()}
-NEEDED = {"slice": ("zone", "repository"), "gke": ("image",), "sky": ()}
+OPTIONS = {"slice": ("zone", "repository", "slices"), "gke": ("image", "topology", "slices"), "sky": ()}
+REQUIRED = {"slice": ("zone", "repository"), "gke": ("image",), "sky": ()}
 ROOT = Path(__file__).resolve().parents[1]
-PREEMPTED = 75  # exit status of a run that saved and waits to be started again
-KILLED = (137, 143)  # of one that had no time to
+PREEMPTED = 75  # exit status of a run that was preempted and has saved a checkpoint
+KILLED = (137, 143)  # exit statuses of a run that was killed before it could save
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One generation of TPUs."""
+    """A generation of TPUs.
 
-    runtime: str  # software of the TPU VM
-    selector: str  # GKE's label of its nodes
-    cores: int  # of a chip; the number in a slice's name counts them
-    one_host: int  # chips of the largest slice that is one machine; in larger ones each has 4
+    Attributes:
+      runtime: software version of the TPU VM.
+      selector: GKE's node label.
+      cores: per chip; the number in an accelerator's name counts cores.
+      one_host: chips of the largest slice with one host; hosts of larger slices have 4 chips.
+      topologies: the default topology of each slice size.
+    """
+
+    runtime: str
+    selector: str
+    cores: int
+    one_host: int
     topologies: tuple[str, ...]
 
 
@@ -66,7 +72,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """What the name of an accelerator says of it."""
+    """A slice type, as its accelerator name defines it."""
 
     kind: Kind
     topology: str
@@ -74,43 +80,45 @@ class Slice:
     hosts: int
 
 
-def size(topology: str) -> int:
-    """Example: '4x4' -> 16 chips."""
+def num_chips(topology: str) -> int:
+    """Example: '4x4' -> 16."""
     return math.prod(map(int, topology.split("x")))
 
 
 def slice_of(accelerator: str, topology: str = "") -> Slice:
-    """Example: 'v5litepod-16' -> 16 chips, 4x4, on 4 hosts.
+    """The slice of an accelerator name. Example: 'v5litepod-16' -> 16 chips, 4x4, on 4 hosts.
 
     Raises:
-      ValueError: there is no such accelerator, or it does not have this topology.
+      ValueError: unknown accelerator, or a topology of another number of chips or dimensions.
     """
     name, _, count = accelerator.partition("-")
     if name not in KINDS:
         raise ValueError(f"--accelerator={accelerator}: expected KIND-COUNT, where KIND is one of {', '.join(KINDS)}")
     kind = KINDS[name]
-    usual = {f"{size(one) * kind.cores}": one for one in kind.topologies}
+    usual = {f"{num_chips(known) * kind.cores}": known for known in kind.topologies}
     if count not in usual:
-        raise ValueError(f"--accelerator={accelerator}: expected one of {', '.join(f'{name}-{one}' for one in usual)}")
-    chips = size(usual[count])
+        raise ValueError(
+            f"--accelerator={accelerator}: expected one of {', '.join(f'{name}-{known}' for known in usual)}"
+        )
+    chips = num_chips(usual[count])
     if topology and (
         not re.fullmatch(r"\d+(x\d+)*", topology)
-        or (size(topology), topology.count("x")) != (chips, usual[count].count("x"))
+        or (num_chips(topology), topology.count("x")) != (chips, usual[count].count("x"))
     ):
         raise ValueError(
-            f"--topology={topology}: --accelerator={accelerator} has {chips} chips, such as {usual[count]}"
+            f"--topology={topology}: expected a topology of {chips} chips for --accelerator={accelerator}, "
+            f"such as {usual[count]}"
         )
     return Slice(kind, topology or usual[count], chips, 1 if chips <= kind.one_host else chips // 4)
 
 
-# What a run would refuse on its TPUs, as far as flags and config tell: no data, tokenizer or checkpoint is looked at,
-# as these may be where the run is and not here.
+# Checks the flags and the config as the run would on its TPUs. Data, tokenizer and checkpoints are not checked, because
+# they may exist only where the run is.
 CHECK = """
 import sys
 from absl import app, flags
-from lm import config, main
+from lm import command_line, config, main
 from lm.parallel import mesh as mesh_lib
-from lm.parallel.xla_flags import parse
 
 def check(argv):
     from lm.tasks import build_config  # imports JAX
@@ -123,37 +131,39 @@ def check(argv):
         sys.exit(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {slices}, the number of slices; change it or --slices")
     mesh_lib.mesh_sizes(cfg.mesh, devices)
 
-app.run(check, flags_parser=parse)
+app.run(check, flags_parser=command_line.parse)
 """
 
 
 def check(arguments: list[str], on: Slice) -> None:
-    """Refuses flags that do not fit together, and arguments that lm.main would refuse.
+    """Checks the flags, and that lm.main would accept its arguments.
 
     Raises:
-      ValueError: saying which flag, and what was expected.
+      ValueError: names the flag and what was expected.
     """
-    where = f"--on={_ON.value}"
+    target = f"--on={_ON.value}"
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", _NAME.value):
-        raise ValueError(f"--name={_NAME.value}: expected a letter, then letters, digits and '-', small, at most 40")
-    if missing := [f"--{name}" for name in NEEDED[_ON.value] if not flags.FLAGS[name].value]:
-        raise ValueError(f"{where} needs {' and '.join(missing)}")
-    others = {name for names in READ.values() for name in names} - {*READ[_ON.value]}
-    if unread := sorted(f"--{name}" for name in others if flags.FLAGS[name].present):
-        raise ValueError(f"{where} does not read {' and '.join(unread)}: leave it out, or choose another --on")
-    given = {word.partition("=")[0] for word in arguments}
+        raise ValueError(
+            f"--name={_NAME.value}: expected a lower-case letter, then lower-case letters, digits and '-', at most 40"
+        )
+    if missing := [f"--{name}" for name in REQUIRED[_ON.value] if not flags.FLAGS[name].value]:
+        raise ValueError(f"{target} needs {' and '.join(missing)}")
+    others = {name for names in OPTIONS.values() for name in names} - {*OPTIONS[_ON.value]}
+    if unused := sorted(f"--{name}" for name in others if flags.FLAGS[name].present):
+        raise ValueError(f"{target} does not use {' and '.join(unused)}: leave it out, or choose another --on")
+    given = {argument.partition("=")[0] for argument in arguments}
     if missing := [f"{name}=..." for name in ("--config", "--workdir") if name not in given]:
         raise ValueError(f"lm.main needs {' and '.join(missing)}, after ' -- '")
     program = f"slices, devices = {_SLICES.value}, {_SLICES.value * on.chips}\n{CHECK}"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line and not line.startswith("Pass --help")]
+    process = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
+        lines = [line for line in process.stderr.splitlines() if line and not line.startswith("Pass --help")]
         raise ValueError(
-            f"after ' -- ': {re.sub('^(error|FATAL Flags parsing error|[a-zA-Z_.]+Error): ', '', said[-1])}"
+            f"after ' -- ': {re.sub('^(error|FATAL Flags parsing error|[a-zA-Z_.]+Error): ', '', lines[-1])}"
         )
 
 
-# The images of TPU VMs have a Python that is too old; uv brings its own.
+# The Python of TPU VM images is too old; uv installs a newer one.
 INSTALL = (
     "python3 -m pip install --quiet uv && python3 -m uv venv --quiet --python=3.12 --allow-existing .venv && "
     "python3 -m uv pip install --quiet --python=.venv/bin/python -e '.[tpu]'"
@@ -163,19 +173,19 @@ INSTALL = (
 def train_command(arguments: list[str], on: Slice) -> str:
     """The command that every worker runs."""
     distributed = ["--distributed"] if on.hosts * _SLICES.value > 1 else []
-    words = ["python", "-m", "lm.main", *distributed, *arguments]
-    # Only GKE sets it by itself; lm.main chooses the compiler's flags by it.
-    return f"TPU_ACCELERATOR_TYPE={_ACCELERATOR.value} {shlex.join(words)}"
+    command = ["python", "-m", "lm.main", *distributed, *arguments]
+    # lm.main chooses the compiler's flags by this variable, which only GKE sets by itself.
+    return f"TPU_ACCELERATOR_TYPE={_ACCELERATOR.value} {shlex.join(command)}"
 
 
 def until_done(command: str) -> str:
-    """A shell line that starts the command again as long as it was preempted, and ends as it ended."""
+    """A shell line that restarts the command while it exits as preempted, and exits with any other status."""
     return f"while true; do {command}; status=$?; [ $status -eq {PREEMPTED} ] || exit $status; done"
 
 
-LOOK_AFTER = r"""
-# Sent to each worker again and again: starts `work`, apart from the connection, unless it runs or has ended.
-look="$(declare -f work)
+WATCH = r"""
+# Sent to every worker each minute: starts `work` detached from the connection, unless it is running or has ended.
+poll="$(declare -f work)
 export -f work
 touch run.log
 tail -n 1 run.log | grep -q '^ended' || { setsid nohup flock -n run.lock bash -c work >> run.log 2>&1 < /dev/null & }
@@ -186,8 +196,8 @@ state() { queued describe "$name" --format='value(state.state)'; }
 workers() { queued ssh "$name" --node=all --worker=all --command="$1"; }
 delete() { until queued delete "$name" --force; do sleep 60; done; }
 
-echo "Stopping this leaves $name and its run as they are, at its price; started again, this looks after them again."
-if state > /dev/null 2>&1; then echo "$name is there already: going on with the run on it"; else create || exit 1; fi
+echo "If you stop this script, $name and its run go on and are billed; the same command watches them again."
+if state > /dev/null 2>&1; then echo "$name exists already: watching its run"; else create || exit 1; fi
 while sleep 60; do
     now=$(state)
     echo "$(date +%T) $name: ${now:-no answer}"
@@ -196,18 +206,18 @@ while sleep 60; do
         delete
         until create; do sleep 60; done
     elif [ "$now" = ACTIVE ]; then
-        said=$(workers "$look")
-        echo "${said:-no worker answered}" | tail -n 1
-        if [ "$(grep -c 'ended with status 0$' <<< "$said")" -eq "$hosts" ]; then
+        output=$(workers "$poll")
+        echo "${output:-no worker answered}" | tail -n 1
+        if [ "$(grep -c 'ended with status 0$' <<< "$output")" -eq "$hosts" ]; then
             delete
             exit 0
-        elif grep -q 'ended with status [1-9]' <<< "$said"; then
-            # A host that is taken away breaks the run on the others, a little before the state says so.
+        elif grep -q 'ended with status [1-9]' <<< "$output"; then
+            # When a host is preempted, the run fails on the others shortly before the state changes.
             sleep 120
             [ "$(state)" = ACTIVE ] || continue
             workers 'tail -n 30 run.log'
             delete
-            echo "error: the run failed, as its logs above say; $name is deleted" >&2
+            echo "error: the run failed, see its logs above; $name is deleted" >&2
             exit 1
         fi
     fi
@@ -216,26 +226,26 @@ done
 
 
 def on_slice(arguments: list[str], on: Slice) -> str:
-    """A script that makes the TPU, waits for it, runs on all workers, makes it again when preempted, and deletes it."""
+    """A script that creates the TPU, runs on all workers, recreates it after preemption, and deletes it at the end."""
     nodes = ["--node-id={}"] if _SLICES.value == 1 else ["--node-prefix={}", f"--node-count={_SLICES.value}"]
-    nodes = [word.format(_NAME.value) for word in nodes] + (["--spot"] if _SPOT.value else [])
+    nodes = [flag.format(_NAME.value) for flag in nodes] + (["--spot"] if _SPOT.value else [])
     kind = f"--accelerator-type={_ACCELERATOR.value} --runtime-version={on.kind.runtime}"
     return f"""name={_NAME.value} zone={shlex.quote(_ZONE.value)} hosts={on.hosts * _SLICES.value}
 
 create() {{ queued create "$name" {kind} {shlex.join(nodes)}; }}
 
-# What a worker does, in its home; the log's last line says how it ended.
+# Runs on a worker, in its home folder; the last line of the log has the exit status.
 work() {{
     [ -d lm ] || git clone {shlex.quote(_REPOSITORY.value)} lm
     cd lm && {INSTALL} && . .venv/bin/activate &&
         ({until_done(train_command(arguments, on))})
     printf '\\nended with status %s\\n' $?
 }}
-{LOOK_AFTER}"""
+{WATCH}"""
 
 
 def job_set(arguments: list[str], on: Slice) -> dict[str, Any]:
-    """A JobSet (jobset.sigs.k8s.io): a job a slice, a pod a host."""
+    """A JobSet (jobset.sigs.k8s.io) with one job for each slice and one pod for each host."""
     host_chips = on.chips // on.hosts
     container = {
         "name": "train",
@@ -267,7 +277,7 @@ def job_set(arguments: list[str], on: Slice) -> dict[str, Any]:
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
         },
         "spec": {
-            # An error of the run's own ends it; a preempted host has all of them started again.
+            # An error of the run fails the JobSet; preemption of a host restarts all jobs.
             "failurePolicy": {
                 "maxRestarts": 1_000,
                 "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
@@ -278,7 +288,7 @@ def job_set(arguments: list[str], on: Slice) -> dict[str, Any]:
 
 
 def sky_task(arguments: list[str], on: Slice) -> dict[str, Any]:
-    """A SkyPilot task; a managed job is recovered from preemption by SkyPilot itself."""
+    """A SkyPilot task; SkyPilot itself restarts a managed job after preemption."""
     return {
         "name": _NAME.value,
         "workdir": str(ROOT),
@@ -293,7 +303,7 @@ def sky_task(arguments: list[str], on: Slice) -> dict[str, Any]:
 
 
 def script(arguments: list[str], on: Slice) -> str:
-    """What --go runs, in bash."""
+    """The bash script."""
     match _ON.value:
         case "slice":
             return on_slice(arguments, on)
@@ -306,7 +316,7 @@ def script(arguments: list[str], on: Slice) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Shows the script, and with --go becomes it."""
+    """Prints the script, and with --go replaces this process by it."""
     try:
         on = slice_of(_ACCELERATOR.value, _TOPOLOGY.value)
         check(argv[1:], on)

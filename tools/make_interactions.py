@@ -1,17 +1,23 @@
-"""Writes a made-up table of interactions, to try next-item recommendation on. The data is synthetic.
+"""Writes a synthetic table of user-item interactions, to try next-item recommendation on.
 
-python tools/make_interactions.py OUT.csv [--users=2000] [--items=500] [--seed=0]
+    python tools/make_interactions.py OUT.csv [--users=2000] [--items=500] [--seed=0]
 
-What is chosen next depends on what was chosen last: three times of four it is one of five followers that each item has,
-else any item. Items are drawn by a popularity of 1 / place (Zipf), followers too, so that naming the popular ones is
-right at times. A user makes 5 to 60 choices, the lengths being skewed as well; the rows are in no order.
+The next item depends on the previous one: with probability 3/4 it is one of the five followers of that item, otherwise
+any item. Items and followers are drawn from a Zipf distribution (popularity 1 / rank), so that recommending popular
+items is sometimes right. A user has 5 to 60 interactions, with a skewed distribution of lengths. The rows are shuffled.
 """
 
-import argparse
 import csv
 from pathlib import Path
 
 import numpy as np
+from absl import app, flags
+
+from lm import command_line
+
+_USERS = flags.DEFINE_integer("users", 2000, "Number of users.", lower_bound=1)
+_ITEMS = flags.DEFINE_integer("items", 500, "Number of items.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the table.")
 
 FOLLOWERS, FOLLOWS = 5, 0.75
 FEWEST, MOST, MEAN_EXTRA = 5, 60, 12.0
@@ -19,7 +25,7 @@ MEAN_GAP = 3600.0  # seconds
 
 
 def make(users: int, items: int, seed: int) -> list[tuple[str, str, int]]:
-    """(user, item, time in seconds) of each choice, in random order; a function of the arguments alone."""
+    """(user, item, time in seconds) of each interaction, in random order; a function of the arguments alone."""
     rng = np.random.default_rng(seed)
     popularity = 1 / np.arange(1, items + 1)
     popularity /= popularity.sum()
@@ -46,18 +52,13 @@ def write(path: Path, rows: list[tuple[str, str, int]]) -> None:
         table.writerows(rows)
 
 
-def main() -> None:
-    """Writes the table that the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT.csv")
-    parser.add_argument("--users", type=int, default=2000)
-    parser.add_argument("--items", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rows = make(args.users, args.items, args.seed)
-    write(args.out, rows)
-    print(f"{len(rows):,} synthetic interactions of {args.users:,} users written to {args.out}")
+def main(argv: list[str]) -> None:
+    """Writes the table."""
+    (out,) = command_line.arguments(argv, "OUT.csv")
+    rows = make(_USERS.value, _ITEMS.value, _SEED.value)
+    write(Path(out), rows)
+    print(f"{len(rows):,} synthetic interactions of {_USERS.value:,} users written to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main, flags_parser=command_line.parse)

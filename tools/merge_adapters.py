@@ -1,93 +1,93 @@
-"""Put LoRA's weights into the kernels; or keep a run's trained part without its base, and put the two together again.
+"""Merges LoRA into the kernels, extracts what a run trained without its base, or attaches that to its base again.
 
-python tools/merge_adapters.py merge RUN OUT                     OUT = the model without LoRA that computes the same
-python tools/merge_adapters.py extract RUN OUT                   OUT = what RUN trained: adapters and head, small
-python tools/merge_adapters.py attach EXTRACTED OUT [--base=RUN]  OUT = the model of `extract`, its base put back
+    python tools/merge_adapters.py merge RUN OUT                     OUT = the same model without LoRA
+    python tools/merge_adapters.py extract RUN OUT                   OUT = what RUN trained: adapters and head, small
+    python tools/merge_adapters.py attach EXTRACTED OUT [--base=RUN]  OUT = the whole model of an extracted run
 
-RUN and EXTRACTED may be RUN@best or RUN@STEP. OUT is a new run folder with one checkpoint; what `merge` and `attach`
-write is read by tools/chat.py and `init_from` as any other. `attach` takes the base that RUN's config names as
-`init_from`, and refuses one whose arrays are not those that RUN was trained on.
+RUN and EXTRACTED may be RUN@best or RUN@STEP. OUT is a new run folder with one checkpoint. tools/chat.py and
+`init_from` read the output of `merge` and `attach` like any other run. `attach` takes the base that RUN's config names
+as `init_from`, and refuses a base whose arrays differ from those that RUN was trained on.
 """
 
-import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
+from absl import app, flags
 
-def main() -> None:
-    """Reads the command and runs it; an error is one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("merge", "extract", "attach"))
-    parser.add_argument("run", help="a run's folder; DIR@best or DIR@STEP for another checkpoint than the newest")
-    parser.add_argument("out", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("--base", default="", help="attach only: the run to start from, where it has moved")
-    args = parser.parse_args()
+from lm import command_line
 
-    from lm.checkpoint import CheckpointError
+_BASE = flags.DEFINE_string("base", "", "attach: the base run, if it was moved.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
     from lm.config.schema import ConfigError
 
-    try:
-        if args.out.exists():
-            raise ConfigError(f"{args.out} exists already; name a new folder")
-        {"merge": merge, "extract": extract, "attach": attach}[args.command](args)
-    except (CheckpointError, ConfigError) as error:
-        sys.exit(f"error: {error}")
+    command, run, out = command_line.arguments(argv, "COMMAND", "RUN", "OUT")
+    with command_line.one_line_errors():
+        if command not in ("merge", "extract", "attach"):
+            raise ConfigError(f"found command '{command}', expected merge, extract or attach")
+        if Path(out).exists():
+            raise ConfigError(f"{out} exists already; name a new folder")
+        if command == "attach":
+            attach(run, Path(out), _BASE.value)
+        else:
+            {"merge": merge, "extract": extract}[command](run, Path(out))
 
 
-def merge(args: argparse.Namespace) -> None:
-    """RUN with LoRA -> OUT without."""
+def merge(run: str, out: Path) -> None:
+    """Writes a run with LoRA as a run without."""
     from lm import build, checkpoint, config
     from lm.config import AdapterConfig, OptimConfig
     from lm.models import adapters
 
-    saved = checkpoint.choose(args.run)
-    cfg, _, params, words = build.load_run(args.run)
-    # Rules that name adapters would match nothing in the model that is written.
+    saved = checkpoint.choose(run)
+    cfg, _, params, tokenizer = build.load_run(run)
+    # Rules that name adapters would match no parameter of the merged model.
     rules = {name: getattr(OptimConfig(), name) for name in ("lr_rules", "decay_rules", "unfreeze_rules")}
     optim = dataclasses.replace(cfg.optim, **rules, to_init=0.0, mixout=0.0)
     plain = dataclasses.replace(
         cfg,
         adapter=AdapterConfig(),
         optim=optim,
-        data=dataclasses.replace(cfg.data, replay=0.0),  # of what init_from named
+        data=dataclasses.replace(cfg.data, replay=0.0),  # it replays data of the run that init_from named
         init_from="",
         init_rules=config.Config().init_rules,
     )
-    write(args.out, saved, plain, adapters.merge(params, cfg.adapter), words)
+    write(out, saved, plain, adapters.merge(params, cfg.adapter), tokenizer)
 
 
-def extract(args: argparse.Namespace) -> None:
-    """RUN -> OUT with what it trained or initialised, and the fingerprints of all else."""
+def extract(run: str, out: Path) -> None:
+    """Writes the parameters that a run trained or initialised, and the fingerprints of all others."""
     from lm import build, checkpoint, param_paths
     from lm.checkpoint import init_from
     from lm.config.schema import ConfigError
     from lm.optim import trainable
 
-    saved = checkpoint.choose(args.run)
-    cfg, _, params, words = build.load_run(args.run)
+    saved = checkpoint.choose(run)
+    cfg, _, params, tokenizer = build.load_run(run)
     trained = trainable.resolve(cfg.optim, params, total_steps=1).trained
     actions = param_paths.match_rules(cfg.init_rules, list(trained), "init_rules")
     own = {path: trained[path] or actions[path] == init_from.REINIT for path in trained}
     if all(own.values()) or not cfg.init_from:
-        raise ConfigError(f"{args.run} has no frozen base: it trains everything, or started from no 'init_from'")
+        raise ConfigError(f"{run} has no frozen base: it trains everything, or started from no 'init_from'")
     base = {path: saved.info["arrays"][f"params/{path}"]["fingerprint"] for path in own if not own[path]}
     write(
-        args.out, saved, cfg, param_paths.select(params, own), words, base={"run": cfg.init_from, "fingerprints": base}
+        out, saved, cfg, param_paths.select(params, own), tokenizer, base={"run": cfg.init_from, "fingerprints": base}
     )
 
 
-def attach(args: argparse.Namespace) -> None:
-    """EXTRACTED and its base -> OUT with both."""
+def attach(run: str, out: Path, base: str) -> None:
+    """Writes an extracted run together with its base; `base`: where it is, '' = where the run says."""
     import jax
 
     from lm import build, checkpoint, param_paths, tasks
 
-    saved = checkpoint.choose(args.run)
+    saved = checkpoint.choose(run)
     if "base" not in saved.info:
         raise checkpoint.CheckpointError(f"{saved.path} was not made by 'extract': it names no base")
-    name, expected = args.base or saved.info["base"]["run"], saved.info["base"]["fingerprints"]
+    name, expected = base or saved.info["base"]["run"], saved.info["base"]["fingerprints"]
     cfg = tasks.build_saved_config(saved.info["config"])
     planned, _, params = build.read_model(dataclasses.replace(cfg, init_from=name))
     found = jax.device_get(jax.jit(checkpoint.fingerprints)(params))
@@ -103,11 +103,11 @@ def attach(args: argparse.Namespace) -> None:
         if path not in expected
     }
     own = checkpoint.load(saved, param_paths.unflatten(kept))["params"]
-    write(args.out, saved, cfg, param_paths.overlay(params, own), planned.tokenizer)
+    write(out, saved, cfg, param_paths.overlay(params, own), planned.tokenizer)
 
 
-def write(out: Path, saved: Any, cfg: Any, params: Any, words: Any, **about: Any) -> None:
-    """A run folder with one checkpoint: the step, position and metrics of `saved`, with other parameters."""
+def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: Any) -> None:
+    """Writes a run folder with one checkpoint: step, position and metrics of `saved`, with other parameters."""
     import jax
 
     from lm import build, checkpoint, config
@@ -115,16 +115,15 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, words: Any, **about: Any
     from lm.tracking import tracker
 
     out.mkdir(parents=True)
-    if words:
-        words.save(out / build.tokenizer_file(cfg))
+    if tokenizer:
+        tokenizer.save(out / build.tokenizer_file(cfg))
     tracker.write_atomic(out / "config.json", config.to_json(cfg))
     kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
     with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:
-        saves.save(saved.step, {"params": params}, kept | {"config": schema.to_dict(cfg)} | about, saved.metrics)
+        saves.save(saved.step, {"params": params}, kept | {"config": schema.to_dict(cfg)} | info, saved.metrics)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    main()
+    app.run(main, flags_parser=command_line.parse)

@@ -1,28 +1,27 @@
 """Writes the labelled sentences of several recipes as one data set, for task.name=multitask.
 
-python tools/mix_tasks.py OUT RECIPE [RECIPE ...]
+    python tools/mix_tasks.py OUT RECIPE [RECIPE ...]
 
-OUT/train.jsonl and OUT/valid.jsonl hold the records of configs/RECIPE.py for each of them, with labels such as
-'RECIPE/LABEL'. A recipe is one of classification or regression; its data is read as its config says.
+OUT/train.jsonl and OUT/valid.jsonl hold the records of each configs/RECIPE.py, with labels of the form 'RECIPE/LABEL'.
+The recipes are of classification or regression; their data is read as their configs say.
 """
 
-import argparse
 import importlib
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes import `configs`, which is not installed
+from absl import app
 
+from lm import command_line
 from lm.data.readers import registry
 from lm.tasks import build_config, task_of
 
 
 def mix(out: Path, names: list[str]) -> dict[str, int]:
-    """Writes both files. Returns how many records each recipe has in both.
+    """Writes both files. Returns the number of records of each recipe, training and validation together.
 
     Raises:
-      DataError, ConfigError: as reading the data of a recipe does.
+      DataError, ConfigError: from reading the data of a recipe.
     """
     splits = {}
     for name in names:
@@ -38,18 +37,13 @@ def mix(out: Path, names: list[str]) -> dict[str, int]:
     return {name: len(split.train) + len(split.valid) for name, split in splits.items()}
 
 
-def main() -> None:
-    """Writes what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE")
-    args = parser.parse_args()
-    try:
-        counts = mix(args.out, args.recipes)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"written to {args.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+def main(argv: list[str]) -> None:
+    """Writes the data set."""
+    out, *recipes = command_line.arguments(argv, "OUT", "RECIPE...")
+    with command_line.one_line_errors():
+        counts = mix(Path(out), recipes)
+    print(f"written to {out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main, flags_parser=command_line.parse)

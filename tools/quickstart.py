@@ -1,11 +1,10 @@
-"""The main job in one command: pre-train on the built-in corpus, fine-tune from it and from scratch, compare.
+"""Pre-trains on the built-in corpus, fine-tunes from that checkpoint and from scratch, and compares the two.
 
     python tools/quickstart.py [--workdir=runs/quickstart]
 
-Each part is a `python -m lm.main` of its own, and resumes if this is started again.
+Each of the three runs is a `python -m lm.main`; the same command resumes them.
 """
 
-import argparse
 import json
 import math
 import subprocess
@@ -14,14 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from absl import app, flags
+
+from lm import command_line
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the three runs.")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Runs the three parts and prints the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", default="runs/quickstart", help="where the three runs go")
-    workdir = Path(parser.parse_args().workdir).absolute()
+    command_line.arguments(argv)
+    workdir = Path(_WORKDIR.value).absolute()
     started = time.time()
     pretrained, sft, scratch = (workdir / name for name in ("pretrain", "sft", "sft_scratch"))
     run("quickstart_pretrain.py", pretrained)
@@ -32,22 +36,22 @@ def main() -> None:
 
 
 def run(recipe: str, workdir: Path, *overrides: str) -> None:
-    """One run of `lm.main`; stops here, with its exit status, if it fails."""
+    """One run of `lm.main`; ends this program if the run fails."""
     command = [sys.executable, "-m", "lm.main", f"--config=configs/{recipe}", f"--workdir={workdir}", *overrides]
     print("\n$", *command, flush=True)
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status:
-        sys.exit(f"error: {recipe} ended with status {status}; fix what it says above and start again: it resumes")
+        sys.exit(f"error: {recipe} exited with status {status}; fix the error above and run the same command to resume")
 
 
 def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
-    """One table of what came out, the sampled answers, and where everything lies."""
+    """Prints a table of the results, sampled answers, and the folders of the runs."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     first, tuned, untrained = (json.loads((path / "summary.json").read_text()) for path in (pretrained, sft, scratch))
-    table = Table(title="What pre-training was worth (held-out data)")
+    table = Table(title="Gain from pre-training (held-out data)")
     for column in ("run", "measured", "before", "after", "steps", "tokens/s", "parameters"):
         table.add_column(column, justify="left" if column in ("run", "measured") else "right")
 
@@ -99,4 +103,4 @@ def draw(workdir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main, flags_parser=command_line.parse)

@@ -1,38 +1,29 @@
-"""A picture of what a masked autoencoder makes of held-out images, beside what a prediction of zero looks like.
+"""Draws how a masked autoencoder reconstructs held-out images, beside a prediction of zero.
 
 python tools/show_reconstructions.py runs/mae_cifar10 reconstructions.png [--rows=8]
 """
 
-import argparse
 import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import app, flags
+
+from lm import command_line
+
+_ROWS = flags.DEFINE_integer("rows", 8, "Number of images.", lower_bound=1)
 
 
-def main() -> None:
-    """Loads the run's newest (or best, or a given) checkpoint and its held-out images, and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder; DIR@best or DIR@STEP for another checkpoint")
-    parser.add_argument("out", help="the picture, .png or what else matplotlib writes")
-    parser.add_argument("--rows", type=int, default=8, help="how many images")
-    args = parser.parse_args()
-
-    from lm.checkpoint import CheckpointError
-    from lm.config.schema import ConfigError
-    from lm.data.record import DataError
-
-    try:
-        draw(*reconstruct(args.run, args.rows), args.out)
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
-    print(f"written to {args.out}")
+def main(argv: list[str]) -> None:
+    """Loads a run's checkpoint (RUN, RUN@best or RUN@STEP) and its held-out images, and writes the picture."""
+    run, out = command_line.arguments(argv, "RUN", "OUT.png")
+    with command_line.one_line_errors():
+        draw(*reconstruct(run, _ROWS.value), out)
+    print(f"written to {out}")
 
 
 def check(cfg: Any) -> None:
-    """Raises ConfigError unless a run of this config makes images."""
+    """Raises ConfigError unless the config is that of a masked autoencoder."""
     from lm.config.schema import ConfigError
 
     if cfg.task.name != "masked_autoencoding":
@@ -40,7 +31,7 @@ def check(cfg: Any) -> None:
 
 
 def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
-    """`panels` of held-out images, evenly spaced over all of them, and what is written above the picture."""
+    """(`panels` of held-out images that are evenly spaced in the split, heading of the picture)."""
     import jax
 
     from lm import build, checkpoint, input_pipeline
@@ -50,7 +41,7 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
     saved = checkpoint.choose(run)
     cfg, model, params, _ = build.load_run(run)
     check(cfg)
-    own = dataclasses.replace(cfg.data, replay=0.0)  # not what it replayed
+    own = dataclasses.replace(cfg.data, replay=0.0)  # only the run's own images
     data = input_pipeline.build(
         dataclasses.replace(cfg, data=own), None, *input_pipeline.load(own, task_of(cfg).wanted(cfg))
     )
@@ -67,7 +58,7 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
 
 
 def loss(prediction_BxTxC: np.ndarray, images_BxHxWxC: np.ndarray, masked_BxM: np.ndarray, size: int) -> float:
-    """What the run's `loss` is of a prediction."""
+    """The training loss of a prediction."""
     import jax.numpy as jnp
 
     from lm import losses
@@ -84,10 +75,10 @@ def panels(
 ) -> dict[str, np.ndarray]:
     """Title -> images, uint8 [B, H, W, C]: the columns of the picture.
 
-    The model predicts a patch less its mean, over its deviation. What these are of a hidden patch it does not say; they
-    are taken from the patches that it sees, the same for all hidden patches of an image: the mean of their pixels and
-    the root mean square of their deviations. A prediction of zero is drawn the same way: all that the model adds is the
-    difference of the last two columns.
+    The model predicts patches normalised by their own mean and standard deviation, and does not predict these two. They
+    are estimated from the visible patches, one pair for all hidden patches of an image: the mean of their pixels and
+    the root mean square of their standard deviations. The prediction of zero is drawn in the same way, so that the
+    difference between the last two columns is what the model contributes.
     """
     from lm.models import vision
 
@@ -112,7 +103,7 @@ def panels(
 
 
 def draw(columns: dict[str, np.ndarray], about: str, out: str) -> None:
-    """Writes the images as a grid, a column for each title, with a text above."""
+    """Writes the images as a grid with one column for each title, under the heading `about`."""
     from matplotlib.figure import Figure
 
     rows = len(next(iter(columns.values())))
@@ -128,5 +119,4 @@ def draw(columns: dict[str, np.ndarray], about: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    main()
+    app.run(main, flags_parser=command_line.parse)

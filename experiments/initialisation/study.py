@@ -28,8 +28,6 @@ from lm.parallel import mesh as mesh_lib
 from lm.tasks import build_config, default_config, task_config, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results.json"
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results.json"
 
@@ -357,7 +355,7 @@ def beyond(name: str, arm: Arm, seeds: int) -> str:
 
 
 if __name__ == "__main__":
-    from lm.parallel import xla_flags
+    from lm import command_line
 
-    xla_flags.use_huge_pages()
+    command_line.use_huge_pages()
     main()

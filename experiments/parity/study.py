@@ -25,8 +25,6 @@ from lm.parallel import mesh as mesh_lib
 from lm.tasks import build_config
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results.json"
 
@@ -64,13 +62,13 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
 
     from configs import gpt2_tinystories
     from lm import build
+    from lm.benchmark import transformers_gpt2
     from lm.checkpoint import init_from
     from lm.evaluation import evaluate, metrics
-    from tools import bench_peer
 
     cfg = build_config(gpt2_tinystories.get_config())
     planned = build.plan(cfg, None)
-    bench_peer.check(planned.cfg, jax.default_backend())
+    transformers_gpt2.check(planned.cfg, jax.default_backend())
     mesh = mesh_lib.make_mesh(planned.cfg.mesh, jax.devices()[:1])
     with tempfile.TemporaryDirectory() as folder:
         run = build.run(planned, Path(folder), mesh, lambda _: None)
@@ -100,10 +98,10 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
         import torch
 
         torch.manual_seed(run.cfg.seed)
-        model = bench_peer.gpt2(run.cfg, weights, run.tokenizer.vocab_size, ACTIVATION)
+        model = transformers_gpt2.gpt2(run.cfg, weights, run.tokenizer.vocab_size, ACTIVATION)
         rates: Iterator[float] = map(float, map(jax.jit(run.optimizer.learning_rate), itertools.count()))
-        advance = bench_peer.training(run.cfg, model, rates, build.data_iterator(run, 0))
-        return functools.partial(advance, 1), functools.partial(bench_peer.held_out_loss, model, held_out)
+        advance = transformers_gpt2.training(run.cfg, model, rates, build.data_iterator(run, 0))
+        return functools.partial(advance, 1), functools.partial(transformers_gpt2.held_out_loss, model, held_out)
 
     return lambda name: ours() if name == "lm" else theirs(start if name == "same" else None)
 

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-HERE = Path(__file__).resolve().parent
+from experiments.prepare import corpus
 
-from experiments.prepare import corpus  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
 
 KILLS = 10
 SMALL_MEGABYTES = 4.0  # of the corpus that kills and runners are compared on

@@ -1,6 +1,6 @@
-"""Files between the stages of a job: folders of arrays that are there whole or not at all.
+"""Intermediate files of a job: folders of arrays that are written atomically.
 
-A stage that finds its output has nothing to do, so that a job killed at any point goes on where it stopped.
+A unit of work whose output folder exists is skipped, so that a job killed at any point can be resumed.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def write(folder: Path, arrays: Mapping[str, np.ndarray], info: Any) -> None:
-    """Writes arrays, and `info` as JSON, as one folder. One that is there already stays: it holds the same."""
+    """Writes arrays, and `info` as JSON, as one folder. An existing folder is kept: its content is the same."""
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -24,17 +24,17 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray], info: Any) -> None:
     if not folder.exists():
         try:
             scratch.rename(folder)
-        except OSError:  # made meanwhile by another process that a runner gave the same work
+        except OSError:  # another process, which the runner gave the same unit, was faster
             if not folder.exists():
                 raise
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 def array(folder: Path, name: str) -> np.ndarray:
-    """An array of a folder, memory-mapped: what is read of it is what is touched."""
+    """An array of a folder, memory-mapped."""
     return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
 
 def info(folder: Path) -> Any:
-    """What `write` was given as `info`."""
+    """The `info` that was passed to `write`."""
     return json.loads((folder / "info.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a prepared folder says of itself to people: README.md and a histogram of the documents' lengths."""
+"""The data card of a prepared folder: README.md, and a histogram of document lengths."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from lm.corpus.filters import FILTERS
 
-# Documents that a filter of quality dropped are counted in `statistics` under its name; these are what else drops some.
+# Why documents are dropped, apart from the quality filters, which are counted in `statistics` under their own names.
 _OTHER_REASONS = {
     "contaminated": "text of an evaluation file",
     "exact_duplicate": "the content of an earlier one",
@@ -15,18 +15,18 @@ _OTHER_REASONS = {
 
 
 def write(folder: Path, index: Mapping[str, Any]) -> None:
-    """Writes README.md and lengths.png from what `lm.corpus.pipeline` puts into the index."""
+    """Writes README.md and lengths.png from the index that `lm.corpus.pipeline` made."""
     _plot(folder / "lengths.png", index["statistics"]["lengths"])
     (folder / "README.md").write_text(text(index), encoding="utf-8")
 
 
 def text(index: Mapping[str, Any]) -> str:
-    """The data card, Markdown."""
-    settings, found = index["settings"], index["statistics"]
+    """The data card, in Markdown."""
+    settings, statistics = index["settings"], index["statistics"]
     data, how, length = settings["data"], settings["prepare"], index["layout"]["length"]
-    rows = [("read", found["documents"], found["bytes"])]
-    rows += [(_reason(why), -documents, -size) for why, (documents, size) in found["dropped"].items()]
-    rows += [(f"kept: {part}", kept["documents"], kept["bytes"]) for part, kept in found["kept"].items()]
+    rows = [("read", statistics["documents"], statistics["bytes"])]
+    rows += [(_reason(why), -documents, -size) for why, (documents, size) in statistics["dropped"].items()]
+    rows += [(f"kept: {part}", kept["documents"], kept["bytes"]) for part, kept in statistics["kept"].items()]
     parts = [
         (
             part,
@@ -34,9 +34,9 @@ def text(index: Mapping[str, Any]) -> str:
             *(f"{kept[key]:,}" for key in ("rows", "tokens")),
             f"{kept['tokens'] / kept['rows'] / length:.1%}",
         )
-        for part, kept in found["kept"].items()
+        for part, kept in statistics["kept"].items()
     ]
-    bad = ", ".join(f"{kind} {count:,}" for kind, count in found["faults"].items()) or "none"
+    bad = ", ".join(f"{kind} {count:,}" for kind, count in statistics["faults"].items()) or "none"
     near = f"similarity of at least {how['near']}" if how["near"] else "not looked for"
     held = "data.eval_path" if data["eval_path"] else f"a share of {data['eval_fraction']}, by the hash of the content"
     sections = [
@@ -44,12 +44,13 @@ def text(index: Mapping[str, Any]) -> str:
         f"Rows of {length} tokens for `task.name={settings['task']['name']}`, `data.packing={settings['packing']}`.",
         "    python -m lm.main --config=RECIPE --workdir=RUN --config.data.format=prepared --config.data.path=FOLDER",
         "## Source",
-        f"`data.format={data['format']}`, `{data['path']}`: {len(settings['files']):,} files, {found['records']:,} "
-        f"records, of which bad: {bad}. Licence, languages and who is in it: not known to the tool; write it here.",
+        f"`data.format={data['format']}`, `{data['path']}`: {len(settings['files']):,} files, "
+        f"{statistics['records']:,} records, of which bad: {bad}. Licence, languages and who is in it: not known to "
+        "the tool; write it here.",
         "## What was kept",
         _table(("", "documents", "bytes"), [(name, f"{count:,}", f"{size:,}") for name, count, size in rows]),
         f"Held out: {held}. Near duplicates: {near}. Unicode was composed (NFC) and outer white space taken away, "
-        f"which changed {found['normalised']:,} documents. Each record that went is a line of `removed.jsonl`.",
+        f"which changed {statistics['normalised']:,} documents. Each record that went is a line of `removed.jsonl`.",
         "## Rows",
         _table(("part", "shards", "rows", "tokens", "fill"), parts),
         f"Tokenizer: `tokenizer.model`, sha256 {index['tokenizer_hash']}.",
@@ -73,7 +74,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plot(path: Path, counts: Sequence[int]) -> None:
-    """Documents by length; bin i has those of 2^(i - 1) to 2^i - 1 tokens."""
+    """Histogram of document lengths; bin i counts documents of 2^(i - 1) to 2^i - 1 tokens."""
     from matplotlib.figure import Figure
 
     used = [i for i, count in enumerate(counts) if count]
@@ -83,4 +84,4 @@ def _plot(path: Path, counts: Sequence[int]) -> None:
     axes.bar([str(2**i // 2) for i in shown], [counts[i] for i in shown])
     axes.set_xlabel("tokens of a document, from this number up to the next")
     axes.set_ylabel("documents")
-    figure.savefig(path, dpi=100, metadata={"Software": None})  # which would say the version of the plotting library
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # reproducible: no matplotlib version

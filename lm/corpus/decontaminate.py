@@ -1,6 +1,6 @@
-"""Which documents hold text of evaluation files: one run of n words in common is enough (Brown et al. 2020, app. C).
+"""Decontamination: finds documents that share an n-gram of words with evaluation files (Brown et al. 2020, app. C).
 
-An evaluation text of fewer than n words is looked for as a whole. Shape letters: G n-grams of the evaluation files.
+An evaluation text of fewer than n words is matched as a whole. Shape letters: G n-grams of the evaluation files.
 """
 
 import json
@@ -16,7 +16,7 @@ from lm.data.readers import text as records
 from lm.data.readers.fields import BadRecord
 from lm.data.record import DataError
 
-LEAST_WORDS = 8  # shorter texts are in too many documents by chance; GPT-3 does the same
+LEAST_WORDS = 8  # shorter texts match too many documents by chance; the same limit as GPT-3's
 
 
 class Evaluation(NamedTuple):
@@ -24,12 +24,12 @@ class Evaluation(NamedTuple):
 
     Attributes:
       files: their paths.
-      hash_G: uint64, sorted; one that is in several files is there several times.
-      file_G: index into `files` of each.
-      seen: bool [2^k]: whether an n-gram has these first k bits, which most n-grams of other texts do not.
+      hash_G: uint64, sorted; an n-gram of several files occurs several times.
+      file_G: index into `files` of each n-gram.
+      seen: bool [2^k], a prefilter: whether any n-gram has these first k bits.
       lengths: the n for which there are n-grams, increasing.
-      texts: texts read.
-      unchecked: texts of them that are shorter than `LEAST_WORDS` words.
+      texts: number of texts read.
+      unchecked: number of texts shorter than `LEAST_WORDS` words, which are not searched for.
     """
 
     files: tuple[str, ...]
@@ -42,10 +42,10 @@ class Evaluation(NamedTuple):
 
 
 def read(paths: Sequence[epath.Path], n: int) -> Evaluation:
-    """Reads evaluation files: every string of a .json or .jsonl file, every tab-separated field of another's lines.
+    """Reads evaluation files: all strings of .json and .jsonl files, and all tab-separated fields of other files.
 
     Raises:
-      DataError: a file cannot be read, a line of it is not UTF-8 or no JSON, or it has no text of `LEAST_WORDS` words.
+      DataError: a file cannot be read, is not UTF-8 or malformed JSON, or has no text of `LEAST_WORDS` words.
     """
     hashes, files, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)], set[int]()
     texts = unchecked = 0
@@ -64,7 +64,7 @@ def read(paths: Sequence[epath.Path], n: int) -> Evaluation:
                 files.append(np.full(len(hashes[-1]), number, np.int32))
                 lengths.add(length)
         if len(hashes) == before:
-            raise DataError(f"{path}: no text of {LEAST_WORDS} words or more; expected an evaluation file to look for")
+            raise DataError(f"{path}: found no text of {LEAST_WORDS} words or more, expected an evaluation file")
     hash_G, file_G = np.concatenate(hashes), np.concatenate(files)
     order = np.lexsort((file_G, hash_G))
     names = tuple(map(str, paths))
@@ -75,7 +75,7 @@ def read(paths: Sequence[epath.Path], n: int) -> Evaluation:
 
 
 def matches(evaluation: Evaluation, hash_W: np.ndarray, text_W: np.ndarray) -> dict[int, Counter[str]]:
-    """Texts that share an n-gram with an evaluation file: index of the text -> file -> its n-grams in it.
+    """Texts that share an n-gram with an evaluation file: index of the text -> file -> number of shared n-grams.
 
     Args:
       evaluation: from `read`.
@@ -100,33 +100,33 @@ def _texts(path: epath.Path) -> Iterator[str]:
         yield from _strings(_json(records.read_utf8(path), f"{path}"))
         return
     for number, line in enumerate(records.lines(path), 1):
-        where = f"{path}:{number}"
+        place = f"{path}:{number}"
         if name.endswith(".jsonl"):
-            yield from _strings(_json(line, where)) if line.strip() else ()
+            yield from _strings(_json(line, place)) if line.strip() else ()
         else:
-            yield from _decode(line, where).split("\t")
+            yield from _decode(line, place).split("\t")
 
 
-def _json(content: bytes, where: str) -> Any:
+def _json(content: bytes, place: str) -> Any:
     try:
-        return json.loads(_decode(content, where))
+        return json.loads(_decode(content, place))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{where}: malformed JSON ({error}); expected what the file's name says") from None
+        raise DataError(f"{place}: malformed JSON ({error}); expected JSON, by the name of the file") from None
 
 
-def _decode(content: bytes, where: str) -> str:
+def _decode(content: bytes, place: str) -> str:
     try:
         return records.decode(content)
     except BadRecord as error:
-        raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
+        raise DataError(f"{place}: {error.args[0]}: {error.args[1]}") from None
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in what JSON holds, but the names of fields."""
+    """All strings in a JSON value, except the keys of objects."""
     if isinstance(value, str):
-        yield value.encode(errors="replace").decode()  # JSON can spell what UTF-8 cannot
+        yield value.encode(errors="replace").decode()  # JSON can escape lone surrogates, which UTF-8 cannot encode
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)

@@ -1,8 +1,9 @@
-"""Near duplicates: MinHash signatures, and the documents of which an earlier one is much alike.
+"""Near-duplicate detection: MinHash signatures and locality-sensitive hashing (LSH).
 
-The likeness of two documents is the Jaccard similarity of their sets of 5-word runs. A signature estimates it (Broder
-1997); documents are compared only where they share one of `BANDS` bands of `BAND_ROWS` rows of it (Leskovec et al.,
-Mining of Massive Datasets, section 3.4). Shape letters: D documents, G n-grams, K rows of a signature, E entries.
+The similarity of two documents is the Jaccard similarity of their sets of 5-word shingles, estimated by the share of
+equal rows in their MinHash signatures (Broder 1997). Only documents that agree in one of `BANDS` bands of `BAND_ROWS`
+rows are compared (Leskovec et al., Mining of Massive Datasets, section 3.4). Shape letters: D documents, G n-grams,
+K rows of a signature, E entries (a band of a document each).
 """
 
 from collections.abc import Callable
@@ -13,15 +14,15 @@ import numpy as np
 from lm.corpus.ngrams import mix
 
 SHINGLE_WORDS = 5
-BANDS, BAND_ROWS = 25, 5  # a pair of similarity s shares a band with a probability of 1 - (1 - s^5)^25: .75 -> .999
+BANDS, BAND_ROWS = 25, 5  # a pair of similarity s shares a band with probability 1 - (1 - s^5)^25: .75 -> .999
 ROWS = BANDS * BAND_ROWS
 _EMPTY = np.uint32(2**32 - 1)
-_LEADERS = 256  # compared with the others of their band: bounds the time that a phrase of a great many texts takes
-_COMPARED = 1 << 16  # pairs of signatures held at a time
+_LEADERS = 256  # leaders compared in a band at most: bounds the time for a phrase that very many texts share
+_COMPARED = 1 << 16  # pairs of signatures in memory at a time
 
 
 class Pairs(NamedTuple):
-    """Documents that are much like an earlier one: id uint64 [P], the earlier one's uint64 [P], float32 [P]."""
+    """Near duplicates: id uint64 [P], id of the earlier document uint64 [P], similarity float32 [P]."""
 
     id_P: np.ndarray
     of_P: np.ndarray
@@ -31,9 +32,9 @@ class Pairs(NamedTuple):
 def signatures(hash_G: np.ndarray, text_G: np.ndarray, num_texts: int) -> np.ndarray:
     """One-permutation MinHash with optimal densification (Shrivastava 2017), uint16 [D, K].
 
-    Each n-gram falls into one of K bins and each bin keeps its smallest hash: one hash a n-gram, where K permutations
-    take K. An empty bin copies a full one that its number alone chooses, so that a row of two signatures agrees with
-    a probability of the similarity (and 2^-16 by chance), however short the texts. One without n-grams gets zeros.
+    Each n-gram falls into one of K bins, and each bin keeps its smallest hash; this needs one hash per n-gram instead
+    of K. An empty bin copies a full bin, chosen by a hash of the bin's number. So a row of two signatures agrees with
+    a probability equal to the similarity (plus 2^-16), however short the texts are. A text without n-grams gets zeros.
     """
     bin_G = ((hash_G >> 32) * np.uint64(ROWS)) >> 32
     least = np.full(num_texts * ROWS, _EMPTY, np.uint32)
@@ -53,7 +54,7 @@ def signatures(hash_G: np.ndarray, text_G: np.ndarray, num_texts: int) -> np.nda
 
 
 def band_hashes(signature_DxK: np.ndarray) -> np.ndarray:
-    """One hash a band, uint64 [D, BANDS]; those of different bands are different."""
+    """One hash for each band, uint64 [D, BANDS]; the number of the band is part of the hash."""
     rows = signature_DxK.reshape(-1, BANDS, BAND_ROWS).astype(np.uint64)
     hashes = np.broadcast_to(np.arange(1, BANDS + 1, dtype=np.uint64), rows.shape[:2])
     for row in range(BAND_ROWS):
@@ -64,18 +65,19 @@ def band_hashes(signature_DxK: np.ndarray) -> np.ndarray:
 def near_duplicates(
     hash_E: np.ndarray, id_E: np.ndarray, fetch: Callable[[np.ndarray], np.ndarray], threshold: float
 ) -> Pairs:
-    """The documents that share a band with an earlier one, of a smaller id, and are like it by their signatures.
+    """Documents that share a band with an earlier document (one of a smaller id) and are similar to it.
 
-    Of the documents of a band, the first is compared with all others; those like it are found, and go; so on with the
-    first of the rest, `_LEADERS` times at most. Bands are treated one by one: however they are split over calls, the
-    calls together find the same. Worked, documents 1 2 3 in a band, where 1 is like 2 and 2 like 3: 2 is found, as
-    being like 1; 3 is not, unless it shares with 2 a band that 1 is not in.
+    In each band, the first document is the leader: it is compared with all others, and those similar to it are
+    duplicates and removed from the band. The first of the rest is the next leader, and so on, at most `_LEADERS` times.
+    Bands are independent, so that the result does not depend on how they are split over calls. Example: a band has
+    documents 1, 2, 3, of which 1 and 2 are similar, and 2 and 3. Then 2 is a duplicate of 1; 3 is kept, unless it
+    shares with 2 a band that 1 is not in.
 
     Args:
-      hash_E: bands, uint64 [E].
+      hash_E: hashes of bands, uint64 [E].
       id_E: the document of each, uint64 [E].
-      fetch: ids, uint64 [n], sorted, each once -> signatures [n, K].
-      threshold: least share of rows that agree.
+      fetch: sorted unique ids, uint64 [n] -> signatures [n, K].
+      threshold: share of equal rows from which on two documents are similar.
     """
     order = np.lexsort((id_E, hash_E))
     hash_E, id_E = hash_E[order], id_E[order]
@@ -99,12 +101,12 @@ def near_duplicates(
 
 
 def _starts(hash_E: np.ndarray) -> np.ndarray:
-    """Whether an entry is the first of its band; entries of a band stand together."""
+    """bool [E]: whether an entry is the first of its band; entries of a band are adjacent."""
     return np.append(np.ones(min(1, len(hash_E)), bool), hash_E[1:] != hash_E[:-1])
 
 
 def _agreement(signature_CxK: np.ndarray, a_E: np.ndarray, b_E: np.ndarray) -> np.ndarray:
-    """Share of rows that agree, float32 [E]."""
+    """Share of equal rows, float32 [E]."""
     shares = [np.zeros(0, np.float32)]
     for start in range(0, len(a_E), _COMPARED):
         pairs = slice(start, start + _COMPARED)
@@ -113,7 +115,7 @@ def _agreement(signature_CxK: np.ndarray, a_E: np.ndarray, b_E: np.ndarray) -> n
 
 
 def _first_of_each(pairs: Pairs) -> Pairs:
-    """Each document once, with the earliest one that it is like."""
+    """Each document once, paired with the earliest document that it is similar to."""
     order = np.lexsort((pairs.of_P, pairs.id_P))
     _, first = np.unique(pairs.id_P[order], return_index=True)
     return Pairs(*(column[order][first] for column in pairs))

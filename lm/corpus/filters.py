@@ -1,7 +1,7 @@
-"""What tells a document of little use for training: one measure each, and the values at which it is kept.
+"""Quality filters: each is a measure of a document and the range of values in which the document is kept.
 
-Thresholds are those of Gopher (Rae et al. 2021, appendix A.1, 'Quality filtering' and 'Repetition removal') and C4
-(Raffel et al. 2020, section 2.2). They are for prose in languages that put spaces between words.
+The thresholds are those of Gopher (Rae et al. 2021, appendix A.1, 'Quality filtering' and 'Repetition removal') and C4
+(Raffel et al. 2020, section 2.2). They suit prose in languages that separate words by spaces.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Page(NamedTuple):
-    """A document, and its parts: words are between white space, lines are without outer white space and never empty."""
+    """A document, its white-space-separated words, and its non-empty stripped lines."""
 
     text: str
     words: list[str]
@@ -20,7 +20,7 @@ class Page(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """Keeps the documents whose measure is from `least` to `most`."""
+    """Keeps the documents whose measure is between `least` and `most`, inclusive."""
 
     measure: Callable[[Page], float]
     least: float
@@ -33,16 +33,16 @@ _ELLIPSES = ("...", "…")
 
 
 def page(text: str) -> Page:
-    """The document, split."""
+    """Splits a document."""
     return Page(text, text.split(), [line for line in map(str.strip, text.split("\n")) if line])
 
 
 def rejected_by(text: str, names: Sequence[str]) -> str:
-    """The first of the filters that does not keep the text; '' = all of them do."""
-    found = page(text)
+    """Name of the first filter that rejects the text; '' if all accept it."""
+    document = page(text)
     for name in names:
-        one = FILTERS[name]
-        if not one.least <= one.measure(found) <= one.most:
+        rule = FILTERS[name]
+        if not rule.least <= rule.measure(document) <= rule.most:
             return name
     return ""
 
@@ -56,7 +56,7 @@ def _mean_word_length(page: Page) -> float:
 
 
 def _symbols(page: Page) -> float:
-    """Hash signs and ellipses a word."""
+    """Hash signs and ellipses per word."""
     return _share(page.text.count("#") + sum(map(page.text.count, _ELLIPSES)), len(page.words))
 
 
@@ -86,7 +86,7 @@ def _repeated_line_characters(page: Page) -> float:
 
 
 def _top_ngram(n: int, page: Page) -> float:
-    """Share of the words' characters that the most frequent run of n words covers; 0 if none comes twice."""
+    """Share of the words' characters covered by the most frequent n-gram of words; 0 if no n-gram occurs twice."""
     counts = Counter(zip(*(page.words[i:] for i in range(n)), strict=False))
     most = max(counts.values(), default=0)
     if most < 2:
@@ -96,7 +96,7 @@ def _top_ngram(n: int, page: Page) -> float:
 
 
 def _repeated_ngrams(n: int, page: Page) -> float:
-    """Share of the words' characters in a run of n words that came before, each character counted once."""
+    """Share of the words' characters in n-grams that occurred before, each character counted once."""
     runs = list(zip(*(page.words[i:] for i in range(n)), strict=False))
     if len(set(runs)) == len(runs):
         return 0.0
@@ -114,7 +114,7 @@ def _placeholder(page: Page) -> float:
     return page.text.lower().count("lorem ipsum")
 
 
-# In the order they are tried: cheap ones first.
+# In the order in which they are applied: cheap ones first.
 FILTERS: dict[str, Filter] = {
     "words": Filter(lambda page: len(page.words), 50, 100_000),  # Gopher
     "word_length": Filter(_mean_word_length, 3, 10),  # Gopher
@@ -129,7 +129,7 @@ FILTERS: dict[str, Filter] = {
     "repeated_5grams": Filter(functools.partial(_repeated_ngrams, 5), 0, 0.15),  # Gopher
     "repeated_10grams": Filter(functools.partial(_repeated_ngrams, 10), 0, 0.1),  # Gopher
     "stop_words": Filter(_stop_words, 2, math.inf),  # Gopher, English
-    "code": Filter(lambda page: page.text.count("{"), 0, 0),  # C4: a brace tells a script that was taken for prose
+    "code": Filter(lambda page: page.text.count("{"), 0, 0),  # C4: a brace suggests source code
 }
-# Those that suit any text in words.
+# Filters for any language that separates words by spaces.
 DEFAULT = tuple(name for name in FILTERS if name not in ("stop_words", "code"))

@@ -1,7 +1,7 @@
-"""Words and runs of words of many texts at once, as 64-bit hashes.
+"""64-bit hashes of the words and n-grams of many texts at once.
 
-Shape letters: T texts, W words, G n-grams. A hash is the same on every machine and in every run; two different n-grams
-share one with a probability of about 2^-64.
+Shape letters: T texts, W words, G n-grams. Hashes are the same on every machine and in every run. Two different n-grams
+collide with a probability of about 2^-64.
 """
 
 import functools
@@ -9,22 +9,22 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-_BATCH_BYTES = 1 << 20  # hashed at a time: a byte needs about 40 bytes of scratch
+_BASE = 0x9E3779B97F4A7C15  # odd, and therefore invertible modulo 2^64
+_BATCH_BYTES = 1 << 20  # of text hashed at a time, with about 40 times as much scratch memory
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 that spreads every bit over all others (splitmix64's: Steele et al. 2014)."""
+    """The finaliser of splitmix64 (Steele et al. 2014), a bijection of uint64 in which every bit affects all others."""
     x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> 31)
 
 
 def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(hash of each word, uint64 [W]; the text it is in, int64 [W]), in the order they stand.
+    """(hash of each word, uint64 [W]; index of its text, int64 [W]), in order.
 
-    Words are runs of letters and digits, lower-cased; all else is between them. A character of a script that UTF-8
-    spells in three or four bytes (Chinese, Thai, Devanagari) is a word of its own, as those may not use spaces.
+    Words are runs of letters and digits, lower-cased; all other characters separate words. A character that UTF-8
+    encodes in three or four bytes (Chinese, Thai, Devanagari) is a word of its own: such scripts may not use spaces.
     """
     hashes, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     batch: list[tuple[int, bytes]] = []
@@ -41,9 +41,9 @@ def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ngrams(hash_W: np.ndarray, text_W: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(hash of each run of `n` words of one text, uint64 [G]; the text it is in, int64 [G]), in order.
+    """(hash of each n-gram of words, uint64 [G]; index of its text, int64 [G]), in order.
 
-    Hashes of runs of different n are different too.
+    n-grams do not cross texts. n-grams of different n have different hashes.
     """
     return next(of_lengths(hash_W, text_W, [n]))
 
@@ -51,7 +51,7 @@ def ngrams(hash_W: np.ndarray, text_W: np.ndarray, n: int) -> tuple[np.ndarray, 
 def of_lengths(
     hash_W: np.ndarray, text_W: np.ndarray, lengths: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What `ngrams` gives for each of the lengths, which increase; a longer run is hashed from a shorter one."""
+    """`ngrams` for each of several increasing lengths; longer n-grams are hashed from shorter ones."""
     sum_W = np.zeros_like(hash_W)
     for n in range(1, max(lengths, default=0) + 1):
         count = max(0, len(hash_W) - n + 1)
@@ -63,7 +63,7 @@ def of_lengths(
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:
-    """A long text in parts, cut at spaces."""
+    """Splits a long text into pieces, at spaces."""
     while (cut := text.find(b" ", _BATCH_BYTES)) >= 0:
         yield text[:cut]
         text = text[cut:]
@@ -71,11 +71,11 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 
 def _hash_batch(batch: list[tuple[int, bytes]], hashes: list[np.ndarray], owners: list[np.ndarray]) -> None:
-    """Adds what `word_hashes` gives of (text, part of it) pairs."""
+    """Appends the hashes and texts of the words in a batch of (index of the text, piece of it)."""
     raw_N = np.frombuffer(b"".join(piece + b"\n" for _, piece in batch), np.uint8)
     start_W, end_W = _word_bounds(raw_N)
     powers_N, inverses_N = _powers(1 << len(raw_N).bit_length())
-    # prefix[i] is the sum of byte j * base^j over j < i; a word's is the difference of two, moved to start at base^0.
+    # prefix[i] = sum of byte[j] * base^j over j < i. A word's hash is a difference of two, divided by base^start.
     prefix = np.zeros(len(raw_N) + 1, np.uint64)
     np.cumsum((raw_N.astype(np.uint64) + np.uint64(1)) * powers_N[: len(raw_N)], out=prefix[1:])
     hashes.append(mix((prefix[end_W] - prefix[start_W]) * inverses_N[start_W]))
@@ -85,7 +85,7 @@ def _hash_batch(batch: list[tuple[int, bytes]], hashes: list[np.ndarray], owners
 
 
 def _word_bounds(raw_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where words start and end (exclusive), int64 [W] each; `raw_N` ends in a byte that is in no word."""
+    """Start and (exclusive) end of each word, int64 [W] each; the last byte of `raw_N` must not be in a word."""
     in_word_N = _IN_WORD[raw_N]
     in_word_N[np.flatnonzero(raw_N == 0xE2)[:, None] + np.arange(3)] = (
         False  # U+2000 to U+2FFF: quotes, dashes, symbols

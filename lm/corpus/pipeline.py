@@ -1,4 +1,4 @@
-"""Raw text to prepared shards: a job from its first stage to its last, and what it leaves to be read."""
+"""Prepares raw text as shards: plans a job, runs its stages, and writes the index and data card."""
 
 import fcntl
 import functools
@@ -23,10 +23,10 @@ from lm.data.readers import paths, registry
 from lm.data.record import DataError, Fault
 from lm.tasks import TASKS
 
-# Tasks that read text alone, and whose rows shards can hold.
+# Tasks that read only text, and whose rows can be stored in shards.
 _TASKS = ("causal_lm", "prefix_lm", "masked_lm", "span_corruption")
-_UNMADE_WORK = ".work."  # begins the name of what a kill leaves while the folder is made
-# Keys of the config that decide what a prepared folder holds.
+_PARTIAL_WORK = ".work."  # prefix of the temporary folder that a kill leaves while `work` is created
+# Config keys that determine the content of a prepared folder.
 _DATA_KEYS = (
     *("format", "path", "eval_path", "eval_fraction", "encoding", "separator", "rename"),
     "seq_len",
@@ -34,13 +34,13 @@ _DATA_KEYS = (
 
 
 class Plan(NamedTuple):
-    """A job that was checked.
+    """A checked job.
 
     Attributes:
-      job: what is to be done.
-      groups: of units of data, for the stage that reads.
-      settings: all that decides the bytes of the folder, by key.
-      note: what a person should know before it starts, or ''.
+      job: what to prepare.
+      groups: (number, files) of each unit of the `read` stage.
+      settings: everything that determines the bytes of the folder.
+      note: a message for the user before the job starts, or ''.
     """
 
     job: Job
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One stage of a job: its units, what makes a unit's output, and where that is."""
+    """A stage of a job: its units, the function that runs a unit, and the path of a unit's output."""
 
     name: str
     units: Callable[[Job], Sequence[Any]]
@@ -68,17 +68,17 @@ def plan(
     near: float = 0.75,
     shard_bytes: int = 1 << 24,
 ) -> Plan:
-    """Checks all that can be checked before anything is read, and reads the evaluation files.
+    """Checks the settings before any data is read, and reads the evaluation files.
 
     Args:
-      cfg: a recipe; its `data` and `tokenizer` say what is to be prepared.
-      folder: to write to, and nowhere else; new, or of the same job.
-      evaluation: files, folders or globs whose text is to be kept out.
+      cfg: a recipe; its `data` and `tokenizer` say what to prepare.
+      folder: the output folder: new, or of the same job.
+      evaluation: files, folders or globs of evaluation data to decontaminate against.
       ngram, filters, near, shard_bytes: see `stages.Job`.
 
     Raises:
-      ConfigError: a setting that preparing data cannot follow; a folder of another job, with the difference.
-      DataError: a path names nothing, or an evaluation file cannot be used.
+      ConfigError: a setting that cannot be prepared.
+      DataError: a path matches no file, or an evaluation file cannot be used.
     """
     if "://" in str(folder):
         raise ConfigError(f"--out={folder} is a URL; expected a folder, local or mounted (NFS, gcsfuse)")
@@ -96,10 +96,10 @@ def plan(
     if cfg.data.mixture:
         raise ConfigError("'data.mixture' names several sources; prepare each by itself, with its 'data.path'")
     if cfg.init_from and not cfg.tokenizer.path:
-        raise ConfigError("the tokenizer of 'init_from' is to be used: set tokenizer.path=RUN/tokenizer.model")
-    words = tokenizer.load(cfg.tokenizer.path) if cfg.tokenizer.path else None
+        raise ConfigError("'init_from' is set, whose tokenizer must be used: set tokenizer.path=RUN/tokenizer.model")
+    given_tokenizer = tokenizer.load(cfg.tokenizer.path) if cfg.tokenizer.path else None
     units = registry.find(cfg.data)
-    looked_for = [file for path in evaluation for file in paths.find_files(path, ("",))]
+    evaluation_files = [file for path in evaluation for file in paths.find_files(path, ("",))]
     block_bytes = max(1, shard_bytes // 2)
     groups = [stages.group_units(part, block_bytes) for part in (units.valid, units.train)]
     job = Job(
@@ -107,7 +107,7 @@ def plan(
         cfg=cfg,
         num_groups=sum(map(len, groups)),
         held_groups=len(groups[0]),
-        evaluation=tuple(map(str, looked_for)),
+        evaluation=tuple(map(str, evaluation_files)),
         ngram=ngram,
         filters=tuple(filters),
         near=near,
@@ -118,37 +118,37 @@ def plan(
         "packing": cfg.data.packing,
         "task": {"name": cfg.task.name},
         "data": {name: getattr(cfg.data, name) for name in _DATA_KEYS},
-        "tokenizer": {**schema.to_dict(cfg.tokenizer), "hash": words.hash if words else ""},
+        "tokenizer": {**schema.to_dict(cfg.tokenizer), "hash": given_tokenizer.hash if given_tokenizer else ""},
         "prepare": {"ngram": ngram, "filters": job.filters, "near": near, "shard_bytes": shard_bytes},
-        "evaluation": {str(file): _state(file) for file in looked_for},
+        "evaluation": {str(file): _state(file) for file in evaluation_files},
         "files": {str(unit): _state(unit) for unit in (*units.valid, *units.train)},
     }
     held = stages.evaluation(job.evaluation, ngram)
-    note = f"evaluation files: {len(held.files)}, of {held.texts:,} texts; {held.unchecked:,} too short to look for"
+    note = f"evaluation files: {len(held.files)}, of {held.texts:,} texts; {held.unchecked:,} too short to check"
     notes = [note] * bool(held.files) + registry.left_out(cfg.data, [*units.train, *units.valid])
     numbered = list(enumerate(groups[0] + groups[1]))
     return Plan(job, numbered, json.loads(json.dumps(settings)), "\n".join(notes))
 
 
 def _state(unit: registry.Unit) -> list[int]:
-    """Size and time of change of its files, to see that they are the same when a job goes on."""
+    """Sizes and modification times of a unit's files, to detect changes when a job is resumed."""
     found = [file.stat() for file in paths.files_of(unit)]
     return [value for stat in found for value in (stat.length, int(stat.mtime))]
 
 
 def run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float], None]) -> dict[str, Any]:
-    """Does what is left of a job, and returns the index of the prepared folder.
+    """Runs a job, or resumes it, and returns the index of the prepared folder.
 
     Args:
       planned: from `plan`.
       runner: see `lm.corpus.workers`.
-      progress: called with a stage, its units done, all of them, and the seconds that the last one took (0: it was
-        there already).
+      progress: called with a stage, its finished units, all its units, and the CPU seconds of the last one (0 if it was
+        finished before).
 
     Raises:
-      ConfigError: the folder is of another job, or of none.
-      DataError: see `stages.read`; or nothing is left to train on, or to hold out.
-      JobError: another process is at it, or a worker ended.
+      ConfigError: the folder is of a job with other settings, or holds other files.
+      DataError: see `stages.read`; or no document is left for a part.
+      JobError: another process is running the job, or a worker ended.
     """
     job = planned.job
     if _is_finished(planned):
@@ -156,9 +156,9 @@ def run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float]
         return shards.read_index(epath.Path(job.folder))
     with (job.work / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go however this process ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends, however it ends
         except BlockingIOError:
-            raise JobError(f"--out={job.folder}: another process prepares it; wait for it, or stop it") from None
+            raise JobError(f"--out={job.folder}: another process is preparing it; wait for it, or stop it") from None
         index = _run(planned, runner, progress)
     shutil.rmtree(job.work)
     return index
@@ -169,25 +169,29 @@ def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float
     faults: list[Fault] = []
     for stage in _stages(planned.groups):
         units = stage.units(job)
-        left = [unit for unit in units if not stage.output(job, unit).exists()]
-        progress(stage.name, len(units) - len(left), len(units), 0.0)
-        for done, seconds in enumerate(runner(functools.partial(stage.run, job), left), len(units) - len(left) + 1):
+        pending = [unit for unit in units if not stage.output(job, unit).exists()]
+        progress(stage.name, len(units) - len(pending), len(units), 0.0)
+        for done, seconds in enumerate(
+            runner(functools.partial(stage.run, job), pending), len(units) - len(pending) + 1
+        ):
             progress(stage.name, done, len(units), seconds)
         if stage.name == "read":
             faults = _faults(job)
         if stage.name == "measure":
-            shard_writer.shard_names(job)  # an error where a part has no document, before the slow stages
+            shard_writer.shard_names(job)  # raises if a part has no document, before the slow stages
     _check_files(planned)
     return _finish(planned, faults)
 
 
 def _check_files(planned: Plan) -> None:
-    """Raises DataError where a file changed since the job began: some of it may have been read before, some after."""
+    """Raises DataError if a file changed since the job began: the data may be a mix of both versions."""
     was = planned.settings["files"]
     for unit in (unit for _, units in planned.groups for unit in units):
         now = _state(unit) if all(file.exists() for file in paths.files_of(unit)) else "gone"
         if was[str(unit)] != now:
-            raise DataError(f"{unit} changed while it was prepared (size, time: {was[str(unit)]} -> {now}); start anew")
+            raise DataError(
+                f"{unit} changed while it was prepared (size, time: {was[str(unit)]} -> {now}); start again"
+            )
 
 
 def _stages(groups: list[tuple[int, list[registry.Unit]]]) -> tuple[Stage, ...]:
@@ -209,33 +213,32 @@ def _stages(groups: list[tuple[int, list[registry.Unit]]]) -> tuple[Stage, ...]:
 
 
 def _is_finished(planned: Plan) -> bool:
-    """Whether the folder is there and whole; makes it if it is new. Raises ConfigError where it is something else."""
+    """Whether the folder is complete; creates it if it is new. Raises ConfigError if it is of another job."""
     folder, work = planned.job.folder, planned.job.work
     finished = (folder / shards.INDEX).exists()
     if finished or work.exists():
-        there = shards.read_index(epath.Path(folder))["settings"] if finished else _settings(work)
-        old, new = dict(schema.flatten(older.upgrade_prepared(there))), dict(schema.flatten(planned.settings))
+        existing = shards.read_index(epath.Path(folder))["settings"] if finished else _settings(work)
+        old, new = dict(schema.flatten(older.upgrade_prepared(existing))), dict(schema.flatten(planned.settings))
         if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
             lines = [
-                f"  {key}: {old.get(key, 'not there')} in the folder, {new.get(key, 'not there')} now"
-                for key in changed
+                f"  {key}: {old.get(key, 'absent')} in the folder, {new.get(key, 'absent')} now" for key in changed
             ]
             raise ConfigError(
                 f"--out={folder} was prepared with other settings; give another folder, or delete it\n"
                 + "\n".join(lines[:20] + ["  ..."] * (len(lines) > 20))
             )
         return finished
-    left = [path for path in folder.iterdir() if path.name.startswith(_UNMADE_WORK)] if folder.exists() else []
-    if folder.exists() and len(left) < len(list(folder.iterdir())):
+    partial = [path for path in folder.iterdir() if path.name.startswith(_PARTIAL_WORK)] if folder.exists() else []
+    if folder.exists() and len(partial) < len(list(folder.iterdir())):
         raise ConfigError(f"--out={folder} holds other files; expected a new or empty folder")
-    for scratch in left:
+    for scratch in partial:
         shutil.rmtree(scratch)
     artifacts.write(work, {}, planned.settings)
     return False
 
 
 def _settings(work: Path) -> Any:
-    """Of the job that a folder `work` is of. Raises ConfigError where it is of none."""
+    """Settings of the job that a folder `work` belongs to. Raises ConfigError if it belongs to none."""
     try:
         return artifacts.info(work)
     except FileNotFoundError:
@@ -243,18 +246,18 @@ def _settings(work: Path) -> Any:
 
 
 def _faults(job: Job) -> list[Fault]:
-    """All bad records. Raises DataError where there are more than data.max_bad_records."""
+    """All bad records. Raises DataError if there are more than data.max_bad_records."""
     infos = (artifacts.info(job.work / "read" / f"{group:08}") for group in range(job.num_groups))
     faults = [Fault(*fault) for found in infos for fault in found["faults"]]
     stages.check_faults(faults, job.cfg.data.max_bad_records)
     return faults
 
 
-# What is left to be read ----------------------------------------------------------------------------------------------
+# Index and statistics -------------------------------------------------------------------------------------------------
 
 
 def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
-    """Writes removed.jsonl, the data card and, last, the index. Raises DataError where a part is empty."""
+    """Writes removed.jsonl, the data card and, last, the index. Raises DataError if a part is empty."""
     job = planned.job
     names = shard_writer.shard_names(job)
     infos = [artifacts.info(job.work / "write" / name) for name in names]
@@ -287,7 +290,7 @@ def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
 def _statistics(
     job: Job, infos: list[dict[str, Any]], parts: Mapping[str, list[dict[str, Any]]], faults: list[Fault]
 ) -> dict[str, Any]:
-    """What was read, what went and why, what is there. Raises RuntimeError if that does not add up."""
+    """Counts of documents read, dropped by reason, and kept. Raises RuntimeError if they do not add up."""
     read = [artifacts.info(job.work / "read" / f"{group:08}") for group in range(job.num_groups)]
     dropped = {why: [0, 0] for why in (*job.filters, CONTAMINATED, EXACT, NEAR)}
     for info in infos:

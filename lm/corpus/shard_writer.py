@@ -1,7 +1,7 @@
-"""From what is kept of the documents to shards: shuffled, tokenized, packed.
+"""Writes the kept documents as shards: shuffled, tokenized, packed.
 
-The hash of its content says in which part and shard a document is, and where in it: shards do not depend on the files
-that documents came in, and each is a sample of the whole. Letters as in `lm.corpus.stages`.
+The hash of its content decides the part, the shard and the place of a document. So shards do not depend on how
+documents were split into files, and each shard is a random sample of all. Shape letters as in `lm.corpus.stages`.
 """
 
 import dataclasses
@@ -20,13 +20,18 @@ from lm.data.example import Example
 from lm.data.record import DataError
 from lm.tasks import TASKS
 
-_COUNTED = ("documents", "examples", "cut_in_pieces", "dropped_empty")  # of what `examples.make` counts
-LENGTH_BINS = 32  # of documents, by the logarithm to base 2 of their tokens
+_COUNTED = ("documents", "examples", "cut_in_pieces", "dropped_empty")  # kept in the index
+LENGTH_BINS = 32  # of the histogram of document lengths, by powers of 2 tokens
 
 
 class Documents(NamedTuple):
-    """Documents of a range of keys: (key, rest, text) of those that stay; reason -> [documents, bytes] and a line of
-    removed.jsonl for those that go."""
+    """Documents of a range of keys.
+
+    Attributes:
+      kept: (key, rest of the hash, text) of each kept document.
+      dropped: reason -> [documents, bytes].
+      removed: a line of removed.jsonl for each dropped document.
+    """
 
     kept: list[tuple[int, int, str]]
     dropped: dict[str, list[int]]
@@ -34,7 +39,7 @@ class Documents(NamedTuple):
 
 
 def shard_names(job: Job) -> list[str]:
-    """Names of all shards, each of about `shard_bytes` of text. Raises DataError where a part has no document."""
+    """Names of all shards, each of about `shard_bytes` of text. Raises DataError if a part has no document."""
     names = []
     for part in PARTS:
         size = _bytes_of_part(job, part)
@@ -46,7 +51,7 @@ def shard_names(job: Job) -> list[str]:
 
 
 def _bytes_of_part(job: Job, part: str) -> int:
-    """Of the texts that the filters keep, duplicates among them."""
+    """Bytes of the documents of a part that pass the filters, duplicates included."""
     size = 0
     for _, name in stages.blocks_of_part(job, part):
         folder = job.work / "read" / name
@@ -70,19 +75,19 @@ def _nothing_left(job: Job, part: str) -> str:
 
 
 def documents(job: Job, part: str, number: int, count: int) -> Documents:
-    """Those of one of `count` equal ranges of the keys of a part, by key: the same whatever files they came in."""
+    """The documents of range `number` out of `count` equal ranges of a part's keys, sorted by key."""
     first, last = stages.keys_of_part(job, part)
     low, high = (first + (last - first) * n // count for n in (number, number + 1))
-    alike = _alike(job, low, high)
+    duplicates = _duplicates(job, low, high)
     found = Documents([], {}, [])
     for block, name in stages.blocks_of_part(job, part):
-        _add_block(job, block, name, (low, high), alike, found)
+        _add_block(job, block, name, (low, high), duplicates, found)
     found.kept.sort(key=lambda document: document[:2])
     return found
 
 
-def _alike(job: Job, low: int, high: int) -> dict[int, tuple[float, int, str]]:
-    """id of a document with a key in [low, high) -> the largest (similarity, -id, place) of what it is like."""
+def _duplicates(job: Job, low: int, high: int) -> dict[int, tuple[float, int, str]]:
+    """Duplicates with keys in [low, high): id -> largest (similarity, -id, source) of the earlier documents."""
     found: dict[int, tuple[float, int, str]] = {}
     for folder in sorted((job.work / "match").glob("[0-9]*")):
         here = slice(*stages.places(artifacts.array(folder, "key"), low, high))
@@ -98,65 +103,69 @@ def _add_block(
     block: int,
     name: str,
     keys: tuple[int, int],
-    alike: Mapping[int, tuple[float, int, str]],
+    duplicates: Mapping[int, tuple[float, int, str]],
     found: Documents,
 ) -> None:
-    """Adds the documents of a block whose keys are in [low, high) to `found`."""
+    """Adds the documents of a block with keys in [low, high) to `found`."""
     folder, measured = job.work / "read" / name, job.work / "measure" / name
     key_D, rest_D, source_D, size_D = (artifacts.array(folder, column) for column in ("key", "rest", "source", "size"))
     verdict_D, held = artifacts.array(measured, "verdict"), artifacts.info(measured)["held"]
     reasons = stages.verdicts(job)
 
-    def why(row: int) -> dict[str, Any]:
-        """Why a document goes, and what of; {} = it stays."""
+    def reason_to_drop(row: int) -> dict[str, Any]:
+        """Why a document is dropped, with details, as in removed.jsonl; {} = it is kept."""
         if reason := reasons[verdict_D[row]]:
             return {"why": reason} | ({"ngrams": held[str(row)]} if reason == CONTAMINATED else {})
-        if like := alike.get((block << 32) + row):
-            similarity, _, of = like
+        if duplicate := duplicates.get((block << 32) + row):
+            similarity, _, of = duplicate
             is_same = similarity == stages.SAME
             return {"why": EXACT, "of": of} if is_same else {"why": NEAR, "of": of, "similarity": round(similarity, 3)}
         return {}
 
-    def stays(row: int) -> bool:
-        if reason := why(row):
+    def is_kept(row: int) -> bool:
+        if reason := reason_to_drop(row):
             count = found.dropped.setdefault(reason["why"], [0, 0])
             count[:] = [count[0] + 1, count[1] + int(size_D[row])]
             line = {"source": bytes(source_D[row]).decode(), **reason}
             found.removed.append(json.dumps(line, ensure_ascii=False) + "\n")
         return not reason
 
-    for row, text in stages.texts_of(folder, *stages.span(folder, *keys), stays):
+    for row, text in stages.texts_of(folder, *stages.span(folder, *keys), is_kept):
         found.kept.append((int(key_D[row]), int(rest_D[row]), text))
 
 
 def make_tokenizer(job: Job, name: str) -> None:
-    """The tokenizer of the recipe, or one trained on a part of the documents that the hash of their content chooses."""
+    """Writes the tokenizer of the recipe, or one trained on a sample of documents chosen by their hashes."""
     cfg = job.cfg.tokenizer
     if cfg.path:
-        words = tokenizer.load(cfg.path)
+        vocabulary = tokenizer.load(cfg.path)
     else:
         sample = documents(job, "train", 0, max(1, _bytes_of_part(job, "train") // cfg.train_bytes))
-        words = tokenizer.train((text for _, _, text in sample.kept), cfg.vocab_size, cfg.train_bytes)
-    words.save(job.folder / name)
+        vocabulary = tokenizer.train((text for _, _, text in sample.kept), cfg.vocab_size, cfg.train_bytes)
+    vocabulary.save(job.folder / name)
 
 
 def write(job: Job, name: str) -> None:
     """Tokenizes and packs one shard."""
     part, number, _, count = name.split("-")
     found = documents(job, part, int(number), int(count))
-    words = dataclasses.replace(tokenizer.load(job.folder / "tokenizer.model"), extra_ids=job.cfg.tokenizer.extra_ids)
+    vocabulary = dataclasses.replace(
+        tokenizer.load(job.folder / "tokenizer.model"), extra_ids=job.cfg.tokenizer.extra_ids
+    )
     task, counts, lengths = TASKS[job.cfg.task.name], Counter[str](), np.zeros(LENGTH_BINS, np.int64)
 
-    def made() -> Iterator[Example]:
+    def make_examples() -> Iterator[Example]:
         for _, _, text in found.kept:
             record = {"text": text, "source": name}
-            of_record = list(input_pipeline.make_examples(task, [record], words, job.cfg, counts))
-            length = sum(len(example.columns["tokens"]) for example in of_record)
+            record_examples = list(input_pipeline.make_examples(task, [record], vocabulary, job.cfg, counts))
+            length = sum(len(example.columns["tokens"]) for example in record_examples)
             lengths[min(LENGTH_BINS - 1, length.bit_length())] += 1
-            yield from of_record
+            yield from record_examples
 
-    # Whether documents of a row see one another is a matter of reading.
-    rows, _ = packing.pack(made(), task.columns(job.cfg), dataclasses.replace(job.cfg.data, mask_documents=True))
+    # Whether attention crosses documents is decided when the rows are read.
+    rows, _ = packing.pack(
+        make_examples(), task.columns(job.cfg), dataclasses.replace(job.cfg.data, mask_documents=True)
+    )
     info: dict[str, Any] = {"dropped": found.dropped, "lengths": lengths.tolist(), "entry": None}
     info["bytes"] = sum(len(text.encode()) for _, _, text in found.kept)
     info["documents"] = len(found.kept)

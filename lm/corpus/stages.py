@@ -1,14 +1,14 @@
-"""From files of records to what is kept of them: read, measure, match; each a function of one unit of work.
+"""The stages that read, filter and deduplicate documents: read, measure, match; each a function of one unit of work.
 
 A unit's output is a folder of arrays (`lm.corpus.artifacts`) below JOB/work. It is a function of the job alone: units
 may run anywhere, in any order, any number of times, and leave the same bytes.
 
 - `read`: files -> blocks of documents of bounded size, each sorted by the hash of its content.
-- `measure`: a block -> what the filters and the evaluation files say of each document, its signature and its bands.
-- `match`: a range of hashes -> the documents whose content or band an earlier one has.
+- `measure`: a block -> for each document the verdict of filters and decontamination, MinHash signature and LSH bands.
+- `match`: a range of hashes -> the exact and near duplicates of earlier documents.
 
-A document's id is the number of its block and its row there: an earlier document has a smaller id. Shape letters:
-D documents of a block, E entries (a band of a document each), N documents that are found.
+A document's id is the number of its block and its row in the block; earlier documents have smaller ids. Shape letters:
+D documents of a block, E entries (a band of a document each), N duplicates.
 """
 
 import dataclasses
@@ -28,29 +28,29 @@ from lm.data.readers import paths, registry
 from lm.data.record import DataError, Fault, NotRead, Record
 
 PARTS = ("valid", "train")
-SAME = 2.0  # stands for the similarity of documents whose content is the same
-KEYS = 2**64  # a key is the first 8 bytes of a content's sha256; those below eval_fraction * KEYS are held out
+SAME = 2.0  # stored as the similarity of exact duplicates
+KEYS = 2**64  # a key is the first 8 bytes of the content's sha256; keys below eval_fraction * KEYS are held out
 CONTAMINATED, EXACT, NEAR = "contaminated", "exact_duplicate", "near_duplicate"
-MOST_BYTES = 1 << 24  # of a document
-_BLOCK_NAME = re.compile(r"\d{8}-\d{8}")  # group of files, and which of its blocks
+MOST_BYTES = 1 << 24  # longest document
+_BLOCK_NAME = re.compile(r"\d{8}-\d{8}")  # number of the group of files, number of the block in it
 _BLOCK_DOCUMENTS = 1 << 15
-_MATCH_ENTRIES = 1 << 19  # bands in a range of hashes: bounds the memory of `match`
+_MATCH_ENTRIES = 1 << 19  # entries in a range of hashes: bounds the memory of `match`
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be prepared, and how.
+    """What to prepare, and how.
 
     Attributes:
-      folder: where to.
-      cfg: the recipe: where the records are (`data.*`), what rows they become, which tokenizer.
-      num_groups: groups of files that `read` takes, those of data.eval_path first.
-      held_groups: how many of them are of data.eval_path.
-      evaluation: evaluation files whose text no document may hold.
-      ngram: words in common that make a document hold such text.
+      folder: the output folder.
+      cfg: the recipe: source of the records (`data.*`), form of the rows, tokenizer.
+      num_groups: number of groups of files, the units of `read`; those of data.eval_path come first.
+      held_groups: how many of the groups are of data.eval_path.
+      evaluation: evaluation files to decontaminate against.
+      ngram: length in words of the n-grams that documents may not share with them.
       filters: names of `lm.corpus.filters.FILTERS`.
-      near: least similarity of near duplicates; 0 = they are kept.
-      block_bytes, shard_bytes: of text, at most, in a block and a shard.
+      near: similarity from which on documents are near duplicates; 0 = no near-duplicate removal.
+      block_bytes, shard_bytes: largest amount of text in a block, and approximate amount in a shard.
     """
 
     folder: Path
@@ -70,21 +70,21 @@ class Job:
 
 
 def blocks(job: Job) -> list[str]:
-    """Names of all blocks that were read, in the order of their ids."""
+    """Names of all blocks, in the order of their numbers."""
     return sorted(path.name for path in (job.work / "read").iterdir() if _BLOCK_NAME.fullmatch(path.name))
 
 
 def blocks_of_part(job: Job, part: str) -> list[tuple[int, str]]:
-    """(number, name) of the blocks that have documents of a part: all, but where data.eval_path says which."""
+    """(number, name) of the blocks with documents of a part: all blocks, unless data.eval_path separates the parts."""
     numbered = list(enumerate(blocks(job)))
     if not job.held_groups:
         return numbered
     is_held = {name: int(name.partition("-")[0]) < job.held_groups for _, name in numbered}
-    return [(at, name) for at, name in numbered if is_held[name] == (part == "valid")]
+    return [(number, name) for number, name in numbered if is_held[name] == (part == "valid")]
 
 
 def keys_of_part(job: Job, part: str) -> tuple[int, int]:
-    """The range [low, high) of keys that documents of a part have, in its blocks."""
+    """The range [low, high) of the keys of a part's documents, in its blocks."""
     if job.held_groups:
         return 0, KEYS
     held = int(job.cfg.data.eval_fraction * KEYS)
@@ -95,7 +95,7 @@ def keys_of_part(job: Job, part: str) -> tuple[int, int]:
 
 
 def group_units(units: Iterable[registry.Unit], most_bytes: int) -> list[list[registry.Unit]]:
-    """Consecutive units, put together while their files have at most `most_bytes`: many small files are one group."""
+    """Groups consecutive units up to `most_bytes` of files, so that many small files are one unit of work."""
     groups: list[list[registry.Unit]] = []
     size = 0
     for unit in units:
@@ -110,7 +110,7 @@ def group_units(units: Iterable[registry.Unit], most_bytes: int) -> list[list[re
 
 
 def read(job: Job, group: tuple[int, list[registry.Unit]]) -> None:
-    """Reads (number, units) into blocks, one after the other.
+    """Reads a group of files, (number, units), into blocks.
 
     Raises:
       DataError: a file cannot be read, or has more than data.max_bad_records bad records.
@@ -148,17 +148,17 @@ def read(job: Job, group: tuple[int, list[registry.Unit]]) -> None:
 
 
 def check_faults(faults: list[Fault], most: int) -> None:
-    """Raises DataError where there are more than `most`, naming the last one."""
+    """Raises DataError if there are more than `most` faults, naming the last one."""
     if len(faults) > most:
-        kind, where, message = faults[-1]
+        kind, place, message = faults[-1]
         raise DataError(
-            f"{where}: {kind}: {message} (more than data.max_bad_records={most}; a larger one leaves such records out, "
-            "counted and listed)"
+            f"{place}: {kind}: {message} (more than data.max_bad_records={most}; a larger value drops, counts and "
+            "lists such records)"
         )
 
 
 def _normalise(record: Record) -> Record | Fault:
-    """The record with its text in composed Unicode (NFC) and without white space around; itself if it is so already."""
+    """The record with its text stripped and in Unicode NFC; the same object if nothing changes."""
     if "text" not in record:
         found = ", ".join(sorted(set(record) - {"source"}))
         return Fault("missing field", str(record["source"]), f"found {found}; expected 'text'")
@@ -172,7 +172,7 @@ def _normalise(record: Record) -> Record | Fault:
 
 
 def _write_block(job: Job, name: str, texts: list[str], places: list[str]) -> None:
-    # As runs that read raw text do, so that they hold the same documents out.
+    # The same digest as runs that read raw text use, so that both hold out the same documents.
     digests = [splits.digest({"text": text}) for text in texts]
     key_D = np.array([int.from_bytes(d[:8]) for d in digests], np.uint64)
     row_D = np.argsort(key_D, kind="stable").astype(np.uint32)
@@ -190,7 +190,7 @@ def _write_block(job: Job, name: str, texts: list[str], places: list[str]) -> No
 
 
 def texts_of(folder: Path, first: int, last: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, str]]:
-    """(row, text) of the documents of a block from place `first` to `last`, in the order of keys."""
+    """(row, text) of the wanted documents of a block, from place `first` to `last` in the order of keys."""
     row_D, size_D, text = (artifacts.array(folder, name) for name in ("row", "size", "text"))
     end_D = np.cumsum(size_D[row_D], dtype=np.int64)
     for row, end in zip(row_D[first:last].tolist(), end_D[first:last].tolist(), strict=True):
@@ -203,17 +203,17 @@ def texts_of(folder: Path, first: int, last: int, is_wanted: Callable[[int], boo
 
 @functools.lru_cache(maxsize=2)
 def evaluation(files: tuple[str, ...], ngram: int) -> decontaminate.Evaluation:
-    """The evaluation files' n-grams, read once a process."""
+    """The n-grams of the evaluation files, read once in each process."""
     return decontaminate.read([epath.Path(file) for file in files], ngram)
 
 
 def verdicts(job: Job) -> list[str]:
-    """Why a document goes, by the number that `measure` gives: '' = it stays."""
+    """Reasons to drop a document, indexed by the numbers that `measure` writes; '' = kept."""
     return ["", *job.filters, CONTAMINATED]
 
 
 def measure(job: Job, name: str) -> None:
-    """What is to be known of each document of a block: why it goes ('' = it stays), signature, bands."""
+    """Computes for each document of a block its verdict (why it is dropped, if it is), signature and bands."""
     folder = job.work / "read" / name
     count = len(artifacts.array(folder, "row"))
     row_D, text_D = (list(column) for column in zip(*texts_of(folder, 0, count, lambda _: True), strict=True))
@@ -228,7 +228,7 @@ def measure(job: Job, name: str) -> None:
     signature_DxK = np.zeros((count if job.near else 0, dedup.ROWS), np.uint16)
     if job.near:
         hash_G, text_G = ngrams.ngrams(hash_W, text_W, dedup.SHINGLE_WORDS)
-        compared = np.setdiff1d(text_G, np.array(list(held), np.int64))  # the others have too few words
+        compared = np.setdiff1d(text_G, np.array(list(held), np.int64))  # others are too short
         rows = np.array(row_D, np.uint32)[kept]
         signature_KxK = dedup.signatures(hash_G, text_G, len(kept))
         signature_DxK[rows] = signature_KxK
@@ -262,10 +262,10 @@ def match_ranges(job: Job) -> list[tuple[int, int]]:
 
 
 def match(job: Job, part: tuple[int, int]) -> None:
-    """Of one range of hashes: documents of which an earlier one has the content, or is much like them.
+    """Finds exact and near duplicates of earlier documents, in one range of hashes.
 
-    Its folder has, sorted by key: key, id, of (what the earlier one is called in messages), similarity (`SAME`: the
-    content is).
+    Its folder has, sorted by key: key, id, of_id and of (id and source of the earlier document), and similarity (`SAME`
+    for exact duplicates).
     """
     number, count = part
     low, high = number * KEYS // count, (number + 1) * KEYS // count
@@ -281,21 +281,22 @@ def match(job: Job, part: tuple[int, int]) -> None:
 
 
 def span(folder: Path, low: int, high: int) -> tuple[int, int]:
-    """Where the documents of a block whose keys are in [low, high) are, in the order of keys."""
+    """Places of the documents of a block with keys in [low, high), in the order of keys."""
     key_D = artifacts.array(folder, "key")[artifacts.array(folder, "row")]
     return places(key_D, low, high)
 
 
 def places(sorted_N: np.ndarray, low: int, high: int) -> tuple[int, int]:
-    """Where the values in [low, high) are; `high` may be 2^64, which uint64 cannot hold."""
+    """First and (exclusive) last place of the values in [low, high); `high` may be 2^64, which uint64 cannot hold."""
     first = int(np.searchsorted(sorted_N, np.uint64(low)))
     return first, len(sorted_N) if high == KEYS else int(np.searchsorted(sorted_N, np.uint64(high)))
 
 
 def _same_content(job: Job, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids, ids of the first document of the same content, `SAME` for each; of keys in [low, high).
+    """(ids of exact duplicates, ids of the first document of the same content, `SAME` for each) of keys in [low, high).
 
-    Those that a filter dropped are among them: what has the same content was dropped with them."""
+    Documents that a filter dropped are included: all documents of the same content were dropped with them.
+    """
     columns = []
     for number, name in enumerate(blocks(job)):
         folder = job.work / "read" / name
@@ -312,7 +313,7 @@ def _same_content(job: Job, low: int, high: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _entries(job: Job, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """(hash, id) of the bands in [low, high), uint64 [E] each."""
+    """(hash, id) of the bands with hashes in [low, high), uint64 [E] each."""
     hashes, ids = [], []
     for number, name in enumerate(blocks(job)):
         folder = job.work / "measure" / name
@@ -328,7 +329,7 @@ def _ids(block: int, row_D: np.ndarray) -> np.ndarray:
 
 
 def rows_of(job: Job, column: str, id_N: np.ndarray) -> np.ndarray:
-    """A column of documents, which may be of any blocks."""
+    """A column of the documents with these ids, from any blocks."""
     stage = "measure" if column == "signature" else "read"
     block_N, row_N = id_N >> np.uint64(32), (id_N & np.uint64(2**32 - 1)).astype(np.int64)
     order = np.argsort(block_N, kind="stable")

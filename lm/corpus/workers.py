@@ -1,4 +1,4 @@
-"""Who runs the units of a stage: this process, several of this machine, or an Apache Beam runner."""
+"""Runners of the units of a stage: this process, several processes of this machine, or Apache Beam."""
 
 import contextlib
 import multiprocessing
@@ -13,52 +13,52 @@ from typing import Any
 
 from lm.config.schema import ConfigError
 
-# (function of a unit, units) -> CPU seconds that each took, as they are done, in any order
+# (function of a unit, units) -> CPU seconds of each unit, as they finish, in any order
 Runner = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[float]]
 
 
-HUNG_SECONDS = 25.0  # without CPU time, in a unit
-_LOOK_SECONDS = 1.0
-_UNITS_A_PROCESS = 8  # then a fresh one: what a process frees it keeps, in pieces, so that its memory grows a little
+HUNG_SECONDS = 25.0  # a worker that uses no CPU time for so long is taken to hang
+_POLL_SECONDS = 1.0
+_UNITS_PER_PROCESS = 8  # then the process is replaced: its memory fragments and grows a little with each unit
 
 
 class JobError(RuntimeError):
-    """A job stopped for a reason that is not in its data; the same command goes on where it stopped."""
+    """A job stopped for a reason other than its data; the same command resumes it."""
 
 
-def here(work: Callable[[Any], None], units: Sequence[Any]) -> Iterator[float]:
-    """Runs units one after the other."""
+def in_process(work: Callable[[Any], None], units: Sequence[Any]) -> Iterator[float]:
+    """Runs the units in this process, one after the other."""
     return (_timed(work, unit) for unit in units)
 
 
 class _Worker:
-    """A process of this machine that runs one unit after the other."""
+    """A process of this machine that runs one unit at a time."""
 
     def __init__(self) -> None:
-        # Spawned: what this process has imported may have threads, which a fork would not survive.
+        # Spawn, not fork: imported libraries may have threads, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_pipe,), daemon=True)
         self.process.start()
-        theirs.close()
+        child_pipe.close()
         self.unit: Any = None
         self.done = 0
 
     def start(self, work: Callable[[Any], None], unit: Any) -> None:
         self.unit, self.since = unit, time.monotonic()
         self.spent: float | None = -1.0
-        with contextlib.suppress(OSError):  # it ended; `check` tells
+        with contextlib.suppress(OSError):  # the process has ended; `finish` reports it
             self.pipe.send((work, unit))
 
     def finish(self) -> float:
-        """CPU seconds of the unit. Raises what it raised, or JobError where the process ended."""
+        """CPU seconds of the unit. Raises the unit's exception, or JobError if the process has ended."""
         try:
             seconds, error = self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join(_LOOK_SECONDS)
+            self.process.join(_POLL_SECONDS)
             code = self.process.exitcode
             raise self._lost(
-                f"ended without a word, exit code {code}: killed, or out of memory (fewer --workers need less)"
+                f"ended without a result, exit code {code}: killed, or out of memory (fewer --workers need less)"
             ) from None
         if error is not None:
             raise error
@@ -66,47 +66,47 @@ class _Worker:
         return seconds
 
     def check(self) -> None:
-        """Raises JobError where it has a unit and takes no CPU time: stopped, or at a file of a dead mount."""
+        """Raises JobError if the worker has a unit and uses no CPU time: it is stopped, or blocked on a dead mount."""
         if (now := _cpu_seconds(self.process.pid or 0)) != self.spent:
             self.since, self.spent = time.monotonic(), now
         if self.unit is not None and now is not None and time.monotonic() - self.since >= HUNG_SECONDS:
-            raise self._lost(f"hangs: no CPU time in {HUNG_SECONDS:.0f} s: stopped, or its disk does not answer")
+            raise self._lost(f"hangs: no CPU time in {HUNG_SECONDS:.0f} s; it is stopped, or its disk does not respond")
 
     def stop(self) -> None:
         self.pipe.close()
-        self.process.kill()  # what it has not finished leaves nothing
+        self.process.kill()  # an unfinished unit leaves no output
         self.process.join()
 
     def _lost(self, why: str) -> JobError:
         return JobError(
-            f"worker process {self.process.pid}, at {_name(self.unit)}, {why}. What is done is kept: start the same "
-            "command again"
+            f"worker process {self.process.pid}, at {_name(self.unit)}, {why}. Finished units are kept; run the same "
+            "command to resume"
         )
 
 
 @contextlib.contextmanager
 def processes(count: int) -> Iterator[Runner]:
-    """Runs units in `count` processes of this machine. They end with this one, however it ends."""
+    """A runner of `count` processes of this machine. They end with this process, even if it is killed."""
     if count == 1:
-        yield here
+        yield in_process
         return
     workers: list[_Worker] = []
 
     def run(work: Callable[[Any], None], units: Sequence[Any]) -> Iterator[float]:
-        left = list(reversed(units))
-        while left or any(worker.unit is not None for worker in workers):
-            for at, worker in enumerate(workers):
-                if worker.unit is None and worker.done >= _UNITS_A_PROCESS and left:
+        pending = list(reversed(units))
+        while pending or any(worker.unit is not None for worker in workers):
+            for i, worker in enumerate(workers):
+                if worker.unit is None and worker.done >= _UNITS_PER_PROCESS and pending:
                     worker.stop()
-                    workers[at] = _Worker()
-            workers.extend(_Worker() for _ in range(min(count, len(left)) - len(workers)))
+                    workers[i] = _Worker()
+            workers.extend(_Worker() for _ in range(min(count, len(pending)) - len(workers)))
             for worker in workers:
-                if worker.unit is None and left:
-                    worker.start(work, left.pop())
-            at_work: dict[Any, _Worker] = {worker.pipe: worker for worker in workers if worker.unit is not None}
-            for pipe in multiprocessing.connection.wait(list(at_work), _LOOK_SECONDS):
-                yield at_work[pipe].finish()
-            for worker in at_work.values():
+                if worker.unit is None and pending:
+                    worker.start(work, pending.pop())
+            busy: dict[Any, _Worker] = {worker.pipe: worker for worker in workers if worker.unit is not None}
+            for pipe in multiprocessing.connection.wait(list(busy), _POLL_SECONDS):
+                yield busy[pipe].finish()
+            for worker in busy.values():
                 worker.check()
 
     try:
@@ -117,7 +117,7 @@ def processes(count: int) -> Iterator[Runner]:
 
 
 def _serve(pipe: Any) -> None:
-    """A worker's life: units until the pipe ends, as it does with the process that holds its other end."""
+    """Main function of a worker: runs units until the pipe is closed, at the latest when the parent ends."""
     _end_with_parent()
     while True:
         try:
@@ -132,7 +132,7 @@ def _serve(pipe: Any) -> None:
 
 
 def _cpu_seconds(pid: int) -> float | None:
-    """Of a process; None where the platform does not tell."""
+    """CPU seconds of a process; None if the platform does not report them."""
     try:
         return float(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -140,17 +140,17 @@ def _cpu_seconds(pid: int) -> float | None:
 
 
 def _name(unit: Any) -> str:
-    """Of a unit, or of the first of its files."""
+    """Name of a unit, for messages."""
     return re.sub(r"\s+", " ", str(unit))[:200]
 
 
 @contextlib.contextmanager
 def beam(runner: str, options: Sequence[str]) -> Iterator[Runner]:
-    """Runs units on Apache Beam: a pipeline a stage, whose workers must all see the job's folder.
+    """A runner on Apache Beam, with one pipeline for each stage. All workers must share the job's folder.
 
     Args:
-      runner: its name, such as DirectRunner or DataflowRunner.
-      options: further flags of it, such as --project=NAME.
+      runner: name of the Beam runner, such as DirectRunner or DataflowRunner.
+      options: further flags for it, such as --project=NAME.
 
     Raises:
       ConfigError: Apache Beam is not installed.
@@ -168,9 +168,9 @@ def beam(runner: str, options: Sequence[str]) -> Iterator[Runner]:
         start = time.process_time()
         with apache_beam.Pipeline(options=flags) as pipeline:
             created = pipeline | apache_beam.Create(list(units))
-            # Without it, a runner may fuse all units into one piece of work.
+            # Without the Reshuffle a runner may fuse all units into one bundle.
             _ = created | apache_beam.Reshuffle() | "a unit" >> apache_beam.Map(work)
-        # Beam does not tell of single units.
+        # Beam does not report single units.
         yield from [(time.process_time() - start) / len(units)] * len(units)
 
     yield run

@@ -1,10 +1,7 @@
-"""What the command lines of `lm.main` and the tools share."""
+"""Flags of the TPU compiler that training sets, by chip and width of the model."""
 
 import os
 import sys
-from pathlib import Path
-
-from absl import app, logging
 
 # XLA may cut a matrix product in pieces, to send each as soon as it is done. It pays on v5e, whose links are slow, for
 # weights of some size (MiB); the pieces of smaller ones leave the matrix unit half empty (docs/performance.md).
@@ -43,38 +40,3 @@ def set_libtpu(embed_dim: int) -> None:
     elif "LIBTPU_INIT_ARGS" not in os.environ and any(map(os.path.exists, TPU_DEVICES)):
         wanted = "set TPU_ACCELERATOR_TYPE to this TPU's type, such as v5litepod-16"
         print(f"warning: the TPU compiler's flags for this model are not set; {wanted}", file=sys.stderr)
-
-
-def use_huge_pages() -> None:
-    """Starts this program anew, on Linux, with the C library asking for memory in pages of 2 MiB; once, before JAX.
-
-    A step on CPU takes its temporaries from the kernel and gives them back: in pages of 4 KiB that is a fault for each,
-    hundreds of thousands a step (docs/performance.md). The C library reads GLIBC_TUNABLES when a program starts and not
-    after; glibc.malloc.hugetlb=0 in it turns this off, and a C library before glibc 2.35 knows nothing of it.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".removeprefix(":")
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def parse(argv: list[str]) -> list[str]:
-    """For `absl.app.run(flags_parser=...)`: a misspelt --config.a.b ends in one line, not in a traceback."""
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save at INFO
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
-        said = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
-        flag = next(
-            (f" in {arg}" for arg in argv if arg.startswith("--config.") and said.lstrip("'").split("'")[0] in arg), ""
-        )
-        raise SystemExit(f"error: unknown config key{flag}: {said}") from None
-    except OSError as error:  # a recipe that is not there: the last line has its name
-        raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
-
-
-def check_output(flag: str, path: str) -> None:
-    """Ends the program where a file that a flag names could not be written, before its content is computed."""
-    folder = Path(path).parent
-    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
-        raise SystemExit(f"error: --{flag}={path}: expected a file in a folder that is there and may be written")

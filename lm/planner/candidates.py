@@ -1,7 +1,8 @@
-"""What a run can be set to on a TPU slice without changing its batch, and what arithmetic says of each setting.
+"""The search space of a run on a TPU slice, and a quick estimate of the memory and time of each candidate.
 
-Mesh, remat policy, micro-batches, chunks of the loss, and flags of the compiler. Of every setting: what memory it takes
-at least, and roughly what memory and time, from the sizes of the model alone; nothing is compiled.
+A candidate sets the mesh, remat policy, micro-batches, loss chunk and compiler flags; the batch stays the same. The
+estimate (a lower bound of the memory, and a guess at memory and time) comes from the sizes of the model; nothing is
+compiled.
 """
 
 import dataclasses
@@ -22,32 +23,34 @@ from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
 from lm.parallel.mesh import AXES
 from lm.parallel.xla_flags import NEVER_MIB, SCOPED_VMEM_MIB, WINDOWED_FROM_MIB, libtpu, spelled
-from lm.planner import topology, train_compile
+from lm.planner import train_compile
+from lm.planner.topology import Topology
 
-# From the one that keeps most on the chip to the one that keeps least; last, what keeps in the host's memory.
+# Remat policies from the one that saves most activations to the one that saves least; last the one that offloads them.
 OFFLOAD = "offload"
 POLICIES = (*(name for name in REMAT_POLICIES if name != OFFLOAD), OFFLOAD)
-# Results of a layer's matmuls that a policy keeps at least; 'none' keeps more. 'core' is the attention kernel's.
+# Activations of a layer that a policy saves, by the matmul they come from ('none' saves more); 'core' = attention
+# kernel.
 _QKV = ("query", "key", "value")
 _OUTSIDE_MLP = ("core", *_QKV, "out")
-_KEPT = {
+_SAVED = {
     "none": (*_OUTSIDE_MLP, "gate", "up"),
     "minimal": (*_OUTSIDE_MLP, "gate", "up"),
     "attention": _OUTSIDE_MLP,
     "qkv": _QKV,
     "full": (),
-    OFFLOAD: (*_OUTSIDE_MLP, "gate", "up"),  # as 'minimal', but in the host's memory
+    OFFLOAD: (*_OUTSIDE_MLP, "gate", "up"),  # as 'minimal', but in host memory
 }
-MATMUL_EFFICIENCY = 0.85  # share of the peak, in the arithmetic only
-_SHORT = {"windowed": "windowed_einsum_mib", "vmem_kib": "scoped_vmem_limit_kib"}  # how flags are shown
+MATMUL_EFFICIENCY = 0.85  # share of the peak FLOP/s, in this module only
+_SHORT = {"windowed": "windowed_einsum_mib", "vmem_kib": "scoped_vmem_limit_kib"}  # short names of compiler flags
 
 
 class Candidate(NamedTuple):
-    """A setting.
+    """A setting of a run.
 
     Attributes:
-      mesh: sizes of `sharding.AXES`.
-      remat: of `POLICIES`.
+      mesh: sizes of `mesh.AXES`.
+      remat: one of `POLICIES`.
       micro_batches: of a step.
       chunk_len: of the loss; 0 = all positions at once.
       flags: of the TPU compiler.
@@ -74,7 +77,13 @@ class Candidate(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """Of arithmetic: bytes of a chip that are taken `at_least`, all of them (`peak`), and `ms` of a step."""
+    """What arithmetic says of a candidate.
+
+    Attributes:
+      at_least: lower bound of the bytes that it needs on a chip.
+      peak: guess at the peak bytes of a chip.
+      ms: guess at the time of a step.
+    """
 
     at_least: float
     peak: float
@@ -84,35 +93,38 @@ class Guess(NamedTuple):
 KEYS = (*(f"mesh.{axis}" for axis in AXES), "model.remat", "train.micro_batches", "loss.chunk_len")
 
 
-def flag_sets(chip: str, model: "Sizes") -> list[str]:
-    """The usual flags for a model on a chip, 'v5e' or the like, and others: see `lm.parallel.xla_flags.spelled`.
+def flag_sets(chip: str, model: "ModelSizes") -> list[str]:
+    """Compiler flags to try on a chip such as 'v5e', the usual ones for this model first.
 
-    From which size on kernels are multiplied in pieces makes no difference where no layer has one that large.
+    They vary the vector memory of an operation, and the weight size from which on matmuls are decomposed into pieces
+    (windowed einsum). The latter is not varied for models without weights of that size.
     """
     usual = WINDOWED_FROM_MIB.get(chip, NEVER_MIB)
     largest_mib = max((each.size_in * each.size_out for each in model.kernels), default=0) * model.item / 2**20
-    others = [size for size in (*WINDOWED_FROM_MIB.values(), NEVER_MIB) if largest_mib >= min(size, usual)]
+    thresholds = [size for size in (*WINDOWED_FROM_MIB.values(), NEVER_MIB) if largest_mib >= min(size, usual)]
     vmem = sorted({16, 28, *SCOPED_VMEM_MIB.get(chip, SCOPED_VMEM_MIB["v5e"])})
-    sets = itertools.product(dict.fromkeys([usual, *others]), vmem)
+    sets = itertools.product(dict.fromkeys([usual, *thresholds]), vmem)
     return list(dict.fromkeys([libtpu(chip, model.width), *itertools.starmap(spelled, sets)]))
 
 
-def space(cfg: Config, where: topology.Topology, flags: Sequence[str], pinned: Collection[str] = ()) -> list[Candidate]:
-    """All settings that this run can have on these slices, its batch unchanged.
+def search_space(
+    cfg: Config, topology: Topology, flags: Sequence[str], pinned: Collection[str] = ()
+) -> list[Candidate]:
+    """All candidates of a run on these slices, with its batch unchanged.
 
     Args:
       cfg: from `lm.config.build`.
-      where: the slices.
-      flags: sets of flags to try.
-      pinned: config keys, of `KEYS`, whose values stay as they are.
+      topology: the slices.
+      flags: sets of compiler flags to try.
+      pinned: keys of `KEYS` that keep the config's value.
 
     Raises:
-      ConfigError: there is none; the config is not of these slices.
+      ConfigError: there is no candidate, or the config is for another number of slices.
     """
-    if cfg.mesh.dcn_data != where.slices:
-        raise ConfigError(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {where.slices}, the number of slices")
+    if cfg.mesh.dcn_data != topology.slices:
+        raise ConfigError(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {topology.slices}, the number of slices")
     planned = build.plan(cfg, None)
-    chips = math.prod(where.shape)
+    chips = math.prod(topology.shape)
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     per_axis = [
         [getattr(cfg.mesh, axis)] if f"mesh.{axis}" in pinned and getattr(cfg.mesh, axis) != -1 else divisors
@@ -125,11 +137,11 @@ def space(cfg: Config, where: topology.Topology, flags: Sequence[str], pinned: C
     policies = (cfg.model.remat,) if "model.remat" in pinned else POLICIES
     found = []
     for mesh, micro in itertools.product(meshes, micros):
-        one = Candidate(mesh, policies[0], micro, chunks[0], flags[0])
+        first = Candidate(mesh, policies[0], micro, chunks[0], flags[0])
         try:
-            changed = apply(planned.cfg, one, where.slices)
+            changed = apply(planned.cfg, first, topology.slices)
             checks.fit(changed)
-            sizes = (mesh[0] * where.slices, *mesh[1:])
+            sizes = (mesh[0] * topology.slices, *mesh[1:])
             abstract: Any = jax.sharding.AbstractMesh(sizes, AXES)
             checks.mesh_divides(changed, abstract, planned.abstract_params, planned.logical_axes)
         except ConfigError:
@@ -137,23 +149,25 @@ def space(cfg: Config, where: topology.Topology, flags: Sequence[str], pinned: C
         rest = itertools.product(policies, chunks, flags)
         found += [Candidate(mesh, remat, micro, chunk, flag) for remat, chunk, flag in rest]
     if not found:
-        raise ConfigError(f"no mesh of {chips} chips divides this model and its batch of {cfg.data.batch_size} rows")
+        raise ConfigError(
+            f"found no mesh of {chips} chips that divides the model and its batch of {cfg.data.batch_size} rows"
+        )
     return found
 
 
-def own(cfg: Config, candidates: Sequence[Candidate]) -> int | None:
-    """Index of the candidate that is the config's own setting, with the flags that were tried first; None = of none."""
+def index_of_config(cfg: Config, candidates: Sequence[Candidate]) -> int | None:
+    """Index of the candidate that is the config's own setting with the first set of flags; None if there is none."""
     chips_of_all = math.prod(candidates[0].mesh) * cfg.mesh.dcn_data
     try:
         mesh = tuple(mesh_lib.mesh_sizes(cfg.mesh, chips_of_all)[1:])
     except ConfigError:
         return None
-    one = Candidate(mesh, cfg.model.remat, cfg.train.micro_batches, cfg.loss.chunk_len, candidates[0].flags)
-    return candidates.index(one) if one in candidates else None
+    own = Candidate(mesh, cfg.model.remat, cfg.train.micro_batches, cfg.loss.chunk_len, candidates[0].flags)
+    return candidates.index(own) if own in candidates else None
 
 
 def apply(cfg: Config, candidate: Candidate, slices: int) -> Config:
-    """The config with a setting."""
+    """The config with a candidate's settings."""
     mesh = dict(zip(AXES, candidate.mesh, strict=True), dcn_data=slices)
     remat: Any = candidate.remat
     return dataclasses.replace(
@@ -169,8 +183,15 @@ def apply(cfg: Config, candidate: Candidate, slices: int) -> Config:
 
 
 class Kernel(NamedTuple):
-    """Of all layers: how many they are, what one multiplies, by logical axes; `choices`: experts a position goes
-    through, 0 = it is no expert's."""
+    """A kernel that all layers have.
+
+    Attributes:
+      name: such as 'query' or 'up'.
+      layers: number of layers.
+      size_in, size_out: of one layer's kernel.
+      axis_in, axis_out: logical axes.
+      choices: experts that a position goes through; 0 = not an expert's kernel.
+    """
 
     name: str
     layers: int
@@ -181,15 +202,15 @@ class Kernel(NamedTuple):
     choices: int
 
 
-class Sizes(NamedTuple):
-    """What the arithmetic knows of a model.
+class ModelSizes(NamedTuple):
+    """The sizes of a model that the arithmetic uses.
 
     Attributes:
       kernels: of the layers.
-      parameters: (size, logical axes) of all.
+      parameters: (size, logical axes) of every parameter.
       chosen: share of the experts that a position goes through.
-      state_bytes: of the state, on average of a parameter.
-      item: bytes of an activation.
+      state_bytes: bytes of the training state per parameter, on average.
+      item: bytes of an entry of an activation.
       vocab: columns of the output projection.
       width: of the layers.
     """
@@ -203,8 +224,8 @@ class Sizes(NamedTuple):
     width: int
 
 
-def sizes(cfg: Config) -> Sizes:
-    """Of a config's model and optimizer."""
+def model_sizes(cfg: Config) -> ModelSizes:
+    """Sizes of a config's model and its training state."""
     planned = build.plan(cfg, None)
     cfg, flat, axes = planned.cfg, param_paths.flatten(planned.abstract_params), planned.logical_axes
     trained = trainable.trained_part(planned.optimizer.selection, planned.abstract_params)
@@ -227,97 +248,105 @@ def sizes(cfg: Config) -> Sizes:
     item = 4 if cfg.model.dtype == "float32" else 2
     per_parameter = copies / sum(size for size, _ in parameters)
     chosen = cfg.model.experts[1] / max(cfg.model.experts[0], 1)
-    return Sizes(kernels, parameters, chosen, per_parameter, item, cfg.model.vocab_size, cfg.model.embed_dim)
+    return ModelSizes(kernels, parameters, chosen, per_parameter, item, cfg.model.vocab_size, cfg.model.embed_dim)
 
 
-def guess(cfg: Config, model: Sizes, where: topology.Topology, one: Candidate) -> Guess:
-    """Arithmetic of one setting.
+def guess(cfg: Config, model: ModelSizes, topology: Topology, candidate: Candidate) -> Guess:
+    """Estimates memory and time of a candidate by arithmetic.
 
-    At least taken: the state, and what is kept of the layers for the backward pass. On top come gathered weights,
-    logits and gradients, of which how many are alive at once only the compiler knows. What is kept in the host's memory
-    takes none of the chip's, but has to be copied while the forward and while the backward pass are computed; where the
-    host has too little memory, nothing is enough (`at_least` is infinite).
+    The lower bound of the memory is the training state and the activations saved for the backward pass. Gathered
+    weights, logits and gradients come on top; how many of them are alive at once only the compiler knows. Offloaded
+    activations take no memory of the chip, but are copied while the forward and the backward pass are computed. If the
+    host has too little memory for them, `at_least` is infinite.
     """
-    over = dict(zip(AXES, one.mesh, strict=True))
+    over = dict(zip(AXES, candidate.mesh, strict=True))
 
-    def parts(logical: str | None) -> int:
+    def shards(logical: str | None) -> int:
         return math.prod(over[axis] for axis in sharding.mesh_axes(logical))
 
-    def shard(size: int, axes: sharding.LogicalAxes, whole: tuple[str, ...] = ()) -> float:
-        return size / math.prod(parts(axis) for axis in axes if axis not in whole)
+    def shard_size(size: int, axes: sharding.LogicalAxes, whole: tuple[str, ...] = ()) -> float:
+        return size / math.prod(shards(axis) for axis in axes if axis not in whole)
 
-    chip, micro, kept = where.chip, one.micro_batches, _KEPT[one.remat]
-    rows = cfg.data.batch_size / where.slices / (over["data"] * over["fsdp"] * over["expert"])
-    tokens = rows * cfg.data.seq_len / over["context"]  # of a chip and a step
-    mine = sum(shard(*each) for each in model.parameters)
-    gathered = sum(shard(*each, whole=("embed", "expert_embed")) for each in model.parameters)
-    state = mine * model.state_bytes
-    activations = again = attention = layers = inputs = 0.0
-    experts = sum(shard(*each, whole=("expert_embed",)) for each in model.parameters if "experts" in each[1])
-    used = gathered - experts * (1 - model.chosen * over["expert"])  # as many positions more as there are experts less
-    products = 3 * 2 * used * tokens  # forward and, twice that, backward; the look-up of the embedding aside
+    chip, micro, saved = topology.chip, candidate.micro_batches, _SAVED[candidate.remat]
+    rows = cfg.data.batch_size / topology.slices / (over["data"] * over["fsdp"] * over["expert"])
+    tokens = rows * cfg.data.seq_len / over["context"]  # per chip and step
+    sharded = sum(shard_size(*each) for each in model.parameters)
+    gathered = sum(shard_size(*each, whole=("embed", "expert_embed")) for each in model.parameters)
+    state = sharded * model.state_bytes
+    activations = recomputed = attention = layers = inputs = 0.0
+    experts = sum(shard_size(*each, whole=("expert_embed",)) for each in model.parameters if "experts" in each[1])
+    used = gathered - experts * (
+        1 - model.chosen * over["expert"]
+    )  # fewer experts on a device, more positions for each
+    products = 3 * 2 * used * tokens  # forward, and twice that backward; without the embedding look-up
     for name, N, before, after, axis_in, axis_out, choices in model.kernels:
-        width_in, width_out = before / _tensor(parts, axis_in), after / _tensor(parts, axis_out)
-        room = choices * over["expert"] or 1  # for all positions of the devices that share the experts
-        activations += N * width_out * room * (name in kept)
+        width_in, width_out = before / _activation_shards(shards, axis_in), after / _activation_shards(shards, axis_out)
+        room = choices * over["expert"] or 1  # space for all positions of the devices that share the experts
+        activations += N * width_out * room * (name in saved)
         inputs += N * width_in * room * (name in ("query", "gate", "up", "down"))
-        again += N * 2 * width_in * width_out * (choices or 1) * tokens * (name not in (*kept, "down"))
+        recomputed += N * 2 * width_in * width_out * (choices or 1) * tokens * (name not in (*saved, "down"))
         if name == "out":
             layers += N
-            activations += N * (width_in * ("core" in kept) + model.width)  # and the layer's input
+            activations += N * (width_in * ("core" in saved) + model.width)  # and the layer's input
             attention += N * 2 * 2 * width_in * tokens * cfg.data.seq_len / 2  # causal
-    attention *= 3.5 if "core" in kept else 4.5  # forward, 2.5 times that backward, forward again
-    held = tokens / micro * model.item * activations
-    on_host = held - tokens / micro * model.item * layers * model.width if one.remat == OFFLOAD else 0.0
-    held -= on_host
-    at_least = state + held + (4 * mine if micro > 1 else 0)
-    chunk = min(1.0, (one.chunk_len or cfg.data.seq_len) / (cfg.data.seq_len / over["context"]))
+    attention *= (
+        3.5 if "core" in saved else 4.5
+    )  # forward, 2.5 times that backward, and forward again if it is not saved
+    activation_bytes = tokens / micro * model.item * activations
+    on_host = (
+        activation_bytes - tokens / micro * model.item * layers * model.width if candidate.remat == OFFLOAD else 0.0
+    )
+    activation_bytes -= on_host
+    at_least = state + activation_bytes + (4 * sharded if micro > 1 else 0)
+    chunk = min(1.0, (candidate.chunk_len or cfg.data.seq_len) / (cfg.data.seq_len / over["context"]))
     logits = tokens / micro * chunk * model.vocab / over["tensor"] * (4 + model.item)
-    # Without remat what is between the matmuls is kept too, much of it in float32: about this often their inputs' size.
-    inputs *= 4 * tokens / micro * model.item * (one.remat == "none")
-    peak = at_least + inputs + logits + 2 * model.item * gathered / max(layers, 1) + 4 * mine
-    # Time. A sum over all chips of a slice has all their links, one along a part of the mesh those of one axis.
+    # Without remat the results between the matmuls are saved too, many in float32: about 4 times the matmuls' inputs.
+    inputs *= 4 * tokens / micro * model.item * (candidate.remat == "none")
+    peak = at_least + inputs + logits + 2 * model.item * gathered / max(layers, 1) + 4 * sharded
+    # Time. A collective over all chips of a slice uses all links of a chip, one along a part of the mesh a single one.
     copies = over["fsdp"] * over["expert"] * over["context"]
 
-    def wire(payload: float, n: int, passes: float) -> float:
-        links = where.links if n == math.prod(where.shape) else 1
+    def wire_seconds(payload: float, n: int, passes: float) -> float:
+        links = topology.links if n == math.prod(topology.shape) else 1
         return passes * payload * (n - 1) / n / (links * chip.link_bandwidth)
 
-    gathers = wire(model.item * gathered * micro, copies, 2)
-    waits = wire(model.item * gathered * micro, copies, 1)
-    waits += wire(4 * mine * micro, over["data"], 2)
-    waits += wire(layers * tokens * model.width * model.item, over["tensor"], 2 * (4 if "out" in kept else 5))
+    gathers = wire_seconds(model.item * gathered * micro, copies, 2)
+    waits = wire_seconds(model.item * gathered * micro, copies, 1)
+    waits += wire_seconds(4 * sharded * micro, over["data"], 2)
+    waits += wire_seconds(layers * tokens * model.width * model.item, over["tensor"], 2 * (4 if "out" in saved else 5))
     kv = sum(
-        each.layers * each.size_out / _tensor(parts, each.axis_out) for each in model.kernels if each.name in _QKV[1:]
+        each.layers * each.size_out / _activation_shards(shards, each.axis_out)
+        for each in model.kernels
+        if each.name in _QKV[1:]
     )
-    waits += wire(tokens * over["context"] * kv * model.item, over["context"], 3)
-    seconds = (products + again) / MATMUL_EFFICIENCY + attention / train_compile.KERNEL_EFFICIENCY
+    waits += wire_seconds(tokens * over["context"] * kv * model.item, over["context"], 3)
+    seconds = (products + recomputed) / MATMUL_EFFICIENCY + attention / train_compile.KERNEL_EFFICIENCY
     seconds /= chip.peak_flops
     if on_host:
-        one_way = micro * on_host / chip.host_bandwidth  # beside the forward, and beside the backward pass
+        one_way = micro * on_host / chip.host_bandwidth  # overlaps with the forward, and back with the backward pass
         waits += max(0.0, one_way - seconds / 3) + max(0.0, one_way - seconds * 2 / 3)
         at_least = math.inf if on_host > chip.host_bytes else at_least
-    moved = 2 * state + micro * (3 * model.item * gathered + 8 * mine) + 6 * tokens * model.item * activations
+    moved = 2 * state + micro * (3 * model.item * gathered + 8 * sharded) + 6 * tokens * model.item * activations
     return Guess(at_least, peak, 1e3 * (max(seconds, gathers) + moved / chip.hbm_bandwidth + waits))
 
 
-def _tensor(parts: Callable[[str | None], int], axis: str | None) -> int:
-    """In how many parts an activation is split along the axis that its kernel names so."""
-    return 1 if axis in ("embed", "expert_embed", None) else parts(axis)
+def _activation_shards(shards: Callable[[str | None], int], axis: str | None) -> int:
+    """In how many parts an activation is sharded along a logical axis of its kernel."""
+    return 1 if axis in ("embed", "expert_embed", None) else shards(axis)
 
 
-def keeps_more(one: Candidate, other: Candidate) -> bool:
-    """Whether `one` needs no less memory than `other` does: all the same, but more kept on the chip, or at once."""
+def needs_no_less_memory(a: Candidate, b: Candidate) -> bool:
+    """Whether `a` certainly needs no less memory than `b`: the same setting, but more saved at once."""
 
-    def chunk(each: Candidate) -> float:
-        return each.chunk_len or math.inf
+    def chunk(candidate: Candidate) -> float:
+        return candidate.chunk_len or math.inf
 
-    def place(each: Candidate) -> int:
-        return POLICIES.index(each.remat)
+    def rank(candidate: Candidate) -> int:
+        return POLICIES.index(candidate.remat)
 
     return (
-        (one.mesh, one.flags) == (other.mesh, other.flags)
-        and (one.remat == other.remat or (OFFLOAD not in (one.remat, other.remat) and place(one) <= place(other)))
-        and one.micro_batches == other.micro_batches
-        and chunk(one) >= chunk(other)
+        (a.mesh, a.flags) == (b.mesh, b.flags)
+        and (a.remat == b.remat or (OFFLOAD not in (a.remat, b.remat) and rank(a) <= rank(b)))
+        and a.micro_batches == b.micro_batches
+        and chunk(a) >= chunk(b)
     )

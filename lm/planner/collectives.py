@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program (`lm.planner.hlo`): how much, how often, along which mesh axes."""
+"""Collectives and host copies of a compiled program (`lm.planner.hlo`): bytes, counts, and the mesh axes they span."""
 
 import itertools
 import math
@@ -18,16 +18,16 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)
 
 
 class Collective(NamedTuple):
-    """One kind of communication.
+    """A collective operation.
 
     Attributes:
-      kind: of `KINDS`.
-      axes: of the mesh, as 'fsdp' or 'data+fsdp'; 'dcn_data' between slices; '' where the mesh is not known.
+      kind: one of `KINDS`; between slices what the compiler names it.
+      axes: mesh axes it spans, such as 'fsdp' or 'data+fsdp'; 'dcn_data' between slices; '' if the mesh is not known.
       devices: in a group.
-      dtype: of the first array that travels.
-      is_async: whether computation may go on meanwhile.
-      times: how often, loops multiplied out.
-      bytes: that arrive at or leave a device each time: all of what is gathered, all of what is reduced.
+      dtype: of its first operand.
+      is_async: whether computation can overlap with it.
+      times: how often it runs, loops multiplied out.
+      bytes: of a device each time: the gathered result of an all-gather, the operands of the others.
     """
 
     kind: str
@@ -40,25 +40,25 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Program, mesh: Mapping[str, int] | None = None) -> list[Collective]:
-    """All communication of one run, also what is fused with computation.
+    """All collectives of a program, those fused with computation included.
 
     Args:
       program: of one slice.
-      mesh: axis -> size, outermost first, of the devices in the order in which the program numbers them; 'dcn_data',
-        the number of slices, is the first.
+      mesh: axis -> size, outermost first, in the order in which the program numbers the devices. The first axis is
+        'dcn_data', the number of slices.
     """
     sizes = mesh or {}
     found = []
-    for where, op, times in hlo.walk(program):
+    for computation, op, times in hlo.executed_ops(program):
         if is_between_slices(op, "send"):
             sent = hlo.arrays(op.result)[0]
             kind = op.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
             slices = sizes.get(BETWEEN_SLICES, 2)
             found.append(Collective(kind, BETWEEN_SLICES, slices, sent.dtype, True, times, sent.bytes))
-        for inside, each, fused in _communicating(program, where, op):
+        for inside, each, fused in _collective_ops(program, computation, op):
             kind = each.opcode.removesuffix("-start")
             if fused and kind == "all-reduce" and _root(program, inside).opcode == "dynamic-slice":
-                kind = "reduce-scatter"  # as a TPU writes it: the sum, of which each device keeps its part
+                kind = "reduce-scatter"  # the TPU compiler's form: an all-reduce whose result is sliced
             is_async = each.opcode.endswith("-start") or (fused and _is_async(program, op))
             operands = [
                 array
@@ -78,44 +78,43 @@ def collectives(program: Program, mesh: Mapping[str, int] | None = None) -> list
 
 
 class HostCopy(NamedTuple):
-    """A copy between a chip and its host's memory: which `way` ('to_host' or 'from_host'), its bytes, whether
-    computation may go on meanwhile."""
+    """A copy between a chip and its host's memory; `way` is 'to_host' or 'from_host'."""
 
     way: str
     bytes: int
     is_async: bool
 
 
-_ON_HOST = "S(5)"  # in the layout of an array that lies in the host's memory
+_ON_HOST = "S(5)"  # memory space of host memory, in an array's layout
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 
 
-def host_copy(program: Program, where: str, op: Op) -> HostCopy | None:
-    """What an op copies to or from the host's memory: a slice of a stack there, or all of an array; None = nothing."""
+def host_copy(program: Program, computation: str, op: Op) -> HostCopy | None:
+    """The copy to or from host memory that an op does (of an array or of a slice of one); None = it does none."""
     opcode = op.opcode.removesuffix("-start")
     if opcode not in _COPIES:
         return None
-    known = program.computations[where]
-    types = [op.result, *(known[name].result for name in op.operands if name in known)]
+    ops = program.computations[computation]
+    types = [op.result, *(ops[name].result for name in op.operands if name in ops)]
     if not any(_ON_HOST in each for each in types):
         return None
-    piece = min(array.bytes for each in types for array in hlo.arrays(each) if array.shape)
+    copied_bytes = min(array.bytes for each in types for array in hlo.arrays(each) if array.shape)
     is_written = _ON_HOST in op.result.lstrip("(").partition("]")[2].partition("}")[0]
     to_host = opcode == "dynamic-update-slice" or (opcode == "copy" and is_written)
-    return HostCopy("to_host" if to_host else "from_host", piece, op.opcode.endswith("-start"))
+    return HostCopy("to_host" if to_host else "from_host", copied_bytes, op.opcode.endswith("-start"))
 
 
 def host_copies(program: Program) -> dict[str, int]:
-    """Bytes of one run that go to and from the host's memory, loops multiplied out: 'to_host' and 'from_host'."""
+    """Bytes that one execution copies 'to_host' and 'from_host', loops multiplied out."""
     total = {"to_host": 0, "from_host": 0}
-    for where, op, times in hlo.walk(program):
-        if copy := host_copy(program, where, op):
+    for computation, op, times in hlo.executed_ops(program):
+        if copy := host_copy(program, computation, op):
             total[copy.way] += times * copy.bytes
     return total
 
 
 def is_between_slices(op: Op, opcode: str) -> bool:
-    """Whether an op is that ('send', 'recv-done', …) of a transfer over the data-centre network."""
+    """Whether an op has this opcode ('send', 'recv-done', …) and belongs to a transfer over the data-centre network."""
     return op.opcode == opcode and "xla_megascale_runtime" in op.text
 
 
@@ -136,7 +135,7 @@ def axes_of(groups: list[list[int]], mesh: Mapping[str, int]) -> str:
 
 
 def device_groups(op: Op) -> list[list[int]]:
-    """The devices that talk to each other, of the several ways in which HLO writes groups; [] where it says none."""
+    """Groups of devices of a collective, from any of the three notations of HLO; [] if it names none."""
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.text):
         return _iota(found[2], found[3]).reshape(*map(int, found[1].split(","))).tolist()
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", op.text):
@@ -153,26 +152,27 @@ def device_groups(op: Op) -> list[list[int]]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """Numbers of devices in the order that '2,3' and '1,0' stand for: [0, 3, 1, 4, 2, 5]."""
+    """Device ids of HLO's iota notation. Example: '2,3' transposed by '1,0' -> [0, 3, 1, 4, 2, 5]."""
     shape = list(map(int, dims.split(",")))
     return (
         np.arange(math.prod(shape)).reshape(shape).transpose([*map(int, order.split(","))] if order else None).ravel()
     )
 
 
-def _communicating(program: Program, where: str, op: Op) -> Iterator[tuple[str, Op, bool]]:
+def _collective_ops(program: Program, computation: str, op: Op) -> Iterator[tuple[str, Op, bool]]:
+    """(computation, op, whether it is fused) of the collectives in an op."""
     if op.opcode.removesuffix("-start") in KINDS:
-        yield where, op, False
+        yield computation, op, False
     elif op.opcode in ("fusion", "async-start"):
         called = op.attribute(r"calls=(%[\w.\-]+)")
         inside = program.computations.get(called, {})
         targets = " ".join(each.text for each in inside.values() if each.opcode == "custom-call")
-        # Fusions carry a collective on from its start to its end; it is counted at the start.
+        # An async collective goes through several fusions from start to done; it is counted at its start.
         if targets and "AsyncCollectiveStart" not in targets:
             return
         for each in inside.values():
-            carried = "async_collective_fusion_config" in each.text and not targets
-            if each.opcode.removesuffix("-start") in KINDS and not carried:
+            is_continued = "async_collective_fusion_config" in each.text and not targets
+            if each.opcode.removesuffix("-start") in KINDS and not is_continued:
                 yield called, each, True
 
 
@@ -185,8 +185,8 @@ def _is_async(program: Program, op: Op) -> bool:
     return op.opcode == "async-start" or any("AsyncCollectiveStart" in each.text for each in inside.values())
 
 
-def in_table(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
-    """What is sent, by kind, dtype and axes: 'all-gather bf16 over fsdp (16) async' -> times and bytes of one step."""
+def summarize(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+    """Sums by kind, dtype and axes: 'all-gather bf16 over fsdp (16) async' -> times and bytes of one step."""
     table: dict[str, dict[str, int]] = {}
     for each in found:
         over = f"{each.axes} ({each.devices})" if each.kind != "collective-permute" else each.axes

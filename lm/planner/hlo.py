@@ -1,9 +1,9 @@
-"""Reads a compiled program (HLO text): what it multiplies, what it moves, how often each loop runs.
+"""Parses a compiled program (HLO text) and counts its FLOPs, memory traffic and loop trips.
 
-What it sends is read by `lm.planner.collectives`.
+Collectives are in `lm.planner.collectives`.
 
-XLA's own `cost_analysis` counts the body of a loop once, so that a scanned model looks as cheap as one layer; here
-everything is multiplied out. Plain text in, numbers out: no JAX.
+XLA's own `cost_analysis` counts the body of a loop once, so that a scanned model looks as cheap as one layer. Here the
+trip counts of loops are multiplied in. Plain text in, numbers out: no JAX.
 """
 
 import math
@@ -23,7 +23,7 @@ _OP = re.compile(r"\s+(ROOT )?(%[\w.\-]+) = ")
 
 
 class Unreadable(ValueError):
-    """A program of which something that has to be counted is in a form that is not known here."""
+    """The program has an op that must be counted, in a form that this module does not know."""
 
 
 class Array(NamedTuple):
@@ -42,12 +42,12 @@ class Op(NamedTuple):
     """One instruction.
 
     Attributes:
-      name: with its %.
+      name: including the %.
       opcode: 'fusion', 'dot', ...
-      result: its type as written, layouts included.
-      operands: names.
-      text: all from the opcode on.
-      is_root: whether it is what its computation returns.
+      result: type of the result as written, including layouts.
+      operands: their names.
+      text: the instruction from the opcode on.
+      is_root: whether it is the result of its computation.
     """
 
     name: str
@@ -58,31 +58,31 @@ class Op(NamedTuple):
     is_root: bool
 
     def attribute(self, pattern: str) -> str:
-        """First group of a regular expression in the text, '' where it does not match."""
+        """First group of a regular expression in the text; '' if it does not match."""
         found = re.search(pattern, self.text)
         return found[1] if found else ""
 
 
 class Program(NamedTuple):
-    """Computations by name, each name -> op in order, and which is run."""
+    """Computations by name, each a dict of its ops in order, and the name of the entry computation."""
 
     computations: dict[str, dict[str, Op]]
     entry: str
 
 
 def arrays(text: str) -> list[Array]:
-    """The arrays of a type, also of a tuple. Example: '(f32[2,3]{1,0}, s32[])' -> f32 (2, 3) and s32 ()."""
+    """The arrays of a type, which may be a tuple. Example: '(f32[2,3]{1,0}, s32[])' -> f32 (2, 3) and s32 ()."""
     found = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text))
     return [Array(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found if dtype in ITEM_BYTES]
 
 
 def parse(text: str) -> Program:
-    """HLO text as `compiled.as_text()` gives it.
+    """Parses HLO text as `compiled.as_text()` returns it.
 
     Raises:
       Unreadable: there is no ENTRY.
     """
-    # Pallas writes a kernel's block sizes over three lines.
+    # Pallas spreads a kernel's metadata over three lines.
     text = re.sub(r"kernel_metadata=\{\n(.*?)\n\}\}", r"kernel_metadata={\1}}", text, flags=re.S)
     computations: dict[str, dict[str, Op]] = {}
     current: dict[str, Op] | None = None
@@ -94,10 +94,10 @@ def parse(text: str) -> Program:
             entry = head[2] if head and head[1] else entry
         elif current is not None and (start := _OP.match(line)):
             rest = line[start.end() :]
-            end = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
+            end = _closing_parenthesis(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
             result, rest = rest[:end], rest[end:].lstrip()
             opening = rest.index("(")
-            inside = rest[opening : _closing(rest, opening) + 1]
+            inside = rest[opening : _closing_parenthesis(rest, opening) + 1]
             operands = tuple(re.findall(r"%[\w.\-]+", inside))
             current[start[2]] = Op(start[2], rest[:opening], result, operands, rest, bool(start[1]))
     if not entry:
@@ -105,7 +105,7 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def _closing(text: str, at: int) -> int:
+def _closing_parenthesis(text: str, at: int) -> int:
     depth = 0
     for i in range(at, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -114,10 +114,10 @@ def _closing(text: str, at: int) -> int:
     return len(text) - 1
 
 
-def walk(program: Program) -> Iterator[tuple[str, Op, int]]:
-    """(computation, op, how often it runs) of every op that a device executes; fusions are one op.
+def executed_ops(program: Program) -> Iterator[tuple[str, Op, int]]:
+    """(computation, op, how often it runs) of every op that a device executes; a fusion is one op.
 
-    Of a conditional all branches count.
+    All branches of a conditional count.
     """
 
     def visit(name: str, times: int) -> Iterator[tuple[str, Op, int]]:
@@ -134,17 +134,17 @@ def walk(program: Program) -> Iterator[tuple[str, Op, int]]:
     return visit(program.entry, 1)
 
 
-def trip_count(program: Program, where: str, loop: Op) -> int:
-    """How often a loop of a fixed number of turns runs: its counter goes up from a constant to below one.
+def trip_count(program: Program, computation: str, loop: Op) -> int:
+    """Trip count of a loop whose counter goes up by a constant step, from one constant to below another.
 
     Raises:
-      Unreadable: it is no such loop.
+      Unreadable: the loop has another form.
     """
     known = loop.attribute(r'known_trip_count\\?"?:\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)')
     if known:
         return int(known)
     condition, body = (program.computations[loop.attribute(rf"{part}=(%[\w.\-]+)")] for part in ("condition", "body"))
-    unreadable = Unreadable(f"{loop.name}: how often it runs cannot be read from its condition")
+    unreadable = Unreadable(f"{loop.name}: the trip count cannot be read from its condition")
     compared = next((op for op in _ops_inside(program, condition) if op.opcode == "compare"), None)
     if compared is None or "direction=LT" not in compared.text:
         raise unreadable
@@ -152,12 +152,12 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     carried = [op for op in map(condition.get, root.operands) if op and op.opcode == "get-tuple-element"]
     indices = [int(op.attribute(r"index=(\d+)")) for op in carried]
     bounds = _constants(program, condition, condition)
-    given = program.computations[where][loop.operands[0]]
+    given = program.computations[computation][loop.operands[0]]
     while given.opcode in ("copy", "bitcast", "optimization-barrier") and given.operands:
-        given = program.computations[where][given.operands[0]]
+        given = program.computations[computation][given.operands[0]]
     start = given.operands if given.opcode == "tuple" else ()
-    if not bounds and len(indices) == 2:  # the bound is carried too: of the two it is the one that starts above 0
-        begins = [_constants(program, program.computations[where], [start[index]]) for index in indices]
+    if not bounds and len(indices) == 2:  # the bound is a loop variable too: the one of the two that starts above 0
+        begins = [_constants(program, program.computations[computation], [start[index]]) for index in indices]
         bounds = {value for values in begins for value in values if value > 0}
         indices = [index for index, values in zip(indices, begins, strict=True) if values != bounds]
     update = next(op for op in body.values() if op.is_root).operands[indices[0]] if len(indices) == 1 else ""
@@ -166,13 +166,13 @@ def trip_count(program: Program, where: str, loop: Op) -> int:
     steps = _constants(program, body, [update, *body[update].operands]) if update in body else set()
     if len(bounds) != 1 or len(steps) != 1:
         raise unreadable
-    # The compiler may take turns out of a loop, to be done before it: the counter then starts above 0.
-    begins_at = _constants(program, program.computations[where], start[indices[0] : indices[0] + 1]) or {0}
+    # The compiler may peel iterations off the start of a loop: the counter then starts above 0.
+    begins_at = _constants(program, program.computations[computation], start[indices[0] : indices[0] + 1]) or {0}
     return math.ceil((bounds.pop() - begins_at.pop()) / steps.pop())
 
 
 def _constants(program: Program, computation: dict[str, Op], names: Iterable[str]) -> set[int]:
-    """Values of those of the named ops that are constants, also inside a fusion or behind a copy."""
+    """Values of the named ops that are constants, directly, inside a fusion or through a copy."""
     found = set()
     for name in names:
         op = computation.get(name)
@@ -188,7 +188,7 @@ def _constants(program: Program, computation: dict[str, Op], names: Iterable[str
 
 
 def _ops_inside(program: Program, computation: dict[str, Op]) -> Iterator[Op]:
-    """Its ops and those of its fusions."""
+    """The ops of a computation and of its fusions."""
     for op in computation.values():
         yield op
         called = op.attribute(r"calls=(%[\w.\-]+)")
@@ -200,34 +200,35 @@ def _ops_inside(program: Program, computation: dict[str, Op]) -> Iterator[Op]:
 
 
 def flops(program: Program, experts: int = 0) -> float:
-    """FLOPs of all matrix products of one run, those of custom kernels included, loops multiplied out.
+    """FLOPs of all matrix products of one execution, custom kernels included, loops multiplied out.
 
     Args:
       program: of one device.
-      experts: of the model, over all devices; 0 = it has none. See `kernel`.
+      experts: number of experts of the model, over all devices; 0 = none. See `kernels`.
     """
     return sum(
-        times * (op_flops(program, where, op) + sum(each.flops for each in kernels(program, where, op, experts)))
-        for where, op, times in walk(program)
+        times
+        * (op_flops(program, computation, op) + sum(each.flops for each in kernels(program, computation, op, experts)))
+        for computation, op, times in executed_ops(program)
     )
 
 
-def op_flops(program: Program, where: str, op: Op) -> float:
+def op_flops(program: Program, computation: str, op: Op) -> float:
     """FLOPs of the matrix products in one op, those inside a fusion included. Custom kernels are in `kernels`."""
     called = op.attribute(r"calls=(%[\w.\-]+)")
     if not called:
-        return _product_flops(program, where, op)
+        return _product_flops(program, computation, op)
     return sum(op_flops(program, called, each) for each in program.computations.get(called, {}).values())
 
 
-def _product_flops(program: Program, where: str, op: Op) -> float:
-    """2 x (entries of the result) x (length of the contraction), of a dot or of a convolution that is one.
+def _product_flops(program: Program, computation: str, op: Op) -> float:
+    """2 x (entries of the result) x (length of the contraction), for a dot or a convolution; 0 for other ops.
 
-    A ragged dot multiplies each row with the kernel of its group only, as much as a plain dot of the same rows.
+    A ragged dot multiplies each row with the kernel of its group only, as many FLOPs as a plain dot of the same rows.
     """
     if op.opcode not in ("dot", "ragged-dot", "convolution"):
         return 0.0
-    left, right = (arrays(program.computations[where][name].result)[0].shape for name in op.operands[:2])
+    left, right = (arrays(program.computations[computation][name].result)[0].shape for name in op.operands[:2])
     result = arrays(op.result)[0].shape
     if op.opcode in ("dot", "ragged-dot"):
         dims, ragged = (
@@ -237,7 +238,7 @@ def _product_flops(program: Program, where: str, op: Op) -> float:
         return 2.0 * math.prod(result) * math.prod(left[int(d)] for d in dims if d) / groups
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     if labels is None:
-        raise Unreadable(f"{op.name}: a convolution without dim_labels")
+        raise Unreadable(f"{op.name}: found a convolution without dim_labels")
     of_left, of_right, of_result = labels.groups()
     flops = 2.0 * right[of_right.index("i")] * result[of_result.index("f")] * result[of_result.index("b")]
     window = dict(pair.split("=") for pair in op.attribute(r"window=\{([^}]*)\}").split())
@@ -248,7 +249,7 @@ def _product_flops(program: Program, where: str, op: Op) -> float:
 
 
 def _window_products(inputs: int, outputs: int, option: dict[str, str]) -> int:
-    """How many pairs of a window's places and an input meet along one dimension, padding and dilation left out."""
+    """Number of (window place, input) pairs multiplied along one dimension, without padding and dilation."""
     size, stride = int(option.get("size", 1)), int(option.get("stride", 1))
     low = int(option.get("pad", "0_0").split("_")[0])
     stretch, spread = int(option.get("lhs_dilate", 1)), int(option.get("rhs_dilate", 1))
@@ -259,19 +260,23 @@ def _window_products(inputs: int, outputs: int, option: dict[str, str]) -> int:
     return sum(place % stretch == 0 and 0 <= place // stretch < inputs for place in places)
 
 
-def is_in_8_bits(program: Program, where: str, op: Op) -> bool:
-    """Whether the products in an op, those inside a fusion included, multiply 8-bit numbers."""
+def multiplies_8_bit(program: Program, computation: str, op: Op) -> bool:
+    """Whether a matrix product in an op, or inside its fusion, has 8-bit operands."""
     called = op.attribute(r"calls=(%[\w.\-]+)")
     if called:
-        return any(is_in_8_bits(program, called, each) for each in program.computations.get(called, {}).values())
-    if op.opcode not in ("dot", "convolution") or not all(name in program.computations[where] for name in op.operands):
+        return any(multiplies_8_bit(program, called, each) for each in program.computations.get(called, {}).values())
+    if op.opcode not in ("dot", "convolution") or not all(
+        name in program.computations[computation] for name in op.operands
+    ):
         return False
-    return all(ITEM_BYTES[arrays(program.computations[where][name].result)[0].dtype] == 1 for name in op.operands[:2])
+    return all(
+        ITEM_BYTES[arrays(program.computations[computation][name].result)[0].dtype] == 1 for name in op.operands[:2]
+    )
 
 
 # Custom kernels -------------------------------------------------------------------------------------------------------
 
-# Custom calls that multiply nothing: they allocate, reinterpret or move arrays, or begin and end a transfer.
+# Custom calls without matrix products: they allocate, reinterpret or move arrays, or start and finish a transfer.
 WITHOUT_PRODUCTS = frozenset(
     (
         "AllocateBuffer",
@@ -298,17 +303,17 @@ WITHOUT_PRODUCTS = frozenset(
 )
 
 
-# Custom kernels of which the same is true.
+# A custom kernel without matrix products.
 _ONLY_INDICES = "ragged-dot-metadata"
 
 
 class Kernel(NamedTuple):
-    """What one call of a custom kernel costs, from the shapes of its operands.
+    """Cost of one call of a custom kernel, from the shapes of its operands.
 
     Attributes:
-      name: as 'splash_mha_fwd_segmented' or 'gmm'.
+      name: such as 'splash_mha_fwd_segmented' or 'gmm'.
       flops: of its matrix products.
-      bytes: that it moves to and from HBM, by the kernel's own statement; 0 = it states none.
+      bytes: HBM traffic by the kernel's own cost estimate; 0 = it has none.
     """
 
     name: str
@@ -316,17 +321,18 @@ class Kernel(NamedTuple):
     bytes: float
 
 
-def kernels(program: Program, where: str, op: Op, experts: int = 0, lanes: int = 1) -> list[Kernel]:
-    """The custom kernels in one op, those inside a fusion included: splash attention, and grouped products, megablox's
-    and those that XLA makes of a ragged dot.
+def kernels(program: Program, computation: str, op: Op, experts: int = 0, lanes: int = 1) -> list[Kernel]:
+    """The custom kernels in an op or inside its fusion: splash attention and grouped matrix products.
+
+    Grouped matrix products are megablox's, and those that XLA makes of a ragged dot.
 
     Args:
       program: of one device.
-      where: the op's computation.
+      computation: name of the op's computation.
       op: any op.
-      experts: of the model, over all devices; 0 = it has none. Where they are split over devices a grouped product has
-        room for rows of other devices' experts, which it skips: the router is taken to use all experts alike.
-      lanes: the width of attention heads is filled up to a multiple of this.
+      experts: number of experts of the model, over all devices; 0 = none. If they are sharded, a grouped product has
+        rows of other devices' experts, which it skips; the router is assumed to be balanced.
+      lanes: the width of attention heads is padded to a multiple of this.
     """
     called = op.attribute(r"calls=(%[\w.\-]+)")
     if called:
@@ -334,8 +340,8 @@ def kernels(program: Program, where: str, op: Op, experts: int = 0, lanes: int =
         return [kernel for each in inside.values() for kernel in kernels(program, called, each, experts, lanes)]
     if op.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in op.text:
         return []
-    name, known = kernel_name(op), program.computations[where]
-    operands = [array for each in op.operands if each in known for array in arrays(known[each].result)]
+    name, ops = kernel_name(op), program.computations[computation]
+    operands = [array for each in op.operands if each in ops for array in arrays(ops[each].result)]
     stated = float(op.attribute(r'"bytes_accessed":"(\d+)"') or 0)
     if name.startswith("splash"):
         return [Kernel(name, _attention_flops(op, name, operands, lanes), stated)]
@@ -349,41 +355,41 @@ def kernels(program: Program, where: str, op: Op, experts: int = 0, lanes: int =
 
 
 def uncounted(program: Program) -> dict[str, int]:
-    """Custom calls whose products nothing here counts: name -> how often they run, loops multiplied out."""
+    """Custom calls of unknown FLOPs: name -> how often they run, loops multiplied out."""
     found: dict[str, int] = {}
 
-    def look(where: str, op: Op, times: int) -> None:
+    def look(computation: str, op: Op, times: int) -> None:
         called = op.attribute(r"calls=(%[\w.\-]+)")
         for each in program.computations.get(called, {}).values():
             look(called, each, times)
         target = op.attribute(r'custom_call_target="([^"]*)"') if op.opcode == "custom-call" else ""
-        if not target or target in WITHOUT_PRODUCTS or kernels(program, where, op):
+        if not target or target in WITHOUT_PRODUCTS or kernels(program, computation, op):
             return
         name = f"{target} {kernel_name(op)}" if target == "tpu_custom_call" else target
         found[name] = found.get(name, 0) + times
 
-    for where, op, times in walk(program):
-        look(where, op, times)
+    for computation, op, times in executed_ops(program):
+        look(computation, op, times)
     return found
 
 
 def kernel_name(op: Op) -> str:
-    """Of a Pallas kernel: the last part of its op_name, as 'gmm' of '.../jit(gmm)/pallas_call'."""
+    """Name of a Pallas kernel: the last part of its op_name, such as 'gmm' of '.../jit(gmm)/pallas_call'."""
     path = op.attribute(r'op_name="([^"]*)"').removesuffix("/pallas_call")
     name = path.rpartition("/")[2] or re.sub(r"\.\d+$", "", op.name.removeprefix("%"))
     return re.sub(r"^jit\((.*)\)$", r"\1", name)
 
 
 def _attention_flops(op: Op, name: str, operands: list[Array], lanes: int) -> float:
-    """Of a splash attention kernel, from its queries [(rows,) heads, length, width] and its schedule of blocks.
+    """FLOPs of a splash attention kernel, from its queries [(rows,) heads, length, width] and its block schedule.
 
-    Forward: scores and their sum over values; backward: the four products that these two give, without the scores that
-    it makes again. The width is filled up to a multiple of `lanes`. There are more keys than queries where positions
-    are split over devices, which share the causal mask out evenly.
+    Forward: two products (scores, weighted values). Backward: four products; recomputed scores do not count. The width
+    is padded to a multiple of `lanes`. With context parallelism a device has more keys than queries, and an equal share
+    of the causal mask.
 
-    A schedule is int8 [.., blocks of queries, blocks of keys], of which the keys forward and the queries backward are
-    as few as the mask allows: all of the row for a causal mask, counted in blocks of 512; fewer for a window, counted
-    in the kernel's own blocks. A mask that hides nothing has none.
+    The schedule is int8 [.., query blocks, key blocks]. Its key axis (forward) or query axis (backward) is only as long
+    as the mask needs: the full length for a causal mask, which is counted in blocks of 512; shorter for a sliding
+    window, which is counted in the kernel's own blocks. Without a mask there is no schedule.
     """
     shapes = [
         array.shape
@@ -391,8 +397,8 @@ def _attention_flops(op: Op, name: str, operands: list[Array], lanes: int) -> fl
         if array.dtype in ("bf16", "f32") and len(array.shape) in (3, 4) and array.shape[-1] >= 32
     ]
     if not shapes:
-        raise Unreadable(f"{op.name}: an attention kernel without queries: {op.text[:200]}")
-    shapes.sort(key=len, reverse=True)  # a device with one row drops that axis
+        raise Unreadable(f"{op.name}: found an attention kernel without queries: {op.text[:200]}")
+    shapes.sort(key=len, reverse=True)  # with one row on the device the row axis is dropped
     *rows, length, width = shapes[0]
     keys = max(shape[-2] for shape in shapes if shape[-1] == width)
     width = math.ceil(width / lanes) * lanes
@@ -413,7 +419,7 @@ def _attention_flops(op: Op, name: str, operands: list[Array], lanes: int) -> fl
 
 
 def _grouped_flops(op: Op, operands: list[Array]) -> tuple[float, int]:
-    """Of a grouped product: FLOPs of all its rows, each with one group's kernel, and how many groups it has.
+    """(FLOPs, number of groups) of a grouped matrix product; each row is multiplied with the kernel of one group.
 
     [rows, in] x [groups, in, out] (or [groups, out, in]) -> [rows, out]; and the gradient of the kernels, [rows, in]
     and [rows, out] -> [groups, in, out].
@@ -426,48 +432,49 @@ def _grouped_flops(op: Op, operands: list[Array]) -> tuple[float, int]:
         return 2.0 * math.prod(flat[0]) * result[1], stacked[0][0]
     if len(result) == 3 and len(flat) == 2 and not stacked:
         return 2.0 * math.prod(flat[0]) * result[2], result[0]
-    raise Unreadable(f"{op.name}: a grouped product of shapes {floats} -> {result}, which is not known")
+    raise Unreadable(f"{op.name}: found a grouped product of unknown form, {floats} -> {result}")
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def hbm_bytes(program: Program, where: str, op: Op) -> float:
-    """Bytes that an op moves to and from HBM: operands and result, or what is sliced of them and written into them."""
-    known = program.computations[where]
+def hbm_bytes(program: Program, computation: str, op: Op) -> float:
+    """HBM traffic of an op in bytes: operands and result, or only the slices that it reads and writes of them."""
+    ops = program.computations[computation]
     inside = program.computations.get(op.attribute(r"calls=(%[\w.\-]+)"), {}) if op.opcode == "fusion" else {}
     parameters = {
         int(each.attribute(r"parameter\((\d+)\)")): each for each in inside.values() if each.opcode == "parameter"
     }
     total = 0.0
     for number, name in enumerate(op.operands):
-        whole = _far_bytes(known[name].result) if name in known else 0
-        total += min(whole, _read_of(inside, parameters[number].name)) if number in parameters else whole
-    written = _far_bytes(op.result)
+        whole = _hbm_size(ops[name].result) if name in ops else 0
+        total += min(whole, _bytes_read(inside, parameters[number].name)) if number in parameters else whole
+    written = _hbm_size(op.result)
     for each in inside.values():
         if each.opcode == "dynamic-update-slice":
             update = inside.get(each.operands[1])
-            written -= _far_bytes(each.result) - (_far_bytes(update.result) if update else 0)
+            written -= _hbm_size(each.result) - (_hbm_size(update.result) if update else 0)
     return total + max(written, 0)
 
 
-_NEAR = re.compile(r"[a-z]\w*\[[\d,]*\]\{[^{}]*S\([1-9]\)[^{}]*\}")  # an array in the chip's vector memory
+_IN_VMEM = re.compile(r"[a-z]\w*\[[\d,]*\]\{[^{}]*S\([1-9]\)[^{}]*\}")  # an array in vector memory
 
 
-def _far_bytes(text: str) -> int:
-    return sum(array.bytes for array in arrays(_NEAR.sub("", text)))
+def _hbm_size(text: str) -> int:
+    """Bytes of the arrays of a type that lie in HBM."""
+    return sum(array.bytes for array in arrays(_IN_VMEM.sub("", text)))
 
 
-def _read_of(inside: dict[str, Op], name: str) -> float:
-    """Bytes that a fusion reads of its parameter `name`."""
+def _bytes_read(inside: dict[str, Op], name: str) -> float:
+    """Bytes that a fusion reads of its parameter `name`; inf if it reads all of it."""
     read = 0.0
     for each in inside.values():
         if name not in each.operands:
             continue
         if each.opcode in ("bitcast", "reshape", "copy", "convert", "transpose"):
-            read = max(read, _read_of(inside, each.name))
+            read = max(read, _bytes_read(inside, each.name))
         elif each.opcode in ("dynamic-slice", "slice", "gather") and each.operands[0] == name:
-            read = max(read, _far_bytes(each.result))
+            read = max(read, _hbm_size(each.result))
         elif each.opcode == "dynamic-update-slice" and each.operands[0] == name:
             continue
         else:

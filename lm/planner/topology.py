@@ -1,4 +1,4 @@
-"""TPU chips, and the slices they come in: what the plan of a run is for."""
+"""TPU chips and slices: memory, bandwidths, clock and interconnect that the planner computes with."""
 
 import re
 from collections.abc import Collection
@@ -15,19 +15,19 @@ class Chip(NamedTuple):
     """A TPU chip, from its data sheet (cloud.google.com/tpu/docs).
 
     Attributes:
-      dimensions: of its slices, which are tori.
-      kind: as `jax.Device.device_kind` begins.
-      hbm_bytes: memory.
+      dimensions: of the torus or mesh that its slices form.
+      kind: prefix of `jax.Device.device_kind`.
+      hbm_bytes: HBM capacity.
       hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one link of the interconnect, one way.
+      link_bandwidth: bytes/s of one ICI link, one way.
       dcn_bandwidth: bytes/s of a chip's share of its host's network cards, one way.
-      clock: Hz of the core, which the compiler's cycles are counted in.
-      host_bytes: a chip's share of its host's memory: of v5e and v6e the page of each version (512 and 1,536 GiB a host
-        of 8 chips), of v5p the VM's (ct5p-hightpu-4t: 448 GB, 4 chips). A VM may be given less.
-      host_bandwidth: bytes/s between a chip and its host's memory, one way. No data sheet gives it: taken are 16 GB/s,
-        PCIe Gen 3 with 16 lanes, and 32 GB/s on v6e, whose page says Gen 5, with 8 lanes.
-      ring: slices of so many chips along an axis close to a ring there; 0 = taken not to (v5p: the guess is high for
-        slices of whole cubes, which do).
+      clock: Hz of the core, the unit of the compiler's cycle estimates.
+      host_bytes: a chip's share of its host's memory. v5e and v6e: from the page of each version (512 and 1,536 GiB a
+        host of 8 chips); v5p: that of a VM (ct5p-hightpu-4t: 448 GB, 4 chips). Some VMs have less.
+      host_bandwidth: bytes/s between a chip and its host's memory, one way. No data sheet gives it. Assumed are 16 GB/s
+        (PCIe Gen 3 x16), and 32 GB/s on v6e, whose page says Gen 5 (x8).
+      ring: length of a slice's axis whose links wrap around; 0 = no axis is taken to wrap around (so on v5p the
+        estimate is too high for slices of whole cubes, which do).
     """
 
     dimensions: int
@@ -43,7 +43,7 @@ class Chip(NamedTuple):
 
     @property
     def peak_flops(self) -> float:
-        """bfloat16 FLOP/s."""
+        """Peak bfloat16 FLOP/s."""
         return flops.peak_flops(self.kind) or 0.0
 
 
@@ -55,7 +55,14 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """A slice: 'v5e:4x4' is chip v5e, shape (4, 4)."""
+    """One or several equal slices. Example: 'v5e:4x4' has chip v5e and shape (4, 4).
+
+    Attributes:
+      name: as --topology gives it.
+      chip: of all slices.
+      shape: chips of a slice along each dimension.
+      slices: how many, connected by the data-centre network.
+    """
 
     name: str
     chip: Chip
@@ -64,15 +71,15 @@ class Topology(NamedTuple):
 
     @property
     def links(self) -> int:
-        """Links of a chip that carry data one way: two along an axis that closes to a ring, else one."""
+        """Links of a chip for a collective over the whole slice: two along an axis that wraps around, else one."""
         return sum(2 if n == self.chip.ring else 1 for n in self.shape if n > 1) or 1
 
     def links_of(self, places: Collection[tuple[int, ...]]) -> float:
-        """Links of a chip that carry what a group of chips sends round among itself.
+        """Links of a chip that a collective among a group of chips can send on.
 
-        Along each dimension of the slice that the group extends over: two where it has all of a ring, else one, for a
-        part of a ring does not close. Where it has only every s-th chip, s such groups share the links between, and a
-        group has 1/s of them.
+        Each dimension of the slice that the group spans counts two links if the group is a whole ring, else one,
+        because a part of a ring does not wrap around. If the group has only every s-th chip of a dimension, s groups
+        share the links, and each has 1/s of them.
 
         Args:
           places: coordinates of the group's chips.
@@ -86,11 +93,11 @@ class Topology(NamedTuple):
         return links or 1.0
 
 
-def topology(name: str, slices: int) -> Topology:
-    """Reads 'CHIP:AxB' or 'CHIP:AxBxC', as many numbers as slices of this chip have dimensions.
+def parse(name: str, slices: int) -> Topology:
+    """Parses 'CHIP:AxB' or 'CHIP:AxBxC', with one number for each dimension of the chip's slices.
 
     Raises:
-      ConfigError: no such chip or shape.
+      ConfigError: unknown chip, or a shape of the wrong form.
     """
     chip, _, shape = name.partition(":")
     if chip not in CHIPS or not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{CHIPS[chip].dimensions - 1}}}", shape):

@@ -1,6 +1,7 @@
-"""What a step costs on a TPU slice, from the TPU compiler without a TPU: memory, FLOPs, communication, a guess at time.
+"""Compiles a step for a TPU slice without a TPU: memory, FLOPs, communication, and an estimate of the time.
 
-The compiler is libtpu's, as on the pod (Python package 'jax[tpu]'). `prepare` comes before anything imports JAX.
+The compiler is libtpu's, the same as on a pod (Python package 'jax[tpu]'). Call `prepare` before JAX looks for its
+devices.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import itertools
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,14 +27,14 @@ from lm.parallel.mesh import AXES
 from lm.planner import collectives, hlo
 from lm.planner.topology import GIB, Topology
 
-# Share of the peak that custom kernels are taken to reach; the compiler gives no cycles for them.
+# Share of the peak that custom kernels are assumed to reach; the compiler estimates no cycles for them.
 KERNEL_EFFICIENCY = 0.75
-# How far model FLOPs may be above the compiled ones, for what the two round differently.
+# By how much the needed FLOPs may exceed the compiled FLOPs: the two count small terms differently.
 RATIO_TOLERANCE = 0.02
 
 
 def prepare(flags: str) -> None:
-    """Sets what libtpu reads once, when it is loaded. `flags`: as in LIBTPU_INIT_ARGS.
+    """Sets the environment that libtpu reads once, when it is loaded. `flags`: as in LIBTPU_INIT_ARGS.
 
     Raises:
       ConfigError: libtpu is not installed.
@@ -42,34 +44,36 @@ def prepare(flags: str) -> None:
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # of this host, which has none: libtpu only complains without
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # this host has no TPU; without a type libtpu prints warnings
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": flags,
     }
+    if "jax" in sys.modules:  # which has read JAX_PLATFORMS already, but has no devices yet
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
-def devices(where: Topology) -> list[Any]:
-    """Descriptions of the devices of the slices.
+def devices(topology: Topology) -> list[Any]:
+    """Abstract devices of the slices.
 
     Raises:
-      ConfigError: the compiler knows no such slice.
+      ConfigError: the compiler does not support such a slice.
     """
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"num_slices": where.slices} if where.slices > 1 else {}
-    if where.links > len(where.shape):
-        options["wrap"] = [*(n == where.chip.ring for n in where.shape), *[False] * (3 - len(where.shape))]
-    if len(where.shape) == 2 and where.shape[0] * where.shape[1] > 16:
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.links > len(topology.shape):
+        options["wrap"] = [*(n == topology.chip.ring for n in topology.shape), *[False] * (3 - len(topology.shape))]
+    if len(topology.shape) == 2 and topology.shape[0] * topology.shape[1] > 16:
         options["chips_per_host_bounds"] = [2, 2, 1]
     try:
-        return list(topologies.get_topology_desc(topology_name=where.name, platform="tpu", **options).devices)
+        return list(topologies.get_topology_desc(topology_name=topology.name, platform="tpu", **options).devices)
     except Exception as error:
-        raise ConfigError(f"--topology={where.name}: the compiler knows no such slice: {error}") from None
+        raise ConfigError(f"--topology={topology.name}: the compiler does not support this slice: {error}") from None
 
 
-class Ids:
-    """Stands for a tokenizer that is not trained yet: its size is all that a step's cost depends on."""
+class FakeTokenizer:
+    """Stands in for a tokenizer that is not trained yet: the cost of a step depends on its size only."""
 
     eos_id = 2
 
@@ -83,23 +87,25 @@ class Ids:
 
 
 class Lowered(NamedTuple):
-    """A step before it is compiled, and what is known of it by then.
+    """A lowered step, before compilation.
 
     Attributes:
-      stage: of JAX.
+      stage: `jax.stages.Lowered`.
       mesh: 'dcn_data' and all axes of the mesh -> size.
-      state: bytes on a chip of 'parameters', 'optimizer' and, where there are any, other parts of the state.
-      parameters, trained: how many the model has, and how many of them learn.
-      largest_replicated: bytes and path of the largest parameter that every chip holds whole.
-      model_flops: of one step on one chip, attention counted in full; None where they are not counted.
-      model_flops_causal: the same, of attention only what a causal mask lets through.
-      needed_flops: what the program must multiply at least, see `check_ratio`; None as above.
+      state: bytes on a chip of 'parameters', 'optimizer' and any other parts of the state.
+      parameters, trained: number of parameters, and of trained parameters.
+      largest_replicated: bytes and path of the largest parameter that is replicated on every chip.
+      model_flops: of one step on one chip, attention counted in full; None if the task predicts no tokens.
+      model_flops_causal: the same, with attention's causal half only.
+      needed_flops: lower bound of the compiled FLOPs, see `check_ratio`; None as above.
       tokens: positions of one step, over all chips.
       chips: over all slices.
-      saved: bytes that a save of the state takes, over all hosts; each array once.
-      beside: bytes on a chip of what the step leaves alone and stays there meanwhile: in an evaluation the optimizer's.
-      experts: of the model; 0 = it has none.
-      links: axes of the mesh, as `lm.planner.collectives` names them -> a chip's links that carry what goes along them.
+      checkpoint_bytes: size of a checkpoint of the state, over all hosts.
+      resident_bytes: bytes on a chip that stay allocated and are no argument of the step: an evaluation's optimizer
+        state.
+      experts: number of experts of the model; 0 = none.
+      links: mesh axes, named as in `lm.planner.collectives` -> links of a chip that a collective along them can send
+        on.
     """
 
     stage: Any
@@ -113,8 +119,8 @@ class Lowered(NamedTuple):
     needed_flops: float | None
     tokens: int
     chips: int
-    saved: float
-    beside: float
+    checkpoint_bytes: float
+    resident_bytes: float
     experts: int
     links: dict[str, float]
 
@@ -124,7 +130,7 @@ class Compiled(NamedTuple):
 
     Attributes:
       text: HLO after all passes.
-      memory: bytes on a chip: 'arguments', 'temporaries', 'peak'; and 'host', bytes of the host's memory for this chip.
+      memory: bytes on a chip: 'arguments', 'temporaries', 'peak'; and 'host', bytes of host memory for each chip.
       seconds: of compilation.
     """
 
@@ -134,24 +140,25 @@ class Compiled(NamedTuple):
 
 
 class DoesNotFit(Exception):
-    """The compiler found no way to hold the step in memory; the message says what takes most of it.
+    """The step does not fit a chip's memory; the message lists the largest buffers.
 
-    `needed`: bytes of a chip, as far as the compiler says; else 0.
+    Attributes:
+      needed: bytes that it needs on a chip; 0 if the compiler does not say.
     """
 
     needed = 0.0
 
 
-def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Lowered:
-    """Traces the step that a run of this config would take.
+def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> Lowered:
+    """Traces and lowers the training step of a config.
 
     Args:
       cfg: from `lm.config.build`.
-      where: the slices.
-      evaluation: the step of an evaluation instead.
+      topology: the slices.
+      evaluation: lower the evaluation step instead.
 
     Raises:
-      ConfigError: the config does not fit itself, or the slices.
+      ConfigError: the config is inconsistent, or does not fit the slices.
     """
     import jax
 
@@ -161,26 +168,26 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
 
     planned = build.plan(cfg, None)
     cfg = planned.cfg
-    words = planned.tokenizer or Ids(cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids)
-    mesh = mesh_lib.make_mesh(cfg.mesh, devices(where))
+    words = planned.tokenizer or FakeTokenizer(cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids)
+    mesh = mesh_lib.make_mesh(cfg.mesh, devices(topology))
     checks.mesh_divides(cfg, mesh, planned.abstract_params, planned.logical_axes)
-    made = program.make(
+    functions = program.make(
         cfg,
         mesh,
         words if task_of(cfg).texts else None,
         abstract_params=planned.abstract_params,
         logical_axes=planned.logical_axes,
         anchored=planned.anchored,
-        epoch_examples=1_000 * cfg.data.batch_size,  # the schedule's length costs nothing
+        epoch_examples=1_000 * cfg.data.batch_size,  # the length of the schedule does not change the cost
     )
     rows = checks.eval_batch_size(cfg) if evaluation else cfg.data.batch_size
     batch = program.abstract_batch(cfg, mesh, rows)
-    state = made.abstract_state
-    step, argument = (made.eval_step, state.params) if evaluation else (made.train_step, state)
+    state = functions.abstract_state
+    step, argument = (functions.eval_step, state.params) if evaluation else (functions.train_step, state)
     with jax.set_mesh(mesh):
         lowered = step.lower(argument, batch)
     flat = param_paths.flatten(state.params)
-    trained = trainable.trained_part(made.optimizer.selection, state.params)
+    trained = trainable.trained_part(functions.optimizer.selection, state.params)
     replicated = [
         (leaf.size * leaf.dtype.itemsize, path) for path, leaf in flat.items() if leaf.sharding.is_fully_replicated
     ]
@@ -194,80 +201,79 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
         for vocab, half in ((words.vocab_size, False), (words.vocab_size, True), (predicting, True))
     )
 
-    def a_chip(per_token: float | None, share: float = 1.0) -> float | None:
+    def per_chip(per_token: float | None, share: float = 1.0) -> float | None:
         return share * per_token * tokens / mesh.size if per_token else None
 
-    forward = 1 / 3  # of a training step's
+    forward = 1 / 3  # of the FLOPs of a training step
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, trained)]
     is_all_trained = sizes[0] == sizes[1]
     return Lowered(
         stage=lowered,
         mesh=dict(zip((collectives.BETWEEN_SLICES, *AXES), mesh_lib.mesh_sizes(cfg.mesh, mesh.size), strict=True)),
         state={
-            "parameters": _bytes_a_chip(state.params),
-            "optimizer": _bytes_a_chip(state.opt_state),
-            **({"average": _bytes_a_chip(state.ema)} if state.ema is not None else {}),
-            **({"start": _bytes_a_chip(state.start)} if state.start is not None else {}),
+            "parameters": _bytes_per_chip(state.params),
+            "optimizer": _bytes_per_chip(state.opt_state),
+            **({"average": _bytes_per_chip(state.ema)} if state.ema is not None else {}),
+            **({"start": _bytes_per_chip(state.start)} if state.start is not None else {}),
         },
         parameters=sizes[0],
         trained=sizes[1],
         largest_replicated=max(replicated, default=(0, "")),
-        model_flops=a_chip(full, forward if evaluation else 1.0),
-        model_flops_causal=a_chip(causal, forward if evaluation else 1.0),
-        needed_flops=a_chip(needed, 1.0 if is_all_trained and not evaluation else forward),
+        model_flops=per_chip(full, forward if evaluation else 1.0),
+        model_flops_causal=per_chip(causal, forward if evaluation else 1.0),
+        needed_flops=per_chip(needed, 1.0 if is_all_trained and not evaluation else forward),
         tokens=tokens,
         chips=mesh.size,
-        saved=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
-        beside=_bytes_a_chip(state) - _bytes_a_chip(argument) if evaluation else 0.0,
+        checkpoint_bytes=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
+        resident_bytes=_bytes_per_chip(state) - _bytes_per_chip(argument) if evaluation else 0.0,
         experts=cfg.model.experts[0],
-        links=links(mesh, where),
+        links=links(mesh, topology),
     )
 
 
-def links(mesh: Any, where: Topology) -> dict[str, float]:
-    """Axes of a mesh, as 'fsdp' or 'data+fsdp' -> links of a chip that carry what goes along them, see `links_of`.
+def links(mesh: Any, topology: Topology) -> dict[str, float]:
+    """Mesh axes, such as 'fsdp' or 'data+fsdp' -> links of a chip for collectives along them, see `Topology.links_of`.
 
-    Of one slice; axes of size 1 are left out.
+    Inside one slice; axes of size 1 are left out.
     """
     names = [name for name, size in mesh.shape.items() if size > 1]
-    first = mesh.devices[: mesh.devices.shape[0] // where.slices]
-    found = {}
+    first = mesh.devices[: mesh.devices.shape[0] // topology.slices]
+    links_along = {}
     for count in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, count):
             group = first[tuple(slice(None) if name in chosen else 0 for name in mesh.axis_names)]
-            found["+".join(chosen)] = where.links_of([tuple(device.coords) for device in group.ravel()])
-    return found
+            links_along["+".join(chosen)] = topology.links_of([tuple(device.coords) for device in group.ravel()])
+    return links_along
 
 
 class ImpossibleRatio(ValueError):
-    """Model FLOPs are above what a program can do with fewer: something in it is not counted, or counted wrong."""
+    """The compiled FLOPs are below the least that the model needs: some products are missed or miscounted."""
 
 
 def check_ratio(lowered: Lowered, compiled_flops: float) -> None:
-    """Refuses compiled FLOPs below what the step needs at the least, as no program can leave them out.
+    """Checks that the compiled FLOPs are at least what the step needs.
 
-    That is the model's FLOPs with attention's causal half, without the output projection where not every position
-    predicts; of a step that does not train all parameters, and of an evaluation, those of the forward pass. So model
-    FLOPs with attention in full may be above the compiled ones by what the mask hides, and by nothing else.
+    The lower bound is the model FLOPs with attention's causal half; without the output projection if not every position
+    predicts; and of the forward pass only, if some parameters are frozen or the step is an evaluation. Model FLOPs with
+    attention in full may therefore exceed the compiled FLOPs only by what the mask hides.
 
     Raises:
-      ImpossibleRatio: naming both.
+      ImpossibleRatio: the compiled FLOPs are below the bound.
     """
     needed = lowered.needed_flops
     if needed and needed > (1 + RATIO_TOLERANCE) * compiled_flops:
         raise ImpossibleRatio(
-            f"the compiled program's {compiled_flops:.4g} FLOPs of a chip and step are fewer than the {needed:.4g} "
-            f"that the model needs even with attention's causal half: the ratio {needed / compiled_flops:.2f} cannot "
-            "be above 1. Some products of the program are not counted (lm/planner/hlo.py), so that its time is guessed "
-            "too short"
+            f"the compiled program's {compiled_flops:.4g} FLOPs per chip and step are fewer than the {needed:.4g} that "
+            f"the model needs even with attention's causal half; the ratio {needed / compiled_flops:.2f} cannot be "
+            "above 1. lm/planner/hlo.py misses some matrix products, so that the estimated time is too short"
         )
 
 
 def compile_step(lowered: Lowered) -> Compiled:
-    """Compiles it.
+    """Compiles a lowered step.
 
     Raises:
-      DoesNotFit: it needs more memory than the chip has.
+      DoesNotFit: the step needs more memory than the chip has.
     """
     began = time.monotonic()
     try:
@@ -275,18 +281,18 @@ def compile_step(lowered: Lowered) -> Compiled:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        answer = DoesNotFit(_why(str(error), lowered.stage.as_text()))
-        answer.needed = _needed(str(error), sum(lowered.state.values()))
-        raise answer from None
+        does_not_fit = DoesNotFit(_explain_refusal(str(error), lowered.stage.as_text()))
+        does_not_fit.needed = _needed_bytes(str(error), sum(lowered.state.values()))
+        raise does_not_fit from None
     seconds = time.monotonic() - began
     return Compiled(compiled.as_text(), memory(compiled.memory_analysis()), seconds)
 
 
 def memory(analysis: Any) -> dict[str, float]:
-    """Of `compiled.memory_analysis()`: see `Compiled.memory`.
+    """`Compiled.memory` from `compiled.memory_analysis()`.
 
-    Its peak is of the chip's and the host's memory together. Where the program uses the host's, the chip's is taken to
-    be all that is laid out there: arguments, results that are not written over them, temporaries.
+    The analysis reports one peak for the chip's and the host's memory together. If the program uses host memory, the
+    chip's peak is bounded by the sum of its arguments, temporaries, and results that alias no argument.
     """
     host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes
     host += analysis.host_output_size_in_bytes - analysis.host_alias_size_in_bytes
@@ -298,16 +304,15 @@ def memory(analysis: Any) -> dict[str, float]:
     return {"arguments": arguments, "temporaries": temporaries, "peak": peak, "host": host}
 
 
-def key(lowered: Lowered, where: Topology, flags: str) -> str:
-    """What a result is remembered by: a hash of the step, the slices, the compiler, its flags, and what reads its
-    program."""
-    parts = [lowered.stage.as_text(), repr(where), flags, importlib.metadata.version("libtpu")]
+def key(lowered: Lowered, topology: Topology, flags: str) -> str:
+    """Cache key of a result: a hash of the lowered step, the slices, the compiler, its flags and this code."""
+    parts = [lowered.stage.as_text(), repr(topology), flags, importlib.metadata.version("libtpu")]
     parts += [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (hlo, collectives)]
     parts += [Path(__file__).read_text(encoding="utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _bytes_a_chip(tree: Any) -> float:
+def _bytes_per_chip(tree: Any) -> float:
     import jax
 
     leaves = jax.tree.leaves(tree)
@@ -317,27 +322,31 @@ def _bytes_a_chip(tree: Any) -> float:
 _SIZE = r"([\d.]+[KMGT])"
 
 
-def _needed(message: str, state: float) -> float:
-    """Bytes that a step would take, of the compiler's refusal; 0 where it does not say. `state`: bytes of it, which one
-    form of the message leaves out."""
+def _needed_bytes(message: str, state: float) -> float:
+    """Bytes that a step needs, from the compiler's error message; 0 if it does not say.
+
+    `state`: bytes of the state on a chip, which one form of the message does not include.
+    """
     used = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
-    beside = re.search(rf"HLO temporaries \({_SIZE}\) exceeds", message)
-    found = used or beside
-    if found is None:
+    temporaries = re.search(rf"HLO temporaries \({_SIZE}\) exceeds", message)
+    match = used or temporaries
+    if match is None:
         return 0.0
-    size = float(found[1][:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found[1][-1]]
+    size = float(match[1][:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[match[1][-1]]
     return size if used else size + state
 
 
-def _why(message: str, program: str) -> str:
-    """How much is needed, and the five largest buffers: of the compiler's report, or, where it gives none, the five
-    largest types of array in the program before it is split over the chips."""
+def _explain_refusal(message: str, program: str) -> str:
+    """How much memory is needed, and the five largest buffers of the compiler's report.
+
+    If the compiler reports none, the five largest array types of the program before partitioning are listed.
+    """
     needed = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
     head = f"it needs {needed[1]} of the chip's {needed[2]}" if needed else message.splitlines()[0].strip()
     reported = re.findall(r"Size: ([\d.]+\w).*?Operator: op_name=\"([^\"]*)\".*?Shape: ([^\s{]+)", message, re.S)
     if reported:
         rows = [f"{size:>8}  {shape}  {name}" for size, name, shape in reported[:5]]
-        return "\n  ".join([head, "largest buffers of a chip:", *rows])
+        return "\n  ".join([head, "largest buffers on a chip:", *rows])
     sizes = {}
     for dims, dtype in set(re.findall(r"tensor<((?:\d+x)+)([a-z]+\d+)>", program)):
         name = {"i": "s"}.get(dtype[0], dtype[0]) + dtype[1:]
@@ -346,26 +355,27 @@ def _why(message: str, program: str) -> str:
             sizes[f"{name}{list(shape)}"] = hlo.Array(name, shape).bytes
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
     rows = [f"{size / GIB:>8.1f}G  {array}" for array, size in largest]
-    return "\n  ".join([head, "largest arrays of the program, over all chips:", *rows])
+    return "\n  ".join([head, "largest arrays of the program, before partitioning:", *rows])
 
 
 # The estimate ---------------------------------------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):
-    """Milliseconds of one step, guessed.
+    """Estimated milliseconds of one step: a roofline model of each op, with the compiler's cycles where it has them.
 
     Attributes:
-      matmul: the compiler's cycles of what holds a matrix product, at least its FLOPs at the peak.
-      kernel: custom kernels, attention's and the experts': their FLOPs at `KERNEL_EFFICIENCY` of the peak, or what they
-        say they move over the bandwidth, whichever is longer.
-      other: what only moves memory: the smaller of the compiler's cycles and all its operands over the bandwidth.
-      exposed: communication that computation waits for: all that is synchronous, and what of the rest is longer than
-        the computation.
-      hidden: communication meanwhile.
-      between: waits for other slices: what of a transfer is longer than the computation from its start to its end.
-      host: waits for copies to and from the host's memory, the same way.
-      host_hidden: such copies meanwhile.
+      matmul: ops with matrix products: the compiler's cycles, but at least their FLOPs at the peak.
+      kernel: custom kernels (attention, experts): the longer of their FLOPs at `KERNEL_EFFICIENCY` of the peak and
+        their stated HBM traffic at the bandwidth.
+      other: ops without products: the shorter of the compiler's cycles and their HBM traffic at the bandwidth.
+      exposed: collectives that computation waits for: all synchronous ones, and the part of the asynchronous ones that
+        is longer than all computation.
+      hidden: asynchronous collectives.
+      between: waits for transfers between slices: the part that is longer than the computation between their start
+        and their end.
+      host: waits for copies to and from host memory, counted in the same way.
+      host_hidden: the part of these copies that overlaps with computation.
     """
 
     matmul: float
@@ -379,45 +389,45 @@ class Estimate(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Milliseconds of the step."""
         return self.matmul + self.kernel + self.other + self.exposed + self.between + self.host
 
 
 def estimate(
     program: hlo.Program,
-    where: Topology,
+    topology: Topology,
     *,
     mesh: Mapping[str, int] | None = None,
     links: Mapping[str, float] | None = None,
     experts: int = 0,
 ) -> Estimate:
-    """Guesses the time of a step; latencies, stragglers and the host's own work are left out.
+    """Estimates the time of a step; latencies, stragglers and the host's own work are left out.
 
     Args:
       program: of one slice.
-      where: the slices.
-      mesh: axis -> size, see `traffic.collectives`.
-      links: see `Lowered.links`; None = all of a chip's for what all chips take part in, one for anything else.
-      experts: of the model; see `hlo.kernels`.
+      topology: the slices.
+      mesh: axis -> size, see `collectives.collectives`.
+      links: see `Lowered.links`; None = all links of a chip for a collective of all chips, one link for any other.
+      experts: number of experts of the model; see `hlo.kernels`.
     """
-    chip = where.chip
+    chip = topology.chip
     matmul = kernel = other = between = host = 0.0
-    on_wire = 0.0  # when the network between slices is free again, on the clock of computation
-    on_bus = {"to_host": 0.0, "from_host": 0.0}  # when the host's bus is, each way
-    ends: dict[str, float] = {}  # receiving op -> when all of it is there
+    dcn_free = 0.0  # when the network between slices is free again, in seconds of the step
+    bus_free = {"to_host": 0.0, "from_host": 0.0}  # when the bus to the host is free again, each way
+    ends: dict[str, float] = {}  # op that starts a transfer -> when the transfer is complete
     copying = 0.0
-    for inside, op, times in hlo.walk(program):
+    for computation, op, times in hlo.executed_ops(program):
         now = matmul + kernel + other + between + host
         if collectives.is_between_slices(op, "recv"):
-            passes = 2 * (where.slices - 1) / where.slices  # a ring of slices reduces, then gathers
-            on_wire = max(on_wire, now) + times * passes * hlo.arrays(op.result)[0].bytes / chip.dcn_bandwidth
-            ends[op.name] = on_wire
+            passes = 2 * (topology.slices - 1) / topology.slices  # a ring of slices: reduce-scatter, then all-gather
+            dcn_free = max(dcn_free, now) + times * passes * hlo.arrays(op.result)[0].bytes / chip.dcn_bandwidth
+            ends[op.name] = dcn_free
         elif collectives.is_between_slices(op, "recv-done"):
             between += max(0.0, ends[op.operands[0]] - now)
-        elif copy := collectives.host_copy(program, inside, op):
+        elif copy := collectives.host_copy(program, computation, op):
             seconds = times * copy.bytes / chip.host_bandwidth
             copying += seconds
-            on_bus[copy.way] = ends[op.name] = max(on_bus[copy.way], now) + seconds
+            bus_free[copy.way] = ends[op.name] = max(bus_free[copy.way], now) + seconds
             if not copy.is_async:
                 host += ends[op.name] - now
             continue
@@ -425,37 +435,40 @@ def estimate(
             host += max(0.0, ends[op.operands[0]] - now)
         cycles = float(op.attribute(r'"estimated_cycles":"(\d+)"') or 0)
         seconds = cycles / chip.clock if cycles < 2**62 else 0.0
-        flops = hlo.op_flops(program, inside, op)
-        for call in hlo.kernels(program, inside, op, experts, lanes=128):
+        flops = hlo.op_flops(program, computation, op)
+        for call in hlo.kernels(program, computation, op, experts, lanes=128):
             at_peak = call.flops / (chip.peak_flops * KERNEL_EFFICIENCY)
             kernel += times * max(at_peak, call.bytes / chip.hbm_bandwidth)
         if flops:
-            narrow = hlo.is_in_8_bits(program, inside, op)  # which the chip multiplies twice as fast
-            matmul += times * max(seconds, flops / (chip.peak_flops * (2 if narrow else 1)))
+            is_8_bit = hlo.multiplies_8_bit(program, computation, op)  # twice the peak
+            matmul += times * max(seconds, flops / (chip.peak_flops * (2 if is_8_bit else 1)))
         elif seconds:
-            other += times * min(seconds, hlo.hbm_bytes(program, inside, op) / chip.hbm_bandwidth)
-    waits = hides = 0.0
+            other += times * min(seconds, hlo.hbm_bytes(program, computation, op) / chip.hbm_bandwidth)
+    synchronous = asynchronous = 0.0
     for each in collectives.collectives(program, mesh):
         if each.axes == collectives.BETWEEN_SLICES:
             continue
         is_whole = each.devices == math.prod((mesh or {}).get(axis, 1) for axis in each.axes.split("+"))
         is_whole |= each.kind == "collective-permute"
-        seconds = each.times * _wire_seconds(each, where, (links or {}).get(each.axes) if is_whole else None)
-        waits, hides = (waits, hides + seconds) if each.is_async else (waits + seconds, hides)
-    exposed = waits + max(0.0, hides - matmul - kernel - other)
-    seconds_of = (matmul, kernel, other, exposed, hides, between, host, max(0.0, copying - host))
-    return Estimate(*(1e3 * seconds for seconds in seconds_of))
+        seconds = each.times * _wire_seconds(each, topology, (links or {}).get(each.axes) if is_whole else None)
+        if each.is_async:
+            asynchronous += seconds
+        else:
+            synchronous += seconds
+    exposed = synchronous + max(0.0, asynchronous - matmul - kernel - other)
+    parts = (matmul, kernel, other, exposed, asynchronous, between, host, max(0.0, copying - host))
+    return Estimate(*(1e3 * seconds for seconds in parts))
 
 
-def _wire_seconds(each: collectives.Collective, where: Topology, links: float | None) -> float:
-    """A ring along every link of the chip at once that carries such a group's data.
+def _wire_seconds(each: collectives.Collective, topology: Topology, links: float | None) -> float:
+    """Seconds of a collective by the ring algorithm, on `links` links of each chip at once.
 
-    Where the axes' links are not known: all of the chip's where all chips of the slice take part, else one.
+    `links` None: all links of the chip if all chips of the slice take part, else one.
     """
-    chips = int(np.prod(where.shape))
+    chips = int(np.prod(topology.shape))
     if links is None:
-        links = where.links if each.devices >= chips else 1
-    if each.kind == "collective-permute":  # half goes either way; neighbours on the mesh may be far from each other
-        return each.bytes / where.chip.link_bandwidth / 2 / min(links, 1)
+        links = topology.links if each.devices >= chips else 1
+    if each.kind == "collective-permute":  # half in each direction; neighbours in the mesh may be several hops apart
+        return each.bytes / topology.chip.link_bandwidth / 2 / min(links, 1)
     passes = {"all-reduce": 2.0, "all-to-all": 0.25}.get(each.kind, 1.0)
-    return passes * each.bytes * (each.devices - 1) / each.devices / (links * where.chip.link_bandwidth)
+    return passes * each.bytes * (each.devices - 1) / each.devices / (links * topology.chip.link_bandwidth)

@@ -1,15 +1,15 @@
-"""lm/planner/collectives.py: who talks to whom, along which axes of the mesh, in the forms in which HLO writes it."""
+"""lm/planner/collectives.py: device groups, mesh axes and bytes of collectives in every notation of HLO."""
 
 import pytest
 
 from lm.planner import collectives, hlo, train_compile
-from lm.planner import topology as chips
+from lm.planner import topology as topology_lib
 
 MESH = {"dcn_data": 1, "data": 2, "fsdp": 4, "tensor": 1}
 
 
 def op(text):
-    """An all-reduce with these groups."""
+    """An all-reduce with the given device groups."""
     return hlo.Op("%x", "all-reduce", "f32[8]", ("%y",), f"all-reduce(%y), channel_id=1, {text}, to_apply=%add", False)
 
 
@@ -28,13 +28,13 @@ def op(text):
         ("dimensions={0}", [], ""),
     ],
 )
-def test_groups_of_devices_and_the_axes_they_run_along(written, groups, axes):
+def test_device_groups_and_the_mesh_axes_that_they_span(written, groups, axes):
     found = collectives.device_groups(op(written))
     assert found == groups
     assert collectives.axes_of(found, MESH) == axes
 
 
-def test_axes_of_a_mesh_that_is_not_known_or_not_this_one_are_left_out():
+def test_axes_are_empty_if_the_mesh_is_unknown_or_too_small():
     assert collectives.axes_of([[0, 1]], {}) == ""
     assert collectives.axes_of([[0, 9]], MESH) == ""
 
@@ -52,21 +52,21 @@ ENTRY %main (a: bf16[96,8,128]) -> bf16[96,8,128] {
 """  # noqa: E501
 
 
-def test_what_slices_send_each_other_is_counted_and_waited_for():
+def test_transfers_between_slices_are_counted_and_waited_for():
     program = hlo.parse(SLICES)
     (found,) = collectives.collectives(program, {"dcn_data": 2, "data": 1, "fsdp": 4})
     bytes_sent = 2 * 96 * 8 * 128
     assert found == ("all-reduce", "dcn_data", 2, "bf16", True, 1, bytes_sent)
-    assert collectives.in_table([found, found]) == {
+    assert collectives.summarize([found, found]) == {
         "all-reduce bf16 over dcn_data (2) async": {"times": 2, "bytes": 2 * bytes_sent}
     }
-    guess = train_compile.estimate(program, chips.topology("v5e:2x2", 2))
-    # A ring of two passes the bytes twice, half of them each time; what is computed meanwhile is not waited for.
+    estimate = train_compile.estimate(program, topology_lib.parse("v5e:2x2", 2))
+    # A ring of two sends half of the bytes twice; the part that overlaps with computation is not waited for.
     passes = 2 * (1 / 2)
-    copied = 2 * bytes_sent / 819e9  # read and written; less than the compiler's 10 us
-    assert guess.other == pytest.approx(1e3 * copied)
-    assert guess.between == pytest.approx(1e3 * (passes * bytes_sent / 3.125e9 - copied))
-    assert guess.exposed == guess.hidden == 0
+    copied = 2 * bytes_sent / 819e9  # read and written; shorter than the compiler's 10 us
+    assert estimate.other == pytest.approx(1e3 * copied)
+    assert estimate.between == pytest.approx(1e3 * (passes * bytes_sent / 3.125e9 - copied))
+    assert estimate.exposed == estimate.hidden == 0
 
 
 OFFLOADED = """HloModule m
@@ -98,25 +98,27 @@ ENTRY %main (s: (s32[], bf16[4,8,128], bf16[8,128])) -> bf16[4,8,128] {
 
 
 @pytest.mark.parametrize(("chip", "bandwidth"), [("v5e:2x2", 1.6e10), ("v6e:2x2", 3.2e10)])
-def test_copies_to_the_hosts_memory_and_back_are_counted_and_waited_for(chip, bandwidth):
-    """Four slices of a stack go there and come back, and all of it at the end."""
+def test_copies_to_and_from_host_memory_are_counted_and_waited_for(chip, bandwidth):
+    """Four slices of an array are copied to the host and back, and the whole array back at the end."""
     program, size = hlo.parse(OFFLOADED), 2 * 8 * 128
     assert collectives.host_copies(program) == {"to_host": 4 * size, "from_host": 4 * size + 4 * size}
-    where = chips.topology(chip, 1)
-    guess = train_compile.estimate(program, where)
-    copied = 4 * min(15 / where.chip.clock, 2 * size / where.chip.hbm_bandwidth)  # beside the copies to the host
-    assert guess.other == pytest.approx(1e3 * copied)
-    assert guess.host == pytest.approx(1e3 * (12 * size / bandwidth - copied)) and guess.total > guess.host
-    assert guess.host_hidden == pytest.approx(1e3 * copied)
+    topology = topology_lib.parse(chip, 1)
+    estimate = train_compile.estimate(program, topology)
+    copied = 4 * min(
+        15 / topology.chip.clock, 2 * size / topology.chip.hbm_bandwidth
+    )  # overlaps with the copies to the host
+    assert estimate.other == pytest.approx(1e3 * copied)
+    assert estimate.host == pytest.approx(1e3 * (12 * size / bandwidth - copied)) and estimate.total > estimate.host
+    assert estimate.host_hidden == pytest.approx(1e3 * copied)
     assert collectives.host_copies(hlo.parse(SLICES)) == {"to_host": 0, "from_host": 0}
 
 
 @pytest.mark.parametrize(
-    ("topology", "places", "links"),
+    ("name", "places", "links"),
     [
         ("v5e:16x16", [(x, y, 0) for x in range(16) for y in range(16)], 4),  # all of it, two rings
         ("v5e:16x16", [(x, 3, 0) for x in range(16)], 2),  # a ring
-        ("v5e:16x16", [(x, 3, 0) for x in range(8)], 1),  # a part of it does not close
+        ("v5e:16x16", [(x, 3, 0) for x in range(8)], 1),  # a part of a ring
         ("v5e:16x16", [(x, 3, 0) for x in range(0, 16, 2)], 1 / 2),  # every other chip: two groups share the links
         ("v5e:16x16", [(x, y, 0) for x in range(16) for y in (0, 8)], 2 + 1 / 8),
         ("v5e:4x4", [(x, y, 0) for x in range(4) for y in range(4)], 2),
@@ -125,20 +127,20 @@ def test_copies_to_the_hosts_memory_and_back_are_counted_and_waited_for(chip, ba
         ("v6e:4x4", [(2, 2, 0)], 1),
     ],
 )
-def test_links_of_a_group_of_chips(topology, places, links):
-    assert chips.topology(topology, 1).links_of(places) == links
+def test_links_of_a_group_of_chips(name, places, links):
+    assert topology_lib.parse(name, 1).links_of(places) == links
 
 
-def test_a_group_on_a_part_of_a_ring_is_slower():
+def test_a_collective_along_a_part_of_a_ring_is_slower():
     text = """HloModule m
 ENTRY %main (a: bf16[1024,128]) -> bf16[8192,128] {
   %a = bf16[1024,128]{1,0} parameter(0)
   ROOT %g = bf16[8192,128]{1,0} all-gather(%a), replica_groups=[32,8]<=[256], dimensions={0}
 }
 """
-    where, mesh = chips.topology("v6e:16x16", 1), {"dcn_data": 1, "data": 1, "fsdp": 32, "expert": 8}
+    topology, mesh = topology_lib.parse("v6e:16x16", 1), {"dcn_data": 1, "data": 1, "fsdp": 32, "expert": 8}
     sent = 1e3 * 2 * 8192 * 128 * 7 / 8 / 9e10
     for links in (0.5, 1.0, 2.0):
-        guess = train_compile.estimate(hlo.parse(text), where, mesh=mesh, links={"expert": links})
-        assert guess.exposed == pytest.approx(sent / links)
-    assert train_compile.estimate(hlo.parse(text), where).exposed == pytest.approx(sent)
+        estimate = train_compile.estimate(hlo.parse(text), topology, mesh=mesh, links={"expert": links})
+        assert estimate.exposed == pytest.approx(sent / links)
+    assert train_compile.estimate(hlo.parse(text), topology).exposed == pytest.approx(sent)

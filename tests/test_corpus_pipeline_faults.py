@@ -1,4 +1,4 @@
-"""Preparing data that is damaged, changes meanwhile, or cannot be prepared."""
+"""lm/corpus/pipeline.py: damaged data, data that changes while it is read, and settings that cannot be prepared."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ import pytest
 from lm.config.schema import ConfigError
 from lm.corpus import stages, workers
 from lm.data.record import DataError
-from tests.test_data_prepare import contents, interrupted, recipe, removed, run
+from tests.test_corpus_pipeline import contents, interrupted, recipe, removed, run
 
 
 def fuzzed(rng, good):
-    """1,000 lines of JSON, most of them damaged in some way."""
+    """1,000 lines of JSON, most of them damaged."""
     lines = []
     for i in range(1000):
         line = json.dumps({"text": good[i % len(good)] + f" line {i} é日"}, ensure_ascii=False).encode()
@@ -67,14 +67,14 @@ def test_fuzzed_lines_are_read_or_reported(tmp_path, monkeypatch):
         run(recipe(tmp_path / "a.jsonl", max_bad_records=3), tmp_path / "strict")
 
 
-def test_bad_records_are_counted_over_all_files(tmp_path):
+def test_bad_records_of_all_files_count_together(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"b\.jsonl:2: wrong type: .*more than data\.max_bad_records=1"):
         run(recipe(tmp_path, max_bad_records=1), tmp_path / "out", shard_bytes=2)
 
 
-def test_input_that_changed_between_starts_is_refused(tmp_path):
+def test_input_that_changed_before_a_resume_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(KeyboardInterrupt):
@@ -92,14 +92,14 @@ def test_input_that_changes_while_it_is_prepared_is_refused(tmp_path):
     def changes(work, units):
         with path.open("a") as file:
             file.write('{"text": "one more"}\n')
-        return workers.here(work, units)
+        return workers.in_process(work, units)
 
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was prepared"):
         run(recipe(path), tmp_path / "out", changes)
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_what_cannot_be_prepared_is_refused_before_anything_is_written(tmp_path):
+def test_unsupported_settings_are_refused_before_anything_is_written(tmp_path):
     raw, other = tmp_path / "raw.jsonl", tmp_path / "other"
     raw.write_text('{"text": "one"}\n')
     (other / "work").mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_what_cannot_be_prepared_is_refused_before_anything_is_written(tmp_path)
     assert not (tmp_path / "out").exists() and contents(other) == {"work/mine.txt": b"mine"}
 
 
-def test_nothing_left_is_said_with_the_counts(tmp_path):
+def test_an_empty_part_is_an_error_with_the_counts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(DataError, match=r"no valid document is left of 2 \(dropped: words 2\)"):
         run(recipe(tmp_path / "a.jsonl"), tmp_path / "out", filters=["words"])

@@ -1,4 +1,4 @@
-"""Every filter measures what its name says, on texts counted by hand, and keeps its bounds."""
+"""lm/corpus/filters.py: every measure, against values counted by hand, and the bounds."""
 
 import math
 
@@ -26,17 +26,17 @@ MEASURED = {
 }
 
 
-def test_every_filter_is_measured():
+def test_every_filter_has_a_case():
     assert set(MEASURED) == set(FILTERS)
     assert set(filters.DEFAULT) < set(FILTERS)
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), [(n, *case) for n, cases in MEASURED.items() for case in cases])
-def test_measures(name, text, expected):
+def test_a_measure_equals_the_value_counted_by_hand(name, text, expected):
     assert FILTERS[name].measure(filters.page(text)) == pytest.approx(expected)
 
 
-def test_bounds_are_kept_and_the_first_filter_is_named():
+def test_bounds_are_inclusive_and_the_first_rejecting_filter_is_returned():
     word = "abcde"
     text = " ".join(word + chr(97 + i // 26) + chr(97 + i % 26) for i in range(50))
     assert filters.rejected_by(text, list(FILTERS)[:-2]) == ""

@@ -1,4 +1,4 @@
-"""Prepared shards hold what plain Python keeps of the same texts, whoever made them and however often killed."""
+"""lm/corpus/pipeline.py: shards hold what plain Python keeps, with every runner and however often the job is killed."""
 
 import collections
 import dataclasses
@@ -39,7 +39,7 @@ def recipe(path, task="causal_lm", **data):
     )
 
 
-def run(cfg, out, runner=workers.here, **options):
+def run(cfg, out, runner=workers.in_process, **options):
     return pipeline.run(pipeline.plan(cfg, out, **{"shard_bytes": SHARD_BYTES, **options}), runner, lambda *_: None)
 
 
@@ -52,7 +52,7 @@ def removed(folder):
 
 
 def documents_in(folder, part):
-    """The texts in the shards of a part, in their order."""
+    """The texts in the shards of a part, in order."""
     words, opened = tokenizer.load(folder / "tokenizer.model"), shards.open_folder(str(folder)).table(part)
     rows = opened.take(np.arange(len(opened)))
     ids, texts = [], []
@@ -68,7 +68,7 @@ def documents_in(folder, part):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of raw files and an evaluation file; text -> the reason why it must go, of all that is in the files."""
+    """A folder of raw files, an evaluation file, and the expected reason to drop each text ('' = kept)."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
 
@@ -114,7 +114,7 @@ def prepared(corpus, tmp_path_factory):
     return out, index
 
 
-def test_shards_hold_what_is_to_be_kept(corpus, prepared):
+def test_shards_hold_the_documents_that_should_be_kept(corpus, prepared):
     _, expected, _ = corpus
     out, index = prepared
     found = {part: documents_in(out, part) for part in ("train", "valid")}
@@ -130,7 +130,7 @@ def test_shards_hold_what_is_to_be_kept(corpus, prepared):
     assert all(entry["documents"] > 5 for entry in index["parts"]["train"])
 
 
-def test_what_went_is_counted_and_listed(corpus, prepared):
+def test_dropped_documents_are_counted_and_listed(corpus, prepared):
     folder, expected, count = corpus
     out, index = prepared
     found, lines = index["statistics"], removed(out)
@@ -156,7 +156,7 @@ def test_what_went_is_counted_and_listed(corpus, prepared):
             assert line["ngrams"] == {str(folder / "questions.txt"): 20 - 13 + 1}
 
 
-def test_it_describes_itself(prepared):
+def test_the_folder_has_a_data_card(prepared):
     out, index = prepared
     assert set(contents(out)) == {"README.md", "index.json", "lengths.png", "removed.jsonl", "tokenizer.model"} | {
         f"{entry['name']}.npy" for part in index["parts"].values() for entry in part
@@ -171,19 +171,19 @@ def test_it_describes_itself(prepared):
 
 
 def interrupted(after):
-    """A runner that ends, as by a kill, before it runs a unit more than `after`."""
+    """A runner that is interrupted, as by a kill, after `after` units."""
     left = iter(range(after))
 
     def runner(work, units):
         for unit in units:
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            yield from workers.here(work, [unit])
+            yield from workers.in_process(work, [unit])
 
     return runner
 
 
-def test_a_job_goes_on_to_the_same_bytes_wherever_it_stopped(corpus, prepared, tmp_path):
+def test_a_job_interrupted_anywhere_resumes_to_the_same_bytes(corpus, prepared, tmp_path):
     folder, _, _ = corpus
     options = {"evaluation": [str(folder / "questions.txt")], "filters": ["words"]}
     planned = pipeline.plan(recipe(folder / "raw"), tmp_path / "out", shard_bytes=SHARD_BYTES, **options)
@@ -201,8 +201,8 @@ def test_a_job_goes_on_to_the_same_bytes_wherever_it_stopped(corpus, prepared, t
     assert contents(tmp_path / "out") == contents(prepared[0])
 
 
-def test_workers_and_a_kill_give_the_same_bytes(corpus, prepared, tmp_path):
-    """The tool, killed with all its processes at work, then started again."""
+def test_several_workers_that_are_killed_resume_to_the_same_bytes(corpus, prepared, tmp_path):
+    """The tool is killed while all its processes are busy, then run again."""
     folder, _, _ = corpus
     script = tmp_path / "recipe.py"
     cfg = recipe(folder / "raw")
@@ -253,7 +253,7 @@ def test_beam_gives_the_same_bytes(corpus, prepared, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Apache Beam is installed")
-def test_without_beam_the_extra_is_named():
+def test_a_missing_beam_is_an_error_that_names_the_extra():
     with (
         pytest.raises(ConfigError, match=r"--runner=DirectRunner needs Apache Beam: pip install -e '\.\[beam\]'"),
         workers.beam("DirectRunner", []),
@@ -262,8 +262,8 @@ def test_without_beam_the_extra_is_named():
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_the_files_do_not_decide_which_shard_a_document_is_in(corpus, prepared, tmp_path, form):
-    """One file of the same records, in the order of their files."""
+def test_shards_do_not_depend_on_how_documents_are_split_into_files(corpus, prepared, tmp_path, form):
+    """The same records in one file."""
     folder, _, _ = corpus
     whole = b"\n".join(
         gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()
@@ -285,7 +285,7 @@ def test_the_files_do_not_decide_which_shard_a_document_is_in(corpus, prepared, 
     assert all(found[name] == expected[name] for name in found if name.endswith((".npy", ".model")))
 
 
-def test_small_files_are_read_together_and_none_is_left_out(corpus, tmp_path):
+def test_small_files_are_grouped_and_all_are_read(corpus, tmp_path):
     _, expected, _ = corpus
     kept = [text for text, reason in expected.items() if not reason][:60]
     (tmp_path / "raw").mkdir()
@@ -297,13 +297,13 @@ def test_small_files_are_read_together_and_none_is_left_out(corpus, tmp_path):
     planned = pipeline.plan(cfg, tmp_path / "out", shard_bytes=SHARD_BYTES)
     sizes = [sum(file.stat().length for file in group) for _, group in planned.groups]
     assert 1 < len(planned.groups) < 20 and max(sizes) <= SHARD_BYTES // 2
-    index = pipeline.run(planned, workers.here, lambda *_: None)
+    index = pipeline.run(planned, workers.in_process, lambda *_: None)
     assert index["statistics"]["faults"] == {"empty file": 1}
     found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "valid")
     assert sorted(found) == sorted(kept)
 
 
-def test_held_out_files_win_over_the_same_text_to_train_on(corpus, tmp_path):
+def test_a_text_of_both_parts_is_held_out(corpus, tmp_path):
     _, expected, _ = corpus
     kept = [text for text, reason in expected.items() if not reason]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in kept))
@@ -318,7 +318,7 @@ def test_held_out_files_win_over_the_same_text_to_train_on(corpus, tmp_path):
     ("task", "packing"),
     [("causal_lm", "pad"), ("causal_lm", "concat"), ("masked_lm", "best_fit"), ("span_corruption", "pad")],
 )
-def test_rows_are_those_of_a_run_that_reads_raw_text(corpus, tmp_path, task, packing):
+def test_rows_equal_those_of_a_run_that_reads_raw_text(corpus, tmp_path, task, packing):
     folder, _, _ = corpus
     cfg = recipe(folder / "raw" / "c.jsonl.gz", task=task, packing=packing, seq_len=32, eval_fraction=0.3)
     run(cfg, tmp_path / "out", near=0, shard_bytes=1 << 20)
@@ -345,7 +345,7 @@ def sorted_documents(path, part, fraction):
     return [{"text": t} for d, t in digests if (int.from_bytes(d[:8]) < fraction * 2**64) == (part == "valid")]
 
 
-def test_other_settings_are_refused_with_the_difference(corpus, prepared):
+def test_other_settings_are_refused_and_the_difference_is_listed(corpus, prepared):
     folder, _, _ = corpus
     options = {"evaluation": [str(folder / "questions.txt")], "filters": ["words"]}
     before = contents(prepared[0])

@@ -1,4 +1,4 @@
-"""What `tools/bench.py` measures of training: the project's own, and the same model in `transformers` beside it."""
+"""Throughput of training (`tools/bench.py`), and of the same model in `transformers` in the same run."""
 
 # ruff: noqa: E402 (the clock starts before anything is imported)
 import time
@@ -20,16 +20,16 @@ from lm.config import Config
 from lm.evaluation import flops
 from lm.parallel import mesh as mesh_lib
 
-# Losses of one batch in float32, by other sums: from the same weights, and after a step of the same optimizer.
+# Relative tolerances of float32 losses: from the same weights, and after one step of the same optimizer.
 AGREE_AT_START, AGREE_AFTER = 1e-5, 1e-4
 
 
 class Disagree(RuntimeError):
-    """The peer does not compute the same: what follows would compare two models."""
+    """The two systems do not compute the same losses, so that their speeds cannot be compared."""
 
 
 class Round(NamedTuple):
-    """Seconds of wall time, and of CPU time over all threads of the process; pages that it took from the kernel."""
+    """Seconds of wall time, CPU seconds of all threads of the process, and page faults."""
 
     wall: float
     cpu: float
@@ -37,14 +37,14 @@ class Round(NamedTuple):
 
 
 class Training(NamedTuple):
-    """The project's own training, compiled, its first step done.
+    """Training after its first step.
 
     Attributes:
-      advance: steps -> loss of the last of them; each call goes on.
+      advance: number of steps -> loss of the last one; each call continues the training.
       run: see `lm.build.Run`.
-      start: parameters before the first step, on the host; None where no peer needs them.
+      start: initial parameters, on the host; None if there is no peer.
       loss: of the first step.
-      seconds: what the time to the first step went to.
+      seconds: the time to the first step, by phase.
     """
 
     advance: Callable[[int], float]
@@ -57,28 +57,28 @@ class Training(NamedTuple):
 def measure(
     cfg: Config, folder: Path, rounds: int, seconds: float, *, peer: bool = False, activation: str = "gelu_new"
 ) -> dict[str, Any]:
-    """All figures of training.
+    """Measures training.
 
     Args:
       cfg: from `lm.config.build`.
-      folder: for what a run leaves.
-      rounds: how many are timed.
-      seconds: of a round of the project's own, about; the peer takes as many steps.
-      peer: whether it takes turns.
+      folder: for the files of the run.
+      rounds: number of timed rounds.
+      seconds: approximate length of a round of our own training; the peer runs the same number of steps.
+      peer: whether to alternate with training in `transformers`.
       activation: of the peer's MLP.
 
     Raises:
-      ConfigError: the config does not fit itself, or the peer.
-      Disagree: the two do not compute the same.
+      ConfigError: the config is inconsistent, or not a model of the peer.
+      Disagree: the losses of the two differ.
     """
     import jax
 
     from lm import build
-    from tools import bench_peer
+    from lm.benchmark import transformers_gpt2
 
     if peer:
         cfg = build.plan(cfg, None).cfg
-        bench_peer.check(cfg, jax.default_backend())
+        transformers_gpt2.check(cfg, jax.default_backend())
     own = prepare(cfg, folder, keep_start=peer)
     cfg, device, devices = own.run.cfg, own.run.mesh.devices.flat[0], own.run.mesh.devices.size
     sides = {"own": own.advance}
@@ -86,23 +86,23 @@ def measure(
     if peer:
         rates = map(float, map(jax.jit(own.run.optimizer.learning_rate), itertools.count()))
         batches, size = build.data_iterator(own.run, 0), own.run.tokenizer.vocab_size
-        sides["peer"] = bench_peer.make(cfg, own.start, rates, batches, size, activation)
+        sides["peer"] = transformers_gpt2.make(cfg, own.start, rates, batches, size, activation)
         compared = {"loss_at_start": agree(own.loss, sides["peer"](1), AGREE_AT_START)}
         compared["loss_after_a_step"] = agree(own.advance(1), sides["peer"](1), AGREE_AFTER)
-    own.advance(2)  # caches, allocators
+    own.advance(2)  # warm up caches and allocators
     steps = max(1, round(seconds / timed(own.advance, 1).wall))
     tokens = cfg.data.batch_size * cfg.data.seq_len * steps
-    found: dict[str, list[Round]] = {name: [] for name in sides}
+    timings: dict[str, list[Round]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, advance in sides.items():
             if peer:
-                advance(1)  # not timed: it takes from the kernel what memory the other has given back
-            found[name].append(timed(advance, steps))
+                advance(1)  # not timed: reallocates the memory that the other has returned to the kernel
+            timings[name].append(timed(advance, steps))
 
-    per_second = statistics.median(tokens / each.wall for each in found["own"])
+    per_second = statistics.median(tokens / each.wall for each in timings["own"])
     is_counted = own.run.tokenizer is not None and build.predicts_tokens(cfg)
-    words = own.run.tokenizer.vocab_size if is_counted else 0
-    per_token = functools.partial(flops.train_flops_per_token, cfg.model, cfg.data.seq_len, words)
+    vocab_size = own.run.tokenizer.vocab_size if is_counted else 0
+    per_token = functools.partial(flops.train_flops_per_token, cfg.model, cfg.data.seq_len, vocab_size)
     full, causal = (per_token(causal_half=half) if is_counted else None for half in (False, True))
     figures: dict[str, Any] = {
         "device": device.device_kind,
@@ -114,21 +114,24 @@ def measure(
         "tokens_per_step": tokens // steps,
         "rounds": rounds,
         "steps_per_round": steps,
-        **speeds(found["own"], tokens),
-        "page_faults_per_step": statistics.median(each.page_faults for each in found["own"]) / steps,
+        **speeds(timings["own"], tokens),
+        "page_faults_per_step": statistics.median(each.page_faults for each in timings["own"]) / steps,
         "seconds_to_first_step": sum(own.seconds.values()),
         "seconds_of_it": own.seconds,
         "model_flops_per_token": full,
         "mfu": flops.mfu(per_second, full, device.device_kind, devices),
         "mfu_causal": flops.mfu(per_second, causal, device.device_kind, devices),
     }
-    if full and figures["mfu"] is None:  # no peak is known: beside what one large matrix product reaches
+    if full and figures["mfu"] is None:  # no known peak: compare with one large matrix product
         ceiling = matmul_flops(jax_product)
         figures |= {"matmul_flops_per_second": ceiling, "share_of_matmul": per_second * full / ceiling}
     if peer:
-        pairs = list(zip(found["own"], found["peer"], strict=True))
-        compared |= {"name": "transformers", "activation": activation, **bench_peer.about()}
-        compared |= {**speeds(found["peer"], tokens), "matmul_flops_per_second": matmul_flops(bench_peer.product)}
+        pairs = list(zip(timings["own"], timings["peer"], strict=True))
+        compared |= {"name": "transformers", "activation": activation, **transformers_gpt2.about()}
+        compared |= {
+            **speeds(timings["peer"], tokens),
+            "matmul_flops_per_second": matmul_flops(transformers_gpt2.product),
+        }
         compared["ratio"] = spread([theirs.wall / ours.wall for ours, theirs in pairs])
         compared["ratio_of_cpu_time"] = spread([theirs.cpu / ours.cpu for ours, theirs in pairs])
         figures["peer"] = compared
@@ -136,7 +139,7 @@ def measure(
 
 
 def prepare(cfg: Config, folder: Path, *, keep_start: bool) -> Training:
-    """Everything up to the end of the first step, as `lm.train` does it."""
+    """Prepares training as `lm.train` does, up to the end of the first step."""
     import jax
 
     from lm import build, program
@@ -177,10 +180,10 @@ def prepare(cfg: Config, folder: Path, *, keep_start: bool) -> Training:
 
 
 def agree(own: float, peer: float, tolerance: float) -> dict[str, float]:
-    """Both losses.
+    """Compares two losses, and returns them.
 
     Raises:
-      Disagree: they differ by more than `tolerance`, relative.
+      Disagree: their relative difference exceeds `tolerance`.
     """
     if not abs(own - peer) <= tolerance * abs(own):
         raise Disagree(f"the peer does not compute the same: loss {own:.6f} here and {peer:.6f} there on one batch")
@@ -188,19 +191,19 @@ def agree(own: float, peer: float, tolerance: float) -> dict[str, float]:
 
 
 def timed(advance: Callable[[int], float], steps: int) -> Round:
-    """One round."""
+    """Times one round."""
     wall, cpu, faults = time.perf_counter(), time.process_time(), page_faults()
     advance(steps)
     return Round(time.perf_counter() - wall, time.process_time() - cpu, page_faults() - faults)
 
 
 def page_faults() -> int:
-    """Of this process so far, without those that read a disk."""
+    """Minor page faults of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def speeds(rounds: list[Round], tokens: int) -> dict[str, Any]:
-    """Tokens a second over rounds of `tokens` each, and tokens a second of CPU time, which others' work moves less."""
+    """Tokens per second, and per CPU second, over rounds of `tokens` each. Other processes affect CPU time less."""
     return {
         "tokens_per_second": statistics.median(tokens / each.wall for each in rounds),
         "tokens_per_second_spread": spread([tokens / each.wall for each in rounds]),
@@ -214,7 +217,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def jax_product(size: int) -> Callable[[], Any]:
-    """Multiplies two float32 [size, size] by JAX at each call."""
+    """A function that multiplies two float32 [size, size] matrices in JAX."""
     import jax
 
     square = jax.random.normal(jax.random.key(0), (size, size))
@@ -223,7 +226,7 @@ def jax_product(size: int) -> Callable[[], Any]:
 
 
 def matmul_flops(make_product: Callable[[int], Callable[[], Any]], size: int = 2048) -> float:
-    """FLOP/s of one product of two float32 [size, size], the best of eight."""
+    """FLOP/s of a product of two float32 [size, size] matrices, the best of eight."""
     product = make_product(size)
     product()
     times = []
@@ -235,7 +238,7 @@ def matmul_flops(make_product: Callable[[int], Callable[[], Any]], size: int = 2
 
 
 def processor() -> str:
-    """Name of the CPU, as Linux knows it."""
+    """Name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -244,34 +247,34 @@ def processor() -> str:
     return next(names, platform.processor())
 
 
-def show(found: dict[str, Any]) -> None:
-    """The figures as a table."""
+def show(figures: dict[str, Any]) -> None:
+    """Prints the figures as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    device = f"{found['devices']} x {found['device']}, {found['cores']} cores, {found['processor']}"
+    device = f"{figures['devices']} x {figures['device']}, {figures['cores']} cores, {figures['processor']}"
     table = Table(show_header=False, title=device)
 
-    def rate(figures: dict[str, Any]) -> str:
-        each = figures["tokens_per_second_spread"]
+    def rate(side: dict[str, Any]) -> str:
+        each = side["tokens_per_second_spread"]
         return f"{each['median']:,.0f} ({each['min']:,.0f} to {each['max']:,.0f})"
 
     rows = {
-        "parameters": f"{found['parameters']:,}",
-        "timed": f"{found['rounds']} rounds of {found['steps_per_round']} steps of {found['tokens_per_step']:,} tokens",
-        "tokens/s": rate(found),
-        "tokens/s of CPU time": f"{found['tokens_per_cpu_second']:,.0f}",
-        "page faults a step": f"{found['page_faults_per_step']:,.0f}",
+        "parameters": f"{figures['parameters']:,}",
+        "timed": "{rounds} rounds of {steps_per_round} steps of {tokens_per_step:,} tokens".format(**figures),
+        "tokens/s": rate(figures),
+        "tokens/CPU s": f"{figures['tokens_per_cpu_second']:,.0f}",
+        "page faults per step": f"{figures['page_faults_per_step']:,.0f}",
     }
-    if found["mfu"] is not None:
-        rows["MFU, attention in full"] = f"{found['mfu']:.1%}"
-        rows["  attention's causal half"] = f"{found['mfu_causal']:.1%}"
-    if "share_of_matmul" in found:
-        flops = found["matmul_flops_per_second"] / 1e9
-        rows["model FLOP/s of one matmul's"] = f"{found['share_of_matmul']:.1%} of {flops:,.0f} GFLOP/s"
-    parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in found["seconds_of_it"].items())
-    rows["seconds to the end of the first step"] = f"{found['seconds_to_first_step']:.1f}: {parts}"
-    if peer := found.get("peer"):
+    if figures["mfu"] is not None:
+        rows["MFU, attention in full"] = f"{figures['mfu']:.1%}"
+        rows["MFU, attention's causal half"] = f"{figures['mfu_causal']:.1%}"
+    if "share_of_matmul" in figures:
+        matmul = figures["matmul_flops_per_second"] / 1e9
+        rows["share of a matmul's FLOP/s"] = f"{figures['share_of_matmul']:.1%} of {matmul:,.0f} GFLOP/s"
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in figures["seconds_of_it"].items())
+    rows["seconds to the end of the first step"] = f"{figures['seconds_to_first_step']:.1f}: {parts}"
+    if peer := figures.get("peer"):
         name = f"{peer['name']} {peer['transformers']}, torch {peer['torch']}"
         start, after = peer["loss_at_start"], peer["loss_after_a_step"]
         rows |= {
@@ -279,8 +282,8 @@ def show(found: dict[str, Any]) -> None:
             "its own matmul": f"{peer['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s",
             "losses of the two": f"{start['own']:.5f} and {start['peer']:.5f}; after a step "
             f"{after['own']:.5f} and {after['peer']:.5f}",
-            "times as fast": "{median:.2f} ({min:.2f} to {max:.2f})".format(**peer["ratio"]),
-            "the same in CPU time": "{median:.2f} ({min:.2f} to {max:.2f})".format(**peer["ratio_of_cpu_time"]),
+            "speed ratio": "{median:.2f} ({min:.2f} to {max:.2f})".format(**peer["ratio"]),
+            "speed ratio by CPU time": "{median:.2f} ({min:.2f} to {max:.2f})".format(**peer["ratio_of_cpu_time"]),
         }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -1,4 +1,4 @@
-"""lm/planner/train_compile.py and tools/plan.py: the plan of a small model, by the real TPU compiler."""
+"""lm/planner/train_compile.py and tools/plan.py: plans of a small model by the real TPU compiler."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from lm.planner import topology, train_compile
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler here: pip install -e '.[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler: pip install -e '.[tpu]'"
 )
 LAYERS, WIDTH, INNER, VOCAB, LENGTH = 3, 256, 512, 1024, 256
 CHIPS, ROWS = 4, 8
@@ -44,7 +44,7 @@ def get_config():
 
 
 def plan(tmp_path, *arguments, recipe=RECIPE, code=0, seconds=300, **changes):
-    """(figures, program, what was printed) of tools/plan.py on the benchmark's recipe, made small."""
+    """(figures, program, output) of tools/plan.py on a benchmark recipe, made small."""
     files = [tmp_path / "plan.json", tmp_path / "program.txt"]
     keys = [f"--config.{key}={value}" for key, value in (SMALL | changes).items()]
     command = [sys.executable, "tools/plan.py", f"--config={recipe}", "--topology=v5e:2x2"]
@@ -63,7 +63,7 @@ def small(tmp_path_factory):
 
 
 @needs_libtpu
-def test_a_plan_is_what_arithmetic_says(small):
+def test_a_plan_agrees_with_arithmetic(small):
     found, program, said = small
     kernels = 4 * WIDTH**2 + 3 * WIDTH * INNER
     parameters = LAYERS * (kernels + 2 * WIDTH) + 2 * VOCAB * WIDTH + WIDTH
@@ -71,20 +71,20 @@ def test_a_plan_is_what_arithmetic_says(small):
     assert found["chips"] == CHIPS and found["tokens_per_step"] == ROWS * LENGTH
     tokens = ROWS * LENGTH / CHIPS
     products = 6 * (LAYERS * kernels + VOCAB * WIDTH) * tokens
-    # No layer's matmul is computed twice: what is more is attention, forward and backward, its blocks not halved here.
+    # No matmul is recomputed; the rest is attention, forward and backward, whose single block is not halved.
     attention = 6 * LAYERS * 2 * tokens * LENGTH * WIDTH
     assert found["hlo_flops"] == pytest.approx(products + attention, rel=0.01)
-    # Split over the chips: float32 parameters and two moments; norms too small to split are whole.
-    split = 4 * (LAYERS * kernels + 2 * VOCAB * WIDTH) / CHIPS
-    assert found["state_parameters"] == pytest.approx(split, rel=0.01)
-    assert found["state_optimizer"] == pytest.approx(2 * split, rel=0.01)
+    # Sharded over the chips: float32 parameters and two moments; norms are too small and replicated.
+    sharded = 4 * (LAYERS * kernels + 2 * VOCAB * WIDTH) / CHIPS
+    assert found["state_parameters"] == pytest.approx(sharded, rel=0.01)
+    assert found["state_optimizer"] == pytest.approx(2 * sharded, rel=0.01)
     assert found["largest_replicated"]["bytes"] < 2**20
     assert found["fits"] and found["hbm_peak"] > found["hbm_arguments"]
     assert "splash" in program and "estimated MFU" in said and "$" in said
 
 
 @needs_libtpu
-def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(small):
+def test_weights_are_gathered_in_bfloat16_and_optimizer_state_is_not_gathered(small):
     found, _, _ = small
     gathers = {name: row for name, row in found["collectives"].items() if name.startswith("all-gather")}
     weights = 2 * (LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER) + 2 * VOCAB * WIDTH)
@@ -94,9 +94,8 @@ def test_weights_travel_in_bfloat16_and_the_optimizers_state_not_at_all(small):
 
 
 @needs_libtpu
-def test_gradients_of_layers_go_round_a_ring_beside_the_computation(small):
-    """Each of a kernel's four parts takes three steps, one half of it this way and one that; so does the output
-    projection's gradient, a sum in float32."""
+def test_gradients_of_layers_are_reduced_by_asynchronous_rings(small):
+    """A kernel's four parts take three steps each, half in each direction; so does the float32 output projection."""
     found, _, _ = small
     sent = {name: row for name, row in found["collectives"].items() if name.startswith("collective-permute")}
     sizes = {"bf16": 2 * LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER), "f32": 4 * WIDTH * VOCAB}
@@ -109,8 +108,8 @@ def test_gradients_of_layers_go_round_a_ring_beside_the_computation(small):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimizer(tmp_path):
-    """LoRA on rows whose positions are split, each device's queries in the kernel with everyone's keys."""
+def test_with_lora_only_adapters_have_moments_and_an_evaluation_step_has_no_optimizer(tmp_path):
+    """LoRA under context parallelism: the attention kernel has a device's own queries and all keys."""
     changes = {"adapter.kind": "lora", "adapter.rank": 4, "data.seq_len": 2 * LENGTH, "data.batch_size": ROWS // 2}
     changes |= {"mesh.fsdp": 2, "mesh.context": 2}
     rules = "--config.optim.lr_rules=((r'.*/lora_.*', 1.0), (r'.*', 0.0))"
@@ -123,15 +122,15 @@ def test_of_lora_only_the_adapters_have_moments_and_an_evaluation_has_no_optimiz
     assert kernels and all(queries in line and keys in line for line in kernels)
     evaluated, _, _ = plan(tmp_path, "--evaluation")
     assert evaluated["hlo_flops"] < found["hlo_flops"] / 1.8
-    # Its step takes the parameters; the moments stay where they are meanwhile.
+    # The evaluation step takes only the parameters; the moments stay in memory beside it.
     assert evaluated["state_optimizer"] > evaluated["hbm_arguments"] > evaluated["state_parameters"]
     assert evaluated["hbm_peak"] > evaluated["state_optimizer"] + evaluated["hbm_arguments"]
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_start_that_is_not_there_yet_is_planned_without_and_what_predicts_no_tokens_has_no_mfu(tmp_path):
-    """Fine-tuning of a run that is still to come, with a damaged result of it in the cache."""
+def test_a_missing_init_from_is_left_out_and_a_task_without_token_prediction_has_no_mfu(tmp_path):
+    """Fine-tuning of a run that does not exist yet, with a damaged result in the cache."""
     recipe, cache = tmp_path / "sentences.py", tmp_path / "cache"
     recipe.write_text(SENTENCES)
     changes = {"data.format": "table", "data.separator": "", "data.packing": "pad", "model.pool": "last"}
@@ -154,15 +153,18 @@ def test_a_start_that_is_not_there_yet_is_planned_without_and_what_predicts_no_t
     [
         (["--slices=2"], "mesh.dcn_data=1: expected 2, the number of slices"),
         (["--topology=v5e:4x4x4"], "--topology=v5e:4x4x4: expected one of v5e:AxB, v5p:AxBxC, v6e:AxB"),
-        (["--json=/not/there/a.json"], "--json=/not/there/a.json: expected a file in a folder that is there"),
-        (["--dump_hlo=."], "--dump_hlo=.: expected a file in a folder that is there"),
-        (["--dollars_per_chip_hour=1"], "--dollars_per_chip_hour without --tokens"),
-        (["--search", "--tokens=1e9"], "--tokens with --search"),
+        (
+            ["--json=/not/there/a.json"],
+            "--json=/not/there/a.json: expected a file in a folder that exists",
+        ),
+        (["--dump_hlo=."], "--dump_hlo=.: expected a file in a folder that exists"),
+        (["--dollars_per_chip_hour=1"], "--dollars_per_chip_hour needs --tokens"),
+        (["--search", "--tokens=1e9"], "--tokens has no effect with --search"),
         (["--config=configs/not_there.py"], "No such file or directory: 'configs/not_there.py'"),
     ],
     ids=str,
 )
-def test_what_cannot_be_planned_is_refused_before_it_is_compiled(arguments, why):
+def test_wrong_flags_are_refused_before_compiling(arguments, why):
     small = [f"--config.{key}={value}" for key, value in SMALL.items()]
     command = [sys.executable, "tools/plan.py", f"--config={RECIPE}", *small, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -171,15 +173,15 @@ def test_what_cannot_be_planned_is_refused_before_it_is_compiled(arguments, why)
 
 
 @needs_libtpu
-def test_what_does_not_fit_is_an_answer(tmp_path):
+def test_a_step_that_does_not_fit_exits_with_3_and_lists_its_largest_arrays(tmp_path):
     found, _, said = plan(tmp_path, code=3, **{"data.batch_size": 4 * 16_384, "model.remat": "none"})
     assert found["fits"] is False and "does not fit" in said and "largest" in said
     assert found["hbm_needed"] > 16 * topology.GIB
-    assert f"{4 * 16_384}, {LENGTH}" in found["why"], "the arrays that are too large are named"
+    assert f"{4 * 16_384}, {LENGTH}" in found["why"]
 
 
 def analysis(**sizes):
-    """What `compiled.memory_analysis()` says, in bytes; 0 where nothing is said."""
+    """A result of `compiled.memory_analysis()`, in bytes; 0 for sizes not given."""
     parts = ("argument", "output", "alias", "temp")
     names = [f"{host}{part}_size_in_bytes" for host in ("", "host_") for part in parts]
     return SimpleNamespace(
@@ -187,8 +189,8 @@ def analysis(**sizes):
     )
 
 
-def test_the_hosts_memory_is_not_the_chips():
-    """An offloaded step's peak is of both together; what is laid out on the chip alone is known beside it."""
+def test_host_memory_is_separate_from_the_chips():
+    """The peak of an offloaded step is of both memories together; the chip's is bounded by what is allocated on it."""
     chip = {"argument_size": 5, "output_size": 4, "alias_size": 3, "temp_size": 20}
     assert train_compile.memory(analysis(**chip, peak_memory=22)) == {
         "arguments": 5,
@@ -205,8 +207,8 @@ def test_the_hosts_memory_is_not_the_chips():
 @pytest.mark.parametrize(
     ("compiled", "is_possible"), [(100.0, True), (99.0, True), (97.0, False), (20.0, False), (180.0, True)]
 )
-def test_a_ratio_that_cannot_be_is_refused(compiled, is_possible):
-    """100 FLOPs are needed with attention's causal half; what a mask hides may be missing of the 110 in full."""
+def test_compiled_flops_below_the_needed_flops_are_an_error(compiled, is_possible):
+    """100 FLOPs are needed with attention's causal half, and 110 in full; only what the mask hides may be missing."""
     lowered = SimpleNamespace(needed_flops=100.0, model_flops=110.0)
     if is_possible:
         train_compile.check_ratio(lowered, compiled)
@@ -218,8 +220,8 @@ def test_a_ratio_that_cannot_be_is_refused(compiled, is_possible):
     train_compile.check_ratio(SimpleNamespace(needed_flops=None), compiled)
 
 
-def test_the_compilers_own_report_is_read():
-    """In the form in which XLA lists allocations."""
+def test_the_largest_buffers_are_parsed_from_the_compilers_report():
+    """The report has the form in which XLA lists allocations."""
     report = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
 Used 17.32G of 15.75G hbm. Exceeded hbm capacity by 1.57G.
 
@@ -228,23 +230,23 @@ Used 17.32G of 15.75G hbm. Exceeded hbm capacity by 1.57G.
      Shape: bf16[24,4,2048,5632]{3,2,1,0:T(8,128)(2,1)}
      Unpadded size: 2.06G
 """
-    said = train_compile._why(report, "")
-    assert "needs 17.32G of the chip's 15.75G" in said
-    assert "2.06G  bf16[24,4,2048,5632]  jit(train_step)/layers/mlp/up" in said
+    message = train_compile._explain_refusal(report, "")
+    assert "needs 17.32G of the chip's 15.75G" in message
+    assert "2.06G  bf16[24,4,2048,5632]  jit(train_step)/layers/mlp/up" in message
 
 
-def test_the_memory_needed_is_read_of_both_forms_of_refusal():
+def test_the_memory_needed_is_parsed_from_both_forms_of_the_error():
     used = "Ran out of memory in memory space hbm. Used 17.32G of 15.75G hbm. Exceeded"
-    beside = "the total memory required for HLO temporaries (29.03G) exceeds available HBM (15.75G)."
-    assert train_compile._needed(used, 2.0**30) == pytest.approx(17.32 * 2**30)
-    assert train_compile._needed(beside, 2.0**30) == pytest.approx(30.03 * 2**30)
-    assert train_compile._needed("something else", 2.0**30) == 0
+    temporaries = "the total memory required for HLO temporaries (29.03G) exceeds available HBM (15.75G)."
+    assert train_compile._needed_bytes(used, 2.0**30) == pytest.approx(17.32 * 2**30)
+    assert train_compile._needed_bytes(temporaries, 2.0**30) == pytest.approx(30.03 * 2**30)
+    assert train_compile._needed_bytes("something else", 2.0**30) == 0
 
 
 def step_flops(layers, width, heads, kv_heads, inner, vocab, length, experts, choices):
-    """FLOPs of one position of a training step with remat 'full', by hand: everything of a layer is multiplied once
-    forward, once again for the backward pass, and twice there. Splash attention leaves out the blocks of 512 above the
-    diagonal, and its backward pass has four products to the forward's two."""
+    """FLOPs of one position of a training step with remat 'full', by hand: each matmul of a layer runs forward,
+    recomputed, and twice backward. Splash attention skips the blocks of 512 above the diagonal; its backward pass has
+    four products, its forward pass two."""
     head = width // heads
     projections = 2 * width * head * (2 * heads + 2 * kv_heads)
     experts_mlp = choices * 3 * 2 * width * inner + 2 * width * experts
@@ -257,8 +259,8 @@ def step_flops(layers, width, heads, kv_heads, inner, vocab, length, experts, ch
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("expert", [1, 2])
-def test_experts_count_with_the_rows_that_go_through_them(tmp_path, expert):
-    """Also where devices share experts, and have room for each other's rows; micro-batches and layers are loops."""
+def test_experts_count_with_the_rows_that_are_routed_to_them(tmp_path, expert):
+    """Also under expert parallelism, where devices have buffers for each other's rows."""
     changes = {"model.experts": "(8, 2)", "model.remat": "full", "mesh.fsdp": CHIPS // expert, "mesh.expert": expert}
     found, program, said = plan(tmp_path, **changes, **{"train.micro_batches": 2})
     by_hand = step_flops(LAYERS, WIDTH, 2, 2, INNER, VOCAB, LENGTH, 8, 2) * ROWS * LENGTH / CHIPS
@@ -272,8 +274,8 @@ def test_experts_count_with_the_rows_that_go_through_them(tmp_path, expert):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_what_is_offloaded_lies_with_the_host(tmp_path):
-    """All matmuls of a layer but the last, in bfloat16, and what the attention kernel needs of its sums."""
+def test_offloaded_activations_are_in_host_memory(tmp_path):
+    """Results of all matmuls of a layer but the last, in bfloat16, and the attention kernel's log-sum-exp."""
     found, _, said = plan(tmp_path, **{"model.remat": "offload", "data.seq_len": 1024})
     tokens = ROWS * 1024 / CHIPS
     kept = LAYERS * tokens * 2 * (5 * WIDTH + 2 * INNER)
@@ -283,17 +285,17 @@ def test_what_is_offloaded_lies_with_the_host(tmp_path):
     assert found["fits"] and found["hbm_peak"] <= found["hbm_arguments"] + 1.1 * found["hbm_temporaries"]
     copied = 1e3 * sum(found["host_copies"].values()) / topology.CHIPS["v5e"].host_bandwidth
     assert found["estimated_ms"]["host"] + found["estimated_ms"]["host_hidden"] == pytest.approx(copied, rel=0.01)
-    assert "memory of its host" in said and "of 64.00 GiB" in said
+    assert "host memory, a chip's share" in said and "of 64.00 GiB" in said
 
 
 @pytest.mark.slow
 @needs_libtpu
 def test_mixtral_on_a_mesh_that_splits_the_axes_of_the_slice(tmp_path):
-    """fsdp=32 x expert=8 on 16x16, Mixtral 8x7B's shape: its FLOPs as arithmetic has them."""
+    """Mixtral 8x7B on fsdp=32 x expert=8 and 16x16 chips: its FLOPs agree with arithmetic."""
     changes = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "mlp_dim": 14336}
     sizes = {f"model.{key}": value for key, value in changes.items()} | {"model.vocab_size": 32_000}
     sizes |= {"tokenizer.vocab_size": 32_000, "data.seq_len": 4096, "data.batch_size": 256, "loss.chunk_len": 512}
-    # One row a chip: of four, the rows that the eight chips of an expert axis hold for each other do not fit.
+    # One row a chip: with four, the buffers for the rows of the eight chips of an expert axis do not fit.
     sizes |= {"model.experts": "(8, 2)", "model.remat": "full", "mesh.fsdp": 32, "mesh.expert": 8}
     found, _, _ = plan(tmp_path, "--topology=v6e:16x16", seconds=3000, **sizes)
     by_hand = step_flops(32, 4096, 32, 8, 14336, 32_000, 4096, 8, 2) * 4096
@@ -304,29 +306,29 @@ def test_mixtral_on_a_mesh_that_splits_the_axes_of_the_slice(tmp_path):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_slices_send_each_other_only_a_chips_share_of_the_gradients(tmp_path):
-    """A hierarchical reduction: first inside a slice, to the chip that has the weight, then across."""
+def test_only_a_chips_shard_of_the_gradients_crosses_between_slices(tmp_path):
+    """Hierarchical reduction: reduce-scatter inside a slice, then all-reduce of the shards between slices."""
     found, _, _ = plan(tmp_path, "--slices=2", **{"mesh.dcn_data": 2, "data.batch_size": 2 * ROWS})
     across = {name: row["bytes"] for name, row in found["collectives"].items() if "over dcn_data (2)" in name}
     layers = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER) / CHIPS
     assert sum(size for name, size in across.items() if " bf16 " in name) == pytest.approx(2 * layers, rel=0.01)
-    # The embedding's and the output projection's, in float32; a shard narrower than 128 is filled up.
+    # Gradients of the embedding and the output projection, in float32; shards narrower than 128 are padded.
     rest = 4 * 2 * VOCAB * WIDTH / CHIPS
     assert rest <= sum(size for name, size in across.items() if " f32 " in name) < 1.6 * rest
     assert found["chips"] == 2 * CHIPS and found["estimated_ms"]["between"] > 0
     assert found["mesh"]["dcn_data"] == 2
     assert all("over fsdp" in name for name in found["collectives"].keys() - across)
-    assert found["host_bytes_to_save"] == pytest.approx(4 * 3 * found["parameters"], rel=0.01), "one of the copies"
+    assert found["host_bytes_to_save"] == pytest.approx(4 * 3 * found["parameters"], rel=0.01), "each array once"
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4", "v5e:4x", "v5e:4x0", "v5e:4x4x4", "v5p:4x4", ""])
-def test_a_topology_that_is_none_is_refused(name):
+def test_a_malformed_topology_is_refused(name):
     with pytest.raises(ConfigError, match="expected one of v5e:AxB, v5p:AxBxC, v6e:AxB"):
-        topology.topology(name, 1)
+        topology.parse(name, 1)
 
 
-def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
-    assert [topology.topology(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
+def test_only_axes_of_the_full_length_wrap_around():
+    assert [topology.parse(f"v5e:{shape}", 1).links for shape in ("1x1", "2x2", "4x4", "4x16", "16x16")] == [
         1,
         2,
         2,
@@ -335,7 +337,7 @@ def test_an_axis_as_long_as_the_torus_closes_to_a_ring():
     ]
 
 
-def test_without_the_compiler_the_extra_is_named(monkeypatch):
+def test_a_missing_compiler_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"\.\[tpu\]"):
         train_compile.prepare("")

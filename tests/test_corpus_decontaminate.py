@@ -1,4 +1,4 @@
-"""Documents that share a run of words with an evaluation file are found: all of them, and no other."""
+"""lm/corpus/decontaminate.py: exactly the documents that share an n-gram with an evaluation file are found."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def random_words():
     return lambda count, most=12: [f"w{k}" for k in rng.integers(0, most, count)]
 
 
-def test_matches_are_those_of_plain_python(tmp_path, monkeypatch, random_words):
+def test_matches_equal_those_of_plain_python(tmp_path, monkeypatch, random_words):
     monkeypatch.setattr(decontaminate, "LEAST_WORDS", 3)
     texts = {name: [random_words(size) for size in (2, 3, 4, 5, 9)] for name in ("a.txt", "b.txt")}
     texts["b.txt"].append(texts["a.txt"][-1])  # n-grams of both files
@@ -48,7 +48,7 @@ def test_matches_are_those_of_plain_python(tmp_path, monkeypatch, random_words):
     assert 3 < len(found) < len(documents)
 
 
-def test_planted_text_is_found_whatever_its_case_and_punctuation(tmp_path):
+def test_planted_text_is_found_despite_case_and_punctuation(tmp_path):
     question = "How many clips did Natalia sell altogether in April and May, if she sold 48 in April?"
     (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(json.dumps({"id": 1, "q": [{"x": question}]}).encode()))
     evaluation = decontaminate.read([epath.Path(tmp_path / "test.jsonl.gz")], 13)
@@ -57,7 +57,7 @@ def test_planted_text_is_found_whatever_its_case_and_punctuation(tmp_path):
     assert found == {0: {str(tmp_path / "test.jsonl.gz"): 17 - 13 + 1}}
 
 
-def test_files_and_their_texts(tmp_path):
+def test_texts_are_extracted_from_every_file_format(tmp_path):
     nine = "one two three four five six seven eight nine"
     (tmp_path / "a.json").write_text(json.dumps([{"t": nine}, {"t": "\ud800 short"}]))
     (tmp_path / "b.tsv").write_text(f"label\t{nine}\nshort\t\n")
@@ -72,11 +72,11 @@ def test_files_and_their_texts(tmp_path):
     [
         ("a.jsonl", b'{"a": 1}\n{"a": ', "a.jsonl:2: malformed JSON"),
         ("a.txt", b"fine\n\xff\n", "a.txt:2: invalid UTF-8: found byte 0xff"),
-        ("a.txt", b"too short\n", "a.txt: no text of 8 words or more"),
+        ("a.txt", b"too short\n", "a.txt: found no text of 8 words or more"),
         ("a.json", b"[" * 100_000, "a.json: malformed JSON"),
     ],
 )
-def test_an_evaluation_file_that_cannot_be_used_is_an_error(tmp_path, name, content, message):
+def test_an_unusable_evaluation_file_is_an_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         decontaminate.read([epath.Path(tmp_path / name)], 13)

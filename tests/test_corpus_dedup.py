@@ -1,4 +1,4 @@
-"""Signatures estimate the Jaccard similarity; near duplicates are those that going through bands one by one finds."""
+"""lm/corpus/dedup.py: MinHash estimates the Jaccard similarity; LSH finds the same pairs as plain Python."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from lm.corpus import dedup, ngrams
 
 
 def signed(sets):
-    """Signatures of sets of numbers, which stand for n-grams."""
+    """Signatures of sets of numbers, in place of n-grams."""
     hash_G = ngrams.mix(np.array([x for one in sets for x in one], np.uint64))
     text_G = np.array([i for i, one in enumerate(sets) for _ in one], np.int64)
     return dedup.signatures(hash_G, text_G, len(sets))
@@ -30,14 +30,14 @@ def slow_signature(numbers):
     return row
 
 
-def test_signatures_are_those_of_the_slow_way():
+def test_signatures_equal_those_of_plain_python():
     rng = np.random.default_rng(0)
     sets = [rng.integers(0, 2**62, size) for size in (1, 2, 0, 5, 60, 125, 400)]
     np.testing.assert_array_equal(signed(sets), [slow_signature(numbers) for numbers in sets])
 
 
 @pytest.mark.parametrize("size", [6, 60, 600])
-def test_agreement_estimates_the_similarity(size):
+def test_the_share_of_equal_rows_estimates_the_similarity(size):
     """The mean over 400 pairs is within 5 standard errors of the truth, for long texts and for short ones."""
     rng = np.random.default_rng(size)
     for share in (0.2, 0.5, 0.8):
@@ -78,13 +78,13 @@ def near(signature_DxK, ranges=1, threshold=0.75, monkeypatch=None):
 
 
 def families(rng, count):
-    """Signatures of which many are near others, some just about `threshold`."""
+    """Signatures with many near duplicates, some of them close to the threshold."""
     base = rng.integers(0, 2**16, (count // 6, dedup.ROWS))
     rows = base[rng.integers(0, len(base), count)]
     return np.where(rng.random(rows.shape) < rng.uniform(0, 0.3, (count, 1)), rng.integers(0, 2**16, rows.shape), rows)
 
 
-def test_near_duplicates_are_those_of_the_slow_way(monkeypatch):
+def test_near_duplicates_equal_those_of_plain_python(monkeypatch):
     monkeypatch.setattr(dedup, "_COMPARED", 7)
     signature_DxK = families(np.random.default_rng(0), 120).astype(np.uint16)
     hash_E = dedup.band_hashes(signature_DxK).ravel()
@@ -98,11 +98,11 @@ def test_near_duplicates_do_not_depend_on_how_bands_are_split():
     assert near(signature_DxK) == near(signature_DxK, ranges=5)
 
 
-def test_the_same_rows_are_told_apart_by_their_band():
+def test_equal_rows_in_different_bands_have_different_hashes():
     assert len(set(dedup.band_hashes(np.zeros((1, dedup.ROWS), np.uint16)).ravel().tolist())) == dedup.BANDS
 
 
-def test_bands_catch_what_they_should():
+def test_pairs_share_a_band_with_the_expected_probability():
     """Of 1,000 pairs of similarity s, 1 - (1 - s^5)^25 share a band, within 4 standard errors."""
     rng = np.random.default_rng(2)
     for s in (0.4, 0.6, 0.75):
@@ -113,13 +113,13 @@ def test_bands_catch_what_they_should():
         assert abs(caught - expected) < 4 * np.sqrt(expected * (1 - expected) / 1000) + 1e-3
 
 
-def test_no_documents_no_pairs():
+def test_without_documents_there_are_no_pairs():
     assert near(np.zeros((0, dedup.ROWS), np.uint16)) == {}
     assert signed([]).shape == (0, dedup.ROWS)
 
 
-def test_texts_of_a_common_phrase_take_bounded_time(monkeypatch):
-    """Texts that share one band, and are not alike, are compared with the first few of it only."""
+def test_a_phrase_that_many_texts_share_takes_bounded_time(monkeypatch):
+    """Dissimilar texts that share one band are compared with its first few leaders only."""
     monkeypatch.setattr(dedup, "_LEADERS", 3)
     rng = np.random.default_rng(3)
     signature_DxK = rng.integers(0, 2**16, (10, dedup.ROWS)).astype(np.uint16)

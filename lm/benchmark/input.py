@@ -1,7 +1,7 @@
-"""What `tools/bench.py --input` measures: batches from prepared shards, and from text that is tokenized and packed.
+"""Throughput of the input pipeline (`tools/bench.py --input`): from prepared shards, and from tokenizing and packing.
 
-The prepared rows are of synthetic ids in documents of lognormal lengths, of 1,024 positions each, drawn from a mixture
-of three sources; ceilings are measured in turn with them, in the same run.
+The prepared rows have 1,024 positions of synthetic ids, in documents of random lengths, and come from a mixture of
+three sources. The upper bounds (copying the same rows) are measured in alternating rounds of the same run.
 """
 
 import itertools
@@ -22,18 +22,18 @@ from lm.data.readers import registry
 from lm.tasks.registry import TASKS
 
 LENGTH, BATCH = 1024, 128
-WEIGHTS = {"web": 0.6, "books": 0.3, "code": 0.1}  # also how much of the bytes each source has
-_SHARD_ROWS = 32_768  # of 64 MB
-_FAR = 10**9
+WEIGHTS = {"web": 0.6, "books": 0.3, "code": 0.1}  # also the share of the bytes of each source
+_SHARD_ROWS = 32_768  # 64 MB
+_LATE_EXAMPLE = 10**9
 
 
 def measure(folder: Path, megabytes: list[int], seconds: float) -> dict[str, Any]:
-    """All figures.
+    """Measures everything.
 
     Args:
-      folder: where the synthetic rows are written, and left to whoever made it.
-      megabytes: sizes of the prepared data to measure.
-      seconds: for which each thing is measured at each size.
+      folder: an empty folder for the synthetic rows; the caller deletes it.
+      megabytes: sizes of the prepared data.
+      seconds: approximate length of each measurement at each size.
     """
     sizes = {str(size): prepared(folder / str(size), size, seconds) for size in megabytes}
     largest = sizes[str(max(megabytes))]
@@ -49,59 +49,59 @@ def measure(folder: Path, megabytes: list[int], seconds: float) -> dict[str, Any
 
 
 def prepared(folder: Path, megabytes: int, seconds: float) -> dict[str, float]:
-    """Figures of data of one size: medians of rounds, in each of which the pipeline and the ceiling have their turn."""
+    """Measures prepared data of one size: medians of rounds that alternate with the upper bounds."""
     for number, (name, share) in enumerate(WEIGHTS.items()):
         write(folder / name, max(BATCH, round(megabytes * share * 1e6 / (2 * LENGTH))), number)
     mixture = tuple((0.0, str(folder / name), weight) for name, weight in WEIGHTS.items())
     cfg = config.Config(data=config.DataConfig(format="prepared", mixture=mixture, seq_len=LENGTH, batch_size=BATCH))
     data = input_pipeline.build(cfg, None, *input_pipeline.load(cfg.data))
     began = time.perf_counter()
-    next(batches := batches_of(data, _FAR))
+    next(batches := batches_of(data, _LATE_EXAMPLE))
     restore = time.perf_counter() - began
     batches.close()
     folders = [folder / name for name in WEIGHTS]
-    # A batch has five arrays of one size; what is stored of them is little more than the tokens.
-    each = {"own": batches_of(data, 0), "batch": copied(folders, 5), "tokens": copied(folders, 1)}
-    for source in each.values():
-        next(source)
+    # A batch has five arrays of one size; the shards store little more than the tokens.
+    sources = {"own": batches_of(data, 0), "batch": copied(folders, 5), "tokens": copied(folders, 1)}
+    for batches in sources.values():
+        next(batches)
     before, rounds = anonymous_megabytes(), list[dict[str, tuple[float, float]]]()
     for _ in range(10):
-        rounds.append({name: rate(source, seconds / 10) for name, source in each.items()})
+        rounds.append({name: rate(batches, seconds / 10) for name, batches in sources.items()})
     figures = {
-        "prepared_tokens_per_second": statistics.median(found["own"][0] for found in rounds),
-        "prepared_tokens_per_cpu_second": statistics.median(found["own"][1] for found in rounds),
-        # Of CPU time, which the other work of a machine moves less.
-        "ratio_to_copy": statistics.median(found["own"][1] / found["batch"][1] for found in rounds),
-        "ratio_to_copy_of_tokens": statistics.median(found["own"][1] / found["tokens"][1] for found in rounds),
+        "prepared_tokens_per_second": statistics.median(each["own"][0] for each in rounds),
+        "prepared_tokens_per_cpu_second": statistics.median(each["own"][1] for each in rounds),
+        # CPU time, which other processes of the machine affect less.
+        "ratio_to_copy": statistics.median(each["own"][1] / each["batch"][1] for each in rounds),
+        "ratio_to_copy_of_tokens": statistics.median(each["own"][1] / each["tokens"][1] for each in rounds),
         "restore_seconds": restore,
         "rows": sum(len(source.train) for source in data.sources.values()),
         "memory_growth_megabytes": max(0, anonymous_megabytes() - before),
     }
-    each["own"].close()
+    sources["own"].close()
     return figures
 
 
 def batches_of(data: loader.Data, start: int) -> Any:
-    """The batches of a run from an example on."""
+    """The batches of a run, from example `start` on."""
     local = np.arange(BATCH)
     return loader.train_batches(data, batch_size=BATCH, start_example=start, local_rows=local, seed=0)
 
 
 def copied(folders: list[Path], columns: int) -> Iterator[dict[str, np.ndarray]]:
-    """The ceiling: batches of so many arrays, all copied row by row out of the memory maps, and nothing computed."""
+    """An upper bound: batches of `columns` arrays, copied row by row out of the memory maps, without computation."""
     maps = [np.load(path, mmap_mode="r") for folder in folders for path in sorted(folder.glob("train*.npy"))]
     rng = np.random.default_rng(0)
     chosen = [(maps[i], int(rng.integers(len(maps[i])))) for i in rng.integers(len(maps), size=64 * BATCH)]
     for start in itertools.cycle(range(0, len(chosen), BATCH)):
         batch = [np.empty((BATCH, LENGTH), np.int32) for _ in range(columns)]
-        for at, (rows, row) in enumerate(chosen[start : start + BATCH]):
+        for i, (rows, row) in enumerate(chosen[start : start + BATCH]):
             for column in batch:
-                column[at] = rows[row, :LENGTH]
+                column[i] = rows[row, :LENGTH]
         yield {"tokens": batch[0]}
 
 
 def rate(batches: Iterator[dict[str, np.ndarray]], seconds: float) -> tuple[float, float]:
-    """Tokens a second, and a second of CPU time of all threads, over about so many seconds."""
+    """(tokens per second, tokens per CPU second of all threads), over about `seconds` seconds."""
     began, cpu, tokens = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds:
         for _ in range(8):
@@ -110,8 +110,10 @@ def rate(batches: Iterator[dict[str, np.ndarray]], seconds: float) -> tuple[floa
 
 
 def write(folder: Path, num_rows: int, seed: int) -> None:
-    """A prepared folder of synthetic rows, the same in each shard but for their checksums. The sha256 in the index,
-    which a run does not check, is the first one's."""
+    """Writes a prepared folder in which all shards have the same synthetic rows.
+
+    The index has the sha256 of the first shard for all of them; a run does not check it.
+    """
     folder.mkdir(parents=True)
     first = min(num_rows, _SHARD_ROWS)
     entry = shards.write(folder, "train-00000", synthetic(first, seed), {})
@@ -121,12 +123,12 @@ def write(folder: Path, num_rows: int, seed: int) -> None:
         np.save(folder / f"{name}.npy", shards.stamp(cells, LENGTH, name))
         entries.append(entry | {"name": name})
     valid = [shards.write(folder, "valid-00000", synthetic(2, seed), {})]
-    about = {"layout": {"length": LENGTH, "shifted": True}, "settings": {"packing": "best_fit"}}
-    shards.write_index(folder, {"parts": {"train": entries, "valid": valid}, **about})
+    description = {"layout": {"length": LENGTH, "shifted": True}, "settings": {"packing": "best_fit"}}
+    shards.write_index(folder, {"parts": {"train": entries, "valid": valid}, **description})
 
 
 def synthetic(num_rows: int, seed: int) -> Rows:
-    """Full rows of random ids in documents of lognormal lengths, about 350 tokens each."""
+    """Full rows of random ids, in documents of about 350 tokens."""
     rng = np.random.default_rng(seed)
     tokens_RxL = rng.integers(3, 32_000, (num_rows, LENGTH), dtype=np.int32)
     is_start_RxL = rng.random((num_rows, LENGTH)) < 1 / 350
@@ -145,44 +147,49 @@ def synthetic(num_rows: int, seed: int) -> Rows:
 
 
 def on_the_fly(seconds: float) -> tuple[float, float]:
-    """Tokens a second of tokenizing and packing the built-in text by all cores, the tokenizer at hand; and a second of
-    CPU time of all threads."""
+    """(tokens per second, tokens per CPU second) of tokenizing and packing the built-in text on all cores."""
     cfg = config.Config(data=config.DataConfig(seq_len=LENGTH))
     split = registry.load(cfg.data)
-    words = tokenizer.train([record["text"] for record in split.train], 8192, 2_000_000)
+    vocabulary = tokenizer.train([record["text"] for record in split.train], 8192, 2_000_000)
     task, tokens, began, cpu = TASKS["causal_lm"], 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
-        made = input_pipeline.make_examples(task, split.train, words, cfg, Counter(), os.cpu_count() or 1)
-        rows, _ = packing.pack(made, task.columns(cfg), cfg.data)
+        examples = input_pipeline.make_examples(task, split.train, vocabulary, cfg, Counter(), os.cpu_count() or 1)
+        rows, _ = packing.pack(examples, task.columns(cfg), cfg.data)
         tokens += int(np.count_nonzero(rows["segment_ids"]))
     return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)
 
 
 def anonymous_megabytes() -> float:
-    """Memory of this process that is no file's (Linux; elsewhere 0)."""
+    """Anonymous memory of this process, without memory-mapped files (Linux; elsewhere 0)."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
 
 
-def show(found: dict[str, Any]) -> None:
-    """The figures as a table."""
+def show(figures: dict[str, Any]) -> None:
+    """Prints the figures as a table."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
-        "prepared", "tokens/s", "tokens/s of CPU", "of a copy's", "of tokens alone", "at example 10^9", "memory grew by"
+        "prepared",
+        "tokens/s",
+        "tokens/CPU s",
+        "share of copying",
+        "share of copying tokens",
+        "start at example 10^9",
+        "memory growth",
     )
-    for size, figures in found["megabytes"].items():
+    for size, row in figures["megabytes"].items():
         table.add_row(
             f"{int(size):,} MB",
-            f"{figures['prepared_tokens_per_second'] / 1e6:,.0f} M",
-            f"{figures['prepared_tokens_per_cpu_second'] / 1e6:,.0f} M",
-            f"{figures['ratio_to_copy']:.2f}",
-            f"{figures['ratio_to_copy_of_tokens']:.2f}",
-            f"{figures['restore_seconds']:.3f} s",
-            f"{figures['memory_growth_megabytes']:,.1f} MB",
+            f"{row['prepared_tokens_per_second'] / 1e6:,.0f} M",
+            f"{row['prepared_tokens_per_cpu_second'] / 1e6:,.0f} M",
+            f"{row['ratio_to_copy']:.2f}",
+            f"{row['ratio_to_copy_of_tokens']:.2f}",
+            f"{row['restore_seconds']:.3f} s",
+            f"{row['memory_growth_megabytes']:,.1f} MB",
         )
     Console().print(table)
-    wall, per_cpu = (found[f"on_the_fly_tokens_per_{unit}second"] / 1e6 for unit in ("", "cpu_"))
-    print(f"on the fly, {found['cores']} cores: {wall:.2f} M tokens/s, {per_cpu:.2f} M tokens/s of CPU")
+    wall, per_cpu = (figures[f"on_the_fly_tokens_per_{unit}second"] / 1e6 for unit in ("", "cpu_"))
+    print(f"on the fly, {figures['cores']} cores: {wall:.2f} M tokens/s, {per_cpu:.2f} M tokens/CPU s")

@@ -1,7 +1,7 @@
-"""What `tools/bench.py --peer=transformers` and experiments/parity compare with: GPT-2 of Hugging Face in PyTorch.
+"""Training of Hugging Face's GPT-2 in PyTorch, for `tools/bench.py --peer=transformers` and experiments/parity.
 
-The same batches, AdamW with the same decay groups (the fused one, its trainer's default), the same clipping, and its
-own loss. Nothing is compiled: that is how it comes.
+It has the same batches, weight decay groups and clipping as our training, PyTorch's fused AdamW (the default of Hugging
+Face's trainer), and the model's own loss. Nothing is compiled (`torch.compile`), as by default.
 """
 
 import importlib.util
@@ -16,10 +16,10 @@ from lm.config.schema import ConfigError
 
 
 def check(cfg: Config, platform: str) -> None:
-    """Refuses what would not be the same computation on both sides.
+    """Checks that a config computes the same as the peer.
 
     Raises:
-      ConfigError: PyTorch is not there, or this config's model or optimizer is not GPT-2's.
+      ConfigError: PyTorch is not installed, or the config's model or optimizer differs from GPT-2's.
     """
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"--peer=transformers: {' and '.join(missing)} not installed: pip install -e '.[peer]'")
@@ -47,7 +47,7 @@ def check(cfg: Config, platform: str) -> None:
         own, default = getattr(cfg, section), getattr(plain, section)
         needs |= {f"{section}.{name}": getattr(own, name) == getattr(default, name) for name in names}
     if broken := [key for key, holds in needs.items() if not holds]:
-        raise ConfigError(f"--peer=transformers is GPT-2, which this config is not: {', '.join(broken)} differs")
+        raise ConfigError(f"--peer=transformers needs the config of a GPT-2; these keys differ: {', '.join(broken)}")
 
 
 def make(
@@ -58,27 +58,27 @@ def make(
     vocab_size: int,
     activation: str,
 ) -> Callable[[int], float]:
-    """The peer's training.
+    """Builds the peer's training.
 
     Args:
-      cfg: as `check` lets it pass.
-      params: the model's at the start.
+      cfg: a config that `check` accepts.
+      params: our initial parameters.
       learning_rates: of each step.
-      batches: as the model's own training reads them.
+      batches: those of our training.
       vocab_size: of the tokenizer.
-      activation: name of its MLP's, as `GPT2Config` has it.
+      activation: of the MLP, a name of `GPT2Config`.
 
     Returns:
-      steps -> loss of the last of them; each call goes on.
+      Number of steps -> loss of the last one; each call continues the training.
     """
     return training(cfg, gpt2(cfg, params, vocab_size, activation), learning_rates, batches)
 
 
 def gpt2(cfg: Config, params: Mapping[str, Any] | None, vocab_size: int, activation: str) -> Any:
-    """The peer's model, with our parameters or, without `params`, those it starts with itself.
+    """The peer's model, with our parameters, or with its own initialisation if `params` is None.
 
     Raises:
-      ConfigError: the vocabulary is padded, which its softmax would see.
+      ConfigError: our vocabulary is padded; the padding would enter the peer's softmax.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -89,7 +89,7 @@ def gpt2(cfg: Config, params: Mapping[str, Any] | None, vocab_size: int, activat
     sizes = {"vocab_size": vocab_size, "n_positions": own.max_len, "n_embd": own.embed_dim, "n_layer": own.num_layers}
     shape = {"n_head": own.num_heads, "n_inner": own.mlp_dim, "layer_norm_epsilon": own.norm_eps}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    no_ids = {"bos_token_id": None, "eos_token_id": None}  # the defaults are of GPT-2's own vocabulary
+    no_ids = {"bos_token_id": None, "eos_token_id": None}  # the defaults are ids of GPT-2's own vocabulary
     settings = {**sizes, **shape, **no_dropout, **no_ids, "activation_function": activation, "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(GPT2Config(**settings))
     if params is not None:
@@ -101,7 +101,7 @@ def gpt2(cfg: Config, params: Mapping[str, Any] | None, vocab_size: int, activat
 def training(
     cfg: Config, model: Any, learning_rates: Iterator[float], batches: Iterator[Mapping[str, np.ndarray]]
 ) -> Callable[[int], float]:
-    """Steps of PyTorch's AdamW: steps -> loss of the last of them; each call goes on."""
+    """Training with PyTorch's AdamW: number of steps -> loss of the last one; each call continues."""
     import torch
 
     by_decay: dict[bool, list[Any]] = {True: [], False: []}
@@ -136,7 +136,7 @@ def training(
 
 
 def held_out_loss(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-    """Nats a token over all batches."""
+    """Mean loss over all batches, in nats per token."""
     import torch
 
     model.eval()
@@ -150,7 +150,7 @@ def held_out_loss(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> fl
 
 
 def _loss(model: Any, batch: Mapping[str, np.ndarray]) -> Any:
-    """The mean over the tokens of a batch that have a weight."""
+    """Mean loss over the tokens of a batch with a nonzero weight."""
     import torch
 
     tokens, targets = (torch.from_numpy(batch[key].astype(np.int64)) for key in ("tokens", "targets"))
@@ -159,7 +159,7 @@ def _loss(model: Any, batch: Mapping[str, np.ndarray]) -> Any:
 
 
 def about() -> dict[str, Any]:
-    """Versions and settings of the peer."""
+    """Versions and number of threads of the peer."""
     import torch
     import transformers
 
@@ -171,7 +171,7 @@ def about() -> dict[str, Any]:
 
 
 def product(size: int) -> Callable[[], Any]:
-    """Multiplies two float32 [size, size] by PyTorch at each call, whose MKL leaves AVX-512 to Intel's processors."""
+    """A function that multiplies two float32 [size, size] matrices in PyTorch (its MKL uses AVX-512 on Intel only)."""
     import torch
 
     square = torch.randn(size, size)
@@ -179,7 +179,7 @@ def product(size: int) -> Callable[[], Any]:
 
 
 def weights(params: Mapping[str, Any], num_layers: int) -> dict[str, np.ndarray]:
-    """Our parameters by the names of `GPT2LMHeadModel`: kernels are [in, out] there too; query, key, value are one."""
+    """Our parameters under the names of `GPT2LMHeadModel`, whose kernels are [in, out] too, with q, k, v in one."""
     flat = {path: np.asarray(x) for path, x in param_paths.flatten(params).items()}
     layer = "decoder/layers"
     out = {

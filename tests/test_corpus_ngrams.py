@@ -1,4 +1,4 @@
-"""Hashes of words and n-grams tell the same words apart as plain Python does."""
+"""lm/corpus/ngrams.py: hashes are equal exactly where the words and n-grams of plain Python are."""
 
 import numpy as np
 from hypothesis import given
@@ -8,8 +8,8 @@ from lm.corpus import ngrams
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased runs of ASCII letters and digits and of U+0080-U+07FF; from U+0800 on a character is a word, but for
-    those of U+2000-U+2FFF, which are none."""
+    """Lower-cased runs of ASCII letters, digits and U+0080-U+07FF. From U+0800 on each character is a word, except for
+    U+2000-U+2FFF, which separate words."""
     found, run = [], ""
     for character in text.lower() + " ":
         joins = character.isalnum() if character < "\x80" else character < "\u0800"
@@ -26,7 +26,7 @@ TEXTS = st.lists(st.text(alphabet=st.sampled_from("aAbz09 .,\n_é\u0416ß“…�
 
 
 @given(TEXTS)
-def test_words_are_those_of_plain_python(texts):
+def test_words_equal_those_of_plain_python(texts):
     hash_W, text_W = ngrams.word_hashes(texts)
     expected = [(word, i) for i, text in enumerate(texts) for word in words(text)]
     assert text_W.tolist() == [i for _, i in expected]
@@ -47,7 +47,7 @@ def test_hashes_do_not_depend_on_the_other_texts_or_on_batches(monkeypatch):
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=9), min_size=1, max_size=4), st.integers(1, 5))
-def test_ngrams_are_runs_of_one_text(texts, n):
+def test_ngrams_do_not_cross_texts(texts, n):
     hash_W, text_W = ngrams.word_hashes([" ".join(text) for text in texts])
     hash_G, text_G = ngrams.ngrams(hash_W, text_W, n)
     expected = [(tuple(text[k : k + n]), i) for i, text in enumerate(texts) for k in range(len(text) - n + 1)]

@@ -1,4 +1,4 @@
-"""lm/planner/hlo.py: what it reads off compiled programs, against figures known beforehand."""
+"""lm/planner/hlo.py: FLOPs, loop trips and traffic of compiled programs, against figures computed by hand."""
 
 import re
 
@@ -32,24 +32,24 @@ def shapes():
 
 
 @pytest.mark.parametrize(("fn", "passes"), [(scanned, 1), (jax.grad(scanned), 3)])
-def test_flops_of_a_scan_are_those_of_all_its_layers(fn, passes):
+def test_flops_of_a_scan_count_every_layer(fn, passes):
     program = hlo.parse(jax.jit(fn).lower(*shapes()).compile().as_text())
     once = 2 * 2 * ROWS * WIDTH * INNER  # two products a layer
-    # Backward, the first layer's input needs no gradient, but the scan makes it all the same.
+    # The gradient of the first layer's input is not needed, but the scan computes it too.
     assert hlo.flops(program) == passes * LAYERS * once
 
 
-def test_a_loop_that_is_no_scan_is_refused():
+def test_a_loop_without_a_fixed_trip_count_is_refused():
     def fn(x):
         return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)
 
     program = hlo.parse(jax.jit(fn).lower(jnp.ones((4, 4))).compile().as_text())
-    with pytest.raises(ValueError, match="how often it runs"):
+    with pytest.raises(ValueError, match="trip count"):
         hlo.flops(program)
 
 
 @pytest.mark.parametrize("branches", [2, 3])
-def test_of_a_conditional_all_branches_count(branches):
+def test_all_branches_of_a_conditional_count(branches):
     def fn(index, x):
         return jax.lax.switch(index, [lambda x, n=n: jnp.tanh(x @ x) * n for n in range(1, branches + 1)], x)
 
@@ -61,7 +61,7 @@ def test_of_a_conditional_all_branches_count(branches):
 @pytest.mark.parametrize(("queries", "blocks"), [(4096, 8), (1024, 8)])
 @pytest.mark.parametrize(("kernel", "products"), [("mha_fwd", 2), ("mha_dkv", 4)])
 def test_flops_of_an_attention_kernel(queries, blocks, kernel, products):
-    """Causal: of 8 x 8 blocks of 512 those below and on the diagonal, or a fourth of them, as devices share them."""
+    """Causal: of 8 x 8 blocks of 512 those on and below the diagonal; a quarter of them under context parallelism."""
     text = f"""
 ENTRY %main (q: bf16[8,{queries},64], k: bf16[2,4096,64]) -> bf16[8,{queries},64] {{
   %q = bf16[8,{queries},64]{{2,1,0}} parameter(0)
@@ -75,9 +75,9 @@ ENTRY %main (q: bf16[8,{queries},64], k: bf16[2,4096,64]) -> bf16[8,{queries},64
 
 
 def kernel(name, operands, result, more=""):
-    """One call of a custom kernel in a loop of 3 turns inside one of 2, as two layers' scan inside of micro-batches."""
+    """One call of a custom kernel in a loop of 3 trips inside a loop of 2, like layers inside micro-batches."""
     names = [f"%a.{i}" for i in range(len(operands))]
-    made = "\n".join(
+    parameters = "\n".join(
         f"  {n} = {shape} parameter({i})" for i, (n, shape) in enumerate(zip(names, operands, strict=True))
     )
     call = f'custom-call({", ".join(names)}), custom_call_target="tpu_custom_call"{more}'
@@ -89,7 +89,7 @@ def kernel(name, operands, result, more=""):
 
 %inner (p: s32[]) -> s32[] {{
   %p = s32[] parameter(0)
-{made}
+{parameters}
   %call.1 = {result} {call}, metadata={{op_name="jit(train_step)/while/body/layers/{name}/pallas_call"}}
   ROOT %next = s32[] copy(%p)
 }}
@@ -107,9 +107,8 @@ ENTRY %main (x: s32[]) -> s32[] {{
 
 
 @pytest.mark.parametrize(("rows", "inner", "outer", "groups"), [(1024, 256, 512, 8), (512, 128, 384, 3)])
-def test_flops_of_grouped_products_are_those_of_each_row_with_one_kernel(rows, inner, outer, groups):
-    """megablox's: of the rows by the kernels, or by the kernels transposed, and of the kernels' gradient; and XLA's, of
-    a ragged dot."""
+def test_flops_of_grouped_products_multiply_each_row_with_one_kernel(rows, inner, outer, groups):
+    """megablox's (rows by kernels, by transposed kernels, and the kernels' gradient), and XLA's for a ragged dot."""
     sizes = ["s32[9]{0}", "s32[71]{0}", "s32[71]{0}", "s32[1]{0}"]
     into, out = f"bf16[{rows},{inner}]{{1,0}}", f"bf16[{rows},{outer}]{{1,0}}"
     widening, narrowing = (f"bf16[{groups},{a},{b}]{{2,1,0}}" for a, b in ((inner, outer), (outer, inner)))
@@ -119,16 +118,16 @@ def test_flops_of_grouped_products_are_those_of_each_row_with_one_kernel(rows, i
         program = hlo.parse(kernel(name, sizes + operands, result))
         once = 2 * rows * inner * outer
         assert hlo.flops(program) == hlo.flops(program, groups) == 2 * 3 * once, name
-        assert hlo.flops(program, 4 * groups) == 2 * 3 * once / 4, "the rows of experts elsewhere are skipped"
+        assert hlo.flops(program, 4 * groups) == 2 * 3 * once / 4, "rows of other devices' experts are skipped"
         assert hlo.uncounted(program) == {}
 
 
-def test_a_grouped_product_of_shapes_that_are_not_known_is_no_silent_zero():
-    with pytest.raises(ValueError, match="a grouped product of shapes"):
+def test_a_grouped_product_of_unknown_form_is_an_error():
+    with pytest.raises(ValueError, match="a grouped product of unknown form"):
         hlo.flops(hlo.parse(kernel("jit(gmm)", ["bf16[8,8]{1,0}"], "bf16[8,8]{1,0}")))
 
 
-def test_custom_calls_that_nothing_counts_are_named():
+def test_custom_calls_of_unknown_flops_are_listed():
     program = hlo.parse(kernel("jit(my_kernel)", ["bf16[8,8]{1,0}"], "bf16[8,8]{1,0}"))
     assert hlo.flops(program) == 0 and hlo.uncounted(program) == {"tpu_custom_call my_kernel": 6}
     indices = hlo.parse(kernel("ragged-dot-metadata", ["s32[8]{0}"], "s32[24]{0}"))
@@ -138,7 +137,7 @@ def test_custom_calls_that_nothing_counts_are_named():
         assert hlo.uncounted(hlo.parse(text)) == ({} if counted else {target: 6})
 
 
-def test_a_kernel_inside_of_a_fusion_counts():
+def test_a_kernel_inside_a_fusion_counts():
     text = """
 %fused (p: bf16[512,128], k: bf16[4,128,256]) -> bf16[512,256] {
   %p = bf16[512,128]{1,0} parameter(0)
@@ -163,15 +162,15 @@ BLOCKS = """, frontend_attributes={kernel_metadata={
 
 @pytest.mark.parametrize("phase", ["fwd", "dkv"])
 @pytest.mark.parametrize(("window", "width"), [(512, 2), (1024, 3), (0, 8), (None, None)])
-def test_attention_kernels_count_what_their_mask_lets_through(phase, window, width):
-    """Rows of 4,096 in blocks of 512; window 0 = causal and nothing else, None = all see all. By the mask itself."""
+def test_attention_kernels_count_the_blocks_that_their_mask_touches(phase, window, width):
+    """Rows of 4,096 in blocks of 512, against the mask itself; window 0 = causal only, None = no mask."""
     length, block = 4096, 512
-    small, tile = length // 8, block // 8  # the same mask drawn smaller
+    small, tile = length // 8, block // 8  # the same mask at an eighth of the size
     query, key = np.arange(small)[:, None], np.arange(small)[None, :]
-    seen = np.ones((small, small), bool) if window is None else key <= query
+    visible = np.ones((small, small), bool) if window is None else key <= query
     if window:
-        seen &= query - key < window // 8
-    touched = seen.reshape(small // tile, tile, small // tile, tile).any(axis=(1, 3)).sum()
+        visible &= query - key < window // 8
+    touched = visible.reshape(small // tile, tile, small // tile, tile).any(axis=(1, 3)).sum()
     schedule = (width, 8) if phase == "dkv" else (8, width)
     operands = [] if window is None else [f"s8[1,{schedule[0]},{schedule[1]}]{{2,1,0}}"] * 2
     operands += [f"bf16[2,{length},64]{{2,1,0}}"] * 3 + [f"s32[{length},128]{{1,0}}", f"s32[8,{length}]{{1,0}}"]
@@ -182,7 +181,7 @@ def test_attention_kernels_count_what_their_mask_lets_through(phase, window, wid
 
 @pytest.mark.parametrize("is_gradient", [False, True])
 def test_flops_of_a_ragged_dot(is_gradient):
-    """As `jax.lax.ragged_dot` is written: rows by their groups' kernels, and the kernels' gradient."""
+    """Both forms that `jax.lax.ragged_dot` lowers to: rows by their groups' kernels, and the kernels' gradient."""
     left, right = "bf16[96,32]{1,0}", "bf16[96,48]{1,0}" if is_gradient else "bf16[4,32,48]{2,1,0}"
     result = "bf16[4,32,48]{2,1,0}" if is_gradient else "bf16[96,48]{1,0}"
     over = 0 if is_gradient else 1
@@ -198,20 +197,20 @@ ENTRY %main (x: bf16[96,32]) -> {result.partition("{")[0]} {{
     assert hlo.flops(hlo.parse(text)) == 2 * 96 * 32 * 48
 
 
-@pytest.mark.parametrize(("begin", "steps", "turns"), [(0, 1, 10), (0, 3, 4), (0, 10, 1), (1, 1, 9), (1, 4, 3)])
-def test_a_counter_may_start_above_0_and_go_up_by_more_than_one(begin, steps, turns):
+@pytest.mark.parametrize(("begin", "step", "trips"), [(0, 1, 10), (0, 3, 4), (0, 10, 1), (1, 1, 9), (1, 4, 3)])
+def test_a_loop_counter_may_start_above_0_and_have_a_step_above_1(begin, step, trips):
     def fn(x):
-        return jax.lax.while_loop(lambda c: c[0] < 10, lambda c: (c[0] + steps, jnp.tanh(c[1] @ c[1])), (begin, x))[1]
+        return jax.lax.while_loop(lambda c: c[0] < 10, lambda c: (c[0] + step, jnp.tanh(c[1] @ c[1])), (begin, x))[1]
 
     text = jax.jit(fn).lower(jnp.ones((4, 4))).compile().as_text()
-    # Without XLA's own count; where on CPU the start is not a constant of the text, only with it.
+    # With XLA's own trip count and without; without it only where the start is a constant in the CPU's program.
     without = [re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)] if begin == 0 else []
-    for known in (text, *without):
-        assert hlo.flops(hlo.parse(known)) == turns * 2 * 4**3
+    for form in (text, *without):
+        assert hlo.flops(hlo.parse(form)) == trips * 2 * 4**3
 
 
-def test_communication_is_counted_with_its_loops():
-    """ZeRO-3 by hand: a kernel gathered in each layer, and one sum over all devices at the end."""
+def test_collectives_inside_a_loop_are_counted_with_its_trips():
+    """ZeRO-3 by hand: an all-gather of the kernel in each layer, and one all-reduce at the end."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
 
     def fn(kernels, x):
@@ -220,9 +219,9 @@ def test_communication_is_counted_with_its_loops():
 
         return jax.lax.scan(body, x, kernels)[0].sum()
 
-    where = [jax.NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",))]
-    kernels = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=where[0])
-    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=where[1])
+    shardings = [jax.NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",))]
+    kernels = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=shardings[0])
+    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=shardings[1])
     with jax.set_mesh(mesh):
         program = hlo.parse(jax.jit(fn).lower(kernels, x).compile().as_text())
     found = {
@@ -260,7 +259,7 @@ ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {
 """
 
 
-def test_a_counter_may_be_copied():
+def test_a_loop_counter_may_be_copied():
     program = hlo.parse(LOOP)
     assert hlo.trip_count(program, "%main", program.computations["%main"]["%loop"]) == 3
 
@@ -281,13 +280,13 @@ ENTRY %main (a: bf16[8,64]) -> bf16[2,64] {
 """
 
 
-def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter():
+def test_an_all_reduce_whose_result_is_sliced_is_a_reduce_scatter():
     for text, kind in ((SCATTERED, "reduce-scatter"), (SCATTERED.replace("dynamic-slice(", "copy("), "all-reduce")):
         (found,) = collectives.collectives(hlo.parse(text), {"fsdp": 4})
         assert found == (kind, "fsdp", 4, "bf16", False, 1, 2 * 8 * 64)
 
 
-def test_types_are_read_with_and_without_layouts():
+def test_types_are_parsed_with_and_without_layouts():
     found = hlo.arrays("(f32[2,3]{1,0:T(8,128)S(1)}, /*index=1*/ bf16[4], s32[], token[])")
     assert found == [hlo.Array("f32", (2, 3)), hlo.Array("bf16", (4,)), hlo.Array("s32", ())]
     assert [array.bytes for array in found] == [24, 8, 4]
@@ -310,7 +309,7 @@ ENTRY %main (a: bf16[24,64,128], b: s32[]) -> bf16[64,128] {
 """
 
 
-def test_of_a_stack_a_fusion_reads_the_slice_it_takes():
+def test_a_fusion_reads_only_the_slice_that_it_takes_of_an_array():
     program = hlo.parse(TPU)
     op = program.computations["%main"]["%fusion.1"]
     assert hlo.hbm_bytes(program, "%main", op) == 2 * (2 * 64 * 128)  # read and written

@@ -1,0 +1,92 @@
+"""What the command lines of `lm.main` and of the tools share: the recipe flag, parsing, one-line errors.
+
+A command defines its flags with `absl.flags` and ends in
+
+    if __name__ == "__main__":
+        app.run(main, flags_parser=command_line.parse)
+
+It imports no JAX before `main` runs, so that --help and a misspelt flag are answered at once.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_dict, config_flags
+
+flags.disclaim_key_flags()  # --help lists a flag defined here under the command that asked for it
+
+
+def define_recipe() -> flags.FlagHolder[config_dict.ConfigDict]:
+    """Defines --config=FILE.py[:ARGUMENT] and its overrides --config.KEY=VALUE; its value is None if not given."""
+    return config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags, for `absl.app.run(flags_parser=...)`; a misspelt --config.KEY ends in one line, no traceback.
+
+    Returns:
+      The program's name and the arguments that are no flags.
+    """
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every detail of every save at INFO
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
+        message = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
+        key = message.lstrip("'").split("'")[0]
+        flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and key in arg), "")
+        raise SystemExit(f"error: unknown config key{flag}: {message}") from None
+    except OSError as error:  # the recipe's file does not exist: the last line of the message names it
+        raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def arguments(argv: list[str], *names: str) -> list[str]:
+    """The positional arguments of a command. Example: ('translate.py', 'runs/a'), 'RUN' -> ['runs/a'].
+
+    Args:
+      argv: what `absl.app.run` passes to `main`.
+      names: of the arguments, for messages; a last name that ends in '...' stands for one or more arguments.
+
+    Raises:
+      SystemExit: there are more or fewer arguments than names.
+    """
+    given = argv[1:]
+    is_open = bool(names) and names[-1].endswith("...")
+    if len(given) < len(names) or (len(given) > len(names) and not is_open):
+        expected = " ".join(names) or "none: all options are --flag=value"
+        raise SystemExit(f"error: arguments: found {' '.join(given) or 'none'}, expected {expected}; see --help")
+    return given
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with `error: MESSAGE` and status 1 on an error of the project's own; others keep a traceback."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        if not type(error).__module__.startswith("lm."):
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+def check_output(flag: str, path: str) -> None:
+    """Ends the program if the file that a flag names cannot be written, before its content is computed."""
+    folder = Path(path).parent
+    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
+        raise SystemExit(f"error: --{flag}={path}: expected a file in a folder that exists and is writable")
+
+
+def use_huge_pages() -> None:
+    """Re-executes the program, on Linux, with malloc backed by pages of 2 MiB. Call it once, before JAX is imported.
+
+    A training step on CPU allocates its temporaries from the kernel and returns them. With pages of 4 KiB that costs
+    hundreds of thousands of page faults a step (docs/performance.md). The C library reads GLIBC_TUNABLES only when a
+    program starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns this off; before glibc 2.35 it has no effect.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".removeprefix(":")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
