@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
 
 def search(cfg: config.Config, topology: topology_lib.Topology, usual_flags: str) -> None:
     """Searches and reports; exit status 3 if no setting fits."""
-    from lm.planner import run_search  # imports JAX, which reads the environment set by `train_compile.prepare`
+    from lm.planner import run_search
 
     fits = run_search.search(
         cfg,
