@@ -146,8 +146,8 @@ def test_neither_a_recipe_nor_the_input_is_an_error():
 
 def test_the_benchmarks_recipe_is_what_the_peer_can_be(monkeypatch, one_device):
     from configs.bench import cpu_gpt2
-    from lm import build
+    from lm import run as run_lib
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    bench_peer.check(build.plan(build_config(cpu_gpt2.get_config()), None).cfg, "cpu")
+    bench_peer.check(run_lib.plan(build_config(cpu_gpt2.get_config()), None).cfg, "cpu")
     assert "torch" not in sys.modules or importlib.util.find_spec("torch")

@@ -13,7 +13,8 @@ import jax
 import pytest
 import toys
 
-from lm import build, train
+from lm import run as run_lib
+from lm import train
 from lm.config import MeshConfig
 from lm.decoding import sampling
 from lm.parallel import mesh as mesh_lib
@@ -72,7 +73,7 @@ def talk(chat, monkeypatch, capsys):
 
 @functools.cache
 def loaded(run: Path):
-    return build.load_run(str(run))
+    return run_lib.load_model(str(run))
 
 
 def greedy(run, *, turns, new: int = 8) -> str:

@@ -34,13 +34,14 @@ def talk(args: argparse.Namespace) -> None:
     """Reads lines, prints answers."""
     import jax
 
-    from lm import build, tasks
+    from lm import run as run_lib
+    from lm import tasks
     from lm.config import schema
     from lm.decoding import sampling
     from lm.tasks import chat
     from lm.tracking import tracker
 
-    cfg, model, params, words = build.load_run(args.workdir)
+    cfg, model, params, words = run_lib.load_model(args.workdir)
     keys = ("temperature", "top_k", "top_p", "max_new_tokens")
     chosen = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     values = schema.to_dict(cfg)

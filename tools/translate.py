@@ -52,13 +52,14 @@ def check(cfg: Any) -> None:
 def translate(args: argparse.Namespace) -> None:
     """Translates in batches of like length; sources that are longer than the run's rows are not cut."""
 
-    from lm import build, tasks
+    from lm import run as run_lib
+    from lm import tasks
     from lm.config import schema
     from lm.data.readers import paths, registry
     from lm.decoding import beam_search, sampling
     from lm.evaluation import scores
 
-    cfg, model, params, words = build.load_run(args.run)
+    cfg, model, params, words = run_lib.load_model(args.run)
     check(cfg)
     if args.max_new_tokens is not None:
         values = schema.to_dict(cfg)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import build, checks, param_paths
+from lm import checks, optim, param_paths, program
+from lm import run as run_lib
 from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.models.blocks import REMAT_POLICIES
@@ -111,7 +112,7 @@ def space(cfg: Config, where: topology.Topology, flags: Sequence[str], pinned: C
     """
     if cfg.mesh.dcn_data != where.slices:
         raise ConfigError(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {where.slices}, the number of slices")
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     chips = math.prod(where.shape)
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     per_axis = [
@@ -131,7 +132,7 @@ def space(cfg: Config, where: topology.Topology, flags: Sequence[str], pinned: C
             checks.fit(changed)
             sizes = (mesh[0] * where.slices, *mesh[1:])
             abstract: Any = jax.sharding.AbstractMesh(sizes, AXES)
-            checks.mesh_divides(changed, abstract, planned.abstract_params, planned.logical_axes)
+            program.check_mesh(changed, abstract, planned.abstract_params, planned.logical_axes)
         except ConfigError:
             continue
         rest = itertools.product(policies, chunks, flags)
@@ -205,10 +206,12 @@ class Sizes(NamedTuple):
 
 def sizes(cfg: Config) -> Sizes:
     """Of a config's model and optimizer."""
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     cfg, flat, axes = planned.cfg, param_paths.flatten(planned.abstract_params), planned.logical_axes
-    trained = trainable.trained_part(planned.optimizer.selection, planned.abstract_params)
-    moments = jax.eval_shape(planned.optimizer.init, trained)
+    trained = trainable.trained_part(planned.selection, planned.abstract_params)
+    constant = dataclasses.replace(cfg.optim, schedule="constant")  # which has no phases that must fit in the run
+    optimizer = optim.build(constant, planned.abstract_params, total_steps=1, warmup_steps=0, decay_steps=0)
+    moments = jax.eval_shape(optimizer.init, trained)
 
     def total(tree: Any) -> float:
         return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))

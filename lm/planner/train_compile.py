@@ -155,15 +155,16 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
     """
     import jax
 
-    from lm import build, checks, param_paths, program
+    from lm import param_paths, program
+    from lm import run as run_lib
     from lm.optim import trainable
     from lm.tasks import task_of
 
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     cfg = planned.cfg
     words = planned.tokenizer or Ids(cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids)
     mesh = mesh_lib.make_mesh(cfg.mesh, devices(where))
-    checks.mesh_divides(cfg, mesh, planned.abstract_params, planned.logical_axes)
+    program.check_mesh(cfg, mesh, planned.abstract_params, planned.logical_axes)
     made = program.make(
         cfg,
         mesh,
@@ -173,7 +174,7 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
         anchored=planned.anchored,
         epoch_examples=1_000 * cfg.data.batch_size,  # the schedule's length costs nothing
     )
-    rows = checks.eval_batch_size(cfg) if evaluation else cfg.data.batch_size
+    rows = program.eval_batch_size(cfg) if evaluation else cfg.data.batch_size
     batch = program.abstract_batch(cfg, mesh, rows)
     state = made.abstract_state
     step, argument = (made.eval_step, state.params) if evaluation else (made.train_step, state)
@@ -185,7 +186,7 @@ def lower_step(cfg: Config, where: Topology, *, evaluation: bool = False) -> Low
         (leaf.size * leaf.dtype.itemsize, path) for path, leaf in flat.items() if leaf.sharding.is_fully_replicated
     ]
     tokens = rows * cfg.data.seq_len
-    is_counted = task_of(cfg).texts and build.predicts_tokens(cfg)
+    is_counted = task_of(cfg).texts and run_lib.predicts_tokens(cfg)
     predicting = (
         words.vocab_size if cfg.task.name in ("causal_lm", "prefix_lm", "chat") else 0
     )  # others need not predict at every position
