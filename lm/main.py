@@ -1,4 +1,4 @@
-"""`python -m lm.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v]`: train, or go on with, one run."""
+"""`python -m lm.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v]`: start or resume a run."""
 
 import sys
 
@@ -10,15 +10,15 @@ from lm.parallel import xla_flags
 _CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
 _PRINT = flags.DEFINE_bool("print_config", False, "Print the resolved config and the parameter table; do not train.")
-_ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Go on with other data, or another seed, than the run began.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; found by itself on a TPU pod.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it is not found by itself.")
+_ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Resume although the data or the seed has changed.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; found automatically on a TPU pod.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it is not found automatically.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes there are, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, with --coordinator.")
 
 
 def main(argv: list[str]) -> None:
-    """Turns flags into a run, and an expected error into one clear message and its exit status."""
+    """Starts or resumes the run that the flags name; an expected error becomes one message and an exit status."""
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
             mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
     except KeyboardInterrupt:
-        sys.exit("stopped before the first step of this start; what was saved before is kept")
+        sys.exit("stopped before the first step; checkpoints saved earlier are kept")
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("lm."):
             raise

@@ -1,4 +1,4 @@
-"""Stopping when asked to: after a step, with everything saved, so that the same command goes on."""
+"""Preemption: a signal stops the run after the current step, with everything saved, so that it can be resumed."""
 
 import signal
 import threading
@@ -8,15 +8,15 @@ import jax
 
 
 class Preempted(RuntimeError):
-    """Asked to stop; the state has been saved, and the same command goes on from it."""
+    """The run was asked to stop. Its state has been saved; the same command resumes it."""
 
-    exit_status = 75  # EX_TEMPFAIL of sysexits.h: start again
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class Interrupt:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second SIGINT stops at once.
+    """Turns the first SIGTERM or SIGINT into a request to stop after the current step; a second SIGINT stops at once.
 
-    With several processes JAX's preemption service agrees on the step at which all of them stop.
+    With several processes JAX's preemption service makes all of them stop after the same step.
     """
 
     def __enter__(self) -> "Interrupt":
@@ -34,10 +34,10 @@ class Interrupt:
         self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def requested(self, done: int) -> bool:
-        """Whether to stop after step `done`; with several processes, the same answer on all of them."""
+    def requested(self, step: int) -> bool:
+        """Whether to stop after step `step`; with several processes, the same answer on all of them."""
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(done)
+        return multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,7 @@
-"""The step functions of a run and what they work on, as shapes: all that a compiler needs, and no data."""
+"""The step functions of a run and the shapes of their arguments: all that compiling them needs, without data.
+
+`lm.run` makes them for a run, `lm.planner` for devices that are not there.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,15 +13,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import optim, param_paths, step
 from lm.config import Config
+from lm.config.schema import ConfigError
 from lm.models import registry
 from lm.optim import mup, trainable
 from lm.parallel import sharding
 from lm.tasks import columns_of_batch, task_of
-from lm.types import ModelFns, Params, TrainState
+from lm.types import LENGTH_KEYS, ModelFns, Params, TrainState
 
 
 class Program(NamedTuple):
-    """What is compiled.
+    """The functions of a run and the layout of its state.
 
     Attributes:
       model: functions of the model.
@@ -44,23 +48,23 @@ class Program(NamedTuple):
 def make(
     cfg: Config,
     mesh: Mesh,
-    words: Any,
+    tokenizer: Any,
     *,
     abstract_params: Params,
     logical_axes: Mapping[str, sharding.LogicalAxes],
     anchored: Mapping[str, bool] | None,
     epoch_examples: int,
 ) -> Program:
-    """Makes the step functions; nothing is compiled, no array made, no device touched.
+    """Makes the step functions. Nothing is compiled, no array is made and no device is touched.
 
     Args:
       cfg: resolved.
-      mesh: the devices; they need not be there.
-      words: the run's tokenizer, or what stands for it.
+      mesh: the devices; abstract ones will do.
+      tokenizer: the run's; the planner passes a stand-in with as many ids.
       abstract_params: shapes and dtypes of all parameters.
       logical_axes: path -> logical axis names.
       anchored: see `lm.step.init_state`.
-      epoch_examples: rows of an epoch, which durations may be counted in.
+      epoch_examples: rows of an epoch, for durations that are given in epochs.
 
     Raises:
       ConfigError, ValueError: as `lm.optim.build`.
@@ -76,7 +80,7 @@ def make(
         scales=mup.direction_scales(cfg.optim.name, logical_axes, mup.width_ratio(cfg.model)),
     )
     model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
-    loss_fn = task_of(cfg).loss(model.apply, cfg, words)
+    loss_fn = task_of(cfg).loss(model.apply, cfg, tokenizer)
     train_step = functools.partial(
         step.train_step,
         loss_fn=loss_fn,
@@ -110,20 +114,65 @@ def make_model(cfg: Config, dtype: Any) -> ModelFns:
     return registry.MODELS[cfg.model.kind](cfg, task_of(cfg).head(cfg), dtype)
 
 
+def eval_batch_size(cfg: Config) -> int:
+    """Rows of an evaluation batch."""
+    return cfg.eval.batch_size or cfg.data.batch_size
+
+
+def check_mesh(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: Mapping[str, sharding.LogicalAxes]) -> None:
+    """Refuses a mesh that does not divide the batch or the model.
+
+    Args:
+      cfg: resolved.
+      mesh: may be abstract.
+      abstract_params: shapes and dtypes of all parameters.
+      logical_axes: path -> logical axis names.
+
+    Raises:
+      ConfigError: naming the key, and the number that its value must be a multiple of.
+    """
+    shards = sharding.batch_shards(mesh)
+    parts = shards * cfg.train.micro_batches
+    if cfg.data.batch_size % parts:
+        raise ConfigError(
+            f"'data.batch_size' ({cfg.data.batch_size}) must be a multiple of {parts}: {shards} shards of the mesh x "
+            f"train.micro_batches={cfg.train.micro_batches}"
+        )
+    if eval_batch_size(cfg) % shards:
+        raise ConfigError(
+            f"'eval.batch_size' ({eval_batch_size(cfg)}) must be a multiple of {shards}, the number of shards of the "
+            "mesh"
+        )
+    for key, (shape, _) in columns_of_batch(task_of(cfg), cfg).items():
+        if key in LENGTH_KEYS and shape[-1] % mesh.shape["context"]:
+            raise ConfigError(
+                f"mesh.context={mesh.shape['context']} does not divide the {shape[-1]} positions of '{key}': change "
+                "'data.seq_len' or 'data.target_len'"
+            )
+    if cfg.model.num_kv_heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']} does not divide {cfg.model.num_kv_heads} key/value heads"
+        )
+    flat = param_paths.flatten(abstract_params)
+    sharding.check_divisible({path: leaf.shape for path, leaf in flat.items()}, logical_axes, mesh)
+
+
 def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `rows` rows."""
     columns = columns_of_batch(task_of(cfg), cfg) | {"row_weights": ((), jnp.float32), "example_index": ((), jnp.int32)}
 
     def abstract(key: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        where = sharding.batch_sharding(mesh, key, 1 + len(shape))
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding.batch_sharding(mesh, key, 1 + len(shape)))
 
     return {key: abstract(key, *column) for key, column in columns.items()}
 
 
 def compute_dtype(name: str, mesh: Mesh) -> Any:
-    """'auto' is bfloat16 where the hardware multiplies it natively; CPUs do not. So is 'int8' or 'fp8', but for the
-    matmuls of the blocks' kernels, see `lm.models.layers.quantized`."""
+    """The dtype that `model.dtype` stands for on these devices.
+
+    'auto' is bfloat16 on accelerators, and float32 on CPUs, which do not multiply bfloat16 natively. So are 'int8' and
+    'fp8', except for the matmuls with the blocks' kernels, see `lm.models.layers.quantized`.
+    """
     if name in ("auto", "int8", "fp8"):
         name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     return jnp.dtype(name)

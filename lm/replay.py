@@ -1,4 +1,4 @@
-"""Replay: a run that goes on from another one draws a share of its rows from the other one's data."""
+"""Replay: a run that starts from another run's parameters draws a share of its rows from that run's data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +13,17 @@ from lm.tasks import TASKS, base, build_saved_config, task_of
 
 
 def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig | None:
-    """Where the data of `init_from`'s run is, or None without `data.replay`.
+    """The data to replay, as the earlier run's config describes it; None without `data.replay`.
 
     Args:
-      cfg: of the run that goes on.
-      workdir: its folder. Once it has begun its own checkpoints say where, so that it needs no other run.
-      init: the checkpoint of the other run; None = this run has begun.
+      cfg: of the new run.
+      workdir: the new run's folder. Once the run has begun, its own checkpoints describe the replayed data, so that the
+        earlier run is no longer needed.
+      init: the checkpoint of the earlier run; None if the new run has begun.
 
     Raises:
-      CheckpointError: none of its own checkpoints can be read.
+      ConfigError: the earlier run was trained on a mixture.
+      CheckpointError: none of the new run's own checkpoints can be read.
     """
     if not cfg.data.replay:
         return None
@@ -35,28 +37,30 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
     for saved in reversed(checkpoint.list_saved(workdir) if workdir else []):
         if "unreadable" not in saved.info:
             return schema.build_section(DataConfig, saved.info["replay"], "data.")
-    raise CheckpointError(f"none of the checkpoints of {workdir} can be read, which say what 'data.replay' draws from")
+    raise CheckpointError(
+        f"none of the checkpoints of {workdir} can be read, but they say what 'data.replay' draws from: restore one"
+    )
 
 
 def load(
-    where: DataConfig | None, cfg: Config, note: Callable[[str], None] = lambda _: None
+    data_cfg: DataConfig | None, cfg: Config, note: Callable[[str], None] = lambda _: None
 ) -> input_pipeline.Found | None:
-    """The records to replay, or None.
+    """Reads the records to replay; None without `data.replay`.
 
     Args:
-      where: from `source`.
-      cfg: of the run that goes on, whose task must be able to read them.
-      note: called with what was read.
+      data_cfg: from `source`.
+      cfg: of the new run, whose task must be able to read the records.
+      note: called with a report of what was read.
 
     Raises:
-      DataError: they are gone.
+      DataError: the records no longer exist.
       ConfigError: the task cannot read them.
     """
-    if where is None:
+    if data_cfg is None:
         return None
     place = f"'data.replay': the data of {cfg.init_from}"
     try:
-        (found,) = input_pipeline.load(where, task_of(cfg).wanted(cfg))
+        (found,) = input_pipeline.load(data_cfg, task_of(cfg).wanted(cfg))
         if isinstance(found, Split):
             base.check_fields(task_of(cfg), [*found.train, *found.valid], TASKS)
     except DataError as error:

@@ -14,19 +14,19 @@ from lm.types import Batch, LossFn, LossTerms, Params, TrainState
 
 Metrics = dict[str, Any]
 
-MIXOUT = 2**32 - 1  # folded into a step's key; dropout folds in example indices, which are below 2^31
+MIXOUT = 2**32 - 1  # folded into the key of a step; dropout folds in example indices, which are below 2^31
 
 
 def init_state(
     params: Params, optimizer: Optimizer, *, use_ema: bool, anchored: Mapping[str, bool] | None = None
 ) -> TrainState:
-    """The state before the first step; the average starts at the parameters.
+    """The state before the first step. The moving average starts at the parameters' initial values.
 
     Args:
-      params: all of them.
+      params: all parameters.
       optimizer: see `lm.optim`.
-      use_ema: whether there is an average.
-      anchored: path -> whether the value at the start is kept, for `to_init` and `mixout`; None = none is.
+      use_ema: whether the state has an average of the trained parameters.
+      anchored: path -> whether the state keeps the parameter's initial value, for `to_init` and `mixout`; None = none.
     """
     trained = trained_part(optimizer.selection, params)
     ema = jax.tree.map(jnp.copy, trained) if use_ema else None
@@ -36,7 +36,7 @@ def init_state(
 
 
 def eval_params(state: TrainState) -> Params:
-    """The parameters to evaluate: the average of the trained ones where there is one; each where `params` has it."""
+    """The parameters to evaluate: averaged if the state has an average; sharded as `params`."""
     if state.ema is None:
         return state.params
     whole = param_paths.overlay(state.params, state.ema)
@@ -54,20 +54,21 @@ def train_step(
     ema_decay: float,
     mixout: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """One step on one global batch.
+    """One training step on one global batch.
 
-    The gradient is that of the summed loss over all micro-batches and devices, divided once by the summed weight. A
-    batch of weight 0 changes nothing but `step` and `skipped`.
+    The gradient is that of the loss summed over all micro-batches and devices, divided once by the summed weight. A
+    batch of weight 0 changes only `step` and `skipped`.
 
     Args:
-      state: the state.
+      state: its buffers may be donated.
       batch: arrays [B, ...]; B is a multiple of `micro_batches`.
       loss_fn: `Task.loss`, bound.
       optimizer: see `lm.optim`.
-      seed: of the run. Dropout is a function of it, the step and the row's example index.
-      micro_batches: how many parts of the batch are computed one after the other.
-      ema_decay: 0 = no average; at most (1 + step) / (10 + step), so that a short run's average forgets its start.
-      mixout: see `mix`; 0 = off.
+      seed: of the run. Dropout is a function of the seed, the step and the row's example index.
+      micro_batches: number of parts of the batch whose gradients are accumulated one after the other.
+      ema_decay: decay of the moving average, limited to (1 + step) / (10 + step) so that the average of a short run is
+        not dominated by its initial values; 0 = no average.
+      mixout: rate of mixout, see `mix`; 0 = off.
 
     Returns:
       The next state, and metrics: 'loss', 'weight', 'grad_norm', 'learning_rate' as float32 [], and those of the
@@ -75,7 +76,7 @@ def train_step(
     """
     trained = trained_part(optimizer.selection, state.params)
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    # Mixed once, and differentiated once, however many micro-batches see the mixture.
+    # Mixed once, and differentiated through once, for all micro-batches.
     mixed, grads_before_mixing = jax.vjp(lambda tree: mix(tree, state.start, mixout, rng), trained)
 
     def terms_and_grads(micro: Batch) -> tuple[LossTerms, Params]:
@@ -112,10 +113,11 @@ def train_step(
 
 
 def mix(trained: Params, start: Params | None, rate: float, rng: jax.Array) -> Params:
-    """Mixout (Lee et al., arXiv:1909.11299): entries of kernels replaced by their values at the start, at `rate`.
+    """Mixout (Lee et al., arXiv:1909.11299): replaces a share `rate` of kernel entries by their initial values.
 
-    u at the start, w now, m = 1 where w is kept: ((1 - m) u + m w - rate u) / (1 - rate), whose mean is w. As in the
-    authors' code only kernels are mixed. The mask is a function of `rng` and the parameter's path alone.
+    With initial value u, current value w, and mask m = 1 where w is kept: ((1 - m) u + m w - rate u) / (1 - rate),
+    whose expectation is w. As in the authors' code only kernels are mixed. The mask is a function of `rng` and the
+    parameter's path alone.
     """
     if rate == 0.0:
         return trained
@@ -134,10 +136,10 @@ def mix(trained: Params, start: Params | None, rate: float, rng: jax.Array) -> P
 def eval_step(
     params: Params, batch: Batch, *, loss_fn: LossFn
 ) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, jax.Array]]:
-    """One batch of an evaluation.
+    """One evaluation step on one batch.
 
     Returns:
-      Metric name -> (sum, weight), 'loss' among them: the caller adds them up and divides at the end. And the
+      Metric name -> (sum, weight), 'loss' among them, for the caller to add over batches and divide at the end; and the
       objective's outputs, name -> [B, ...].
     """
     terms = loss_fn(params, batch, None)
@@ -145,5 +147,5 @@ def eval_step(
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B / parts, ...], row r going to part r % parts: each device keeps rows of every part."""
+    """[B, ...] -> [parts, B / parts, ...]; row r goes to part r % parts, so that every device has rows of each part."""
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -285,5 +285,5 @@ def test_prepared_rows_train_as_their_text_does_and_a_mixture_tells_its_sources_
     with pytest.raises(ConfigError, match=r"no metric 'wb_loss' \(did you mean 'web_loss'\?\)"):
         train.train(dataclasses.replace(cfg, checkpoint=wrong), tmp_path / "other")
     (tmp_path / "more" / "tokenizer.model").unlink()
-    with pytest.raises(ConfigError, match=r"no .*more/tokenizer\.model: what the ids of the prepared data mean"):
+    with pytest.raises(ConfigError, match=r"no .*more/tokenizer\.model: the prepared data cannot be read"):
         train.train(cfg, tmp_path / "other")

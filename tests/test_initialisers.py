@@ -156,5 +156,5 @@ def test_the_default_is_gpt2_and_a_run_without_the_key_was_fan_in(tmp_path):
     assert dataclasses.replace(old, model=new.model) == new
     said = []
     resume.refuse_changes(old, new, tmp_path, say=said.append)
-    assert said == ["changed meanwhile: model.init 'fan_in' -> 'gpt2'"]
+    assert said == ["changed since the last start: model.init 'fan_in' -> 'gpt2'"]
     assert build_saved_config(config.to_dict(new)) == new

@@ -1,4 +1,4 @@
-"""The command line: quick to start, and quick to refuse what cannot be run, before any device is touched."""
+"""lm/main.py: flags are parsed without JAX, and configs that cannot run are refused before a device is touched."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ RECIPE = "configs/quickstart_pretrain.py"
 
 
 def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """(the process, CPU seconds it took), on a platform that jax does not have: to touch a device is to fail."""
+    """(finished process, its CPU seconds). JAX_PLATFORMS names no platform, so that touching a device would fail."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
         [sys.executable, *arguments],
@@ -27,7 +27,7 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
     return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_flags_are_parsed_without_the_heavy_packages():
+def test_flags_are_parsed_without_importing_heavy_packages():
     heavy = ("jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "tensorflow", "matplotlib", "numpy")
     result, _ = run("-c", f"import sys, lm.main; print([name for name in {heavy!r} if name in sys.modules])")
     assert result.stdout.strip() == "[]", f"import these where they are used:\n{result.stderr}"
@@ -58,7 +58,7 @@ def test_help_names_the_flags():
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
-def test_what_cannot_be_run_is_refused_at_once(override, named, tmp_path):
+def test_configs_that_cannot_run_are_refused_at_once(override, named, tmp_path):
     result, seconds = run("-m", "lm.main", f"--config={RECIPE}", f"--workdir={tmp_path}/run", *override)
     assert result.returncode != 0
     message = result.stderr.strip().splitlines()[-3:]

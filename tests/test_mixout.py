@@ -1,4 +1,4 @@
-"""Mixout (Lee et al. 2020): parameters that are now and then what they were at the start."""
+"""Mixout (Lee et al. 2020): entries of kernels are randomly replaced by their initial values."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lm.types import LossTerms
 from tests.test_selection import BASE, LAST_TWO, SHAPES, build, random_tree
 
 
-def test_mixout_is_the_papers_formula_with_a_mask_of_the_step_and_the_path():
+def test_mixout_follows_the_paper_with_a_mask_by_step_and_path():
     """Lee et al. 2020, section 4: each entry is one of two values, their mean is the parameter; kernels only."""
     now, start, rate = random_tree(0), random_tree(1), 0.25
     del start["head"]
@@ -43,8 +43,8 @@ def test_mixout_is_the_papers_formula_with_a_mask_of_the_step_and_the_path():
     assert not np.array_equal(masks["a"]["kernel"], masks["b"]["kernel"])
 
 
-def test_mixout_of_a_step_is_seen_by_the_gradient_alone():
-    """The gradient at the mixture, times m / (1 - rate); the parameters move from where they were, unmixed."""
+def test_mixout_changes_only_where_the_gradient_is_taken():
+    """The gradient is taken at the mixture, times m / (1 - rate); the update starts from the unmixed parameters."""
 
     def loss_fn(params, batch, rng):  # sum of w^3: its gradient, 3 w^2, says where it was taken
         total = sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves(params)) * batch["tokens"].mean()

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm import build, train
+from lm import run as run_lib
+from lm import train
 from lm.checkpoint import list_saved
 from lm.config import MeshConfig
 from lm.parallel import mesh as mesh_lib
@@ -58,7 +59,7 @@ def test_options_of_an_old_run_are_found_in_its_task(old_run):
 
 
 def test_the_arrays_of_an_old_checkpoint_are_verified_and_finite(old_run):
-    cfg, _, params, _ = build.load_run("run")
+    cfg, _, params, _ = run_lib.load_model("run")
     (saved,) = list_saved("run")
     assert saved.step == 3 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert cfg.task.name == old_run

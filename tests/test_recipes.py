@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import pytest
 
-from lm import build, checkpoint, config, input_pipeline
+from lm import checkpoint, config, input_pipeline
+from lm import run as run_lib
 from lm.benchmark import training as training_benchmark
 from lm.checkpoint import init_from
 from lm.config import MeshConfig
@@ -88,24 +89,24 @@ def figures(
 ) -> tuple[dict[str, float], Any]:
     """All metrics of an evaluation, then loss, weight and gradient norm of each step; and the parameters at the start,
     which are `params` where they are given."""
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     mesh = make_mesh(mesh_cfg, jax.devices()[: 8 if params else 1])
-    run = build.run(planned, workdir, mesh, lambda _: None)
+    run = run_lib.prepare(planned, workdir, mesh, lambda _: None)
     with jax.set_mesh(mesh):
         if params is None:
-            params, _ = init_from.initialize(run.model, run.abstract_state.params, cfg.seed, None, {})
+            params, _ = init_from.initialize(run.program.model, run.program.abstract_state.params, cfg.seed, None, {})
             params = jax.device_get(params)
-        placed = jax.device_put(params, run.state_shardings.params)
-        row_ids, batches = build.eval_rows(run, run.data.valid)
-        place = build.placer(mesh, cfg.data.batch_size)
-        sums, outputs = evaluate.evaluate(run.eval_step, placed, place, batches, len(row_ids))
+        placed = jax.device_put(params, run.program.state_shardings.params)
+        row_ids, batches = run_lib.eval_rows(run, run.data.valid)
+        place = run_lib.placer(mesh, cfg.data.batch_size)
+        sums, outputs = evaluate.evaluate(run.program.eval_step, placed, place, batches, len(row_ids))
         found = metrics.finalize(sums)
         if run.score:
             found |= run.score(outputs, [run.data.valid.meta[i] for i in row_ids], run.cfg)
-        state = jax.jit(run.init_state, out_shardings=run.state_shardings)(placed)
-        batches = build.data_iterator(run, 0)
+        state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(placed)
+        batches = run_lib.train_batches(run)
         for step in range(STEPS):
-            state, made = run.train_step(state, place(next(batches)))
+            state, made = run.program.train_step(state, place(next(batches)))
             found |= {f"{name} of step {step}": float(made[name]) for name in ("loss", "grad_norm", "weight")}
         batches.close()
     return found, params
@@ -155,9 +156,9 @@ def test_a_tool_says_which_runs_it_is_for(tool):
 
 
 def started(cfg: config.Config) -> tuple[Any, ...]:
-    """What `build.load_run` gives of a run, of one that has learnt nothing."""
-    planned, model, params = build.read_model(cfg)
-    words = planned.tokenizer or build.tokenizer_for(planned, input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg)))
+    """What `run_lib.load_model` gives of a run, of one that has learnt nothing."""
+    planned, model, params = run_lib.init_model(cfg)
+    words = planned.tokenizer or run_lib.tokenizer_for(planned, input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg)))
     return planned.cfg, model, params, words
 
 
@@ -188,7 +189,7 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
         assert re.fullmatch(r"'(task\.name|data\.format)' is [^\n]+; data is prepared (for|from) [^\n]+", str(refused))
 
     run = started(cfg)
-    monkeypatch.setattr(build, "load_run", lambda name: run)
+    monkeypatch.setattr(run_lib, "load_model", lambda name: run)
     monkeypatch.setattr(checkpoint, "choose", lambda name: SimpleNamespace(step=0, info={}))
     out, sides = tmp_path / "out.png", "../shared/data/multi30k/test_2016_flickr.{en,de}.gz"
     for tool, *arguments in (

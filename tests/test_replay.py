@@ -1,4 +1,4 @@
-"""lm/replay.py: going on from a run with a share of its data, to the end, interrupted, and with its data gone."""
+"""lm/replay.py: runs that replay another run's data: to the end, resumed, and with that data missing."""
 
 import dataclasses
 import json
@@ -34,14 +34,14 @@ def arrays(workdir):
 
 
 @pytest.mark.slow
-def test_replay_is_measured_from_the_start_and_outlives_the_run_it_came_from(base, domain, tmp_path):
+def test_replayed_rows_are_evaluated_from_step_0_and_a_resume_does_not_need_the_earlier_run(base, domain, tmp_path):
     cfg, run, before = base
     moved = shutil.copytree(run, tmp_path / "moved")
     recipe = {**TINY, "init_from": str(moved), "data__replay": 0.5, "checkpoint__every_steps": 2}
     recipe |= {"checkpoint__best_metric": "replay_loss"}
     going_on = toys.recipe(domain, **recipe)
     whole = train.train(going_on, tmp_path / "whole")
-    # The same parameters on the same held-out rows: what the other run ended with is what this one begins with.
+    # The same parameters on the same held-out rows: the last values of the earlier run are the first of this one.
     for name in ("loss", "nll", "accuracy", "bits_per_byte"):
         assert whole["before"][f"replay_{name}"] == pytest.approx(before[name], rel=1e-6)
         assert whole[f"replay_{name}"] != whole["before"][f"replay_{name}"] and whole[name] != whole[f"replay_{name}"]
@@ -58,7 +58,7 @@ def test_replay_is_measured_from_the_start_and_outlives_the_run_it_came_from(bas
     assert saved[0]["replay"]["path"] == cfg.data.path
 
 
-def test_what_cannot_be_replayed_is_refused_before_the_first_step(base, domain, tmp_path):
+def test_data_that_cannot_be_replayed_is_refused_before_the_first_step(base, domain, tmp_path):
     cfg, run, _ = base
     with pytest.raises(ConfigError, match=r"'data\.replay' draws from .* 'init_from' names, which is ''"):
         toys.recipe(domain, **TINY, data__replay=0.5)
@@ -78,7 +78,7 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_step(base, domain, 
     assert not (tmp_path / "gone" / "checkpoints").exists()
 
 
-def test_a_run_without_replay_measures_its_own_rows_only(base):
+def test_a_run_without_replay_evaluates_only_its_own_rows(base):
     cfg, run, summary = base
     assert not any(name.startswith("replay_") for name in summary)
     info = json.loads(json.dumps(checkpoint.list_saved(run)[-1].info))

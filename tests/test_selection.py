@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from lm import build as build_lib
 from lm import checkpoint, optim, param_paths, step, train
+from lm import run as run_lib
 from lm.config import AdapterConfig, CheckpointConfig, MeshConfig, OptimConfig
 from lm.config.schema import ConfigError
 from lm.models import transformer
@@ -19,7 +19,7 @@ from lm.optim import trainable
 from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
-from tests import test_build, test_step, toys
+from tests import test_run, test_step, toys
 
 LAYERS = 3
 SHAPES = {
@@ -339,8 +339,8 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
     """`init_from`, LoRA, the last layer, a late start, the draw to the start, mixout, the average: through lm.train."""
     one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
-    tiny = test_build.TINY | {"model__num_layers": 2}
-    test_build.write_run(tmp_path / "base", {1: 0.5}, **tiny)
+    tiny = test_run.TINY | {"model__num_layers": 2}
+    test_run.write_run(tmp_path / "base", {1: 0.5}, **tiny)
     cfg = toys.recipe(
         toys.write_texts(tmp_path / "texts", 20),
         **tiny,
@@ -372,7 +372,7 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
     assert summary["trained_parameters"] == trained
 
     state = checkpoint.choose(str(tmp_path / "run"))
-    params = param_paths.flatten(build_lib.load_run(str(tmp_path / "run"))[2])
+    params = param_paths.flatten(run_lib.load_model(str(tmp_path / "run"))[2])
     name = "decoder/layers/mlp/up/kernel"
     wanted = {
         f"{kind}/{name}": jax.ShapeDtypeStruct((n, 8, 16), jnp.float32, sharding=sharding.replicated(one_device))
@@ -383,6 +383,6 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
 
 
 def test_a_draw_to_nowhere_is_refused(tmp_path):
-    cfg = toys.recipe(tmp_path / "no_data", **test_build.TINY, optim__mixout=0.1)
-    with pytest.raises(ConfigError, match=r"'optim\.mixout' draws parameters to where 'init_from' had them"):
-        build_lib.plan(cfg, None)
+    cfg = toys.recipe(tmp_path / "no_data", **test_run.TINY, optim__mixout=0.1)
+    with pytest.raises(ConfigError, match=r"'optim\.mixout' pulls parameters back to their values in 'init_from'"):
+        run_lib.plan(cfg, None)

@@ -1,4 +1,4 @@
-"""The training step against a float64 reference, and what must not change its result: splitting, sharding, packing."""
+"""lm/step.py: equal to a float64 reference however the batch is split, sharded and packed."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def loss_of(model, cfg, loss: LossConfig = LOSS):
 
 
 def gradient_as_parameters(params) -> optim.Optimizer:
-    """An optimizer whose 'new parameters' are the gradients, to read them off the real step."""
+    """An optimizer whose new parameters are the gradients, so that a test can read them."""
     return adamw(params)._replace(
         init=lambda params: (), update=lambda grads, state, params, step, start: (grads, state, {})
     )
@@ -92,7 +92,7 @@ def expected(style: str):
     [("llama", shards, micro) for shards in (1, 2, 8) for micro in (1, 2, 4)] + [("gpt2", 1, 1), ("gpt2", 8, 4)],
 )
 def test_loss_and_every_gradient_leaf_equal_the_float64_reference(style, shards, micro_batches):
-    """Accumulation x data shards x uneven masks; with 8 shards, row 3 makes one of them empty."""
+    """Gradient accumulation x data shards x uneven masks; with 8 shards, row 3 makes one of them empty."""
     cfg, model, params, batch, (total, weight, grads) = expected(style)
     state, metrics = take_step(
         params,
@@ -113,7 +113,7 @@ def test_loss_and_every_gradient_leaf_equal_the_float64_reference(style, shards,
     ("remat", "unroll"),
     [("full", 1), ("full", 0), ("minimal", 1), ("offload", 1), ("attention", 0), ("qkv", 1), ("none", 0)],
 )
-def test_remat_and_unrolling_change_no_gradient(remat, unroll):
+def test_remat_and_unrolling_do_not_change_gradients(remat, unroll):
     cfg, _, params, batch, (_, weight, grads) = expected("llama")
     other = dataclasses.replace(cfg, remat=remat, unroll=unroll)
     model = transformer.text_model(other, jnp.float32)
@@ -122,8 +122,8 @@ def test_remat_and_unrolling_change_no_gradient(remat, unroll):
     assert_close(state.params, jax.tree.map(lambda g: g / weight, grads), 1e-5)
 
 
-def test_zero3_gathers_weights_and_keeps_them_split():
-    """On an fsdp mesh no parameter of more than one dimension but norms is held whole."""
+def test_zero3_gathers_weights_and_keeps_them_sharded():
+    """On an fsdp mesh all parameters of two or more dimensions except norms are sharded."""
     _, model, params, _, _ = expected("llama")
     mesh = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
     axes = param_paths.flatten(model.logical_axes())
@@ -149,7 +149,7 @@ def test_a_batch_of_weight_0_changes_no_parameter_moment_or_average():
     jax.tree.map(np.testing.assert_array_equal, before, (after.params, after.opt_state, after.ema))
 
 
-def test_frozen_parameters_stay_bitwise_and_hold_no_state():
+def test_frozen_parameters_do_not_change_and_have_no_optimizer_state():
     cfg, model, params, batch, _ = expected("gpt2")
     optimizer = adamw(params, lr_rules=((r"decoder/layers/mlp/.*", 1.0), (r".*", 0.0)))
     state, _ = take_step(params, batch, optimizer, loss_of(model, cfg), MeshConfig(data=1), 1)
@@ -183,8 +183,8 @@ def test_dropout_depends_on_the_step_and_the_seed():
     assert len({loss(0, 0), loss(0, 1), loss(1, 0), float(loss_fn(params, batch, None).sum)}) == 4
 
 
-def test_zero3_holds_one_layer_gathered_and_reduces_the_output_projection_once():
-    """On fsdp 8: temporaries take less than the layers' kernels would whole, and no loop reduces [D, V] gradients."""
+def test_zero3_gathers_one_layer_at_a_time_and_reduces_the_output_projection_once():
+    """On fsdp 8: temporaries take less than the gathered kernels of all layers; no loop reduces [D, V] gradients."""
     wide = dataclasses.replace(toys.LLAMA, num_layers=8, embed_dim=256, mlp_dim=1024, qk_norm=False)
     cfg = transformer.resolve(wide, vocab_size=512, seq_len=32)
     model = transformer.text_model(cfg, jnp.float32)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import build, checks, train
+from lm import checks, train
+from lm import run as run_lib
 from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.data.readers import registry
@@ -61,7 +62,7 @@ def run(tmp_path, data, **changes):
         **changes,
     )
     train.train(cfg, tmp_path / "run")
-    trained, model, params, words = build.load_run(str(tmp_path / "run"))
+    trained, model, params, words = run_lib.load_model(str(tmp_path / "run"))
     valid = registry.load(cfg.data, task_of(cfg).wanted(cfg)).valid
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     reported = [line for line in lines if line["split"] == "eval"][-1]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import build, input_pipeline, losses, program
+from lm import input_pipeline, losses, program
+from lm import run as run_lib
 from lm.config import Config, DataConfig, TokenizerConfig
 from lm.config.schema import ConfigError
 from lm.data import loader, tokenizer
@@ -298,7 +299,7 @@ def test_the_label_says_whether_b_follows_a_in_the_document(words, pairs):
 
 def test_the_loss_is_that_of_the_tokens_and_of_the_pairs(words, tmp_path):
     """Every hidden token counts the label of its row once: computed by hand from the logits."""
-    cfg = build.plan(settings(model__num_layers=1, model__dropout=0.0, data__seq_len=48), tmp_path).cfg
+    cfg = run_lib.plan(settings(model__num_layers=1, model__dropout=0.0, data__seq_len=48), tmp_path).cfg
     _, [batch] = batches(cfg, words, 1)
     batch["loss_weights"][2] = 0  # a row that only fills up
     model = program.make_model(cfg, np.float32)

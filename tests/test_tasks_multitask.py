@@ -14,7 +14,8 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from lm import build, train
+from lm import run as run_lib
+from lm import train
 from lm.config import Config, MeshConfig, ModelConfig
 from lm.config.schema import ConfigError
 from lm.data.record import DataError
@@ -147,7 +148,7 @@ def test_each_row_counts_by_its_own_tasks_loss(devices, eps):
     mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     loss_fn = multitask.multitask_loss(fns.apply, make_config(label_smoothing=eps), None)
     with jax.set_mesh(mesh):
-        terms = jax.device_get(jax.jit(lambda p, b: loss_fn(p, b, None))(params, build.placer(mesh, 16)(rows)))
+        terms = jax.device_get(jax.jit(lambda p, b: loss_fn(p, b, None))(params, run_lib.placer(mesh, 16)(rows)))
     assert terms.weight == 15
     assert terms.sum == pytest.approx(sum(loss for loss, _, _ in want.values()), rel=2e-6)
     for name, (loss, weight, right) in want.items():

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lm import build, input_pipeline
+from lm import input_pipeline
+from lm import run as run_lib
 from lm.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig
 from lm.config.schema import ConfigError
 from lm.data import loader
@@ -322,7 +323,7 @@ def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight
     for count in (1, 8):
         mesh = make_mesh(MeshConfig(data=count), jax.devices()[:count])
         with jax.set_mesh(mesh):
-            terms = jax.device_get(loss_fn(params, build.placer(mesh, 8)(batch)))
+            terms = jax.device_get(loss_fn(params, run_lib.placer(mesh, 8)(batch)))
         assert terms.weight == 7  # the target that nobody has seen has no loss, but has missed
         assert terms.sum == pytest.approx(nll, rel=2e-6)
         assert terms.outputs["rank"].tolist() == ranks and ranks[4] == MISSED

@@ -1,4 +1,4 @@
-"""Next-item recommendation: runs on a table that was made up, and what is refused."""
+"""Next-item recommendation: runs on a synthetic table of interactions, and configs that are refused."""
 
 import collections
 import dataclasses
@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm import build, train
+from lm import run as run_lib
+from lm import train
 from lm.config import Config, MeshConfig
 from lm.config.schema import ConfigError, Duration
 from lm.data.readers import registry
@@ -26,7 +27,7 @@ make_interactions = tool_modules.load("make_interactions")
 
 
 def recipe(path: Path, **changes: Any) -> Config:
-    """A run of seconds on a table of interactions."""
+    """A config of a run that takes seconds."""
     c = default_config(changes.pop("task__name", "next_item"))
     c.data.format, c.data.path = "interactions", str(path)
     c.tokenizer.vocab_size = 48
@@ -51,7 +52,7 @@ MASKED = {
 
 @pytest.fixture
 def on_one_device(monkeypatch):
-    """Call it to have runs on one device from then on."""
+    """A function after whose call runs use one device."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return lambda: monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
 
@@ -63,7 +64,7 @@ def table(tmp_path_factory):
     return path
 
 
-def test_the_made_up_table_is_skewed_and_a_function_of_its_seed(table):
+def test_the_synthetic_table_is_skewed_and_a_function_of_its_seed(table):
     rows = make_interactions.make(users=320, items=40, seed=0)
     assert rows == make_interactions.make(320, 40, 0) != make_interactions.make(320, 40, 1)
     assert [tuple(line.split(",")) for line in table.read_text().split()[1:]] == [
@@ -75,7 +76,7 @@ def test_the_made_up_table_is_skewed_and_a_function_of_its_seed(table):
     assert sum(by_item[-8:]) > 0.4 * len(rows)
 
 
-def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, tmp_path, on_one_device):
+def test_a_run_beats_the_popularity_baseline_and_keeps_its_vocabulary(table, tmp_path, on_one_device):
     on_one_device()
     cfg = recipe(table)
     summary = train.train(cfg, tmp_path / "run")
@@ -91,16 +92,16 @@ def test_a_run_beats_the_popular_items_and_its_vocabulary_stays_with_it(table, t
     vocabulary = recommendation.load(tmp_path / "run" / "items.json")
     assert dict(vocabulary.items) == counts
 
-    # What goes on from it has its ids, whatever its own data has.
+    # A run initialised from it has the same ids, whatever its own data is.
     other = dataclasses.replace(cfg, init_from=str(tmp_path / "run"))
-    assert build.plan(other, tmp_path / "next").tokenizer == vocabulary
+    assert run_lib.plan(other, tmp_path / "next").tokenizer == vocabulary
     VOCABULARY.save(tmp_path / "run" / "items.json")
     with pytest.raises(ConfigError, match="the tokenizers differ"):
-        build.plan(other, tmp_path / "next")
+        run_lib.plan(other, tmp_path / "next")
 
 
 def test_the_test_items_are_scored_by_the_checkpoint_that_validation_chose(table, tmp_path, on_one_device):
-    """Few users: the model soon learns them by heart. A run that ends at the best step scores the test the same."""
+    """With few users the model soon overfits. A run that ends at the best step has the same test scores."""
     on_one_device()
     few = {"data__max_records": 24, "optim__learning_rate": 0.02, "optim__schedule": "constant", "model__embed_dim": 64}
     cfg = recipe(table, eval__every_steps=20, train__total_steps=60, optim__weight_decay=0.0, **few)
@@ -112,7 +113,7 @@ def test_the_test_items_are_scored_by_the_checkpoint_that_validation_chose(table
     assert train.train(short, tmp_path / "short")["test"] == summary["test"]
 
 
-def test_masked_items_resume_as_if_nothing_had_happened(table, tmp_path, on_one_device):
+def test_a_run_on_masked_items_resumes_bitwise(table, tmp_path, on_one_device):
     on_one_device()
     cfg = recipe(table, **MASKED | {"checkpoint__every_steps": 2, "model__dropout": 0.1})
     whole = train.train(cfg, tmp_path)
@@ -135,13 +136,13 @@ def test_masked_items_resume_as_if_nothing_had_happened(table, tmp_path, on_one_
         ({"data__packing": "best_fit"}, "'data.packing' is best_fit, which does not fit task.name=next_item; use pad"),
     ],
 )
-def test_what_does_not_fit_is_refused(table, changes, says):
+def test_configs_that_do_not_fit_are_refused(table, changes, says):
     with pytest.raises(ConfigError) as error:
-        build.plan(recipe(table, **changes), None)
+        run_lib.plan(recipe(table, **changes), None)
     assert says in str(error.value)
 
 
-def test_a_metric_of_ranks_is_known_and_an_unknown_one_refused(table, tmp_path):
+def test_ranking_metrics_are_accepted_as_best_metric_and_unknown_ones_refused(table, tmp_path):
     cfg = recipe(table, checkpoint__best_metric="hr_at_5")
     with pytest.raises(ConfigError, match=r"no metric 'hr_at_5' \(did you mean 'hr_at_10'\?\)"):
         train.train(cfg, tmp_path / "run")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm import build, checks, input_pipeline
+from lm import checks, input_pipeline
+from lm import run as run_lib
 from lm.config.schema import ConfigError
 from lm.data import loader, tokenizer
 from lm.data.readers import registry
@@ -128,6 +129,6 @@ def test_what_does_not_fit_together_is_refused(changes, says):
 
 def test_the_position_table_has_room_for_the_longer_side(tmp_path):
     cfg = settings(data__seq_len=8, data__target_len=12)
-    assert build.plan(cfg, tmp_path).cfg.model.max_len == 12
+    assert run_lib.plan(cfg, tmp_path).cfg.model.max_len == 12
     with pytest.raises(ConfigError, match=r"'model.max_len' \(10\) is shorter"):
         settings(data__seq_len=8, data__target_len=12, model__max_len=10)

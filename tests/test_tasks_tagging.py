@@ -274,7 +274,7 @@ def test_a_scheme_that_is_given_counts():
 def test_what_a_scheme_would_not_have_is_counted(labels, tags, counted):
     counts: Counter[str] = Counter()
     if counted is None:
-        with pytest.raises(ConfigError, match="'NOUN' is no tag of an entity"):
+        with pytest.raises(ConfigError, match="'NOUN' is not an entity tag"):
             tagging.score_names(config(32, labels))
         return
     tagging.tagged_words(record(["a"] * 4, tags.split()), TOKENIZER, config(32, labels), counts)

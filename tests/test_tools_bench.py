@@ -146,8 +146,8 @@ def test_without_config_and_input_there_is_an_error():
 
 def test_the_benchmark_recipe_is_a_gpt2(monkeypatch, one_device):
     from configs.bench import cpu_gpt2
-    from lm import build
+    from lm import run as run_lib
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    transformers_gpt2.check(build.plan(build_config(cpu_gpt2.get_config()), None).cfg, "cpu")
+    transformers_gpt2.check(run_lib.plan(build_config(cpu_gpt2.get_config()), None).cfg, "cpu")
     assert "torch" not in sys.modules or importlib.util.find_spec("torch")

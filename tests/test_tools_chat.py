@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from lm import build, train
+from lm import run as run_lib
+from lm import train
 from lm.config import MeshConfig
 from lm.decoding import sampling
 from lm.parallel import mesh as mesh_lib
@@ -62,7 +63,7 @@ def talk(monkeypatch, capsys):
 
 @functools.cache
 def loaded(run: Path):
-    return build.load_run(str(run))
+    return run_lib.load_model(str(run))
 
 
 def greedy(run, *, turns, new: int = 8) -> str:

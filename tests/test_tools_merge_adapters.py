@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs import common
-from lm import build, checkpoint, param_paths
+from lm import checkpoint, param_paths
+from lm import run as run_lib
 from lm.config import schema
-from tests import test_build, tool_modules, toys
+from tests import test_run, tool_modules, toys
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = {
@@ -34,15 +35,15 @@ def call(*arguments):
 @pytest.fixture
 def runs(tmp_path):
     """A base, and a run that trained LoRA and the final norm on it."""
-    test_build.write_run(tmp_path / "base", {1: 0.5})
-    _, _, params, words = build.load_run(str(tmp_path / "base"))
+    test_run.write_run(tmp_path / "base", {1: 0.5})
+    _, _, params, words = run_lib.load_model(str(tmp_path / "base"))
     save_tuned(tmp_path, params, words, **LORA)
     return tmp_path
 
 
 def save_tuned(folder, base_params, words, **changes):
-    cfg = toys.recipe(folder / "no_data", **test_build.TINY | {"init_from": str(folder / "base")} | changes)
-    planned = build.plan(cfg, None)
+    cfg = toys.recipe(folder / "no_data", **test_run.TINY | {"init_from": str(folder / "base")} | changes)
+    planned = run_lib.plan(cfg, None)
     rng = np.random.default_rng(0)
 
     def value(path, leaf):
@@ -60,7 +61,7 @@ def save_tuned(folder, base_params, words, **changes):
 
 
 def hidden(folder):
-    cfg, model, params, _ = build.load_run(str(folder))
+    cfg, model, params, _ = run_lib.load_model(str(folder))
     return cfg, params, np.asarray(jax.jit(model.apply)(params, toys.batch(2, 16)).hidden_BxLxD)
 
 
@@ -74,7 +75,7 @@ def test_a_merged_run_computes_the_same_and_starts_another(runs):
     assert np.abs(want - hidden(runs / "base")[2]).max() > 0.1
     saved = checkpoint.choose(f"{runs / 'merged'}@best")
     assert (saved.step, saved.metrics, saved.info["data"]) == (7, {"loss": 0.25}, {"example": 32})
-    planned = build.plan(toys.recipe(runs / "no_data", **test_build.TINY, init_from=str(runs / "merged")), runs / "new")
+    planned = run_lib.plan(toys.recipe(runs / "no_data", **test_run.TINY, init_from=str(runs / "merged")), runs / "new")
     assert planned.unused == [] and all(planned.origin_of.values())
 
 
@@ -95,7 +96,7 @@ def test_another_base_is_refused(runs):
     shutil.move(runs / "base", runs / "moved")
     assert "no checkpoint under" in call("attach", runs / "small", runs / "whole")
     assert call("attach", runs / "small", runs / "whole", f"--base={runs / 'moved'}") is None
-    test_build.write_run(runs / "base", {2: 0.5})  # other parameters under the same name
+    test_run.write_run(runs / "base", {2: 0.5})  # other parameters under the same name
     error = call("attach", runs / "small", runs / "again")
     assert "is not the base of" in error and "decoder/layers/attention/key/bias' differs" in error
     assert not (runs / "again").exists()

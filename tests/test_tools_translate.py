@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from lm import build, train
+from lm import run as run_lib
+from lm import train
 from lm.config import MeshConfig
 from lm.decoding import sampling
 from lm.parallel import mesh as mesh_lib
@@ -66,7 +67,7 @@ def translate(capsys):
 def test_one_beam_equals_greedy_generation_and_is_scored(run, translate):
     folder, _ = run
     out = translate(folder / "run", f"--path={folder}/test.{{en,de}}", "--beams=1", "--batch_size=2")
-    cfg, model, params, words = build.load_run(str(folder / "run"))
+    cfg, model, params, words = run_lib.load_model(str(folder / "run"))
     sources = (folder / "test.en").read_text().splitlines()
     prompts = [sampling.encode_prompt(text, words, cfg) for text in sources]
     made = sampling.generate(model, params, prompts, jax.random.key(0), cfg, words)

@@ -1,4 +1,4 @@
-"""Runs on images: a masked autoencoder, what a ViT takes from it, and the picture that is made of it."""
+"""Runs on images: a masked autoencoder, a ViT initialised from it, and the picture of its reconstructions."""
 
 import re
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lm import build, train
+from lm import run as run_lib
+from lm import train
 from lm.config.schema import ConfigError
 from lm.tasks import build_config, default_config
 from tests import tool_modules
@@ -44,25 +45,25 @@ def pretrained(tmp_path_factory):
     return folder / "data", folder / "mae"
 
 
-def test_a_linear_probe_keeps_the_encoder_and_learns_its_head(pretrained):
+def test_a_linear_probe_keeps_the_encoder_and_trains_the_head(pretrained):
     data, run = pretrained
     entries = {"task__name": "image_classification", "task__labels": ("a", "b"), "model__kind": "vit"}
     rules = {"init_from": str(run), "init_rules": (("head/.*", "reinit"), (".*", "keep"))}
-    planned = build.plan(recipe(data, **entries, **rules, optim__lr_rules=(("head/.*", 1.0), (".*", 0.0))), None)
+    planned = run_lib.plan(recipe(data, **entries, **rules, optim__lr_rules=(("head/.*", 1.0), (".*", 0.0))), None)
     assert len(planned.origin_of) > 10
     for path, origin in planned.origin_of.items():
         assert origin == (None if path.startswith("head/") else f"params/{path}")
-        assert planned.optimizer.selection.trained[path] == path.startswith("head/")
+        assert planned.selection.trained[path] == path.startswith("head/")
     assert {path.split("/")[0] for path in planned.unused} == {"decoder", "decoder_embed", "mask_token", "pixels"}
 
 
-def test_a_picture_has_no_positions_to_split(tmp_path):
+def test_images_cannot_be_sharded_over_positions(tmp_path):
     cfg = recipe(tmp_path, task__name="masked_autoencoding", task__mask_rate=0.5, model__kind="mae", mesh__context=2)
     with pytest.raises(ConfigError, match=r"^'mesh.context' splits the positions of a text; 'model.kind' mae"):
-        build.plan(cfg, None)
+        run_lib.plan(cfg, None)
 
 
-def test_the_picture_shows_what_is_seen_and_made(pretrained, tmp_path):
+def test_the_picture_shows_visible_and_reconstructed_patches(pretrained, tmp_path):
     data, run = pretrained
     columns, about = show_reconstructions.reconstruct(str(run), 3)
     show_reconstructions.draw(columns, about, str(tmp_path / "out.png"))
@@ -75,7 +76,7 @@ def test_the_picture_shows_what_is_seen_and_made(pretrained, tmp_path):
     held_out = {np.asarray(Image.open(path)).tobytes() for path in data.glob("*/*.png")}
     for original, seen, made, zero in zip(*columns.values(), strict=True):
         assert original.tobytes() in held_out
-        # Two of the four patches are seen, as they are; the others are grey, or made up.
+        # Two of the four patches are visible and unchanged; the others are grey, or reconstructed.
         squares = [(slice(r, r + 4), slice(c, c + 4)) for r in (0, 4) for c in (0, 4)]
         is_seen = [np.array_equal(seen[square], original[square]) for square in squares]
         assert sum(is_seen) == 2

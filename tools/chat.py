@@ -34,13 +34,14 @@ def talk(workdir: str) -> None:
     """Answers --prompt, or each line of the input."""
     import jax
 
-    from lm import build, tasks
+    from lm import run as run_lib
+    from lm import tasks
     from lm.config import schema
     from lm.decoding import sampling
     from lm.tasks import chat
     from lm.tracking import tracker
 
-    cfg, model, params, tokenizer = build.load_run(workdir)
+    cfg, model, params, tokenizer = run_lib.load_model(workdir)
     given = (_TEMPERATURE, _TOP_K, _TOP_P, _MAX_NEW_TOKENS)
     chosen = {flag.name: flag.value for flag in given if flag.value is not None}
     values = schema.to_dict(cfg)

@@ -97,12 +97,13 @@ def main(argv: list[str]) -> None:
 
 def load(cfg: Any) -> tuple[Any, Any]:
     """(tokenizer, packed data) of a new run of this config."""
-    from lm import build, input_pipeline, replay
+    from lm import input_pipeline, replay
+    from lm import run as run_lib
     from lm.tasks import task_of
 
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     found = input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg))
-    words = build.tokenizer_for(planned, found)
+    words = run_lib.tokenizer_for(planned, found)
     return words, input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, planned.cfg))
 
 

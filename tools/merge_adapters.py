@@ -38,12 +38,13 @@ def main(argv: list[str]) -> None:
 
 def merge(run: str, out: Path) -> None:
     """Writes a run with LoRA as a run without."""
-    from lm import build, checkpoint, config
+    from lm import checkpoint, config
+    from lm import run as run_lib
     from lm.config import AdapterConfig, OptimConfig
     from lm.models import adapters
 
     saved = checkpoint.choose(run)
-    cfg, _, params, tokenizer = build.load_run(run)
+    cfg, _, params, tokenizer = run_lib.load_model(run)
     # Rules that name adapters would match no parameter of the merged model.
     rules = {name: getattr(OptimConfig(), name) for name in ("lr_rules", "decay_rules", "unfreeze_rules")}
     optim = dataclasses.replace(cfg.optim, **rules, to_init=0.0, mixout=0.0)
@@ -60,13 +61,14 @@ def merge(run: str, out: Path) -> None:
 
 def extract(run: str, out: Path) -> None:
     """Writes the parameters that a run trained or initialised, and the fingerprints of all others."""
-    from lm import build, checkpoint, param_paths
+    from lm import checkpoint, param_paths
+    from lm import run as run_lib
     from lm.checkpoint import init_from
     from lm.config.schema import ConfigError
     from lm.optim import trainable
 
     saved = checkpoint.choose(run)
-    cfg, _, params, tokenizer = build.load_run(run)
+    cfg, _, params, tokenizer = run_lib.load_model(run)
     trained = trainable.resolve(cfg.optim, params, total_steps=1).trained
     actions = param_paths.match_rules(cfg.init_rules, list(trained), "init_rules")
     own = {path: trained[path] or actions[path] == init_from.REINIT for path in trained}
@@ -82,14 +84,15 @@ def attach(run: str, out: Path, base: str) -> None:
     """Writes an extracted run together with its base; `base`: where it is, '' = where the run says."""
     import jax
 
-    from lm import build, checkpoint, param_paths, tasks
+    from lm import checkpoint, param_paths, tasks
+    from lm import run as run_lib
 
     saved = checkpoint.choose(run)
     if "base" not in saved.info:
         raise checkpoint.CheckpointError(f"{saved.path} was not made by 'extract': it names no base")
     name, expected = base or saved.info["base"]["run"], saved.info["base"]["fingerprints"]
     cfg = tasks.build_saved_config(saved.info["config"])
-    planned, _, params = build.read_model(dataclasses.replace(cfg, init_from=name))
+    planned, _, params = run_lib.init_model(dataclasses.replace(cfg, init_from=name))
     found = jax.device_get(jax.jit(checkpoint.fingerprints)(params))
     if different := [path for path, wanted in expected.items() if int(found[path]) != wanted]:
         raise checkpoint.CheckpointError(
@@ -110,13 +113,14 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: 
     """Writes a run folder with one checkpoint: step, position and metrics of `saved`, with other parameters."""
     import jax
 
-    from lm import build, checkpoint, config
+    from lm import checkpoint, config
+    from lm import run as run_lib
     from lm.config import schema
     from lm.tracking import tracker
 
     out.mkdir(parents=True)
     if tokenizer:
-        tokenizer.save(out / build.tokenizer_file(cfg))
+        tokenizer.save(out / run_lib.tokenizer_file(cfg))
     tracker.write_atomic(out / "config.json", config.to_json(cfg))
     kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
     with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:

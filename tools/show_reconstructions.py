@@ -34,12 +34,13 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
     """(`panels` of held-out images that are evenly spaced in the split, heading of the picture)."""
     import jax
 
-    from lm import build, checkpoint, input_pipeline
+    from lm import checkpoint, input_pipeline
+    from lm import run as run_lib
     from lm.data import loader
     from lm.tasks import task_of
 
     saved = checkpoint.choose(run)
-    cfg, model, params, _ = build.load_run(run)
+    cfg, model, params, _ = run_lib.load_model(run)
     check(cfg)
     own = dataclasses.replace(cfg.data, replay=0.0)  # only the run's own images
     data = input_pipeline.build(

@@ -45,13 +45,14 @@ def check(cfg: Any) -> None:
 
 def translate(run: str, path: str) -> None:
     """Translates in batches of similar length; sources longer than the run's rows are not truncated."""
-    from lm import build, tasks
+    from lm import run as run_lib
+    from lm import tasks
     from lm.config import schema
     from lm.data.readers import paths, registry
     from lm.decoding import beam_search, sampling
     from lm.evaluation import scores
 
-    cfg, model, params, tokenizer = build.load_run(run)
+    cfg, model, params, tokenizer = run_lib.load_model(run)
     check(cfg)
     if _MAX_NEW_TOKENS.value is not None:
         values = schema.to_dict(cfg)

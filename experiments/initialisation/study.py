@@ -204,22 +204,24 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from lm import build, optim, program, step
+    from lm import optim, program, step
+    from lm import run as run_lib
     from lm.evaluation import evaluate, metrics
 
     cfg = build_config(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        planned = build.plan(cfg, None)
+        planned = run_lib.plan(cfg, None)
         mesh = mesh_lib.make_mesh(cfg.mesh, jax.devices()[:1])
-        prepared = build.run(planned, Path(folder), mesh, lambda _: None)
+        prepared = run_lib.prepare(planned, Path(folder), mesh, lambda _: None)
     cfg = prepared.cfg
-    row_ids, held_out = build.eval_rows(prepared, prepared.data.valid)
+    row_ids, held_out = run_lib.eval_rows(prepared, prepared.data.valid)
     held_out = list(held_out)
-    loss_fn = task_of(cfg).loss(prepared.model.apply, cfg, prepared.tokenizer)
+    loss_fn = task_of(cfg).loss(prepared.program.model.apply, cfg, prepared.plan.tokenizer)
 
     @functools.cache
     def batches(seed: int) -> Any:
-        stream = build.data_iterator(prepared._replace(cfg=dataclasses.replace(cfg, seed=seed)), 0)
+        plan = prepared.plan._replace(cfg=dataclasses.replace(cfg, seed=seed))
+        stream = run_lib.train_batches(prepared._replace(plan=plan))
         taken = [next(stream) for _ in range(STEPS)]
         stream.close()
         return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *taken)
@@ -248,8 +250,9 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
     def trial(scheme: str, rate: float, seed: int) -> float:
         with jax.set_mesh(mesh):
             params = train(init(scheme)(seed), rate, batches(seed), seed)
-            sums, _ = evaluate.evaluate(prepared.eval_step, params, lambda batch: batch, iter(held_out), len(row_ids))
-        return metrics.finalize(sums)["loss"]
+            eval_step = prepared.program.eval_step
+            sums, _ = evaluate.evaluate(eval_step, params, lambda batch: batch, iter(held_out), len(row_ids))
+        return metrics.finalize(sums, has_perplexity=False)["loss"]
 
     return trial
 

@@ -61,36 +61,36 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
     import jax
 
     from configs import gpt2_tinystories
-    from lm import build
+    from lm import run as run_lib
     from lm.benchmark import transformers_gpt2
     from lm.checkpoint import init_from
     from lm.evaluation import evaluate, metrics
 
     cfg = build_config(gpt2_tinystories.get_config())
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     transformers_gpt2.check(planned.cfg, jax.default_backend())
     mesh = mesh_lib.make_mesh(planned.cfg.mesh, jax.devices()[:1])
     with tempfile.TemporaryDirectory() as folder:
-        run = build.run(planned, Path(folder), mesh, lambda _: None)
-    row_ids, held_out = build.eval_rows(run, run.data.valid)
+        run = run_lib.prepare(planned, Path(folder), mesh, lambda _: None)
+    row_ids, held_out = run_lib.eval_rows(run, run.data.valid)
     held_out = list(held_out)
-    params, _ = init_from.initialize(run.model, run.abstract_state.params, run.cfg.seed, None, {})
+    params, _ = init_from.initialize(run.program.model, run.program.abstract_state.params, run.cfg.seed, None, {})
     start = jax.device_get(params)
 
     def ours() -> tuple[Callable[[], float], Callable[[], float]]:
-        state = jax.jit(run.init_state, out_shardings=run.state_shardings)(jax.device_put(start))
-        batches, place = build.data_iterator(run, 0), build.placer(mesh, run.cfg.data.batch_size)
+        state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(jax.device_put(start))
+        batches, place = run_lib.train_batches(run), run_lib.placer(mesh, run.cfg.data.batch_size)
 
         def advance() -> float:
             nonlocal state
             with jax.set_mesh(mesh):
-                state, figures = run.train_step(state, place(next(batches)))
+                state, figures = run.program.train_step(state, place(next(batches)))
             return float(figures["loss"])
 
         def loss() -> float:
             with jax.set_mesh(mesh):
-                sums, _ = evaluate.evaluate(run.eval_step, state.params, place, iter(held_out), len(row_ids))
-            return metrics.finalize(sums)["nll"]
+                sums, _ = evaluate.evaluate(run.program.eval_step, state.params, place, iter(held_out), len(row_ids))
+            return metrics.finalize(sums, has_perplexity=False)["nll"]
 
         return advance, loss
 
@@ -98,9 +98,9 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
         import torch
 
         torch.manual_seed(run.cfg.seed)
-        model = transformers_gpt2.gpt2(run.cfg, weights, run.tokenizer.vocab_size, ACTIVATION)
-        rates: Iterator[float] = map(float, map(jax.jit(run.optimizer.learning_rate), itertools.count()))
-        advance = transformers_gpt2.training(run.cfg, model, rates, build.data_iterator(run, 0))
+        model = transformers_gpt2.gpt2(run.cfg, weights, run.plan.tokenizer.vocab_size, ACTIVATION)
+        rates: Iterator[float] = map(float, map(jax.jit(run.program.optimizer.learning_rate), itertools.count()))
+        advance = transformers_gpt2.training(run.cfg, model, rates, run_lib.train_batches(run))
         return functools.partial(advance, 1), functools.partial(transformers_gpt2.held_out_loss, model, held_out)
 
     return lambda name: ours() if name == "lm" else theirs(start if name == "same" else None)

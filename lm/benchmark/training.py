@@ -41,7 +41,7 @@ class Training(NamedTuple):
 
     Attributes:
       advance: number of steps -> loss of the last one; each call continues the training.
-      run: see `lm.build.Run`.
+      run: see `lm.run.Run`.
       start: initial parameters, on the host; None if there is no peer.
       loss: of the first step.
       seconds: the time to the first step, by phase.
@@ -73,19 +73,19 @@ def measure(
     """
     import jax
 
-    from lm import build
+    from lm import run as run_lib
     from lm.benchmark import transformers_gpt2
 
     if peer:
-        cfg = build.plan(cfg, None).cfg
+        cfg = run_lib.plan(cfg, None).cfg
         transformers_gpt2.check(cfg, jax.default_backend())
     own = prepare(cfg, folder, keep_start=peer)
     cfg, device, devices = own.run.cfg, own.run.mesh.devices.flat[0], own.run.mesh.devices.size
     sides = {"own": own.advance}
     compared: dict[str, Any] = {}
     if peer:
-        rates = map(float, map(jax.jit(own.run.optimizer.learning_rate), itertools.count()))
-        batches, size = build.data_iterator(own.run, 0), own.run.tokenizer.vocab_size
+        rates = map(float, map(jax.jit(own.run.program.optimizer.learning_rate), itertools.count()))
+        batches, size = run_lib.train_batches(own.run), own.run.plan.tokenizer.vocab_size
         sides["peer"] = transformers_gpt2.make(cfg, own.start, rates, batches, size, activation)
         compared = {"loss_at_start": agree(own.loss, sides["peer"](1), AGREE_AT_START)}
         compared["loss_after_a_step"] = agree(own.advance(1), sides["peer"](1), AGREE_AFTER)
@@ -100,8 +100,8 @@ def measure(
             timings[name].append(timed(advance, steps))
 
     per_second = statistics.median(tokens / each.wall for each in timings["own"])
-    is_counted = own.run.tokenizer is not None and build.predicts_tokens(cfg)
-    vocab_size = own.run.tokenizer.vocab_size if is_counted else 0
+    is_counted = own.run.plan.tokenizer is not None and run_lib.predicts_tokens(cfg)
+    vocab_size = own.run.plan.tokenizer.vocab_size if is_counted else 0
     per_token = functools.partial(flops.train_flops_per_token, cfg.model, cfg.data.seq_len, vocab_size)
     full, causal = (per_token(causal_half=half) if is_counted else None for half in (False, True))
     figures: dict[str, Any] = {
@@ -110,7 +110,7 @@ def measure(
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "processor": processor(),
         "versions": {name: version(name) for name in ("jax", "jaxlib")},
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(own.run.abstract_state.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(own.run.program.abstract_state.params)),
         "tokens_per_step": tokens // steps,
         "rounds": rounds,
         "steps_per_round": steps,
@@ -142,24 +142,25 @@ def prepare(cfg: Config, folder: Path, *, keep_start: bool) -> Training:
     """Prepares training as `lm.train` does, up to the end of the first step."""
     import jax
 
-    from lm import build, program
+    from lm import program
+    from lm import run as run_lib
     from lm.checkpoint import init_from
 
     times = [_BEGAN, time.perf_counter()]
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     mesh = mesh_lib.make_mesh(planned.cfg.mesh)
-    run = build.run(planned, folder, mesh, lambda _: None)
+    run = run_lib.prepare(planned, folder, mesh, lambda _: None)
     times.append(time.perf_counter())
     with jax.set_mesh(mesh):
         shape = program.abstract_batch(run.cfg, mesh, run.cfg.data.batch_size)
-        train_step = run.train_step.lower(run.abstract_state, shape).compile()
+        train_step = run.program.train_step.lower(run.program.abstract_state, shape).compile()
         times.append(time.perf_counter())
         params, _ = init_from.initialize(
-            run.model, run.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
+            run.program.model, run.program.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
         )
         start = jax.device_get(params) if keep_start else None
-        state = jax.jit(run.init_state, out_shardings=run.state_shardings)(params)
-    batches, place = build.data_iterator(run, 0), build.placer(mesh, run.cfg.data.batch_size)
+        state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(params)
+    batches, place = run_lib.train_batches(run), run_lib.placer(mesh, run.cfg.data.batch_size)
 
     def advance(steps: int) -> float:
         nonlocal state

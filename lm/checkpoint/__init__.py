@@ -1,4 +1,4 @@
-"""Saved states: written and verified (`store`), gone on from (`resume`), carried over to another run (`init_from`)."""
+"""Checkpoints: written and verified (`store`), resumed from (`resume`), read by another run (`init_from`)."""
 
 from lm.checkpoint.store import (
     CheckpointError,

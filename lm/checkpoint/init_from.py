@@ -1,4 +1,4 @@
-"""The bridge: parameters of one run start another. Nothing happens that the returned tables do not say."""
+"""Initialises a run with the parameters of another. Rules over parameter paths say which are read and from where."""
 
 import re
 
@@ -17,21 +17,21 @@ KEEP, REINIT = "keep", "reinit"
 def sources(
     abstract: Params, rules: tuple[tuple[str, str], ...], saved: Saved
 ) -> tuple[dict[str, str | None], list[str]]:
-    """Decides, without reading an array, where each parameter comes from.
+    """Decides where each parameter comes from, without reading an array.
 
     Args:
       abstract: the new model's parameters as `jax.ShapeDtypeStruct`.
-      rules: ordered (regex over the new path, action): 'keep' = the same path, 'reinit' = a fresh value, anything else
-        = the old path to read, in which \\1 stands for the regex's first group. Example, an encoder from a decoder:
-        (r'encoder/(.*)', r'decoder/\\1').
+      rules: ordered (regex over the new path, action). 'keep' reads the same path, 'reinit' initialises the parameter,
+        anything else is the old path to read, in which \\1 stands for the regex's first group. Example, an encoder from
+        a decoder: (r'encoder/(.*)', r'decoder/\\1').
       saved: the checkpoint.
 
     Returns:
-      (new path -> name of the array in the checkpoint, or None = a fresh value; old parameters that are not used).
-      An averaged parameter ('ema/...', perhaps of the last layers only) is preferred: the old run was evaluated on it.
+      (new path -> name of the array in the checkpoint, or None = initialised; old parameters that are not used). An
+      averaged parameter ('ema/...', perhaps of the last layers only) is preferred: the old run was evaluated with it.
 
     Raises:
-      ConfigError: a rule fits nothing, or asks for a parameter that the checkpoint lacks or has in another shape.
+      ConfigError: a rule matches nothing, or reads a parameter that the checkpoint lacks or has in another shape.
     """
     flat = param_paths.flatten(abstract)
     known = saved.info.get("arrays", {})
@@ -67,20 +67,20 @@ def sources(
 def initialize(
     model: ModelFns, abstract: Params, seed: int, saved: Saved | None, origin_of: dict[str, str | None]
 ) -> tuple[Params, dict[str, str]]:
-    """Reads what the checkpoint gives and initialises only the rest.
+    """Reads the parameters that come from a checkpoint, and initialises the others.
 
     Args:
       model: the new model.
       abstract: its parameters as `jax.ShapeDtypeStruct` with shardings.
       seed: of the initialiser.
-      saved: the checkpoint, or None = everything from scratch.
-      origin_of: as `sources` returns it; ignored from scratch.
+      saved: the checkpoint; None = all parameters are initialised.
+      origin_of: as `sources` returns it; ignored without a checkpoint.
 
     Returns:
       (parameters, path -> where its value came from, for the parameter table).
 
     Raises:
-      CheckpointError: the checkpoint is damaged.
+      CheckpointError: the checkpoint is damaged, or no parameter is read from it.
     """
     flat = param_paths.flatten(abstract)
     fresh = [path for path in flat if saved is None or origin_of[path] is None]
@@ -93,7 +93,7 @@ def initialize(
         return param_paths.unflatten(made), origin
     names = {path: name for path, name in origin_of.items() if name is not None}
     if not names:
-        raise CheckpointError(f"'init_rules' take nothing from {saved.path}")
+        raise CheckpointError(f"'init_rules' read no parameter from {saved.path}: change them, or set init_from=''")
     known, wanted = saved.info["arrays"], {}
     for path, name in names.items():
         shape, like = tuple(known[name]["shape"]), flat[path]
@@ -116,17 +116,17 @@ def initialize(
 
 
 def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved, model: ModelConfig) -> str:
-    """How many parameters are read, fresh and left behind, and in what else the models differ.
+    """A report for the console: the parameters that are read, initialised and not used, and other model differences.
 
-    Models of the same shapes may compute different functions, so each key of `model` that changes is named.
+    Models of the same shapes may compute different functions, so each key of `model` that differs is named.
     """
     read = sum(name is not None for name in origin_of.values())
     fresh = [path for path, name in origin_of.items() if name is None]
     lines = [f"init_from {saved.path}: {read} parameters read"]
     if fresh:
-        lines.append(f"  initialised afresh ({len(fresh)}): {', '.join(fresh)}")
+        lines.append(f"  initialised ({len(fresh)}): {', '.join(fresh)}")
     if unused:
-        lines.append(f"  left behind ({len(unused)}): {', '.join(unused)}")
+        lines.append(f"  not used ({len(unused)}): {', '.join(unused)}")
     old = saved.info["config"].get("model", {})
     for key, now in schema.to_dict(model).items():
         if old.get(key, now) != now:

@@ -1,4 +1,4 @@
-"""Going on with a run: where it is in its data, and what may have changed meanwhile."""
+"""Resuming a run: its position in the data, and which settings may have changed since it stopped."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,35 +9,38 @@ from lm.checkpoint.store import CheckpointError, Saved
 from lm.config import Config, older, schema
 from lm.config.schema import ConfigError
 from lm.data.loader import Data
-from lm.evaluation import evaluate
+from lm.evaluation.early_stopping import EarlyStopping
 
-# Rows of a step. Where every length is in steps, another one leaves the schedules what they were.
+# Rows of a step. May change where every length is in steps, as the schedules then stay the same.
 _ELASTIC = ("data.batch_size", "train.micro_batches")
 _DATA = ("data", "seed", "task.labels", "task.image_shape", "task.templates", "task.shots")
 
 
 class Position(NamedTuple):
-    """Where in a run a state is, beside its step.
+    """Where a run stands, beside its step.
 
     Attributes:
-      example: how many were consumed.
-      sources: source -> how many of them were its; None = as the mixture says.
-      waiting: how long no evaluation was better.
+      example: number of examples consumed.
+      sources: source -> how many of them came from it; None = as the mixture's weights say.
+      early_stopping: the state of early stopping.
     """
 
     example: int
     sources: Mapping[str, int] | None
-    waiting: evaluate.Waiting
+    early_stopping: EarlyStopping
+
+
+START = Position(0, None, EarlyStopping())
 
 
 def position(saved: Saved) -> Position:
-    """Where a checkpoint is."""
+    """The position that a checkpoint holds."""
     there = saved.info["data"]
-    return Position(there["example"], there.get("sources"), evaluate.Waiting(**saved.info.get("waiting", {})))
+    return Position(there["example"], there.get("sources"), EarlyStopping(**saved.info.get("waiting", {})))
 
 
-def about_data(data: Data, example: int, consumed: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What a checkpoint keeps of the data and of the place in it, for `position` and `same_data`."""
+def data_info(data: Data, example: int, consumed: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What a checkpoint keeps of the data and of the position in it, for `position` and `check_data`."""
     sources = {name: int(used["examples"]) for name, used in consumed.items()}
     return {"example": example, "sources": sources, "fingerprint": data.fingerprint, "about": data.about}
 
@@ -45,10 +48,11 @@ def about_data(data: Data, example: int, consumed: Mapping[str, Mapping[str, flo
 def refuse_changes(
     old: Config, new: Config, workdir: Path, accept_data: bool = False, say: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Raises ConfigError when a resumed run would compute other steps than it began with; else says what has changed.
+    """Raises ConfigError if a resumed run would not continue the computation it began; else reports what changed.
 
-    Mesh and batch size may change: no example is lost or repeated. The latter only where every length is in steps, as
-    schedules go by steps. `accept_data`: so may `data.*`, what the task says of the data, and the seed.
+    Mesh and batch size may change: no example is lost or repeated. The batch size only where every length is given in
+    steps, because schedules count steps. With `accept_data`, `data.*`, the task's keys about data, and the seed may
+    change too.
     """
     by_batch = sorted(key for cfg in (old, new) for key in _lengths_by_batch(cfg))
     free = (*config.RESUMABLE, *(() if by_batch else _ELASTIC), *(_DATA if accept_data else ()))
@@ -56,17 +60,17 @@ def refuse_changes(
     changed = {key: values for key, values in differs.items() if not _is_among(key, free)}
     if not changed:
         for key, (before, now) in differs.items():
-            say(f"changed meanwhile: {key} {before!r} -> {now!r}")
+            say(f"changed since the last start: {key} {before!r} -> {now!r}")
         return
     hints = []
     if by_batch and changed.keys() & {*_ELASTIC}:
-        hints.append(f"a batch size may change where every length is in steps, but '{by_batch[0]}' is set; ")
+        hints.append(f"the batch size may change only if all lengths are in steps, but '{by_batch[0]}' is set; ")
     if all(_is_among(key, _DATA) for key in changed):
-        hints.append("--accept_changed_data goes on with other data or another seed; ")
+        hints.append("to continue with other data or another seed pass --accept_changed_data; otherwise ")
     lines = "\n".join(f"  {key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
     raise ConfigError(
-        f"{workdir} holds a run with another config:\n{lines}\n{''.join(hints)}"
-        f"put the old values back, or start another --workdir (with --config.init_from={workdir} to build on it)"
+        f"{workdir} holds a run with a different config:\n{lines}\n{''.join(hints)}"
+        f"restore the old values, or start a new --workdir (--config.init_from={workdir} starts from its parameters)"
     )
 
 
@@ -76,14 +80,17 @@ def _is_among(key: str, names: Sequence[str]) -> bool:
 
 
 def _lengths_by_batch(cfg: Config) -> list[str]:
-    """Keys of lengths of the run that are not in steps."""
+    """The keys that give a length of the run in another unit than steps."""
     units = tuple(f"_{unit}" for unit in schema.UNITS if unit != "steps")
     flat = schema.flatten({name: schema.to_dict(getattr(cfg, name)) for name in ("train", "optim", "data")})
     return [key for key, value in flat if key.endswith(units) and value]
 
 
-def same_data(saved: Saved, data: Data, accept: bool, say: Callable[[str], None]) -> None:
-    """Raises CheckpointError, with the difference, where the data is not what the run was on; says it if accepted."""
+def check_data(saved: Saved, data: Data, accept: bool, say: Callable[[str], None]) -> None:
+    """Raises CheckpointError, listing the differences, if the data is not what the checkpoint was trained on.
+
+    With `accept` the differences are reported only.
+    """
     was = saved.info["data"]
     if was["fingerprint"] == data.fingerprint:
         return
@@ -97,7 +104,7 @@ def same_data(saved: Saved, data: Data, accept: bool, say: Callable[[str], None]
     found = "\n".join([f"{saved.path} was trained on other data ({prints}):", *lines])
     if not accept:
         raise CheckpointError(
-            f"{found}\ngoing on would repeat or skip examples. Put the data back, start another --workdir with "
-            f"--config.init_from={saved.path.parent.parent}, or go on nevertheless with --accept_changed_data"
+            f"{found}\nresuming would repeat or skip examples. Restore the data, start a new --workdir with "
+            f"--config.init_from={saved.path.parent.parent}, or pass --accept_changed_data to continue regardless"
         )
-    say(f"{found}\naccepted: each source goes on at the example at which it stopped")
+    say(f"{found}\naccepted: each source continues from the example at which it stopped")

@@ -1,9 +1,9 @@
-"""Checkpoints: Orbax v1 directories `checkpoints/STEP`, each complete in itself, and verified when read.
+"""Checkpoints: Orbax v1 directories `checkpoints/STEP`, each self-contained, and verified when read.
 
-A step holds the state's arrays and, as JSON, what is needed to read them alone: format version, config, tokenizer hash,
-data position, metrics, and a fingerprint of every array. Orbax writes and commits atomically; it does not notice a bit
-that flips on disk, which is what the fingerprints, and the JSON's own hash, are for. Loading runs no code from the
-checkpoint.
+A checkpoint holds the arrays of the state and, as JSON, everything else that is needed to use them: format version,
+config, tokenizer hash, position in the data, metrics, and a fingerprint of every array. Orbax writes and commits
+atomically, but does not notice bits that flip on disk; the fingerprints, and a hash of the JSON itself, do. Loading
+executes no code from the checkpoint.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ class CheckpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a committed step says of itself.
+    """A committed checkpoint, its arrays not yet read.
 
     Attributes:
       step: steps done.
       path: its folder.
-      info: the JSON beside the arrays: 'config', 'tokenizer_hash', 'data', 'arrays'; only 'unreadable', which says why,
-        when it is damaged.
-      metrics: of the evaluation at this step; empty when there was none.
+      info: the JSON beside the arrays: 'config', 'tokenizer_hash', 'data', 'arrays'; if it is damaged, only
+        'unreadable' -> the reason.
+      metrics: of the evaluation at this step; empty if there was none.
     """
 
     step: int
@@ -47,11 +47,11 @@ class Saved:
 
 
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
-    """Path -> uint32 [] that changes with any bit of the leaf, whatever its sharding.
+    """Path -> fingerprint of the leaf, uint32 [], independent of its sharding.
 
-    The sum, modulo 2^32, of a hash of each element's bits and its position. At one position no two elements have the
-    same hash, so a change of one element is always seen; a change of several escapes once in 2^32. Integer sums do not
-    depend on their order.
+    The sum, modulo 2^32, of a hash of each element's bits and position. At a given position different bits have
+    different hashes, so that a change of one element is always detected; a change of several is missed with probability
+    2^-32. Integer sums do not depend on their order.
     """
 
     def mix(x: jax.Array) -> jax.Array:  # the finalizer of MurmurHash3, a bijection
@@ -80,11 +80,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _Retention:
-    """Orbax's preservation policy: the newest steps and the best. What cannot be read is neither counted nor deleted.
+    """Preservation policy for Orbax: keeps the latest and the best steps. Unreadable ones are not counted nor deleted.
 
     Attributes:
-      cfg: how many.
-      metrics: step -> its evaluation, for every step that can be read.
+      cfg: `keep_latest`, `keep_best` and `best_metric` are read.
+      metrics: step -> metrics of its evaluation, for every step that can be read.
     """
 
     cfg: CheckpointConfig
@@ -98,9 +98,12 @@ class _Retention:
 
 
 class Checkpoints:
-    """The checkpoints of one run, being written. Close it (or leave its `with`) before the process ends.
+    """Writes the checkpoints of one run, in the background; a context manager that waits for the last save.
 
-    At most one save is in flight. An error of a save surfaces at the next `poll`, `save` or `close`, never later.
+    At most one save is in flight. Its error, if it fails, is raised by the next `poll`, `save` or `wait`, or at exit.
+
+    Attributes:
+      last_good: the newest step that is known to be complete on disk; None = none.
     """
 
     def __init__(
@@ -113,9 +116,9 @@ class Checkpoints:
         """
         Args:
           workdir: the run's folder.
-          cfg: when to save, what to keep.
-          saved: what `list_saved` found when the processes began; None = look now, which needs all of them at once.
-          resumed: the step that the run goes on from; later ones could not be read. None = trust all of them.
+          cfg: which checkpoints to keep.
+          saved: what `list_saved` found at the start of the process; None = look now, in all processes together.
+          resumed: the step that the run resumes from, as later ones could not be read. None = all of them are good.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -127,7 +130,7 @@ class Checkpoints:
         }
         self._retention = _Retention(cfg, trusted)
         context = ocp.Context()
-        context.asynchronous.create_directories_asynchronously = False  # else an error takes 5 min to show
+        context.asynchronous.create_directories_asynchronously = False  # else errors take 5 minutes
         self._manager = ocp.training.Checkpointer(
             _root(workdir),
             context=context,
@@ -147,22 +150,22 @@ class Checkpoints:
             self._finish()
         except CheckpointError:
             if kind is None:
-                raise  # otherwise the error that is already on its way is the one to show
+                raise  # else the error that ended the `with` block is the one to show
         finally:
-            with contextlib.suppress(Exception):  # raises the error of a failed save once more
+            with contextlib.suppress(Exception):  # would raise the error of a failed save again
                 self._manager.close()
 
     def save(self, step: int, state: Any, info: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
-        """Starts saving `state` in the background; waits only for the save before it.
+        """Starts saving `state` in the background, after waiting for the previous save.
 
         Args:
           step: steps done.
           state: pytree of arrays.
-          info: JSON: config, tokenizer hash, data position.
-          metrics: of an evaluation of this very state, or None.
+          info: JSON: config, tokenizer hash, position in the data.
+          metrics: of an evaluation of the same state, or None.
 
         Raises:
-          CheckpointError: the save before this one failed, or this one cannot begin.
+          CheckpointError: the previous save failed, or this one cannot start.
         """
         self._finish()
         prints = jax.device_get(self._fingerprints(state))
@@ -185,7 +188,7 @@ class Checkpoints:
         self._in_flight = (step, response)
 
     def poll(self) -> None:
-        """Raises the error of a background save that has failed, without waiting for one that still runs."""
+        """Raises the error of a background save that has failed; does not wait for one that is still running."""
         if self._in_flight and not self._manager.is_saving_in_progress():
             self._finish()
 
@@ -202,28 +205,32 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         path = self._manager.directory / str(step)
-        last = f"last good checkpoint: step {self.last_good}" if self.last_good is not None else "none before it"
-        return CheckpointError(f"saving {path} failed: {_reason(error)}; {last}. Free the disk and start again.")
+        last = (
+            f"the last good checkpoint is step {self.last_good}"
+            if self.last_good is not None
+            else "there is no earlier one"
+        )
+        return CheckpointError(f"saving {path} failed: {_reason(error)}; {last}. Free disk space and start again.")
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk, and raises if it is not."""
+        """Waits until all saves are on disk; raises CheckpointError if one failed."""
         self._finish()
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is better than that of every checkpoint kept; always False when none is to be."""
+        """Whether an evaluation is better than those of all checkpoints that are kept; False if `keep_best` is 0."""
         cfg = self._retention.cfg
         ranked = _best_first({**self._retention.metrics, None: metrics}, cfg.best_metric)
         return cfg.keep_best > 0 and ranked[:1] == [None]
 
 
 def _root(workdir: epath.PathLike) -> epath.Path:
-    """The folder of a run's checkpoints; absolute, as Orbax takes no other path."""
+    """The folder of a run's checkpoints; absolute, as Orbax requires."""
     is_url = "://" in str(workdir)
     return (epath.Path(workdir) if is_url else epath.Path(workdir).absolute()) / "checkpoints"
 
 
 def list_saved(workdir: epath.PathLike) -> list[Saved]:
-    """The committed checkpoints of a run, ascending by step; empty when there are none."""
+    """The committed checkpoints of a run, ascending by step."""
     root = _root(workdir)
     if not root.is_dir():
         return []
@@ -236,7 +243,7 @@ def list_saved(workdir: epath.PathLike) -> list[Saved]:
                 info = dict(manager.checkpointables_metadata(saved.step).custom_metadata or {})
                 if info.get("format", FORMAT) == FORMAT and info.pop("sha256", None) != _sha256(info):
                     raise ValueError("its metadata changed since it was saved, or is missing")
-            except Exception as error:  # whatever a damaged file makes Orbax raise; `load` then refuses this step
+            except Exception as error:  # a damaged file makes Orbax raise all kinds; `load` then refuses this step
                 info = {"unreadable": _reason(error)}
             metrics = info.pop("metrics", {})
             out.append(Saved(saved.step, epath.Path(saved.path), info, metrics))
@@ -244,15 +251,16 @@ def list_saved(workdir: epath.PathLike) -> list[Saved]:
 
 
 def choose(run: str) -> Saved:
-    """The checkpoint that 'RUN', 'RUN@latest', 'RUN@best' or 'RUN@STEP' names; the best by the run's own config.
+    """The checkpoint that 'RUN', 'RUN@latest', 'RUN@best' or 'RUN@STEP' names.
 
-    'RUN' alone is the latest, but the best of a run with early stopping: what came after it was not wanted.
+    The best is the best by `checkpoint.best_metric` of the run's own config. 'RUN' alone is the latest one or, if the
+    run had early stopping, the best.
 
     Raises:
-      CheckpointError: no such run or step, or it is damaged; the message lists what there is.
+      CheckpointError: no such run or step, or it is damaged; the message lists the steps there are.
     """
     workdir, at, which = run.rpartition("@")
-    if not at or "/" in which:  # an @ of the path
+    if not at or "/" in which:  # the @ belongs to the path
         workdir, which = run, "default"
     saved = list_saved(workdir)
     if not saved:
@@ -260,7 +268,7 @@ def choose(run: str) -> Saved:
     steps = ", ".join(str(s.step) for s in saved)
     readable = [s for s in saved if "unreadable" not in s.info]
     if which == "default":
-        # Of a run from before it was a pair it is a number.
+        # `patience` was a number in older versions.
         stops_early = readable and np.ravel(readable[-1].info["config"].get("train", {}).get("patience", 0))[0] > 0
         which = "best" if stops_early else "latest"
     if which == "latest" or not readable:
@@ -280,14 +288,15 @@ def choose(run: str) -> Saved:
 
 
 def load(saved: Saved, abstract: Any) -> Any:
-    """Reads a checkpoint's state, or the part of it that `abstract` names, and checks every array's fingerprint.
+    """Reads a checkpoint's state, or a part of it, and checks the fingerprint of every array.
 
     Args:
       saved: from `list_saved` or `choose`.
-      abstract: pytree of `jax.ShapeDtypeStruct` with shardings; each leaf must be in the checkpoint.
+      abstract: the arrays to read, a pytree of `jax.ShapeDtypeStruct` with shardings.
 
     Raises:
-      CheckpointError: unreadable, another shape or dtype, a missing array, or an array that changed since it was saved.
+      CheckpointError: the checkpoint is unreadable, lacks an array, has one of another shape or dtype, or one that has
+        changed since it was saved.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -321,7 +330,7 @@ def load(saved: Saved, abstract: Any) -> Any:
 
 
 def _best_first(evaluations: Mapping[Any, Mapping[str, float]], name: str) -> list[Any]:
-    """The keys whose metrics have `name`, the best first; of equals the first. NaN is no value."""
+    """The keys whose metrics have a value for `name`, not NaN, best first; ties in their order."""
     gains = {key: gain(name, m[name]) for key, m in evaluations.items() if name in m and m[name] == m[name]}
     return sorted(gains, key=lambda key: gains[key], reverse=True)
 
@@ -335,7 +344,7 @@ def _damaged(saved: Saved) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The error that Orbax's own came from: those can hold the whole tree, and not what happened."""
+    """The root cause of an error: Orbax's own messages can contain the whole tree instead of what happened."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return f"{type(error).__name__}: {str(error)[:300]}"

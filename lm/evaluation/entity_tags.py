@@ -1,7 +1,7 @@
-"""Tags of words that spell entities: which labels are such tags, and in which scheme they are written.
+"""Entity tags of words (IOB, IOBES, BILOU): which labels are such tags, and which scheme they follow.
 
 scheme   New   York  Paris  is  in    Paris    an entity of several words, of one word
-IOB1     I-L   I-L   B-L    O   O     I-L      B- only where an entity of the same type comes just before
+IOB1     I-L   I-L   B-L    O   O     I-L      B- only directly after an entity of the same type
 IOB2     B-L   I-L   B-L    O   O     B-L      BIO: B- begins every entity
 IOBES    B-L   E-L   S-L    O   O     S-L      also BIOES; with M- for I- (BMES) and W- for S-
 BILOU    B-L   L-L   U-L    O   O     U-L      IOBES with other letters
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from lm.config.schema import ConfigError
 
 OUTSIDE = "O"
-# Letters of a scheme -> those of IOBES, which all are read as.
+# Scheme -> its letters, and those of IOBES that they are read as.
 _FAMILIES = {
     "IOB1": {"B": "B", "I": "I"},
     "IOB2": {"B": "B", "I": "I"},
@@ -26,21 +26,21 @@ _FAMILIES = {
 }
 _PREFIX = re.compile(r"(?P<letter>[BIELMSUW])(?:[-_](?P<type>.+))?")
 _SUFFIX = re.compile(r"(?:(?P<type>.+)[-_])?(?P<letter>[BIELMSUW])")
-_LOOKS_LIKE_ONE = re.compile(r"[BIbi]-.+|.+-[BI]")  # in small letters, to refuse them
+_LOOKS_LIKE_ONE = re.compile(r"[BIbi]-.+|.+-[BI]")  # small letters are recognised in order to refuse them
 
 
 @functools.lru_cache(maxsize=8)
 def read(labels: tuple[str, ...], scheme: str = "auto") -> Mapping[str, str]:
-    """Label -> the tag in the letters of IOBES, as 'B-PER'; empty where the labels are no tags of entities.
+    """Label -> its tag in the letters of IOBES, such as 'B-PER'; empty if the labels are not entity tags.
 
-    A type may be missing ('B', read as 'B-_'), or stand before the letter ('PER-B').
+    The type may be missing ('B', read as 'B-_') or come before the letter ('PER-B').
 
     Args:
-      labels: all that a word may have.
-      scheme: of `task.entity_scheme`; 'none' = the labels are no tags of entities, whatever they look like.
+      labels: all labels that a word may have.
+      scheme: `task.entity_scheme`; 'none' = the labels are not entity tags, even if they look like it.
 
     Raises:
-      ConfigError: the labels are not of `scheme`; or some look like tags of entities, and others do not.
+      ConfigError: the labels do not follow `scheme`; or some look like entity tags and others do not.
     """
     if scheme == "none":
         return {}
@@ -52,13 +52,14 @@ def read(labels: tuple[str, ...], scheme: str = "auto") -> Mapping[str, str]:
     else:
         odd = [label for label in others if not _PREFIX.fullmatch(label)]
         if scheme != "auto" or any(map(_LOOKS_LIKE_ONE.fullmatch, others)):
-            raise ConfigError(_refusal(f"{odd[0]!r} is no tag of an entity" if odd else "there is none", scheme))
+            found_instead = f"{odd[0]!r} is not an entity tag" if odd else "no label is an entity tag"
+            raise ConfigError(_refusal(found_instead, scheme))
         return {}
     parts = {label: (match["letter"], match["type"]) for label, match in found.items() if match}
     letters = {letter for letter, _ in parts.values()}
     is_bare = not any(type_ for _, type_ in parts.values())
     if scheme == "auto" and is_bare and OUTSIDE not in labels and not ("B" in letters and len(letters) > 1):
-        return {}  # letters alone may stand for anything
+        return {}  # single letters may mean anything
     fitting = [family for name, family in _FAMILIES.items() if scheme in ("auto", name) and letters <= set(family)]
     if scheme == "IOBES":
         fitting += [family for name, family in _FAMILIES.items() if name.startswith("BM") and letters <= set(family)]
@@ -78,7 +79,7 @@ def _refusal(found: str, scheme: str) -> str:
 
 
 def strict_schemes(tags: Iterable[str], scheme: str) -> tuple[str, ...]:
-    """The schemes that sentences of these tags may be written in, for strict scores; more than one: the data tell.
+    """The schemes that these tags may follow, for strict scores; if there are two, `tell` decides by the data.
 
     Args:
       tags: values of `read`.
@@ -93,7 +94,7 @@ def strict_schemes(tags: Iterable[str], scheme: str) -> tuple[str, ...]:
 
 
 def tell(schemes: tuple[str, ...], sentences: Iterable[list[str]]) -> str:
-    """Of IOB2 and IOB1 the one that fewer tags of the sentences break; IOB2 where both are as good."""
+    """The scheme, IOB2 or IOB1, that fewer tags of the sentences violate; IOB2 in a tie."""
     if len(schemes) == 1:
         return schemes[0]
     broken = {"IOB1": 0, "IOB2": 0}
@@ -106,7 +107,7 @@ def tell(schemes: tuple[str, ...], sentences: Iterable[list[str]]) -> str:
 
 
 def faults(sentence: list[str], schemes: tuple[str, ...]) -> dict[str, int]:
-    """How many tags of a sentence (values of `read`) continue no entity, and how many entities are not ended."""
+    """Counts the tags of a sentence (values of `read`) that continue no entity, and the entities without an end."""
     pairs = list(itertools.pairwise([OUTSIDE, *sentence, OUTSIDE]))
     strays = sum(tag[0] in "IE" and (before[0] not in "BI" or before[1:] != tag[1:]) for before, tag in pairs)
     left_open = sum(tag[0] in "BI" and (behind[0] not in "IE" or behind[1:] != tag[1:]) for tag, behind in pairs)

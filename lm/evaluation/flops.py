@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, and the share of the hardware's peak that they are."""
+"""Model FLOPs of training on a token, and model FLOPs utilisation (MFU)."""
 
 from lm.config import ModelConfig
 
@@ -8,23 +8,22 @@ def train_flops_per_token(
 ) -> float | None:
     """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
 
-    N counts the matrices a token is multiplied with: those of the blocks (of the experts it goes through only) and the
-    output projection, tied or not, but not the embedding, which is a look-up; norms and biases are left out, being
-    below 0.1%. The second term is the attention scores and their sum over values. Two conventions are in use: attention
-    in full, not halved for causality (PaLM, arXiv:2204.02311, appendix B), and its causal half, as MaxText has counted
-    since 2025. The context is seq_len, or the sliding window when that is shorter; the causal half of it is the mean
-    number of keys that a position sees, taken as context - context^2 / (2 seq_len), which is seq_len / 2 without a
-    window. Recomputation (remat) does not count, and nothing is taken off for frozen parameters.
+    N is the number of parameters in matrices that a token is multiplied with: those of the blocks (only the experts it
+    is routed to) and the output projection, tied or not, but not the embedding, which is a look-up. Norms and biases,
+    below 0.1%, are left out. The second term is the attention scores and the weighted sum of the values. There are two
+    conventions: attention counted in full (PaLM, arXiv:2204.02311, appendix B), and its causal half, as MaxText counts
+    since 2025. The context is seq_len, or the sliding window if that is shorter; its causal half is the mean number of
+    keys that a position attends to, taken as context - context^2 / (2 seq_len), which is seq_len / 2 without a window.
+    Recomputation (remat) does not count, and frozen parameters count as trained ones.
 
     Args:
       model: its sizes.
       seq_len: positions in a row.
       vocab_size: rows of the output projection.
-      causal_half: the second convention; the same as the first for a model whose attention is not causal.
+      causal_half: use the second convention; no difference for models whose attention is not causal.
 
     Returns:
-      None for a model whose positions do not all go through all layers once, which this does not count: an
-      encoder-decoder, a masked autoencoder.
+      None for encoder-decoders and masked autoencoders, whose positions do not each pass through every layer once.
     """
     if model.decoder_layers or model.kind in ("encoder_decoder", "mae"):
         return None
@@ -44,10 +43,10 @@ def train_flops_per_token(
 
 
 # FLOP/s of one *JAX device*, dense bfloat16 (no structured sparsity), by the start of `device_kind`; the first match
-# wins. A chip of TPU v2, v3 and 7x shows as two devices, so each has half of its chip's peak.
-# TPU: the "peak compute per chip" of cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version;
-# the names of kinds are those of jax/_src/pallas/mosaic/tpu_info.py. GPU: the data sheets' figures, which are with
-# sparsity from Ampere on and so are halved; the SXM part where the name does not say PCIe or NVL.
+# wins. A chip of TPU v2, v3 or 7x is two devices, so each has half of the chip's peak.
+# TPU: "peak compute per chip" from cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version;
+# device kinds as in jax/_src/pallas/mosaic/tpu_info.py. GPU: the data sheets, whose figures from Ampere on are with
+# sparsity and therefore halved here; the SXM part where the name says neither PCIe nor NVL.
 PEAK_FLOPS = (
     ("TPU v2", 46e12 / 2),
     ("TPU v3", 123e12 / 2),
@@ -76,7 +75,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(tokens_per_second: float, flops_per_token: float | None, device_kind: str, num_devices: int) -> float | None:
-    """Model FLOPs utilisation in [0, 1]: the FLOP/s the model needs over the bfloat16 peak of all devices.
+    """Model FLOPs utilisation in [0, 1]: the model's FLOP/s divided by the bfloat16 peak of all devices.
 
     Args:
       tokens_per_second: over all devices.
@@ -85,7 +84,7 @@ def mfu(tokens_per_second: float, flops_per_token: float | None, device_kind: st
       num_devices: JAX devices, over all hosts.
 
     Returns:
-      None where the peak is not known, or the FLOPs.
+      None where the peak or the FLOPs are not known.
     """
     peak = peak_flops(device_kind)
     return (

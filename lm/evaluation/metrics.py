@@ -1,7 +1,7 @@
-"""Metrics that merge exactly.
+"""Metrics as mergeable sums, and what each metric is called and measured in.
 
-A metric is a (sum, weight) pair and its value is sum / weight, divided once, at the very end: adding the pairs of
-micro-batches, batches, shards or hosts gives what one pass over all of it would have given. There is no mean of means.
+A metric is a (sum, weight) pair; its value is sum / weight, divided once at the very end. Adding the pairs of
+micro-batches, batches, shards or hosts gives the same value as one pass over all rows. There is no mean of means.
 """
 
 import math
@@ -9,22 +9,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # name -> (sum, weight), on the host in float64. Examples, over all tokens with a loss weight:
-#   loss           (what is optimised, weight)  label smoothing and z-loss included
+#   loss           (the quantity that is optimised, weight)  label smoothing and z-loss included
 #   nll            (-log p(target) in nats, weight)
-#   bits_per_byte  (-log2 p(target), UTF-8 bytes the targets stand for)
+#   bits_per_byte  (-log2 p(target), UTF-8 bytes of the targets)
 Sums = dict[str, tuple[float, float]]
 
 
-_LOSS = "that of the loss"  # stands for what the task measures its loss in
+_LOSS = "that of the loss"  # replaced by the unit of the task's loss
 
 
 class About(NamedTuple):
-    """What a metric is.
+    """Description of a metric.
 
     Attributes:
-      title: its name in a table or above a curve.
-      unit: of its values; '' = none, as of a share.
-      less_is_better: whether a smaller value is the better one.
+      title: its name in tables and above curves.
+      unit: of its values; '' = none, as for a share.
+      less_is_better: whether smaller values are better.
     """
 
     title: str
@@ -76,13 +76,13 @@ METRICS = {
 
 
 def about(name: str, loss_unit: Callable[[str], str] = lambda prefix: "") -> About:
-    """What is known of a metric; of 'NAME_loss', the loss of the source or the task NAME, what is known of 'loss'.
+    """Describes a metric. 'NAME_loss', the loss of the source or task NAME, is described as 'loss' with a prefix.
 
-    A name that is not in `METRICS` is its own title, and more of it is better.
+    A metric that is not in `METRICS` has its name as title, and larger values are better.
 
     Args:
       name: as an evaluation reports it.
-      loss_unit: NAME, or '' -> what that loss is measured in, see `lm.tasks.base.loss_unit`.
+      loss_unit: NAME, or '' -> unit of that loss, see `lm.tasks.base.loss_unit`.
     """
     words = name.split("_")
     own = next((i for i in range(len(words)) if "_".join(words[i:]) in METRICS), None)
@@ -95,18 +95,18 @@ def about(name: str, loss_unit: Callable[[str], str] = lambda prefix: "") -> Abo
 
 
 def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple[Any, Any]]:
-    """The pairs that every token likelihood reports; for `LossTerms.metrics`, also inside jit.
+    """'nll' and 'bits_per_byte' of token likelihoods, as (sum, weight), for `LossTerms.metrics`; also inside jit.
 
     Args:
       nll_sum: [], sum of loss_weight * -log p(target), in nats.
       weight_sum: [], sum of loss_weight.
-      byte_sum: [], sum of the UTF-8 bytes of the targets that have a weight; control symbols stand for 0 bytes.
+      byte_sum: [], sum of the UTF-8 bytes of the targets that have a weight; control symbols have 0 bytes.
     """
     return {"nll": (nll_sum, weight_sum), "bits_per_byte": (nll_sum / math.log(2), byte_sum)}
 
 
 def add(total: Mapping[str, tuple[Any, Any]], part: Mapping[str, tuple[Any, Any]]) -> Sums:
-    """The sums of both, in float64. A name that only one of them has is kept. Scalars of any kind are taken."""
+    """Adds two sets of (sum, weight) pairs in float64. Names that only one of them has are kept. Takes any scalars."""
     out = {name: (float(value), float(weight)) for name, (value, weight) in total.items()}
     for name, (value, weight) in part.items():
         old_value, old_weight = out.get(name, (0.0, 0.0))
@@ -115,15 +115,15 @@ def add(total: Mapping[str, tuple[Any, Any]], part: Mapping[str, tuple[Any, Any]
 
 
 def gain(name: str, value: float) -> float:
-    """A number that is larger for the better value of a metric: `value`, or minus it where less is better."""
+    """`value` with the sign that makes larger better: -`value` for metrics of which less is better."""
     return -value if about(name).less_is_better else value
 
 
 def finalize(sums: Mapping[str, tuple[Any, Any]], has_perplexity: bool) -> dict[str, float]:
     """Name -> sum / weight, and 'perplexity' = exp(nll) of a language model (`Task.has_perplexity`).
 
-    A metric whose weight is 0 was measured on nothing and is left out, rather than reported as 0 or NaN.
-    A perplexity beyond float64 is inf.
+    A metric of weight 0 was measured on nothing and is left out, rather than reported as 0 or NaN. A perplexity that
+    overflows float64 is inf.
     """
     out = {name: float(value) / float(weight) for name, (value, weight) in sums.items() if float(weight) != 0}
     if "nll" in out and has_perplexity:

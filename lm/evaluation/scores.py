@@ -1,4 +1,4 @@
-"""Scores of all held-out rows together, by well-kept libraries. Arrays or texts in, name -> value out, never NaN."""
+"""Scores over all held-out rows, where possible by maintained libraries. Arrays or texts in, name -> value out."""
 
 import importlib
 import re
@@ -14,15 +14,15 @@ from lm.config.schema import ConfigError
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Share of equal entries of two arrays of one shape, 0 where there are none."""
+    """Share of equal entries of two arrays of the same shape; 0 for empty ones."""
     return float(np.mean(labels == predictions)) if labels.size else 0.0
 
 
 def classification(labels_R: np.ndarray, predictions_R: np.ndarray, num_classes: int) -> dict[str, float]:
-    """'f1' and 'matthews', both 0 where undefined.
+    """'f1' and 'matthews' (Matthews correlation), both 0 where undefined.
 
-    F1 is that of class 1 where the head has two classes. Else it is the macro average, over the classes that occur in
-    the labels or the predictions (scikit-learn's default).
+    F1 is that of class 1 if there are two classes, else the macro average over the classes that occur in the labels or
+    the predictions (scikit-learn's default).
 
     Args:
       labels_R, predictions_R: int [R], in [0, num_classes).
@@ -42,7 +42,7 @@ def classification(labels_R: np.ndarray, predictions_R: np.ndarray, num_classes:
 
 
 def regression(labels_R: np.ndarray, predictions_R: np.ndarray) -> dict[str, float]:
-    """'pearson' and 'spearman' correlation, 0 where one side is constant or of one row."""
+    """'pearson' and 'spearman' correlation; 0 for constant arrays and for fewer than two rows."""
     from scipy import stats
 
     if len(labels_R) < 2:
@@ -59,11 +59,11 @@ def regression(labels_R: np.ndarray, predictions_R: np.ndarray) -> dict[str, flo
 def entities(expected: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
     """'entity_precision', 'entity_recall' and 'entity_f1' over all entities, by exact span and type; 0 where undefined.
 
-    As conlleval counts (seqeval's default), whatever the scheme: an I- or E- tag that continues no entity of its type
-    begins one.
+    Counted as by conlleval (seqeval's default) for every scheme: an I- or E- tag that does not continue an entity of
+    its type begins one.
 
     Args:
-      expected, predicted: tags of each sentence, in the letters of IOBES: see `lm.evaluation.entity_tags.read`.
+      expected, predicted: tags of each sentence, in the letters of IOBES, see `lm.evaluation.entity_tags.read`.
 
     Raises:
       ConfigError: seqeval is not installed.
@@ -74,7 +74,7 @@ def entities(expected: list[list[str]], predicted: list[list[str]]) -> dict[str,
 
 
 def strict_entities(expected: list[list[str]], predicted: list[list[str]], scheme: str) -> dict[str, float]:
-    """'entity_f1_strict': only entities that are written as the scheme has them count (seqeval's strict mode).
+    """'entity_f1_strict': only entities whose tags follow the scheme count (seqeval's strict mode).
 
     Args:
       expected, predicted: as `entities`.
@@ -91,12 +91,14 @@ def strict_entities(expected: list[list[str]], predicted: list[list[str]], schem
 
 
 def ranking(ranks_R: np.ndarray, at: int = 10) -> dict[str, float]:
-    """'hr_at_10', the share of rows whose one right answer is in the first ten places, and 'ndcg_at_10', which counts
-    it 1 / log2(1 + place); 0 where there are no rows.
+    """Hit rate and NDCG at a cutoff, for one right answer per row: 'hr_at_10' and 'ndcg_at_10'; 0 without rows.
+
+    The hit rate is the share of rows whose right answer is among the first ten; NDCG weights each such row with
+    1 / log2(1 + rank).
 
     Args:
-      ranks_R: int [R], the place of the right answer, from 1.
-      at: the ten.
+      ranks_R: int [R], the rank of the right answer, from 1.
+      at: the cutoff.
     """
     hits_R = ranks_R <= at
     gains_R = np.where(hits_R, 1 / np.log2(1 + ranks_R.astype(np.float64)), 0)
@@ -105,11 +107,11 @@ def ranking(ranks_R: np.ndarray, at: int = 10) -> dict[str, float]:
 
 
 def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """'exact_match' and 'f1' over words, of 0 to 1, as the evaluation of SQuAD v1.1 (Rajpurkar et al. 2016) has them.
+    """'exact_match' and word 'f1' of answers, from 0 to 1, as by the script of SQuAD v1.1 (Rajpurkar et al. 2016).
 
     Args:
-      predictions: one text a question.
-      references: the accepted answers of each question, the best of which counts.
+      predictions: a text for each question.
+      references: the accepted answers to each question; the best match counts.
     """
     best = [
         np.max([(_normal(said) == _normal(text), _overlap_f1(said, text)) for text in texts], axis=0)
@@ -122,17 +124,18 @@ def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def answers_or_none(
     predictions: Sequence[str], references: Sequence[Sequence[str]], margins_Q: np.ndarray, threshold: float
 ) -> dict[str, float]:
-    """Scores of 0 to 1, as the evaluation of SQuAD v2.0 (Rajpurkar et al. 2018) has them.
+    """Scores of answers to questions that may have none, from 0 to 1, as by the script of SQuAD v2.0
+    (Rajpurkar et al. 2018).
 
-    'exact_match' and 'f1' of all questions, 'HasAns_exact', 'HasAns_f1', 'NoAns_exact' and 'NoAns_f1' of those with
-    and without an answer (left out where there are none); 'best_exact' and 'best_f1' with the best threshold for each,
-    'best_exact_thresh' and 'best_f1_thresh', which are chosen on these very answers.
+    'exact_match' and 'f1' over all questions; 'HasAns_exact', 'HasAns_f1', 'NoAns_exact' and 'NoAns_f1' over those with
+    and without an answer (missing if there are none); 'best_exact' and 'best_f1' at the thresholds that maximise them,
+    'best_exact_thresh' and 'best_f1_thresh', which are chosen on the same answers.
 
     Args:
-      predictions: the best text to each question, whether or not it is given as the answer.
-      references: the accepted answers of each question; none = it has no answer, and to say nothing is right.
+      predictions: the best text for each question, whether or not it is given as the answer.
+      references: the accepted answers to each question; empty if it has no answer, so that to abstain is right.
       margins_Q: float64, the score of no answer minus that of the best text.
-      threshold: nothing is answered where the margin is above it.
+      threshold: the model abstains where the margin is above it.
     """
     has_answer_Q = np.array([bool(texts) for texts in references])
     accepted = [[text for text in texts if _normal(text)] or [""] for texts in references]
@@ -160,19 +163,20 @@ def answers_or_none(
 
 
 def _best_threshold(gain_Q: np.ndarray, margins_Q: np.ndarray, nothing: float) -> tuple[float, float]:
-    """The best total that a threshold on the margins reaches, and the smallest such threshold.
+    """The best total over all thresholds on the margins, and the smallest threshold that reaches it.
 
-    Where answering nothing is best the threshold is 0, as in the published script, whatever 0 would reach.
+    If abstaining always is best, the threshold is 0, as in the published script, even if 0 does not reach that total.
 
     Args:
-      gain_Q: what is added to the total when that question is answered.
-      margins_Q: a question is answered where its margin is at most the threshold.
-      nothing: the total when none is answered.
+      gain_Q: what the answer to each question adds to the total.
+      margins_Q: a question is answered if its margin is at most the threshold.
+      nothing: the total if no question is answered.
     """
     order_Q = np.argsort(margins_Q, kind="stable")
     sorted_Q = margins_Q[order_Q]
     total_Q = nothing + np.cumsum(gain_Q[order_Q])
-    is_threshold_Q = np.isfinite(sorted_Q) & np.append(sorted_Q[1:] != sorted_Q[:-1], True)  # equal ones go together
+    # No threshold separates equal margins.
+    is_threshold_Q = np.isfinite(sorted_Q) & np.append(sorted_Q[1:] != sorted_Q[:-1], True)
     total_Q = np.where(is_threshold_Q, total_Q, -np.inf)
     best = int(np.argmax(total_Q))
     if total_Q[best] > nothing:
@@ -181,7 +185,7 @@ def _best_threshold(gain_Q: np.ndarray, margins_Q: np.ndarray, nothing: float) -
 
 
 def _normal(text: str) -> str:
-    """Lower case, without punctuation (ASCII), English articles and surplus white space."""
+    """`text` in lower case, without ASCII punctuation, English articles and extra white space."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -193,19 +197,19 @@ def _overlap_f1(said: str, text: str) -> float:
 
 
 def _overlap_f1_or_empty(said: str, text: str) -> float:
-    """As `_overlap_f1`, but of SQuAD v2.0: two texts without a word are alike."""
+    """`_overlap_f1` as in SQuAD v2.0: two texts without words match."""
     return _overlap_f1(said, text) if _normal(said) and _normal(text) else float(_normal(said) == _normal(text))
 
 
 def translation(predictions: Sequence[str], references: Sequence[str], tokenizer: str = "13a") -> dict[str, float]:
-    """'bleu' and 'chrf' of a corpus, of 0 to 100, by sacrebleu (Post 2018); 0 for no sentences.
+    """Corpus 'bleu' and 'chrf', from 0 to 100, by sacrebleu (Post 2018); 0 without sentences.
 
     Args:
-      predictions, references: a text a line.
-      tokenizer: of BLEU, see `bleu_tokenizer`; all else is sacrebleu's default.
+      predictions, references: a text for each sentence.
+      tokenizer: of BLEU, see `bleu_tokenizer`; everything else is sacrebleu's default.
 
     Raises:
-      ConfigError: sacrebleu, or what this tokenizer needs, is not installed.
+      ConfigError: sacrebleu, or a package that this tokenizer needs, is not installed.
     """
     bleu, chrf = _translation_metrics(tokenizer)
     if not predictions:
@@ -219,7 +223,7 @@ def translation_signatures(tokenizer: str = "13a") -> dict[str, str]:
     names = "bleu", "chrf"
     signatures = {}
     for name, metric in zip(names, _translation_metrics(tokenizer), strict=True):
-        metric.corpus_score(["a"], [["a"]])  # a signature knows the number of references
+        metric.corpus_score(["a"], [["a"]])  # the signature has the number of references
         signatures[name] = str(metric.get_signature())
     return signatures
 
@@ -235,16 +239,16 @@ _NO_SPACES = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u
 
 
 def bleu_tokenizer(name: str, language: str, references: Sequence[str]) -> str:
-    """The tokenizer of BLEU: `name` or, of 'auto', sacrebleu's for the language, which is 13a for most.
+    """The tokenizer of BLEU: `name` or, if that is 'auto', sacrebleu's for the language, mostly 13a.
 
     Args:
       name: `task.bleu_tokenizer` of translation.
-      language: a code such as 'ja', 'zh-CN', 'kor_Hang'; anything else = not known.
-      references: whose script is looked at where nothing else tells.
+      language: a code such as 'ja', 'zh-CN', 'kor_Hang'; anything else counts as unknown.
+      references: their script is checked if the language is unknown.
 
     Raises:
-      ConfigError: 'auto', a language that is not known, and a script without spaces between words: 13a would take a
-        sentence for a word.
+      ConfigError: `name` is 'auto', the language unknown, and the script has no spaces between words, so that 13a would
+        count a sentence as one word.
     """
     if name != "auto":
         return name
@@ -268,7 +272,7 @@ def _translation_metrics(tokenizer: str) -> tuple[Any, Any]:
         raise ConfigError(f"'task.bleu_tokenizer' {tokenizer}: sacrebleu has {', '.join(known)}")
     try:
         return sacrebleu.BLEU(tokenize=tokenizer), sacrebleu.CHRF()
-    except (Exception, SystemExit) as error:  # whatever the tokenizers stumble over
+    except (Exception, SystemExit) as error:  # the tokenizers raise all kinds of errors
         extra = {"ja-mecab": "ja", "ko-mecab": "ko"}.get(tokenizer)
         if extra:
             needed = f"pip install 'sacrebleu[{extra}]'"
@@ -293,22 +297,22 @@ def _library(name: str) -> Any:
 
 
 def views(first_RxP: np.ndarray, second_RxP: np.ndarray) -> dict[str, float]:
-    """How near the two views of a row are, and how evenly all rows fill the sphere (Wang and Isola 2020, section 4.1).
+    """Alignment and uniformity of embeddings on the unit sphere (Wang and Isola 2020, section 4.1). Less is better.
 
     Args:
-      first_RxP, second_RxP: a vector for each view; only its direction counts.
+      first_RxP, second_RxP: a vector for each view of a row; normalised here.
 
     Returns:
-      'alignment': mean squared distance of a row's views; 'uniformity': logarithm of the mean of exp(-2 distance^2)
-      over all pairs of rows, of their first views; 0 where there is one row. Less is better of both.
+      'alignment': mean squared distance between the two views of a row; 'uniformity': logarithm of the mean of
+      exp(-2 distance^2) over all pairs of rows, between their first views; 0 for one row.
     """
     first_RxP, second_RxP = (
         x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6) for x in (first_RxP, second_RxP)
     )
-    rows, total = len(first_RxP), -float(_nearness(np.square(first_RxP).sum(axis=1)).sum(dtype=np.float64))
-    for start in range(0, rows, 1024):  # so that not all pairs are held at once
+    rows, total = len(first_RxP), -float(_gaussian_kernel(np.square(first_RxP).sum(axis=1)).sum(dtype=np.float64))
+    for start in range(0, rows, 1024):  # not all pairs fit in memory at once
         cosine = first_RxP[start : start + 1024] @ first_RxP.T
-        total += float(_nearness(cosine).sum(dtype=np.float64))
+        total += float(_gaussian_kernel(cosine).sum(dtype=np.float64))
     pairs = rows * (rows - 1)
     return {
         "alignment": float(np.square(first_RxP - second_RxP).sum(axis=1).mean()),
@@ -316,6 +320,6 @@ def views(first_RxP: np.ndarray, second_RxP: np.ndarray) -> dict[str, float]:
     }
 
 
-def _nearness(cosine: np.ndarray) -> np.ndarray:
-    """exp(-2 distance^2) of two vectors of length 1."""
+def _gaussian_kernel(cosine: np.ndarray) -> np.ndarray:
+    """exp(-2 distance^2) of two unit vectors, by their cosine."""
     return np.exp(4 * (cosine - 1))

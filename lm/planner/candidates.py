@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import build, checks, param_paths
+from lm import checks, optim, param_paths, program
+from lm import run as run_lib
 from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.models.blocks import REMAT_POLICIES
@@ -123,7 +124,7 @@ def search_space(
     """
     if cfg.mesh.dcn_data != topology.slices:
         raise ConfigError(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {topology.slices}, the number of slices")
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     chips = math.prod(topology.shape)
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     per_axis = [
@@ -143,7 +144,7 @@ def search_space(
             checks.fit(changed)
             sizes = (mesh[0] * topology.slices, *mesh[1:])
             abstract: Any = jax.sharding.AbstractMesh(sizes, AXES)
-            checks.mesh_divides(changed, abstract, planned.abstract_params, planned.logical_axes)
+            program.check_mesh(changed, abstract, planned.abstract_params, planned.logical_axes)
         except ConfigError:
             continue
         rest = itertools.product(policies, chunks, flags)
@@ -226,10 +227,12 @@ class ModelSizes(NamedTuple):
 
 def model_sizes(cfg: Config) -> ModelSizes:
     """Sizes of a config's model and its training state."""
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     cfg, flat, axes = planned.cfg, param_paths.flatten(planned.abstract_params), planned.logical_axes
-    trained = trainable.trained_part(planned.optimizer.selection, planned.abstract_params)
-    moments = jax.eval_shape(planned.optimizer.init, trained)
+    trained = trainable.trained_part(planned.selection, planned.abstract_params)
+    constant = dataclasses.replace(cfg.optim, schedule="constant")  # which has no phases that must fit in the run
+    optimizer = optim.build(constant, planned.abstract_params, total_steps=1, warmup_steps=0, decay_steps=0)
+    moments = jax.eval_shape(optimizer.init, trained)
 
     def total(tree: Any) -> float:
         return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))

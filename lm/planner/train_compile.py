@@ -162,15 +162,16 @@ def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> 
     """
     import jax
 
-    from lm import build, checks, param_paths, program
+    from lm import param_paths, program
+    from lm import run as run_lib
     from lm.optim import trainable
     from lm.tasks import task_of
 
-    planned = build.plan(cfg, None)
+    planned = run_lib.plan(cfg, None)
     cfg = planned.cfg
     words = planned.tokenizer or FakeTokenizer(cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids)
     mesh = mesh_lib.make_mesh(cfg.mesh, devices(topology))
-    checks.mesh_divides(cfg, mesh, planned.abstract_params, planned.logical_axes)
+    program.check_mesh(cfg, mesh, planned.abstract_params, planned.logical_axes)
     functions = program.make(
         cfg,
         mesh,
@@ -180,7 +181,7 @@ def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> 
         anchored=planned.anchored,
         epoch_examples=1_000 * cfg.data.batch_size,  # the length of the schedule does not change the cost
     )
-    rows = checks.eval_batch_size(cfg) if evaluation else cfg.data.batch_size
+    rows = program.eval_batch_size(cfg) if evaluation else cfg.data.batch_size
     batch = program.abstract_batch(cfg, mesh, rows)
     state = functions.abstract_state
     step, argument = (functions.eval_step, state.params) if evaluation else (functions.train_step, state)
@@ -192,7 +193,7 @@ def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> 
         (leaf.size * leaf.dtype.itemsize, path) for path, leaf in flat.items() if leaf.sharding.is_fully_replicated
     ]
     tokens = rows * cfg.data.seq_len
-    is_counted = task_of(cfg).texts and build.predicts_tokens(cfg)
+    is_counted = task_of(cfg).texts and run_lib.predicts_tokens(cfg)
     predicting = (
         words.vocab_size if cfg.task.name in ("causal_lm", "prefix_lm", "chat") else 0
     )  # others need not predict at every position

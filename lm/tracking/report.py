@@ -1,4 +1,4 @@
-"""What a run leaves to be read: the parameter table, summary.json and report.html."""
+"""Reports of a run: the parameter table, summary.json and report.html."""
 
 import functools
 import html
@@ -25,7 +25,7 @@ from lm.tracking.tracker import finite, read_rows, write_atomic
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
 
-# Panels of the report that come first, in this order.
+# The first panels of the report, in this order.
 FIRST_PANELS = (
     *("loss", "bits_per_byte", "learning_rate", "grad_norm"),
     *("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"),
@@ -42,7 +42,7 @@ BUCKET_COLORS = {
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of what a run's figures depend on. Touches no device."""
+    """Name -> version of Python and the packages that results depend on. Touches no device."""
     return {
         "python": platform.python_version(),
         **{name: metadata.version(package) for name, package in PACKAGES.items()},
@@ -51,9 +51,9 @@ def versions() -> dict[str, str]:
 
 
 def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:
-    """Writes `workdir`/summary.json atomically: `summary`, and the versions under 'versions'.
+    """Writes `workdir`/summary.json atomically: `summary`, and 'versions'.
 
-    NaN and infinity become null; the keys they stood at are listed under 'not_finite'.
+    NaN and infinity become null; their keys are listed under 'not_finite'.
     """
     given, written = dict(schema.flatten(summary)), dict(schema.flatten(finite(summary)))
     lost = [key for key, value in written.items() if value is None and given[key] is not None]
@@ -69,15 +69,15 @@ def parameter_table(
     scales: Mapping[str, float],
     origin: Mapping[str, str],
 ) -> str:
-    """A table of every parameter, a line each, with totals; plain text.
+    """A plain-text table with a line for each parameter, and totals.
 
     Args:
       params: nested dict of arrays or `jax.ShapeDtypeStruct`.
-      selection: what is trained, and how. A frozen parameter's decay and learning rate are shown as '-'; of one whose
-        layers differ the table names the layers that are trained and decayed, and the lowest and highest rate.
-      learning_rate: the peak; the table shows it times the multiplier, and times `scales`.
-      scales: by path, what its direction is multiplied with (`lm.optim.mup`).
-      origin: by path, where the value came from.
+      selection: which parameters are trained, and how. Weight decay and learning rate of a frozen parameter are shown
+        as '-'; where layers differ, the table names those that are trained and decayed, and the range of rates.
+      learning_rate: the peak; the table shows it times the multiplier and the factor of `scales`.
+      scales: path -> factor of the optimizer's direction (`lm.optim.mup`).
+      origin: path -> where the value came from.
     """
     from rich import box
     from rich.console import Console
@@ -128,7 +128,7 @@ def _how(path: str, selection: Selection, learning_rate: float) -> tuple[str, st
 
 
 def _layers(on: Sequence[bool], number: int) -> str:
-    """[0, 0, 1, 1], 4 -> 'layers 2-3 of 4'. 'yes' where `number`, which is all of those that matter, are on."""
+    """Which layers are on: [0, 0, 1, 1] -> 'layers 2-3 of 4'; 'yes' if `number` of them are on, 'no' if none is."""
     if sum(on) in (0, number):
         return "yes" if any(on) else "no"
     numbers = [i for i, value in enumerate(on) if value]
@@ -140,8 +140,7 @@ def _layers(on: Sequence[bool], number: int) -> str:
 def write_report(workdir: str | os.PathLike[str]) -> Path:
     """Writes `workdir`/report.html from metrics.jsonl, summary.json, samples.jsonl and config.json, atomically.
 
-    One file that refers to no other. What is not there yet is said to be missing, so that a running run can be
-    looked at.
+    The page needs no other file. It can be written while the run is still running: it says which parts are missing.
 
     Returns:
       Its path.
@@ -185,9 +184,9 @@ def _loss_unit(resolved: dict[str, Any]) -> Callable[[str], str]:
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About] = metrics.about) -> Any:
-    """A matplotlib figure with a panel for every metric over the step, train as a line, eval as dots on a line.
+    """A matplotlib figure with a panel for each metric over steps: training as a line, evaluation as dots on a line.
 
-    Made without pyplot: no global state, no display, nothing to close.
+    Made without pyplot, so that there is no global state, no display and nothing to close.
 
     Args:
       rows: of metrics.jsonl.
@@ -210,14 +209,14 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metric
                 style = {"color": color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
                 panel.plot(*zip(*points, strict=True), label=f"{split} {_number(points[-1][1])}", **style)
         if name in ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"):
-            panel.set_ylim(bottom=0)  # else small jitter looks large
+            panel.set_ylim(bottom=0)  # otherwise small jitter looks large
         elif name.endswith("perplexity"):
-            panel.set_yscale("log")  # else an untrained model's hides all that follows
+            panel.set_yscale("log")  # otherwise the value of the untrained model hides the rest of the curve
         else:
             panel.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         panel.set_title(about(name).title, loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
         panel.set_ylabel(about(name).unit, fontsize=8.5, color="#5b6577")
-        # The last values, above the panel, where no curve can run through them.
+        # The last values, above the panel, where no curve crosses them.
         above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "borderaxespad": 0.2}
         panel.legend(ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)
         panel.set_xlabel("step", fontsize=8.5, color="#5b6577")
@@ -238,7 +237,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.Ab
     import matplotlib
 
     buffer = io.StringIO()
-    # The salt and the missing date make the same rows give the same bytes.
+    # With a fixed salt and without a date, the same rows give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "lm", "svg.fonttype": "path"}):
         draw_curves(rows, about).savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
@@ -259,7 +258,7 @@ def _tiles(
     best_metric: str,
     about: Callable[[str], metrics.About],
 ) -> str:
-    """The last evaluation and the size and speed of the run, in large type."""
+    """Tiles with the metrics of the last evaluation, and the size and speed of the run."""
     last: Mapping[str, Any] = next((row for row in reversed(rows) if row["split"] == "eval"), {})
     names = dict.fromkeys(("loss", "perplexity", "bits_per_byte", best_metric, "accuracy"))
     wanted = [(f"eval {name.replace('_', ' ')}", last.get(name), about(name).unit) for name in names]
@@ -292,7 +291,7 @@ def _goodput_bar(goodput: Mapping[str, float]) -> str:
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Samples by step, the latest open."""
+    """The samples of each step, those of the latest step unfolded."""
     steps = sorted({row["step"] for row in samples}, reverse=True)
     if not steps:
         return "<p class=none>None.</p>"
@@ -309,7 +308,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(items: Iterator[tuple[str, Any]], about: Callable[[str], metrics.About] | None = None) -> str:
-    """Keys and values; with `about`, a key whose last part is a metric has its unit behind the value."""
+    """A table of keys and values; with `about`, values of metrics have their units."""
 
     def unit(key: str, value: Any) -> str:
         name = about(key.rpartition(".")[2]).unit if about and isinstance(value, int | float) else ""

@@ -1,6 +1,6 @@
-"""What a run tells while it runs: progress, metrics.jsonl, TensorBoard, samples, profile, where its time went.
+"""Tracking of a running run: progress, metrics.jsonl, samples.jsonl, TensorBoard, profiles, and where the time goes.
 
-Every process makes a `Monitor` and calls it alike; only the one with `enabled` (process 0) writes or prints.
+Every process makes a `Tracker` and calls it in the same way; only the one with `enabled` (process 0) writes or prints.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from typing import Any, Literal
 from lm.config import MonitorConfig
 
 BUCKETS = ("compile", "input", "step", "eval", "checkpoint")
-PLAIN_LINE_SECONDS = 10.0  # between two progress lines when the console is a file or a pipe
+PLAIN_LINE_SECONDS = 10.0  # at least so long between two progress lines where the console is a file or a pipe
 
 _now = time.perf_counter
 
-# Control characters but line break and tab, marks that turn the direction of writing, surrogates.
-_ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters except line break and tab, marks that change the direction of text, surrogates.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-class Monitor:
-    """Writes a run's figures into `workdir`; a context manager that closes and flushes all of it.
+class Tracker:
+    """Writes metrics, samples and profiles of a run into `workdir`; a context manager that flushes and closes them.
 
-    A run resumed at `start_step` will compute the later steps again: rows of metrics.jsonl and samples.jsonl with a
-    greater step are dropped (all rows when `start_step` is 0, as nothing was restored), so that the files end up as if
-    the run had never stopped. A last line torn by a kill is dropped too. Both are said on the console.
+    A run resumed at `start_step` computes the later steps again: rows of metrics.jsonl and samples.jsonl with a greater
+    step are dropped (all rows when `start_step` is 0, as nothing was restored), so that the files end up as if the run
+    had never stopped. A last line that a kill has cut off is dropped too. The console reports both.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Monitor:
         """Opens the files.
 
         Raises:
-          ValueError: `workdir` is a URL: rows are appended, which object stores cannot do.
+          ValueError: `workdir` is a URL; rows are appended to files, which object stores do not support.
         """
         if "://" in os.fspath(workdir):
             raise ValueError(f"run directory {workdir} is a URL; give a local, NFS or mounted (gcsfuse) folder")
         self._workdir, self._total_steps, self._start_step = Path(workdir), total_steps, start_step
         self._enabled, self._config, self._profiling = enabled, config, False
         self._seconds = dict.fromkeys((*BUCKETS, "other"), 0.0)
-        self._buckets = ["other"]  # open ones, innermost last; what no bucket covers goes to 'other'
+        self._buckets = ["other"]  # the open ones, innermost last; time outside all buckets counts as 'other'
         self._began = self._mark = _now()
         self._earlier_seconds = 0.0
         self._first_progress: tuple[int, float] | None = None
@@ -55,7 +55,7 @@ class Monitor:
         if enabled:
             self._open()
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -69,8 +69,8 @@ class Monitor:
           metrics: name -> value; NaN and infinity become null in the row, as JSON has neither.
 
         Raises:
-          ValueError: a metric is named as one of the row's own keys: step, split or seconds (wall time of the run up
-            to now, resumptions added up).
+          ValueError: a metric has the name of one of the row's own keys: step, split or seconds (wall time of the run
+            so far, over all its starts).
         """
         if taken := sorted(metrics.keys() & {"step", "split", "seconds"}):
             raise ValueError(f"metric '{taken[0]}' has the name of a row's own key; rename it")
@@ -83,16 +83,16 @@ class Monitor:
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Shows a sample on the console and keeps it in samples.jsonl and TensorBoard. `text` is never interpreted."""
+        """Writes a sample to the console, samples.jsonl and TensorBoard; nothing in `text` is interpreted as markup."""
         if not self._enabled:
             return
         _append(self._samples_file, {"step": step, "name": name, "text": text})
-        indented = "\n".join("    " + line for line in text.splitlines())  # Markdown for 'as it is'
+        indented = "\n".join("    " + line for line in text.splitlines())  # verbatim in Markdown
         self._tensorboard.add_text(name, indented, step)
         self.note(f"[step {step:,}] {name}\n{indented}")
 
     def note(self, message: str) -> None:
-        """Prints to the console (stderr), above the progress bar, control characters spelled out."""
+        """Prints to the console (stderr), above the progress bar, with control characters escaped."""
         if self._enabled:
             self._console.print(visible(message), markup=False, highlight=False, soft_wrap=True)
 
@@ -104,14 +104,14 @@ class Monitor:
         mfu: float | None = None,
         input_bound: float | None = None,
     ) -> None:
-        """Updates the progress bar. Without a terminal: a line, at most every 10 s, and one at the last step.
+        """Updates the progress bar; without a terminal, prints a line at most every 10 s and one at the last step.
 
-        The time left is estimated from the steps since the first call, so that compilation does not count.
+        The remaining time is estimated from the steps since the first call, so that compilation does not count.
 
         Args:
           step: steps done.
           mfu: in [0, 1], attention counted in full; None where the peak is not known.
-          input_bound: in [0, 1], the share of the time in which the devices waited for the input; None = not shown.
+          input_bound: in [0, 1], the share of the time that the devices wait for input; None = not shown.
         """
         if not self._enabled:
             return
@@ -133,19 +133,19 @@ class Monitor:
             self.note(f"step {step:,}/{self._total_steps:,} · {line}")
 
     def profile(self, step: int) -> None:
-        """Starts or stops the JAX profiler; call before step `step` (from 0) is dispatched.
+        """Starts or stops the JAX profiler; to be called before step `step` (from 0) is dispatched.
 
-        The trace of steps [first, first + count) of `monitor.profile` goes to `workdir`/profile. Waits for
-        the device at both ends, so that the trace holds those steps and no others.
+        The trace of steps [first, first + count) of `monitor.profile` is written to `workdir`/profile. Waits for the
+        device at both ends, so that the trace holds these steps and no others.
         """
         first, count = self._config.profile
         self._set_profiling(self._enabled and first <= step < first + count)
 
     @contextlib.contextmanager
     def bucket(self, name: str) -> Iterator[None]:
-        """Counts the wall time inside as `name`, one of BUCKETS; what an inner bucket takes counts there only.
+        """Counts the wall time of its block towards `name`, one of BUCKETS; that of an inner bucket counts there only.
 
-        JAX returns before the device is done: the time counts where the result is waited for.
+        JAX dispatches asynchronously: the device's time counts in the bucket that waits for the result.
         """
         if name not in BUCKETS:
             raise ValueError(f"no time bucket '{name}'; there are {', '.join(BUCKETS)}")
@@ -158,12 +158,12 @@ class Monitor:
             self._buckets.pop()
 
     def goodput(self) -> dict[str, float]:
-        """Bucket -> wall seconds since this process made the monitor; with 'other', they add up to all of it."""
+        """Bucket -> wall seconds since the tracker was made; with 'other' they add up to all the time since then."""
         self._count()
         return dict(self._seconds)
 
     def seconds(self) -> float:
-        """Wall seconds of the run: since the monitor was made, and those of the run it resumes, up to its last row."""
+        """Wall seconds of the run: since the tracker was made, plus those of earlier starts up to the last row kept."""
         return self._earlier_seconds + _now() - self._began
 
     def _count(self) -> None:
@@ -184,7 +184,7 @@ class Monitor:
             if note:
                 self.note(note)
         self._metrics_file, self._samples_file = (self._closing.enter_context(path.open("a")) for path in paths)
-        # Hides the events of the steps that will be computed again.
+        # Hides the events of steps that will be computed again.
         purge_step = self._start_step + 1 if self._start_step else 0
         self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
         self._closing.callback(self._tensorboard.close)
@@ -215,23 +215,26 @@ class Monitor:
             jax.profiler.start_trace(str(self._workdir / "profile"))
         else:
             jax.profiler.stop_trace()
-            self.note(f"profile written to {self._workdir / 'profile'}; see it with TensorBoard or xprof")
+            self.note(f"profile written to {self._workdir / 'profile'}; open it with TensorBoard or xprof")
         self._profiling = wanted
 
 
 def visible(text: str) -> str:
-    """Text in which no character acts on a terminal: each is spelled out. Line breaks and tabs stay.
+    """`text` with every character escaped that would control the terminal, except line breaks and tabs.
 
     Example: ESC [ 2 J, which clears the screen -> '\\x1b[2J'.
     """
-    return _ACTING.sub(lambda match: repr(match[0])[1:-1], text)
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a jsonl file, and whether its last line was torn (and left out, unless only its newline lacks).
+    """Reads a jsonl file.
+
+    Returns:
+      The rows, and whether the last line was incomplete. Such a line is left out unless only its newline is missing.
 
     Raises:
-      ValueError: any other line is no JSON object with a 'step'; names file and line.
+      ValueError: another line is not a JSON object with a 'step'; names file and line.
     """
     if not path.exists():
         return [], False
@@ -241,7 +244,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
         if (row := _parse(line)) is None:
             raise ValueError(
                 f"{path}:{number}: expected a JSON object with a 'step', found {line[:60]!r}; "
-                "delete that line, or move the file away, and start again"
+                "delete that line or move the file away, then start again"
             )
         rows.append(row)
     if (row := _parse(last)) is not None:
@@ -250,23 +253,25 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def rewind(path: Path, start_step: int) -> tuple[list[dict[str, Any]], str]:
-    """Drops from a jsonl file what a run resumed at `start_step` will write again, and a torn last line; atomically.
+    """Drops the rows of a jsonl file that a run resumed at `start_step` will write again, and an incomplete last line.
+
+    The file is replaced atomically.
 
     Returns:
-      The rows kept, and what was done in words, '' for nothing.
+      The rows kept, and a message that says what was dropped; '' for nothing.
     """
-    rows, torn = read_rows(path)
+    rows, incomplete = read_rows(path)
     kept = [row for row in rows if start_step and row["step"] <= start_step]
     dropped = len(rows) - len(kept)
-    if torn or dropped:
+    if incomplete or dropped:
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
     notes = [f"dropped {dropped} rows after step {start_step}"] if dropped else []
-    notes += ["repaired a torn last line"] if torn else []
+    notes += ["repaired an incomplete last line"] if incomplete else []
     return kept, f"{path.name}: {' and '.join(notes)}" if notes else ""
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a run killed midway, sees either the old content or the new, whole."""
+    """Writes a file atomically: a reader, also after a crash, finds either the old content or the new."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with scratch.open("w", encoding="utf-8", newline="\n") as file:

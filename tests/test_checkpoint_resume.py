@@ -1,4 +1,4 @@
-"""lm/checkpoint/resume.py: what a resumed run may change, where it goes on, and from which checkpoint."""
+"""lm/checkpoint/resume.py: what may change when a run is resumed, from which checkpoint and at which example."""
 
 import dataclasses
 import json
@@ -7,34 +7,35 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm import build, checkpoint, preemption, train
+from lm import checkpoint, preemption, train
+from lm import run as run_lib
 from lm.checkpoint import CheckpointError, list_saved, resume
 from lm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, schema
 from lm.config.schema import ConfigError, Duration
 from lm.data import tokenizer
 from lm.preemption import Preempted
 from tests import toys
-from tests.test_checkpoint import assert_same, flip, info, may_stop_orbax, save, small
+from tests.test_checkpoint_store import assert_same, flip, info, may_stop_orbax, save, small
 
 
 def changed(cfg, section, **values):
     return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **values)})
 
 
-def test_a_batch_size_may_change_where_every_length_is_in_steps(tmp_path):
+def test_the_batch_size_may_change_if_all_lengths_are_in_steps(tmp_path):
     old = Config(train=TrainConfig(Duration(steps=9)))
     said = []
     resume.refuse_changes(old, changed(old, "data", batch_size=4), tmp_path, say=said.append)
-    assert said == ["changed meanwhile: data.batch_size 16 -> 4"]
+    assert said == ["changed since the last start: data.batch_size 16 -> 4"]
     by_epochs = Config(train=TrainConfig(Duration(epochs=1.5)))
     with pytest.raises(ConfigError, match=r"(?s)data.batch_size: 16 -> 4\n.*in steps, but 'train.total_epochs' is set"):
         resume.refuse_changes(by_epochs, changed(by_epochs, "data", batch_size=4), tmp_path)
 
 
-def test_other_data_and_another_seed_are_refused_unless_asked_for(tmp_path):
+def test_other_data_and_another_seed_are_refused_unless_accepted(tmp_path):
     old = Config(data=DataConfig(format="text", path="a"))
     for new in (changed(old, "data", path="b"), dataclasses.replace(old, seed=3)):
-        with pytest.raises(ConfigError, match="--accept_changed_data goes on"):
+        with pytest.raises(ConfigError, match="pass --accept_changed_data"):
             resume.refuse_changes(old, new, tmp_path)
         resume.refuse_changes(old, new, tmp_path, accept_data=True)
     model = changed(old, "model", num_layers=3)
@@ -47,9 +48,9 @@ def test_what_a_task_says_of_its_data_counts_as_data_and_how_it_is_scored_may_ch
     old = Config(task=toys.task("tagging", labels=("O", "B-x")))
     said = []
     resume.refuse_changes(old, changed(old, "task", entity_scheme="none"), tmp_path, say=said.append)
-    assert said == ["changed meanwhile: task.entity_scheme 'auto' -> 'none'"]
+    assert said == ["changed since the last start: task.entity_scheme 'auto' -> 'none'"]
     labels = changed(old, "task", labels=("O", "B-y"))
-    with pytest.raises(ConfigError, match="--accept_changed_data goes on"):
+    with pytest.raises(ConfigError, match="pass --accept_changed_data"):
         resume.refuse_changes(old, labels, tmp_path)
     resume.refuse_changes(old, labels, tmp_path, accept_data=True)
     masked = Config(task=toys.task("masked_lm"))
@@ -59,7 +60,7 @@ def test_what_a_task_says_of_its_data_counts_as_data_and_how_it_is_scored_may_ch
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_batch_size_and_with_other_data(tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_with_another_batch_size_and_with_other_data(tmp_path, monkeypatch, capsys):
     texts = toys.write_texts(tmp_path / "texts", documents=30)
     cfg = toys.recipe(texts, train__total_steps=6, eval__at_start=False)
     monkeypatch.setattr(preemption.Interrupt, "requested", lambda _, done: done in (2, 4))
@@ -79,7 +80,7 @@ def test_a_run_goes_on_with_another_batch_size_and_with_other_data(tmp_path, mon
     capsys.readouterr()
     summary = train.train(smaller, run, accept_changed_data=True)
     said = capsys.readouterr().out
-    assert "content: " in said and "accepted: each source goes on" in said
+    assert "content: " in said and "accepted: each source continues" in said
     assert saved()["example"] == 64 and summary["tokens"] == 64 * 32 and summary["steps"] == 6
     assert 0 <= summary["input_bound"] <= 1
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -87,17 +88,17 @@ def test_a_run_goes_on_with_another_batch_size_and_with_other_data(tmp_path, mon
 
 
 def run_of(abstract, fingerprint: str = "f"):
-    """As much of a `build.Run` as `lm.train.restore` reads when there are checkpoints."""
+    """The part of a `lm.run.Run` that `lm.train.restore` reads if there are checkpoints."""
+    optimizer = SimpleNamespace(selection=SimpleNamespace(trained={"a": True}))
     return SimpleNamespace(
-        abstract_state=abstract,
+        program=SimpleNamespace(abstract_state=abstract, optimizer=optimizer),
         data=SimpleNamespace(fingerprint=fingerprint, about={}),
-        optimizer=SimpleNamespace(selection=SimpleNamespace(trained={"a": True})),
     )
 
 
 @may_stop_orbax
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0/d"])
-def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tmp_path):
+def test_restore_falls_back_to_the_checkpoint_before_a_damaged_one(file, tmp_path):
     save(tmp_path, {2: None, 4: None})
     path = tmp_path / "checkpoints/4" / file
     if path.is_dir():  # one bit of an array
@@ -106,7 +107,7 @@ def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tm
     else:
         path.write_bytes(b"{")
     said = []
-    state, position, origin = train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), said.append)
+    state, position, origin = train.restore(run_of(small()[1]), checkpoint.list_saved(tmp_path), said.append)
     assert_same(state, small(2)[0])
     assert position.example == 8 and origin == {"a": "this run, step 2"}
     assert "checkpoints/4 " in said[0] and "going back to the checkpoint before it" in said[0]
@@ -114,22 +115,22 @@ def test_restore_goes_back_to_the_step_before_a_damaged_one_and_says_so(file, tm
 
 
 @may_stop_orbax
-def test_restore_fails_when_no_step_can_be_read_rather_than_start_again(tmp_path):
+def test_restore_fails_if_no_checkpoint_can_be_read_instead_of_starting_over(tmp_path):
     save(tmp_path, {2: None, 4: None})
     for number in (2, 4):
         (tmp_path / f"checkpoints/{number}/state/manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .*/checkpoints can be read"):
-        train.restore(run_of(small()[1]), None, checkpoint.list_saved(tmp_path), lambda _: None)
+        train.restore(run_of(small()[1]), checkpoint.list_saved(tmp_path), lambda _: None)
 
 
 def test_restore_refuses_other_data(tmp_path):
     save(tmp_path, {2: None})
     match = r"(?s)checkpoints/2 was trained on other data \(fingerprint f, now g\).*--config.init_from="
     with pytest.raises(CheckpointError, match=match):
-        train.restore(run_of(small()[1], "g"), None, checkpoint.list_saved(tmp_path), lambda _: None)
+        train.restore(run_of(small()[1], "g"), checkpoint.list_saved(tmp_path), lambda _: None)
 
 
-def test_a_resumed_run_may_change_only_what_changes_no_step():
+def test_a_resumed_run_may_change_only_keys_that_do_not_affect_its_steps():
     old = Config()
     resume.refuse_changes(old, old, Path("run"))
     free = {
@@ -150,14 +151,12 @@ def test_a_resumed_run_may_change_only_what_changes_no_step():
         with pytest.raises(ConfigError) as error:
             resume.refuse_changes(old, dataclasses.replace(old, **{name: value}), Path("run"))
         key = {"seed": "seed: 0 -> 1", "optim": "optim.b2: 0.95 -> 0.9", "model": "model.dropout: 0.0 -> 0.1"}[name]
-        assert str(error.value).splitlines()[:2] == ["run holds a run with another config:", f"  {key}"]
+        assert str(error.value).splitlines()[:2] == ["run holds a run with a different config:", f"  {key}"]
         assert "unroll" not in str(error.value)
 
 
 @may_stop_orbax
-def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, monkeypatch):
-    """The config to compare with is that of the newest step that tells it."""
-
+def test_the_config_is_compared_with_the_newest_readable_checkpoint(tmp_path, monkeypatch):
     class Reached(Exception):
         pass
 
@@ -166,7 +165,7 @@ def test_a_damaged_newest_step_does_not_hide_the_config_of_the_run(tmp_path, mon
 
     monkeypatch.setattr(train.mesh_lib, "make_mesh", stop)
     cfg = toys.recipe(tmp_path / "no_data", tokenizer__vocab_size=300)
-    resolved = build.plan(cfg, tmp_path).cfg
+    resolved = run_lib.plan(cfg, tmp_path).cfg
     tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / "tokenizer.model")
     with checkpoint.Checkpoints(tmp_path, resolved.checkpoint) as saves:
         for number in (1, 2):

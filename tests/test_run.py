@@ -1,4 +1,4 @@
-"""What cannot be run is refused by name, before data is read or a device touched; a finished run can be used again."""
+"""lm/run.py: configs that cannot run are refused before data is read; a finished run can be loaded."""
 
 import dataclasses
 import os
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, checkpoint, param_paths, program, step
+from lm import checkpoint, param_paths, program, step
+from lm import run as run_lib
 from lm.checkpoint import CheckpointError
 from lm.config import MeshConfig, schema
 from lm.config.schema import ConfigError
@@ -54,18 +55,19 @@ def write_run(folder: Path, scores: dict[int, float], **changes):
     return cfg, states
 
 
-def test_plan_touches_no_device_and_names_what_a_rule_may_have_meant(tmp_path):
+def test_plan_touches_no_device_and_suggests_a_path_for_a_misspelt_rule(tmp_path):
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import pathlib, toys, jax
-from lm import build, config
+from lm import config
+from lm import run as run_lib
 folder = pathlib.Path({str(tmp_path)!r})
 tiny = {TINY}
-planned = build.plan(toys.recipe(folder, **tiny), folder / "new")
+planned = run_lib.plan(toys.recipe(folder, **tiny), folder / "new")
 assert planned.tokenizer is None and planned.cfg.model.vocab_size == 384  # of 300 ids, rounded up
 try:
-    build.plan(toys.recipe(folder, **tiny, optim__lr_rules=(("decodr/.*", 0.0), (".*", 1.0))), folder / "new")
+    run_lib.plan(toys.recipe(folder, **tiny, optim__lr_rules=(("decodr/.*", 0.0), (".*", 1.0))), folder / "new")
 except config.ConfigError as error:
     print(error)
 print("devices touched:", jax._src.xla_bridge.backends_are_initialized())
@@ -85,20 +87,20 @@ print("devices touched:", jax._src.xla_bridge.backends_are_initialized())
     assert not (tmp_path / "new").exists()
 
 
-def test_plan_takes_the_tokenizer_and_the_parameters_of_the_run_it_starts_from(tmp_path):
+def test_plan_finds_the_tokenizer_and_the_parameters_of_init_from(tmp_path):
     write_run(tmp_path / "old", {1: 0.5})
     old = str(tmp_path / "old")
-    planned = build.plan(toys.recipe(tmp_path / "no_data", init_from=old, **TINY), tmp_path / "new")
+    planned = run_lib.plan(toys.recipe(tmp_path / "no_data", init_from=old, **TINY), tmp_path / "new")
     assert planned.tokenizer.vocab_size == 285 and planned.unused == []
     assert planned.origin_of == {path: f"params/{path}" for path in param_paths.flatten(planned.abstract_params)}
 
 
-def test_plan_refuses_what_does_not_fit(tmp_path):
+def test_plan_refuses_configs_that_do_not_fit(tmp_path):
     write_run(tmp_path / "old", {1: 0.5})
 
     def refusal(error_type=ConfigError, **changes) -> str:
         with pytest.raises(error_type) as error:
-            build.plan(toys.recipe(tmp_path / "no_data", **TINY | changes), tmp_path / "new")
+            run_lib.plan(toys.recipe(tmp_path / "no_data", **TINY | changes), tmp_path / "new")
         return str(error.value)
 
     old = str(tmp_path / "old")
@@ -116,16 +118,16 @@ def test_plan_refuses_what_does_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sizes", "message"),
     [
-        ({"data__batch_size": 12}, {}, "'data.batch_size' (12) must be a multiple of 8: 8 parts of the mesh"),
+        ({"data__batch_size": 12}, {}, "'data.batch_size' (12) must be a multiple of 8: 8 shards of the mesh"),
         (
             {"train__micro_batches": 2},
             {},
-            "'data.batch_size' (8) must be a multiple of 16: 8 parts of the mesh x train.micro_batches=2",
+            "'data.batch_size' (8) must be a multiple of 16: 8 shards of the mesh x train.micro_batches=2",
         ),
         (
             {"train__micro_batches": 4},
             {"fsdp": 2, "tensor": 2},
-            "must be a multiple of 16: 4 parts of the mesh x train.micro_batches=4",
+            "must be a multiple of 16: 4 shards of the mesh x train.micro_batches=4",
         ),
         ({"eval__batch_size": 9}, {}, "'eval.batch_size' (9) must be a multiple of 8"),
         (
@@ -146,36 +148,37 @@ def test_plan_refuses_what_does_not_fit(tmp_path):
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_before_data_is_read(changes, sizes, message, tmp_path):
+def test_a_mesh_that_does_not_divide_is_refused_before_data_is_read(changes, sizes, message, tmp_path):
     changes = TINY | {"model__num_heads": 4} | changes
-    planned = build.plan(toys.recipe(tmp_path / "no_data", **changes), tmp_path / "new")
+    planned = run_lib.plan(toys.recipe(tmp_path / "no_data", **changes), tmp_path / "new")
     with pytest.raises(ConfigError) as error:
-        build.run(planned, tmp_path / "new", mesh(**sizes), lambda _: None)
+        run_lib.prepare(planned, tmp_path / "new", mesh(**sizes), lambda _: None)
     assert message in str(error.value)
 
 
-def test_a_run_lays_its_state_out_as_its_parameters_and_counts_its_steps(tmp_path):
+def test_the_state_is_sharded_like_the_parameters_and_durations_become_steps(tmp_path):
     data = toys.write_texts(tmp_path / "data", 20)
     changes = {"data__batch_size": 16, "train__total_steps": 0, "train__total_epochs": 16.0, "eval__every_examples": 40}
     cfg = toys.recipe(data, **TINY | changes | {"optim__lr_rules": (("embed/.*", 0.0), (".*", 1.0))})
     notes = []
-    run = build.run(build.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(fsdp=4), notes.append)
+    run = run_lib.prepare(run_lib.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(fsdp=4), notes.append)
     rows = len(run.data.train)
-    assert run.total_steps == rows and run.every == {"eval": 3, "checkpoint": 0}
+    assert run.program.total_steps == rows and run.every == {"eval": 3, "checkpoint": 0}
     assert any(f"rows {rows}" in note for note in notes)
     assert (tmp_path / "run" / "tokenizer.model").exists()
-    params = param_paths.flatten(run.abstract_state.params)
-    for tree in (run.abstract_state.opt_state[1].mu, run.abstract_state.opt_state[1].nu, run.abstract_state.ema):
+    state, optimizer = run.program.abstract_state, run.program.optimizer
+    params = param_paths.flatten(state.params)
+    for tree in (state.opt_state[1].mu, state.opt_state[1].nu, state.ema):
         flat = param_paths.flatten(tree)
-        assert flat.keys() == {path for path in params if not path.startswith("embed/")}, "what is frozen has no state"
+        assert flat.keys() == {path for path in params if not path.startswith("embed/")}, "frozen ones have no state"
         for path, leaf in flat.items():
             assert (leaf.shape, leaf.sharding) == (params[path].shape, params[path].sharding), path
     kernel = params["decoder/layers/mlp/up/kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 2, 16)
-    shape = jax.eval_shape(lambda p: step.init_state(p, run.optimizer, use_ema=True), run.abstract_state.params)
-    assert jax.tree.structure(shape) == jax.tree.structure(run.abstract_state)
-    got, batches = program.abstract_batch(run.cfg, run.mesh, 16), build.data_iterator(run, 0)
-    batch = build.placer(run.mesh, 16)(next(batches))
+    shape = jax.eval_shape(lambda p: step.init_state(p, optimizer, use_ema=True), state.params)
+    assert jax.tree.structure(shape) == jax.tree.structure(state)
+    got, batches = program.abstract_batch(run.cfg, run.mesh, 16), run_lib.train_batches(run)
+    batch = run_lib.placer(run.mesh, 16)(next(batches))
     batches.close()
     assert {key: (x.shape, x.dtype, x.sharding) for key, x in batch.items()} == {
         key: (x.shape, x.dtype, x.sharding) for key, x in got.items()
@@ -190,8 +193,8 @@ def test_the_compute_dtype_is_float32_on_cpus_unless_asked():
     ]
 
 
-def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path):
-    """Also where the tokenizer that it was started with is gone: it has its own copy."""
+def test_a_finished_run_is_loaded_by_name_and_best_is_by_its_own_metric(tmp_path):
+    """Even if the tokenizer that the run was started with no longer exists: the run has its own copy."""
     scores = {1: 0.1, 2: 0.9, 3: 0.2}
     _, states = write_run(
         tmp_path / "run",
@@ -200,7 +203,7 @@ def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path
         tokenizer__path="gone.model",
     )
     for name, number in {"": 3, "@best": 2, "@1": 1}.items():
-        cfg, model, params, words = build.load_run(f"{tmp_path}/run{name}")
+        cfg, model, params, words = run_lib.load_model(f"{tmp_path}/run{name}")
         assert param_paths.flatten(params).keys() == param_paths.flatten(states[number]).keys()
         jax.tree.map(np.testing.assert_array_equal, params, states[number])
     assert words.vocab_size == 285 and cfg.model.max_len == 16
@@ -211,5 +214,5 @@ def test_a_finished_run_is_loaded_by_name_with_its_own_idea_of_the_best(tmp_path
 def test_a_run_without_its_tokenizer_is_refused(tmp_path):
     write_run(tmp_path / "run", {1: 0.1})
     (tmp_path / "run" / "tokenizer.model").unlink()
-    with pytest.raises(ConfigError, match=f"no {tmp_path}/run/tokenizer.model: what the ids"):
-        build.load_run(str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=f"no {tmp_path}/run/tokenizer.model: the checkpoint cannot be used without"):
+        run_lib.load_model(str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""lm.evaluation.entity_tags: which labels are tags of entities, and in which scheme."""
+"""lm/evaluation/entity_tags.py: which labels are entity tags, and which scheme they follow."""
 
 import pytest
 
@@ -29,7 +29,7 @@ IOBES = {"O": "O", "B-X": "B-X", "I-X": "I-X", "E-X": "E-X", "S-X": "S-X"}
         (("O", "I-X", "E-X"), "auto", ("O", "I-X", "E-X"), ()),  # IOE1 or IOE2
     ],
 )
-def test_labels_that_are_tags(labels, scheme, tags, strict):
+def test_labels_that_are_entity_tags(labels, scheme, tags, strict):
     found = entity_tags.read(labels, scheme)
     assert tuple(found[label] for label in labels) == tags
     assert entity_tags.strict_schemes(found.values(), scheme) == strict
@@ -39,7 +39,7 @@ def test_labels_that_are_tags(labels, scheme, tags, strict):
     "labels",
     [("NOUN", "VERB"), ("O", "PER", "LOC"), ("S", "I"), ("O",), ("LS", "UH", "B"), ("^", "O", "S", "L", "M", "E", "N")],
 )
-def test_labels_that_are_none(labels):
+def test_labels_that_are_not_entity_tags(labels):
     assert entity_tags.read(labels) == {}
     with pytest.raises(ConfigError, match=r"'task\.labels'.*of 'task.entity_scheme' IOB2.*task.entity_scheme=none"):
         entity_tags.read(labels, "IOB2")
@@ -48,9 +48,9 @@ def test_labels_that_are_none(labels):
 @pytest.mark.parametrize(
     ("labels", "scheme", "says"),
     [
-        (("O", "B-X", "I-X", "X"), "auto", "'X' is no tag of an entity"),
-        (("O", "B-X", "X-I"), "auto", "'X-I' is no tag of an entity"),
-        (("O", "b-per", "i-per"), "auto", "'b-per' is no tag of an entity"),
+        (("O", "B-X", "I-X", "X"), "auto", "'X' is not an entity tag"),
+        (("O", "B-X", "X-I"), "auto", "'X-I' is not an entity tag"),
+        (("O", "b-per", "i-per"), "auto", "'b-per' is not an entity tag"),
         (("O", "B-X", "E-X", "U-X"), "auto", "they have the letters B, E, U"),
         (("O", "B-X", "I-X", "E-X", "S-X"), "IOB2", "they have the letters B, E, I, S; .*'task.entity_scheme' IOB2"),
         (("O", "B-X", "I-X", "E-X", "S-X"), "BILOU", "they have the letters"),
@@ -72,6 +72,6 @@ def test_labels_of_no_scheme_are_refused(labels, scheme, says):
         (["I-X O I-X O B-Y", "I-X"], "IOB1"),  # one slip
     ],
 )
-def test_the_tags_tell_the_scheme(sentences, scheme):
+def test_the_scheme_is_decided_by_the_tags(sentences, scheme):
     assert entity_tags.tell(("IOB2", "IOB1"), map(str.split, sentences)) == scheme
     assert entity_tags.tell(("IOBES",), map(str.split, sentences)) == "IOBES"

@@ -25,7 +25,7 @@ PAIRS = st.integers(2, 4).flatmap(
 
 
 @given(PAIRS)
-def test_classification_is_that_of_scikit_learn(drawn):
+def test_classification_equals_scikit_learn(drawn):
     metrics = pytest.importorskip("sklearn.metrics")
     classes, pairs = drawn
     labels, predictions = np.array(pairs).T
@@ -33,7 +33,7 @@ def test_classification_is_that_of_scikit_learn(drawn):
     average = "binary" if classes == 2 else "macro"
     expected = metrics.f1_score(labels, predictions, average=average, zero_division=0)
     assert found["f1"] == pytest.approx(expected)
-    if len({*labels, *predictions}) > 1:  # else scikit-learn warns, and says 0 as well
+    if len({*labels, *predictions}) > 1:  # otherwise scikit-learn warns, and gives 0 too
         assert found["matthews"] == pytest.approx(metrics.matthews_corrcoef(labels, predictions))
     assert scores.accuracy(labels, predictions) == pytest.approx(metrics.accuracy_score(labels, predictions))
 
@@ -56,7 +56,7 @@ def test_degenerate_classes_have_defined_scores():
     assert scores.accuracy(ones[:0], ones[:0]) == 0.0
 
 
-def test_regression_by_the_definitions_and_where_they_end():
+def test_regression_by_the_definitions_and_where_undefined():
     rng = np.random.default_rng(0)
     x = rng.normal(size=30)
     y = np.round(x + rng.normal(size=30))  # with ties
@@ -141,7 +141,7 @@ def as_iob1(tags):
 
 
 @given(st.data(), st.sampled_from(["IOB1", "IOB2", "IOBES"]))
-def test_strict_entities_are_those_that_the_scheme_has(data, scheme):
+def test_strict_entities_follow_the_scheme(data, scheme):
     """By brute force over spans."""
     pytest.importorskip("seqeval")
     sentences = data.draw(pairs_of_tags(*IOB, *ENDS) if scheme == "IOBES" else pairs_of_tags(*IOB))
@@ -184,7 +184,7 @@ ANSWER = st.lists(st.sampled_from(["The", "a", "an", "cat", "Cat's", "sat.", "30
 
 
 @given(st.lists(st.tuples(ANSWER, st.lists(ANSWER, min_size=1, max_size=3)), min_size=1, max_size=4))
-def test_answers_are_scored_as_by_the_script_of_squad(pairs):
+def test_answers_are_scored_as_by_the_squad_script(pairs):
     said, references = zip(*pairs, strict=True)
     found = scores.answers(said, references)
     exact = [max(normalize_answer(p) == normalize_answer(r) for r in refs) for p, refs in pairs]
@@ -199,7 +199,7 @@ def test_answers_worked():
 
 
 def f1_v2(prediction, reference):
-    """compute_f1 of SQuAD v2.0's script: two texts without a word agree."""
+    """compute_f1 of SQuAD v2.0's script: two texts without words match."""
     if not normalize_answer(prediction) or not normalize_answer(reference):
         return float(normalize_answer(prediction) == normalize_answer(reference))
     return f1_score(prediction, reference)
@@ -234,7 +234,7 @@ QUESTION = st.tuples(ANSWER, st.lists(ANSWER.filter(bool), max_size=2), st.float
 
 
 @given(st.lists(QUESTION, min_size=1, max_size=6, unique_by=lambda asked: asked[2]), st.floats(-9, 9))
-def test_answers_or_none_are_scored_as_by_the_script_of_squad_v2(asked, threshold):
+def test_answers_or_none_are_scored_as_by_the_squad_v2_script(asked, threshold):
     pairs, margins = [(said, answers) for said, answers, _ in asked], [margin for _, _, margin in asked]
     found = scores.answers_or_none(*zip(*pairs, strict=True), np.array(margins), threshold)
     wanted = squad_v2(pairs, margins, threshold)
@@ -242,7 +242,7 @@ def test_answers_or_none_are_scored_as_by_the_script_of_squad_v2(asked, threshol
 
 
 def test_answers_or_none_worked():
-    """Two questions with an answer, right and half right; two without, one of which is answered all the same."""
+    """Two questions with an answer, right and half right; two without, one of which is answered nevertheless."""
     said, accepted = ["cat", "black dog", "fish", "bird"], [["the cat"], ["dog", "a dog"], [], []]
     found = scores.answers_or_none(said, accepted, np.array([-2.0, 1.0, -1.0, 3.0]), 0.0)
     assert found == {
@@ -253,7 +253,7 @@ def test_answers_or_none_worked():
     assert "HasAns_f1" not in only and only["NoAns_f1"] == only["best_f1"] == 1.0 and only["best_f1_thresh"] == 0.0
 
 
-def test_a_threshold_cannot_part_equal_margins():
+def test_a_threshold_cannot_separate_equal_margins():
     found = scores.answers_or_none(["cat", "dog"], [["cat"], []], np.array([1.0, 1.0]), 0.0)
     assert found["best_f1"] == found["f1"] == 0.5
 
@@ -272,7 +272,7 @@ def test_translation():
 
 
 @pytest.mark.parametrize("tokenizer", ["13a", "zh"])
-def test_bleu_is_that_of_sacrebleu_with_its_tokenizer_and_signature(tokenizer, tmp_path):
+def test_bleu_equals_sacrebleu_with_its_tokenizer_and_signature(tokenizer, tmp_path):
     pytest.importorskip("sacrebleu")
     said, references = ["我今天去北京看朋友。", "猫坐在垫子上"], ["我今天到北京看朋友。", "猫正坐在垫子上"]
     for name, texts in (("said", said), ("references", references)):
@@ -284,10 +284,10 @@ def test_bleu_is_that_of_sacrebleu_with_its_tokenizer_and_signature(tokenizer, t
     found = scores.translation(said, references, tokenizer)
     assert found == {"bleu": pytest.approx(bleu["score"]), "chrf": pytest.approx(chrf["score"])}
     assert scores.translation_signatures(tokenizer) == {"bleu": bleu["signature"], "chrf": chrf["signature"]}
-    assert (found["bleu"] > 40) == (tokenizer != "13a")  # which takes each of the sentences for a word
+    assert (found["bleu"] > 40) == (tokenizer != "13a")  # which counts each sentence as one word
 
 
-def test_the_tokenizer_of_bleu_is_that_of_the_target_language():
+def test_the_bleu_tokenizer_depends_on_the_target_language():
     spaced, chinese, korean, thai = ["Ein Hund, 東京."], ["猫坐在垫子上。"], ["서울에 간다."], ["ฉันไปโรงเรียน"]
     for code, texts, tokenizer in (
         *(("de", spaced, "13a"), ("", spaced, "13a"), ("zh", chinese, "zh"), ("zh-CN", chinese, "zh")),
@@ -301,7 +301,7 @@ def test_the_tokenizer_of_bleu_is_that_of_the_target_language():
             scores.bleu_tokenizer("auto", "ref", texts)
 
 
-def test_what_a_tokenizer_of_bleu_lacks_is_named(monkeypatch, tmp_path):
+def test_missing_packages_of_a_bleu_tokenizer_are_named(monkeypatch, tmp_path):
     sacrebleu = pytest.importorskip("sacrebleu")
     known = set(get_args(get_type_hints(TranslationOptions)["bleu_tokenizer"]))
     assert known == {*sacrebleu.BLEU.TOKENIZERS, "auto"} - {"spm"}  # spm is flores101 by an older name
@@ -319,7 +319,7 @@ def test_what_a_tokenizer_of_bleu_lacks_is_named(monkeypatch, tmp_path):
         scores.translation_signatures("flores200")
 
 
-def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
+def test_a_missing_library_is_named_with_the_extra_that_installs_it(monkeypatch):
     for name in ("seqeval", "seqeval.metrics", "seqeval.metrics.sequence_labeling", "sacrebleu"):
         monkeypatch.setitem(sys.modules, name, None)
     for call, package in (
@@ -330,7 +330,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
             call()
 
 
-def test_nothing_of_the_extra_is_imported_before_it_is_needed():
+def test_optional_libraries_are_imported_only_when_needed():
     names = ("sklearn", "seqeval", "sacrebleu", "scipy")
     code = f"import lm.evaluation.scores, sys; print([m for m in {names} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

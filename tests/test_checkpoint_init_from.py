@@ -1,4 +1,4 @@
-"""The bridge from one run to the next: each parameter's origin is decided by rules, and nothing else comes along."""
+"""lm/checkpoint/init_from.py: rules decide where each parameter comes from, and nothing but parameters is read."""
 
 import dataclasses
 import functools
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, checkpoint, optim, param_paths, step, train
+from lm import checkpoint, optim, param_paths, step, train
+from lm import run as run_lib
 from lm.checkpoint import CheckpointError, init_from
 from lm.config import CheckpointConfig, Config, ModelConfig, OptimConfig, schema
 from lm.config.schema import ConfigError, to_dict
@@ -33,12 +34,12 @@ def model_of(cfg: ModelConfig = SMALL, seq_len: int = 8):
 
 @functools.cache
 def fresh_of():
-    """What the model's `init` makes of `SEED`."""
+    """The parameters that the model's `init` makes from `SEED`."""
     return jax.jit(model_of()[0].init)(jax.random.key(SEED))
 
 
 def random_like(abstract, seed: int):
-    """Other values than any initialiser makes."""
+    """Values that no initialiser makes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
 
@@ -65,7 +66,7 @@ def same(a, b) -> bool:
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_keep_takes_every_parameter(tmp_path):
+def test_keep_reads_every_parameter(tmp_path):
     old = random_like(model_of()[1], 0)
     got, origin, unused = initialize(save(tmp_path / "old", old), ((".*", "keep"),))
     for path, leaf in param_paths.flatten(old).items():
@@ -73,7 +74,7 @@ def test_keep_takes_every_parameter(tmp_path):
     assert got.keys() == origin.keys() and unused == []
 
 
-def test_only_what_the_rules_say_is_initialised_and_as_the_models_init_would(tmp_path):
+def test_reinit_initialises_as_the_model_would_and_keeps_the_rest(tmp_path):
     old = random_like(model_of()[1], 0)
     rules = ((r"decoder/layers/mlp/.*|embed/embedding", "reinit"), (".*", "keep"))
     got, origin, unused = initialize(save(tmp_path, old), rules)
@@ -85,8 +86,8 @@ def test_only_what_the_rules_say_is_initialised_and_as_the_models_init_would(tmp
     assert unused == sorted(anew)
 
 
-def test_the_average_is_preferred_where_there_is_one(tmp_path):
-    """It holds the trained parameters only: of frozen ones there is just the parameter."""
+def test_averaged_parameters_are_preferred(tmp_path):
+    """The average has the trained parameters only; frozen ones are read from the parameters."""
     old, average = random_like(model_of()[1], 0), random_like(model_of()[1], 1)
     ema = param_paths.select(average, {path: "/mlp/" in path for path in param_paths.flatten(old)})
     got, origin, _ = initialize(save(tmp_path / "old", old, ema), ((".*", "keep"),))
@@ -95,7 +96,7 @@ def test_the_average_is_preferred_where_there_is_one(tmp_path):
         assert same(leaf, param_paths.flatten(tree)[path]) and origin[path] == name
 
 
-def test_renamed_parameters_are_read_from_the_path_that_the_groups_make(tmp_path):
+def test_renamed_parameters_are_read_from_the_path_with_groups_filled_in(tmp_path):
     old = random_like(model_of()[1], 0)
     flat = param_paths.flatten(old)
     moved = {path.replace("decoder/layers/", "encoder/stack/"): leaf for path, leaf in flat.items()}
@@ -118,7 +119,7 @@ def refusal(saved, rules, cfg: ModelConfig = SMALL, seq_len: int = 8) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_transferred_is_refused_with_advice(tmp_path):
+def test_rules_that_do_not_fit_are_refused_with_advice(tmp_path):
     old = param_paths.flatten(random_like(model_of()[1], 0))
     old["decoder/final_norm/scales"] = old.pop("decoder/final_norm/scale")
     saved = save(tmp_path, param_paths.unflatten(old))
@@ -135,11 +136,11 @@ def test_what_cannot_be_transferred_is_refused_with_advice(tmp_path):
     assert "no rule covers parameter" in refusal(saved, reinit[:1])
     bad_group = refusal(saved, ((r"decoder/(.*)", r"old/\2"), *keep))
     assert "'init_rules': 'old/\\\\2' is no path to read 'decoder/final_norm/bias' from" in bad_group
-    with pytest.raises(CheckpointError, match=r"'init_rules' take nothing from .*checkpoints/7"):
+    with pytest.raises(CheckpointError, match=r"'init_rules' read no parameter from .*checkpoints/7"):
         initialize(saved, ((".*", "reinit"),))
 
 
-def test_what_is_left_behind_is_named(tmp_path):
+def test_parameters_that_are_not_used_are_named(tmp_path):
     untied = dataclasses.replace(SMALL, tie_embeddings=False)
     saved = save(tmp_path, random_like(model_of(untied)[1], 0))
     origin_of, unused = init_from.sources(model_of()[1], (("embed/position.*", "reinit"), (".*", "keep")), saved)
@@ -148,8 +149,8 @@ def test_what_is_left_behind_is_named(tmp_path):
     config = ModelConfig(num_heads=4)
     assert init_from.describe(origin_of, unused, saved, config).splitlines() == [
         f"init_from {saved.path}: {len(origin_of) - 1} parameters read",
-        "  initialised afresh (1): embed/position_embedding",
-        "  left behind (2): embed/position_embedding, lm_head/kernel",
+        "  initialised (1): embed/position_embedding",
+        "  not used (2): embed/position_embedding, lm_head/kernel",
         "  model.num_heads: 2 there, 4 here",
     ]
 
@@ -164,24 +165,23 @@ def test_a_fine_tuned_run_can_be_fine_tuned_again(tmp_path):
     assert set(origin.values()) == {"b@3 ema"}
 
 
-def test_nothing_but_parameters_is_transferred(tmp_path):
-    """Step, moments and skipped steps begin anew, and so does the average, at the parameters."""
+def test_nothing_but_parameters_is_read(tmp_path):
+    """Step, moments and skipped steps start at zero, the average at the parameters."""
     model, abstract = model_of()
     old = random_like(abstract, 0)
     saved = save(tmp_path, old)
     optimizer = optim.build(OptimConfig(schedule="constant"), abstract, total_steps=1, warmup_steps=0, decay_steps=0)
     cfg = dataclasses.replace(Config(seed=SEED), optim=OptimConfig(ema_decay=0.9))
-    run = SimpleNamespace(
+    program = SimpleNamespace(
         model=model,
-        cfg=cfg,
         init_state=functools.partial(step.init_state, optimizer=optimizer, use_ema=True),
         abstract_state=SimpleNamespace(params=abstract),
         state_shardings=jax.tree.leaves(abstract)[0].sharding,
     )
     origin_of, unused = init_from.sources(abstract, ((".*", "keep"),), saved)
-    planned = SimpleNamespace(init=saved, origin_of=origin_of, unused=unused)
+    plan = SimpleNamespace(init=saved, origin_of=origin_of, unused=unused)
     said = []
-    state, position, _ = train.restore(run, planned, [], said.append)
+    state, position, _ = train.restore(SimpleNamespace(program=program, plan=plan, cfg=cfg), [], said.append)
     assert (int(state.step), int(state.skipped), position.example) == (0, 0, 0)
     want = step.init_state(old, optimizer, use_ema=True)
     jax.tree.map(np.testing.assert_array_equal, state, want)
@@ -189,7 +189,7 @@ def test_nothing_but_parameters_is_transferred(tmp_path):
     assert said[0].startswith(f"init_from {saved.path}: ")
 
 
-def test_from_scratch_is_the_models_init():
+def test_from_scratch_equals_the_models_init():
     model, abstract = model_of()
     params, origin = init_from.initialize(model, abstract, SEED, None, {})
     assert set(origin.values()) == {"initialised"}
@@ -207,11 +207,11 @@ def test_fine_tuning_with_another_tokenizer_is_refused_before_data_is_read(tmp_p
         saves.save(1, {"params": {"embed": jnp.ones(3)}}, info, None)
     files = [str(tmp_path / name / "tokenizer.model") for name in ("other", "old")]
     cfg = toys.recipe(tmp_path / "no_data", init_from=str(tmp_path / "old"), tokenizer__path=files[0])
-    with pytest.raises(ConfigError, match="the tokenizers differ, so ids would mean other text") as error:
-        build.plan(cfg, tmp_path / "new")
+    with pytest.raises(ConfigError, match="the tokenizers differ, so that the same ids would stand for") as error:
+        run_lib.plan(cfg, tmp_path / "new")
     for file, name in zip(files, ("other", "old"), strict=True):
         assert f"{words[name].hash[:12]}  {file}" in str(error.value)
-    # The same where the file in the old run's folder is no longer the one it was trained with.
+    # The same if the file in the old run's folder is not the tokenizer it was trained with.
     words["other"].save(files[1])
     with pytest.raises(ConfigError, match=f"{words['old'].hash[:12]}  {tmp_path}/old/checkpoints/1"):
-        build.plan(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path="")), tmp_path / "new")
+        run_lib.plan(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path="")), tmp_path / "new")

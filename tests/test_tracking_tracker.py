@@ -1,3 +1,5 @@
+"""lm/tracking/tracker.py: rows are on disk at once, a resumed run rewrites its later rows, time adds up."""
+
 import json
 import math
 import os
@@ -8,11 +10,11 @@ import pytest
 
 from lm.config import MonitorConfig
 from lm.tracking import tracker
-from lm.tracking.tracker import Monitor
+from lm.tracking.tracker import Tracker
 
 
 class Clock:
-    """A clock that only the test moves."""
+    """A clock that the test advances."""
 
     seconds = 100.0
 
@@ -28,14 +30,14 @@ def clock(monkeypatch):
 
 
 def start(workdir, total_steps=100, start_step=0, enabled=True, **config):
-    return Monitor(workdir, total_steps, start_step, enabled, MonitorConfig(**config))
+    return Tracker(workdir, total_steps, start_step, enabled, MonitorConfig(**config))
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_are_whole_json_on_disk_at_once(tmp_path, clock):
+def test_rows_are_valid_json_and_flushed_at_once(tmp_path, clock):
     with start(tmp_path) as run:
         clock.seconds += 2.5
         run.log(10, "train", {"loss": np.float32(0.5), "grad_norm": math.inf})
@@ -45,12 +47,12 @@ def test_rows_are_whole_json_on_disk_at_once(tmp_path, clock):
     assert lines(tmp_path / "samples.jsonl") == [{"step": 10, "name": "prompt", "text": "a\nb"}]
 
 
-def test_a_metric_may_not_hide_a_key_of_the_row(tmp_path):
+def test_a_metric_may_not_have_the_name_of_a_key_of_the_row(tmp_path):
     with start(tmp_path) as run, pytest.raises(ValueError, match="'seconds' has the name"):
         run.log(1, "train", {"loss": 1.0, "seconds": 3.0})
 
 
-def test_resume_drops_later_rows_and_goes_on_as_if_never_stopped(tmp_path, clock, capsys):
+def test_a_resumed_run_drops_later_rows_and_continues(tmp_path, clock, capsys):
     with start(tmp_path) as run:
         for step in (10, 20, 30):
             clock.seconds += 1
@@ -63,12 +65,12 @@ def test_resume_drops_later_rows_and_goes_on_as_if_never_stopped(tmp_path, clock
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:2] == kept
     rows = lines(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [10, 20, 30]
-    assert [row["seconds"] for row in rows] == [1, 2, 3]  # wall time goes on from the row resumed at
+    assert [row["seconds"] for row in rows] == [1, 2, 3]  # wall time continues from the last row kept
     assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [10, 20]
     assert "metrics.jsonl: dropped 1 rows after step 20" in capsys.readouterr().err
 
 
-def test_a_start_from_nothing_drops_all_rows(tmp_path):
+def test_a_start_without_checkpoint_drops_all_rows(tmp_path):
     for _ in range(2):  # killed before the first checkpoint, started again
         with start(tmp_path) as run:
             run.log(0, "eval", {"loss": 9.0})
@@ -78,17 +80,17 @@ def test_a_start_from_nothing_drops_all_rows(tmp_path):
 @pytest.mark.parametrize(
     ("tail", "steps"), [('{"step": 30, "lo', [10, 20]), ('{"step": 20}', [10, 20, 20]), ("\0", [10, 20])]
 )
-def test_a_torn_last_line_is_repaired(tmp_path, capsys, tail, steps):
+def test_an_incomplete_last_line_is_repaired(tmp_path, capsys, tail, steps):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n{"step": 20}\n' + tail)
     with start(tmp_path, start_step=20) as run:
         run.log(30, "train", {"loss": 1.0})
     assert [row["step"] for row in lines(path)] == [*steps, 30]
-    assert "metrics.jsonl: repaired a torn last line" in capsys.readouterr().err
+    assert "metrics.jsonl: repaired an incomplete last line" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", ["{oops", "[1]", '{"loss": 1}'])
-def test_a_bad_row_inside_is_refused_by_line(tmp_path, bad):
+def test_an_invalid_line_before_the_last_is_refused_by_number(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 10}}\n{bad}\n{{"step": 30}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a JSON object with a 'step'"):
@@ -101,7 +103,7 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     tracker.write_atomic(path, "old")
 
     def disk_full(_):
-        assert path.read_text() == "old"  # the new text lies beside it until it is whole
+        assert path.read_text() == "old"  # the new text is written to another file first
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
@@ -110,7 +112,7 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["summary.json"]
 
 
-def test_tensorboard_holds_scalars_and_text(tmp_path):
+def test_tensorboard_has_scalars_and_text(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     with start(tmp_path, start_step=5) as run:
@@ -130,7 +132,7 @@ def test_tensorboard_holds_scalars_and_text(tmp_path):
     assert values["prompt/text_summary"][1].tensor.string_val == [b"    # not a title"]
 
 
-def test_disabled_writes_nothing_but_keeps_time(tmp_path, clock, capsys, monkeypatch):
+def test_a_disabled_tracker_writes_nothing_but_counts_time(tmp_path, clock, capsys, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: pytest.fail("profiled on a process that must not write"))
     with start(tmp_path / "run", enabled=False, profile=(0, 1)) as run:
         run.log(1, "train", {"loss": 1.0})
@@ -144,7 +146,7 @@ def test_disabled_writes_nothing_but_keeps_time(tmp_path, clock, capsys, monkeyp
     assert not (tmp_path / "run").exists() and capsys.readouterr().err == ""
 
 
-def test_buckets_add_up_to_all_the_time_and_inner_ones_count_once(tmp_path, clock):
+def test_buckets_add_up_to_the_total_time_and_nested_ones_count_once(tmp_path, clock):
     with start(tmp_path, enabled=False) as run:
         clock.seconds += 1
         with pytest.raises(RuntimeError), run.bucket("eval"):
@@ -160,7 +162,7 @@ def test_buckets_add_up_to_all_the_time_and_inner_ones_count_once(tmp_path, cloc
             pass
 
 
-def test_plain_progress_is_no_flood_and_estimates_the_time_left(tmp_path, clock, capsys):
+def test_progress_without_a_terminal_is_rate_limited_and_estimates_the_time_left(tmp_path, clock, capsys):
     with start(tmp_path, total_steps=1000, start_step=100) as run:
         for step in range(101, 1001):
             run.progress(step, 2.0, 12_345.6, 0.4123 if step > 900 else None)
@@ -172,7 +174,7 @@ def test_plain_progress_is_no_flood_and_estimates_the_time_left(tmp_path, clock,
     assert len(printed) == 91  # of 900 calls: one in 10 s, and the last
 
 
-def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
+def test_a_terminal_shows_a_progress_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     with start(tmp_path, total_steps=40) as run:
@@ -183,7 +185,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
     assert "[not markup]" in printed
 
 
-def test_profile_covers_its_window_once(tmp_path, monkeypatch):
+def test_the_profile_covers_the_steps_asked_for(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(f"start {path}"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
@@ -194,7 +196,7 @@ def test_profile_covers_its_window_once(tmp_path, monkeypatch):
     assert calls == [0, 1, 2, 3, f"start {tmp_path / 'profile'}", 4, 5, "stop", 6, 7]
 
 
-def test_profile_ends_with_the_run(tmp_path, monkeypatch):
+def test_the_profile_ends_with_the_run(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
@@ -209,7 +211,7 @@ def test_a_url_is_refused_before_anything_is_written():
         start("gs://bucket/run")
 
 
-def test_nothing_in_a_sample_acts_on_the_terminal(tmp_path, capsys):
+def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, capsys):
     text = "a\x1b[2Jb\x07\tc\x9b1m\r\u202ed\x7f\nhe\u200dllo\u3000"
     with start(tmp_path) as run:
         run.text(1, "\x1b]0;title\x07", text)

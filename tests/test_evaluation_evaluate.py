@@ -1,4 +1,4 @@
-"""An evaluation is one sum over all rows, however they are cut into batches and laid on devices."""
+"""lm/evaluation/evaluate.py: metrics do not depend on the batch size or the number of devices."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import toys
 
-from lm import build, losses, step
+from lm import losses, step
+from lm import run as run_lib
 from lm.config import MeshConfig
 from lm.data import loader
 from lm.evaluation import evaluate, metrics
@@ -21,7 +22,7 @@ ROWS, SEQ_LEN = 11, 12
 
 
 def run(eval_step, params, batch_size: int, shards: int, rows=None, max_tokens: int = 0):
-    """Evaluates on some of the fake devices, through the real batches and placement."""
+    """Evaluates on some of the fake devices, with batches and shardings as in a run."""
     rows = toys.batch(ROWS, SEQ_LEN) if rows is None else rows
     mesh = make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
     local = sharding.local_rows(mesh, batch_size)
@@ -31,12 +32,12 @@ def run(eval_step, params, batch_size: int, shards: int, rows=None, max_tokens: 
         part, batch_size=batch_size, local_rows=local, max_tokens=max_tokens, seq_len=rows["tokens"].shape[1]
     )
     with jax.set_mesh(mesh):
-        sums, outputs = evaluate.evaluate(eval_step, params, build.placer(mesh, batch_size), batches, len(part))
+        sums, outputs = evaluate.evaluate(eval_step, params, run_lib.placer(mesh, batch_size), batches, len(part))
         return metrics.finalize(sums, has_perplexity=True), outputs
 
 
 def count(_, batch):
-    """Sums of small integers, so that they are exact in any order."""
+    """An evaluation step whose sums are of small integers, and so exact in any order."""
     weights = batch["loss_weights"]
     per_row = jnp.sum(batch["tokens"] * weights, axis=1)
     sums = {
@@ -58,7 +59,7 @@ def test_each_row_counts_once(batch_size, shards):
     assert got == {name: value / weights.sum() for name, value in sums.items()}
 
 
-def test_the_loss_is_the_same_for_every_batch_size_and_number_of_shards():
+def test_the_loss_does_not_depend_on_batch_size_and_number_of_shards():
     cfg = transformer.resolve(dataclasses.replace(toys.LLAMA, num_layers=1), vocab_size=toys.VOCAB, seq_len=SEQ_LEN)
     model = transformer.text_model(cfg, jnp.float32)
 
@@ -84,13 +85,13 @@ def test_the_loss_is_the_same_for_every_batch_size_and_number_of_shards():
         assert values["perplexity"] == pytest.approx(np.exp(values["nll"]))
 
 
-def test_a_long_batch_cannot_be_drowned_by_short_ones():
-    """Sums, not a mean of means: one row of 100 targets at 1 and ten rows of one target at 0."""
+def test_a_batch_counts_by_its_number_of_targets():
+    """Sums, not a mean of means: one row with 100 targets of value 1, and ten rows with one target of value 0."""
     rows = {key: np.zeros((11, 100), x.dtype) for key, x in toys.batch(1, 100).items()}
     rows["loss_weights"][0], rows["tokens"][0] = 1, 1
     rows["loss_weights"][1:, 0] = 1
     assert run(jax.jit(count), None, 1, 1, rows)[0]["tokens"] == 100 / 110
 
 
-def test_no_batch_gives_no_metric():
+def test_without_batches_there_are_no_metrics():
     assert evaluate.evaluate(count, None, dict, [], 0) == ({}, {})

@@ -18,7 +18,7 @@ from tests import toys
 @pytest.fixture
 def run(tmp_path):
     workdir = tmp_path / "a<b"
-    with tracker.Monitor(workdir, 20, 0, True, MonitorConfig()) as m:
+    with tracker.Tracker(workdir, 20, 0, True, MonitorConfig()) as m:
         for step in (0, 10, 20):
             m.log(step, "eval", {"loss": 3.0 - step / 10, "perplexity": 20.0, "bits_per_byte": 1.25})
             m.text(step, "greedy", f"sample {step} <script>alert(1)</script>")
@@ -30,7 +30,7 @@ def run(tmp_path):
     return workdir
 
 
-def test_summary_is_json_with_versions_and_says_what_was_not_finite(tmp_path):
+def test_summary_is_json_with_versions_and_lists_values_that_were_not_finite(tmp_path):
     summary = {"loss": math.nan, "steps": 5, "best": {"loss": np.float32(np.inf), "step": np.int32(4)}, "none": None}
     report.write_summary(tmp_path, summary)
     text = (tmp_path / "summary.json").read_text()
@@ -41,7 +41,7 @@ def test_summary_is_json_with_versions_and_says_what_was_not_finite(tmp_path):
     assert out == {**expected, "not_finite": ["loss", "best.loss"]}
 
 
-def test_summary_is_replaced_whole(tmp_path, monkeypatch):
+def test_summary_is_replaced_atomically(tmp_path, monkeypatch):
     report.write_summary(tmp_path, {"steps": 1})
     with pytest.raises(TypeError):
         report.write_summary(tmp_path, {"steps": object()})
@@ -49,7 +49,7 @@ def test_summary_is_replaced_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_versions_name_what_figures_depend_on():
+def test_versions_list_the_packages_that_results_depend_on():
     versions = report.versions()
     assert list(versions) == ["python", "jax", "flax", "optax", "orbax", "grain", "lm"]
     assert versions["jax"] == jax.__version__
@@ -103,12 +103,12 @@ def test_parameter_table_shows_every_leaf_and_exact_totals():
         "trained 1,052,928",
         "frozen 1,310,720",
     ]
-    assert "\n\n embed/embedding" in table  # groups are set apart
+    assert "\n\n embed/embedding" in table  # groups are separated
 
 
-def test_report_holds_curves_figures_samples_and_config(run):
+def test_report_has_curves_figures_samples_and_config(run):
     page = report.write_report(run).read_text()
-    assert page.count("<svg") == 1 and page.count('id="axes_') == 6  # one panel a metric
+    assert page.count("<svg") == 1 and page.count('id="axes_') == 6  # a panel for each metric
     assert "<b>1,234,567</b><span>parameters</span>" in page
     assert "<b>1</b><span>eval loss</span>" in page  # the last evaluation: 3 - 20/10
     assert "step <b>75.0%</b> 3.0 s" in page and 'style="width:75.000%' in page
@@ -118,19 +118,19 @@ def test_report_holds_curves_figures_samples_and_config(run):
     assert [path.name for path in run.iterdir() if path.name.endswith(".tmp")] == []
 
 
-def test_report_refers_to_nothing_outside_and_escapes_what_it_shows(run):
+def test_report_is_self_contained_and_escapes_text(run):
     page = report.write_report(run).read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<h1>a&lt;b</h1>" in page
     assert "src=" not in page and 'href="http' not in page and "url(http" not in page
 
 
-def test_report_of_the_same_run_is_the_same_bytes(run):
+def test_report_is_deterministic(run):
     first = report.write_report(run).read_bytes()
     assert report.write_report(run).read_bytes() == first
 
 
-def test_curves_hold_the_points_of_each_split(run):
+def test_curves_have_the_points_of_each_split(run):
     rows, _ = tracker.read_rows(run / "metrics.jsonl")
     about = functools.partial(base.about, TASKS["causal_lm"], config.Config())
     panels = {panel.get_title(loc="left"): panel for panel in report.draw_curves(rows, about).axes}
@@ -141,7 +141,7 @@ def test_curves_hold_the_points_of_each_split(run):
     assert points == {"train 2": [[10, 2], [20, 2]], "eval 1": [[0, 3], [10, 2], [20, 1]]}
 
 
-def test_report_of_a_run_that_has_only_begun_says_so(tmp_path):
+def test_report_of_a_run_that_has_just_started(tmp_path):
     page = report.write_report(tmp_path).read_text()
     assert "not started" in page and "No rows in metrics.jsonl yet." in page and "no summary.json yet" in page
     (tmp_path / "metrics.jsonl").write_text(
@@ -161,9 +161,9 @@ def test_report_of_a_run_that_has_only_begun_says_so(tmp_path):
         ("regression", "squared error per example"),
     ],
 )
-def test_the_report_says_what_the_loss_is_measured_in(tmp_path, monkeypatch, task, unit):
+def test_the_report_gives_the_unit_of_the_loss(tmp_path, monkeypatch, task, unit):
     monkeypatch.setattr(report, "_curves", lambda rows, about: "")  # they take a second
-    with tracker.Monitor(tmp_path, 5, 0, True, MonitorConfig()) as m:
+    with tracker.Tracker(tmp_path, 5, 0, True, MonitorConfig()) as m:
         m.log(5, "eval", {"loss": 3.0, "web_loss": 2.0})
     cfg = config.Config(task=toys.task(task), train=config.TrainConfig(total=Duration(steps=5)))
     (tmp_path / "config.json").write_text(config.to_json(cfg))

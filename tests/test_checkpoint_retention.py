@@ -1,11 +1,11 @@
-"""Which checkpoints are kept, which is the best, and which one a folder stands for."""
+"""lm/checkpoint/store.py: which checkpoints are kept, which is the best, and which one a name refers to."""
 
 import pytest
 
 from lm import checkpoint
 from lm.checkpoint import CheckpointError
 from lm.config import CheckpointConfig
-from tests.test_checkpoint import info, may_stop_orbax, save, small, steps
+from tests.test_checkpoint_store import info, may_stop_orbax, save, small, steps
 
 pytestmark = may_stop_orbax
 
@@ -28,7 +28,7 @@ def test_the_latest_two_and_the_best_one_are_kept(name, values, kept, tmp_path):
         assert checkpoint.choose(f"{tmp_path}@best").step == kept[0 if len(kept) == 3 else -1]
 
 
-def test_retention_goes_on_over_restarts_and_can_keep_no_best(tmp_path):
+def test_retention_continues_after_restarts_and_can_keep_no_best(tmp_path):
     for number, loss in {1: 1.0, 2: 3.0, 3: 2.0, 4: 5.0}.items():
         save(tmp_path / "best", {number: loss}, keep_latest=1, keep_best=2)
         save(tmp_path / "none", {number: loss}, keep_latest=1, keep_best=0)
@@ -36,7 +36,7 @@ def test_retention_goes_on_over_restarts_and_can_keep_no_best(tmp_path):
     assert steps(tmp_path / "none") == [4]
 
 
-def test_is_best_compares_with_every_kept_step(tmp_path):
+def test_is_best_compares_with_all_kept_steps(tmp_path):
     answers = []
     for cfg in (CheckpointConfig(), CheckpointConfig(best_metric="f1"), CheckpointConfig(keep_best=0)):
         workdir, name = tmp_path / f"{cfg.best_metric}{cfg.keep_best}", cfg.best_metric
@@ -50,8 +50,8 @@ def test_is_best_compares_with_every_kept_step(tmp_path):
     assert answers == [[True, True, False, False, False], [True, False, False, True, False], [False] * 5]
 
 
-def test_choose_names_one_step(tmp_path):
-    run = tmp_path / "a@b" / "run"  # an @ in the path is not the one before the step
+def test_choose_finds_the_step_that_is_named(tmp_path):
+    run = tmp_path / "a@b" / "run"  # the @ of the path is not that of the step
     save(run, {1: 3.0, 2: 1.0, 3: 2.0, 10: None}, keep_latest=9)
     found = {name: checkpoint.choose(f"{run}{name}").step for name in ("", "@latest", "@best", "@3", "@10")}
     assert found == {"": 10, "@latest": 10, "@best": 2, "@3": 3, "@10": 10}
@@ -62,7 +62,7 @@ def test_choose_names_one_step(tmp_path):
         checkpoint.choose(str(tmp_path / "nowhere@best"))
 
 
-def test_the_best_is_the_best_by_the_runs_own_metric(tmp_path):
+def test_the_best_is_by_the_metric_of_the_run(tmp_path):
     run = tmp_path / "run"
     changes = {"keep_latest": 9, "best_metric": "accuracy"}
     save(run, {1: 0.1, 2: 0.3, 3: 0.2}, name="accuracy", **changes)
@@ -72,7 +72,7 @@ def test_the_best_is_the_best_by_the_runs_own_metric(tmp_path):
         checkpoint.choose(f"{tmp_path}/other@best")
 
 
-def test_choose_refuses_a_damaged_step_and_best_looks_among_the_others(tmp_path):
+def test_choose_refuses_a_damaged_step_and_best_ignores_it(tmp_path):
     save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0}, keep_latest=9)
     (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
     assert checkpoint.choose(f"{tmp_path}@best").step == 3

@@ -1,4 +1,4 @@
-"""Checkpoints come back bitwise on any mesh; damage is never passed on silently."""
+"""lm/checkpoint/store.py: checkpoints are restored bitwise on any mesh; damage never goes unnoticed."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
 from lm.types import TrainState
 
-# What Orbax leaves behind when it stops at a damaged file or a full disk.
+# What Orbax leaves behind when it fails at a damaged file or a full disk.
 may_stop_orbax = pytest.mark.filterwarnings(
     "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -49,7 +49,7 @@ MESHES = {
 
 
 def abstract_state(name: str, *, use_ema: bool, devices: int) -> TrainState:
-    """A state of one optimizer as `lm.build` lays it out, on some of the fake devices."""
+    """The state of an optimizer, sharded as in `lm.run`, on some of the fake devices."""
     mesh = make_mesh(MESHES[devices], jax.devices()[:devices])
     optimizer = optim.build(
         OptimConfig(name=name, schedule="constant"), ABSTRACT, total_steps=1, warmup_steps=0, decay_steps=0
@@ -68,7 +68,7 @@ def abstract_state(name: str, *, use_ema: bool, devices: int) -> TrainState:
 
 
 def filled(abstract, seed: int = 0):
-    """Random arrays, on its devices."""
+    """Random arrays on the devices of the abstract state."""
     rng = np.random.default_rng(seed)
 
     def make(leaf):
@@ -92,13 +92,13 @@ def small(value: float = 0.0):
 
 
 def info(**changes):
-    """What a run writes beside the arrays."""
+    """The JSON that a run saves beside the arrays."""
     cfg = dataclasses.replace(Config(), checkpoint=CheckpointConfig(**changes))
     return {"config": schema.to_dict(cfg), "tokenizer_hash": "abc", "data": {"example": 8, "fingerprint": "f"}}
 
 
 def save(workdir, metrics: dict[int, float | None], name: str = "loss", **changes) -> None:
-    """One small checkpoint a step, each holding its own step in its arrays."""
+    """A small checkpoint for each step, with the step as the value of its arrays."""
     with checkpoint.Checkpoints(workdir, CheckpointConfig(**changes)) as saves:
         for number, value in metrics.items():
             saves.save(number, small(number)[0], info(**changes), None if value is None else {name: value})
@@ -122,14 +122,14 @@ def test_a_state_moves_from_8_to_4_to_1_devices_bitwise(name, use_ema, tmp_path)
         jax.tree.map(lambda leaf, want: None if leaf.sharding == want.sharding else pytest.fail(), state, wanted)
 
 
-def test_a_part_of_a_state_is_read_alone(tmp_path):
+def test_a_part_of_a_state_can_be_read_by_itself(tmp_path):
     save(tmp_path, {3: None})
     state, abstract = small(3)
     got = checkpoint.load(checkpoint.choose(str(tmp_path)), {"b": abstract["b"]})
     assert_same(got, {"b": state["b"]})
 
 
-def test_a_save_is_not_disturbed_by_the_next_step_taking_the_buffers_of_the_state(tmp_path):
+def test_a_save_is_not_affected_when_the_next_step_donates_the_state(tmp_path):
     state = {"a": jnp.arange(3_000_000, dtype=jnp.float32)}
     abstract = {"a": jax.ShapeDtypeStruct((3_000_000,), jnp.float32, sharding=state["a"].sharding)}
     next_step = jax.jit(lambda s: {"a": s["a"] * 0}, donate_argnums=0)
@@ -162,8 +162,8 @@ def fingerprint(x) -> int:
 FINGERPRINTS = jax.jit(checkpoint.fingerprints)
 
 
-def test_the_fingerprint_sees_zeros_swaps_and_places():
-    """A lost chunk is read as zeros; that of a fresh scale, all ones, has to differ."""
+def test_the_fingerprint_detects_zeros_swaps_and_positions():
+    """A lost chunk is read as zeros, and must not pass for the ones of a newly initialised scale."""
     ones, zeros = np.ones((2, 128), np.float32), np.zeros((2, 128), np.float32)
     half = ones.copy()
     half[1] = 0
@@ -186,8 +186,8 @@ def files_of(saved: checkpoint.Saved) -> list[Path]:
     return sorted(path for path in Path(saved.path).rglob("*") if path.is_file())
 
 
-def test_flipped_bits_never_give_a_wrong_value(tmp_path):
-    """In any file of a step, its JSON too: either all is right, or it is refused."""
+def test_flipped_bits_never_give_wrong_values(tmp_path):
+    """In any file of a checkpoint, the JSON too: either all values are right, or the checkpoint is refused."""
     save(tmp_path / "run", {1: 0.5, 2: 0.25})
     good = checkpoint.choose(str(tmp_path / "run"))
     state, abstract = small(2)
@@ -220,7 +220,7 @@ def flip(content: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.parametrize("damage", ["delete", "empty", "half"])
-def test_lost_and_truncated_files_are_refused_by_name_or_do_no_harm(damage, tmp_path):
+def test_missing_and_truncated_files_are_refused_by_name_or_are_harmless(damage, tmp_path):
     save(tmp_path / "run", {1: 0.5, 2: 0.25})
     good = checkpoint.choose(str(tmp_path / "run"))
     state, abstract = small(2)
@@ -234,13 +234,13 @@ def test_lost_and_truncated_files_are_refused_by_name_or_do_no_harm(damage, tmp_
         except CheckpointError as error:
             assert str(good.path) in str(error) and "use another step" in str(error)
             refused.add(path.relative_to(good.path).parts[-2] if "d" in path.parts else path.name)
-        with checkpoint.Checkpoints(tmp_path / "run", CheckpointConfig()) as saves:  # it can be gone on from step 1
+        with checkpoint.Checkpoints(tmp_path / "run", CheckpointConfig()) as saves:  # resumes from step 1
             assert saves.last_good in (1, 2)
         path.write_bytes(content)
     assert {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "d"} <= refused
 
 
-def test_what_does_not_fit_is_refused_with_its_name(tmp_path):
+def test_an_array_that_does_not_fit_is_refused_by_name(tmp_path):
     save(tmp_path, {1: None})
     saved = checkpoint.choose(str(tmp_path))
     _, abstract = small()
@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused_with_its_name(tmp_path):
     )
 
 
-def test_another_format_is_refused(tmp_path, monkeypatch):
+def test_another_format_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.store, "FORMAT", 7)
     save(tmp_path, {1: None})
     monkeypatch.undo()
@@ -272,17 +272,19 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def full_disk():
-    """() -> None, from which on no file can grow beyond 64 kB (EFBIG; Python ignores SIGXFSZ)."""
+    """A function after whose call no file can grow beyond 64 kB (EFBIG; Python ignores SIGXFSZ)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("surfaces_at", ["poll", "save", "wait", "exit"])
-def test_a_full_disk_surfaces_at_the_next_call_and_the_last_good_step_stays(surfaces_at, tmp_path, full_disk):
+def test_a_full_disk_is_reported_at_the_next_call_and_the_last_good_step_is_kept(surfaces_at, tmp_path, full_disk):
     rng = np.random.default_rng(0)
     large = {"a": jnp.asarray(rng.normal(size=100_000), jnp.float32)}
-    message = r"saving .*/checkpoints/2 failed: .*; last good checkpoint: step 1\. Free the disk and start again\."
+    message = (
+        r"saving .*/checkpoints/2 failed: .*; the last good checkpoint is step 1\. Free disk space and start again\."
+    )
     with (
         pytest.raises(CheckpointError, match=message),
         checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1)) as saves,
@@ -309,17 +311,17 @@ def test_a_full_disk_surfaces_at_the_next_call_and_the_last_good_step_stays(surf
     assert_same(checkpoint.load(checkpoint.choose(str(tmp_path)), abstract), large)
 
 
-def test_a_save_that_cannot_begin_names_its_path(tmp_path, monkeypatch):
+def test_a_save_that_cannot_start_names_its_path(tmp_path, monkeypatch):
     with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "checkpoints").write_text("a file in place of the folder")
-        with pytest.raises(CheckpointError, match=r"saving .*/checkpoints/5 failed: .*; none before it\."):
+        with pytest.raises(CheckpointError, match=r"saving .*/checkpoints/5 failed: .*; there is no earlier one\."):
             saves.save(5, small()[0], info(), None)
             saves.wait()
         assert saves.last_good is None
 
 
-def test_the_error_on_its_way_is_not_replaced_by_that_of_a_save(tmp_path, full_disk):
+def test_an_error_of_a_save_does_not_hide_the_error_that_ended_the_run(tmp_path, full_disk):
     large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=100_000), jnp.float32)}
     with pytest.raises(KeyError, match="first"), checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
         full_disk()
@@ -341,7 +343,7 @@ def test_last_good_is_a_committed_step(tmp_path, monkeypatch):
         assert saves.last_good == 2, "what could not be read is not good"
 
 
-def test_the_folder_of_a_killed_save_is_ignored_and_removed(tmp_path):
+def test_the_folder_of_an_interrupted_save_is_ignored_and_removed(tmp_path):
     save(tmp_path, {1: None})
     left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "1", left)
@@ -353,8 +355,8 @@ def test_the_folder_of_a_killed_save_is_ignored_and_removed(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
-def test_a_damaged_step_is_saved_again_and_never_crowds_out_good_ones(file, tmp_path):
-    """Steps 2 and 4, of which 4 is damaged; the run goes on from 2 and saves every step, keeping one."""
+def test_a_damaged_step_is_saved_again_and_does_not_count_among_those_kept(file, tmp_path):
+    """Steps 2 and 4, of which 4 is damaged; the run resumes from 2 and saves every step, keeping one."""
     save(tmp_path, {2: None, 4: None}, keep_latest=2)
     (tmp_path / "checkpoints/4" / file).write_bytes(b"{")
     with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1), resumed=2) as saves:
@@ -367,7 +369,7 @@ def test_a_damaged_step_is_saved_again_and_never_crowds_out_good_ones(file, tmp_
     assert_same(checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1]), small(44)[0])
 
 
-def test_a_step_holds_nothing_but_arrays_and_json(tmp_path):
+def test_a_checkpoint_contains_only_arrays_and_json(tmp_path):
     save(tmp_path, {1: 0.5})
     saved = checkpoint.choose(str(tmp_path))
     assert saved.info["config"] == json.loads(json.dumps(info()["config"]))

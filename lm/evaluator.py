@@ -1,0 +1,137 @@
+"""Evaluation during a run: validation of the current parameters, samples, and the test of the chosen checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from lm import checkpoint, program
+from lm import run as run_lib
+from lm.checkpoint import CheckpointError
+from lm.config import Config
+from lm.data.loader import REPLAY
+from lm.decoding import sampling
+from lm.evaluation import evaluate, metrics
+from lm.parallel import sharding
+from lm.run import Run
+from lm.step import eval_params
+from lm.tasks import base, task_of
+from lm.tracking.tracker import Tracker
+from lm.types import Outputs, Params, TrainState
+
+
+class Evaluator:
+    """Evaluates a run on its held-out rows and logs the metrics. Its evaluation step is compiled once, when it is made.
+
+    Where the run keeps an average of its parameters, the average is evaluated.
+    """
+
+    def __init__(self, run: Run, tracker: Tracker):
+        rows = program.eval_batch_size(run.cfg)
+        batch = program.abstract_batch(run.cfg, run.mesh, rows)
+        self._eval_step = run.program.eval_step.lower(run.program.abstract_state.params, batch).compile()
+        self._place = run_lib.placer(run.mesh, rows)
+        self._run, self._tracker = run, tracker
+
+    def validate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Metrics of the validation rows after `step` steps. Logs them, and a sample for each of `generate.prompts`."""
+        tracker, cfg = self._tracker, self._run.cfg
+        with tracker.bucket("eval"):
+            params = eval_params(state)
+            values = self._evaluate(params, "valid")
+            tracker.log(step, "eval", values)
+            tracker.note(f"[step {step:,}] validation: {with_units(values, cfg)}")
+            for prompt, text in samples(self._run, params, step).items():
+                tracker.text(step, prompt, text)
+        return values
+
+    def test(self, state: TrainState, step: int, workdir: Path) -> dict[str, Any]:
+        """Metrics of the test rows, and 'step': those of the checkpoint that validation chose. {} without test rows.
+
+        Args:
+          state: the last one of the run.
+          step: its step.
+          workdir: the run's folder, whose checkpoints are all written.
+        """
+        run, tracker = self._run, self._tracker
+        if not any(source.test for source in run.data.sources.values()):
+            return {}
+        with tracker.bucket("eval"):
+            step, state = best_state(run, workdir, step, state, tracker.note)
+            values = self._evaluate(eval_params(state), "test")
+            tracker.log(step, "test", values)
+            tracker.note(f"test, with the checkpoint of step {step:,}: {with_units(values, run.cfg)}")
+        return {"step": step, **values}
+
+    def _evaluate(self, params: Params, part: Literal["valid", "test"]) -> dict[str, float]:
+        """Metrics over the rows of the run's own sources together and, where sources have names, of each by its name.
+
+        The rows of `data.replay` are a source by themselves and do not count among the run's own.
+        """
+        run = self._run
+        own_sums: metrics.Sums = {}
+        own_outputs: list[Outputs] = []
+        own_meta: list[Any] = []
+        by_source: dict[str, float] = {}
+        for name, source in run.data.sources.items():
+            rows = getattr(source, part)
+            if rows is None:
+                continue
+            row_ids, batches = run_lib.eval_rows(run, rows)
+            sums, outputs = evaluate.evaluate(self._eval_step, params, self._place, batches, len(row_ids))
+            meta = [rows.meta[i] for i in row_ids] if run.score else []
+            if name:
+                by_source |= {f"{name}_{key}": value for key, value in values_of(run, sums, outputs, meta).items()}
+            if name != REPLAY:
+                own_sums = metrics.add(own_sums, sums)
+                own_outputs.append(outputs)
+                own_meta += meta
+        joined = {key: np.concatenate([outputs[key] for outputs in own_outputs]) for key in own_outputs[0]}
+        return values_of(run, own_sums, joined, own_meta) | by_source
+
+
+def values_of(run: Run, sums: metrics.Sums, outputs: Outputs, meta: list[Any]) -> dict[str, float]:
+    """Metric -> value: the sums divided by their weights, and the task's scores of the outputs.
+
+    Args:
+      run: whose task it is.
+      sums: metric -> (sum, weight).
+      outputs: name -> [R, ...], the model's outputs of each row.
+      meta: [R], what scoring needs to know of each row.
+    """
+    values = metrics.finalize(sums, task_of(run.cfg).has_perplexity)
+    return values | run.score(outputs, meta, run.cfg) if run.score else values
+
+
+def best_state(
+    run: Run, workdir: Path, step: int, state: TrainState, note: Callable[[str], None]
+) -> tuple[int, TrainState]:
+    """(step, state) of the best checkpoint by `checkpoint.best_metric`; the given ones where none can be read."""
+    if not run.cfg.checkpoint.keep_best:
+        return step, state
+    try:
+        best = checkpoint.choose(f"{workdir}@best")
+        return best.step, state if best.step == step else checkpoint.load(best, run.program.abstract_state)
+    except CheckpointError as error:
+        note(f"{error}\ntesting the last state instead of the best one")
+        return step, state
+
+
+def samples(run: Run, params: Params, step: int) -> dict[str, str]:
+    """Prompt -> the model's continuation, for each of `generate.prompts`; drawn anew at each step."""
+    tokenizer = run.plan.tokenizer
+    if not run.prompts or tokenizer is None:
+        return {}
+    key = jax.random.fold_in(jax.random.key(run.cfg.seed), step)
+    shards = sharding.batch_shards(run.mesh)
+    prompts = list(run.prompts.values())
+    made = sampling.generate(run.program.model, params, prompts, key, run.cfg, tokenizer, rows_multiple=shards)
+    return {prompt: tokenizer.decode(ids) for prompt, ids in zip(run.prompts, made, strict=True)}
+
+
+def with_units(values: dict[str, float], cfg: Config) -> str:
+    """The metrics of an evaluation on one line, each with its unit."""
+    units = {name: base.about(task_of(cfg), cfg, name).unit for name in values}
+    return " · ".join(f"{name} {value:.4f} {units[name]}".rstrip() for name, value in values.items())

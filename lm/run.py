@@ -1,0 +1,442 @@
+"""From a config to the objects of a run: `plan` checks it without data, `prepare` reads the data and makes the steps.
+
+The only place where config becomes objects: which task, model, optimizer and mesh a run has is decided here, by values.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from lm import checkpoint, checks, input_pipeline, param_paths, replay
+from lm import program as program_lib
+from lm.checkpoint import CheckpointError, init_from, resume
+from lm.config import Config, DataConfig, MeshConfig, schema
+from lm.config.schema import ConfigError
+from lm.data import loader
+from lm.data.readers import registry
+from lm.data.tokenizer import Tokenizer
+from lm.decoding import sampling
+from lm.evaluation import flops, metrics
+from lm.models import adapters, transformer
+from lm.optim import trainable
+from lm.optim.trainable import Selection
+from lm.parallel import mesh as mesh_lib
+from lm.parallel import sharding
+from lm.program import Program
+from lm.tasks import TASKS, base, build_saved_config, columns_of_batch, task_of
+from lm.types import Batch, ModelFns, Outputs
+
+
+class Plan(NamedTuple):
+    """What is known of a run, and has been checked, before data is read or a device is touched.
+
+    Attributes:
+      cfg: the config with its open values filled in: sizes of the model, `data.overlong`.
+      abstract_params: shapes and dtypes of all parameters.
+      logical_axes: path -> logical axis names.
+      selection: which parameters are trained, and how; the steps at which they start wait for the run's length.
+      tokenizer: None where the run has yet to train one, or reads no text.
+      init: the checkpoint that `init_from` names, or None.
+      origin_of: path -> array of that checkpoint, or None = initialised.
+      unused: parameters of that checkpoint that this run does not read.
+      anchored: path -> whether the optimizer pulls it back to its initial value; None = `optim` asks for none.
+      replay: the data that `data.replay` draws from, or None.
+    """
+
+    cfg: Config
+    abstract_params: Any
+    logical_axes: dict[str, Any]
+    selection: Selection
+    tokenizer: Tokenizer | None
+    init: checkpoint.Saved | None
+    origin_of: dict[str, str | None]
+    unused: list[str]
+    anchored: dict[str, bool] | None
+    replay: DataConfig | None
+
+
+class Run(NamedTuple):
+    """A run that is ready to start: its plan, its data and its step functions on the devices; no parameters yet.
+
+    Attributes:
+      plan: with the run's tokenizer, trained where there was none.
+      mesh: the devices.
+      program: the model, the optimizer and the jitted steps.
+      data: packed rows.
+      prompts: text of `generate.prompts` -> its ids.
+      every: 'eval' and 'checkpoint' -> number of steps between two of them, 0 = never.
+      score: `Task.scores`.
+    """
+
+    plan: Plan
+    mesh: Mesh
+    program: Program
+    data: loader.Data
+    prompts: dict[str, list[int]]
+    every: dict[str, int]
+    score: Callable[[Outputs, list[Any], Config], dict[str, float]] | None
+
+    @property
+    def cfg(self) -> Config:
+        """The resolved config."""
+        return self.plan.cfg
+
+
+def plan(cfg: Config, workdir: Path | None) -> Plan:
+    """Resolves a config and checks all that can be checked without data.
+
+    Args:
+      cfg: from `lm.config.build`.
+      workdir: the run's folder; None for a run that is only inspected.
+
+    Raises:
+      ConfigError: rules, sizes, tokenizer or checkpoint that do not fit.
+      CheckpointError: `init_from` names no checkpoint.
+    """
+    if workdir and (":/" in str(workdir) or workdir.is_file()):
+        raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
+    # Once a run has a checkpoint of its own it no longer needs the one it was initialised from.
+    has_begun = workdir and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    init = None
+    if cfg.init_from and not has_begun:
+        try:
+            init = checkpoint.choose(cfg.init_from)
+        except CheckpointError as error:
+            raise CheckpointError(f"'init_from' is {cfg.init_from}: {error}") from None
+    checks.fit(cfg)
+    overlong: Any = task_of(cfg).overlong[0] if cfg.data.overlong == "auto" else cfg.data.overlong
+    data = dataclasses.replace(cfg.data, overlong=overlong)
+    found = _find_tokenizer(cfg, workdir if has_begun else None, init) if task_of(cfg).texts else None
+    vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
+    longest = max(cfg.data.seq_len, cfg.data.target_len)
+    resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
+    cfg = dataclasses.replace(cfg, model=resolved, data=data)
+    model = program_lib.make_model(cfg, jnp.float32)
+    abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    adapters.check(cfg.adapter, param_paths.flatten(abstract))
+    selection = trainable.resolve(cfg.optim, abstract, total_steps=1)  # its length waits for the data's size
+    anchored = _anchored(cfg, abstract)
+    origin_of, unused = init_from.sources(abstract, cfg.init_rules, init) if init else ({}, [])
+    return Plan(
+        cfg=cfg,
+        abstract_params=abstract,
+        logical_axes=param_paths.flatten(model.logical_axes()),
+        selection=selection,
+        tokenizer=found,
+        init=init,
+        origin_of=origin_of,
+        unused=unused,
+        anchored=anchored,
+        replay=replay.source(cfg, workdir, init),
+    )
+
+
+def predicts_tokens(cfg: Config) -> bool:
+    """Whether the model reads rows of tokens, each once, and predicts tokens."""
+    task = task_of(cfg)
+    shape, _ = columns_of_batch(task, cfg).get("tokens", ((), None))
+    return task.head(cfg) is None and len(shape) == 1
+
+
+def prepare(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -> Run:
+    """Reads the data and makes the step functions; parameters are made or restored later.
+
+    Args:
+      planned: from `plan`.
+      workdir: the run's folder; its tokenizer is written there.
+      mesh: the devices.
+      note: called with messages for the console.
+
+    Raises:
+      ConfigError: the mesh divides neither batch nor model, no evaluation has `checkpoint.best_metric`, or the
+        processes of the run have read different data.
+      DataError: as `lm.input_pipeline.load` and `build`.
+    """
+    cfg, task = planned.cfg, task_of(planned.cfg)
+    program_lib.check_mesh(cfg, mesh, planned.abstract_params, planned.logical_axes)
+    found = input_pipeline.load(cfg.data, task.wanted(cfg))
+    for source in found:
+        note(source.report)
+        if isinstance(source, registry.Split):
+            base.check_fields(task, [*source.train, *source.valid], TASKS)
+    planned = planned._replace(tokenizer=tokenizer_for(planned, found, note))
+    tokenizer = planned.tokenizer
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        note(f"tokenizer of {tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")
+        if jax.process_index() == 0:
+            tokenizer.save(workdir / tokenizer_file(cfg))
+    prompts = {prompt: sampling.encode_prompt(prompt, tokenizer, cfg) for prompt in cfg.generate.prompts if tokenizer}
+    data = input_pipeline.build(cfg, tokenizer, *found, replayed=replay.load(planned.replay, cfg, note))
+    _check_same_data(data.fingerprint)
+    for name, counts in data.report.items():
+        note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
+
+    program = program_lib.make(
+        cfg,
+        mesh,
+        tokenizer,
+        abstract_params=planned.abstract_params,
+        logical_axes=planned.logical_axes,
+        anchored=planned.anchored,
+        epoch_examples=data.epoch_examples,
+    )
+    batch = program_lib.abstract_batch(cfg, mesh, program_lib.eval_batch_size(cfg))
+    measured, _ = jax.eval_shape(program.eval_step, planned.abstract_params, batch)
+    _check_best_metric(cfg, [*measured], task.score_names(cfg))
+    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
+    return Run(
+        plan=planned,
+        mesh=mesh,
+        program=program,
+        data=data,
+        prompts=prompts,
+        every={"eval": cfg.eval.every.to_steps(**size), "checkpoint": cfg.checkpoint.every.to_steps(**size)},
+        score=task.scores,
+    )
+
+
+def _check_same_data(fingerprint: str) -> None:
+    """With several processes: raises ConfigError on all of them unless all have packed the same rows."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+    everyones = np.asarray(multihost_utils.process_allgather(mine))
+    if different := [i for i, theirs in enumerate(everyones) if not np.array_equal(theirs, everyones[0])]:
+        raise ConfigError(
+            f"processes {different} have other data, or another tokenizer, than process 0: all must read the same "
+            "files; check 'data.path' and 'tokenizer.path' on their hosts"
+        )
+
+
+def _check_best_metric(cfg: Config, measured: Sequence[str], scores: Sequence[str]) -> None:
+    """Raises ConfigError where no evaluation will report `checkpoint.best_metric`.
+
+    Args:
+      cfg: resolved.
+      measured: metrics of the evaluation step.
+      scores: metrics of the task's scores.
+    """
+    known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0)), task_of(cfg).has_perplexity), *scores]
+    prefixes = [*input_pipeline.by_source(cfg.data), *([loader.REPLAY] if cfg.data.replay else [])]
+    known = sorted({f"{prefix}_{name}" if prefix else name for prefix in ("", *prefixes) for name in known})
+    if cfg.checkpoint.best_metric not in known:
+        wanted = cfg.checkpoint.best_metric
+        hint = schema.nearest(wanted, known)
+        raise ConfigError(f"'checkpoint.best_metric': no metric '{wanted}'{hint}; there are {', '.join(known)}")
+
+
+def tokenizer_for(
+    planned: Plan, found: Sequence[input_pipeline.Found], note: Callable[[str], None] = lambda _: None
+) -> Tokenizer | None:
+    """The run's tokenizer, trained on the training records where there is none yet; None where the task reads no text.
+
+    Every process trains it, instead of one that sends it to the others: an error is then raised by all of them, and
+    the result, a function of the texts, is the same.
+    """
+    task, cfg = task_of(planned.cfg), planned.cfg.tokenizer
+    if task.texts is None or planned.tokenizer:
+        return planned.tokenizer
+    note(f"training a tokenizer of {cfg.vocab_size:,} ids")
+    records = itertools.chain.from_iterable(split.train for split in found if isinstance(split, registry.Split))
+    texts = itertools.chain.from_iterable(map(task.texts, records))
+    return dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
+
+
+def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | None) -> Tokenizer | None:
+    """The run's own tokenizer, else `tokenizer.path`, else that of `init_from`; refuses two that differ.
+
+    Args:
+      cfg: of the run.
+      workdir: the run's folder; None before its first checkpoint, as a tokenizer left there by a start that failed may
+        be of another config.
+      init: the checkpoint that `init_from` names.
+
+    Raises:
+      ConfigError: naming both files, or the run whose tokenizer is missing.
+    """
+    vocabulary = task_of(cfg).vocabulary
+    candidates: list[Any] = [workdir / vocabulary.file] if workdir else []
+    if cfg.tokenizer.path:
+        candidates.append(epath.Path(cfg.tokenizer.path))
+        if not candidates[-1].exists():
+            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a {vocabulary.file} of a run")
+    if cfg.data.format == "prepared":
+        candidates += [
+            epath.Path(source.path).expanduser() / vocabulary.file
+            for source in input_pipeline.by_source(cfg.data).values()
+        ]
+        if missing := [path for path in candidates if not path.exists()]:
+            raise ConfigError(f"no {missing[0]}: the prepared data cannot be read without its tokenizer; put it back")
+    if init:
+        candidates.append(init.path.parent.parent / vocabulary.file)
+    found = {path: vocabulary.load(path) for path in candidates if path.exists()}
+    if (init or workdir) and not found:
+        raise ConfigError(f"no {candidates[-1]}: the checkpoint cannot be used without its tokenizer; put it back")
+    hashes = {str(path): each.hash for path, each in found.items()}
+    if init:
+        hashes[str(init.path)] = init.info.get("tokenizer_hash", "")
+    if len(set(hashes.values())) > 1:
+        listed = "\n".join(f"  {sha[:12]}  {path}" for path, sha in hashes.items())
+        raise ConfigError(
+            f"the tokenizers differ, so that the same ids would stand for different text:\n{listed}\n"
+            "use one of them everywhere"
+        )
+    chosen = next(iter(found.values()), None)
+    return chosen and dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
+
+
+def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
+    """Which parameters `to_init` and `mixout` pull back to their initial values: those read from `init_from`, not a
+    newly initialised head.
+
+    A function of the config alone, so that a resumed run, which no longer reads `init_from`, agrees.
+
+    Raises:
+      ConfigError: `init_rules` that do not fit; nothing to pull back to.
+    """
+    actions = param_paths.match_rules(cfg.init_rules, list(param_paths.flatten(abstract_params)), "init_rules")
+    wanted = [
+        f"'optim.{name}'" for name, value in (("to_init", cfg.optim.to_init), ("mixout", cfg.optim.mixout)) if value
+    ]
+    if not wanted:
+        return None
+    anchored = {path: bool(cfg.init_from) and action != init_from.REINIT for path, action in actions.items()}
+    if not any(anchored.values()):
+        raise ConfigError(
+            f"{wanted[0]} pulls parameters back to their values in 'init_from', but no parameter is read from there: "
+            f"set 'init_from', or {wanted[0]} to 0"
+        )
+    return anchored
+
+
+class Stream(NamedTuple):
+    """The training examples of a run, counted from its first step.
+
+    Attributes:
+      start_step: the first step to take from the stream.
+      start_example: the examples consumed before it.
+      batch_size: examples of each step from then on; those before may have had another size.
+      total_examples: of the whole run, which says where the later stages of a mixture begin.
+      offsets: see `lm.data.loader.offsets`.
+    """
+
+    start_step: int
+    start_example: int
+    batch_size: int
+    total_examples: int
+    offsets: tuple[int, ...] = ()
+
+    def consumed_by(self, step: int) -> int:
+        """Examples consumed when `step` steps are done."""
+        return self.start_example + (step - self.start_step) * self.batch_size
+
+
+def training_stream(run: Run, start_step: int = 0, position: resume.Position = resume.START) -> Stream:
+    """The stream of a run from a position in it."""
+    batch_size = run.cfg.data.batch_size
+    total = position.example + (run.program.total_steps - start_step) * batch_size
+    offsets: tuple[int, ...] = ()
+    if position.sources is not None:
+        offsets = loader.offsets(run.data, position.sources, position.example, total)
+    return Stream(start_step, position.example, batch_size, total, offsets)
+
+
+def train_batches(run: Run, stream: Stream | None = None) -> loader.Ahead:
+    """This process's rows of the training batches; None = those of a run from its start."""
+    stream = stream or training_stream(run)
+    return loader.train_batches(
+        run.data,
+        batch_size=stream.batch_size,
+        start_example=stream.start_example,
+        local_rows=sharding.local_rows(run.mesh, stream.batch_size),
+        seed=run.cfg.seed,
+        total_examples=stream.total_examples,
+        offsets=stream.offsets,
+    )
+
+
+def consumed(run: Run, stream: Stream, step: int) -> dict[str, dict[str, float]]:
+    """Source -> examples, tokens (positions of their rows) and epochs that the first `step` steps took from it."""
+    used = loader.consumed(run.data, stream.consumed_by(step), stream.total_examples, stream.offsets)
+    return {name: {**each, "tokens": each["examples"] * run.cfg.data.seq_len} for name, each in used.items()}
+
+
+def eval_rows(run: Run, part: loader.Part) -> tuple[np.ndarray, Any]:
+    """The held-out rows that an evaluation reads, int64 [n], and this process's rows of the batches of them."""
+    limits = {"max_tokens": run.cfg.eval.max_tokens, "seq_len": run.cfg.data.seq_len}
+    batch_size = program_lib.eval_batch_size(run.cfg)
+    local_rows = sharding.local_rows(run.mesh, batch_size)
+    batches = loader.eval_batches(part, batch_size=batch_size, local_rows=local_rows, **limits)
+    return loader.eval_row_ids(part, **limits), batches
+
+
+def tokenizer_file(cfg: Config) -> str:
+    """The file name of a tokenizer in a run's folder."""
+    return task_of(cfg).vocabulary.file
+
+
+def flops_per_token(run: Run) -> dict[str, float | None]:
+    """Model FLOPs of training on a token, with attention counted in full ('mfu') or as its causal half ('mfu_causal').
+
+    Empty for models that do not predict a token at each position, or compute a position more than once.
+    """
+    cfg, tokenizer = run.cfg, run.plan.tokenizer
+    if tokenizer is None or not predicts_tokens(cfg):
+        return {}
+    return {
+        name: flops.train_flops_per_token(cfg.model, cfg.data.seq_len, tokenizer.vocab_size, causal_half=half)
+        for name, half in (("mfu", False), ("mfu_causal", True))
+    }
+
+
+def placer(mesh: Mesh, batch_size: int) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """A function that makes global arrays of this process's rows of a batch."""
+    rows = sharding.local_rows(mesh, batch_size)
+    return lambda batch: sharding.to_global(batch, rows, batch_size, mesh)
+
+
+def load_model(name: str) -> tuple[Config, ModelFns, Any, Any]:
+    """A trained model: its config, functions, parameters (the average where the run keeps one) and tokenizer (None
+    where its task reads no text), on one device.
+
+    Args:
+      name: 'RUN', 'RUN@best' or 'RUN@STEP'.
+
+    Raises:
+      CheckpointError: no such checkpoint, or a damaged one.
+    """
+    saved = checkpoint.choose(name)
+    cfg = build_saved_config(saved.info["config"])
+    changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", init_from.KEEP),)}
+    planned, model, params = init_model(dataclasses.replace(cfg, **changes))
+    return cfg, model, params, planned.tokenizer
+
+
+def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
+    """The model of a config, its parameters initialised or read as `init_from` and `init_rules` say, on one device.
+
+    Raises:
+      ConfigError, CheckpointError: as `plan`; a damaged checkpoint.
+    """
+    own = dataclasses.replace(cfg.tokenizer, path="")  # a copy of it lies in the run's folder
+    planned = plan(dataclasses.replace(cfg, tokenizer=own), None)
+    mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
+    replicated = sharding.replicated(mesh)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), planned.abstract_params
+    )
+    model = program_lib.make_model(planned.cfg, program_lib.compute_dtype(cfg.model.dtype, mesh))
+    params, _ = init_from.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
+    return planned, model, params
