@@ -123,7 +123,7 @@ def abstract_batch(cfg: Config, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDty
 
 def compute_dtype(name: str, mesh: Mesh) -> Any:
     """'auto' is bfloat16 where the hardware multiplies it natively; CPUs do not. So is 'int8' or 'fp8', but for the
-    matmuls of the blocks' kernels, see `lm.models.layers.quantized`."""
+    matmuls of the blocks' kernels, see `lm.models.quantization`."""
     if name in ("auto", "int8", "fp8"):
         name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     return jnp.dtype(name)

@@ -98,9 +98,9 @@ def assert_the_same_steps(found, expected):
 def test_gradients_that_go_round_rings_are_those_of_one_device(sizes, monkeypatch):
     """Layers as on TPU, all else as on CPU: these rows are too short for the attention kernel."""
     model, cfg, params, batch, expected = on_one_device("llama")
-    summed, calls = ring_reduce.sum_where_it_lies, []
+    summed, calls = ring_reduce.reduce_scatter_local, []
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-    monkeypatch.setattr(ring_reduce, "sum_where_it_lies", lambda *args: calls.append(1) or summed(*args))
+    monkeypatch.setattr(ring_reduce, "reduce_scatter_local", lambda *args: calls.append(1) or summed(*args))
     found = steps_of(model, cfg, params, batch, mesh_of(**sizes))
     assert len(calls) == 8, "one each of the kernels of the scanned layer, and the output projection's"
     assert_the_same_steps(found, expected)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lm.losses.cross_entropy import MASKED_LOGIT
+from lm.losses.logits import MASKED_LOGIT
 from lm.parallel import sharding
 from lm.types import LossTerms
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lm.losses import cross_entropy
+from lm.losses.logits import logits
 
 
 def target_rank(
@@ -36,7 +36,7 @@ def target_rank(
     is_last_BxL = place_BxL == last_B[:, None]
     hidden_BxD = jnp.where(is_last_BxL[..., None], hidden_BxLxD, 0).sum(axis=1)
     target_B = jnp.where(is_last_BxL, targets_BxL, 0).sum(axis=1)
-    logits_BxV = cross_entropy.logits(hidden_BxD, unembed_DxV, vocab_size=is_candidate_V.size, softcap=softcap)
+    logits_BxV = logits(hidden_BxD, unembed_DxV, vocab_size=is_candidate_V.size, softcap=softcap)
     is_candidate_V = jnp.pad(is_candidate_V, (0, logits_BxV.shape[1] - is_candidate_V.size))
     is_target_BxV = (lax.broadcasted_iota(jnp.int32, logits_BxV.shape, 1) == target_B[:, None]) & is_candidate_V[None]
     target_logit_B = jnp.where(is_target_BxV, logits_BxV, 0).sum(axis=1)

@@ -80,7 +80,7 @@ def attend(
         return splash(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap=softcap)
     if sharding.platform() == "gpu" and cudnn_fits(query_BxLxHxE, mask, softcap):
         return checkpoint_name(cudnn(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask), NAME)
-    parts = sharding.length_parts()
+    parts = sharding.length_shards()
     is_split = parts > 1 and mask.offset is None and query_BxLxHxE.shape[1] % parts == key_BxSxKxE.shape[1] % parts == 0
     plain = _over_context if is_split else _in_blocks
     return checkpoint_name(plain(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap), NAME)
@@ -89,7 +89,7 @@ def attend(
 def cudnn_fits(query_BxLxHxE: jax.Array, mask: Mask, softcap: float) -> bool:
     """Whether the GPU kernel has this: 16 bits, narrow heads, no soft cap, cache or bias, whole rows on a device."""
     width, lengths = query_BxLxHxE.shape[-1], (mask.query_segments_BxL.shape[1], mask.key_segments_BxS.shape[1])
-    plain = mask.offset is None and mask.bias_HxLxS is None and not softcap and sharding.length_parts() == 1
+    plain = mask.offset is None and mask.bias_HxLxS is None and not softcap and sharding.length_shards() == 1
     half = query_BxLxHxE.dtype in (jnp.bfloat16, jnp.float16)
     return plain and half and width % 8 == 0 and width <= 128 and not any(length % 2 for length in lengths)
 
@@ -126,7 +126,7 @@ def splash_fits(query_BxLxHxE: jax.Array, mask: Mask) -> bool:
     """Whether the TPU kernel has this mask: no cache, prefix or bias, and rows that it can tile."""
     plain = mask.offset is None and mask.is_prefix_BxS is None and mask.bias_HxLxS is None
     same = mask.query_segments_BxL.shape == mask.key_segments_BxS.shape
-    parts = sharding.length_parts()
+    parts = sharding.length_shards()
     return plain and same and query_BxLxHxE.shape[1] % (SPLASH_TILE * (2 * parts if parts > 1 else 1)) == 0
 
 
@@ -150,7 +150,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    parts, length = sharding.length_parts(), query_BxLxHxE.shape[1]
+    parts, length = sharding.length_shards(), query_BxLxHxE.shape[1]
     reach = mask.window - 1 if 0 < mask.window < length else None
     is_full, is_uneven = not mask.causal and reach is None, parts > 1 and mask.causal and reach is None
     if reach is not None:

@@ -19,6 +19,7 @@ from lm.models import adapters, attention, layers, moe
 from lm.models.attention import Mask, attend
 from lm.models.initialisers import initialiser
 from lm.models.layers import fold
+from lm.models.quantization import quantized_type
 from lm.optim import mup
 from lm.parallel import sharding
 
@@ -199,7 +200,7 @@ class CrossAttention(nn.Module):
 
 def _dense(module: Any) -> Any:
     """`layers.Dense` as the model of this attention or MLP has it."""
-    cfg, quantize = module.cfg, layers.quantized_type(module.cfg.dtype)
+    cfg, quantize = module.cfg, quantized_type(module.cfg.dtype)
     return functools.partial(
         layers.Dense,
         use_bias=cfg.use_bias,

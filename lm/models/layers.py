@@ -1,9 +1,8 @@
-"""Layers every model is made of. Parameters are float32, matmuls run in the compute dtype, norms in float32.
+"""Layers that all models share. Parameters are float32, matmuls run in the compute dtype, norms in float32.
 
 Shape letters: see `lm.types`.
 """
 
-import functools
 import math
 import re
 import zlib
@@ -15,28 +14,30 @@ import jax.numpy as jnp
 
 from lm.config import AdapterConfig
 from lm.models.initialisers import Init, fan_in_normal
-from lm.parallel import ring_reduce, sharding
+from lm.models.quantization import quantized_matmul
+from lm.parallel import sharding
+from lm.parallel.tpu_matmul import matmul, sharded_matmul
 
 NO_ADAPTER = AdapterConfig()
 
 
 def weight(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-    """A float32 parameter of `module` that carries its logical axes; not yet cast, not yet gathered."""
+    """A float32 parameter of `module` with its logical axes, sharded: cast and gather it for use."""
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return value
 
 
 class Dense(nn.Module):
-    """y = x @ kernel + bias, over the last axis; where the adapter is a LoRA for this layer, + its branch.
+    """y = x @ kernel + bias over the last axis, plus the LoRA branch where the adapter targets this layer.
 
     Attributes:
       features: width of the output.
       axes: logical axes of the kernel, (input, output).
       use_bias: whether there is a bias.
       dtype: compute dtype.
-      quantize: type in which the kernel is multiplied, see `quantized`; None = `dtype`.
+      quantize: 8-bit type of the matmul, see `lm.models.quantization`; None = `dtype`.
       kernel_init: initialiser of the kernel.
-      adapter: of the model; its targets are matched against this layer's path.
+      adapter: the model's adapter; a LoRA applies if its targets match this layer's path.
     """
 
     features: int
@@ -49,13 +50,13 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., features]; `keys_B`, a key a row, turns the adapter's dropout on."""
+        """x [..., in] -> [..., features]. `keys_B`, one key for each row, turns on the adapter's dropout."""
         kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         kernel = kernel.astype(self.dtype)
         if self.quantize is None:
-            y = project(x, kernel, self.axes)
+            y = sharded_matmul(x, kernel, self.axes)
         else:
-            y = quantized(self.quantize, x, sharding.gather(kernel, *self.axes))
+            y = quantized_matmul(self.quantize, x, sharding.gather(kernel, *self.axes))
         if self.use_bias:
             bias = weight(self, "bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
             # Cast after broadcasting, so that the gradient is summed over positions in float32.
@@ -73,109 +74,8 @@ class Dense(nn.Module):
         if keys_B is not None and cfg.dropout:
             own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(str(self.name).encode()))
             x = dropout(x, cfg.dropout, own_B)
-        low = matmul(x, sharding.gather(a.astype(self.dtype), axis_in, None))
-        return cfg.alpha / cfg.rank * matmul(low, sharding.gather(b.astype(self.dtype), None, axis_out))
-
-
-def project(x: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
-    """x [..., I] @ kernel -> [..., O]; the kernel is gathered for use, and its gradient split as it is."""
-    if sharding.platform() == "tpu" and x.ndim == 3:
-        return apart(x, kernel_IxO, axes, ring_reduce.goes_round(kernel_IxO, axes, x.shape))
-    return matmul(x, sharding.gather(kernel_IxO, *axes))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def apart(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None], in_ring: bool) -> jax.Array:
-    """`project` on TPU: what comes before the two products of its backward pass is kept apart from them, or it would be
-    computed once for each; and the kernel's gradient is summed without the others waiting.
-
-    Args:
-      x_BxLxI, kernel_IxO, axes: see `project`.
-      in_ring: the kernel's gradient is summed by `rings.sum_parts`, each device making that of its rows.
-    """
-    return x_BxLxI @ sharding.gather(kernel_IxO, *axes)
-
-
-def _apart_fwd(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: Any, in_ring: bool) -> Any:
-    return apart(x_BxLxI, kernel_IxO, axes, in_ring), (x_BxLxI, kernel_IxO)
-
-
-def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d_BxLxO: jax.Array) -> Any:
-    x_BxLxI, kernel_IxO = saved
-    kernel_IxO, give_back = jax.vjp(lambda kernel: sharding.gather(kernel, *axes), kernel_IxO)
-    adds = axes[1] == "embed"  # to the residual stream, where the backward pass of a block begins
-    if adds:  # positions that tensor splits are gathered once for both products
-        d_BxLxO = sharding.constrain(d_BxLxO, "batch", "length", None)
-    d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
-    if in_ring:  # where 'embed' is last, the gradient of the transpose
-        names, factors = (axes[::-1], (d_BxLxO, x_BxLxI)) if adds else (axes, (x_BxLxI, d_BxLxO))
-        d_kernel = jax.shard_map(
-            lambda a_BxLxI, b_BxLxO: jnp.einsum("bli,blo->io", a_BxLxI, b_BxLxO)[None],
-            in_specs=tuple(sharding.spec(("batch", "length", name), whole=("embed",)) for name in names),
-            out_specs=sharding.spec(("row_parts", *names), whole=("embed",)),
-            check_vma=False,
-        )(*factors)
-    else:
-        (d_kernel,) = give_back(jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO))
-    if adds:  # the kernel is gathered during the product that does without it
-        d_BxLxO, d_kernel = jax.lax.optimization_barrier((d_BxLxO, d_kernel))
-    d_BxLxI = d_BxLxO @ kernel_IxO.T
-    if in_ring:
-        d_kernel = ring_reduce.sum_parts(d_kernel, names)
-        d_kernel = d_kernel.T if adds else d_kernel
-    return d_BxLxI, d_kernel
-
-
-apart.defvjp(_apart_fwd, _apart_bwd)
-
-
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out] -> [..., out].
-
-    On one device the leading axes are flattened: XLA's CPU backend is about a third faster on two-dimensional products.
-    On a mesh they stay apart, because merging two axes can lose how each is split.
-    """
-    if sharding.is_distributed_trace():
-        return x @ kernel
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def quantized(qtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`matmul` in 8 bits by qwix, and so the gradient of x; that of the kernel, a long sum, in the dtype of x.
-
-    What is multiplied has a scale for each row of x and each column of the kernel, from its largest entry at the time
-    (SwitchBack, Wortsman et al., arXiv:2304.13013).
-    """
-    return _product(qtype, x, kernel, 0)
-
-
-def _product(qtype: Any, x: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
-    """x [..., n] times the kernel, over its axis `summed` of size n."""
-    import qwix  # an extra, see setup.py
-
-    rows = qwix.quantize(x, qtype, channelwise_axes=range(x.ndim - 1))
-    columns = qwix.quantize(kernel, qtype, channelwise_axes=[1 - summed])
-    y: jax.Array = qwix.dot_general(rows, columns, (((x.ndim - 1,), (summed,)), ((), ())))
-    return y.astype(x.dtype)
-
-
-def _quantized_fwd(qtype: Any, x: jax.Array, kernel: jax.Array) -> Any:
-    return _product(qtype, x, kernel, 0), (x, kernel)
-
-
-def _quantized_bwd(qtype: Any, saved: Any, d_y: jax.Array) -> Any:
-    x, kernel = saved
-    over = tuple(range(x.ndim - 1))
-    return _product(qtype, d_y, kernel, 1), jax.lax.dot_general(x, d_y, ((over, over), ((), ())))
-
-
-quantized.defvjp(_quantized_fwd, _quantized_bwd)
-
-
-def quantized_type(name: str) -> Any:
-    """What `model.dtype` says kernels of blocks are multiplied in; None = the compute dtype."""
-    return {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}.get(name)
+        low_rank = matmul(x, sharding.gather(a.astype(self.dtype), axis_in, None))
+        return cfg.alpha / cfg.rank * matmul(low_rank, sharding.gather(b.astype(self.dtype), None, axis_out))
 
 
 @jax.custom_vjp

@@ -105,7 +105,7 @@ def mix(
 
     if not is_split:
         return on_device(x_BxLxD, logits_BxLxX, *kernels)
-    rows = sharding.spec_of(x_BxLxD, ("batch", "length", None))
+    rows = sharding.activation_spec(x_BxLxD, ("batch", "length", None))
     widen, narrow = (sharding.spec(axes) for axes in (("experts", None, "mlp"), ("experts", "mlp", None)))
     specs = (rows, rows, *[widen] * (len(kernels) - 1), narrow)
     split = jax.shard_map(on_device, in_specs=specs, out_specs=(rows, rows), check_vma=False)

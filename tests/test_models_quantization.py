@@ -11,7 +11,8 @@ import pytest
 
 from lm import checks
 from lm.config.schema import ConfigError
-from lm.models import layers
+from lm.models import quantization
+from lm.parallel import tpu_matmul
 from tests import toys
 from tests.test_parallel import ROWS, SEQ_LEN, mesh_of, steps_of
 
@@ -29,9 +30,9 @@ def test_a_product_and_its_gradients(name, error):
     """Relative to plain ones. The kernel's gradient is not rounded, beyond what the loss above makes of the product."""
     rng = np.random.default_rng(0)
     x, kernel, d_y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 8, 64), (64, 32), (4, 8, 32)))
-    qtype = layers.quantized_type(name)
-    y, back = jax.vjp(lambda x, kernel: layers.quantized(qtype, x, kernel), x, kernel)
-    expected, plainly = jax.vjp(layers.matmul, x, kernel)
+    qtype = quantization.quantized_type(name)
+    y, back = jax.vjp(lambda x, kernel: quantization.quantized_matmul(qtype, x, kernel), x, kernel)
+    expected, plainly = jax.vjp(tpu_matmul.matmul, x, kernel)
     assert 0 < size(y - expected) < error * size(expected)
     (d_x, d_kernel), (expected_x, expected_kernel) = back(d_y), plainly(d_y)
     assert 0 < size(d_x - expected_x) < error * size(expected_x)

@@ -1,4 +1,4 @@
-"""The mesh, the rules that say where arrays lie on it, and batches on their way there."""
+"""lm/parallel/mesh.py and sharding.py: the mesh, the sharding rules, and the transfer of batches to devices."""
 
 import dataclasses
 import itertools
@@ -15,9 +15,9 @@ from jax import P
 from lm import param_paths
 from lm.config import MeshConfig
 from lm.config.schema import ConfigError
-from lm.models import layers, transformer
+from lm.models import transformer
 from lm.parallel import mesh as mesh_lib
-from lm.parallel import sharding
+from lm.parallel import sharding, tpu_matmul
 from lm.parallel.mesh import AXES, _as_ring, make_mesh, mesh_sizes
 
 
@@ -165,7 +165,7 @@ def test_specs():
         ("vocab", "embed"): P("tensor", ("context", "fsdp", "expert")),
         ("batch", "length", None): P(("data", "fsdp", "expert"), "context", None),
         ("batch", "residual_length", None): P(("data", "fsdp", "expert"), ("context", "tensor"), None),
-        ("row_parts", None): P(("context", "data", "fsdp", "expert"), None),
+        ("token_shards", None): P(("context", "data", "fsdp", "expert"), None),
         ("experts", "expert_embed", "mlp"): P("expert", ("context", "fsdp"), "tensor"),
         ("embed", "kv_heads"): P(("context", "fsdp", "expert"), "tensor"),
         (None,): P(None),
@@ -208,7 +208,9 @@ def test_gradients_of_weights_are_summed_in_rings_and_lie_as_the_weights(sizes, 
     x, w, c = (jnp.asarray(rng.integers(-4, 5, shape), jnp.float32) for shape in ((8, 4, 16), (16, 32), (8, 4, 32)))
     with jax.set_mesh(made):
         where = jax.NamedSharding(made, sharding.spec(axes))
-        loss = jax.jit(jax.grad(lambda x, w: (layers.apart(x, w, axes, True) * c).sum(), argnums=(0, 1)))
+        loss = jax.jit(
+            jax.grad(lambda x, w: (tpu_matmul.overlapped_matmul(x, w, axes, True) * c).sum(), argnums=(0, 1))
+        )
         d_x, d_w = loss(x, jax.device_put(w, where))
     assert d_w.sharding.is_equivalent_to(where, 2)
     np.testing.assert_array_equal(d_w, np.einsum("bli,blo->io", x, c))
@@ -252,13 +254,13 @@ def test_parts_of_rows_are_what_each_device_holds():
     made = mesh(data=2, context=4)
     placed = jax.device_put(x, jax.NamedSharding(made, sharding.spec(("batch", "length", None))))
     with jax.set_mesh(made):
-        got = jax.jit(sharding.parts_of_rows)(placed)
-        assert jax.jit(sharding.parts_of_rows)(x[:, :10]).shape == (8, 10, 2), "not divisible: whole"
+        got = jax.jit(sharding.fold_length_into_batch)(placed)
+        assert jax.jit(sharding.fold_length_into_batch)(x[:, :10]).shape == (8, 10, 2), "not divisible: whole"
     np.testing.assert_array_equal(got, np.concatenate(np.split(x, 4, axis=1), axis=0))
     before, after = ({s.device: s.data for s in array.addressable_shards} for array in (placed, got))
     for device, held in before.items():
         np.testing.assert_array_equal(after[device], held, err_msg="nothing moves")
-    np.testing.assert_array_equal(sharding.parts_of_rows(x), x)
+    np.testing.assert_array_equal(sharding.fold_length_into_batch(x), x)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}, {"context": 4}])

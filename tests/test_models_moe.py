@@ -166,7 +166,7 @@ def test_neither_remat_nor_unrolling_nor_parts_of_a_batch_change_a_gradient():
     uneven, weight = terms.metrics["balance"]
     assert weight == batch["loss_weights"].sum() and uneven > weight
     more = float(terms.sum - terms.metrics["nll"][0])
-    assert more > losses.BALANCE * uneven, "and the router's z-loss"
+    assert more > losses.LOAD_BALANCE * uneven, "and the router's z-loss"
 
 
 @pytest.mark.parametrize(
