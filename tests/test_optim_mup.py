@@ -11,7 +11,7 @@ import pytest
 from lm import checks, losses, optim, param_paths
 from lm.config import ModelConfig, OptimConfig
 from lm.config.schema import ConfigError
-from lm.models import attention, blocks, transformer
+from lm.models import attention, transformer
 from lm.optim import mup
 from tests import toys
 
@@ -37,7 +37,7 @@ def optimizer_of(name, cfg, model, params):
 
 def activations(cfg, model, batch, params):
     """The residual stream after the embedding and after each block, then the logits."""
-    embed, block = transformer.Embed(cfg, jnp.float32), blocks.Block(cfg, jnp.float32)
+    embed, block = transformer.Embed(cfg, jnp.float32), transformer.Block(cfg, jnp.float32)
     x, _ = embed.apply({"params": params["embed"]}, batch["tokens"], batch["positions"], None)
     mask = attention.Mask(batch["segment_ids"], batch["segment_ids"], 0)
 

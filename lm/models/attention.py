@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.parallel import sharding
 
-# The result of attention, in a remat policy (lm.models.blocks).
+# The result of attention, in a remat policy (lm.models.remat).
 NAME = "attention"
 
 # Query rows computed together on one device when there is no cache: later keys of a causal mask are never touched.

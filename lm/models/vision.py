@@ -19,11 +19,11 @@ import numpy as np
 
 from lm.config import AdapterConfig, Config, ModelConfig
 from lm.config.schema import ConfigError
-from lm.models import layers, transformer
+from lm.models import functional, layers
 from lm.models.attention import Mask
-from lm.models.blocks import Stack
 from lm.models.heads import HeadLayer
 from lm.models.initialisers import SMALL, initialiser
+from lm.models.transformer import Stack
 from lm.parallel import sharding
 from lm.types import Batch, Head, ModelFns, ModelOutput
 
@@ -34,7 +34,7 @@ def vit(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     `ModelOutput.hidden_BxLxD` is [B, 1 + T, D].
     """
     images = jnp.zeros((1, *cfg.task.image_shape), jnp.uint8)
-    return transformer.functions(Vit(cfg.model, dtype, head, cfg.adapter), {"images": images})
+    return functional.model_fns(Vit(cfg.model, dtype, head, cfg.adapter), {"images": images})
 
 
 def mae(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
@@ -49,7 +49,7 @@ def mae(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     patches = jnp.arange(height * width // cfg.model.patch_size**2, dtype=jnp.int32)[None]
     images = jnp.zeros((1, *cfg.task.image_shape), jnp.uint8)
     batch = {"images": images, "visible_patches": patches[:, :1], "masked_patches": patches[:, 1:]}
-    return transformer.functions(Mae(cfg.model, dtype, cfg.adapter), batch)
+    return functional.model_fns(Mae(cfg.model, dtype, cfg.adapter), batch)
 
 
 def normalise(images: Any) -> Any:

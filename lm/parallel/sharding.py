@@ -99,7 +99,7 @@ def _gather(w: jax.Array, logical: LogicalAxes) -> jax.Array:
 
 
 def _gather_fwd(w: jax.Array, logical: LogicalAxes) -> tuple[jax.Array, None]:
-    # Not a call of _gather: remat policies (lm.models.blocks) recognise the constraint and do not save its result.
+    # Not a call of _gather: remat policies (lm.models.remat) recognise the constraint and do not save its result.
     return _constrain(w, spec(logical, whole=("embed", "expert_embed"))), None
 
 

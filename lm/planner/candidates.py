@@ -16,7 +16,7 @@ import jax
 from lm import build, checks, param_paths
 from lm.config import Config
 from lm.config.schema import ConfigError
-from lm.models.blocks import REMAT_POLICIES
+from lm.models.remat import REMAT_POLICIES
 from lm.optim import trainable
 from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
