@@ -81,7 +81,7 @@ def test_span_cross_entropy_is_that_of_float64_numpy():
 
 
 @pytest.mark.parametrize("label", [-1, L, 3])
-def test_a_span_that_is_not_allowed_cannot_pass_unseen(label):
+def test_a_weighted_span_that_is_not_allowed_gives_nan(label):
     allowed = np.ones((2, L), bool)
     allowed[:, 3] = False
     labels = np.array([[1, 1], [1, label]], np.int32)

@@ -1,4 +1,4 @@
-"""contrast.info_nce and losses.patch_mse against loops in float64 numpy, on one device and on eight."""
+"""lm/losses/contrastive.py against loops in float64 numpy, on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def test_contrastive_of_no_rows_is_0_and_of_one_view_refused():
 
     (_, terms), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(make_views(2))
     assert all(np.all(x == 0) for x in jax.tree.leaves((terms, grad)))
-    with pytest.raises(ValueError, match=r"z is \(8, 1, 5\), expected two views"):
+    with pytest.raises(ValueError, match=r"z is \(8, 1, 5\), expected two or more views"):
         contrastive.info_nce(make_views(1), jnp.ones(B), temperature=0.05, symmetric=False)
 
 

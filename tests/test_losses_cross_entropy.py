@@ -115,7 +115,7 @@ def test_accuracy_counts_the_largest_logit():
     np.testing.assert_allclose(terms.metrics["accuracy"][0], weights[: B // 2].sum(), rtol=1e-6)
 
 
-def test_chunked_is_unchunked():
+def test_chunk_len_does_not_change_the_loss():
     inputs = make_inputs()
     options = dict(vocab_size=VOCAB, z_loss=1e-2, label_smoothing=0.1, softcap=3.0)
     whole, whole_grads = value_and_grads(*inputs, **options)
@@ -132,7 +132,7 @@ def at_most(weights, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_logits_of_the_predicted_positions_alone_give_the_same(count):
+def test_most_predicted_does_not_change_the_loss(count):
     hidden, unembed, targets, weights = make_inputs()
     weights = at_most(weights, count)
     assert (weights != 0).sum(axis=1).max() == count
@@ -148,7 +148,7 @@ def test_logits_of_the_predicted_positions_alone_give_the_same(count):
     assert_leaf_close(grads[1], d_unembed)
 
 
-def test_logits_of_other_positions_are_not_made():
+def test_most_predicted_computes_no_other_logits():
     hidden, unembed, targets, weights = make_inputs()
 
     def loss(hidden):
@@ -159,7 +159,7 @@ def test_logits_of_other_positions_are_not_made():
     assert f"f32[{B},2,{V}]" in text and f"f32[{B},{L},{V}]" not in text
 
 
-def test_a_row_with_more_predicted_positions_than_said_cannot_pass_unseen():
+def test_more_weighted_positions_than_most_predicted_give_nan():
     hidden, unembed, targets, weights = make_inputs()
     weights = at_most(weights, 3)
     terms, grads = value_and_grads(hidden, unembed, targets, weights, vocab_size=VOCAB, most_predicted=2)
@@ -297,7 +297,7 @@ def test_memory_grows_with_the_chunk_and_not_with_the_row():
         assert temp_bytes(fn, chunk_len) < 4 * chunk + small < whole / 2
 
 
-def test_backward_makes_no_logits_again():
+def test_backward_does_not_recompute_logits():
     """One matmul for the logits and two for the gradients in all; without differentiation only the first."""
     inputs = make_inputs()
 
@@ -341,8 +341,8 @@ def test_sharded_and_in_a_scan_of_micro_batches_is_the_same():
     assert_leaf_close(d_unembed, expected[4])
 
 
-def test_rows_split_over_devices_give_the_same():
-    """Positions too: of the predicted ones alone, and how likely each row is."""
+def test_context_parallel_loss_equals_one_device():
+    """Rows and positions are sharded; with `most_predicted`, and `sequence_log_likelihood` too."""
     hidden, unembed, targets, weights = make_inputs()
     hidden, targets, weights = hidden[:, :6], targets[:, :6], at_most(weights[:, :6], 2)
     expected = reference.cross_entropy(hidden, unembed, targets, weights, vocab_size=VOCAB)

@@ -68,7 +68,7 @@ def test_pooling_reads_real_positions_only(how):
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 @pytest.mark.parametrize("pool", POOLS)
-def test_what_is_behind_the_end_has_no_influence(kind, pool):
+def test_padding_has_no_influence(kind, pool):
     _, fns, params = model(kind, pool)
     given = batch(4)
     longer = {key: np.pad(x, [(0, 0), (0, 4)]) if x.ndim == 2 else x for key, x in given.items()}
@@ -80,7 +80,7 @@ def test_what_is_behind_the_end_has_no_influence(kind, pool):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
-def test_an_encoder_sees_both_sides_and_a_decoder_only_what_was():
+def test_an_encoder_sees_both_directions_and_a_decoder_only_the_past():
     for kind, sees_later in (("encoder", True), ("decoder", False)):
         _, fns, params = model(kind, "mean")
         given = batch(2) | {"segment_ids": np.ones((2, 12), np.int32)}

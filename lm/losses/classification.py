@@ -9,14 +9,14 @@ from lm.types import LossTerms
 
 
 def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_smoothing: float = 0.0) -> LossTerms:
-    """Weighted cross-entropy over classes, of rows or of positions.
+    """Weighted cross-entropy over classes, for rows or positions.
 
     sum = sum_i w_i * [(1 - eps) * nll_i + eps * mean_c(-log p_ic)], in nats, with eps the label smoothing.
 
     Args:
       logits: float32 [..., C].
-      labels: int32 [...] in [0, C), or anything where the weight is 0. A label out of range with a weight makes the sum
-        NaN, so that it cannot pass unseen.
+      labels: int32 [...] in [0, C), or anything where the weight is 0. A weighted label that is out of range makes the
+        sum NaN, so that the error is noticed.
       weights: float32 [...], 0 = does not count. No gradient flows to them.
       label_smoothing: 0 = off.
 
@@ -27,7 +27,7 @@ def class_cross_entropy(logits: Array, labels: Array, weights: Array, *, label_s
     classes = logits.shape[-1]
     in_range = (labels >= 0) & (labels < classes)
     weights = jnp.where((weights != 0) & ~in_range, jnp.nan, weights)
-    # Where the weight is 0, not even an inf or NaN may pass.
+    # Masked before the product with the weight, as 0 * NaN = NaN.
     log_probs = jax.nn.log_softmax(jnp.where(weights[..., None] != 0, logits, 0))
     nll = -select_target(log_probs, labels)
     loss = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(axis=-1)
@@ -55,24 +55,24 @@ def squared_error(predictions_B: Array, labels_B: Array, weights_B: Array) -> Lo
 
 
 def span_cross_entropy(logits_BxLx2: Array, labels_Bx2: Array, allowed_BxL: Array, weights_B: Array) -> LossTerms:
-    """Weighted cross-entropy of where a span begins and ends, each a softmax over the allowed positions of its row.
+    """Weighted cross-entropy of the start and the end of a span, each a softmax over the allowed positions of its row.
 
-    sum = sum_i w_i * (nll_i,start + nll_i,end) / 2, in nats (Devlin et al. 2019, section 4.2, whose mean it is).
+    sum = sum_i w_i * (nll_i,start + nll_i,end) / 2, in nats: half the objective of Devlin et al. 2019, section 4.2.
 
     Args:
       logits_BxLx2: float32; [..., 0] of the start, [..., 1] of the end.
-      labels_Bx2: int32, allowed positions, or anything where the weight is 0. Another one with a weight makes the sum
-        NaN, so that it cannot pass unseen.
+      labels_Bx2: int32, allowed positions, or anything where the weight is 0. A weighted label that is not allowed
+        makes the sum NaN, so that the error is noticed.
       allowed_BxL: bool.
       weights_B: float32, 0 = does not count. No gradient flows to them.
 
     Returns:
-      LossTerms; metrics 'nll' and 'accuracy' (start and end both right); outputs 'span_logits', float32 [B, L, 2],
-      which are `MASKED_LOGIT` where not allowed.
+      LossTerms; metrics 'nll' and 'accuracy' (start and end both correct); outputs 'span_logits', float32 [B, L, 2],
+      `MASKED_LOGIT` at positions that are not allowed.
     """
     weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
     masked_BxLx2 = jnp.where(allowed_BxL[..., None], logits_BxLx2, MASKED_LOGIT)
-    # Where the weight is 0, not even an inf or NaN may pass.
+    # Masked before the product with the weight, as 0 * NaN = NaN.
     log_probs_BxLx2 = jax.nn.log_softmax(jnp.where(weights_B[:, None, None] != 0, masked_BxLx2, 0), axis=1)
     is_label_BxLx2 = lax.broadcasted_iota(jnp.int32, logits_BxLx2.shape, 1) == labels_Bx2[:, None, :]
     is_found_B = (is_label_BxLx2 & allowed_BxL[..., None]).any(axis=1).all(axis=1)
@@ -94,20 +94,19 @@ def symmetric_divergence(logits_BxC: Array, other_BxC: Array, weights_B: Array) 
 def patch_mse(
     prediction_BxTxC: Array, patches_BxTxC: Array, masked_BxM: Array, weights_B: Array, *, eps: float = 1e-6
 ) -> LossTerms:
-    """Mean squared error of the hidden patches alone, each target patch brought to mean 0 and variance 1 (MAE,
-    He et al. 2021, section 4: "reconstruction target").
+    """Mean squared error of masked patches, with normalised target patches (MAE, He et al. 2021, section 4).
 
     sum = sum_b w_b * sum_m mean_c (prediction - (patch - mean_c patch) / sqrt(var_c patch + eps))^2.
 
     Args:
-      prediction_BxTxC: what the model makes of all T patches, any float dtype.
-      patches_BxTxC: the image's patches, C numbers each; no gradient flows to them.
-      masked_BxM: int32 indices of the hidden patches.
+      prediction_BxTxC: the model's prediction of all T patches, any float dtype.
+      patches_BxTxC: the image's patches of C values; no gradient flows to them.
+      masked_BxM: int32 indices of the masked patches.
       weights_B: 0 = a row that does not count.
-      eps: keeps a patch of one colour at 0.
+      eps: added to the variance; a patch of one colour has target 0.
 
     Returns:
-      LossTerms; its weight is that of the rows times M.
+      LossTerms; its weight is the sum of `weights_B` times M.
     """
     weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
     target_BxMxC = jnp.take_along_axis(patches_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)

@@ -59,7 +59,7 @@ class Dense(nn.Module):
             y = quantized_matmul(self.quantize, x, sharding.gather(kernel, *self.axes))
         if self.use_bias:
             bias = weight(self, "bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
-            # Cast after broadcasting, so that the gradient is summed over positions in float32.
+            # Cast after broadcasting, so that the bias's gradient is accumulated over positions in float32.
             row = _row(sharding.gather(bias, self.axes[1]), y)
             y += jnp.broadcast_to(row, y.shape).astype(self.dtype)
         if self.adapter.kind == "lora" and re.fullmatch(self.adapter.targets, "/".join(self.path)):
@@ -67,22 +67,22 @@ class Dense(nn.Module):
         return y
 
     def _lora(self, x: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-        """alpha / rank * dropout(x) @ A @ B, with B = 0 at the start (Hu et al. 2021)."""
+        """alpha / rank * dropout(x) @ A @ B, with B initialised to 0 (Hu et al. 2021)."""
         cfg, (axis_in, axis_out) = self.adapter, self.axes
         a = weight(self, "lora_a", fan_in_normal(), (x.shape[-1], cfg.rank), (axis_in, None))
         b = weight(self, "lora_b", nn.initializers.zeros, (cfg.rank, self.features), (None, axis_out))
         if keys_B is not None and cfg.dropout:
-            own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(str(self.name).encode()))
-            x = dropout(x, cfg.dropout, own_B)
+            layer_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(str(self.name).encode()))
+            x = dropout(x, cfg.dropout, layer_keys_B)
         low_rank = matmul(x, sharding.gather(a.astype(self.dtype), axis_in, None))
         return cfg.alpha / cfg.rank * matmul(low_rank, sharding.gather(b.astype(self.dtype), None, axis_out))
 
 
 @jax.custom_vjp
 def lookup(table_VxD: jax.Array, ids_BxL: jax.Array) -> jax.Array:
-    """Rows of a table: [B, L, D]. Its gradient sums what a row's many uses give in float32, whatever the table's dtype.
+    """Rows of an embedding table: [B, L, D]. Their gradients are accumulated in float32, whatever the table's dtype.
 
-    A plain indexing would add in the table's dtype; in bfloat16 a row used 300 times counts as used 256 times.
+    Plain indexing would accumulate in the table's dtype: in bfloat16, 300 ones sum to 256.
     """
     return jnp.take(table_VxD, ids_BxL, axis=0)
 
@@ -93,8 +93,8 @@ def _lookup_fwd(table_VxD: jax.Array, ids_BxL: jax.Array) -> Any:
 
 def _lookup_bwd(saved: Any, d_BxLxD: jax.Array) -> Any:
     table_VxD, ids_BxL = saved
-    # The table's gradient is split over 'embed': on the way there, positions become whole before rows do. In one go the
-    # compiler finds no other way than through all of it on every device.
+    # The table's gradient is sharded over 'embed'. Positions are gathered first: resharding positions and rows at once
+    # XLA can only do through a full copy on every device.
     d_BxLxD = sharding.constrain(d_BxLxD.astype(jnp.float32), "batch", None, "length")
     d_table_VxD = jnp.zeros_like(table_VxD, jnp.float32).at[ids_BxL].add(d_BxLxD)
     return d_table_VxD.astype(table_VxD.dtype), None
@@ -130,14 +130,14 @@ class Norm(nn.Module):
 
 
 def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """vector [D] with the leading axes of `like` [..., D]: broadcasting is always spelled out."""
+    """vector [D] -> [1, ..., D] with the rank of `like`: rank promotion is always explicit."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """Zeroes entries of x [B, ...] at `rate` and scales up the rest; each row draws from its own key.
+    """Dropout of x [B, ...] at `rate`, with a key for each row; `keys_B` None = off.
 
-    A row's mask depends on its key alone, so it is the same however the batch is split over devices or micro-batches.
+    A row's mask depends on its key alone, whatever micro-batch or device the row is in.
     """
     if rate == 0.0 or keys_B is None:
         return x
@@ -146,7 +146,7 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
 
 
 def embed_noise(x_BxLxD: jax.Array, segments_BxL: jax.Array, alpha: float, keys_B: jax.Array | None) -> jax.Array:
-    """Adds uniform noise of size alpha / sqrt(n D) to embeddings of n real positions (NEFTune, Jain et al. 2023)."""
+    """Adds uniform noise of scale alpha / sqrt(n D) to embeddings of n real positions (NEFTune, Jain et al. 2023)."""
     if alpha == 0.0 or keys_B is None:
         return x_BxLxD
     draw = jax.vmap(lambda key: jax.random.uniform(key, x_BxLxD.shape[1:], jnp.float32, -1.0, 1.0))
@@ -156,47 +156,47 @@ def embed_noise(x_BxLxD: jax.Array, segments_BxL: jax.Array, alpha: float, keys_
 
 
 def rope(x_BxLxHxE: jax.Array, positions_BxL: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), rotating the pairs (i, i + E/2) as Llama does.
+    """Rotary position embedding (Su et al. 2021), of the pairs (i, i + E/2) as in Llama.
 
-    Pair i of a vector at position p turns by the angle p * theta^(-2i/E), so that the product of a query and a key
-    depends on the difference of their positions only.
+    Pair i of a vector at position p is rotated by the angle p * theta^(-2i/E), so that the product of a query and a key
+    depends only on the difference of their positions.
     """
     half = x_BxLxHxE.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BxLx1xe = positions_BxL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    # The barrier keeps what comes before, a matmul, from giving its result in float32, twice the memory traffic.
-    return _turn(jax.lax.optimization_barrier(x_BxLxHxE), jnp.sin(angle_BxLx1xe), jnp.cos(angle_BxLx1xe))
+    # The barrier keeps XLA from fusing the cast to float32 into the matmul before, which doubles its memory traffic.
+    return _rotate(jax.lax.optimization_barrier(x_BxLxHxE), jnp.sin(angle_BxLx1xe), jnp.cos(angle_BxLx1xe))
 
 
 @jax.custom_vjp
-def _turn(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> jax.Array:
-    """x cos + (x, its halves changed) (-sin, sin)."""
-    other = jnp.roll(x_BxLxHxE, x_BxLxHxE.shape[-1] // 2, axis=-1)
+def _rotate(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> jax.Array:
+    """x * cos + swap_halves(x) * (-sin, sin), in float32."""
+    swapped = jnp.roll(x_BxLxHxE, x_BxLxHxE.shape[-1] // 2, axis=-1)
     cos, sin = (jnp.concatenate(pair, axis=-1) for pair in ((cos_BxLx1xe,) * 2, (-sin_BxLx1xe, sin_BxLx1xe)))
-    return (x_BxLxHxE.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x_BxLxHxE.dtype)
+    return (x_BxLxHxE.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x_BxLxHxE.dtype)
 
 
-def _turn_fwd(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> Any:
-    return _turn(x_BxLxHxE, sin_BxLx1xe, cos_BxLx1xe), (sin_BxLx1xe, cos_BxLx1xe)
+def _rotate_fwd(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> Any:
+    return _rotate(x_BxLxHxE, sin_BxLx1xe, cos_BxLx1xe), (sin_BxLx1xe, cos_BxLx1xe)
 
 
-def _turn_bwd(saved: Any, d_BxLxHxE: jax.Array) -> Any:
+def _rotate_bwd(saved: Any, d_BxLxHxE: jax.Array) -> Any:
     sin_BxLx1xe, cos_BxLx1xe = saved
-    return _turn(d_BxLxHxE, -sin_BxLx1xe, cos_BxLx1xe), None, None  # back again: a rotation's transpose
+    return _rotate(d_BxLxHxE, -sin_BxLx1xe, cos_BxLx1xe), None, None  # a rotation's transpose is its inverse
 
 
-_turn.defvjp(_turn_fwd, _turn_bwd)
+_rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
-RELATIVE_BUCKETS, RELATIVE_REACH = 32, 128  # T5's
+RELATIVE_BUCKETS, RELATIVE_MAX_DISTANCE = 32, 128  # as in T5
 
 
 class RelativeBias(nn.Module):
-    """What T5 adds to the scores of all layers: a learned number a head for each bucket of distances.
+    """Relative position bias of T5, added to the attention scores of all layers: one scalar per head and bucket.
 
     Attributes:
       num_heads: H.
-      bidirectional: whether a key may stand after its query.
+      bidirectional: whether keys after their query are seen.
     """
 
     num_heads: int
@@ -204,7 +204,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, queries: int, keys: int, offset: jax.Array | int) -> jax.Array:
-        """float32 [H, queries, keys]; the first query stands at key `offset`."""
+        """float32 [H, queries, keys]; the position of the first query is that of key `offset`."""
         init = nn.initializers.normal(1.0 / math.sqrt(RELATIVE_BUCKETS))
         table_RxH = weight(self, "table", init, (RELATIVE_BUCKETS, self.num_heads), ("buckets", "heads"))
         distance_LxS = jnp.arange(keys)[None, :] - (jnp.arange(queries) + offset)[:, None]
@@ -213,21 +213,25 @@ class RelativeBias(nn.Module):
 
 
 def relative_buckets(distance: jax.Array, bidirectional: bool) -> jax.Array:
-    """Bucket, int32, of the distances key - query (T5, Raffel et al. 2020, section 2.1).
+    """Buckets, int32, of the distances key - query (T5, Raffel et al. 2020, section 2.1).
 
-    Half of the buckets are for one distance each, the others grow with its logarithm up to RELATIVE_REACH; the last one
-    takes all beyond. Bidirectional, the first 16 are for keys at or before the query and the last 16 for those after;
-    else all 32 are for those at or before it, and 0 for the others too, which a causal mask hides.
+    Half of the buckets hold one distance each; the others grow logarithmically up to RELATIVE_MAX_DISTANCE, and the
+    last one holds all larger distances. If bidirectional, the first 16 are for keys at or before the query and the last
+    16 for keys after it. Else all 32 are for keys at or before the query; keys after it, which a causal mask hides, are
+    in bucket 0.
     """
     buckets = RELATIVE_BUCKETS // 2 if bidirectional else RELATIVE_BUCKETS
     base = jnp.where(distance > 0, buckets, 0) if bidirectional else jnp.zeros_like(distance)
     far = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
     exact = buckets // 2
-    grown = [math.log(max(d, exact) / exact) / math.log(RELATIVE_REACH / exact) for d in range(RELATIVE_REACH + 1)]
+    grown = [
+        math.log(max(d, exact) / exact) / math.log(RELATIVE_MAX_DISTANCE / exact)
+        for d in range(RELATIVE_MAX_DISTANCE + 1)
+    ]
     bucket_of = [min(d if d < exact else exact + int(exact * g), buckets - 1) for d, g in enumerate(grown)]
-    return base + jnp.asarray(bucket_of, jnp.int32)[jnp.minimum(far, RELATIVE_REACH)]
+    return base + jnp.asarray(bucket_of, jnp.int32)[jnp.minimum(far, RELATIVE_MAX_DISTANCE)]
 
 
 def fold(keys_B: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
-    """Keys of their own for one of several uses of each row's key."""
+    """`jax.random.fold_in` of each row's key: independent keys for independent uses. None stays None."""
     return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, data)

@@ -1,4 +1,4 @@
-"""What the command lines of `lm.main` and the tools share."""
+"""Flags of XLA's TPU compiler, huge pages on Linux, and flag parsing shared by `lm.main` and the tools."""
 
 import os
 import sys
@@ -6,37 +6,38 @@ from pathlib import Path
 
 from absl import app, logging
 
-# XLA may cut a matrix product in pieces, to send each as soon as it is done. It pays on v5e, whose links are slow, for
-# weights of some size (MiB); the pieces of smaller ones leave the matrix unit half empty (docs/performance.md).
+# Smallest weight, in MiB, for XLA's windowed einsum, which splits a matmul into pieces that overlap with their
+# communication. It pays on v5e, whose links are slow; pieces of smaller weights underuse the matrix unit
+# (docs/performance.md).
 WINDOWED_FROM_MIB = {"v5e": 24}
 NEVER_MIB = 1_000_000
-# Vector memory that one operation may use, MiB, in models narrower than WIDE and in others; the compiler's own are 16.
-# With more, matrix products go in larger pieces, but less is left for results to stay in until they are used.
+# Scoped vector memory of one operation, in MiB, in models narrower than WIDE and in others; XLA's default is 16. With
+# more, matmuls use larger tiles, but less is left to keep results in until they are used.
 SCOPED_VMEM_MIB = {"v5e": (28, 46), "v5p": (48, 48)}
 WIDE = 4096
-TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # older and newer drivers; GKE says which TPU it is, a TPU VM may not
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # older and newer drivers; GKE names the type of TPU, a TPU VM may not
 
 
 def windowed_from(device_kind: str) -> float:
-    """Bytes of a weight from which on the compiler does so on such a device, named as `jax.Device.device_kind`."""
+    """Smallest weight, in bytes, for windowed einsum on a device of kind `jax.Device.device_kind`."""
     chip = device_kind.removeprefix("TPU ").replace(" lite", "e")
     return WINDOWED_FROM_MIB.get(chip, NEVER_MIB) * 2**20
 
 
 def libtpu(chip: str, embed_dim: int) -> str:
-    """Flags of the TPU compiler that help a model of this width on a chip, 'v5e' or the like; see `spelled`."""
+    """Flags of the TPU compiler for a model of this width on `chip`, such as 'v5e'; see `spelled`."""
     narrow, wide = SCOPED_VMEM_MIB.get(chip, (0, 0))
     return spelled(WINDOWED_FROM_MIB.get(chip, NEVER_MIB), narrow if embed_dim < WIDE else wide)
 
 
 def spelled(windowed_from_mib: int, scoped_vmem_mib: int) -> str:
-    """Flags as LIBTPU_INIT_ARGS takes them: see WINDOWED_FROM_MIB and SCOPED_VMEM_MIB; 0 of the latter = not set."""
+    """The flags in the format of LIBTPU_INIT_ARGS: see WINDOWED_FROM_MIB and SCOPED_VMEM_MIB (0 = not set)."""
     windowed = f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={windowed_from_mib}"
     return f"{windowed} --xla_tpu_scoped_vmem_limit_kib={1024 * scoped_vmem_mib}" if scoped_vmem_mib else windowed
 
 
 def set_libtpu(embed_dim: int) -> None:
-    """Sets them on a TPU VM, where the user has not set LIBTPU_INIT_ARGS; before JAX finds its devices."""
+    """Sets LIBTPU_INIT_ARGS on a TPU VM, unless the user has; call it before JAX initialises its devices."""
     kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e").partition("-")[0]
     if kind:
         os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind, embed_dim))
@@ -46,11 +47,11 @@ def set_libtpu(embed_dim: int) -> None:
 
 
 def use_huge_pages() -> None:
-    """Starts this program anew, on Linux, with the C library asking for memory in pages of 2 MiB; once, before JAX.
+    """Restarts this program, on Linux, with malloc using huge pages (2 MiB); call it once, before JAX.
 
-    A step on CPU takes its temporaries from the kernel and gives them back: in pages of 4 KiB that is a fault for each,
-    hundreds of thousands a step (docs/performance.md). The C library reads GLIBC_TUNABLES when a program starts and not
-    after; glibc.malloc.hugetlb=0 in it turns this off, and a C library before glibc 2.35 knows nothing of it.
+    A step on CPU allocates its temporaries from the kernel and frees them: with pages of 4 KiB that is hundreds of
+    thousands of page faults a step (docs/performance.md). glibc reads GLIBC_TUNABLES only when a program starts.
+    glibc.malloc.hugetlb=0 in it turns this off; glibc before 2.35 ignores it.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
@@ -59,22 +60,22 @@ def use_huge_pages() -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """For `absl.app.run(flags_parser=...)`: a misspelt --config.a.b ends in one line, not in a traceback."""
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save at INFO
+    """For `absl.app.run(flags_parser=...)`: a misspelt --config.a.b gives an error of one line and no traceback."""
+    logging.set_verbosity(logging.WARNING)  # Orbax logs many lines for each save at INFO
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
+    except (AttributeError, KeyError) as error:  # raised by ml_collections for a key that the config lacks
         said = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
         flag = next(
             (f" in {arg}" for arg in argv if arg.startswith("--config.") and said.lstrip("'").split("'")[0] in arg), ""
         )
         raise SystemExit(f"error: unknown config key{flag}: {said}") from None
-    except OSError as error:  # a recipe that is not there: the last line has its name
+    except OSError as error:  # a recipe that does not exist: the last line has its name
         raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def check_output(flag: str, path: str) -> None:
-    """Ends the program where a file that a flag names could not be written, before its content is computed."""
+    """Exits if the file that a flag names cannot be written, before its content is computed."""
     folder = Path(path).parent
     if path and (Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
         raise SystemExit(f"error: --{flag}={path}: expected a file in a folder that is there and may be written")
