@@ -28,14 +28,19 @@ def make_inputs(seed=0, dtype=np.float32):
     return hidden, unembed, targets, weights
 
 
-def value_and_grads(hidden, unembed, targets, weights, fn=losses.token_cross_entropy, **options):
-    """(LossTerms, (d_hidden, d_unembed)), jitted."""
-
-    def loss(hidden, unembed):
+@functools.cache
+def compiled(fn, **options):
+    def loss(hidden, unembed, targets, weights):
         terms = fn(hidden, unembed, targets, weights, **options)
         return terms.sum, terms
 
-    (_, terms), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, unembed)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def value_and_grads(hidden, unembed, targets, weights, fn=losses.token_cross_entropy, **options):
+    """(LossTerms, (d_hidden, d_unembed)), jitted."""
+
+    (_, terms), grads = compiled(fn, **options)(hidden, unembed, targets, weights)
     return terms, grads
 
 
@@ -79,31 +84,27 @@ def test_value_metrics_and_gradients_match_float64_numpy(options):
     np.testing.assert_allclose(undifferentiated.metrics["nll"][0], nll, rtol=1e-6)
 
 
-def kinds_of_weights(kind):
-    """0/1 weights, fractions of which whole rows are 0, or the same weight everywhere."""
-    fractions = make_inputs()[3]
-    return {"mask": (fractions > 0).astype(np.float32), "fractions": fractions, "all": np.ones_like(fractions)}[kind]
-
-
-@pytest.mark.parametrize("weights_kind", ["mask", "fractions", "all"])
 @pytest.mark.parametrize(("z_loss", "label_smoothing"), list(itertools.product((0.0, 1e-2), (0.0, 0.1))))
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_fused_equals_its_definition_for_all_options(softcap, z_loss, label_smoothing, weights_kind):
-    """Value, metrics and gradients, with chunks of one position, ones that do not divide L, and whole rows; with
-    `most_predicted` where it applies. Each form is within 1e-6 (gradients: 1e-5) of float64, see above, so that they
-    are within twice that of each other."""
-    hidden, unembed, targets, _ = make_inputs()
+def test_fused_equals_its_definition_for_all_options(softcap, z_loss, label_smoothing):
+    """Value, metrics and gradients, with 0/1 weights, fractions and equal weights; in whole rows, and in chunks of one
+    position, ones that do not divide L, and ones longer than L; with `most_predicted` where it applies. Each form is
+    within 1e-6 (gradients: 1e-5) of float64, see above, so that they are within twice that of each other."""
+    hidden, unembed, targets, fractions = make_inputs()
     options = dict(vocab_size=VOCAB, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing)
-    weights = kinds_of_weights(weights_kind)
-    cases = [(weights, dict(chunk_len=chunk_len)) for chunk_len in (0, 1, 3, 5, L, 100)]
-    cases += [(at_most(weights, 4), dict(chunk_len=chunk_len, most_predicted=4)) for chunk_len in (0, 3)]
-    for weights, form in cases:
-        inputs = (hidden, unembed, targets, weights)
-        expected, expected_grads = value_and_grads(*inputs, fn=losses.reference_token_cross_entropy, **options)
-        terms, grads = value_and_grads(*inputs, **options, **form)
-        np.testing.assert_allclose(jax.tree.leaves(terms), jax.tree.leaves(expected), rtol=2e-6, err_msg=f"{form}")
-        for leaf, expected_leaf in zip(grads, expected_grads, strict=True):
-            assert_leaf_close(leaf, expected_leaf, rtol=2e-5)
+    forms = [dict(chunk_len=chunk_len) for chunk_len in (0, 1, 3, 5, 100)]
+    few = [dict(chunk_len=3, most_predicted=4)]
+    for weights in ((fractions > 0).astype(np.float32), fractions, np.ones_like(fractions)):
+        for kept, cases in ((weights, forms), (at_most(weights, 4), few)):
+            inputs = (hidden, unembed, targets, kept)
+            expected, expected_grads = value_and_grads(*inputs, fn=losses.reference_token_cross_entropy, **options)
+            for form in cases:
+                terms, grads = value_and_grads(*inputs, **options, **form)
+                np.testing.assert_allclose(
+                    jax.tree.leaves(terms), jax.tree.leaves(expected), rtol=2e-6, err_msg=f"{form}"
+                )
+                for leaf, expected_leaf in zip(grads, expected_grads, strict=True):
+                    assert_leaf_close(leaf, expected_leaf, rtol=2e-5)
 
 
 def test_accuracy_counts_the_largest_logit():
