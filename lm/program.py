@@ -171,7 +171,7 @@ def compute_dtype(name: str, mesh: Mesh) -> Any:
     """The dtype that `model.dtype` stands for on these devices.
 
     'auto' is bfloat16 on accelerators, and float32 on CPUs, which do not multiply bfloat16 natively. So are 'int8' and
-    'fp8', except for the matmuls with the blocks' kernels, see `lm.models.layers.quantized`.
+    'fp8', except for the matmuls with the blocks' kernels, see `lm.models.quantization`.
     """
     if name in ("auto", "int8", "fp8"):
         name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

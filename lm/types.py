@@ -99,7 +99,7 @@ class ModelOutput(NamedTuple):
         that has another head instead.
       cache: the updated key/value cache when one was passed, else None.
       head: float32, what the model's `Head` gives, or None when it has none.
-      routing_2xB: float32, means over layers of `lm.models.moe.balance`; None in a model without experts.
+      routing_2xB: float32, means over layers of `lm.models.moe.load_balance`; None in a model without experts.
     """
 
     hidden_BxLxD: jax.Array

@@ -135,10 +135,10 @@ def test_query_blocks_equal_the_dense_form(window):
 def test_mask_worked_example():
     segments = jnp.asarray([[1, 1, 2, 2, 0]], jnp.int32)
     want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
-    np.testing.assert_array_equal(attention.Mask(segments, segments, 0).draw()[0], np.array(want, bool))
+    np.testing.assert_array_equal(attention.Mask(segments, segments, 0).dense()[0], np.array(want, bool))
     ones = jnp.ones((1, 4), jnp.int32)
     want = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    np.testing.assert_array_equal(attention.Mask(ones, ones, 2).draw()[0], np.array(want, bool))
+    np.testing.assert_array_equal(attention.Mask(ones, ones, 2).dense()[0], np.array(want, bool))
 
 
 def test_rope_depends_on_differences_of_positions_only():
@@ -152,7 +152,7 @@ def test_rope_depends_on_differences_of_positions_only():
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
 
 
-def test_dropout_of_a_row_is_its_own():
+def test_dropout_mask_of_a_row_depends_on_its_key_alone():
     """A row's mask is the same in another batch and at another place; its rate and scale are right."""
     x = jnp.ones((4, 1000))
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))
@@ -194,8 +194,8 @@ def test_bfloat16_gradients_of_tables_and_biases_are_summed_in_float32():
 @pytest.mark.parametrize(
     ("window", "causal", "softcap"), [(0, True, 0.0), (0, False, 0.0), (32, True, 5.0), (32, False, 0.0)]
 )
-def test_the_tpu_kernel_is_the_plain_form(window, causal, softcap):
-    """Its values and gradients, run without a TPU: grouped heads, segments, padding, window and soft cap."""
+def test_splash_attention_equals_the_plain_form(window, causal, softcap):
+    """Values and gradients, without a TPU: grouped heads, segments, padding, window and soft cap."""
     rows, length, heads, kv_heads, width = 2, 256, 4, 2, 64
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.normal(size=(rows, length, heads, width)), jnp.float32)
@@ -227,8 +227,8 @@ def gpu_case(form):
 
 
 @pytest.mark.parametrize("form", ["causal", "window", "both sides", "prefix"])
-def test_what_the_gpu_kernel_is_given_is_the_plain_form(form):
-    """The same arguments in the other implementation that JAX has; values and gradients."""
+def test_cudnn_arguments_give_the_plain_form(form):
+    """Values and gradients of the same arguments in JAX's other implementation."""
     arrays, mask = gpu_case(form)
     assert attention.cudnn_fits(arrays[0], mask, 0.0)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
@@ -245,8 +245,8 @@ def test_what_the_gpu_kernel_is_given_is_the_plain_form(form):
 
 
 @pytest.mark.parametrize("form", ["causal", "window", "both sides", "prefix"])
-def test_a_gpu_runs_its_kernel_forward_and_backward(form, monkeypatch):
-    """Lowered for one, with what it would ask of a GPU's libraries answered; not run."""
+def test_attention_lowers_to_cudnn_forward_and_backward(form, monkeypatch):
+    """Lowered for a GPU, with its library queries stubbed; not run."""
     from jax._src.cudnn import fused_attention_stablehlo as library
 
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
@@ -265,7 +265,7 @@ def test_a_gpu_runs_its_kernel_forward_and_backward(form, monkeypatch):
     assert "__cudnn" not in lowered(5.0)
 
 
-def test_what_the_gpu_kernel_lacks_is_left_to_the_plain_form():
+def test_unsupported_attention_does_not_use_cudnn():
     query, segments = jnp.zeros((1, 32, 2, 8), jnp.bfloat16), jnp.ones((1, 32), jnp.int32)
     mask = attention.Mask(segments, segments, 0)
     assert attention.cudnn_fits(query, mask, 0.0)
@@ -281,7 +281,7 @@ def test_what_the_gpu_kernel_lacks_is_left_to_the_plain_form():
         assert not attention.cudnn_fits(*lacking)
 
 
-def test_what_the_tpu_kernel_lacks_is_left_to_the_plain_form():
+def test_unsupported_attention_does_not_use_splash():
     query, segments = jnp.zeros((1, 256, 2, 8)), jnp.ones((1, 256), jnp.int32)
     plain = attention.Mask(segments, segments, 0)
     assert attention.splash_fits(query, plain)

@@ -207,7 +207,7 @@ def test_one_trained_parameter_is_enough(name, only):
         ({"schedule": "wsd"}, r"wsd, but no 'optim\.decay_steps"),
     ],
 )
-def test_rules_that_cannot_be_meant_are_refused(cfg, message):
+def test_invalid_rules_are_refused(cfg, message):
     with pytest.raises(ConfigError, match=message):
         build(OptimConfig(**cfg), random_tree(0))
 

@@ -1,4 +1,4 @@
-"""Every way to split a run over devices takes the steps of one device: losses and gradients of five steps."""
+"""Every mesh gives the training steps of one device: losses and gradients of five steps."""
 
 import dataclasses
 import functools
@@ -79,7 +79,7 @@ def on_one_device(style):
     ids=str,
 )
 def test_a_mesh_takes_the_steps_of_one_device(style, sizes):
-    """Packed rows, whose documents lie across devices; the Llama form has a window and soft caps."""
+    """With packed rows whose documents span devices; the Llama style has a window and soft caps."""
     model, cfg, params, batch, (expected, expected_state) = on_one_device(style)
     ends = batch["segment_ids"].reshape(ROWS, sizes.get("context", 1), -1)
     assert "context" not in sizes or (ends[:, 1:, 0] == ends[:, :-1, -1]).any(), "documents go on on the next device"
@@ -95,22 +95,22 @@ def assert_the_same_steps(found, expected):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}], ids=str)
-def test_gradients_that_go_round_rings_are_those_of_one_device(sizes, monkeypatch):
-    """Layers as on TPU, all else as on CPU: these rows are too short for the attention kernel."""
+def test_ring_reduced_gradients_equal_those_of_one_device(sizes, monkeypatch):
+    """The matmuls of the layers are those of a TPU; the rows are too short for splash attention."""
     model, cfg, params, batch, expected = on_one_device("llama")
-    summed, calls = ring_reduce.sum_where_it_lies, []
+    summed, calls = ring_reduce.reduce_scatter_local, []
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-    monkeypatch.setattr(ring_reduce, "sum_where_it_lies", lambda *args: calls.append(1) or summed(*args))
+    monkeypatch.setattr(ring_reduce, "reduce_scatter_local", lambda *args: calls.append(1) or summed(*args))
     found = steps_of(model, cfg, params, batch, mesh_of(**sizes))
-    assert len(calls) == 8, "one each of the kernels of the scanned layer, and the output projection's"
+    assert len(calls) == 8, "one for each kernel of the scanned layer, and one for the output projection"
     assert_the_same_steps(found, expected)
 
 
 @pytest.mark.parametrize(
     "sizes", [{"data": 2}, {"data": 2, "tensor": 4}, {"data": 2, "context": 2, "tensor": 2}], ids=str
 )
-def test_between_the_matmuls_positions_are_split_over_tensor_too(sizes):
-    """What a layer keeps for its backward pass, of a program that keeps no more than each layer's input."""
+def test_residual_stream_is_sharded_over_tensor(sizes):
+    """By the shape of what full remat keeps of each layer: its input."""
     cfg, model, params = toys.decoder(dataclasses.replace(STYLES["llama"], remat="full", num_heads=4), SEQ_LEN)
     mesh, batch = mesh_of(**sizes), toys.batch(ROWS, SEQ_LEN)
     loss_fn = toys.token_loss(model.apply, Config(model=cfg, loss=LOSS), SimpleNamespace(vocab_size=toys.VOCAB))
@@ -150,8 +150,8 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("form", ["window", "prefix and bias", "both sides", "another length of keys"])
-def test_attention_over_split_positions_is_that_of_one_device(form):
-    """The forms that the runs above lack."""
+def test_context_parallel_attention_equals_one_device(form):
+    """Masks that the training steps above do not have."""
     length, keys = 16, 24 if form == "another length of keys" else 16
     arrays, (queries, others), weights = inputs(length, keys)
     mask = attention.Mask(queries, others, 5 if form == "window" else 0, causal=form in ("window", "prefix and bias"))
@@ -169,8 +169,8 @@ def test_attention_over_split_positions_is_that_of_one_device(form):
 
 
 @pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 200), (False, 0)])
-def test_the_tpu_kernel_over_split_positions_is_the_plain_form(causal, window):
-    """Run without a TPU. Causal: devices exchange halves of their queries, and get them back."""
+def test_context_parallel_splash_attention_equals_the_plain_form(causal, window):
+    """Without a TPU. With a causal mask, devices exchange halves of their queries and get them back."""
     length = 2 * 2 * attention.SPLASH_TILE
     arrays, (queries, _), weights = inputs(length, length, width=8)
     others = queries if causal else queries[:, ::-1]  # an encoder's, say
@@ -183,9 +183,9 @@ def test_the_tpu_kernel_over_split_positions_is_the_plain_form(causal, window):
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
-def test_devices_have_equal_shares_of_a_causal_mask(parts):
-    order = attention._shares(12 * parts, parts)
+def test_devices_have_equal_work_under_a_causal_mask(parts):
+    order = attention._balanced_order(12 * parts, parts)
     assert sorted(order) == list(range(12 * parts))
     seen = (order + 1).reshape(parts, -1).sum(axis=1)
     assert seen.max() - seen.min() <= parts * 12 // 2, "at most one more key for each query of a half"
-    assert attention._shares(8, 2).tolist() == [0, 1, 6, 7, 4, 5, 2, 3]
+    assert attention._balanced_order(8, 2).tolist() == [0, 1, 6, 7, 4, 5, 2, 3]

@@ -19,7 +19,7 @@ from test_planner_train_compile import LENGTH, ROOT, SMALL, needs_libtpu
 
 from lm import config
 from lm.config.schema import ConfigError, flatten
-from lm.models.blocks import REMAT_POLICIES
+from lm.models.remat import REMAT_POLICIES
 from lm.parallel.mesh import AXES
 from lm.parallel.xla_flags import libtpu
 from lm.planner import candidates as candidates_lib

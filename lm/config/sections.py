@@ -120,7 +120,7 @@ class ModelConfig:
     dropout: float = 0.0
     embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
     dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # compute, see lm.program.compute_dtype
-    remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.blocks
+    remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.remat
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
 
 

@@ -1,15 +1,15 @@
-"""Losses: arrays in, `LossTerms` out, each a sum and a weight that are added up and divided once."""
+"""Losses: arrays in, `LossTerms` out, each a sum and a weight that are added over micro-batches and divided once.
 
-from lm.losses.cross_entropy import (
-    BALANCE,
-    MASKED_LOGIT,
+`contrastive` (losses that couple the rows of a batch) and `ranking` (ranks of items) are modules of their own.
+"""
+
+from lm.losses.classification import (
     class_cross_entropy,
-    logits,
     patch_mse,
-    routing,
-    sequence_log_likelihood,
     span_cross_entropy,
     squared_error,
     symmetric_divergence,
-    token_cross_entropy,
 )
+from lm.losses.cross_entropy import reference_token_cross_entropy, sequence_log_likelihood, token_cross_entropy
+from lm.losses.logits import MASKED_LOGIT, logits
+from lm.losses.router import LOAD_BALANCE, router_loss

@@ -1,7 +1,7 @@
-"""Small trained additions to a frozen model: bottlenecks after sublayers, and LoRA's weights put into the kernels.
+"""Adapters for a frozen model: bottleneck layers after sublayers, and merging of LoRA into the kernels.
 
-LoRA's branch itself is in `layers.Dense`: `<dense>/lora_a` [in, r] and `<dense>/lora_b` [r, out]. What is trained is
-said by rules, see `configs/common.py`; at the start every adapter adds exactly nothing.
+LoRA itself is a branch of `layers.Dense`: `<dense>/lora_a` [in, r] and `<dense>/lora_b` [r, out]. Which parameters are
+trained is set by rules, see `configs/common.py`. An adapter is initialised to add exactly 0.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from lm.config.schema import ConfigError
 from lm.models import layers
 from lm.types import Params
 
-# adapter.kind -> the bottlenecks of a block.
+# adapter.kind -> names of the bottleneck layers of a block.
 BOTTLENECKS = {
     "houlsby": ("adapter_attention", "adapter_mlp"),  # Houlsby et al. 2019, figure 2
     "pfeiffer": ("adapter_mlp",),  # Pfeiffer et al. 2021, section 3.2.1
@@ -25,7 +25,7 @@ BOTTLENECKS = {
 
 
 class Bottleneck(nn.Module):
-    """x + up(gelu(down(x))), `up` zero at the start (Houlsby et al. 2019)."""
+    """x + up(gelu(down(x))), with `up` initialised to 0 (Houlsby et al. 2019)."""
 
     rank: int
     dtype: Any
@@ -38,51 +38,51 @@ class Bottleneck(nn.Module):
 
 
 def adapt(cfg: AdapterConfig, name: str, x_BxLxD: jax.Array, dtype: Any) -> jax.Array:
-    """A sublayer's output through the bottleneck `name` of the module that calls this, where `cfg` has one there."""
+    """Applies the bottleneck layer `name` to a sublayer's output if `cfg` has one there. Called in a module."""
     return Bottleneck(cfg.rank, dtype, name=name)(x_BxLxD) if name in BOTTLENECKS.get(cfg.kind, ()) else x_BxLxD
 
 
 def check(cfg: AdapterConfig, paths: Iterable[str]) -> None:
-    """Refuses adapters that are nowhere in the model.
+    """Checks that the model has the adapter.
 
     Args:
       cfg: the adapter.
-      paths: of all parameters of the model that was made with it.
+      paths: paths of all parameters of the model that was made with it.
 
     Raises:
-      ConfigError: LoRA's targets name no Dense layer of a block, or the model has no place for bottlenecks.
+      ConfigError: LoRA's targets match no Dense layer of a block, or this kind of model supports no bottlenecks.
     """
     paths = list(paths)
     if cfg.kind == "lora":
         dense = [path.removesuffix("/kernel") for path in paths if "/layers/" in path and path.endswith("/kernel")]
         param_paths.match_rules(((cfg.targets, True), (".*", False)), dense, "adapter.targets")
     elif cfg.kind != "none" and not any("/adapter_" in path for path in paths):
-        raise ConfigError(f"'adapter.kind' {cfg.kind}: this kind of model has no place for it")
+        raise ConfigError(f"'adapter.kind' {cfg.kind} adds no parameter to this kind of model")
 
 
 def merge(params: Params, cfg: AdapterConfig) -> Params:
-    """The parameters of the model without LoRA that computes the same: kernel + alpha / rank * A @ B, in float32.
+    """Merges LoRA into the kernels: kernel + alpha / rank * A @ B, in float32. The merged model computes the same.
 
     Raises:
-      ConfigError: the adapter is not LoRA. A bottleneck is not linear, no kernel can take it in.
+      ConfigError: the adapter is not LoRA. Bottleneck layers are not linear and cannot be merged.
     """
     if cfg.kind != "lora":
         raise ConfigError(f"'adapter.kind' is {cfg.kind}: only lora can be merged into the kernels")
     flat = param_paths.flatten(params)
     return param_paths.unflatten(
-        {p: _shifted(flat, p, cfg, 1.0) for p in flat if not p.endswith(("/lora_a", "/lora_b"))}
+        {p: _add_lora(flat, p, cfg, 1.0) for p in flat if not p.endswith(("/lora_a", "/lora_b"))}
     )
 
 
 def unmerge(merged: Params, adapters: Params, cfg: AdapterConfig) -> Params:
-    """Inverse of `merge`, up to rounding: the kernels without, and beside them, the LoRA leaves of `adapters`."""
+    """Inverse of `merge` up to rounding, with the LoRA parameters of `adapters`."""
     lora = {path: leaf for path, leaf in param_paths.flatten(adapters).items() if path.endswith(("/lora_a", "/lora_b"))}
     flat = param_paths.flatten(merged) | lora
-    return param_paths.unflatten({path: _shifted(flat, path, cfg, -1.0) for path in flat})
+    return param_paths.unflatten({path: _add_lora(flat, path, cfg, -1.0) for path in flat})
 
 
-def _shifted(flat: dict[str, Any], path: str, cfg: AdapterConfig, sign: float) -> Any:
-    """A kernel moved by sign * alpha / rank * A @ B where it has them; any other leaf as it is."""
+def _add_lora(flat: dict[str, Any], path: str, cfg: AdapterConfig, sign: float) -> Any:
+    """A kernel plus sign * alpha / rank * A @ B if it has LoRA parameters; any other leaf unchanged."""
     dense, _, name = path.rpartition("/")
     if name != "kernel" or f"{dense}/lora_a" not in flat:
         return flat[path]

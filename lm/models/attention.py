@@ -1,4 +1,7 @@
-"""Attention. The mask is an argument, described rather than drawn, so that each backend makes what it needs of it."""
+"""Dot-product attention, its mask, and the choice of a backend.
+
+The mask is a description (`Mask`), not an array, so that each backend builds the form that it needs.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,35 +15,35 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.parallel import sharding
 
-# The result of attention, in a remat policy (lm.models.blocks).
+# Name of attention's result in remat policies (lm.models.remat).
 NAME = "attention"
 
-# Query rows computed together on one device when there is no cache: later keys of a causal mask are never touched.
+# Number of query blocks on one device without a cache: a block does not compute the keys after it, which are hidden.
 QUERY_BLOCKS = 4
-# Positions of queries and of keys that the TPU kernel holds at once: the largest that divides the row.
+# Block sizes of the TPU kernel, in positions: the largest that divides the row is used.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
 SPLASH_TILE = 128
 
 
 @flax.struct.dataclass
 class Mask:
-    """Who sees whom: same segment, key not after query (if causal) or in the prefix, and within the window.
+    """Attention mask: a query sees the keys of its segment that are not after it (or in the prefix), within the window.
 
-    Example, segment ids [1, 1, 2, 0] (1 = sees):
+    Example, causal, segment ids [1, 1, 2, 0] (1 = sees):
 
         query 0: 1 0 0 0
         query 1: 1 1 0 0
         query 2: 0 0 1 0
-        query 3: 0 0 0 1     (padding sees itself only, so that no row of the softmax is empty)
+        query 3: 0 0 0 1     (padding sees itself, so that no row of the softmax is empty)
 
     Attributes:
       query_segments_BxL: int32 segment of each query.
       key_segments_BxS: int32 segment of each key; 0 = padding or not yet written.
-      window: a query sees this many keys before it, itself included; 0 = all.
+      window: a query sees this many keys up to itself, itself included (and as many after it, if not causal); 0 = all.
       offset: int32 [] or int, index in the key axis of the first query; None = queries and keys are the same positions.
-      causal: whether a key after the query is hidden from it.
-      is_prefix_BxS: int32, 1 = all of its segment sees this key even so (prefix LM); None = no key is such.
-      bias_HxLxS: float32, added to the scores; None = nothing is.
+      causal: whether keys after the query are hidden.
+      is_prefix_BxS: int32, 1 = all queries of the segment see this key (prefix LM); None = no prefix.
+      bias_HxLxS: float32, added to the scores; None = no bias.
     """
 
     query_segments_BxL: jax.Array
@@ -51,8 +54,8 @@ class Mask:
     is_prefix_BxS: jax.Array | None = None
     bias_HxLxS: jax.Array | None = None
 
-    def draw(self) -> jax.Array:
-        """The mask as bool [B, L, S]."""
+    def dense(self) -> jax.Array:
+        """The mask as an array, bool [B, L, S]."""
         query_L = jnp.arange(self.query_segments_BxL.shape[1]) + (0 if self.offset is None else self.offset)
         key_S = jnp.arange(self.key_segments_BxS.shape[1])
         distance_LxS = query_L[:, None] - key_S[None, :]
@@ -67,11 +70,10 @@ class Mask:
 def attend(
     query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, *, softcap: float
 ) -> jax.Array:
-    """Dot-product attention, of queries that are scaled already; query head h reads key/value head h // (H / K).
+    """Dot-product attention of queries that are already scaled; query head h reads key/value head h // (H / K).
 
-    The one place where a backend is chosen: a kernel on TPU and on GPU; where positions are split over devices, each
-    device's own queries with everyone's keys; causal query blocks where keys and queries are the same positions; the
-    plain form when decoding from a cache.
+    The one place where a backend is chosen: splash attention on TPU, cuDNN on GPU; elsewhere, if positions are sharded,
+    each device's queries with all keys gathered; causal query blocks; or the plain form, as in decoding from a cache.
 
     Returns:
       [B, L, H, E] in the dtype of the query. Scores and softmax are float32.
@@ -80,16 +82,16 @@ def attend(
         return splash(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap=softcap)
     if sharding.platform() == "gpu" and cudnn_fits(query_BxLxHxE, mask, softcap):
         return checkpoint_name(cudnn(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask), NAME)
-    parts = sharding.length_parts()
+    parts = sharding.length_shards()
     is_split = parts > 1 and mask.offset is None and query_BxLxHxE.shape[1] % parts == key_BxSxKxE.shape[1] % parts == 0
     plain = _over_context if is_split else _in_blocks
     return checkpoint_name(plain(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap), NAME)
 
 
 def cudnn_fits(query_BxLxHxE: jax.Array, mask: Mask, softcap: float) -> bool:
-    """Whether the GPU kernel has this: 16 bits, narrow heads, no soft cap, cache or bias, whole rows on a device."""
+    """Whether cuDNN supports it: 16 bits, heads up to 128 wide, no soft cap, cache or bias, unsharded positions."""
     width, lengths = query_BxLxHxE.shape[-1], (mask.query_segments_BxL.shape[1], mask.key_segments_BxS.shape[1])
-    plain = mask.offset is None and mask.bias_HxLxS is None and not softcap and sharding.length_parts() == 1
+    plain = mask.offset is None and mask.bias_HxLxS is None and not softcap and sharding.length_shards() == 1
     half = query_BxLxHxE.dtype in (jnp.bfloat16, jnp.float16)
     return plain and half and width % 8 == 0 and width <= 128 and not any(length % 2 for length in lengths)
 
@@ -102,19 +104,19 @@ def cudnn(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """cuDNN's flash attention by `jax.nn`: scores are never held, nor computed beyond the diagonal of a causal mask.
+    """cuDNN's flash attention by `jax.nn`: scores are not stored, and hidden blocks of a causal mask not computed.
 
-    The mask is drawn, [B, 1, L, S] for all heads. The kernel's own layout of packed rows wants the largest number of
-    documents in a row beforehand, and leaves the result at padding undefined; its window goes with no other mask.
+    The mask is a dense array [B, 1, L, S] for all heads. The kernel's own format for packed rows needs a bound on the
+    documents in a row and leaves padding undefined, and its window cannot be combined with another mask.
 
-    Arguments as `attend`; `implementation` runs it without a GPU, for tests.
+    Arguments as in `attend`; `implementation` is for tests without a GPU.
     """
     length = query_BxLxHxE.shape[1]
     is_causal = mask.causal and mask.is_prefix_BxS is None and length == key_BxSxKxE.shape[1]
 
     def on_device(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
         return jax.nn.dot_product_attention(
-            query, key, value, mask=mask.draw()[:, None], scale=1.0, is_causal=is_causal, implementation=implementation
+            query, key, value, mask=mask.dense()[:, None], scale=1.0, is_causal=is_causal, implementation=implementation
         )
 
     attend_on = _on_devices if sharding.is_distributed_trace() else lambda fn, *arrays: fn(*arrays)
@@ -123,10 +125,10 @@ def cudnn(
 
 
 def splash_fits(query_BxLxHxE: jax.Array, mask: Mask) -> bool:
-    """Whether the TPU kernel has this mask: no cache, prefix or bias, and rows that it can tile."""
+    """Whether splash attention supports this mask: no cache, prefix or bias, and a length that it can tile."""
     plain = mask.offset is None and mask.is_prefix_BxS is None and mask.bias_HxLxS is None
     same = mask.query_segments_BxL.shape == mask.key_segments_BxS.shape
-    parts = sharding.length_parts()
+    parts = sharding.length_shards()
     return plain and same and query_BxLxHxE.shape[1] % (SPLASH_TILE * (2 * parts if parts > 1 else 1)) == 0
 
 
@@ -139,26 +141,26 @@ def splash(
     softcap: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's splash attention (block-sparse flash attention for TPU): scores are never held, hidden blocks not computed.
+    """JAX's splash attention, block-sparse flash attention for TPU: scores are not stored, hidden blocks not computed.
 
-    Rows and heads stay on their devices. Where positions are split too, keys and values are gathered, and each device
-    has its own queries. Under a causal mask the shares would be unequal, and all would wait for the last device: so two
-    devices exchange half of their queries first, see `_shares`.
+    Rows and heads are computed where they are. If positions are sharded too, keys and values are gathered and each
+    device computes its own queries. A causal mask would give devices unequal work, so pairs of devices exchange half of
+    their queries first, see `_balanced_order`.
 
-    Arguments as `attend`; `interpret` runs it without a TPU, for tests.
+    Arguments as in `attend`; `interpret` is for tests without a TPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    parts, length = sharding.length_parts(), query_BxLxHxE.shape[1]
+    parts, length = sharding.length_shards(), query_BxLxHxE.shape[1]
     reach = mask.window - 1 if 0 < mask.window < length else None
     is_full, is_uneven = not mask.causal and reach is None, parts > 1 and mask.causal and reach is None
     if reach is not None:
         seen: Any = masks.LocalMask((length, length), (reach, 0 if mask.causal else reach), 0)
     elif mask.causal:
         seen = masks.CausalMask((length, length))
-        seen.q_sequence = _shares(length, parts)
-    else:  # the same for all devices; made for all at once, the library cannot take it apart
+        seen.q_sequence = _balanced_order(length, parts)
+    else:  # of one device's queries: the library cannot shard a full mask, which is the same on all devices
         seen = masks.FullMask((length // parts, length))
     block, block_q = (
         max(size for size in SPLASH_BLOCKS if rows % size == 0)
@@ -167,7 +169,7 @@ def splash(
     sizes = kernel.BlockSizes(
         block_q=block_q, block_kv=block, block_q_dkv=block_q, block_kv_dkv=block, use_fused_bwd_kernel=True
     )
-    # Of one head: all have the same mask.
+    # One head: all heads have the same mask.
     attend_heads = kernel.make_splash_mha(
         masks.MultiHeadMask([seen]),
         block_sizes=sizes,
@@ -208,12 +210,12 @@ def splash(
     return jax.shard_map(on_device, in_specs=specs, out_specs=split[0], check_vma=False)(attend_heads, *arrays)
 
 
-def _shares(length: int, parts: int) -> np.ndarray:
-    """Query positions in the order in which devices attend: int32 [length], equal work of a causal mask for each.
+def _balanced_order(length: int, parts: int) -> np.ndarray:
+    """Order of query positions over devices that gives each the same work under a causal mask: int32 [length].
 
-    Device i of n has the first half of its own positions and the second half of device n - 1 - i's. Example, 8
-    positions on 2 devices: [0 1 6 7 | 4 5 2 3], which see 1 + 2 + 7 + 8 and 5 + 6 + 3 + 4 keys. One device has them in
-    their order.
+    Device i of n has the first half of its own positions and the second half of those of device n - 1 - i. Example, 8
+    positions on 2 devices: [0 1 6 7 | 4 5 2 3], which see 1 + 2 + 7 + 8 and 5 + 6 + 3 + 4 keys. On one device the order
+    is unchanged.
     """
     if parts == 1:
         return np.arange(length, dtype=np.int32)
@@ -222,14 +224,14 @@ def _shares(length: int, parts: int) -> np.ndarray:
 
 
 def _swap_halves(x_BxLxX: jax.Array, parts: int) -> jax.Array:
-    """A device's positions in the order of `_shares`, and from there back again; inside `jax.shard_map`."""
+    """Exchanges a device's positions with those of `_balanced_order`; its own inverse. Inside `jax.shard_map`."""
     first, second = jnp.split(x_BxLxX, 2, axis=1)
     second = jax.lax.ppermute(second, "context", [(i, parts - 1 - i) for i in range(parts)])
     return jnp.concatenate([first, second], axis=1)
 
 
 def _gather_positions(x_BxLxX: jax.Array) -> jax.Array:
-    """What all devices hold of the rows of this one; inside `jax.shard_map`."""
+    """All-gather of positions over 'context'; inside `jax.shard_map`."""
     gathered: jax.Array = jax.lax.all_gather(x_BxLxX, "context", axis=1, tiled=True)
     return gathered
 
@@ -237,11 +239,11 @@ def _gather_positions(x_BxLxX: jax.Array) -> jax.Array:
 def _over_context(
     query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, softcap: float
 ) -> jax.Array:
-    """The reference, of each device's own queries with everyone's keys and values (Llama 3, section 3.3.2)."""
+    """Context parallelism: each device's own queries with the keys and values of all (Llama 3, section 3.3.2)."""
 
     def on_device(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
-        own = dataclasses.replace(mask, offset=jax.lax.axis_index("context") * query.shape[1])
-        return _dense(query, _gather_positions(key), _gather_positions(value), own, softcap)
+        local_mask = dataclasses.replace(mask, offset=jax.lax.axis_index("context") * query.shape[1])
+        return _dense(query, _gather_positions(key), _gather_positions(value), local_mask, softcap)
 
     return _on_devices(on_device, query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask)
 
@@ -249,7 +251,7 @@ def _over_context(
 def _on_devices(
     fn: Callable[..., jax.Array], query_BxLxHxE: jax.Array, key: jax.Array, value: jax.Array, mask: Mask
 ) -> jax.Array:
-    """`fn` of the rows, positions and heads that a device has, and of its part of a mask that knows all keys."""
+    """`fn` on each device's rows, positions and heads, with the part of the mask for its queries and all keys."""
     split = [sharding.spec(("batch", "length", name, None)) for name in ("heads", "kv_heads", "kv_heads")]
     keys = sharding.spec(("batch", None))
     changes: dict[str, Any] = {"query_segments_BxL": sharding.spec(("batch", "length")), "key_segments_BxS": keys}
@@ -266,7 +268,7 @@ def _on_devices(
 def _in_blocks(
     query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, softcap: float
 ) -> jax.Array:
-    """Causal query blocks, whose later keys are never touched; all at once where that does not fit the mask."""
+    """Blocks of queries, each with the keys up to its end only (causal masks); other masks in one block."""
     length = query_BxLxHxE.shape[1]
     sees_later = not mask.causal or mask.is_prefix_BxS is not None
     if sees_later or mask.offset is not None or length % QUERY_BLOCKS or length < 32 * QUERY_BLOCKS:
@@ -290,7 +292,7 @@ def _in_blocks(
 def _dense(
     query_BxLxHxE: jax.Array, key_BxSxKxE: jax.Array, value_BxSxKxE: jax.Array, mask: Mask, softcap: float
 ) -> jax.Array:
-    """The reference: every score of the mask's rectangle."""
+    """Plain attention: all scores [B, H, L, S]."""
     rows, length, heads, width = query_BxLxHxE.shape
     kv_heads = key_BxSxKxE.shape[2]
     query_BxLxKxGxE = query_BxLxHxE.reshape(rows, length, kv_heads, heads // kv_heads, width)
@@ -299,7 +301,7 @@ def _dense(
         scores = softcap * jnp.tanh(scores / softcap)
     if mask.bias_HxLxS is not None:
         scores += mask.bias_HxLxS.reshape(1, kv_heads, heads // kv_heads, *mask.bias_HxLxS.shape[1:])
-    scores = jnp.where(mask.draw()[:, None, None], scores, jnp.float32(-1e30))
+    scores = jnp.where(mask.dense()[:, None, None], scores, jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).astype(value_BxSxKxE.dtype)
     out = jnp.einsum("bkgls,bske->blkge", weights, value_BxSxKxE)
     return out.reshape(rows, length, heads, width)

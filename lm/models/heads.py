@@ -1,4 +1,4 @@
-"""Output layers for tasks, on top of the last hidden states. Computed in float32: they are small and decide.
+"""Output layers for tasks, on top of the last hidden states. They are small, and computed in float32.
 
 Shape letters: see `lm.types`; C is the size of the head's output.
 """
@@ -16,7 +16,7 @@ from lm.types import Head
 
 
 class HeadLayer(nn.Module):
-    """What `lm.types.Head` describes.
+    """The output layer that `lm.types.Head` describes.
 
     Attributes:
       cfg: `pool` and `dropout` are read.
@@ -48,12 +48,12 @@ class HeadLayer(nn.Module):
 
 
 def pool(hidden_BxLxD: jax.Array, segments_BxL: jax.Array, how: str) -> jax.Array:
-    """One vector a row: float32 [B, D]. Padding (segment 0) never counts; a row of padding alone gives zeros by 'mean'.
+    """Pools each row to one vector: float32 [B, D]. Padding (segment 0) is ignored; 'mean' of padding alone is 0.
 
     Args:
       hidden_BxLxD: float32.
-      segments_BxL: int32, one segment a row.
-      how: 'first' position, 'mean' over the real ones, or the 'last' real one.
+      segments_BxL: int32, one segment in each row.
+      how: 'first' position, 'mean' over real positions, or 'last' real position.
     """
     is_real_BxL = segments_BxL > 0
     if how == "first":
@@ -63,5 +63,5 @@ def pool(hidden_BxLxD: jax.Array, segments_BxL: jax.Array, how: str) -> jax.Arra
         return jnp.where(is_real_BxL[..., None], hidden_BxLxD, 0).sum(axis=1) / count_B[:, None]
     place_L = jnp.arange(hidden_BxLxD.shape[1])
     last_B = jnp.where(is_real_BxL, place_L[None], 0).max(axis=1)
-    # A product and not a gather: it stays local where the rows are split over devices.
+    # A masked sum and not a gather: it stays local where rows are sharded.
     return jnp.where((place_L[None] == last_B[:, None])[..., None], hidden_BxLxD, 0).sum(axis=1)

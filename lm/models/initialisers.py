@@ -1,6 +1,6 @@
-"""Initial values of parameters: one scheme for the whole model, by name (`model.init`).
+"""Initialisation of parameters: one scheme for the whole model, named by `model.init`.
 
-Standard deviations, at depth N; biases start at 0 and norms at 1 in all of them:
+Standard deviations for N layers; in all schemes biases are 0 and scales of norms 1:
 
     scheme  token embedding (tied)    kernels                 residual kernels   output projection
     gpt2    0.02                      0.02                    0.02 / sqrt(2N)    0.02
@@ -10,26 +10,25 @@ Standard deviations, at depth N; biases start at 0 and norms at 1 in all of them
     t5      1    (1 / sqrt(width))    1 / sqrt(fan-in)        as kernels         1 / sqrt(fan-in)
     vit     0.02                      Xavier's, uniform       as kernels         Xavier's, uniform
 
-Residual kernels are those whose result is added to the residual stream: attention's `out` and the MLP's `down`.
-Truncated: a normal distribution of that deviation, cut at twice that.
+Residual kernels write to the residual stream: attention's `out` and the MLP's `down`. Truncated: a normal
+distribution of this deviation, truncated at two deviations.
 
     gpt2    GPT-2 (Radford et al. 2019, section 2.3), as nanoGPT and transformers' GPT2Model have it
-    fan_in  LeCun et al. 1998, with GPT-2's factor of depth: the residual stream and all activations have entries of
-            size 1, whatever the width
-    bert    BERT (Devlin et al. 2019) as google-research/bert has it; without a factor of depth, as transformers' Llama
+    fan_in  LeCun et al. 1998, with GPT-2's depth factor: entries of the residual stream and of all activations are
+            about 1, whatever the width
+    bert    BERT (Devlin et al. 2019) as google-research/bert has it, without a depth factor; also transformers' Llama
     llama   Llama 3 as torchtitan has it with depth_init=False, the same factor in every layer; there the output
-            projection is cut at 3 deviations
-    t5      T5 (Raffel et al. 2020) as Mesh TensorFlow and transformers have it. What T5 leaves out of the scores,
-            1 / sqrt(head width), it puts in the query's kernel; here the scores have it. What it multiplies tied
-            logits with, 1 / sqrt(width), is in the table here.
+            projection is truncated at 3 deviations
+    t5      T5 (Raffel et al. 2020) as Mesh TensorFlow and transformers have it. T5 does not scale scores by
+            1 / sqrt(head width) but puts this factor in the query kernel; here the scores are scaled. T5 scales tied
+            logits by 1 / sqrt(width); here this factor is in the token table.
     vit     ViT (Dosovitskiy et al. 2020) as big_vision has it, and the masked autoencoder (He et al. 2021), which
             follows it: Glorot and Bengio 2010, variance 2 / (fan-in + fan-out)
 
-The same in every scheme: tables of positions and types, [CLS] and the mask token of images start at 0.02; the bias by
-distance, routers, task heads and adapters as their modules say.
+In every scheme, tables of positions and types, [CLS] and the mask token of images have deviation 0.02; relative
+position biases, routers, task heads and adapters are initialised as their modules say.
 
-Under muP these are the deviations at the width of the base; elsewhere they are multiplied as the table in
-`lm.optim.mup` says.
+Under muP these are the deviations at the base width; at other widths they are scaled as in the table of `lm.optim.mup`.
 """
 
 import math
@@ -43,8 +42,8 @@ from lm.config import ModelConfig
 from lm.optim import mup
 
 Init = Callable[..., jax.Array]
-# What a weight is: a token table, [vocabulary, width]; a kernel, [..., fan-in, fan-out]; one that writes to the
-# residual stream; the output projection where it is not the token table.
+# Role of a weight: a token table [vocabulary, width], tied to the output projection or not; a kernel
+# [..., fan-in, fan-out]; a kernel that writes to the residual stream; an output projection of its own.
 Role = Literal["embedding", "tied_embedding", "kernel", "residual", "output"]
 Distribution = Literal["normal", "truncated", "uniform"]
 # (rows, columns) of a weight -> standard deviation.
@@ -52,16 +51,16 @@ Deviation = Callable[[float, float], float]
 
 
 class Scheme(NamedTuple):
-    """What `model.init` names. Functions of (rows, columns) of the weight, for a kernel (fan-in, fan-out).
+    """An initialisation scheme. Deviations are functions of (rows, columns), of a kernel (fan-in, fan-out).
 
     Attributes:
-      embedding: of a token table.
-      tied: of a token table that is the output projection, too.
-      kernel: of a kernel.
-      output: of an output projection.
-      by_depth: whether residual kernels are smaller by sqrt(2N).
-      draw: the distribution of kernels and output projection.
-      table: that of token tables.
+      embedding: deviation of a token table.
+      tied: deviation of a token table that is also the output projection.
+      kernel: deviation of a kernel.
+      output: deviation of an output projection.
+      by_depth: whether residual kernels are divided by sqrt(2N).
+      draw: distribution of kernels and output projection.
+      table: distribution of token tables.
     """
 
     embedding: Deviation
@@ -104,11 +103,11 @@ SCHEMES = {
 
 
 def initialiser(cfg: ModelConfig, role: Role) -> Init:
-    """How a weight of the model starts: (key, shape, dtype) -> array.
+    """Initialiser of a weight of the model: (key, shape, dtype) -> array.
 
     Args:
       cfg: `init`, `num_layers`, `embed_dim` and `mup_base` are read.
-      role: what the weight is.
+      role: role of the weight.
     """
     scheme, ratio = SCHEMES[cfg.init], mup.width_ratio(cfg)
 
@@ -121,14 +120,14 @@ def initialiser(cfg: ModelConfig, role: Role) -> Init:
 
 
 def deviation(name: str, role: Role, shape: tuple[int, ...], num_layers: int, ratio: float = 1.0) -> float:
-    """Standard deviation of a weight of `shape` (rows, columns); of a truncated one, before it is cut.
+    """Standard deviation of a weight, before truncation.
 
     Args:
-      name: of the scheme.
-      role: what the weight is.
-      shape: of one layer's weight.
+      name: name of the scheme.
+      role: role of the weight.
+      shape: (rows, columns) of the weight of one layer.
       num_layers: N.
-      ratio: r of muP: the base's width over the model's.
+      ratio: muP's r, base width / width of the model.
     """
     scheme, (rows, columns) = SCHEMES[name], shape
     match role:
@@ -154,7 +153,7 @@ def _draw(
 
 
 def fan_in_normal(scale: float = 1.0) -> Init:
-    """Normal with standard deviation scale / sqrt(fan-in) for kernels [..., in, out], in every scheme."""
+    """Normal with standard deviation scale / sqrt(fan-in), for kernels [..., in, out] in every scheme."""
     return lambda key, shape, dtype: scale / math.sqrt(shape[-2]) * jax.random.normal(key, shape, dtype)
 
 

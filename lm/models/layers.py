@@ -1,9 +1,8 @@
-"""Layers every model is made of. Parameters are float32, matmuls run in the compute dtype, norms in float32.
+"""Layers that all models share. Parameters are float32, matmuls run in the compute dtype, norms in float32.
 
 Shape letters: see `lm.types`.
 """
 
-import functools
 import math
 import re
 import zlib
@@ -15,28 +14,30 @@ import jax.numpy as jnp
 
 from lm.config import AdapterConfig
 from lm.models.initialisers import Init, fan_in_normal
-from lm.parallel import ring_reduce, sharding
+from lm.models.quantization import quantized_matmul
+from lm.parallel import sharding
+from lm.parallel.tpu_matmul import matmul, sharded_matmul
 
 NO_ADAPTER = AdapterConfig()
 
 
 def weight(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-    """A float32 parameter of `module` that carries its logical axes; not yet cast, not yet gathered."""
+    """A float32 parameter of `module` with its logical axes, sharded: cast and gather it for use."""
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return value
 
 
 class Dense(nn.Module):
-    """y = x @ kernel + bias, over the last axis; where the adapter is a LoRA for this layer, + its branch.
+    """y = x @ kernel + bias over the last axis, plus the LoRA branch where the adapter targets this layer.
 
     Attributes:
       features: width of the output.
       axes: logical axes of the kernel, (input, output).
       use_bias: whether there is a bias.
       dtype: compute dtype.
-      quantize: type in which the kernel is multiplied, see `quantized`; None = `dtype`.
+      quantize: 8-bit type of the matmul, see `lm.models.quantization`; None = `dtype`.
       kernel_init: initialiser of the kernel.
-      adapter: of the model; its targets are matched against this layer's path.
+      adapter: the model's adapter; a LoRA applies if its targets match this layer's path.
     """
 
     features: int
@@ -49,16 +50,16 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., features]; `keys_B`, a key a row, turns the adapter's dropout on."""
+        """x [..., in] -> [..., features]. `keys_B`, one key for each row, turns on the adapter's dropout."""
         kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         kernel = kernel.astype(self.dtype)
         if self.quantize is None:
-            y = project(x, kernel, self.axes)
+            y = sharded_matmul(x, kernel, self.axes)
         else:
-            y = quantized(self.quantize, x, sharding.gather(kernel, *self.axes))
+            y = quantized_matmul(self.quantize, x, sharding.gather(kernel, *self.axes))
         if self.use_bias:
             bias = weight(self, "bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
-            # Cast after broadcasting, so that the gradient is summed over positions in float32.
+            # Cast after broadcasting, so that the bias's gradient is accumulated over positions in float32.
             row = _row(sharding.gather(bias, self.axes[1]), y)
             y += jnp.broadcast_to(row, y.shape).astype(self.dtype)
         if self.adapter.kind == "lora" and re.fullmatch(self.adapter.targets, "/".join(self.path)):
@@ -66,123 +67,22 @@ class Dense(nn.Module):
         return y
 
     def _lora(self, x: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-        """alpha / rank * dropout(x) @ A @ B, with B = 0 at the start (Hu et al. 2021)."""
+        """alpha / rank * dropout(x) @ A @ B, with B initialised to 0 (Hu et al. 2021)."""
         cfg, (axis_in, axis_out) = self.adapter, self.axes
         a = weight(self, "lora_a", fan_in_normal(), (x.shape[-1], cfg.rank), (axis_in, None))
         b = weight(self, "lora_b", nn.initializers.zeros, (cfg.rank, self.features), (None, axis_out))
         if keys_B is not None and cfg.dropout:
-            own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(str(self.name).encode()))
-            x = dropout(x, cfg.dropout, own_B)
-        low = matmul(x, sharding.gather(a.astype(self.dtype), axis_in, None))
-        return cfg.alpha / cfg.rank * matmul(low, sharding.gather(b.astype(self.dtype), None, axis_out))
-
-
-def project(x: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
-    """x [..., I] @ kernel -> [..., O]; the kernel is gathered for use, and its gradient split as it is."""
-    if sharding.platform() == "tpu" and x.ndim == 3:
-        return apart(x, kernel_IxO, axes, ring_reduce.goes_round(kernel_IxO, axes, x.shape))
-    return matmul(x, sharding.gather(kernel_IxO, *axes))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def apart(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: tuple[str | None, str | None], in_ring: bool) -> jax.Array:
-    """`project` on TPU: what comes before the two products of its backward pass is kept apart from them, or it would be
-    computed once for each; and the kernel's gradient is summed without the others waiting.
-
-    Args:
-      x_BxLxI, kernel_IxO, axes: see `project`.
-      in_ring: the kernel's gradient is summed by `rings.sum_parts`, each device making that of its rows.
-    """
-    return x_BxLxI @ sharding.gather(kernel_IxO, *axes)
-
-
-def _apart_fwd(x_BxLxI: jax.Array, kernel_IxO: jax.Array, axes: Any, in_ring: bool) -> Any:
-    return apart(x_BxLxI, kernel_IxO, axes, in_ring), (x_BxLxI, kernel_IxO)
-
-
-def _apart_bwd(axes: tuple[str | None, str | None], in_ring: bool, saved: Any, d_BxLxO: jax.Array) -> Any:
-    x_BxLxI, kernel_IxO = saved
-    kernel_IxO, give_back = jax.vjp(lambda kernel: sharding.gather(kernel, *axes), kernel_IxO)
-    adds = axes[1] == "embed"  # to the residual stream, where the backward pass of a block begins
-    if adds:  # positions that tensor splits are gathered once for both products
-        d_BxLxO = sharding.constrain(d_BxLxO, "batch", "length", None)
-    d_BxLxO = jax.lax.optimization_barrier(d_BxLxO)
-    if in_ring:  # where 'embed' is last, the gradient of the transpose
-        names, factors = (axes[::-1], (d_BxLxO, x_BxLxI)) if adds else (axes, (x_BxLxI, d_BxLxO))
-        d_kernel = jax.shard_map(
-            lambda a_BxLxI, b_BxLxO: jnp.einsum("bli,blo->io", a_BxLxI, b_BxLxO)[None],
-            in_specs=tuple(sharding.spec(("batch", "length", name), whole=("embed",)) for name in names),
-            out_specs=sharding.spec(("row_parts", *names), whole=("embed",)),
-            check_vma=False,
-        )(*factors)
-    else:
-        (d_kernel,) = give_back(jnp.einsum("bli,blo->io", x_BxLxI, d_BxLxO))
-    if adds:  # the kernel is gathered during the product that does without it
-        d_BxLxO, d_kernel = jax.lax.optimization_barrier((d_BxLxO, d_kernel))
-    d_BxLxI = d_BxLxO @ kernel_IxO.T
-    if in_ring:
-        d_kernel = ring_reduce.sum_parts(d_kernel, names)
-        d_kernel = d_kernel.T if adds else d_kernel
-    return d_BxLxI, d_kernel
-
-
-apart.defvjp(_apart_fwd, _apart_bwd)
-
-
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out] -> [..., out].
-
-    On one device the leading axes are flattened: XLA's CPU backend is about a third faster on two-dimensional products.
-    On a mesh they stay apart, because merging two axes can lose how each is split.
-    """
-    if sharding.is_distributed_trace():
-        return x @ kernel
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def quantized(qtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`matmul` in 8 bits by qwix, and so the gradient of x; that of the kernel, a long sum, in the dtype of x.
-
-    What is multiplied has a scale for each row of x and each column of the kernel, from its largest entry at the time
-    (SwitchBack, Wortsman et al., arXiv:2304.13013).
-    """
-    return _product(qtype, x, kernel, 0)
-
-
-def _product(qtype: Any, x: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
-    """x [..., n] times the kernel, over its axis `summed` of size n."""
-    import qwix  # an extra, see setup.py
-
-    rows = qwix.quantize(x, qtype, channelwise_axes=range(x.ndim - 1))
-    columns = qwix.quantize(kernel, qtype, channelwise_axes=[1 - summed])
-    y: jax.Array = qwix.dot_general(rows, columns, (((x.ndim - 1,), (summed,)), ((), ())))
-    return y.astype(x.dtype)
-
-
-def _quantized_fwd(qtype: Any, x: jax.Array, kernel: jax.Array) -> Any:
-    return _product(qtype, x, kernel, 0), (x, kernel)
-
-
-def _quantized_bwd(qtype: Any, saved: Any, d_y: jax.Array) -> Any:
-    x, kernel = saved
-    over = tuple(range(x.ndim - 1))
-    return _product(qtype, d_y, kernel, 1), jax.lax.dot_general(x, d_y, ((over, over), ((), ())))
-
-
-quantized.defvjp(_quantized_fwd, _quantized_bwd)
-
-
-def quantized_type(name: str) -> Any:
-    """What `model.dtype` says kernels of blocks are multiplied in; None = the compute dtype."""
-    return {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}.get(name)
+            layer_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(str(self.name).encode()))
+            x = dropout(x, cfg.dropout, layer_keys_B)
+        low_rank = matmul(x, sharding.gather(a.astype(self.dtype), axis_in, None))
+        return cfg.alpha / cfg.rank * matmul(low_rank, sharding.gather(b.astype(self.dtype), None, axis_out))
 
 
 @jax.custom_vjp
 def lookup(table_VxD: jax.Array, ids_BxL: jax.Array) -> jax.Array:
-    """Rows of a table: [B, L, D]. Its gradient sums what a row's many uses give in float32, whatever the table's dtype.
+    """Rows of an embedding table: [B, L, D]. Their gradients are accumulated in float32, whatever the table's dtype.
 
-    A plain indexing would add in the table's dtype; in bfloat16 a row used 300 times counts as used 256 times.
+    Plain indexing would accumulate in the table's dtype: in bfloat16, 300 ones sum to 256.
     """
     return jnp.take(table_VxD, ids_BxL, axis=0)
 
@@ -193,8 +93,8 @@ def _lookup_fwd(table_VxD: jax.Array, ids_BxL: jax.Array) -> Any:
 
 def _lookup_bwd(saved: Any, d_BxLxD: jax.Array) -> Any:
     table_VxD, ids_BxL = saved
-    # The table's gradient is split over 'embed': on the way there, positions become whole before rows do. In one go the
-    # compiler finds no other way than through all of it on every device.
+    # The table's gradient is sharded over 'embed'. Positions are gathered first: resharding positions and rows at once
+    # XLA can only do through a full copy on every device.
     d_BxLxD = sharding.constrain(d_BxLxD.astype(jnp.float32), "batch", None, "length")
     d_table_VxD = jnp.zeros_like(table_VxD, jnp.float32).at[ids_BxL].add(d_BxLxD)
     return d_table_VxD.astype(table_VxD.dtype), None
@@ -230,14 +130,14 @@ class Norm(nn.Module):
 
 
 def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """vector [D] with the leading axes of `like` [..., D]: broadcasting is always spelled out."""
+    """vector [D] -> [1, ..., D] with the rank of `like`: rank promotion is always explicit."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """Zeroes entries of x [B, ...] at `rate` and scales up the rest; each row draws from its own key.
+    """Dropout of x [B, ...] at `rate`, with a key for each row; `keys_B` None = off.
 
-    A row's mask depends on its key alone, so it is the same however the batch is split over devices or micro-batches.
+    A row's mask depends on its key alone, whatever micro-batch or device the row is in.
     """
     if rate == 0.0 or keys_B is None:
         return x
@@ -246,7 +146,7 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
 
 
 def embed_noise(x_BxLxD: jax.Array, segments_BxL: jax.Array, alpha: float, keys_B: jax.Array | None) -> jax.Array:
-    """Adds uniform noise of size alpha / sqrt(n D) to embeddings of n real positions (NEFTune, Jain et al. 2023)."""
+    """Adds uniform noise of scale alpha / sqrt(n D) to embeddings of n real positions (NEFTune, Jain et al. 2023)."""
     if alpha == 0.0 or keys_B is None:
         return x_BxLxD
     draw = jax.vmap(lambda key: jax.random.uniform(key, x_BxLxD.shape[1:], jnp.float32, -1.0, 1.0))
@@ -256,47 +156,47 @@ def embed_noise(x_BxLxD: jax.Array, segments_BxL: jax.Array, alpha: float, keys_
 
 
 def rope(x_BxLxHxE: jax.Array, positions_BxL: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), rotating the pairs (i, i + E/2) as Llama does.
+    """Rotary position embedding (Su et al. 2021), of the pairs (i, i + E/2) as in Llama.
 
-    Pair i of a vector at position p turns by the angle p * theta^(-2i/E), so that the product of a query and a key
-    depends on the difference of their positions only.
+    Pair i of a vector at position p is rotated by the angle p * theta^(-2i/E), so that the product of a query and a key
+    depends only on the difference of their positions.
     """
     half = x_BxLxHxE.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BxLx1xe = positions_BxL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    # The barrier keeps what comes before, a matmul, from giving its result in float32, twice the memory traffic.
-    return _turn(jax.lax.optimization_barrier(x_BxLxHxE), jnp.sin(angle_BxLx1xe), jnp.cos(angle_BxLx1xe))
+    # The barrier keeps XLA from fusing the cast to float32 into the matmul before, which doubles its memory traffic.
+    return _rotate(jax.lax.optimization_barrier(x_BxLxHxE), jnp.sin(angle_BxLx1xe), jnp.cos(angle_BxLx1xe))
 
 
 @jax.custom_vjp
-def _turn(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> jax.Array:
-    """x cos + (x, its halves changed) (-sin, sin)."""
-    other = jnp.roll(x_BxLxHxE, x_BxLxHxE.shape[-1] // 2, axis=-1)
+def _rotate(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> jax.Array:
+    """x * cos + swap_halves(x) * (-sin, sin), in float32."""
+    swapped = jnp.roll(x_BxLxHxE, x_BxLxHxE.shape[-1] // 2, axis=-1)
     cos, sin = (jnp.concatenate(pair, axis=-1) for pair in ((cos_BxLx1xe,) * 2, (-sin_BxLx1xe, sin_BxLx1xe)))
-    return (x_BxLxHxE.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x_BxLxHxE.dtype)
+    return (x_BxLxHxE.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x_BxLxHxE.dtype)
 
 
-def _turn_fwd(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> Any:
-    return _turn(x_BxLxHxE, sin_BxLx1xe, cos_BxLx1xe), (sin_BxLx1xe, cos_BxLx1xe)
+def _rotate_fwd(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> Any:
+    return _rotate(x_BxLxHxE, sin_BxLx1xe, cos_BxLx1xe), (sin_BxLx1xe, cos_BxLx1xe)
 
 
-def _turn_bwd(saved: Any, d_BxLxHxE: jax.Array) -> Any:
+def _rotate_bwd(saved: Any, d_BxLxHxE: jax.Array) -> Any:
     sin_BxLx1xe, cos_BxLx1xe = saved
-    return _turn(d_BxLxHxE, -sin_BxLx1xe, cos_BxLx1xe), None, None  # back again: a rotation's transpose
+    return _rotate(d_BxLxHxE, -sin_BxLx1xe, cos_BxLx1xe), None, None  # a rotation's transpose is its inverse
 
 
-_turn.defvjp(_turn_fwd, _turn_bwd)
+_rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
-RELATIVE_BUCKETS, RELATIVE_REACH = 32, 128  # T5's
+RELATIVE_BUCKETS, RELATIVE_MAX_DISTANCE = 32, 128  # as in T5
 
 
 class RelativeBias(nn.Module):
-    """What T5 adds to the scores of all layers: a learned number a head for each bucket of distances.
+    """Relative position bias of T5, added to the attention scores of all layers: one scalar per head and bucket.
 
     Attributes:
       num_heads: H.
-      bidirectional: whether a key may stand after its query.
+      bidirectional: whether keys after their query are seen.
     """
 
     num_heads: int
@@ -304,7 +204,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, queries: int, keys: int, offset: jax.Array | int) -> jax.Array:
-        """float32 [H, queries, keys]; the first query stands at key `offset`."""
+        """float32 [H, queries, keys]; the position of the first query is that of key `offset`."""
         init = nn.initializers.normal(1.0 / math.sqrt(RELATIVE_BUCKETS))
         table_RxH = weight(self, "table", init, (RELATIVE_BUCKETS, self.num_heads), ("buckets", "heads"))
         distance_LxS = jnp.arange(keys)[None, :] - (jnp.arange(queries) + offset)[:, None]
@@ -313,21 +213,25 @@ class RelativeBias(nn.Module):
 
 
 def relative_buckets(distance: jax.Array, bidirectional: bool) -> jax.Array:
-    """Bucket, int32, of the distances key - query (T5, Raffel et al. 2020, section 2.1).
+    """Buckets, int32, of the distances key - query (T5, Raffel et al. 2020, section 2.1).
 
-    Half of the buckets are for one distance each, the others grow with its logarithm up to RELATIVE_REACH; the last one
-    takes all beyond. Bidirectional, the first 16 are for keys at or before the query and the last 16 for those after;
-    else all 32 are for those at or before it, and 0 for the others too, which a causal mask hides.
+    Half of the buckets hold one distance each; the others grow logarithmically up to RELATIVE_MAX_DISTANCE, and the
+    last one holds all larger distances. If bidirectional, the first 16 are for keys at or before the query and the last
+    16 for keys after it. Else all 32 are for keys at or before the query; keys after it, which a causal mask hides, are
+    in bucket 0.
     """
     buckets = RELATIVE_BUCKETS // 2 if bidirectional else RELATIVE_BUCKETS
     base = jnp.where(distance > 0, buckets, 0) if bidirectional else jnp.zeros_like(distance)
     far = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
     exact = buckets // 2
-    grown = [math.log(max(d, exact) / exact) / math.log(RELATIVE_REACH / exact) for d in range(RELATIVE_REACH + 1)]
+    grown = [
+        math.log(max(d, exact) / exact) / math.log(RELATIVE_MAX_DISTANCE / exact)
+        for d in range(RELATIVE_MAX_DISTANCE + 1)
+    ]
     bucket_of = [min(d if d < exact else exact + int(exact * g), buckets - 1) for d, g in enumerate(grown)]
-    return base + jnp.asarray(bucket_of, jnp.int32)[jnp.minimum(far, RELATIVE_REACH)]
+    return base + jnp.asarray(bucket_of, jnp.int32)[jnp.minimum(far, RELATIVE_MAX_DISTANCE)]
 
 
 def fold(keys_B: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
-    """Keys of their own for one of several uses of each row's key."""
+    """`jax.random.fold_in` of each row's key: independent keys for independent uses. None stays None."""
     return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, data)

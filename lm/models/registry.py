@@ -1,4 +1,4 @@
-"""Every kind of model by its name in `model.kind`."""
+"""All kinds of models, by `model.kind`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,11 @@ def _text(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
 
 
 def _encoder_decoder(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
-    del head  # no objective that fits this kind has one
+    del head  # no objective of this kind of model has one
     return encoder_decoder.encoder_decoder(cfg.model, dtype, cfg.adapter)
 
 
-# model.kind -> (config with the model's sizes resolved, head, compute dtype) -> the model's functions.
+# model.kind -> function of (config with resolved sizes of the model, head, compute dtype).
 MODELS: dict[str, Callable[[Config, Head | None, Any], ModelFns]] = {
     "decoder": _text,
     "prefix_decoder": _text,

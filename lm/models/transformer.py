@@ -1,57 +1,42 @@
-"""Models of text: GPT-2, Llama and BERT are the same block with other values of `ModelConfig`.
+"""Decoder and encoder of text, top to bottom: embedding, N blocks, final norm, output projection.
 
-Shape letters: see `lm.types`. The blocks are those of `lm.models.blocks`, under 'decoder/layers' (causal) or
-'encoder/layers' (bidirectional).
+GPT-2, Llama and BERT are the same modules with other values of `ModelConfig`. One block is
+
+    x += attention(norm(x))
+    x += mlp(norm(x))
+
+Parameters are 'embed/...', 'decoder/layers/...' (causal) or 'encoder/layers/...' (bidirectional), 'decoder/final_norm',
+'lm_head/...' or 'head/...'. Those of the layers are stacked [N, ...], whether the layers run as a scan or unrolled, so
+that a checkpoint of one is a checkpoint of the other. `lm.models.encoder_decoder` and `lm.models.vision` are made of
+the same blocks.
+
+Shape letters: see `lm.types`.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.config import AdapterConfig, ModelConfig
 from lm.config.schema import ConfigError
-from lm.models import layers, moe
-from lm.models.attention import Mask
-from lm.models.blocks import Stack
+from lm.models import adapters, functional, layers, moe
+from lm.models.attention import Mask, attend
 from lm.models.heads import HeadLayer
 from lm.models.initialisers import SMALL, Init, initialiser
 from lm.models.layers import fold
+from lm.models.quantization import quantized_type
+from lm.models.remat import REMAT_POLICIES
 from lm.optim import mup
 from lm.parallel import sharding
-from lm.types import Batch, Head, ModelFns, ModelOutput, Params
-
-
-def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:
-    """Fills in the sizes that 0 leaves open.
-
-    Args:
-      cfg: the model's config.
-      vocab_size: ids of the tokenizer.
-      seq_len: positions of a row.
-
-    Raises:
-      ConfigError: the embedding has fewer rows than the tokenizer has ids.
-    """
-    if cfg.vocab_size and cfg.vocab_size < vocab_size:
-        raise ConfigError(f"'model.vocab_size' ({cfg.vocab_size}) is less than the tokenizer's {vocab_size} ids")
-    head_dim = cfg.head_dim or cfg.embed_dim // cfg.num_heads
-    if cfg.position == "rope" and head_dim % 2:
-        raise ConfigError(f"'model.head_dim' must be even for rope, got {head_dim}")
-    return dataclasses.replace(
-        cfg,
-        vocab_size=cfg.vocab_size or math.ceil(vocab_size / 128) * 128,
-        max_len=cfg.max_len or seq_len,
-        num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
-        head_dim=head_dim,
-        mlp_dim=cfg.mlp_dim or 4 * cfg.embed_dim,
-    )
+from lm.types import Batch, Head, ModelFns, ModelOutput
 
 
 def text_model(
@@ -63,69 +48,15 @@ def text_model(
       cfg: as `resolve` returns it.
       dtype: compute dtype of activations, float32 or bfloat16.
       head: output layer of a task; None = the model predicts tokens.
-      adapter: what is added to the blocks.
+      adapter: adapter of the blocks.
     """
     module = TextModel(cfg, dtype, head, adapter)
     tokens = np.zeros((1, 1), np.int32)
-    return functions(module, {"tokens": tokens, "positions": tokens, "segment_ids": tokens}, cfg)
-
-
-def functions(module: Any, batch: Mapping[str, Any], cached: ModelConfig | None = None) -> ModelFns:
-    """A module as pure functions.
-
-    Args:
-      module: called with (batch, keys_B, cache), it gives a `ModelOutput`; has a `dtype`.
-      batch: the smallest one, to initialise from; its sizes decide those of the parameters.
-      cached: of the layers to cache; None = the model does not generate.
-    """
-
-    def boxed_init(key: jax.Array) -> Any:
-        return module.init(key, batch, None, None)["params"]
-
-    def apply(params: Params, batch: Batch, *, rng: jax.Array | None = None, cache: Any = None) -> ModelOutput:
-        keys_B = None
-        if rng is not None:
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["example_index"])
-        out, sown = module.apply({"params": params}, batch, keys_B, cache, mutable=[moe.ROUTING])
-        layers_of_each = jax.tree.leaves(sown)  # [N, 2, B] of each stack
-        if layers_of_each:
-            out = out._replace(routing_2xB=jnp.concatenate(layers_of_each).mean(axis=0))
-        return out
-
-    def logical_axes() -> Any:
-        specs = nn.get_partition_spec(jax.eval_shape(boxed_init, jax.eval_shape(lambda: jax.random.key(0))))
-        return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.P))
-
-    fns = ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes)
-    return fns._replace(init_cache=functools.partial(init_cache, cached, module.dtype)) if cached else fns
-
-
-def init_cache(cfg: ModelConfig, dtype: Any, rows: int, length: int) -> Any:
-    """An empty cache for `cfg.num_layers` layers: see `lm.types.ModelFns`."""
-    shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
-    return {
-        "layers": (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
-        "segment_ids": jnp.zeros((rows, length), jnp.int32),
-        "index": jnp.zeros((), jnp.int32),
-    }
-
-
-def extend(cache: Any, batch: Batch, window: int) -> tuple[Mask, Any]:
-    """(mask, cache) for the positions of `batch`, which come after those in the cache; its layers are still the old."""
-    start, segments_BxL = cache["index"], batch["segment_ids"]
-
-    def write(old_BxS: jax.Array, new_BxL: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(old_BxS, new_BxL, (0, start))
-
-    key_segments_BxS = write(cache["segment_ids"], segments_BxL)
-    mask = Mask(segments_BxL, key_segments_BxS, window, start)
-    if "is_prefix" in batch:  # what is cached already is seen anyway: it comes before
-        mask = dataclasses.replace(mask, is_prefix_BxS=write(jnp.zeros_like(key_segments_BxS), batch["is_prefix"]))
-    return mask, cache | {"segment_ids": key_segments_BxS, "index": start + segments_BxL.shape[1]}
+    return functional.model_fns(module, {"tokens": tokens, "positions": tokens, "segment_ids": tokens}, cfg)
 
 
 class TextModel(nn.Module):
-    """Embedding, stacked blocks, final norm, and the output projection or a task's head."""
+    """Embedding, N blocks, final norm, and the output projection or a task's head."""
 
     cfg: ModelConfig
     dtype: Any
@@ -134,39 +65,41 @@ class TextModel(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, keys_B: jax.Array | None, cache: Any) -> ModelOutput:
+        """Logits are not computed here: the loss multiplies hidden states by `unembed_DxV` chunk by chunk.
+
+        Args:
+          batch: see `lm.types.Batch`.
+          keys_B: a key for each row, which turns dropout on.
+          cache: key/value cache of the positions before those in `batch`, from `ModelFns.init_cache`; None = no cache.
+        """
         cfg = self.cfg
-        causal = cfg.kind != "encoder"
+        is_causal = cfg.kind != "encoder"
+        positions_BxL, segments_BxL = batch["positions"], batch["segment_ids"]
+
         embed = Embed(cfg, self.dtype, name="embed")
-        segments_BxL, positions_BxL = batch["segment_ids"], batch["positions"]
         x_BxLxD, embedding_VxD = embed(batch["tokens"], positions_BxL, batch.get("type_ids"))
-        x_BxLxD = disturb(cfg, x_BxLxD, segments_BxL, keys_B)
-        stack = Stack(cfg, self.dtype, self.adapter, name="decoder" if causal else "encoder")
+        x_BxLxD = regularise_embeddings(cfg, x_BxLxD, segments_BxL, keys_B)
+
+        stack = Stack(cfg, self.dtype, self.adapter, name="decoder" if is_causal else "encoder")
         if cache is None:
-            mask = Mask(
-                segments_BxL, segments_BxL, cfg.sliding_window, causal=causal, is_prefix_BxS=batch.get("is_prefix")
-            )
+            prefix_BxL = batch.get("is_prefix")
+            mask = Mask(segments_BxL, segments_BxL, cfg.sliding_window, causal=is_causal, is_prefix_BxS=prefix_BxL)
             hidden_BxLxD, _ = stack(x_BxLxD, mask, positions_BxL, keys_B, None)
         else:
-            mask, cache = extend(cache, batch, cfg.sliding_window)
+            mask, cache = functional.extend_cache(cache, batch, cfg.sliding_window)
             hidden_BxLxD, cache["layers"] = stack(x_BxLxD, mask, positions_BxL, keys_B, cache["layers"])
-        out, unembed_DxV = None, None
+
+        head_out, unembed_DxV = None, None
         if self.head is not None:
-            layer = HeadLayer(cfg, self.head, name="head")
-            out = layer(hidden_BxLxD, segments_BxL, fold(keys_B, cfg.num_layers + 1))
+            head = HeadLayer(cfg, self.head, name="head")
+            head_out = head(hidden_BxLxD, segments_BxL, fold(keys_B, cfg.num_layers + 1))
         if self.head is None or self.head.keeps_unembed:
             unembed_DxV = unembed(cfg, self.dtype, embedding_VxD)
-        return ModelOutput(hidden_BxLxD, unembed_DxV, cache, out)
-
-
-def disturb(cfg: ModelConfig, x_BxLxD: jax.Array, segments_BxL: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """Embeddings as they enter the first block: with dropout and noise while training."""
-    x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, fold(keys_B, cfg.num_layers))
-    x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, fold(keys_B, cfg.num_layers + 2))
-    return sharding.constrain(x_BxLxD, "batch", "residual_length", None)
+        return ModelOutput(hidden_BxLxD, unembed_DxV, cache, head_out)
 
 
 class Embed(nn.Module):
-    """Token embedding, plus a learned position embedding where the config says so, plus an encoder's of the type."""
+    """Token embedding, plus learned positions (`model.position`) and, in an encoder, an embedding of the sentence."""
 
     cfg: ModelConfig
     dtype: Any
@@ -175,6 +108,7 @@ class Embed(nn.Module):
     def __call__(
         self, tokens_BxL: jax.Array, positions_BxL: jax.Array, types_BxL: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
+        """(embeddings [B, L, D], the token table [V, D], to which the output projection may be tied)."""
         cfg = self.cfg
 
         def table(name: str, rows: int, axis: str, init: Init) -> jax.Array:
@@ -193,8 +127,249 @@ class Embed(nn.Module):
         return x_BxLxD, embedding_VxD
 
 
+def regularise_embeddings(
+    cfg: ModelConfig, x_BxLxD: jax.Array, segments_BxL: jax.Array, keys_B: jax.Array | None
+) -> jax.Array:
+    """Embeddings with dropout and noise (NEFTune) while training, in the residual stream's sharding."""
+    x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, fold(keys_B, cfg.num_layers))
+    x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, fold(keys_B, cfg.num_layers + 2))
+    return sharding.constrain(x_BxLxD, "batch", "residual_length", None)
+
+
+@flax.struct.dataclass
+class Memory:
+    """An encoder's output, to which the blocks of a decoder attend.
+
+    Attributes:
+      mask: the encoder's positions that each query sees.
+      hidden_BxSxD: the encoder's hidden states; None = their keys and values are in the cache.
+    """
+
+    mask: Mask
+    hidden_BxSxD: jax.Array | None
+
+
+class Stack(nn.Module):
+    """N blocks by `nn.scan`, then the final norm."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        mask: Mask,
+        positions_BxL: jax.Array,
+        keys_B: jax.Array | None,
+        cache_kv: Any,
+        memory: Memory | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(hidden states [B, L, D], the updated `cache_kv`: None without a cache)."""
+        cfg = self.cfg
+        if cfg.position == "relative":
+            bias = layers.RelativeBias(cfg.num_heads, not mask.causal, name="relative_bias")
+            sizes = (mask.query_segments_BxL.shape[1], mask.key_segments_BxS.shape[1])
+            mask = dataclasses.replace(mask, bias_HxLxS=bias(*sizes, 0 if mask.offset is None else mask.offset))
+        unroll = cfg.unroll or cfg.num_layers
+        block: Any = Block
+        if cfg.remat != "none" or sharding.is_distributed_trace():
+            # Within a scan XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
+            block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=unroll > 1)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0, moe.ROUTING: 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            length=cfg.num_layers,
+            unroll=unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x_BxLxD, cache_kv = scanned(cfg, self.dtype, self.adapter, name="layers")(
+            x_BxLxD, mask, positions_BxL, keys_B, memory, jnp.arange(cfg.num_layers), cache_kv
+        )
+        x_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD)
+        return sharding.gather_positions(x_BxLxD), cache_kv
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); of a decoder with a memory x += cross_attention(norm(x)); x += mlp(norm(x))."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        mask: Mask,
+        positions_BxL: jax.Array,
+        keys_B: Any,
+        memory: Memory | None,
+        layer: jax.Array,
+        cache_kv: Any,
+    ) -> tuple[jax.Array, Any]:
+        """(x [B, L, D], the layer's updated `cache_kv`).
+
+        The numbers that keys are folded with are part of the random stream: a resumed run needs the same ones.
+        """
+        cfg = self.cfg
+        keys_B = fold(keys_B, layer)
+        self_kv, cross_kv = (None, None) if cache_kv is None else (cache_kv[:2], cache_kv[2:])
+
+        def norm(name: str, x_BxLxD: jax.Array) -> jax.Array:
+            return sharding.gather_positions(layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x_BxLxD))
+
+        def residual(name: str, y_BxLxD: jax.Array, dropout_key: int) -> jax.Array:
+            y_BxLxD = sharding.constrain(y_BxLxD, "batch", "residual_length", None)
+            y_BxLxD = layers.dropout(y_BxLxD, cfg.dropout, fold(keys_B, dropout_key))
+            return adapters.adapt(self.adapter, f"adapter_{name}", y_BxLxD, self.dtype)
+
+        attention = Attention(cfg, self.dtype, self.adapter, name="attention")
+        normed_BxLxD = norm("attention_norm", x_BxLxD)
+        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, self_kv, fold(keys_B, 2))
+        x_BxLxD += residual("attention", y_BxLxD, 0)
+
+        if memory is not None:
+            cross_attention = CrossAttention(cfg, self.dtype, self.adapter, name="cross_attention")
+            normed_BxLxD = norm("cross_attention_norm", x_BxLxD)
+            y_BxLxD, cross_kv = cross_attention(normed_BxLxD, memory, cross_kv, fold(keys_B, 5))
+            cache_kv = None if cache_kv is None else (*cache_kv, *cross_kv)
+            x_BxLxD += residual("cross_attention", y_BxLxD, 4)
+
+        normed_BxLxD = norm("mlp_norm", x_BxLxD)
+        if cfg.experts[0]:
+            y_BxLxD = moe.Experts(cfg, self.dtype, name="mlp")(normed_BxLxD, mask.query_segments_BxL)
+        else:
+            y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(normed_BxLxD, fold(keys_B, 3))
+        x_BxLxD += residual("mlp", y_BxLxD, 1)
+        return sharding.constrain(x_BxLxD, "batch", "residual_length", None), cache_kv
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads (Ainslie et al. 2023), with an optional key/value cache."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, cache_kv: Any, keys_B: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        cfg = self.cfg
+        rope_BxL = positions_BxL if cfg.position == "rope" else None
+        query_BxLxHxE = _project_heads(self, "query", cfg.num_heads, x_BxLxD, keys_B, rope_BxL)
+        key_BxSxKxE = _project_heads(self, "key", cfg.num_kv_heads, x_BxLxD, keys_B, rope_BxL)
+        value_BxSxKxE = _project_heads(self, "value", cfg.num_kv_heads, x_BxLxD, keys_B)
+        if cache_kv is not None:
+            start: Any = (0, mask.offset, 0, 0)
+            key_BxSxKxE, value_BxSxKxE = cache_kv = tuple(
+                jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
+                for cached, new in zip(cache_kv, (key_BxSxKxE, value_BxSxKxE), strict=True)
+            )
+        y_BxLxHxE = attend(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap=cfg.attention_softcap)
+        return _project_out(self, y_BxLxHxE, keys_B), cache_kv
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder to an encoder's output (Vaswani et al. 2017), whose keys and values are computed once."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, memory: Memory, cache_kv: Any, keys_B: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        cfg, hidden_BxSxD = self.cfg, memory.hidden_BxSxD
+        query_BxLxHxE = _project_heads(self, "query", cfg.num_heads, x_BxLxD, keys_B)
+        if hidden_BxSxD is not None:
+            names = ("key", "value")
+            cache_kv = tuple(_project_heads(self, name, cfg.num_kv_heads, hidden_BxSxD, keys_B) for name in names)
+        key_BxSxKxE, value_BxSxKxE = cache_kv
+        y_BxLxHxE = attend(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, memory.mask, softcap=cfg.attention_softcap)
+        return _project_out(self, y_BxLxHxE, keys_B), cache_kv
+
+
+def _project_heads(
+    module: Any,
+    name: str,
+    heads: int,
+    x_BxLxD: jax.Array,
+    keys_B: jax.Array | None,
+    rope_BxL: jax.Array | None = None,
+) -> jax.Array:
+    """The query, key or value of each head, [B, L, heads, E]; called in an attention `module`.
+
+    Normalised with `model.qk_norm`, rotated by the positions `rope_BxL` (None = not); queries are scaled already.
+    """
+    cfg, axis = module.cfg, "heads" if name == "query" else "kv_heads"
+    y_BxLxHE = _dense(module)(heads * cfg.head_dim, ("embed", axis), name=name)(x_BxLxD, keys_B)
+    y_BxLxHE = sharding.constrain(y_BxLxHE, "batch", "length", axis)
+    y = y_BxLxHE.reshape(*y_BxLxHE.shape[:2], heads, cfg.head_dim)
+    is_normed = cfg.qk_norm and name != "value"
+    if is_normed:  # remat keeps the norm's input, which its backward pass reads
+        y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(checkpoint_name(y, name))
+    if rope_BxL is not None:
+        y = layers.rope(y, rope_BxL, cfg.rope_theta)
+    if name == "query":  # scaled here and not in `attend`, so that remat keeps what the attention kernel reads
+        y *= mup.query_scale(cfg)
+    return y if is_normed else checkpoint_name(y, name)
+
+
+def _project_out(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """The heads' outputs, projected back to [B, L, D]; called in an attention `module`."""
+    cfg = module.cfg
+    y_BxLxHE = sharding.constrain(y_BxLxHxE.reshape(*y_BxLxHxE.shape[:2], -1), "batch", "length", "heads")
+    out = _dense(module)(cfg.embed_dim, ("heads", "embed"), kernel_init=initialiser(cfg, "residual"), name="out")
+    y_BxLxD = sharding.constrain(out(y_BxLxHE, keys_B), "batch", "residual_length", None)
+    # The barrier keeps XLA from fusing the residual addition into the matmul, slower on TPU than a pass of its own.
+    return checkpoint_name(jax.lax.optimization_barrier(y_BxLxD), "out")
+
+
+class Mlp(nn.Module):
+    """down(gelu(up(x))), GELU in the tanh form of GPT-2, or SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    cfg: ModelConfig
+    dtype: Any
+    adapter: AdapterConfig = layers.NO_ADAPTER
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        cfg = self.cfg
+        dense = _dense(self)
+
+        def widen(name: str) -> jax.Array:
+            y_BxLxF = dense(cfg.mlp_dim, ("embed", "mlp"), name=name)(x_BxLxD, keys_B)
+            return checkpoint_name(sharding.constrain(y_BxLxF, "batch", "length", "mlp"), name)
+
+        y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
+        down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=initialiser(cfg, "residual"), name="down")
+        return down(y_BxLxF, keys_B)
+
+
+def _dense(module: Any) -> Any:
+    """`layers.Dense` with the settings that all kernels of an attention or MLP `module` share."""
+    cfg = module.cfg
+    return functools.partial(
+        layers.Dense,
+        use_bias=cfg.use_bias,
+        dtype=module.dtype,
+        kernel_init=initialiser(cfg, "kernel"),
+        quantize=quantized_type(cfg.dtype),
+        adapter=module.adapter,
+    )
+
+
 def unembed(cfg: ModelConfig, dtype: Any, embedding_VxD: jax.Array) -> jax.Array:
-    """The output projection, [D, V]; inside the call of a module. What muP makes of the logits is in it."""
+    """The output projection [D, V], tied to the embedding or not; muP's factor of the logits is in it.
+
+    Called in a module, to which the parameters 'lm_head/...' belong.
+    """
     ratio = mup.width_ratio(cfg)
     unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, dtype, name="lm_head")()
     return unembed_DxV if ratio == 1 else ratio * unembed_DxV
@@ -212,3 +387,29 @@ class Unembed(nn.Module):
         shape = (self.cfg.embed_dim, self.cfg.vocab_size)
         kernel_DxV = layers.weight(self, "kernel", initialiser(self.cfg, "output"), shape, axes)
         return sharding.gather(kernel_DxV.astype(self.dtype), *axes)
+
+
+def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:
+    """Fills in the sizes that 0 leaves open.
+
+    Args:
+      cfg: the model's config.
+      vocab_size: ids of the tokenizer.
+      seq_len: positions of a row.
+
+    Raises:
+      ConfigError: the embedding has fewer rows than the tokenizer has ids, or rope has an odd head width.
+    """
+    if cfg.vocab_size and cfg.vocab_size < vocab_size:
+        raise ConfigError(f"'model.vocab_size' ({cfg.vocab_size}) is less than the tokenizer's {vocab_size} ids")
+    head_dim = cfg.head_dim or cfg.embed_dim // cfg.num_heads
+    if cfg.position == "rope" and head_dim % 2:
+        raise ConfigError(f"'model.head_dim' must be even for rope, got {head_dim}")
+    return dataclasses.replace(
+        cfg,
+        vocab_size=cfg.vocab_size or math.ceil(vocab_size / 128) * 128,
+        max_len=cfg.max_len or seq_len,
+        num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
+        head_dim=head_dim,
+        mlp_dim=cfg.mlp_dim or 4 * cfg.embed_dim,
+    )

@@ -1,12 +1,12 @@
 """Models of images: the Vision Transformer (Dosovitskiy et al. 2020) and the masked autoencoder (He et al. 2021).
 
-Both are the text encoder's blocks over patches. They share the parameters 'embed/...' and 'encoder/...', so that a ViT
-takes these from an autoencoder as they are and leaves 'decoder/...', 'decoder_embed/...', 'mask_token' and 'pixels/...'
-behind. Positions are fixed sines and cosines in two dimensions, as in He et al. 2021: they tell what is beside what
-from the first step, which little data would not teach, and fit any size of image.
+Both are the blocks of the text encoder over patches. They share the parameters 'embed/...' and 'encoder/...', so that a
+ViT can be initialised from an autoencoder, without its 'decoder/...', 'decoder_embed/...', 'mask_token' and
+'pixels/...'. Position embeddings are fixed 2-D sines and cosines, as in He et al. 2021: they need not be learned, which
+helps with little data, and fit any image size.
 
-Shape letters: see `lm.types`; here T = patches of an image, M = those of them that are seen, C = channels or, of a
-patch, its numbers. L = 1 + M, with [CLS] before the patches.
+Shape letters: see `lm.types`; here T = patches of an image, M = visible patches, N = masked patches, C = channels, or
+values of a patch. L = 1 + M, with [CLS] before the patches.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ import numpy as np
 
 from lm.config import AdapterConfig, Config, ModelConfig
 from lm.config.schema import ConfigError
-from lm.models import layers, transformer
+from lm.models import functional, layers
 from lm.models.attention import Mask
-from lm.models.blocks import Stack
 from lm.models.heads import HeadLayer
 from lm.models.initialisers import SMALL, initialiser
+from lm.models.transformer import Stack
 from lm.parallel import sharding
 from lm.types import Batch, Head, ModelFns, ModelOutput
 
@@ -34,14 +34,14 @@ def vit(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     `ModelOutput.hidden_BxLxD` is [B, 1 + T, D].
     """
     images = jnp.zeros((1, *cfg.task.image_shape), jnp.uint8)
-    return transformer.functions(Vit(cfg.model, dtype, head, cfg.adapter), {"images": images})
+    return functional.model_fns(Vit(cfg.model, dtype, head, cfg.adapter), {"images": images})
 
 
 def mae(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     """The masked autoencoder as pure functions. Reads `images` as `vit` does, `visible_patches` and `masked_patches`.
 
-    `ModelOutput.head` is the prediction of every patch, float32 [B, T, C]; `hidden_BxLxD` is the encoder's, [B, 1 + M,
-    D]. It takes no other head.
+    `ModelOutput.head` is the prediction of every patch, float32 [B, T, C]; `hidden_BxLxD` is the encoder's output,
+    [B, 1 + M, D]. It takes no other head.
     """
     if head is not None:
         raise ConfigError(f"'model.kind' mae predicts pixels and has no {head.kind} head; use vit")
@@ -49,7 +49,7 @@ def mae(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     patches = jnp.arange(height * width // cfg.model.patch_size**2, dtype=jnp.int32)[None]
     images = jnp.zeros((1, *cfg.task.image_shape), jnp.uint8)
     batch = {"images": images, "visible_patches": patches[:, :1], "masked_patches": patches[:, 1:]}
-    return transformer.functions(Mae(cfg.model, dtype, cfg.adapter), batch)
+    return functional.model_fns(Mae(cfg.model, dtype, cfg.adapter), batch)
 
 
 def normalise(images: Any) -> Any:
@@ -58,7 +58,7 @@ def normalise(images: Any) -> Any:
 
 
 def patchify(images_BxHxWxC: Any, size: int) -> Any:
-    """Images -> patches [B, T, size * size * C], row by row; pixels of a patch row by row, a pixel's channels together.
+    """Images -> patches [B, T, size * size * C] in row-major order, as are the pixels of a patch; channels are last.
 
     Example, size 2: the image [[1, 2, 3, 4], [5, 6, 7, 8]] of one channel -> [[1, 2, 5, 6], [3, 4, 7, 8]].
 
@@ -67,7 +67,7 @@ def patchify(images_BxHxWxC: Any, size: int) -> Any:
     """
     B, H, W, C = images_BxHxWxC.shape
     if H % size or W % size:
-        raise ValueError(f"images of {H} x {W} pixels cannot be cut in squares of {size}")
+        raise ValueError(f"images of {H} x {W} pixels cannot be divided into patches of {size} x {size}")
     grid = images_BxHxWxC.reshape(B, H // size, size, W // size, size, C)
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, size * size * C)
 
@@ -80,12 +80,12 @@ def unpatchify(patches_BxTxC: Any, shape: tuple[int, int, int], size: int) -> An
 
 
 def positions(rows: int, columns: int, width: int) -> np.ndarray:
-    """float32 [rows * columns, width]: the first half sines and cosines of a patch's row, the second of its column.
+    """2-D position embedding, float32 [rows * columns, width]: sines and cosines of a patch's row, then of its column.
 
     Frequencies fall from 1 to 1/10,000 as in Vaswani et al. 2017.
 
     Raises:
-      ConfigError: the width is no multiple of 4.
+      ConfigError: the width is not a multiple of 4.
     """
     if width % 4:
         raise ConfigError(f"'model.embed_dim' and 'model.decoder_dim' must be multiples of 4 for images, got {width}")
@@ -96,7 +96,7 @@ def positions(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 class Vit(nn.Module):
-    """Patches, stacked blocks, final norm, and a task's head."""
+    """Patch embedding, N blocks, final norm, and a task's head."""
 
     cfg: ModelConfig
     dtype: Any
@@ -116,7 +116,7 @@ class Vit(nn.Module):
 
 
 class Mae(nn.Module):
-    """The encoder over the visible patches; a narrower decoder over all, hidden ones as a learned token."""
+    """An encoder over the visible patches; a narrower decoder over all, with a learned token for masked ones."""
 
     cfg: ModelConfig
     dtype: Any
@@ -134,11 +134,11 @@ class Mae(nn.Module):
         axes = ("embed", "decoder_embed")
         x_BxLxE = layers.Dense(small.embed_dim, axes, True, self.dtype, kernel, name="decoder_embed")(hidden_BxLxD)
         token_E = layers.weight(self, "mask_token", SMALL, (small.embed_dim,), ("decoder_embed",))
-        hidden_shape = (*masked_BxN.shape, small.embed_dim)
-        hidden_BxNxE = jnp.broadcast_to(token_E[None, None].astype(self.dtype), hidden_shape)
-        # Visible then hidden ones, put back in the order of the image.
+        masked_shape = (*masked_BxN.shape, small.embed_dim)
+        masked_BxNxE = jnp.broadcast_to(token_E[None, None].astype(self.dtype), masked_shape)
+        # Visible then masked patches, put back in the order of the image.
         order_BxT = jnp.argsort(jnp.concatenate([visible_BxM, masked_BxN], axis=1), axis=1)
-        shuffled_BxTxE = jnp.concatenate([x_BxLxE[:, 1:], hidden_BxNxE], axis=1)
+        shuffled_BxTxE = jnp.concatenate([x_BxLxE[:, 1:], masked_BxNxE], axis=1)
         x_BxTxE = jnp.take_along_axis(shuffled_BxTxE, order_BxT[..., None], axis=1)
         H, W, C = images_BxHxWxC.shape[1:]
         table_TxE = positions(H // cfg.patch_size, W // cfg.patch_size, small.embed_dim)
@@ -152,7 +152,7 @@ class Mae(nn.Module):
 
 
 def decoder_config(cfg: ModelConfig) -> ModelConfig:
-    """The config of an autoencoder's decoder: as the encoder's, with its own depth and width.
+    """The config of the autoencoder's decoder: that of the encoder with another depth and width.
 
     Raises:
       ConfigError: the heads do not divide its width.
@@ -170,7 +170,7 @@ def decoder_config(cfg: ModelConfig) -> ModelConfig:
 
 
 class PatchEmbed(nn.Module):
-    """[CLS], then the linear projection of each visible patch plus its position: [B, 1 + M, D]."""
+    """[CLS], then a linear projection plus position embedding of each visible patch: [B, 1 + M, D]."""
 
     cfg: ModelConfig
     dtype: Any
@@ -196,7 +196,7 @@ class PatchEmbed(nn.Module):
 def _encode(
     module: Vit | Mae, images_BxHxWxC: jax.Array, visible_BxM: jax.Array | None, keys_B: jax.Array | None
 ) -> jax.Array:
-    """The layers 'embed' and 'encoder' of the module, which calls it: [B, 1 + M, D]."""
+    """Patch embedding and encoder, [B, 1 + M, D]; called in `module`, to which their parameters belong."""
     cfg, dtype = module.cfg, module.dtype
     x_BxLxD = PatchEmbed(cfg, dtype, name="embed")(images_BxHxWxC, visible_BxM)
     x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, layers.fold(keys_B, cfg.num_layers))
@@ -204,7 +204,7 @@ def _encode(
 
 
 def _stack(stack: Stack, x_BxLxD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """The blocks, in which every position sees every other."""
+    """The stack with full attention: every position sees every other."""
     x_BxLxD = sharding.constrain(x_BxLxD, "batch", "residual_length", None)
     ones_BxL = _ones(x_BxLxD)
     mask = Mask(ones_BxL, ones_BxL, 0, causal=False)

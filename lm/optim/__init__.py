@@ -1,3 +1,4 @@
-"""The optimizer of a run: its update, its schedule, and which parameters it trains."""
+"""Optimizers, learning rate schedules, and which parameters are trained."""
 
-from lm.optim.optimizer import Optimizer, build, is_stacked_kernel, schedule, state_specs
+from lm.optim.optimizer import Optimizer, build, is_stacked_kernel, state_specs
+from lm.optim.schedule import Schedule, schedule

@@ -1,19 +1,19 @@
-"""Width transfer (muP: Yang et al., "Tensor Programs V", arXiv:2203.03466, table 8): one learning rate for all widths.
+"""Hyperparameter transfer across widths (muP: Yang et al., "Tensor Programs V", arXiv:2203.03466, table 8).
 
-`model.mup_base` = (width, head width) says at which sizes a recipe was tuned; r = that width / this model's. At r = 1
-every factor here is exactly 1: the model is the ordinary one, in every bit. Else
+`model.mup_base` = (width, head width) are the sizes at which a recipe was tuned; r = base width / width of the model.
+At r = 1 every factor here is exactly 1, and the model is bitwise the one without muP. Otherwise
 
-    weight, by its fan-in                        starts with variance   its direction (Adam's, say) times
-    hidden: a width, and another after it        as at the base x r     r
-    few from many: a router, a head's output     as at the base x r^2   r
-    many from few: embeddings, biases, norms     as at the base         1
-    output projection, tied or not               as at the base         1; logits are multiplied by r
+    weight, by fan-in -> fan-out                         initial variance    optimizer's direction
+    hidden (width -> width)                              base x r            x r
+    output-like (width -> fixed): router, task head      base x r^2          x r
+    input-like (fixed -> width): embeddings, biases...   base                x 1
+    output projection, tied or not                       base                x 1; logits are multiplied by r
 
-and attention scores are q k sqrt(head width at the base) / head width, no longer over its square root.
+and attention scores are q k sqrt(base head width) / head width instead of q k / sqrt(head width).
 
-Adam's, Lion's and Adafactor's directions have entries of one size, so that they add up over a fan-in: r. Muon's are
-orthogonal up to a factor sqrt(width) (`lm.optim`): sqrt(r) keeps their spectral norm, that of a hidden weight's change
-(Yang, Simon and Bernstein, arXiv:2310.17813). Weight decay is not multiplied: it is relative to the weight as it is.
+The directions of Adam, Lion and Adafactor have entries of about one size, which add up over the fan-in: hence r. Those
+of Muon are orthogonal up to a factor sqrt(width) (`lm.optim`): sqrt(r) keeps the spectral norm of a hidden weight's
+update (Yang, Simon and Bernstein, arXiv:2310.17813). Weight decay is not scaled: it is relative to the weight.
 """
 
 import math
@@ -28,12 +28,12 @@ WIDTHS = ("embed", "expert_embed", "heads", "kv_heads", "mlp", "head_in", "head_
 
 
 def width_ratio(cfg: ModelConfig) -> float:
-    """r: the width at which the recipe was tuned over the model's; 1 where muP is off."""
+    """r: base width / width of the model; 1 without muP."""
     return cfg.mup_base[0] / cfg.embed_dim if cfg.mup_base[0] else 1.0
 
 
 def query_scale(cfg: ModelConfig) -> float:
-    """What queries are multiplied with: 1 / sqrt(head width); under muP sqrt(that at the base) / head width."""
+    """Scale of queries: 1 / sqrt(head width); under muP sqrt(base head width) / head width."""
     return math.sqrt(cfg.mup_base[1] or cfg.head_dim) / cfg.head_dim
 
 

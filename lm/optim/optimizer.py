@@ -1,28 +1,29 @@
-"""Schedules and optimizers: how the parameters move that `lm.optim.trainable` lets learn.
+"""Optimizers: the update of the trained parameters (`lm.optim.trainable`).
 
-One step, on the trained parameters only:
+One step:
 
     gradients -> clip by global norm -> direction (adamw | lion | adafactor | muon)
     parameter -= learning_rate(step) * lr_multiplier[path] * (
-        scale[path] * direction + weight_decay * parameter (if decayed[path]) + to_init * (parameter - where it started)
+        scale[path] * direction + weight_decay * parameter (if decayed[path]) + to_init * (parameter - initial value)
     )
 
-`scale` is 1 but where a recipe is transferred to another width, see `lm.optim.mup`. `to_init` is L2-SP (Li et al.,
-arXiv:1802.01483), decoupled from the direction as weight decay is. A parameter that `unfreeze_rules` hold back has a
-gradient of 0 until its time comes, and its direction then begins as at a first step.
+`scale` is 1 unless hyperparameters are transferred to another width (`lm.optim.mup`). `to_init` is L2-SP (Li et al.,
+arXiv:1802.01483), decoupled from the direction as weight decay is. A parameter that `unfreeze_rules` freeze for a part
+of the run has gradient 0 until then, and its optimizer state starts fresh.
 
-What the keys of `OptimConfig` mean for each direction; all moments are float32:
+Meaning of the keys of `OptimConfig` for each direction; all moments are float32:
 
     adamw      b1, b2, eps: Adam's (Loshchilov & Hutter, arXiv:1711.05101)
     lion       b1: weight of the momentum in the sign; b2: decay of the momentum (Chen et al., arXiv:2302.06675)
     adafactor  b1: momentum of the update, 0 = none held; b2: upper bound of the second moment's decay 1 - t**-0.8;
-               eps**2 is added to the squared gradient. Not relative to the parameter's scale, so that adamw's
-               learning rates fit (Shazeer & Stern, arXiv:1804.04235, in the form of Zhai et al., arXiv:2106.04560)
-    muon       b1: decay of the Nesterov momentum; for the layers' kernels (Liu et al., arXiv:2502.16982). Embeddings,
-               output head, norms, biases and LoRA's matrices go to adamw with b1, b2, eps
+               eps**2 is added to the squared gradient. Updates are not scaled by the parameter's RMS, so that
+               learning rates of adamw carry over (Shazeer & Stern, arXiv:1804.04235, in the form of Zhai et al.,
+               arXiv:2106.04560)
+    muon       b1: decay of the Nesterov momentum; for kernels of layers (Liu et al., arXiv:2502.16982). Embeddings,
+               output head, norms, biases and LoRA matrices use adamw with b1, b2, eps
 
-Weights of layers are stacked on axis 0, `[N, in, out]`: muon and adafactor treat each of the N as a weight of its own.
-Of experts, `[N, X, in, out]`, muon treats each of the X so too.
+Weights of layers are stacked on axis 0, `[N, in, out]`: muon and adafactor treat each of the N as a separate weight.
+Weights of experts are `[N, X, in, out]`: muon treats each of the N * X as a separate weight.
 """
 
 import math
@@ -38,98 +39,32 @@ from jax.sharding import PartitionSpec
 
 from lm import param_paths
 from lm.config import OptimConfig
-from lm.config.schema import ConfigError
 from lm.optim import trainable
+from lm.optim.schedule import Schedule, schedule
 from lm.optim.trainable import Selection
 from lm.types import Params
 
-Schedule = Callable[[jax.Array], jax.Array]
-
 ADAFACTOR_CLIP = 1.0  # largest RMS of one weight's update
-ADAFACTOR_MIN_DIM = 128  # smaller matrices keep the whole second moment: nothing to save
-MUON_RMS = 0.2  # RMS of adamw's updates in practice (arXiv:2502.16982, section 2.2); one learning rate then fits both
+ADAFACTOR_MIN_DIM = 128  # smaller matrices are not factored: it would save nothing
+MUON_RMS = 0.2  # RMS of adamw's updates in practice (arXiv:2502.16982, section 2.2): both share a learning rate
 
 
 class Optimizer(NamedTuple):
     """An optimizer as pure functions. `params` and `grads` are the trained part only: `selection.trained_part`.
 
     Attributes:
-      init: params -> opt_state; what is frozen has no part in it.
+      init: params -> opt_state.
       update: (grads, opt_state, params, step, start_params) -> (new params, new opt_state, info). `step` is int32 [],
-        the steps done before this one. `start_params` are the values that `to_init` draws to, a part of `params`, or
-        None. `info` has `learning_rate` and `grad_norm` (global, before clipping), float32 [].
+        counted from 0. `start_params` are the values that `to_init` pulls towards, a subtree of `params`, or None.
+        `info` has `learning_rate` and `grad_norm` (global, before clipping), float32 [].
       learning_rate: step -> float32 [], before multipliers.
-      selection: what is trained, and how.
+      selection: which parameters are trained, and their rules.
     """
 
     init: Callable[[Params], Any]
     update: Callable[[Params, Any, Params, jax.Array, Params | None], tuple[Params, Any, dict[str, jax.Array]]]
     learning_rate: Schedule
     selection: Selection
-
-
-def schedule(cfg: OptimConfig, *, total_steps: int, warmup_steps: int, decay_steps: int) -> Schedule:
-    """The learning rate as a pure function of the global step, so that a resume cannot shift it.
-
-    `step` counts the steps done before this one: training runs steps 0 to total_steps - 1. Warm-up is
-    peak * (step + 1) / warmup_steps, so the first step already learns and step warmup_steps - 1 is at the peak. A decay
-    starts at the peak again and would reach the end at step total_steps, so the last step still learns.
-    With peak 1, end 0, 10 steps in all, 4 of warm-up, and 3 of decay for wsd:
-
-        step      0    1    2    3    4     5     6     7     8     9     10, 11, ...
-        constant  1/4  1/2  3/4  1    1     1     1     1     1     1     1
-        linear    1/4  1/2  3/4  1    1     5/6   4/6   3/6   2/6   1/6   0
-        cosine    1/4  1/2  3/4  1    1     0.93  0.75  0.5   0.25  0.07  0
-        rsqrt     1/4  1/2  3/4  1    0.89  0.82  0.76  0.71  0.67  0.63  sqrt(warmup_steps / (step + 1))
-        wsd       1/4  1/2  3/4  1    1     1     1     1     2/3   1/3   0
-
-    Args:
-      cfg: `learning_rate`, `schedule` and `end_lr_ratio` are read.
-      total_steps: length of the run.
-      warmup_steps: 0 = none.
-      decay_steps: length of the final decay; wsd only.
-
-    Returns:
-      step, int32 [...] -> learning rate, float32 [...].
-
-    Raises:
-      ConfigError: the phases do not fit in the run, or the schedule lacks the phase that it is made of.
-    """
-    if warmup_steps + decay_steps > total_steps:
-        raise ConfigError(
-            f"'optim.warmup_*' ({warmup_steps:,} steps) and 'optim.decay_*' ({decay_steps:,} steps) are together longer"
-            f" than the run, 'train.total_*' ({total_steps:,} steps): shorten them or train longer"
-        )
-    if cfg.schedule == "wsd" and not decay_steps:
-        raise ConfigError("'optim.schedule' is wsd, but no 'optim.decay_steps|_tokens|_examples|_epochs' is set")
-    if cfg.schedule == "rsqrt" and not warmup_steps:
-        raise ConfigError("'optim.schedule' is rsqrt, but no 'optim.warmup_*' is set: it is the unit of its decay")
-    decay_start = total_steps - decay_steps if cfg.schedule == "wsd" else warmup_steps
-
-    def remaining(step: jax.Array) -> jax.Array:
-        """1 up to decay_start, then linear to 0 at total_steps; both exact, though XLA divides by n as times 1/n."""
-        left = jnp.maximum(total_steps - step, 0) / max(total_steps - decay_start, 1)
-        return jnp.where(step <= decay_start, 1.0, left)
-
-    # Each maps a step after the warm-up, or the last of it, to the share of the way from the end (0) to the peak (1).
-    shapes: dict[str, Schedule] = {
-        "constant": lambda step: jnp.ones_like(step, jnp.float32),
-        "linear": remaining,
-        "cosine": lambda step: 0.5 - 0.5 * jnp.cos(jnp.pi * remaining(step)),
-        "rsqrt": lambda step: jnp.sqrt(warmup_steps / (step + 1)),
-        "wsd": remaining,
-    }
-    shape = shapes[cfg.schedule]
-    end = cfg.end_lr_ratio if cfg.schedule in ("linear", "cosine", "wsd") else 0.0
-
-    def learning_rate(step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, jnp.int32)
-        warm = (step + 1) / max(warmup_steps, 1)
-        share = shape(step)
-        ratio = jnp.where(step + 1 < warmup_steps, warm, share + (1 - share) * end)
-        return jnp.asarray(cfg.learning_rate * ratio, jnp.float32)
-
-    return learning_rate
 
 
 def build(
@@ -141,16 +76,16 @@ def build(
     decay_steps: int,
     scales: Mapping[str, float] | None = None,
 ) -> Optimizer:
-    """Resolves the rules over the parameters' paths and makes the optimizer; no array is made, no device touched.
+    """Makes the optimizer, resolving the rules over parameter paths; allocates no arrays.
 
     Args:
-      cfg: the whole section but `ema_decay` is read here.
+      cfg: every key but `ema_decay` is read.
       abstract_params: all parameters, trained or not; only shapes and dtypes are read.
       total_steps, warmup_steps, decay_steps: as in `schedule`.
       scales: path -> factor of the direction; None = 1.
 
     Raises:
-      ConfigError, ValueError: as `selection.resolve` and `schedule`.
+      ConfigError, ValueError: as `trainable.resolve` and `schedule`.
     """
     chosen = trainable.resolve(cfg, abstract_params, total_steps)
     learning_rate = schedule(cfg, total_steps=total_steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
@@ -162,18 +97,18 @@ def build(
     decayed, multiplier, start = resolved(chosen.decayed), resolved(chosen.lr_multiplier), resolved(chosen.start)
     starts = {path: chosen.start[path][chosen.frozen_layers.get(path, 0) :] for path in abstract}
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    transform = optax.chain(clip, _staged(cfg, abstract, starts))
+    transform = optax.chain(clip, _gradually_unfrozen(cfg, abstract, starts))
 
     def update(
         grads: Params, opt_state: Any, params: Params, step: jax.Array, start_params: Params | None = None
     ) -> tuple[Params, Any, dict[str, jax.Array]]:
         if different := param_paths.flatten(params).keys() ^ abstract.keys():
-            raise ValueError(f"update takes exactly the trained parameters; differing: {sorted(different)}")
+            raise ValueError(f"expected exactly the trained parameters; missing or unexpected: {sorted(different)}")
 
-        def once_begun(path: str, value: jax.Array) -> jax.Array:
+        def zero_if_frozen(path: str, value: jax.Array) -> jax.Array:
             return value if np.all(start[path] == 0) else jnp.where(step >= start[path], value, 0.0)
 
-        grads = param_paths.map_with_path(once_begun, grads)
+        grads = param_paths.map_with_path(zero_if_frozen, grads)
         directions, new_opt_state = transform.update(grads, opt_state, params, step=step)
         lr, anchors = learning_rate(step), param_paths.flatten(start_params or {})
 
@@ -182,7 +117,7 @@ def build(
             change = scale * direction + cfg.weight_decay * decayed[path] * param
             if path in anchors:
                 change += cfg.to_init * (param - anchors[path])
-            return param - once_begun(path, lr * multiplier[path] * change)
+            return param - zero_if_frozen(path, lr * multiplier[path] * change)
 
         info = {"learning_rate": lr, "grad_norm": optax.tree.norm(grads)}
         return param_paths.map_with_path(move, params, directions), new_opt_state, info
@@ -191,7 +126,7 @@ def build(
 
 
 def state_specs(optimizer: Optimizer, abstract_params: Params, param_specs: Params) -> Any:
-    """How the optimizer's state lies on the devices, from how the parameters do.
+    """Sharding of the optimizer's state, from that of the parameters.
 
     Args:
       optimizer: what `build` returned.
@@ -216,19 +151,19 @@ def state_specs(optimizer: Optimizer, abstract_params: Params, param_specs: Para
     return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(optimizer.init, abstract_params))
 
 
-def _staged(
+def _gradually_unfrozen(
     cfg: OptimConfig, abstract: Mapping[str, Any], starts: Mapping[str, tuple[int, ...]]
 ) -> optax.GradientTransformationExtraArgs:
-    """Directions of parameters that begin at different steps: each group is a run of its own that begins at its step.
+    """The direction with gradual unfreezing: parameters grouped by first step, each group with a state of its own.
 
     Args:
-      cfg: of the direction.
+      cfg: settings of the direction.
       abstract: path -> trained parameter.
-      starts: path -> the step at which each of its layers begins, or its only one.
+      starts: path -> first step of each of its layers; one entry if it has no layers.
 
     Returns:
-      A transformation whose update takes `step`; before a group's first step its state stands still. Its state is a
-      tuple with one a group, each over the layers of that group alone.
+      A transformation whose update takes `step`. Its state is a tuple with one entry for each group, over the layers
+      of that group; it does not change before the group's first step.
     """
     groups = sorted({start for steps in starts.values() for start in steps})
     if groups == [0]:
@@ -261,7 +196,7 @@ def _staged(
 
 
 def _direction(cfg: OptimConfig, trained: Mapping[str, Any]) -> optax.GradientTransformation:
-    """What `cfg.name` makes of gradients: the update at learning rate 1, not negated, before weight decay."""
+    """Gradients -> update of the optimizer `cfg.name` at learning rate 1, not negated, before weight decay."""
     adamw = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
     match cfg.name:
         case "adamw":
@@ -280,7 +215,7 @@ def _is_stacked(path: str, _: Any) -> bool:
 
 
 def is_stacked_kernel(path: str, _: Any = None) -> bool:
-    """Whether muon takes it."""
+    """Whether it is a kernel of stacked layers, which muon updates."""
     return _is_stacked(path, _) and path.endswith("kernel")
 
 
@@ -289,7 +224,7 @@ def _partition(
     params: Mapping[str, Any],
     in_layers: Callable[[str, Any], bool],
 ) -> optax.GradientTransformation:
-    """Sends each parameter to 'layers' or 'rest'. A part with no parameters is left out: vmap refuses empty trees."""
+    """`optax.partition` into 'layers' and 'rest'. A part without parameters is left out: vmap rejects empty trees."""
     labels = {path: "layers" if in_layers(path, leaf) else "rest" for path, leaf in params.items()}
     used = {label: transform for label, transform in transforms.items() if label in labels.values()}
     return optax.partition(used, param_paths.unflatten(labels))
@@ -308,10 +243,9 @@ def _adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
 
 
 def _per_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies `transform` to each index of axis 0 as if it were alone; counts stay shared, and so must N be.
+    """`transform` mapped over axis 0, the layers. Counts are shared; all leaves must have the same N.
 
-    Left to itself, Adafactor would factor `[N, in, out]` over its two largest axes, whichever they are, and clip by one
-    RMS over all layers.
+    Without it Adafactor would factor `[N, in, out]` over the two largest axes, and clip by one RMS over all layers.
     """
 
     def init(params: Any) -> Any:
@@ -328,7 +262,7 @@ def _per_layer(transform: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _muon(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Muon for leaves `[N, ..., in, out]`, each `[in, out]` made orthogonal, then scaled to an RMS of `MUON_RMS`."""
+    """Muon for leaves `[N, ..., in, out]`: each `[in, out]` is orthogonalised, then scaled to an RMS of `MUON_RMS`."""
 
     def axes(leaf: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)

@@ -1,11 +1,11 @@
-"""Which parameters learn: rules over their paths, resolved for every layer of every stacked parameter.
+"""Which parameters are trained: rules over parameter paths, resolved for each layer of stacked parameters.
 
-Fine-tuning the last layers, biases only (BitFit, Ben Zaken et al. 2022), a head only, layer-wise learning rates and
-gradual unfreezing (ULMFiT, Howard and Ruder 2018) are lists of rules; `configs/common.py` writes the usual ones. With
+Training the last layers, biases only (BitFit, Ben Zaken et al. 2022) or a head only, layer-wise learning rates and
+gradual unfreezing (ULMFiT, Howard and Ruder 2018) are lists of rules; `configs/common.py` has the usual ones. With
 
     optim.lr_rules = ((r"decoder/layers/[23]/.*", 1.0), (r".*", 0.0))
 
-and 'decoder/layers/mlp/up/kernel' [4, …], `kernel[2:]` is trained: only it is differentiated and has moments.
+and a 'decoder/layers/mlp/up/kernel' [4, …], `kernel[2:]` is trained. Only this part is differentiated and has moments.
 """
 
 import math
@@ -22,14 +22,14 @@ from lm.types import Params
 
 
 class Selection(NamedTuple):
-    """What happens to each parameter. Tuples have an entry a layer; one, where a parameter has no layers.
+    """The rules as they apply to each parameter. Tuples have an entry for each layer, or one if there are no layers.
 
     Attributes:
       trained: path -> False where the learning rate's multiplier is 0 in all layers.
-      frozen_layers: path -> how many layers, the first ones, are frozen while the others are trained; no other paths.
+      frozen_layers: path -> number of first layers that are frozen; only paths of which the other layers are trained.
       lr_multiplier: path -> multipliers of the learning rate.
       decayed: path -> whether weight decay is applied.
-      start: path -> the first step that changes it.
+      start: path -> first step at which it is trained.
     """
 
     trained: dict[str, bool]
@@ -43,8 +43,8 @@ def resolve(cfg: OptimConfig, abstract_params: Params, total_steps: int) -> Sele
     """Applies `lr_rules`, `decay_rules` and `unfreeze_rules` to every parameter.
 
     Raises:
-      ConfigError: a rule that matches nothing, a value out of range, a parameter that no rule covers, nothing trained
-        at all, or trained layers with frozen ones after them.
+      ConfigError: a rule matches nothing, a value is out of range, no rule covers a parameter, nothing is trained, or
+        frozen layers follow trained ones.
       ValueError: a trained parameter is not float32.
     """
     flat = param_paths.flatten(abstract_params)
@@ -69,16 +69,19 @@ def resolve(cfg: OptimConfig, abstract_params: Params, total_steps: int) -> Sele
             frozen_layers[path] = learning[0]
             if learning != list(range(learning[0], len(values))):
                 raise ConfigError(
-                    f"'optim.lr_rules' train the layers {learning} of '{path}', which has {len(values)}: layers are "
-                    "frozen from the first one up; give the ones between them and the last a multiplier too"
+                    f"'optim.lr_rules' train the layers {learning} of '{path}', which has {len(values)}: only the "
+                    f"first ones can be frozen; give layers {learning[0]} to {len(values) - 1} a multiplier above 0"
                 )
-    # Rounded: 0.07 of 100 steps are 7.000000000000001 in floats, and would be a step too long.
+    # Rounded because 0.07 * 100 is 7.000000000000001 in floats, one step too many after ceil.
     start = {path: tuple(math.ceil(round(s * total_steps, 6)) for s in shares) for path, shares in share.items()}
     return Selection(trained, frozen_layers, multiplier, decayed, start)
 
 
 def trained_part(selection: Selection, params: Params) -> Params:
-    """What is trained: whole leaves, or their last layers. `trees.overlay` puts it back. Arrays or abstract ones."""
+    """The trained part of `params` (arrays or their shapes): whole leaves, or their last layers.
+
+    `param_paths.overlay` is the inverse.
+    """
 
     def select(tree: Params) -> Params:
         return param_paths.select(tree, selection.trained, selection.frozen_layers)
@@ -88,7 +91,7 @@ def trained_part(selection: Selection, params: Params) -> Params:
 
 
 def of_trained(selection: Selection, path: str, values: tuple[Any, ...], ndim: int) -> Any:
-    """`values` (an entry a layer) of the trained layers of a leaf: one number if they agree, else float32 [n, 1, …]."""
+    """`values` of the trained layers of a leaf: one number if they are equal, else float32 [n, 1, …] to broadcast."""
     values = values[selection.frozen_layers.get(path, 0) :]
     if len(set(values)) == 1:
         return values[0]

@@ -1,4 +1,7 @@
-"""Gradients of weights that ZeRO-3 splits, summed round rings of devices, beside which a TPU computes other things."""
+"""Ring reduce-scatter of weight gradients, overlapped with computation on TPU.
+
+It is made of permutations, which a TPU runs asynchronously, whereas it would wait for a reduce-scatter of XLA's own.
+"""
 
 import functools
 import math
@@ -11,95 +14,107 @@ from lm.parallel import sharding, xla_flags
 from lm.parallel.mesh import AXES
 
 
-def goes_round(kernel_IxO: jax.Array, logical: sharding.LogicalAxes, rows: tuple[int, ...]) -> bool:
-    """Whether `sum_where_it_lies` is for the gradient of this kernel, from activations of this shape [B, L, ...].
+def is_faster(kernel_IxO: jax.Array, logical: sharding.LogicalAxes, shape: tuple[int, ...]) -> bool:
+    """Whether a ring should sum the gradient of this kernel, from activations of `shape` [B, L, ...].
 
-    Not where the compiler does better: over up to 16 devices it multiplies a large kernel in pieces while they
-    travel (`lm.parallel.xla_flags`).
+    Not where XLA's own is faster: over up to 16 devices it splits a large matmul into pieces that overlap with their
+    communication (windowed einsum, `lm.parallel.xla_flags`).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not can_go_round(kernel_IxO, logical):
+    if not is_possible(kernel_IxO.shape, logical):
         return False
     devices = math.prod(mesh.shape[axis] for axis in sharding.RULES["embed"])
-    in_pieces = kernel_IxO.nbytes >= xla_flags.windowed_from(mesh.abstract_device.device_kind) and devices <= 16
-    return rows[0] % sharding.batch_shards(mesh) == 0 and rows[1] % sharding.length_parts() == 0 and not in_pieces
+    is_windowed = kernel_IxO.nbytes >= xla_flags.windowed_from(mesh.abstract_device.device_kind) and devices <= 16
+    return shape[0] % sharding.batch_shards(mesh) == 0 and shape[1] % sharding.length_shards() == 0 and not is_windowed
 
 
-def can_go_round(kernel_IxO: jax.Array, logical: sharding.LogicalAxes) -> bool:
-    """Whether the mesh has what `sum_where_it_lies` needs: several devices, and a kernel that they divide in halves."""
+def is_possible(shape: tuple[int, ...], logical: sharding.LogicalAxes) -> bool:
+    """Whether a ring can sum the gradient of a kernel of this shape.
+
+    It takes several devices, an axis 'embed', and shards over 'tensor' that can be halved, as the two halves of each
+    travel in opposite directions.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or "embed" not in logical:
         return False
-    return not any(size % (2 * mesh.shape["tensor"]) for size in kernel_IxO.shape)  # halves go either way
+    return not any(size % (2 * mesh.shape["tensor"]) for size in shape)
 
 
-def sum_parts(parts_PxDxO: jax.Array, logical: sharding.LogicalAxes) -> jax.Array:
-    """The gradient of a weight ('embed', ...) from what each device makes of its rows, P = `sharding.row_groups()`."""
+def reduce_scatter(partials_PxDxO: jax.Array, logical: sharding.LogicalAxes) -> jax.Array:
+    """The gradient of a weight ('embed', ...), sharded as the weight, from the partial ones of P token shards.
+
+    Args:
+      partials_PxDxO: one partial gradient on each of P = `sharding.token_shards()` devices.
+      logical: logical axes of the weight.
+    """
     summed: jax.Array = jax.shard_map(
-        lambda part_1xDxO: sum_where_it_lies(part_1xDxO[0]),
-        in_specs=sharding.spec(("row_parts", *logical), whole=("embed",)),
+        lambda partial_1xDxO: reduce_scatter_local(partial_1xDxO[0]),
+        in_specs=sharding.spec(("token_shards", *logical), whole=("embed",)),
         out_specs=sharding.spec(logical),
         check_vma=False,
-    )(parts_PxDxO)
+    )(partials_PxDxO)
     return summed
 
 
-def sum_where_it_lies(partial_DxO: jax.Array) -> jax.Array:
-    """The gradient of a weight whose first axis is 'embed', of which each device has its own rows' part, summed: each
-    device keeps what it holds of the weight. For the body of a `jax.shard_map` over all axes.
+def reduce_scatter_local(partial_DxO: jax.Array) -> jax.Array:
+    """What `reduce_scatter` runs on each device: from its partial gradient to its shard of the sum.
 
-    Over the axes that split the weight it goes round a ring, in both directions at once, a part after the other. So
-    what travels are permutations, beside which a TPU computes other things; for a reduction of its own it would stand
-    still. Over the rest, copies of the model on other devices and slices, only the part that is kept is summed.
+    For the body of a `jax.shard_map` over all mesh axes. A ring over each axis that shards the weight; over the others
+    (replicas on other devices and slices) an all-reduce of the shard alone.
     """
     shape = jax.sharding.get_abstract_mesh().shape
     rest = [axis for axis in AXES if axis != "tensor" and shape[axis] > 1]
     for axis in sharding.RULES["embed"]:
         if axis in rest:
-            partial_DxO = _scatter_sum(partial_DxO, axis, shape[axis])
+            partial_DxO = _reduce_scatter_axis(partial_DxO, axis, shape[axis])
             rest.remove(axis)
     return jax.lax.psum(partial_DxO, tuple(rest)) if rest else partial_DxO
 
 
-def _scatter_sum(x_DxO: jax.Array, axis: str, size: int) -> jax.Array:
-    """Reduce-scatter of D over a mesh axis, by a ring; many devices are a grid, whose rows and then columns are rings:
-    a ring's steps are as many as its devices. What travels is a slice of x, which needs no copy first."""
+def _reduce_scatter_axis(x_DxO: jax.Array, axis: str, size: int) -> jax.Array:
+    """Reduce-scatter of D over one mesh axis of `size` devices.
+
+    A ring takes as many steps as it has devices, so a long axis is a grid: rings along its rows, then its columns.
+    """
     columns = size if size <= mesh_lib.LONGEST_RING else max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
     grid = x_DxO.reshape(size // columns, columns, x_DxO.shape[0] // size, x_DxO.shape[1])
-    grid = _ring(grid, axis, size, (columns, 1), 1, ways=(1, -1))
-    if columns < size:  # little is left: one way takes hardly longer, and half the instructions
-        grid = _ring(grid, axis, size, (size // columns, columns), 0, ways=(1,))
+    grid = _ring(grid, axis, size, (columns, 1), 1, directions=(1, -1))
+    if columns < size:  # little data is left: one direction is about as fast, with half the instructions
+        grid = _ring(grid, axis, size, (size // columns, columns), 0, directions=(1,))
     return grid[0, 0]
 
 
-def _ring(x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int, ways: tuple[int, ...]) -> jax.Array:
-    """Sums what the devices of each ring have; of dimension `dim`, as long as the ring, each keeps its own place.
+def _ring(
+    x: jax.Array, axis: str, size: int, ring: tuple[int, int], dim: int, directions: tuple[int, ...]
+) -> jax.Array:
+    """Reduce-scatter along rings: dimension `dim` of x, as long as a ring, becomes 1, the entry of this device.
 
-    Of two ways one half of the last dimension travels to the right, one to the left. Example, 3 devices, of what goes
-    to the right device 1's place: device 2 begins with its own, 0 adds its own to that, and 1 adds its own.
+    The last dimension is split over the directions, whose parts travel at the same time. Example, 3 devices, direction
+    1, the entry of device 1: device 2 sends its own to device 0, which adds its own and sends the sum to device 1,
+    which adds its own. What is sent is a slice of x and needs no copy.
 
     Args:
       x: of this device.
-      axis: of the mesh, of `size` devices.
-      ring: how many devices a ring has, and how far neighbours are from each other.
+      axis: mesh axis, of `size` devices.
+      ring: (devices of one ring, distance along the axis between neighbours).
       dim: see above.
-      ways: 1 = to the right, -1 = to the left.
+      directions: 1 = towards the next device, -1 = towards the previous one.
     """
     count, stride = ring
-    place = jax.lax.axis_index(axis).astype(jnp.uint32) // stride % count  # unsigned: no cases below zero to compute
-    sizes = (*(1 if i == dim else n for i, n in enumerate(x.shape[:-1])), x.shape[-1] // len(ways))
+    place = jax.lax.axis_index(axis).astype(jnp.uint32) // stride % count  # unsigned, so that % needs no sign handling
+    sizes = (*(1 if i == dim else n for i, n in enumerate(x.shape[:-1])), x.shape[-1] // len(directions))
 
-    def neighbour(i: int, way: int) -> int:
-        return i + ((i // stride + way) % count - i // stride % count) * stride
+    def neighbour(i: int, direction: int) -> int:
+        return i + ((i // stride + direction) % count - i // stride % count) * stride
 
-    def own(n: int, part: int, way: int) -> jax.Array:
-        begin = (place + jnp.uint32(-way * n % count)) % count
+    def local_slice(step: int, part: int, direction: int) -> jax.Array:
+        begin = (place + jnp.uint32(-direction * step % count)) % count
         starts = [begin if i == dim else jnp.uint32(0) for i in range(x.ndim - 1)]
         return jax.lax.dynamic_slice(x, [*starts, jnp.uint32(part * sizes[-1])], sizes)
 
     sums = []
-    for part, way in enumerate(ways):
-        to = [(i, neighbour(i, way)) for i in range(size)]
-        parts = [own(n, part, way) for n in range(1, count + 1)]
-        sums.append(functools.reduce(lambda total, part: jax.lax.ppermute(total, axis, to) + part, parts))
+    for part, direction in enumerate(directions):
+        route = [(i, neighbour(i, direction)) for i in range(size)]
+        slices = [local_slice(step, part, direction) for step in range(1, count + 1)]
+        sums.append(functools.reduce(lambda total, own: jax.lax.ppermute(total, axis, route) + own, slices))
     return jnp.concatenate(sums, axis=-1)

@@ -1,6 +1,6 @@
-"""Where every array lies on the mesh.
+"""Sharding of every array, by rules from logical axes to mesh axes.
 
-Arrays name their dimensions by logical axes ('batch', 'embed', …); `RULES` says which mesh axis each one is split over.
+Arrays name their dimensions by logical axes ('batch', 'embed', …); `RULES` maps each to the mesh axes that shard it.
 """
 
 import functools
@@ -16,18 +16,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.config.schema import ConfigError
 from lm.types import LENGTH_KEYS, Batch
 
-# Logical axis -> mesh axes. Activations: batch, length, residual_length (the same outside of a block's matmuls, where
-# devices of tensor would hold and compute the same) and row_parts, see `parts_of_rows`. Weights: embed (the axis ZeRO-3
-# splits, over devices that share rows too; expert_embed of experts, which are split already) and those that tensor
-# parallelism splits. Names that are absent are never split.
+# Logical axis -> mesh axes. A logical axis that is absent is never sharded.
 RULES: dict[str, str | tuple[str, ...]] = {
+    # Activations. The residual stream between matmuls is sharded over tensor too (sequence parallelism).
     "batch": ("data", "fsdp", "expert"),
     "length": "context",
     "residual_length": ("context", "tensor"),
-    "row_parts": ("context", "data", "fsdp", "expert"),
+    "token_shards": ("context", "data", "fsdp", "expert"),  # batch and length in one axis: `fold_length_into_batch`
+    # Weights: ZeRO-3 shards 'embed'; of experts, which 'expert' shards already, 'expert_embed'.
     "embed": ("context", "fsdp", "expert"),
     "experts": "expert",
     "expert_embed": ("context", "fsdp"),
+    # Tensor parallelism, of weights and of the activations that they give.
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -39,42 +39,46 @@ LogicalAxes = tuple[str | None, ...]
 
 
 def mesh_axes(name: str | None) -> tuple[str, ...]:
-    """Mesh axes that a logical axis is split over. Example: 'mlp' -> ('tensor',); None -> ()."""
-    split = RULES.get(name or "", ())
-    return (split,) if isinstance(split, str) else split
+    """Mesh axes that shard a logical axis. Example: 'mlp' -> ('tensor',); None -> ()."""
+    axes = RULES.get(name or "", ())
+    return (axes,) if isinstance(axes, str) else axes
 
 
 def spec(logical: LogicalAxes, whole: tuple[str, ...] = ()) -> PartitionSpec:
     """PartitionSpec of logical axes. Example: ('layers', 'embed', 'mlp') -> P(None, ('fsdp', 'context'), 'tensor').
 
     Args:
-      logical: one name or None a dimension.
-      whole: names that are not to be split here.
+      logical: a name or None for each dimension.
+      whole: names to leave unsharded.
     """
     return PartitionSpec(*(RULES.get(name) if name and name not in whole else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Asks for `x` to lie as its logical axes say, on the mesh set by `jax.set_mesh`; without one, does nothing."""
-    return _constrain(x, spec_of(x, logical))
+    """Constrains the sharding of `x` to its logical axes on the mesh set by `jax.set_mesh`, if there is one."""
+    return _constrain(x, activation_spec(x, logical))
 
 
-def spec_of(x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
-    """PartitionSpec of an activation. A length that the mesh does not divide, as of the one position that is decoded at
-    a time, stays whole; a residual_length may still be split as length."""
+def activation_spec(x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
+    """PartitionSpec of an activation; a length that the mesh does not divide is not sharded.
 
-    def divided(size: int, name: str | None) -> str | None:
-        if name == "residual_length" and size % length_parts(name):
+    Example: the one position that is decoded at a time. 'residual_length' falls back to 'length' first.
+    """
+
+    def divisible(size: int, name: str | None) -> str | None:
+        if name == "residual_length" and size % length_shards(name):
             name = "length"
-        return None if name == "length" and size % length_parts() else name
+        return None if name == "length" and size % length_shards() else name
 
-    return spec(tuple(divided(size, name) for size, name in zip(x.shape, logical, strict=True)))
+    return spec(tuple(divisible(size, name) for size, name in zip(x.shape, logical, strict=True)))
 
 
 @jax.custom_vjp
 def gather_positions(x_BxLxD: jax.Array) -> jax.Array:
-    """What a block's matmuls read: positions that 'residual_length' splits over tensor are gathered (Korthikanti et
-    al., arXiv:2205.05198). Of its gradient, a sum over tensor, each device keeps that of its own positions."""
+    """All-gather of positions over 'tensor' before the matmuls of a block; its gradient is reduce-scattered.
+
+    This is sequence parallelism (Korthikanti et al., arXiv:2205.05198).
+    """
     return constrain(x_BxLxD, "batch", "length", None)
 
 
@@ -95,12 +99,12 @@ def _gather(w: jax.Array, logical: LogicalAxes) -> jax.Array:
 
 
 def _gather_fwd(w: jax.Array, logical: LogicalAxes) -> tuple[jax.Array, None]:
-    # The constraint itself, which a remat policy knows not to keep (lm.models.blocks).
+    # Not a call of _gather: remat policies (lm.models.remat) recognise the constraint and do not save its result.
     return _constrain(w, spec(logical, whole=("embed", "expert_embed"))), None
 
 
 def _gather_bwd(logical: LogicalAxes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    # Asked for where the weight lies, and not, as the transpose of the gather would, whole on every device.
+    # Sharded as the weight is. The transpose of the constraint would be an unsharded gradient on every device.
     return (_constrain(gradient, spec(logical)),)
 
 
@@ -108,9 +112,9 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def gather(w: jax.Array, *logical: str | None) -> jax.Array:
-    """A weight whose 'embed' axis is gathered for use (ZeRO-3); cast it to the compute dtype first: the cast travels.
+    """All-gather of a weight's 'embed' axis for use (ZeRO-3); its gradient is sharded as the weight is.
 
-    Its gradient is split as the weight is.
+    Cast the weight to the compute dtype first, so that fewer bytes are sent.
     """
     return _gather(w, logical)
 
@@ -121,65 +125,65 @@ def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:
 
 
 def is_distributed_trace() -> bool:
-    """Whether what is being traced will run on more than one device."""
+    """Whether the program being traced will run on more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
 def platform() -> str:
-    """What is being traced will run on this: 'cpu', 'gpu' or 'tpu', of the mesh set by `jax.set_mesh`; 'cpu' without.
+    """Platform of the program being traced, 'cpu', 'gpu' or 'tpu': that of the mesh set by `jax.set_mesh`, else 'cpu'.
 
-    The mesh may be of devices that are not there, as where `tools/plan.py` compiles for a TPU pod.
+    The mesh's devices need not be attached: `tools/plan.py` compiles for a TPU pod without one.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.platform if device else "cpu"
 
 
-def row_groups() -> int:
-    """In how many parts the mesh set by `jax.set_mesh` splits 'row_parts'; 1 without one."""
+def token_shards() -> int:
+    """Number of shards of a batch's tokens (by row and by position) on the mesh set by `jax.set_mesh`; else 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_shards(mesh) * mesh.shape["context"]
 
 
-def length_parts(name: str = "length") -> int:
-    """In how many parts the mesh set by `jax.set_mesh` splits each row, as length or residual_length; 1 without one."""
+def length_shards(name: str = "length") -> int:
+    """Number of shards of a row ('length' or 'residual_length') on the mesh set by `jax.set_mesh`; else 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in mesh_axes(name))
 
 
-def parts_of_rows(x_BxL: jax.Array) -> jax.Array:
-    """[B, L, …] -> [parts * B, L / parts, …]: what each device holds of a row becomes a row of its own.
+def fold_length_into_batch(x_BxL: jax.Array) -> jax.Array:
+    """[B, L, …] -> [shards * B, L / shards, …]: each context shard of a row becomes a row. No data moves.
 
-    For what treats positions one by one: a loop over them then takes some of every device's. Nothing moves.
-    Example, 2 parts: [[1, 2, 3, 4], [5, 6, 7, 8]] -> [[1, 2], [5, 6], [3, 4], [7, 8]]. Where the mesh does not divide L
-    the rows stay as they are.
+    For functions that treat positions independently: a loop over chunks of positions then keeps all devices busy.
+    Example, 2 shards: [[1, 2, 3, 4], [5, 6, 7, 8]] -> [[1, 2], [5, 6], [3, 4], [7, 8]]. If the mesh does not divide L,
+    the array is returned unchanged.
     """
     B, L, *rest = x_BxL.shape
-    parts = length_parts()
-    if parts == 1 or L % parts:
+    shards = length_shards()
+    if shards == 1 or L % shards:
         return x_BxL
-    split = jnp.moveaxis(x_BxL.reshape(B, parts, L // parts, *rest), 1, 0).reshape(parts * B, L // parts, *rest)
-    return constrain(split, "row_parts", *[None] * (x_BxL.ndim - 1))
+    folded = jnp.moveaxis(x_BxL.reshape(B, shards, L // shards, *rest), 1, 0).reshape(shards * B, L // shards, *rest)
+    return constrain(folded, "token_shards", *[None] * (x_BxL.ndim - 1))
 
 
 def batch_shards(mesh: Any) -> int:
-    """In how many parts the rows of a batch are split."""
+    """Number of shards of the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def batch_sharding(mesh: Mesh, key: str = "", ndim: int = 1) -> NamedSharding:
-    """Sharding of a batch's array: its rows, and where the key says that the last axis is of positions, those too."""
+    """Sharding of an array of a batch: by rows, and for the keys of `LENGTH_KEYS` also by positions, the last axis."""
     last = ("length",) if key in LENGTH_KEYS else ()
     return NamedSharding(mesh, spec(("batch", *[None] * (ndim - 1 - len(last)), *last)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of scalars."""
+    """Sharding with a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_divisible(shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, LogicalAxes], mesh: Mesh) -> None:
-    """Refuses a mesh that does not divide a parameter.
+    """Checks that the mesh divides every parameter.
 
     Args:
       shapes: path -> shape.
@@ -198,28 +202,28 @@ def check_divisible(shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, Lo
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Rows of a global batch that this process's devices hold: int64 [n], ascending."""
+    """Rows of a global batch on the devices of this process: int64 [n], ascending."""
     index_map: Mapping[Any, Any] = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(*index[0].indices(batch_size)) for index in index_map.values()]))
 
 
 def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int, mesh: Mesh) -> Batch:
-    """Global arrays [batch_size, …] from this process's part of them; each device gets its rows, or its part of them.
+    """Global arrays [batch_size, …], sharded by `batch_sharding`, from the rows that this process holds.
 
     Args:
-      batch: arrays [len(rows), …], the rows of the global batch named by `rows`.
-      rows: as `local_rows` gives them.
+      batch: arrays [len(rows), …].
+      rows: indices of these rows in the global batch, from `local_rows`.
       batch_size: rows of the global batch.
-      mesh: where it goes.
+      mesh: the mesh.
     """
 
     def make(key: str, local: np.ndarray) -> jax.Array:
-        def piece(index: Any) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))
             return local[first : first + stop - start, *index[1:]]
 
-        where = batch_sharding(mesh, key, local.ndim)
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), where, piece)
+        shape = (batch_size, *local.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, key, local.ndim), shard)
 
     return cast(Batch, {key: make(key, value) for key, value in batch.items()})

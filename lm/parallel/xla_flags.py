@@ -3,37 +3,38 @@
 import os
 import sys
 
-# XLA may cut a matrix product in pieces, to send each as soon as it is done. It pays on v5e, whose links are slow, for
-# weights of some size (MiB); the pieces of smaller ones leave the matrix unit half empty (docs/performance.md).
+# Smallest weight, in MiB, for XLA's windowed einsum, which splits a matmul into pieces that overlap with their
+# communication. It pays on v5e, whose links are slow; pieces of smaller weights underuse the matrix unit
+# (docs/performance.md).
 WINDOWED_FROM_MIB = {"v5e": 24}
 NEVER_MIB = 1_000_000
-# Vector memory that one operation may use, MiB, in models narrower than WIDE and in others; the compiler's own are 16.
-# With more, matrix products go in larger pieces, but less is left for results to stay in until they are used.
+# Scoped vector memory of one operation, in MiB, in models narrower than WIDE and in others; XLA's default is 16. With
+# more, matmuls use larger tiles, but less is left to keep results in until they are used.
 SCOPED_VMEM_MIB = {"v5e": (28, 46), "v5p": (48, 48)}
 WIDE = 4096
-TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # older and newer drivers; GKE says which TPU it is, a TPU VM may not
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # older and newer drivers; GKE names the type of TPU, a TPU VM may not
 
 
 def windowed_from(device_kind: str) -> float:
-    """Bytes of a weight from which on the compiler does so on such a device, named as `jax.Device.device_kind`."""
+    """Smallest weight, in bytes, for windowed einsum on a device of kind `jax.Device.device_kind`."""
     chip = device_kind.removeprefix("TPU ").replace(" lite", "e")
     return WINDOWED_FROM_MIB.get(chip, NEVER_MIB) * 2**20
 
 
 def libtpu(chip: str, embed_dim: int) -> str:
-    """Flags of the TPU compiler that help a model of this width on a chip, 'v5e' or the like; see `spelled`."""
+    """Flags of the TPU compiler for a model of this width on `chip`, such as 'v5e'; see `spelled`."""
     narrow, wide = SCOPED_VMEM_MIB.get(chip, (0, 0))
     return spelled(WINDOWED_FROM_MIB.get(chip, NEVER_MIB), narrow if embed_dim < WIDE else wide)
 
 
 def spelled(windowed_from_mib: int, scoped_vmem_mib: int) -> str:
-    """Flags as LIBTPU_INIT_ARGS takes them: see WINDOWED_FROM_MIB and SCOPED_VMEM_MIB; 0 of the latter = not set."""
+    """The flags in the format of LIBTPU_INIT_ARGS: see WINDOWED_FROM_MIB and SCOPED_VMEM_MIB (0 = not set)."""
     windowed = f"--xla_jf_spmd_threshold_for_windowed_einsum_mib={windowed_from_mib}"
     return f"{windowed} --xla_tpu_scoped_vmem_limit_kib={1024 * scoped_vmem_mib}" if scoped_vmem_mib else windowed
 
 
 def set_libtpu(embed_dim: int) -> None:
-    """Sets them on a TPU VM, where the user has not set LIBTPU_INIT_ARGS; before JAX finds its devices."""
+    """Sets LIBTPU_INIT_ARGS on a TPU VM, unless the user has; call it before JAX initialises its devices."""
     kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e").partition("-")[0]
     if kind:
         os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind, embed_dim))

@@ -18,7 +18,7 @@ from lm import checks, optim, param_paths, program
 from lm import run as run_lib
 from lm.config import Config
 from lm.config.schema import ConfigError
-from lm.models.blocks import REMAT_POLICIES
+from lm.models.remat import REMAT_POLICIES
 from lm.optim import trainable
 from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding

@@ -40,8 +40,8 @@ def predict_tokens(
     )
     if out.routing_2xB is None:
         return terms
-    routing, uneven = losses.routing(out.routing_2xB, batch["loss_weights"])
-    return terms._replace(sum=terms.sum + routing, metrics=terms.metrics | {"balance": (uneven, terms.weight)})
+    router_loss, balance = losses.router_loss(out.routing_2xB, batch["loss_weights"])
+    return terms._replace(sum=terms.sum + router_loss, metrics=terms.metrics | {"balance": (balance, terms.weight)})
 
 
 def next_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:

@@ -1,4 +1,4 @@
-"""Matmuls in 8 bits: close to those in the compute dtype, really in 8 bits, on the same parameters."""
+"""lm/models/quantization.py: close to matmuls in the compute dtype, in 8 bits in the program, same parameters."""
 
 import dataclasses
 import importlib.util
@@ -11,7 +11,8 @@ import pytest
 
 from lm import checks
 from lm.config.schema import ConfigError
-from lm.models import layers
+from lm.models import quantization
+from lm.parallel import tpu_matmul
 from tests import toys
 from tests.test_parallel import ROWS, SEQ_LEN, mesh_of, steps_of
 
@@ -25,13 +26,13 @@ def size(x):
 
 @needs_qwix
 @pytest.mark.parametrize(("name", "error"), [("int8", 0.01), ("fp8", 0.05)])
-def test_a_product_and_its_gradients(name, error):
-    """Relative to plain ones. The kernel's gradient is not rounded, beyond what the loss above makes of the product."""
+def test_quantized_matmul_and_its_gradients_are_close_to_the_plain_ones(name, error):
+    """Relative errors. The gradient of the kernel is not quantized."""
     rng = np.random.default_rng(0)
     x, kernel, d_y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 8, 64), (64, 32), (4, 8, 32)))
-    qtype = layers.quantized_type(name)
-    y, back = jax.vjp(lambda x, kernel: layers.quantized(qtype, x, kernel), x, kernel)
-    expected, plainly = jax.vjp(layers.matmul, x, kernel)
+    qtype = quantization.quantized_type(name)
+    y, back = jax.vjp(lambda x, kernel: quantization.quantized_matmul(qtype, x, kernel), x, kernel)
+    expected, plainly = jax.vjp(tpu_matmul.matmul, x, kernel)
     assert 0 < size(y - expected) < error * size(expected)
     (d_x, d_kernel), (expected_x, expected_kernel) = back(d_y), plainly(d_y)
     assert 0 < size(d_x - expected_x) < error * size(expected_x)
@@ -39,7 +40,7 @@ def test_a_product_and_its_gradients(name, error):
 
 
 @needs_qwix
-def test_it_trains_as_unquantized_does_and_on_a_mesh_too():
+def test_quantized_training_is_close_to_unquantized_also_on_a_mesh():
     batch = toys.batch(ROWS, SEQ_LEN)
     found = {}
     for dtype, sizes in (("auto", {}), ("int8", {}), ("int8", {"data": 2, "fsdp": 2, "tensor": 2})):
@@ -73,7 +74,7 @@ def test_the_program_multiplies_in_8_bits():
     assert all(out.endswith("i32>") for _, _, out in in_8_bits)
 
 
-def test_without_the_library_or_with_experts_it_is_refused(tmp_path, monkeypatch):
+def test_quantization_without_qwix_or_with_experts_is_refused(tmp_path, monkeypatch):
     cfg = toys.recipe(tmp_path, model__dtype="int8", model__experts=(4, 2))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "qwix" or None)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What learns is what the rules say, layer by layer, and nothing else moves: not a bit of it, not a moment."""
+"""lm/optim/trainable.py: the rules train the layers that they name, and change nothing else, bit for bit."""
 
 import dataclasses
 import functools
@@ -45,8 +45,8 @@ def build(cfg, params, total_steps=10):
     return optim.build(cfg, abstract, total_steps=total_steps, warmup_steps=0, decay_steps=0)
 
 
-def apart(tree):
-    """Every layer as a leaf of its own, under a name that the code does not know as stacked."""
+def unstack(tree):
+    """The tree with a leaf for each layer, under names that the code does not treat as stacked."""
     out = {}
     for path, leaf in param_paths.flatten(tree).items():
         names = [path.replace("layers/", f"block/{i}/") for i in range(LAYERS)] if "layers" in path else [path]
@@ -100,7 +100,7 @@ def test_rules_resolve_to_slices():
         ({"unfreeze_rules": (("embed/.*", 0.0),)}, r"'optim\.unfreeze_rules': no rule covers"),
     ],
 )
-def test_rules_that_no_slice_can_follow_are_refused(changes, message):
+def test_rules_that_are_no_slice_of_layers_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         build(dataclasses.replace(BASE, **changes), random_tree(0))
 
@@ -109,8 +109,8 @@ def test_rules_that_no_slice_can_follow_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_layers_under_rules_move_as_parameters_of_their_own(name):
-    """Rates, decay, freezing, late starts and clipping, against a tree in which each layer is a leaf of its own."""
+def test_layers_of_a_stack_are_updated_like_separate_parameters(name):
+    """Rates, decay, freezing, gradual unfreezing and clipping, against a tree with a leaf for each layer."""
     cfg = dataclasses.replace(
         BASE,
         name=name,
@@ -120,8 +120,8 @@ def test_layers_under_rules_move_as_parameters_of_their_own(name):
     )
     params, grads = random_tree(0), [random_tree(seed) for seed in range(1, 7)]
     got, _, info = follow(build(cfg, params), params, grads)
-    want, _, expected = follow(build(cfg, apart(params)), apart(params), [apart(tree) for tree in grads])
-    for path, leaf in param_paths.flatten(apart(got)).items():
+    want, _, expected = follow(build(cfg, unstack(params)), unstack(params), [unstack(tree) for tree in grads])
+    for path, leaf in param_paths.flatten(unstack(got)).items():
         np.testing.assert_allclose(leaf, param_paths.flatten(want)[path], rtol=1e-6, atol=1e-7, err_msg=path)
     assert info["grad_norm"] == pytest.approx(float(expected["grad_norm"]), rel=1e-6)
     np.testing.assert_array_equal(
@@ -130,8 +130,8 @@ def test_layers_under_rules_move_as_parameters_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_a_parameter_held_back_begins_as_a_run_of_its_own(name):
-    """Nothing of it moves before its step, moments and counts included; then it moves as if all had begun there."""
+def test_an_unfrozen_parameter_starts_with_fresh_optimizer_state(name):
+    """Before its step neither it nor its state changes; then it is updated as in a run that starts at this step."""
     late = dataclasses.replace(BASE, name=name, clip_norm=0.0, unfreeze_rules=((r".*/[12]/.*", 0.3), (r".*", 0.0)))
     params, grads = random_tree(0), [random_tree(seed) for seed in range(1, 7)]
     before, state, _ = follow(build(late, params), params, grads[:3])
@@ -151,14 +151,14 @@ def test_a_parameter_held_back_begins_as_a_run_of_its_own(name):
     jax.tree.map(np.testing.assert_array_equal, state[1][1], waiting)
 
 
-def test_gradients_of_what_waits_do_not_count_for_clipping():
+def test_gradients_of_frozen_parameters_do_not_count_for_clipping():
     cfg = dataclasses.replace(BASE, unfreeze_rules=((r"head/.*", 0.0), (r".*", 0.5)))
     grads = [random_tree(1)]
     _, _, info = follow(build(cfg, random_tree(0)), random_tree(0), grads)
     assert info["grad_norm"] == pytest.approx(float(np.linalg.norm(grads[0]["head"]["out"]["kernel"])), rel=1e-6)
 
 
-def test_the_start_draws_as_l2_sp_writes_it():
+def test_to_init_matches_l2_sp():
     """Li et al. 2018, equation 3, with the head's penalty towards 0: float64, gradients of 0."""
     cfg = dataclasses.replace(
         BASE,
@@ -214,7 +214,7 @@ LEARN = dataclasses.replace(
 
 
 def first_layer(path):
-    """How many entries of axis 0 of a leaf are frozen: a reading of RULES that does not go through them."""
+    """Number of frozen entries of axis 0 of a leaf, written down by hand from RULES."""
     if "lora_" in path or "final_norm" in path:
         return 0
     return 1 if "/mlp/" in path else 10**6
@@ -382,7 +382,7 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
     np.testing.assert_array_equal(params[name], np.concatenate([read[f"params/{name}"][:1], read[f"ema/{name}"]]))
 
 
-def test_a_draw_to_nowhere_is_refused(tmp_path):
+def test_to_init_and_mixout_without_init_from_are_refused(tmp_path):
     cfg = toys.recipe(tmp_path / "no_data", **test_run.TINY, optim__mixout=0.1)
     with pytest.raises(ConfigError, match=r"'optim\.mixout' pulls parameters back to their values in 'init_from'"):
         run_lib.plan(cfg, None)

@@ -55,7 +55,7 @@ def make_batch(seed=0):
 def test_patchify_worked_example():
     image = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])[None, :, :, None]
     np.testing.assert_array_equal(vision.patchify(image, 2), [[[1, 2, 5, 6], [3, 4, 7, 8]]])
-    with pytest.raises(ValueError, match=r"images of 2 x 4 pixels cannot be cut in squares of 3"):
+    with pytest.raises(ValueError, match=r"images of 2 x 4 pixels cannot be divided into patches of 3 x 3"):
         vision.patchify(image, 3)
 
 
@@ -150,7 +150,7 @@ def test_mae_is_the_reference():
     np.testing.assert_allclose(out.head, pixels, rtol=0, atol=5e-5)
 
 
-def test_nothing_of_a_hidden_patch_reaches_the_model():
+def test_masked_patches_do_not_reach_the_model():
     """Gradient by the pixels: exactly 0 in hidden patches, not 0 in any visible one; a ViT sees all."""
     batch = make_batch()
 
@@ -222,14 +222,14 @@ def test_a_vit_takes_all_but_its_head_from_an_autoencoder():
     assert len(kept) < len(shapes["vit"])
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_vision_configs_are_refused():
     with pytest.raises(ConfigError, match=r"mae predicts pixels and has no pooled head; use vit"):
         vision.mae(make("mae")[0], Head("pooled", 3), jnp.float32)
     with pytest.raises(ConfigError, match=r"'model.decoder_dim' \(10\) must be a multiple of 'model.num_heads' \(4\)"):
         vision.decoder_config(ModelConfig(num_heads=4, decoder_dim=10))
 
 
-def test_the_picture_of_an_autoencoder_shows_only_what_it_knows():
+def test_reconstruction_image_shows_only_what_the_model_sees():
     """Hidden patches are drawn by the statistics of the visible ones; whatever they hide, the picture is the same."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
@@ -256,7 +256,7 @@ def test_the_picture_of_an_autoencoder_shows_only_what_it_knows():
     assert all(np.array_equal(again[name], columns[name]) for name in ("seen", "model", "zero prediction"))
 
 
-def test_the_error_on_the_picture_is_that_of_the_loss():
+def test_error_on_the_reconstruction_image_is_the_loss():
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
     masked = np.array([[0, 3], [1, 2]], np.int32)

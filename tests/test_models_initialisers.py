@@ -111,13 +111,13 @@ def test_every_parameter_starts_as_the_source_says(scheme, cfg, published):
         ("vit", "embedding", 0.02),
     ],
 )
-def test_what_a_weight_of_each_role_starts_with(scheme, role, expected):
+def test_deviation_of_each_role(scheme, role, expected):
     init = initialisers.initialiser(dataclasses.replace(TIED, init=scheme), role)
     drawn = init(jax.random.key(0), (WIDTH, MLP), jnp.float32)
     assert float(drawn.std()) == pytest.approx(expected, rel=0.03)
 
 
-def test_truncated_and_uniform_end_where_they_should():
+def test_truncated_and_uniform_have_the_expected_bounds():
     shape = (64, 160)
     for scheme, end in (("bert", 2 * 0.02), ("vit", math.sqrt(6 / sum(shape)))):
         init = initialisers.initialiser(dataclasses.replace(TIED, init=scheme), "kernel")

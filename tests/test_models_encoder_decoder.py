@@ -197,7 +197,7 @@ def test_query_blocks_and_offsets_take_their_part_of_the_bias():
     blocks = jax.jit(functools.partial(attention.attend, softcap=5.0))(query, key, value, mask)
     scores = np.einsum("blkge,bske->bkgls", query.reshape(2, 256, 2, 2, 8), key)
     scores = 5.0 * np.tanh(scores / 5.0) + bias.reshape(1, 2, 2, 256, 256)
-    scores = np.where(np.asarray(mask.draw())[:, None, None], scores, -np.inf)
+    scores = np.where(np.asarray(mask.dense())[:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     want = np.einsum("bkgls,bske->blkge", weights, value).reshape(2, 256, 4, 8)

@@ -1,4 +1,4 @@
-"""Adapters add nothing at the start, learn alone, and LoRA can be put into the kernels and taken out again."""
+"""Adapters add exactly 0 at first, are trained alone, and LoRA can be merged into the kernels and unmerged."""
 
 import dataclasses
 import functools
@@ -83,7 +83,7 @@ def test_merged_and_unmerged_compute_the_same(style):
         np.testing.assert_allclose(back[path], leaf, atol=1e-6, err_msg=path)
 
 
-def test_lora_drops_its_own_input_row_by_row_and_nothing_else():
+def test_lora_dropout_is_per_row_and_on_its_input_only():
     _, _, model, start = adapted("gpt2", dataclasses.replace(LORA, dropout=0.5))
     batch, rng = toys.batch(3, SEQ_LEN), jax.random.key(4)
     plain = hidden(model, start, batch)
@@ -110,7 +110,7 @@ def bottleneck(params, x):
     return x + gelu @ params["up/kernel"] + params["up/bias"]
 
 
-def test_a_bottleneck_is_what_houlsby_draws():
+def test_bottleneck_matches_houlsby_figure_2():
     rng = np.random.default_rng(0)
     shapes = {"down/kernel": (6, 4), "down/bias": (4,), "up/kernel": (4, 6), "up/bias": (6,)}
     params, x = {path: rng.normal(size=shape) for path, shape in shapes.items()}, rng.normal(size=(2, 3, 6))
@@ -153,7 +153,7 @@ def test_bottlenecks_stand_between_a_sublayer_and_the_residual_stream(kind, subl
         (AdapterConfig("houlsby"), r"'adapter\.kind' houlsby: this kind of model has no place"),
     ],
 )
-def test_adapters_that_are_nowhere_are_refused(cfg, message):
+def test_adapters_that_the_model_does_not_have_are_refused(cfg, message):
     params = toys.decoder(toys.GPT2, SEQ_LEN)[2]
     adapters.check(AdapterConfig(), param_paths.flatten(params))
     with pytest.raises(ConfigError, match=message):
@@ -191,7 +191,7 @@ def classifier(kind):
         (common.adapter_rules(), "houlsby", lambda path, layer: path.startswith("head") or "adapter" in path),
     ],
 )
-def test_rule_lists_choose_what_they_say(rules, kind, learns):
+def test_rule_lists_train_the_expected_parameters(rules, kind, learns):
     chosen = trainable.resolve(OptimConfig(lr_rules=rules), classifier(kind), 10)
     for path, values in chosen.lr_multiplier.items():
         layers_of = range(3) if "/layers/" in path else [-1]
@@ -202,7 +202,7 @@ def test_rule_lists_choose_what_they_say(rules, kind, learns):
     assert len(held) == 2 * len(part) > 0 and sum(leaf.size for leaf in held) == 2 * sum(x.size for x in part.values())
 
 
-def test_rates_and_starts_go_down_the_layers():
+def test_layerwise_rates_and_gradual_unfreezing():
     cfg = OptimConfig(lr_rules=common.layer_decay(0.5, 3), unfreeze_rules=common.gradual_unfreezing(3, 0.8))
     chosen = trainable.resolve(cfg, classifier("none"), 100)
     kernel = "encoder/layers/mlp/up/kernel"
@@ -216,6 +216,6 @@ def test_rates_and_starts_go_down_the_layers():
         assert (chosen.lr_multiplier[path], chosen.start[path]) == ((rate,), (start,)), path
 
 
-def test_last_layers_that_are_not_there_are_refused():
+def test_more_last_layers_than_the_model_has_are_refused():
     with pytest.raises(ConfigError, match="last_layers: 4 of 3 layers"):
         common.last_layers(4, 3)

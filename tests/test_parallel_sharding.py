@@ -1,4 +1,4 @@
-"""The mesh, the rules that say where arrays lie on it, and batches on their way there."""
+"""lm/parallel/mesh.py and sharding.py: the mesh, the sharding rules, and the transfer of batches to devices."""
 
 import dataclasses
 import itertools
@@ -15,10 +15,10 @@ from jax import P
 from lm import param_paths
 from lm.config import MeshConfig
 from lm.config.schema import ConfigError
-from lm.models import layers, transformer
+from lm.models import transformer
 from lm.parallel import mesh as mesh_lib
-from lm.parallel import sharding
-from lm.parallel.mesh import AXES, _as_ring, make_mesh, mesh_sizes
+from lm.parallel import sharding, tpu_matmul
+from lm.parallel.mesh import AXES, _ring_order, make_mesh, mesh_sizes
 
 
 def mesh(devices: int = 8, **sizes):
@@ -94,7 +94,7 @@ def slice_of(kind: str, *shape: int, slices: int = 1) -> list[Chip]:
     ids=str,
 )
 def test_every_factorisation_of_a_slice_is_a_mesh_of_all_its_chips(kind, shape):
-    """Also where an axis of the mesh is a part of an axis of the slice, as fsdp=32 x expert=8 on 16x16."""
+    """Also if a mesh axis is a part of a physical axis, as in fsdp=32 x expert=8 on 16x16."""
     devices = slice_of(kind, *shape)
     count = len(devices)
     divisors = [n for n in range(1, count + 1) if count % n == 0]
@@ -114,7 +114,7 @@ def test_slices_may_split_their_axes_too():
 
 
 @pytest.mark.parametrize("devices", [1, 2, 6, 8, 12, 16, 256])
-def test_sizes_that_are_said_to_do_do(devices):
+def test_suggested_mesh_sizes_are_valid(devices):
     refused = 0
     for data, fsdp, tensor, dcn in itertools.product((-1, 1, 2), (1, 2, 3, 32), (1, 5, 8), (1, 2)):
         cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, dcn_data=dcn)
@@ -140,8 +140,8 @@ def test_sizes_that_are_said_to_do_do(devices):
     assert refused > 30
 
 
-def test_a_mesh_over_other_slices_than_there_are_is_refused():
-    """Hosts of one slice are not slices, and slices are not to be found out by a crash."""
+def test_a_wrong_number_of_slices_is_refused():
+    """Several hosts of one slice are not slices; too few slices are an error of the config, not a crash later."""
     chips = [SimpleNamespace(platform="tpu", slice_index=i // 4, process_index=i // 2, id=i) for i in range(8)]
     for cfg, devices, slices in ((MeshConfig(dcn_data=4), chips[:4], 1), (MeshConfig(fsdp=8), chips, 2)):
         with pytest.raises(
@@ -165,7 +165,7 @@ def test_specs():
         ("vocab", "embed"): P("tensor", ("context", "fsdp", "expert")),
         ("batch", "length", None): P(("data", "fsdp", "expert"), "context", None),
         ("batch", "residual_length", None): P(("data", "fsdp", "expert"), ("context", "tensor"), None),
-        ("row_parts", None): P(("context", "data", "fsdp", "expert"), None),
+        ("token_shards", None): P(("context", "data", "fsdp", "expert"), None),
         ("experts", "expert_embed", "mlp"): P("expert", ("context", "fsdp"), "tensor"),
         ("embed", "kv_heads"): P(("context", "fsdp", "expert"), "tensor"),
         (None,): P(None),
@@ -175,7 +175,7 @@ def test_specs():
     assert sharding.spec(("vocab", "embed"), whole=("embed",)) == P("tensor", None)
 
 
-def test_constrain_and_gather_place_what_is_computed_and_do_nothing_without_a_mesh():
+def test_constrain_and_gather_shard_results_and_do_nothing_without_a_mesh():
     w = jnp.ones((16, 8))
     one = jax.jit(lambda w: sharding.constrain(w, "vocab", "embed"))(w)
     assert one.sharding.is_fully_replicated
@@ -201,14 +201,16 @@ def test_constrain_and_gather_place_what_is_computed_and_do_nothing_without_a_me
     "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}, {"expert": 4, "data": 2}]
 )
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("heads", "embed")])
-def test_gradients_of_weights_are_summed_in_rings_and_lie_as_the_weights(sizes, axes, longest, monkeypatch):
-    """Of whole numbers, so that no order of summing rounds; rings of all devices of an axis, and rows and columns."""
+def test_ring_reduced_gradients_are_exact_and_sharded_as_the_weights(sizes, axes, longest, monkeypatch):
+    """With integers, whose sums are exact in any order; rings of a whole axis, and of rows and columns of a grid."""
     monkeypatch.setattr(mesh_lib, "LONGEST_RING", longest)
     rng, made = np.random.default_rng(0), mesh(**{"data": 1} | sizes)
     x, w, c = (jnp.asarray(rng.integers(-4, 5, shape), jnp.float32) for shape in ((8, 4, 16), (16, 32), (8, 4, 32)))
     with jax.set_mesh(made):
         where = jax.NamedSharding(made, sharding.spec(axes))
-        loss = jax.jit(jax.grad(lambda x, w: (layers.apart(x, w, axes, True) * c).sum(), argnums=(0, 1)))
+        loss = jax.jit(
+            jax.grad(lambda x, w: (tpu_matmul.overlapped_matmul(x, w, axes, True) * c).sum(), argnums=(0, 1))
+        )
         d_x, d_w = loss(x, jax.device_put(w, where))
     assert d_w.sharding.is_equivalent_to(where, 2)
     np.testing.assert_array_equal(d_w, np.einsum("bli,blo->io", x, c))
@@ -216,27 +218,27 @@ def test_gradients_of_weights_are_summed_in_rings_and_lie_as_the_weights(sizes, 
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 1), (2, 4, 4), (2, 2, 1)])
-def test_neighbours_of_a_ring_lie_beside_each_other(shape):
-    """Whatever order the chips come in that can be bettered; an order of its own stays, as JAX's of 4 x 4 is a ring."""
+def test_ring_neighbours_are_adjacent_chips(shape):
+    """From the order of coordinates; an order that is already a ring stays, such as JAX's own of 4 x 4."""
     chips = np.array([SimpleNamespace(coords=place) for place in np.ndindex(shape)], object)
 
     def hops(devices):
         coords = np.array([device.coords for device in devices.ravel()])
         return np.abs(coords - np.roll(coords, -1, axis=0)).sum(axis=1)
 
-    found = _as_ring(chips.reshape(1, -1, 1, 1, 1))
+    found = _ring_order(chips.reshape(1, -1, 1, 1, 1))
     assert found.shape == (1, chips.size, 1, 1, 1) and {id(x) for x in found.ravel()} == {id(x) for x in chips}
-    assert (hops(found)[:-1] == 1).all(), "to and fro; only the way back to the first may be longer"
+    assert (hops(found)[:-1] == 1).all(), "a serpentine; only the hop from last to first may be longer"
     assert hops(found).sum() < hops(chips).sum()
     assert shape[0] != 2 or hops(found)[-1] == 1
-    np.testing.assert_array_equal(_as_ring(found), found)
+    np.testing.assert_array_equal(_ring_order(found), found)
 
 
 @pytest.mark.parametrize(("shape", "far"), [((8, 8, 1), 2), ((8, 16, 1), 2), ((16, 16, 1), 1)])
-def test_neighbours_of_rows_and_columns_are_close(shape, far):
-    """Of the grid of rings that a long axis is; 16 chips close to a ring, from the first of 8 to the last is far."""
+def test_ring_neighbours_of_long_axes_are_close(shape, far):
+    """A long axis is a grid of rings. Axes of 16 chips have wraparound links, axes of 8 do not."""
     chips = np.array([SimpleNamespace(coords=place) for place in np.ndindex(shape)], object)
-    found = _as_ring(chips.reshape(1, -1, 1, 1, 1))
+    found = _ring_order(chips.reshape(1, -1, 1, 1, 1))
     assert {id(x) for x in found.ravel()} == {id(x) for x in chips}
     assert shape != (16, 16, 1) or (found.ravel() == chips).all()
     rows, columns = max(shape), min(size for size in shape if size > 1)
@@ -247,22 +249,22 @@ def test_neighbours_of_rows_and_columns_are_close(shape, far):
         assert hops.max() <= far
 
 
-def test_parts_of_rows_are_what_each_device_holds():
+def test_fold_length_into_batch_moves_no_data():
     x = np.arange(8 * 12 * 2, dtype=np.float32).reshape(8, 12, 2)
     made = mesh(data=2, context=4)
     placed = jax.device_put(x, jax.NamedSharding(made, sharding.spec(("batch", "length", None))))
     with jax.set_mesh(made):
-        got = jax.jit(sharding.parts_of_rows)(placed)
-        assert jax.jit(sharding.parts_of_rows)(x[:, :10]).shape == (8, 10, 2), "not divisible: whole"
+        got = jax.jit(sharding.fold_length_into_batch)(placed)
+        assert jax.jit(sharding.fold_length_into_batch)(x[:, :10]).shape == (8, 10, 2), "not divisible: whole"
     np.testing.assert_array_equal(got, np.concatenate(np.split(x, 4, axis=1), axis=0))
     before, after = ({s.device: s.data for s in array.addressable_shards} for array in (placed, got))
     for device, held in before.items():
         np.testing.assert_array_equal(after[device], held, err_msg="nothing moves")
-    np.testing.assert_array_equal(sharding.parts_of_rows(x), x)
+    np.testing.assert_array_equal(sharding.fold_length_into_batch(x), x)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}, {"context": 4}])
-def test_local_rows_and_to_global_put_a_batch_together_again(sizes):
+def test_local_rows_and_to_global_reassemble_a_batch(sizes):
     made = mesh(**sizes)
     rows = sharding.local_rows(made, 16)
     assert rows.dtype == np.int64 and rows.tolist() == list(range(16)), "one process holds them all, each once"

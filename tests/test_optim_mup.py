@@ -11,7 +11,7 @@ import pytest
 from lm import checks, losses, optim, param_paths
 from lm.config import ModelConfig, OptimConfig
 from lm.config.schema import ConfigError
-from lm.models import attention, blocks, transformer
+from lm.models import attention, transformer
 from lm.optim import mup
 from tests import toys
 
@@ -37,7 +37,7 @@ def optimizer_of(name, cfg, model, params):
 
 def activations(cfg, model, batch, params):
     """The residual stream after the embedding and after each block, then the logits."""
-    embed, block = transformer.Embed(cfg, jnp.float32), blocks.Block(cfg, jnp.float32)
+    embed, block = transformer.Embed(cfg, jnp.float32), transformer.Block(cfg, jnp.float32)
     x, _ = embed.apply({"params": params["embed"]}, batch["tokens"], batch["positions"], None)
     mask = attention.Mask(batch["segment_ids"], batch["segment_ids"], 0)
 
@@ -98,7 +98,7 @@ def exponents(cfg, name, base):
     ],
     ids=["wider heads, adamw", "more heads, tied, lion", "wider heads, muon"],
 )
-def test_the_changes_of_a_few_steps_do_not_grow_with_the_width(cfg, name, base):
+def test_coordinate_check(cfg, name, base):
     """The coordinate check (Tensor Programs V, appendix D.1), with muP and without.
 
     Exponents of very wide models are multiples of 1/2, and with muP 0. Of a change by chance, as of logits by a tied
@@ -111,7 +111,7 @@ def test_the_changes_of_a_few_steps_do_not_grow_with_the_width(cfg, name, base):
 
 
 @pytest.mark.parametrize("cfg", [WIDER, MORE], ids=["untied", "tied"])
-def test_at_the_base_nothing_differs(cfg):
+def test_mup_changes_nothing_at_the_base_width(cfg):
     batch = toys.batch(2, SEQ_LEN)
     found = []
     for base in ((0, 0), (BASE, 16)):
@@ -123,7 +123,7 @@ def test_at_the_base_nothing_differs(cfg):
     assert set(mup.direction_scales("adamw", param_paths.flatten(model.logical_axes()), 1.0).values()) == {1.0}
 
 
-def test_what_each_weight_has():
+def test_variance_and_direction_scale_of_each_weight():
     """At four times the base's width: the variance at the start, and the factor of the direction."""
     cfg = dataclasses.replace(WIDER, experts=(2, 1), use_bias=True, init="fan_in")
     cfg, model = model_of(cfg, 256, (BASE, 16))
@@ -168,12 +168,12 @@ def test_a_scale_multiplies_the_direction_and_not_the_weight_decay():
         ({"model__mup_base": (-64, 0)}, "'model.mup_base' must not be negative"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path, changes, message):
+def test_invalid_mup_settings_are_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         toys.recipe(tmp_path, **changes)
 
 
-def test_vision_is_refused(tmp_path):
+def test_mup_for_vision_is_refused(tmp_path):
     changes = {"model__mup_base": (64, 0), "model__kind": "vit", "model__position": "sincos"}
     with pytest.raises(ConfigError, match=r"'model.mup_base' is for models of text; 'model.kind' vit"):
         checks._of_text(toys.recipe(tmp_path, **changes))

@@ -1,4 +1,4 @@
-"""lm/models/moe.py against a float64 loop over positions and experts; what a mixture must not change."""
+"""lm/models/moe.py against a float64 loop over positions and experts; decoder properties with experts."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def mixture(x, logits, kernels, choices):
 
 
 @pytest.mark.parametrize(("choices", "gated"), [(1, True), (2, True), (2, False), (X, True)])
-def test_a_mixture_is_the_loop_over_experts_and_so_are_its_gradients(choices, gated):
+def test_experts_and_their_gradients_equal_a_loop_over_experts(choices, gated):
     x, logits, kernels = made(gated=gated)
     rng = np.random.default_rng(1)
     weights = rng.normal(size=x.shape)
@@ -62,7 +62,7 @@ def test_a_mixture_is_the_loop_over_experts_and_so_are_its_gradients(choices, ga
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def run(x, logits, kernels):
-        y, chosen = moe.mix(x, logits, kernels, choices)
+        y, chosen = moe.apply_experts(x, logits, kernels, choices)
         return (y * weights.astype(np.float32)).sum(), (y, chosen)
 
     small = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, logits, tuple(kernels)))
@@ -85,13 +85,13 @@ def test_a_mixture_is_the_loop_over_experts_and_so_are_its_gradients(choices, ga
 def test_no_position_is_dropped_when_all_choose_one_expert():
     x, logits, kernels = made()
     logits[..., 2] += 100
-    y, chosen = moe.mix(*jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, logits, tuple(kernels))), 1)
+    y, chosen = moe.apply_experts(*jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, logits, tuple(kernels))), 1)
     assert (np.asarray(chosen) == 2).all()
     np.testing.assert_allclose(y, mixture(x, logits, kernels, 1), rtol=0, atol=2e-5)
 
 
-def test_the_tpu_kernel_is_the_plain_form():
-    """Values and gradients, run without a TPU: an empty group, groups that are no multiple of a tile, rows of none."""
+def test_megablox_equals_ragged_dot():
+    """Values and gradients, without a TPU: an empty group, groups that are no multiple of a tile, rows of no group."""
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(256, 128)).astype(np.float32), rng.normal(size=(3, 128, 128)).astype(np.float32)
     weights, sizes = rng.normal(size=(256, 128)).astype(np.float32), jnp.array([100, 0, 77], jnp.int32)
@@ -99,7 +99,7 @@ def test_the_tpu_kernel_is_the_plain_form():
 
     def run(interpret):
         def total(x, kernel):
-            return (moe.by_group(x, kernel, sizes, interpret=interpret) * weights).sum()
+            return (moe.grouped_matmul(x, kernel, sizes, interpret=interpret) * weights).sum()
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, kernel)
 
@@ -110,11 +110,11 @@ def test_the_tpu_kernel_is_the_plain_form():
         np.testing.assert_allclose(found, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
 
 
-def test_balance_is_that_of_each_rows_real_positions():
+def test_load_balance_is_over_the_real_positions_of_each_row():
     _, logits, _ = made()
     segments = np.array([[1, 1, 2, 2, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], np.int32)
     chosen = np.argsort(-logits, axis=-1)[..., :2]
-    balance = jax.jit(moe.balance)
+    balance = jax.jit(moe.load_balance)
     found = balance(jnp.asarray(logits, jnp.float32), jnp.asarray(chosen), jnp.asarray(segments))
     for b, real in enumerate((4, 1, 0)):
         share, p = np.zeros(X), np.zeros(X)
@@ -136,7 +136,7 @@ def test_balance_is_that_of_each_rows_real_positions():
     ],
     ids=["packed", "documents"],
 )
-def test_what_holds_of_every_decoder(holds, monkeypatch):
+def test_decoder_properties_hold_with_experts(holds, monkeypatch):
     monkeypatch.setitem(toys.STYLES, "experts", toys.MOE)
     holds("experts")
 
@@ -153,8 +153,8 @@ def value_and_gradients(params, batch, **changes):
     return terms, grads
 
 
-def test_neither_remat_nor_unrolling_nor_parts_of_a_batch_change_a_gradient():
-    """The router's losses are of each row: those of two parts of a batch add up to the whole batch's."""
+def test_gradients_do_not_depend_on_remat_unrolling_or_micro_batches():
+    """The router's losses are per row: those of two micro-batches add up to those of the batch."""
     _, _, params = toys.decoder(toys.MOE, 12)
     batch = toys.batch(4, 12)
     terms, grads = value_and_gradients(params, batch)
@@ -166,7 +166,7 @@ def test_neither_remat_nor_unrolling_nor_parts_of_a_batch_change_a_gradient():
     uneven, weight = terms.metrics["balance"]
     assert weight == batch["loss_weights"].sum() and uneven > weight
     more = float(terms.sum - terms.metrics["nll"][0])
-    assert more > losses.BALANCE * uneven, "and the router's z-loss"
+    assert more > losses.LOAD_BALANCE * uneven, "and the router's z-loss"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_neither_remat_nor_unrolling_nor_parts_of_a_batch_change_a_gradient():
         ),
     ],
 )
-def test_what_experts_lack_is_refused(changes, message, tmp_path):
+def test_options_that_experts_do_not_support_are_refused(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         checks._of_text(toys.recipe(tmp_path, **changes))
 

@@ -1,4 +1,4 @@
-"""lm/losses/ranking.py: the rank of the item that was chosen, and what is told of ranks."""
+"""lm/losses/ranking.py: the rank of the chosen item, and metrics of ranks."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def test_ranks_are_those_of_a_sort(mesh_sizes, softcap):
     assert {2, 4, 5, MISSED} <= set(want)
 
 
-def test_a_model_that_tells_nothing_apart_or_diverged_ranks_last():
+def test_constant_or_nan_logits_rank_the_target_last():
     for value in (0.0, np.nan):
         hidden = np.full((2, 1, 3), value, np.float32)
         targets, weights = np.array([[3], [7]], np.int32), np.ones((2, 1), np.float32)

@@ -11,7 +11,7 @@ import pytest
 from lm import param_paths, step
 from lm.optim import trainable
 from lm.types import LossTerms
-from tests.test_selection import BASE, LAST_TWO, SHAPES, build, random_tree
+from tests.test_optim_trainable import BASE, LAST_TWO, SHAPES, build, random_tree
 
 
 def test_mixout_follows_the_paper_with_a_mask_by_step_and_path():
