@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> Any:
     c.model.num_kv_heads = 4
     c.model.mlp_dim = 688  # 8/3 x 256, rounded up to a multiple of 16
     if arg == "experts":
-        c.model.experts = (4, 2)
+        c.model.num_experts, c.model.experts_per_token = 4, 2
         c.model.mlp_dim = 688 // 2  # of which a token goes through two, so that it costs what it does without
     c.model.position = "rope"
     c.model.norm = "rmsnorm"

@@ -46,36 +46,7 @@ def fit(cfg: Config) -> None:
     head = task.head(cfg)
     if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
         raise ConfigError(f"'model.pool' is first, which sees nothing else in a {cfg.model.kind}; use last or mean")
-    _of_text(cfg)
+    if cfg.model.dtype in ("int8", "fp8") and importlib.util.find_spec("qwix") is None:
+        raise ConfigError(f"'model.dtype' is {cfg.model.dtype}, which needs qwix: pip install -e '.[quantization]'")
     if cfg.generate.prompts and (task.prompt is None or head or cfg.model.kind == "encoder"):
         raise ConfigError("'generate.prompts' is set, but this model does not generate text; set it to ()")
-
-
-def _of_text(cfg: Config) -> None:
-    """Refuses options that only text models have, and experts or 8-bit matmuls without what they need."""
-    model, is_vision = cfg.model, cfg.model.kind in ("vit", "mae")
-    needs = {
-        f"'mesh.context' splits the positions of a text; 'model.kind' {model.kind} needs it to be 1": (
-            not is_vision or cfg.mesh.context == 1
-        ),
-        f"'model.experts' is for models of text; 'model.kind' {model.kind} needs it to be (0, 0)": (
-            not is_vision or not any(model.experts)
-        ),
-        f"'model.experts' is {model.experts}: expected (experts, of which 1 or more for each position), or (0, 0)": (
-            not any(model.experts) or 0 < model.experts[1] <= model.experts[0]
-        ),
-        f"'model.mup_base' is for models of text; 'model.kind' {model.kind} needs it to be (0, 0)": (
-            not is_vision or not any(model.mup_base)
-        ),
-        f"'model.dtype' is {model.dtype}, which needs qwix: pip install -e '.[quantization]'": (
-            model.dtype not in ("int8", "fp8") or importlib.util.find_spec("qwix") is not None
-        ),
-        f"'model.dtype' is {model.dtype}, which experts do not have: set auto": (
-            model.dtype not in ("int8", "fp8") or not any(model.experts)
-        ),
-        "'mesh.expert' splits experts, but 'model.experts' is (0, 0): set mesh.fsdp instead": (
-            any(model.experts) or cfg.mesh.expert == 1
-        ),
-    }
-    if broken := [message for message, holds in needs.items() if not holds]:
-        raise ConfigError(broken[0])

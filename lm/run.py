@@ -298,7 +298,7 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
 
 
 def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
-    """Which parameters `to_init` and `mixout` pull back to their initial values: those read from `init_from`, not a
+    """Which parameters `l2_sp` and `mixout` pull back to their initial values: those read from `init_from`, not a
     newly initialised head.
 
     A function of the config alone, so that a resumed run, which no longer reads `init_from`, agrees.
@@ -307,9 +307,7 @@ def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
       ConfigError: `init_rules` that do not fit; nothing to pull back to.
     """
     actions = param_paths.match_rules(cfg.init_rules, list(param_paths.flatten(abstract_params)), "init_rules")
-    wanted = [
-        f"'optim.{name}'" for name, value in (("to_init", cfg.optim.to_init), ("mixout", cfg.optim.mixout)) if value
-    ]
+    wanted = [f"'optim.{name}'" for name, value in (("l2_sp", cfg.optim.l2_sp), ("mixout", cfg.optim.mixout)) if value]
     if not wanted:
         return None
     anchored = {path: bool(cfg.init_from) and action != init_from.REINIT for path, action in actions.items()}

@@ -26,7 +26,7 @@ def init_state(
       params: all parameters.
       optimizer: see `lm.optim`.
       use_ema: whether the state has an average of the trained parameters.
-      anchored: path -> whether the state keeps the parameter's initial value, for `to_init` and `mixout`; None = none.
+      anchored: path -> whether the state keeps the parameter's initial value, for `l2_sp` and `mixout`; None = none.
     """
     trained = trained_part(optimizer.selection, params)
     ema = jax.tree.map(jnp.copy, trained) if use_ema else None

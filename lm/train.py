@@ -91,7 +91,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
             summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt)
         if is_primary:
             summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
-            if cfg.train.patience[0]:  # with early stopping the run stands for its best checkpoint
+            if cfg.train.early_stopping.patience:  # with early stopping the run stands for its best checkpoint
                 best = {key: value for key, value in evaluations["best"].items() if key in summary and key != "seconds"}
                 summary |= best
                 summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}

@@ -79,7 +79,7 @@ class TrainState(NamedTuple):
       opt_state: optax state of the trained part of the parameters; frozen ones have none.
       ema: exponential moving average of the trained part, or None when it is off.
       skipped: int32 [], steps whose batch had weight 0 and so changed nothing but `step` and this count.
-      start: where trained parameters started that `optim.to_init` or `optim.mixout` draws back to, or None.
+      start: where trained parameters started that `optim.l2_sp` or `optim.mixout` draws back to, or None.
     """
 
     step: jax.Array

@@ -1,6 +1,7 @@
 """lm/config/sections.py: what it refuses, what it converts, and what its messages say."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -176,18 +177,18 @@ def test_the_neighbours_of_what_is_refused_are_accepted(source):
 
 @given(st.sampled_from([key for key in keys(Config) if "." in key]), st.data())
 def test_a_key_with_one_letter_lost_is_refused_and_found_again(key, data):
-    section, name = key.split(".")
-    if f"{name}_steps" in default_config()[section]:
+    section, _, name = key.rpartition(".")
+    within = functools.reduce(lambda inner, part: inner[part], section.split("."), default_config())
+    if f"{name}_steps" in within:
         name += "_steps"
     if len(name) < 4:
         return
     i = data.draw(st.integers(0, len(name) - 1))
     misspelt = name[:i] + name[i + 1 :]
-    known = list(default_config()[section])
-    if misspelt in known:
+    if misspelt in list(within):
         return
     with pytest.raises(ConfigError, match=rf"'{section}\.{misspelt}' \(did you mean '\w+'\?\)"):
-        build(**{section: {misspelt: 0}})
+        build(**functools.reduce(lambda inner, part: {part: inner}, reversed(section.split(".")), {misspelt: 0}))
 
 
 # --- durations ---------------------------------------------------------------------------------------------------

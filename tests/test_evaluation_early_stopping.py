@@ -6,6 +6,10 @@ from lm import config
 from lm.evaluation.early_stopping import EarlyStopping
 
 
+def train(patience, min_delta):
+    return config.TrainConfig(early_stopping=config.EarlyStoppingConfig(patience, min_delta))
+
+
 @pytest.mark.parametrize(
     ("name", "values", "stops_after"),
     [
@@ -16,7 +20,7 @@ from lm.evaluation.early_stopping import EarlyStopping
     ],
 )
 def test_patience_counts_evaluations_without_a_sufficient_improvement(name, values, stops_after):
-    cfg = config.TrainConfig(patience=(2, 0.1))
+    cfg = train(2, 0.1)
     state, stopped = EarlyStopping(), None
     for number, value in enumerate(values, 1):
         state = state.update({name: value}, name, cfg)
@@ -26,13 +30,13 @@ def test_patience_counts_evaluations_without_a_sufficient_improvement(name, valu
 
 
 def test_without_patience_a_run_never_stops():
-    state, cfg = EarlyStopping(), config.TrainConfig(patience=(0, 0.0))
+    state, cfg = EarlyStopping(), train(0, 0.0)
     for value in (1.0, 2.0, 3.0):
         state = state.update({"loss": value}, "loss", cfg)
         assert not state.should_stop(cfg)
 
 
 def test_a_missing_metric_is_no_improvement():
-    state, cfg = EarlyStopping(), config.TrainConfig(patience=(2, 0.0))
+    state, cfg = EarlyStopping(), train(2, 0.0)
     state = state.update({"loss": 1.0}, "loss", cfg).update({}, "loss", cfg)
     assert state == EarlyStopping(1.0, 1)

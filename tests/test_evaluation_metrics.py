@@ -108,7 +108,7 @@ def test_the_causal_half_counts_the_keys_that_a_position_sees(window, seen):
     ("sizes", "vocab", "seq_len", "tokens", "published"),
     [
         ({"mlp_dim": 14336}, 128_256, 8192, 7207, 0.455),  # Llama-3.1-8B
-        ({"mlp_dim": 14336, "experts": (8, 2)}, 32_000, 4096, 3899, 0.352),  # Mixtral 8x7B
+        ({"mlp_dim": 14336, "num_experts": 8, "experts_per_token": 2}, 32_000, 4096, 3899, 0.352),  # Mixtral 8x7B
     ],
 )
 def test_mfu_as_maxtext_published_it_for_v6e(sizes, vocab, seq_len, tokens, published):
@@ -125,7 +125,7 @@ def test_train_flops_count_the_experts_that_a_token_is_routed_to():
     dense = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=32, mlp="swiglu")
     three, model = (
         dataclasses.replace(dense, mlp_dim=3 * 32),
-        dataclasses.replace(dense, experts=(7, 3)),
+        dataclasses.replace(dense, num_experts=7, experts_per_token=3),
     )
     router = 6 * 3 * 8 * 7
     per_token = functools.partial(flops.train_flops_per_token, seq_len=16, vocab_size=100)

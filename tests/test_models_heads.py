@@ -105,7 +105,7 @@ def test_an_encoder_tells_the_two_sentences_apart():
 def test_a_mesh_and_micro_batches_give_what_one_device_gives(name):
     """Three steps: losses and parameters on 2 x 2 x 2 devices, and in two micro-batches, equal those of one device."""
     r_drop, name = name == "r_drop", name.replace("r_drop", "classification")
-    cfg = make_config(dropout=0.1, embed_noise=5.0)
+    cfg = make_config(dropout=0.1, neftune_alpha=5.0)
     if name == "regression":
         cfg = dataclasses.replace(cfg, task=toys.task(name))
     elif r_drop:

@@ -19,7 +19,7 @@ from tests import toys
 WIDTH, MLP, LAYERS, VOCAB, PATCH = 64, 160, 3, 512, 48
 TIED = ModelConfig(num_layers=LAYERS, embed_dim=WIDTH, num_heads=4, mlp_dim=MLP, vocab_size=VOCAB)
 LLAMA = dataclasses.replace(TIED, position="rope", norm="rmsnorm", mlp="swiglu", use_bias=False, tie_embeddings=False)
-MIXTRAL = dataclasses.replace(LLAMA, experts=(4, 2))
+MIXTRAL = dataclasses.replace(LLAMA, num_experts=4, experts_per_token=2)
 T5 = dataclasses.replace(LLAMA, kind="encoder_decoder", position="relative")
 MAE = dataclasses.replace(TIED, kind="mae", position="sincos", decoder_layers=1)
 # What a normal distribution of deviation 1 has when it is cut at 2: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1)).

@@ -172,12 +172,12 @@ def test_gradients_do_not_depend_on_remat_unrolling_or_micro_batches():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__experts": (4, 5)}, "'model.experts' is (4, 5): expected (experts, of which 1 or more for each posi"),
-        ({"model__experts": (4, 0)}, "'model.experts' is (4, 0): expected (experts, of which 1 or more for each posi"),
-        ({"mesh__expert": 2}, "'mesh.expert' splits experts, but 'model.experts' is (0, 0): set mesh.fsdp instead"),
+        ({"model__num_experts": 4, "model__experts_per_token": 5}, "'model.experts_per_token' is 5; expected 1 to 4"),
+        ({"model__num_experts": 4, "model__experts_per_token": 0}, "'model.experts_per_token' is 0; expected 1 to 4"),
+        ({"mesh__expert": 2}, "'mesh.expert' splits experts, but 'model.num_experts' is 0: set mesh.fsdp instead"),
         (
-            {"model__kind": "vit", "model__position": "sincos", "model__experts": (4, 2)},
-            "'model.experts' is for models of text; 'model.kind' vit",
+            {"model__kind": "vit", "model__position": "sincos", "model__num_experts": 4, "model__experts_per_token": 2},
+            "'model.num_experts' is for models of text; 'model.kind' vit",
         ),
     ],
 )
@@ -187,7 +187,7 @@ def test_options_that_experts_do_not_support_are_refused(changes, message, tmp_p
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_refused():
-    cfg, model, _ = toys.decoder(dataclasses.replace(toys.MOE, experts=(6, 2)), 12)
+    cfg, model, _ = toys.decoder(dataclasses.replace(toys.MOE, num_experts=6, experts_per_token=2), 12)
     axes = param_paths.flatten(model.logical_axes())
     shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     shapes = {path: leaf.shape for path, leaf in param_paths.flatten(shapes).items()}

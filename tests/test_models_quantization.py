@@ -75,7 +75,7 @@ def test_the_program_multiplies_in_8_bits():
 
 
 def test_quantization_without_qwix_or_with_experts_is_refused(tmp_path, monkeypatch):
-    cfg = toys.recipe(tmp_path, model__dtype="int8", model__experts=(4, 2))
+    cfg = toys.recipe(tmp_path, model__dtype="int8", model__num_experts=4, model__experts_per_token=2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "qwix" or None)
     with pytest.raises(
         ConfigError, match=r"'model.dtype' is int8, which needs qwix: pip install -e '.\[quantization\]'"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm import checks, losses, optim, param_paths
-from lm.config import ModelConfig, OptimConfig
+from lm.config import ModelConfig, MupConfig, OptimConfig
 from lm.config.schema import ConfigError
 from lm.models import attention, transformer
 from lm.optim import mup
@@ -24,7 +24,7 @@ RATES = {"adamw": 0.01, "lion": 0.01, "muon": 0.05}
 
 def model_of(cfg, width, base):
     heads = width // cfg.head_dim if cfg.head_dim else cfg.num_heads
-    cfg = dataclasses.replace(cfg, embed_dim=width, num_heads=heads, mup_base=base)
+    cfg = dataclasses.replace(cfg, embed_dim=width, num_heads=heads, mup=MupConfig(*base))
     cfg = transformer.resolve(cfg, vocab_size=toys.VOCAB, seq_len=SEQ_LEN)
     return cfg, transformer.text_model(cfg, jnp.float32)
 
@@ -125,7 +125,7 @@ def test_mup_changes_nothing_at_the_base_width(cfg):
 
 def test_variance_and_direction_scale_of_each_weight():
     """At four times the base's width: the variance at the start, and the factor of the direction."""
-    cfg = dataclasses.replace(WIDER, experts=(2, 1), use_bias=True, init="fan_in")
+    cfg = dataclasses.replace(WIDER, num_experts=2, experts_per_token=1, use_bias=True, init="fan_in")
     cfg, model = model_of(cfg, 256, (BASE, 16))
     axes, params = (
         param_paths.flatten(model.logical_axes()),
@@ -164,8 +164,8 @@ def test_a_scale_multiplies_the_direction_and_not_the_weight_decay():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__mup_base": (0, 16)}, "'model.mup_base' lacks its first number"),
-        ({"model__mup_base": (-64, 0)}, "'model.mup_base' must not be negative"),
+        ({"model__mup__base_head_dim": 16}, "'model.mup.base_head_dim' is 16, but 'model.mup.base_width' is 0"),
+        ({"model__mup__base_width": -64}, "'model.mup.base_width' must not be negative"),
     ],
 )
 def test_invalid_mup_settings_are_refused(tmp_path, changes, message):
@@ -174,6 +174,6 @@ def test_invalid_mup_settings_are_refused(tmp_path, changes, message):
 
 
 def test_mup_for_vision_is_refused(tmp_path):
-    changes = {"model__mup_base": (64, 0), "model__kind": "vit", "model__position": "sincos"}
-    with pytest.raises(ConfigError, match=r"'model.mup_base' is for models of text; 'model.kind' vit"):
+    changes = {"model__mup__base_width": 64, "model__kind": "vit", "model__position": "sincos"}
+    with pytest.raises(ConfigError, match=r"'model.mup' is for models of text; 'model.kind' vit"):
         checks._of_text(toys.recipe(tmp_path, **changes))

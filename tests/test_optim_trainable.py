@@ -164,7 +164,7 @@ def test_to_init_matches_l2_sp():
         BASE,
         name="lion",
         learning_rate=0.1,
-        to_init=0.3,
+        l2_sp=0.3,
         weight_decay=0.2,
         decay_rules=(("head/.*", True), (".*", False)),
         lr_rules=LAST_TWO,
@@ -209,7 +209,7 @@ RULES = (
     (r".*", 0.0),
 )
 LEARN = dataclasses.replace(
-    BASE, lr_rules=RULES, unfreeze_rules=((r".*/1/mlp/up/kernel", 0.1), (".*", 0.0)), to_init=0.1, weight_decay=0.1
+    BASE, lr_rules=RULES, unfreeze_rules=((r".*/1/mlp/up/kernel", 0.1), (".*", 0.0)), l2_sp=0.1, weight_decay=0.1
 )
 
 
@@ -350,7 +350,7 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
         adapter__dropout=0.2,
         optim__lr_rules=((".*/lora_.*", 2.0), *common.last_layers(1, 2)),
         optim__unfreeze_rules=((".*/1/mlp/.*", 0.5), (".*", 0.0)),
-        optim__to_init=0.1,
+        optim__l2_sp=0.1,
         optim__mixout=0.2,
         train__total_steps=4,
         checkpoint__every_steps=2,

@@ -110,7 +110,10 @@ def test_the_windowed_einsum_threshold_is_not_searched_without_large_kernels(sma
 
 def test_the_guess_for_experts_agrees_with_a_count_by_hand():
     """Each position is multiplied by its chosen experts; devices that share experts buffer each other's rows."""
-    cfg, slices = recipe(["--config.model.experts=(8, 2)"]), topology.parse("v5e:2x2", 1)
+    cfg, slices = (
+        recipe(["--config.model.num_experts=8", "--config.model.experts_per_token=2"]),
+        topology.parse("v5e:2x2", 1),
+    )
     dense = candidates_lib.model_sizes(recipe([f"--config.model.mlp_dim={2 * SMALL['model.mlp_dim']}"]))
     model, layers = candidates_lib.model_sizes(cfg), SMALL["model.num_layers"]
     width, inner = SMALL["model.embed_dim"], SMALL["model.mlp_dim"]

@@ -261,7 +261,13 @@ def step_flops(layers, width, heads, kv_heads, inner, vocab, length, experts, ch
 @pytest.mark.parametrize("expert", [1, 2])
 def test_experts_count_with_the_rows_that_are_routed_to_them(tmp_path, expert):
     """Also under expert parallelism, where devices have buffers for each other's rows."""
-    changes = {"model.experts": "(8, 2)", "model.remat": "full", "mesh.fsdp": CHIPS // expert, "mesh.expert": expert}
+    changes = {
+        "model.num_experts": 8,
+        "model.experts_per_token": 2,
+        "model.remat": "full",
+        "mesh.fsdp": CHIPS // expert,
+        "mesh.expert": expert,
+    }
     found, program, said = plan(tmp_path, **changes, **{"train.micro_batches": 2})
     by_hand = step_flops(LAYERS, WIDTH, 2, 2, INNER, VOCAB, LENGTH, 8, 2) * ROWS * LENGTH / CHIPS
     assert found["hlo_flops"] == pytest.approx(by_hand, rel=0.02)
@@ -296,7 +302,13 @@ def test_mixtral_on_a_mesh_that_splits_the_axes_of_the_slice(tmp_path):
     sizes = {f"model.{key}": value for key, value in changes.items()} | {"model.vocab_size": 32_000}
     sizes |= {"tokenizer.vocab_size": 32_000, "data.seq_len": 4096, "data.batch_size": 256, "loss.chunk_len": 512}
     # One row a chip: with four, the buffers for the rows of the eight chips of an expert axis do not fit.
-    sizes |= {"model.experts": "(8, 2)", "model.remat": "full", "mesh.fsdp": 32, "mesh.expert": 8}
+    sizes |= {
+        "model.num_experts": 8,
+        "model.experts_per_token": 2,
+        "model.remat": "full",
+        "mesh.fsdp": 32,
+        "mesh.expert": 8,
+    }
     found, _, _ = plan(tmp_path, "--topology=v6e:16x16", seconds=3000, **sizes)
     by_hand = step_flops(32, 4096, 32, 8, 14336, 32_000, 4096, 8, 2) * 4096
     assert found["hlo_flops"] == pytest.approx(by_hand, rel=0.02)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.config import MonitorConfig
+from lm.config import MonitorConfig, ProfileConfig
 from lm.tracking import tracker
 from lm.tracking.tracker import Tracker
 
@@ -134,7 +134,7 @@ def test_tensorboard_has_scalars_and_text(tmp_path):
 
 def test_a_disabled_tracker_writes_nothing_but_counts_time(tmp_path, clock, capsys, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: pytest.fail("profiled on a process that must not write"))
-    with start(tmp_path / "run", enabled=False, profile=(0, 1)) as run:
+    with start(tmp_path / "run", enabled=False, profile=ProfileConfig(0, 1)) as run:
         run.log(1, "train", {"loss": 1.0})
         run.text(1, "prompt", "text")
         run.progress(1, 1.0, 1.0)
@@ -189,7 +189,7 @@ def test_the_profile_covers_the_steps_asked_for(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(f"start {path}"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with start(tmp_path, profile=(3, 2)) as run:
+    with start(tmp_path, profile=ProfileConfig(3, 2)) as run:
         for step in range(8):
             calls.append(step)
             run.profile(step)
@@ -200,7 +200,7 @@ def test_the_profile_ends_with_the_run(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with pytest.raises(KeyboardInterrupt), start(tmp_path, profile=(3, 9)) as run:
+    with pytest.raises(KeyboardInterrupt), start(tmp_path, profile=ProfileConfig(3, 9)) as run:
         run.profile(5)
         raise KeyboardInterrupt
     assert calls == ["start", "stop"]

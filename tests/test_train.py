@@ -119,7 +119,8 @@ def test_early_stopping_reports_the_best_and_a_resumed_run_stops_at_the_same_ste
     cfg = toys.recipe(
         texts,
         train__total_steps=40,
-        train__patience=(2, 1.0),
+        train__early_stopping__patience=2,
+        train__early_stopping__min_delta=1.0,
         optim__learning_rate=1e-2,
         eval__every_steps=2,
         checkpoint__every_steps=1,

@@ -36,7 +36,7 @@ LLAMA = ModelConfig(
     sliding_window=5,
 )
 STYLES = {"gpt2": GPT2, "llama": LLAMA}
-MOE = dataclasses.replace(LLAMA, experts=(4, 2), sliding_window=0)
+MOE = dataclasses.replace(LLAMA, num_experts=4, experts_per_token=2, sliding_window=0)
 T5 = dataclasses.replace(
     LLAMA, kind="encoder_decoder", position="relative", sliding_window=0, num_layers=2, decoder_layers=3
 )
@@ -124,8 +124,8 @@ def recipe(data: Path, **changes: Any) -> Config:
     c.monitor.log_every_steps = 1
 
     for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        setattr(c[section] if section else c, name, value)
+        *sections, name = key.split("__")
+        setattr(functools.reduce(lambda inner, section: inner[section], sections, c), name, value)
     return build_config(c)
 
 
@@ -160,7 +160,7 @@ def shrink(c: Any) -> None:
                 section[key] = type(value)(0)
     c.train.total_steps = 2
     c.optim.warmup_steps = c.optim.decay_steps = int("decay" in was_set)
-    c.eval.every_steps = int("every" in was_set and c.train.patience[0] > 0)
+    c.eval.every_steps = int("every" in was_set and c.train.early_stopping.patience > 0)
     c.data.curriculum_steps = int("curriculum" in was_set)
     c.generate.prompts = c.generate.prompts[:1]
     c.generate.max_new_tokens = 4

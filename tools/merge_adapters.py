@@ -47,7 +47,7 @@ def merge(run: str, out: Path) -> None:
     cfg, _, params, tokenizer = run_lib.load_model(run)
     # Rules that name adapters would match no parameter of the merged model.
     rules = {name: getattr(OptimConfig(), name) for name in ("lr_rules", "decay_rules", "unfreeze_rules")}
-    optim = dataclasses.replace(cfg.optim, **rules, to_init=0.0, mixout=0.0)
+    optim = dataclasses.replace(cfg.optim, **rules, l2_sp=0.0, mixout=0.0)
     plain = dataclasses.replace(
         cfg,
         adapter=AdapterConfig(),

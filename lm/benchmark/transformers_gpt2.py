@@ -37,10 +37,10 @@ def check(cfg: Config, platform: str) -> None:
         "optim.clip_norm": optim.clip_norm > 0,
         "train.micro_batches": cfg.train.micro_batches == 1,
     }
-    same = ("kind", "position", "norm", "mlp", "experts", "use_bias", "tie_embeddings", "qk_norm", "logit_softcap")
+    same = ("kind", "position", "norm", "mlp", "num_experts", "use_bias", "tie_embeddings", "qk_norm", "logit_softcap")
     for section, names in {
-        "model": (*same, "attention_softcap", "sliding_window", "dropout", "embed_noise"),
-        "optim": ("decay_rules", "lr_rules", "unfreeze_rules", "to_init", "mixout", "ema_decay"),
+        "model": (*same, "attention_softcap", "sliding_window", "dropout", "neftune_alpha"),
+        "optim": ("decay_rules", "lr_rules", "unfreeze_rules", "l2_sp", "mixout", "ema_decay"),
         "loss": ("z_loss", "label_smoothing"),
         "adapter": ("kind",),
     }.items():

@@ -268,8 +268,7 @@ def choose(run: str) -> Saved:
     steps = ", ".join(str(s.step) for s in saved)
     readable = [s for s in saved if "unreadable" not in s.info]
     if which == "default":
-        # `patience` was a number in older versions.
-        stops_early = readable and np.ravel(readable[-1].info["config"].get("train", {}).get("patience", 0))[0] > 0
+        stops_early = readable and _patience(readable[-1].info["config"].get("train", {})) > 0
         which = "best" if stops_early else "latest"
     if which == "latest" or not readable:
         which = str(saved[-1].step)
@@ -327,6 +326,11 @@ def load(saved: Saved, abstract: Any) -> Any:
             "use another step"
         )
     return state
+
+
+def _patience(train: Mapping[str, Any]) -> int:
+    """`train.early_stopping.patience` of a saved config; older versions had 'patience', a number or a pair."""
+    return int(np.ravel(train.get("early_stopping", {}).get("patience", train.get("patience", 0)))[0])
 
 
 def _best_first(evaluations: Mapping[Any, Mapping[str, float]], name: str) -> list[Any]:

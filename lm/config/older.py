@@ -39,6 +39,14 @@ _OPTIONS = {
     ("eval", "null_threshold"): "null_threshold",
     ("eval", "bleu_tokenizer"): "bleu_tokenizer",
 }
+# (section, key) of a pair of values -> where each of them is now, below the section.
+_PAIRS = {
+    ("model", "experts"): (("num_experts",), ("experts_per_token",)),
+    ("model", "mup_base"): (("mup", "base_width"), ("mup", "base_head_dim")),
+    ("train", "patience"): (("early_stopping", "patience"), ("early_stopping", "min_delta")),
+    ("monitor", "profile"): (("profile", "first_step"), ("profile", "num_steps")),
+}
+_RENAMED = {("model", "embed_noise"): "neftune_alpha", ("optim", "to_init"): "l2_sp"}
 # Keys that are newer than some runs, where the default is not what those did: what they did.
 _BEFORE: dict[tuple[str, str], Any] = {("model", "init"): "fan_in"}
 
@@ -60,6 +68,17 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
         out.setdefault(section, {}).setdefault(key, value)
     if not is_older(source):
         return out
+    for (section, key), places in _PAIRS.items():
+        if isinstance(pair := out.get(section, {}).get(key), list | tuple):
+            del out[section][key]
+            for path, value in zip(places, pair, strict=True):
+                inner = out[section]
+                for name in path[:-1]:
+                    inner = inner.setdefault(name, {})
+                inner[path[-1]] = value
+    for (section, key), name in _RENAMED.items():
+        if key in out.get(section, {}):
+            out[section][name] = out[section].pop(key)
     out.pop("objective", None)
     old = out.get("data", {}).pop("task", "text")
     name = _TASKS.get(old, old)

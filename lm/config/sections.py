@@ -14,6 +14,13 @@ from lm.config import schema
 from lm.config.schema import NEVER, ConfigError, Duration, flatten, to_dict
 
 
+def _refuse(broken: Mapping[str, bool]) -> None:
+    """Raises ConfigError with the first message whose condition does not hold."""
+    for message, holds in broken.items():
+        if not holds:
+            raise ConfigError(message)
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """What is learnt. These are the options of a task that has none of its own; the others' are in `lm.tasks`."""
@@ -73,6 +80,29 @@ class DataConfig:
     max_records: int = 0  # 0 = all of them
 
 
+def _check_data(data: DataConfig) -> None:
+    schema.check_encoding(data.encoding, "data.encoding")
+    is_builtin, starts = data.format.startswith("builtin"), [start for start, _, _ in data.mixture]
+    _refuse(
+        {
+            f"'data.path' is empty: data.format={data.format} needs a file, folder or glob": (
+                is_builtin or bool(data.path) or bool(data.mixture)
+            ),
+            f"'data.path' ({data.path!r}) and 'data.eval_path' must be empty, for 'data.mixture' says what is read": (
+                not data.mixture or not (data.path or data.eval_path or is_builtin)
+            ),
+            "'data.mixture' must begin at 0, its shares of the run be below 1 and its weights above 0: "
+            f"{data.mixture}": not data.mixture
+            or (min(starts) == 0 and all(0 <= start < 1 and weight > 0 for start, _, weight in data.mixture)),
+            "'data.curriculum_*' orders one source, but there is a 'data.mixture'": (
+                not data.mixture or data.curriculum == NEVER
+            ),
+            "'data.curriculum_*' goes by the length of one example; set data.packing=pad, not "
+            f"{data.packing}": data.curriculum == NEVER or data.packing == "pad",
+        }
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Small trained additions to a model that is otherwise frozen, see `lm.models.adapters`."""
@@ -82,6 +112,14 @@ class AdapterConfig:
     alpha: float = 16.0  # LoRA only: the product of its two matrices is scaled by alpha / rank
     dropout: float = 0.0  # LoRA only: on its input
     targets: str = r".*(query|value)"  # LoRA only: a regular expression over the paths of the Dense layers
+
+
+@dataclasses.dataclass(frozen=True)
+class MupConfig:
+    """The sizes of the recipe whose learning rate is transferred to this width by muP, see `lm.optim.mup`."""
+
+    base_width: int = 0  # its embed_dim; 0 = off
+    base_head_dim: int = 0  # 0 = as here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +146,52 @@ class ModelConfig:
     # How parameters start: a scheme of lm.models.initialisers.
     init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu
-    experts: tuple[int, int] = (0, 0)  # so many MLPs of mlp_dim in a layer, of which a position goes through so many
+    num_experts: int = 0  # MLPs of mlp_dim in a layer; 0 = one, without a router
+    experts_per_token: int = 0  # that each position goes through
     use_bias: bool = True  # False
     tie_embeddings: bool = True
     qk_norm: bool = False
-    mup_base: tuple[int, int] = (0, 0)  # muP: embed_dim and head_dim (0 = as here) of the tuned recipe; (0, 0) = off
+    mup: MupConfig = MupConfig()
     logit_softcap: float = 0.0  # 0 = off; else logits = cap * tanh(logits / cap)
     attention_softcap: float = 0.0  # the same, on attention scores
     sliding_window: int = 0  # 0 = off; else a position sees itself and the window - 1 before it
     pool: Literal["first", "mean", "last"] = "first"  # what a head on a row reads: [CLS], the mean, the last token
     dropout: float = 0.0
-    embed_noise: float = 0.0  # NEFTune's alpha: uniform noise on the embeddings while training; 0 = off
+    neftune_alpha: float = 0.0  # uniform noise on the embeddings while training (NEFTune); 0 = off
     dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # compute, see lm.program.compute_dtype
     remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.remat
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
+
+
+def _check_model(model: ModelConfig) -> None:
+    is_vision = model.kind in ("vit", "mae")
+    _refuse(
+        {
+            f"'model.num_heads' ({model.num_heads}) must be a multiple of 'model.num_kv_heads' "
+            f"({model.num_kv_heads})": model.num_heads % (model.num_kv_heads or model.num_heads) == 0,
+            f"'model.embed_dim' ({model.embed_dim}) must be a multiple of 'model.num_heads' ({model.num_heads}), or "
+            "set 'model.head_dim'": bool(model.head_dim) or model.embed_dim % model.num_heads == 0,
+            f"'model.position' is {model.position}, but 'model.kind' {model.kind} needs "
+            f"{'sincos' if is_vision else 'another'}": is_vision == (model.position == "sincos"),
+            f"'model.num_experts' is for models of text; 'model.kind' {model.kind} needs it to be 0": (
+                not is_vision or not model.num_experts
+            ),
+            f"'model.experts_per_token' is {model.experts_per_token}; expected 1 to {model.num_experts}, "
+            "'model.num_experts'": not model.num_experts or 0 < model.experts_per_token <= model.num_experts,
+            f"'model.experts_per_token' is {model.experts_per_token}, but 'model.num_experts' is 0": (
+                model.num_experts > 0 or not model.experts_per_token
+            ),
+            f"'model.mup' is for models of text; 'model.kind' {model.kind} needs 'model.mup.base_width' to be 0": (
+                not is_vision or not model.mup.base_width
+            ),
+            f"'model.mup.base_head_dim' is {model.mup.base_head_dim}, but 'model.mup.base_width' is 0": (
+                model.mup.base_width > 0 or not model.mup.base_head_dim
+            ),
+            f"'model.dtype' is {model.dtype}, which experts do not have: set auto": (
+                model.dtype not in ("int8", "fp8") or not model.num_experts
+            ),
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +220,24 @@ class OptimConfig:
     decay_rules: tuple[tuple[str, bool], ...] = ((r".*(kernel|embedding)", True), (r".*", False))
     lr_rules: tuple[tuple[str, float], ...] = ((r".*", 1.0),)  # multiplies the learning rate; 0 = frozen
     unfreeze_rules: tuple[tuple[str, float], ...] = ((r".*", 0.0),)  # share of the run after which a parameter learns
-    to_init: float = 0.0  # weight of L2 towards the values at the start, as weight_decay is towards 0 (L2-SP)
+    l2_sp: float = 0.0  # weight of L2 towards the values at the start, as weight_decay is towards 0 (L2-SP)
     mixout: float = 0.0  # probability that an entry is replaced by its value at the start while training
     clip_norm: float = 1.0  # of the global gradient norm; 0 = off
     ema_decay: float = 0.0  # 0 = off; else evaluation uses the average; less at the start, see lm.step
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    _refuse(
+        {
+            "'optim.eps' must be greater than 0": optim.eps > 0,
+            f"'optim.decay_*' is read by schedule wsd only; 'optim.schedule' is {optim.schedule}": (
+                optim.schedule == "wsd" or optim.decay == NEVER
+            ),
+            f"'optim.schedule' is {optim.schedule}, but no 'optim.decay_steps|_tokens|_examples|_epochs' is set": (
+                optim.schedule != "wsd" or optim.decay != NEVER
+            ),
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +253,19 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """When a run ends before its length: it is then its best checkpoint."""
+
+    patience: int = 0  # evaluations in a row without an improvement of checkpoint.best_metric; 0 = never
+    min_delta: float = 0.0  # an improvement is one by more than this
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long, and in how many pieces a step is computed."""
 
     total: Duration = NEVER
-    patience: tuple[int, float] = (0, 0.0)  # evaluations without a gain above the 2nd before stopping; 0 = never
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     micro_batches: int = 1  # the batch is split in this many, their gradients summed: less memory, the same result
 
 
@@ -211,12 +303,24 @@ class GenerateConfig:
     symbols: tuple[Literal["sentinels", "roles", "mask", "bos"], ...] = ()  # control symbols allowed beside text
 
 
+def _check_generate(generate: GenerateConfig) -> None:
+    _refuse({f"'generate.top_p' must be in (0, 1], got {generate.top_p}": 0 < generate.top_p <= 1})
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps JAX's profiler traces."""
+
+    first_step: int = 0
+    num_steps: int = 0  # 0 = none
+
+
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
     """What is written while training."""
 
     log_every_steps: int = 10
-    profile: tuple[int, int] = (0, 0)  # the first step of a profiler trace, and of how many; 0 = none
+    profile: ProfileConfig = ProfileConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +378,6 @@ def build(source: Mapping[str, Any], options: Options) -> Config:
     section = schema.build_section(options[name], {"name": name, **task}, "task.")
     rest = {key: value for key, value in source.items() if key != "task"}
     config = dataclasses.replace(schema.build_section(Config, rest, ""), task=section)
-    schema.check_encoding(config.data.encoding, "data.encoding")
     _check(config)
     return config
 
@@ -306,7 +409,6 @@ _BELOW_ONE = {
 
 def _check(config: Config) -> None:
     """Refuses values that no run could use, whatever the data."""
-    model, data, optim, train = config.model, config.data, config.optim, config.train
     for key, value in flatten(to_dict(config)):
         numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
         if not numbers or key.startswith("task.") or key in ("mesh.data", "seed"):
@@ -316,60 +418,40 @@ def _check(config: Config) -> None:
             raise ConfigError(f"'{key}' must {f'be at least {least}' if least else 'not be negative'}, got {value}")
         if key in _BELOW_ONE and value >= 1:
             raise ConfigError(f"'{key}' must be in [0, 1), got {value}")
-    is_vision = model.kind in ("vit", "mae")
-    needs = {
-        "'optim.eps' must be greater than 0": optim.eps > 0,
-        f"'generate.top_p' must be in (0, 1], got {config.generate.top_p}": 0 < config.generate.top_p <= 1,
-        f"'data.batch_size' ({data.batch_size}) must be a multiple of 'train.micro_batches' ({train.micro_batches})": (
-            data.batch_size % train.micro_batches == 0
-        ),
-        f"'model.num_heads' ({model.num_heads}) must be a multiple of 'model.num_kv_heads' ({model.num_kv_heads})": (
-            model.num_heads % (model.num_kv_heads or model.num_heads) == 0
-        ),
-        f"'model.embed_dim' ({model.embed_dim}) must be a multiple of 'model.num_heads' ({model.num_heads}), or set "
-        "'model.head_dim'": bool(model.head_dim) or model.embed_dim % model.num_heads == 0,
-        f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len}) or 'data.target_len'": (
-            model.position != "learned" or not model.max_len or model.max_len >= max(data.seq_len, data.target_len)
-        ),
-        f"'data.path' is empty: data.format={data.format} needs a file, folder or glob": (
-            data.format.startswith("builtin") or bool(data.path) or bool(data.mixture)
-        ),
-        f"'data.path' ({data.path!r}) and 'data.eval_path' must be empty, for 'data.mixture' says what is read": (
-            not data.mixture or not (data.path or data.eval_path or data.format.startswith("builtin"))
-        ),
-        f"'data.mixture' must begin at 0, its shares of the run be below 1 and its weights above 0: {data.mixture}": (
-            not data.mixture
-            or (
-                min(start for start, _, _ in data.mixture) == 0
-                and all(0 <= start < 1 and weight > 0 for start, _, weight in data.mixture)
-            )
-        ),
-        "'data.curriculum_*' orders one source, but there is a 'data.mixture'": (
-            not data.mixture or data.curriculum == NEVER
-        ),
-        f"'optim.decay_*' is read by schedule wsd only; 'optim.schedule' is {optim.schedule}": (
-            optim.schedule == "wsd" or optim.decay == NEVER
-        ),
-        f"'optim.schedule' is {optim.schedule}, but no 'optim.decay_steps|_tokens|_examples|_epochs' is set": (
-            optim.schedule != "wsd" or optim.decay != NEVER
-        ),
-        f"'data.curriculum_*' goes by the length of one example; set data.packing=pad, not {data.packing}": (
-            data.curriculum == NEVER or data.packing == "pad"
-        ),
-        "'data.replay' draws from the data of the run that 'init_from' names, which is ''": (
-            not data.replay or bool(config.init_from)
-        ),
-        f"'model.position' is {model.position}, but 'model.kind' {model.kind} needs "
-        f"{'sincos' if is_vision else 'another'}": is_vision == (model.position == "sincos"),
-        "'model.mup_base' lacks its first number, an embed_dim": model.mup_base[0] > 0 or not any(model.mup_base),
-        "'train.patience' counts evaluations, but no 'eval.every_*' is set": (
-            not train.patience[0] or config.eval.every != NEVER
-        ),
-        "'train.patience' goes back to the best checkpoint, but 'checkpoint.keep_best' is 0": (
-            not train.patience[0] or config.checkpoint.keep_best > 0
-        ),
-        f"'seed' must be in [-2^31, 2^31), got {config.seed}": -(2**31) <= config.seed < 2**31,
-        "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != NEVER,
-    }
-    if broken := [message for message, holds in needs.items() if not holds]:
-        raise ConfigError(broken[0])
+    _check_data(config.data)
+    _check_model(config.model)
+    _check_optim(config.optim)
+    _check_generate(config.generate)
+    _check_together(config)
+
+
+def _check_together(config: Config) -> None:
+    """What keys of several sections must have in common."""
+    model, data, train = config.model, config.data, config.train
+    patience = train.early_stopping.patience
+    _refuse(
+        {
+            f"'data.batch_size' ({data.batch_size}) must be a multiple of 'train.micro_batches' "
+            f"({train.micro_batches})": data.batch_size % train.micro_batches == 0,
+            f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len}) or 'data.target_len'": (
+                model.position != "learned" or not model.max_len or model.max_len >= max(data.seq_len, data.target_len)
+            ),
+            "'data.replay' draws from the data of the run that 'init_from' names, which is ''": (
+                not data.replay or bool(config.init_from)
+            ),
+            f"'mesh.context' splits the positions of a text; 'model.kind' {model.kind} needs it to be 1": (
+                model.kind not in ("vit", "mae") or config.mesh.context == 1
+            ),
+            "'mesh.expert' splits experts, but 'model.num_experts' is 0: set mesh.fsdp instead": (
+                model.num_experts > 0 or config.mesh.expert == 1
+            ),
+            "'train.early_stopping.patience' counts evaluations, but no 'eval.every_*' is set": (
+                not patience or config.eval.every != NEVER
+            ),
+            "'train.early_stopping.patience' goes back to the best checkpoint, but 'checkpoint.keep_best' is 0": (
+                not patience or config.checkpoint.keep_best > 0
+            ),
+            f"'seed' must be in [-2^31, 2^31), got {config.seed}": -(2**31) <= config.seed < 2**31,
+            "no training length: set one of 'train.total_steps|_tokens|_examples|_epochs'": train.total != NEVER,
+        }
+    )

@@ -20,14 +20,15 @@ class EarlyStopping(NamedTuple):
     evaluations: int = 0
 
     def should_stop(self, cfg: TrainConfig) -> bool:
-        """Whether `train.patience[0]` evaluations in a row brought no improvement; never where it is 0."""
-        return 0 < cfg.patience[0] <= self.evaluations
+        """Whether `train.early_stopping.patience` evaluations in a row brought no improvement; never where it is 0."""
+        return 0 < cfg.early_stopping.patience <= self.evaluations
 
     def update(self, values: Mapping[str, float], metric: str, cfg: TrainConfig) -> "EarlyStopping":
         """The state after an evaluation.
 
-        An improvement is one by more than `train.patience[1]`; NaN is none, nor is a missing value. Example, patience
-        (2, 0.1), losses 3.0 2.0 2.1 1.99: stops after the fourth, as 1.99 is not better than 2.0 by 0.1.
+        An improvement is one by more than `train.early_stopping.min_delta`; NaN is none, nor is a missing value.
+        Example, patience 2, min_delta 0.1, losses 3.0 2.0 2.1 1.99: stops after the fourth, as 1.99 is not better
+        than 2.0 by 0.1.
 
         Args:
           values: metrics of the evaluation; one that was measured on nothing is missing.
@@ -37,6 +38,6 @@ class EarlyStopping(NamedTuple):
         value = values.get(metric, math.nan)
         if math.isnan(value):
             return self._replace(evaluations=self.evaluations + 1)
-        if self.best is None or metrics.gain(metric, value - self.best) > cfg.patience[1]:
+        if self.best is None or metrics.gain(metric, value - self.best) > cfg.early_stopping.min_delta:
             return EarlyStopping(value, 0)
         return EarlyStopping(self.best, self.evaluations + 1)

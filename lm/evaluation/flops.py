@@ -33,8 +33,8 @@ def train_flops_per_token(
     mlp_dim = model.mlp_dim or 4 * width
     attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
     mlp = width * mlp_dim * (3 if model.mlp == "swiglu" else 2)
-    if experts := model.experts[0]:
-        mlp = model.experts[1] * mlp + width * experts  # the router
+    if experts := model.num_experts:
+        mlp = model.experts_per_token * mlp + width * experts  # the router
     matrices = model.num_layers * (attention + mlp) + width * vocab_size
     context = float(min(seq_len, model.sliding_window or seq_len))
     if causal_half and model.kind in ("decoder", "prefix_decoder"):

@@ -106,7 +106,7 @@ def initialiser(cfg: ModelConfig, role: Role) -> Init:
     """Initialiser of a weight of the model: (key, shape, dtype) -> array.
 
     Args:
-      cfg: `init`, `num_layers`, `embed_dim` and `mup_base` are read.
+      cfg: `init`, `num_layers`, `embed_dim` and `mup` are read.
       role: role of the weight.
     """
     scheme, ratio = SCHEMES[cfg.init], mup.width_ratio(cfg)

@@ -36,7 +36,7 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, segments_BxL: jax.Array) -> jax.Array:
         cfg = self.cfg
-        (experts, choices), inner, outer = cfg.experts, cfg.mlp_dim, cfg.embed_dim
+        experts, choices, inner, outer = cfg.num_experts, cfg.experts_per_token, cfg.mlp_dim, cfg.embed_dim
 
         def kernel(name: str, init: initialisers.Init, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
             # Not named '.../kernel': LoRA targets Dense layers, and this is not one.

@@ -132,7 +132,7 @@ def regularise_embeddings(
 ) -> jax.Array:
     """Embeddings with dropout and noise (NEFTune) while training, in the residual stream's sharding."""
     x_BxLxD = layers.dropout(x_BxLxD, cfg.dropout, fold(keys_B, cfg.num_layers))
-    x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.embed_noise, fold(keys_B, cfg.num_layers + 2))
+    x_BxLxD = layers.embed_noise(x_BxLxD, segments_BxL, cfg.neftune_alpha, fold(keys_B, cfg.num_layers + 2))
     return sharding.constrain(x_BxLxD, "batch", "residual_length", None)
 
 
@@ -240,7 +240,7 @@ class Block(nn.Module):
             x_BxLxD += residual("cross_attention", y_BxLxD, 4)
 
         normed_BxLxD = norm("mlp_norm", x_BxLxD)
-        if cfg.experts[0]:
+        if cfg.num_experts:
             y_BxLxD = moe.Experts(cfg, self.dtype, name="mlp")(normed_BxLxD, mask.query_segments_BxL)
         else:
             y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(normed_BxLxD, fold(keys_B, 3))

@@ -1,6 +1,6 @@
 """Hyperparameter transfer across widths (muP: Yang et al., "Tensor Programs V", arXiv:2203.03466, table 8).
 
-`model.mup_base` = (width, head width) are the sizes at which a recipe was tuned; r = base width / width of the model.
+`model.mup` has the sizes at which a recipe was tuned; r = base width / width of the model.
 At r = 1 every factor here is exactly 1, and the model is bitwise the one without muP. Otherwise
 
     weight, by fan-in -> fan-out                         initial variance    optimizer's direction
@@ -29,12 +29,12 @@ WIDTHS = ("embed", "expert_embed", "heads", "kv_heads", "mlp", "head_in", "head_
 
 def width_ratio(cfg: ModelConfig) -> float:
     """r: base width / width of the model; 1 without muP."""
-    return cfg.mup_base[0] / cfg.embed_dim if cfg.mup_base[0] else 1.0
+    return cfg.mup.base_width / cfg.embed_dim if cfg.mup.base_width else 1.0
 
 
 def query_scale(cfg: ModelConfig) -> float:
     """Scale of queries: 1 / sqrt(head width); under muP sqrt(base head width) / head width."""
-    return math.sqrt(cfg.mup_base[1] or cfg.head_dim) / cfg.head_dim
+    return math.sqrt(cfg.mup.base_head_dim or cfg.head_dim) / cfg.head_dim
 
 
 def direction_scales(name: str, logical_axes: Mapping[str, LogicalAxes], ratio: float) -> dict[str, float]:

@@ -4,10 +4,10 @@ One step:
 
     gradients -> clip by global norm -> direction (adamw | lion | adafactor | muon)
     parameter -= learning_rate(step) * lr_multiplier[path] * (
-        scale[path] * direction + weight_decay * parameter (if decayed[path]) + to_init * (parameter - initial value)
+        scale[path] * direction + weight_decay * parameter (if decayed[path]) + l2_sp * (parameter - initial value)
     )
 
-`scale` is 1 unless hyperparameters are transferred to another width (`lm.optim.mup`). `to_init` is L2-SP (Li et al.,
+`scale` is 1 unless hyperparameters are transferred to another width (`lm.optim.mup`). `l2_sp` is L2-SP (Li et al.,
 arXiv:1802.01483), decoupled from the direction as weight decay is. A parameter that `unfreeze_rules` freeze for a part
 of the run has gradient 0 until then, and its optimizer state starts fresh.
 
@@ -55,7 +55,7 @@ class Optimizer(NamedTuple):
     Attributes:
       init: params -> opt_state.
       update: (grads, opt_state, params, step, start_params) -> (new params, new opt_state, info). `step` is int32 [],
-        counted from 0. `start_params` are the values that `to_init` pulls towards, a subtree of `params`, or None.
+        counted from 0. `start_params` are the values that `l2_sp` pulls towards, a subtree of `params`, or None.
         `info` has `learning_rate` and `grad_norm` (global, before clipping), float32 [].
       learning_rate: step -> float32 [], before multipliers.
       selection: which parameters are trained, and their rules.
@@ -116,7 +116,7 @@ def build(
             scale = scales[path] if scales else 1.0
             change = scale * direction + cfg.weight_decay * decayed[path] * param
             if path in anchors:
-                change += cfg.to_init * (param - anchors[path])
+                change += cfg.l2_sp * (param - anchors[path])
             return param - zero_if_frozen(path, lr * multiplier[path] * change)
 
         info = {"learning_rate": lr, "grad_norm": optax.tree.norm(grads)}

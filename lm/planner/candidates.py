@@ -246,11 +246,13 @@ def model_sizes(cfg: Config) -> ModelSizes:
             name = last.removesuffix("_kernel") if is_expert else name
             N, *_, before, after = leaf.shape
             axis_in, axis_out = axes[path][-2:]
-            kernels.append(Kernel(name, N, before, after, axis_in, axis_out, cfg.model.experts[1] if is_expert else 0))
+            kernels.append(
+                Kernel(name, N, before, after, axis_in, axis_out, cfg.model.experts_per_token if is_expert else 0)
+            )
     parameters = [(leaf.size, axes[path]) for path, leaf in flat.items()]
     item = 4 if cfg.model.dtype == "float32" else 2
     per_parameter = copies / sum(size for size, _ in parameters)
-    chosen = cfg.model.experts[1] / max(cfg.model.experts[0], 1)
+    chosen = cfg.model.experts_per_token / max(cfg.model.num_experts, 1)
     return ModelSizes(kernels, parameters, chosen, per_parameter, item, cfg.model.vocab_size, cfg.model.embed_dim)
 
 

@@ -227,7 +227,7 @@ def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> 
         chips=mesh.size,
         checkpoint_bytes=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
         resident_bytes=_bytes_per_chip(state) - _bytes_per_chip(argument) if evaluation else 0.0,
-        experts=cfg.model.experts[0],
+        experts=cfg.model.num_experts,
         links=links(mesh, topology),
     )
 

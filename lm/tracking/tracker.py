@@ -135,11 +135,11 @@ class Tracker:
     def profile(self, step: int) -> None:
         """Starts or stops the JAX profiler; to be called before step `step` (from 0) is dispatched.
 
-        The trace of steps [first, first + count) of `monitor.profile` is written to `workdir`/profile. Waits for the
+        The trace of steps of `monitor.profile` is written to `workdir`/profile. Waits for the
         device at both ends, so that the trace holds these steps and no others.
         """
-        first, count = self._config.profile
-        self._set_profiling(self._enabled and first <= step < first + count)
+        profile = self._config.profile
+        self._set_profiling(self._enabled and profile.first_step <= step < profile.first_step + profile.num_steps)
 
     @contextlib.contextmanager
     def bucket(self, name: str) -> Iterator[None]:
