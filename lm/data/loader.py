@@ -1,22 +1,26 @@
 """From rows to batches. The training stream is a pure function: global example index -> row of a source."""
 
 import dataclasses
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from lm.data import sampler
 from lm.data.example import Columns, Row, Rows
-from lm.data.prefetch import Ahead
+from lm.data.prefetch import PrefetchIterator
 
 HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
 Finish = Callable[[Row, np.random.Generator], Row]
 
 REPLAY = "replay"  # the source that is another run's data
-_EVAL_SEED = 0
+_EVAL_SEED = 0  # evaluations draw the same whatever the seed of the run
+_ENDLESS = sys.maxsize  # the length that Grain gives a data set repeated without end
 
 
 class Part(NamedTuple):
@@ -113,9 +117,51 @@ class Data(NamedTuple):
 
 
 def train_row_ids(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows of the examples start ... start + count - 1 of a run of one source, int64 [count]; epoch e, of `num_rows`
-    examples, is a permutation of the rows that (seed, e) decides."""
+    """Rows of the examples start ... start + count - 1 of a run with one source, int64 [count].
+
+    Epoch e is a permutation of the rows, decided by (seed, e).
+    """
     return sampler.epochs(num_rows, seed)(np.arange(start, start + count))
+
+
+def train_dataset(
+    data: Data,
+    *,
+    batch_size: int,
+    start_example: int,
+    local_rows: np.ndarray,
+    seed: int,
+    total_examples: int = 0,
+    offsets: Sequence[int] = (),
+) -> grain.MapDataset[HostBatch]:
+    """The training stream as a Grain data set of endless length; element k is batch k from `start_example` on.
+
+    Batch k has the global examples start_example + k * batch_size + (0 ... batch_size - 1), of which a host gets those
+    at `local_rows`: the rows of all hosts together are the same batch, however many hosts there are. An element is a
+    whole batch because its rows are read and decoded together, 20 times as fast as one by one (docs/log.md).
+
+    Args:
+      data: from `lm.input_pipeline.build`.
+      batch_size: rows of a batch over all hosts.
+      start_example: how many examples the run has consumed. It is the whole state of the stream: a checkpoint holds it,
+        and a run continues from it with any batch size and any number of hosts.
+      local_rows: int [b], which rows of the batch this host needs, in the order in which it needs them.
+      seed: of the shuffle and of random transforms.
+      total_examples: examples of the whole run, which decides where the later stages of a mixture begin; 0 = never.
+      offsets: for each source, as the function `offsets` returns them; empty = 0 each.
+
+    Elements:
+      The columns of the task as [b, ...], row_weights float32 [b] and example_index int32 [b] (modulo 2^31).
+    """
+    source = _StoredBatches(
+        _streams(data, seed),
+        data.mixture(total_examples),
+        batch_size,
+        start_example,
+        np.asarray(local_rows, np.int64),
+        np.array(offsets or [0] * len(data.sources), np.int64),
+    )
+    return grain.MapDataset.source(source).map(functools.partial(_transformed, seed=seed)).map(_joined)
 
 
 def train_batches(
@@ -128,38 +174,31 @@ def train_batches(
     total_examples: int = 0,
     offsets: Sequence[int] = (),
     threads: int = 1,
-) -> Ahead:
-    """Batches without end, made ahead by background threads; stop it early with the iterator's `close()`.
-
-    Batch k is the global examples start_example + k * batch_size + (0 ... batch_size - 1), of which a host gets those
-    at `local_rows`: all hosts' rows together are the same batch however many hosts there are.
+) -> PrefetchIterator:
+    """Iterates over `train_dataset`, whose batches threads make ahead. To stop early, call the iterator's `close()`.
 
     Args:
-      data: from `lm.input_pipeline.build`.
-      batch_size: rows of a batch over all hosts.
-      start_example: the state of the stream: examples consumed so far.
-      local_rows: int [b], offsets in the batch of the rows that this host needs, in the order it needs them.
-      seed: of the shuffle.
-      total_examples: of the run, which says where a mixture's later stages begin; 0 = never.
-      offsets: of each source, from `offsets`; none = 0 each.
-      threads: that make batches; the batches are the same for any number, 0 = made when they are asked for.
-
-    Yields:
-      The columns of the task as [b, ...], row_weights float32 [b] and example_index int32 [b] (modulo 2^31).
+      threads: how many threads; 0 = a batch is made when it is asked for. The batches are the same for any number.
+      (others): as for `train_dataset`.
 
     Raises (the iterator):
-      InputError: a thread hangs.
+      InputError: a thread hangs; the message names the examples that it was reading.
     """
-    batches = _Batches(
-        _streams(data, seed),
-        data.mixture(total_examples),
-        batch_size,
-        start_example,
-        np.asarray(local_rows, np.int64),
-        seed,
-        np.array(offsets or [0] * len(data.sources), np.int64),
+    dataset = train_dataset(
+        data,
+        batch_size=batch_size,
+        start_example=start_example,
+        local_rows=local_rows,
+        seed=seed,
+        total_examples=total_examples,
+        offsets=offsets,
     )
-    return Ahead(batches.__getitem__, threads)
+
+    def describe(k: int) -> str:
+        first = start_example + k * batch_size
+        return f"the batch of examples {first:,} to {first + batch_size - 1:,}"
+
+    return PrefetchIterator(dataset, threads, describe)
 
 
 def eval_batches(
@@ -183,7 +222,8 @@ def eval_batches(
     for start in range(0, len(row_ids), batch_size):
         index = start + np.asarray(local_rows, np.int64)
         is_row = index < len(row_ids)
-        batch = _gather(part, row_ids[np.where(is_row, index, 0)], index, seed=_EVAL_SEED)
+        stored = part.take(row_ids[np.where(is_row, index, 0)])
+        batch = _finished(part, stored, index, _EVAL_SEED)
         yield {
             key: x
             if key == "example_index"
@@ -204,34 +244,66 @@ def eval_row_ids(part: Part, max_tokens: int, seq_len: int) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * len(part) // max(1, count)
 
 
+class _Piece(NamedTuple):
+    """The examples of one batch that come from one source.
+
+    Attributes:
+      part: the rows of the source.
+      place_B: their places in the batch, int64.
+      index_B: their global indices, int64.
+      stored: their columns as they are stored.
+    """
+
+    part: Part
+    place_B: np.ndarray
+    index_B: np.ndarray
+    stored: Rows
+
+
 @dataclasses.dataclass(frozen=True)
-class _Batches:
-    """Random access to the batches of the training stream."""
+class _StoredBatches:
+    """A random-access source for Grain: batch number -> the stored rows of its examples, a piece for each source."""
 
     streams: list[tuple[Part, sampler.Order]]
     mixture: sampler.Mixture
     batch_size: int
     start: int
     local_rows: np.ndarray
-    seed: int
     offset_S: np.ndarray
 
-    def __getitem__(self, k: int) -> HostBatch:
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, k: int) -> list[_Piece]:
         index_B = self.start + int(k) * self.batch_size + self.local_rows
         if len(self.streams) == 1:
-            ((part, row_of),) = self.streams
-            return _gather(part, row_of(index_B + self.offset_S[0]), index_B, self.seed)
-        stream_B, place_B = sampler.mixed(self.mixture, index_B)
-        place_B += self.offset_S[stream_B]
-        batch: HostBatch = {}
+            stream_B, turn_B = np.zeros_like(index_B), index_B
+        else:
+            stream_B, turn_B = sampler.mixed(self.mixture, index_B)
+        pieces = []
         for number in np.unique(stream_B).tolist():
-            part, row_of = self.streams[number]
-            here = np.flatnonzero(stream_B == number)
-            for key, x in _gather(part, row_of(place_B[here]), index_B[here], self.seed).items():
-                if key not in batch:
-                    batch[key] = np.empty((len(index_B), *x.shape[1:]), x.dtype)
-                batch[key][here] = x
-        return batch
+            part, order = self.streams[number]
+            place_B = np.flatnonzero(stream_B == number)
+            row_B = order(turn_B[place_B] + self.offset_S[number])
+            pieces.append(_Piece(part, place_B, index_B[place_B], part.take(row_B)))
+        return pieces
+
+
+def _transformed(pieces: list[_Piece], seed: int) -> list[tuple[np.ndarray, HostBatch]]:
+    """Applies `Part.finish` to every example: (places in the batch, columns of the batch) of each piece."""
+    return [(piece.place_B, _finished(piece.part, piece.stored, piece.index_B, seed)) for piece in pieces]
+
+
+def _joined(pieces: list[tuple[np.ndarray, HostBatch]]) -> HostBatch:
+    """One batch of its pieces."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    size = sum(len(place_B) for place_B, _ in pieces)
+    batch = {key: np.empty((size, *x.shape[1:]), x.dtype) for key, x in pieces[0][1].items()}
+    for place_B, columns in pieces:
+        for key, x in columns.items():
+            batch[key][place_B] = x
+    return batch
 
 
 def _streams(data: Data, seed: int) -> list[tuple[Part, sampler.Order]]:
@@ -249,21 +321,23 @@ def _lengths(part: Part) -> np.ndarray:
     return sum((np.count_nonzero(x.reshape(len(x), -1), axis=1) for x in segments), np.zeros(len(part), np.int64))
 
 
-def _gather(part: Part, row_ids: np.ndarray, index: np.ndarray, seed: int) -> HostBatch:
-    """Rows `row_ids` as the global examples `index`: what is drawn for a row depends on (seed, its index) alone."""
-    stored = part.take(row_ids)
+def _finished(part: Part, stored: Rows, index_B: np.ndarray, seed: int) -> HostBatch:
+    """Columns of a batch from stored rows, which are the global examples `index_B`.
+
+    What `Part.finish` draws for an example depends on (seed, its global index) alone.
+    """
     if part.finish is None:
         batch = {key: stored[key] for key in part.columns}
     else:
         finished = []
-        for at, g in enumerate(index):
-            rng = np.random.default_rng([seed % 2**32, int(g)])
+        for at, g in enumerate(index_B.tolist()):
+            rng = np.random.default_rng([seed % 2**32, g])
             row = {key: stored[key][at].astype(dtype) for key, (_, dtype) in part.stored.items()}
             finished.append(part.finish(row, rng))
         batch = {key: np.stack([row[key] for row in finished]) for key in part.columns}
     batch = {key: x.astype(part.columns[key][1], copy=False) for key, x in batch.items()}
-    indices = {"example_index": (index % 2**31).astype(np.int32)}
-    return batch | {"row_weights": np.ones(len(index), np.float32)} | indices
+    indices = {"example_index": (index_B % 2**31).astype(np.int32)}
+    return batch | {"row_weights": np.ones(len(index_B), np.float32)} | indices
 
 
 def consumed(

@@ -170,13 +170,15 @@ def test_no_offset_where_nothing_changed(folders):
 
 def test_a_source_that_hangs_is_an_error(folders, monkeypatch):
     monkeypatch.setattr(prefetch, "HUNG_SECONDS", 0.5)
-    monkeypatch.setattr(prefetch, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.1)
     data, never = mixed(folders), threading.Event()
     web = data.sources["web"]
     _, _, meta, stored, columns, _ = tuple.__iter__(web.train)
     hangs = loader.Part(web.train.size, lambda ids: never.wait(), meta, stored, columns)
     data = data._replace(sources={**data.sources, "web": web._replace(train=hangs)})
-    with pytest.raises(prefetch.InputError, match=r"(?s)input-0.*hangs"):
+    with pytest.raises(
+        prefetch.InputError, match=r"(?s)hangs: thread .input-0. .* making the batch of examples 0 to 7;"
+    ):
         take(data, 1)
     never.set()
 
