@@ -1,4 +1,9 @@
-"""From rows to batches. The training stream is a pure function: global example index -> row of a source."""
+"""Training and evaluation batches from packed rows, as a Grain data set.
+
+The training stream is a pure function of the global example index: `lm.data.sampler` says which row of which source an
+example is, and random transforms are seeded by (seed, index). The index of the next example is therefore the whole
+state of the input pipeline.
+"""
 
 import dataclasses
 import functools
@@ -15,24 +20,24 @@ from lm.data import sampler
 from lm.data.example import Columns, Row, Rows
 from lm.data.prefetch import PrefetchIterator
 
-HostBatch = dict[str, np.ndarray]  # lm.types.Batch, in numpy: the rows that one host needs
+HostBatch = dict[str, np.ndarray]  # lm.types.Batch as numpy arrays, of the rows that one host needs
 Finish = Callable[[Row, np.random.Generator], Row]
 
-REPLAY = "replay"  # the source that is another run's data
+REPLAY = "replay"  # name of the source that holds the data of another run
 _EVAL_SEED = 0  # evaluations draw the same whatever the seed of the run
 _ENDLESS = sys.maxsize  # the length that Grain gives a data set repeated without end
 
 
 class Part(NamedTuple):
-    """The rows of one half of a source, packed.
+    """The packed rows of one split of a source.
 
     Attributes:
       size: number of rows.
-      take: row numbers, int64 [B] -> the stored columns of those rows, in memory or on disk.
-      meta: what scoring needs of each row, see `examples.Example`; empty where no task needs any.
-      stored: the columns that `take` gives, as they were before they were made compact: key -> (shape of a row, dtype).
-      columns: the columns of a batch.
-      finish: (row, rng) -> row of a batch: what is drawn anew for each global example; None = nothing is.
+      take: row numbers, int64 [B] -> the stored columns of those rows, from memory or disk.
+      meta: what scoring needs to know of each row, see `lm.data.example.Example`; empty if the task needs nothing.
+      stored: columns that `take` returns: key -> (shape of a row, dtype before it was narrowed for storage).
+      columns: columns of a batch.
+      finish: random transform (row, rng) -> row of a batch, drawn anew for each example; None = no transform.
     """
 
     size: int
@@ -47,17 +52,17 @@ class Part(NamedTuple):
 
     @property
     def rows(self) -> Rows:
-        """All rows at once; for data that fits in memory."""
+        """All rows at once, for data that fits in memory."""
         return self.take(np.arange(self.size))
 
 
 def in_memory(rows: Rows) -> tuple[int, Callable[[np.ndarray], Rows]]:
-    """`size` and `take` of rows held as arrays [R, ...]."""
+    """`Part.size` and `Part.take` for rows held as arrays [R, ...]."""
     return len(next(iter(rows.values()))), lambda row_ids: {key: x[row_ids] for key, x in rows.items()}
 
 
 class Source(NamedTuple):
-    """Where examples come from: rows to train on, rows that choose a checkpoint, and rows that test the chosen one."""
+    """A source of examples: rows to train on, to choose a checkpoint by, and to test the chosen one with."""
 
     train: Part
     valid: Part
@@ -65,18 +70,19 @@ class Source(NamedTuple):
 
 
 class Data(NamedTuple):
-    """All rows of a run.
+    """All data of a run.
 
     Attributes:
-      sources: name -> rows; a run without a mixture has one, ''. The last one is `REPLAY` where `data.replay` is set.
-      stages: (share of the run from which it holds, weight of each source) of the mixture, the first from 0.
-      fingerprint: sha256 over all that decides which row is which example of the stream: records, tokenizer, settings,
-        seed and the training rows as packed.
-      report: 'train' and 'valid' (of a source with a name: 'NAME_train') -> counts: documents, examples, what was cut
-        or dropped (see `examples.make`), rows and, of tokens: tokens (positions filled), targets (positions trained
-        on), bytes (UTF-8, of the targets), fill.
-      easy_first: this many examples of the one source come from the short rows first; 0 = none.
-      about: what the fingerprint is over, for a person who looks for what changed.
+      sources: name -> rows. A run without a mixture has one source, named ''. `REPLAY` comes last, if `data.replay` is
+        set.
+      stages: of the mixture: (share of the run at which the stage begins, weight of each source); the first one is 0.
+      fingerprint: sha256 of everything that decides the training stream: records, tokenizer, settings, seed and the
+        packed training rows.
+      report: split ('train', 'valid'; with a named source 'NAME_train') -> counts: documents, examples, what was cut or
+        dropped (see `lm.data.example.make`), rows and, for text: tokens (positions filled), targets (positions trained
+        on), bytes (UTF-8 bytes of the targets), fill.
+      easy_first: length of the curriculum (short rows first) of the first source, in examples; 0 = no curriculum.
+      about: what went into the fingerprint, in a form that shows what changed.
     """
 
     sources: dict[str, Source]
@@ -98,7 +104,7 @@ class Data(NamedTuple):
 
     @property
     def epoch_examples(self) -> int:
-        """Examples in which each row of each source that the run starts with, but for `REPLAY`, has its turn."""
+        """Examples until every row has been used once, in all sources of the first stage except `REPLAY`."""
         weights = dict(zip(self.sources, self.stages[0][1], strict=True))
         total = sum(weights.values())
         own = {name: weight / total for name, weight in weights.items() if weight and name != REPLAY}
@@ -106,11 +112,11 @@ class Data(NamedTuple):
 
     @property
     def held_out(self) -> dict[str, Part]:
-        """What an evaluation measures: prefix of its metrics -> rows."""
+        """The parts that an evaluation measures: prefix of the metrics' names -> held-out rows."""
         return {f"{name}_" if name else "": source.valid for name, source in self.sources.items()}
 
     def mixture(self, total_examples: int) -> sampler.Mixture:
-        """Of a run of so many examples; 0 = its first stage, without end."""
+        """The mixture of a run of `total_examples`; 0 = the first stage without end."""
         stages = self.stages if total_examples else self.stages[:1]
         starts = tuple(round(share * total_examples) for share, _ in stages)
         return sampler.Mixture(starts, tuple(weights for _, weights in stages))
@@ -204,19 +210,19 @@ def train_batches(
 def eval_batches(
     part: Part, *, batch_size: int, local_rows: np.ndarray, max_tokens: int, seq_len: int
 ) -> Iterator[HostBatch]:
-    """Each row once, in batches of one shape: the last one is filled up with rows of zeros, which have no weight.
+    """Each row once, in batches of one shape: the last batch is padded with rows of zeros, whose weight is 0.
 
-    What `Part.finish` draws is the same in every evaluation, whatever the seed of the run.
+    Random transforms (`Part.finish`) are drawn with a fixed seed, so that every evaluation sees the same rows.
 
     Args:
       part: held-out rows.
       batch_size: rows of a batch over all hosts.
-      local_rows: int [b], as in `train_batches`.
+      local_rows: int [b], as in `train_dataset`.
       max_tokens: see `eval_row_ids`.
       seq_len: see `eval_row_ids`.
 
     Yields:
-      As `train_batches`; example_index counts on over the rows of zeros.
+      As `train_dataset`; example_index keeps counting over the padding rows.
     """
     row_ids = eval_row_ids(part, max_tokens, seq_len)
     for start in range(0, len(row_ids), batch_size):
@@ -233,11 +239,11 @@ def eval_batches(
 
 
 def eval_row_ids(part: Part, max_tokens: int, seq_len: int) -> np.ndarray:
-    """The rows that an evaluation reads, in order: int64 [n].
+    """The rows that an evaluation reads, in order, int64 [n].
 
     Args:
       part: held-out rows.
-      max_tokens: at most this many positions, rounded up to whole rows, evenly spaced over all of them; 0 = all rows.
+      max_tokens: limit in positions, rounded up to whole rows, which are evenly spaced over all rows; 0 = all rows.
       seq_len: positions in a row.
     """
     count = min(len(part), math.ceil(max_tokens / seq_len)) if max_tokens else len(part)
@@ -307,7 +313,7 @@ def _joined(pieces: list[tuple[np.ndarray, HostBatch]]) -> HostBatch:
 
 
 def _streams(data: Data, seed: int) -> list[tuple[Part, sampler.Order]]:
-    """The parts that training examples come from, each with the order of its rows."""
+    """The training rows of each source, with their order."""
     parts = [source.train for source in data.sources.values()]
     orders = [sampler.epochs(len(part), seed, number) for number, part in enumerate(parts)]
     if data.easy_first:
@@ -316,7 +322,7 @@ def _streams(data: Data, seed: int) -> list[tuple[Part, sampler.Order]]:
 
 
 def _lengths(part: Part) -> np.ndarray:
-    """Positions of each row that are no padding, int64 [R]."""
+    """Number of positions of each row that are not padding, int64 [R]."""
     segments = [x for name, x in part.rows.items() if name.endswith("segment_ids")]
     return sum((np.count_nonzero(x.reshape(len(x), -1), axis=1) for x in segments), np.zeros(len(part), np.int64))
 
@@ -343,7 +349,7 @@ def _finished(part: Part, stored: Rows, index_B: np.ndarray, seed: int) -> HostB
 def consumed(
     data: Data, examples: int, total_examples: int, offsets: Sequence[int] = ()
 ) -> dict[str, dict[str, float]]:
-    """What the first `examples` of a run took from each source: examples, and epochs of its rows."""
+    """How much of each source the first `examples` of a run used: in examples, and in epochs of its rows."""
     given = sampler.counts(data.mixture(total_examples), examples)
     sizes: Mapping[str, int] = {name: len(source.train) for name, source in data.sources.items()}
     return {
@@ -353,14 +359,15 @@ def consumed(
 
 
 def offsets(data: Data, taken: Mapping[str, float], examples: int, total_examples: int) -> tuple[int, ...]:
-    """What to add to the place in each source so that each one goes on where it stopped: 0, unless the run is of
-    another length, batch size or mixture now than when it took the first `examples`.
+    """Offset to add to the index in each source, so that each source continues where it stopped.
+
+    All are 0 unless the length of the run, its batch size or its mixture has changed since the first `examples`.
 
     Args:
       data: as it is now.
-      taken: source -> its examples so far, of `consumed`; one that is missing begins.
-      examples: how many these are together.
-      total_examples: as in `train_batches`.
+      taken: source -> examples used so far, from `consumed`; a source that is missing starts at its beginning.
+      examples: total number of examples used so far.
+      total_examples: as in `train_dataset`.
     """
     now = sampler.counts(data.mixture(total_examples), examples)
     return tuple(int(taken.get(name, 0)) - count for name, count in zip(data.sources, now, strict=True))
