@@ -159,7 +159,7 @@ def train_dataset(
     Elements:
       The columns of the task as [b, ...], row_weights float32 [b] and example_index int32 [b] (modulo 2^31).
     """
-    source = _StoredBatches(
+    order = _Order(
         _streams(data, seed),
         data.mixture(total_examples),
         batch_size,
@@ -167,7 +167,7 @@ def train_dataset(
         np.asarray(local_rows, np.int64),
         np.array(offsets or [0] * len(data.sources), np.int64),
     )
-    return grain.MapDataset.source(source).map(functools.partial(_transformed, seed=seed)).map(_joined)
+    return grain.MapDataset.source(order).map(functools.partial(_read, seed=seed))
 
 
 def train_batches(
@@ -250,25 +250,25 @@ def eval_row_ids(part: Part, max_tokens: int, seq_len: int) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * len(part) // max(1, count)
 
 
-class _Piece(NamedTuple):
+class _Share(NamedTuple):
     """The examples of one batch that come from one source.
 
     Attributes:
       part: the rows of the source.
+      row_B: their row numbers, int64.
       place_B: their places in the batch, int64.
       index_B: their global indices, int64.
-      stored: their columns as they are stored.
     """
 
     part: Part
+    row_B: np.ndarray
     place_B: np.ndarray
     index_B: np.ndarray
-    stored: Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class _StoredBatches:
-    """A random-access source for Grain: batch number -> the stored rows of its examples, a piece for each source."""
+class _Order:
+    """A random-access source for Grain: batch number -> which rows its examples are, a share for each source."""
 
     streams: list[tuple[Part, sampler.Order]]
     mixture: sampler.Mixture
@@ -280,35 +280,33 @@ class _StoredBatches:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, k: int) -> list[_Piece]:
+    def __getitem__(self, k: int) -> list[_Share]:
         index_B = self.start + int(k) * self.batch_size + self.local_rows
         if len(self.streams) == 1:
             stream_B, turn_B = np.zeros_like(index_B), index_B
         else:
             stream_B, turn_B = sampler.mixed(self.mixture, index_B)
-        pieces = []
+        shares = []
         for number in np.unique(stream_B).tolist():
             part, order = self.streams[number]
             place_B = np.flatnonzero(stream_B == number)
             row_B = order(turn_B[place_B] + self.offset_S[number])
-            pieces.append(_Piece(part, place_B, index_B[place_B], part.take(row_B)))
-        return pieces
+            shares.append(_Share(part, row_B, place_B, index_B[place_B]))
+        return shares
 
 
-def _transformed(pieces: list[_Piece], seed: int) -> list[tuple[np.ndarray, HostBatch]]:
-    """Applies `Part.finish` to every example: (places in the batch, columns of the batch) of each piece."""
-    return [(piece.place_B, _finished(piece.part, piece.stored, piece.index_B, seed)) for piece in pieces]
-
-
-def _joined(pieces: list[tuple[np.ndarray, HostBatch]]) -> HostBatch:
-    """One batch of its pieces."""
-    if len(pieces) == 1:
-        return pieces[0][1]
-    size = sum(len(place_B) for place_B, _ in pieces)
-    batch = {key: np.empty((size, *x.shape[1:]), x.dtype) for key, x in pieces[0][1].items()}
-    for place_B, columns in pieces:
+def _read(shares: list[_Share], seed: int) -> HostBatch:
+    """Reads the rows of a batch and applies the random transforms, one source after the other."""
+    size = sum(len(share.row_B) for share in shares)
+    batch: HostBatch = {}
+    for share in shares:
+        columns = _finished(share.part, share.part.take(share.row_B), share.index_B, seed)
+        if len(shares) == 1:
+            return columns
         for key, x in columns.items():
-            batch[key][place_B] = x
+            if key not in batch:
+                batch[key] = np.empty((size, *x.shape[1:]), x.dtype)
+            batch[key][share.place_B] = x
     return batch
 
 
