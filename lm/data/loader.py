@@ -144,7 +144,7 @@ def train_dataset(
 
     Batch k has the global examples start_example + k * batch_size + (0 ... batch_size - 1), of which a host gets those
     at `local_rows`: the rows of all hosts together are the same batch, however many hosts there are. An element is a
-    whole batch because its rows are read and decoded together, 20 times as fast as one by one (docs/log.md).
+    whole batch because its rows are read and decoded together, about ten times as fast as one by one (docs/log.md).
 
     Args:
       data: from `lm.input_pipeline.build`.
