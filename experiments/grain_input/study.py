@@ -20,17 +20,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grain
+import numpy as np
+from absl import flags
+
+from lm import config, input_pipeline
+from lm.benchmark import input as bench
+from lm.data import loader, prefetch
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
-
-import grain  # noqa: E402
-import numpy as np  # noqa: E402
-from absl import flags  # noqa: E402
-
-from lm import config, input_pipeline  # noqa: E402
-from lm.data import loader, prefetch  # noqa: E402
-from tools import bench_input  # noqa: E402
 
 THREAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 ON_DEMAND = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -79,20 +77,20 @@ def by_example(data: loader.Data, rows: Callable[[loader.Part], Any]) -> Iterato
     """Shuffle, mixture and batches all by Grain, an element being one example."""
     parts = [source.train for source in data.sources.values()]
     shuffled = [grain.MapDataset.source(rows(part)).seed(0).shuffle().repeat() for part in parts]
-    mixed = grain.MapDataset.mix(shuffled, list(bench_input.WEIGHTS.values()))
-    return iter(mixed.batch(bench_input.BATCH).to_iter_dataset(THREAD))
+    mixed = grain.MapDataset.mix(shuffled, list(bench.WEIGHTS.values()))
+    return iter(mixed.batch(bench.BATCH).to_iter_dataset(THREAD))
 
 
 def speeds(folder: Path, megabytes: int, seconds: float) -> dict[str, tuple[float, float]]:
     """Way -> million tokens a second, of wall time and of this process's CPU time: medians of the rounds."""
-    for number, (name, share) in enumerate(bench_input.WEIGHTS.items()):
-        rows = max(bench_input.BATCH, round(megabytes * share * 1e6 / (2 * bench_input.LENGTH)))
-        bench_input.write(folder / name, rows, number)
-    mixture = tuple((0.0, str(folder / name), weight) for name, weight in bench_input.WEIGHTS.items())
-    cfg = config.Config(data=config.DataConfig(format="prepared", mixture=mixture, seq_len=bench_input.LENGTH))
+    for number, (name, share) in enumerate(bench.WEIGHTS.items()):
+        rows = max(bench.BATCH, round(megabytes * share * 1e6 / (2 * bench.LENGTH)))
+        bench.write(folder / name, rows, number)
+    mixture = tuple((0.0, str(folder / name), weight) for name, weight in bench.WEIGHTS.items())
+    cfg = config.Config(data=config.DataConfig(format="prepared", mixture=mixture, seq_len=bench.LENGTH))
     data = input_pipeline.build(cfg, None, *input_pipeline.load(cfg.data))
     dataset = loader.train_dataset(
-        data, batch_size=bench_input.BATCH, start_example=0, local_rows=np.arange(bench_input.BATCH), seed=0
+        data, batch_size=bench.BATCH, start_example=0, local_rows=np.arange(bench.BATCH), seed=0
     )
     ways = {name: iterate(dataset) for name, iterate in ITERATORS.items()}
     firsts = [next(batches) for batches in ways.values()]
@@ -105,7 +103,7 @@ def speeds(folder: Path, megabytes: int, seconds: float) -> dict[str, tuple[floa
         for name, batches in order[turn % len(order) :] + order[: turn % len(order)]:
             for _ in range(4):  # what was made ahead while the others had their turn
                 next(batches)
-            found[name].append(bench_input.rate(batches, seconds / ROUNDS))
+            found[name].append(bench.rate(batches, seconds / ROUNDS))
     for batches in ways.values():
         batches.close()
     return {
