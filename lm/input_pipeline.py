@@ -1,4 +1,4 @@
-"""From records, or from prepared shards, to the rows of a run."""
+"""Builds the data of a run: loads records or prepared shards, makes examples of them and packs these into rows."""
 
 import collections
 import concurrent.futures
@@ -30,22 +30,22 @@ from lm.data.shards import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.tasks import Task, columns_of_batch, task_of
 
-# Keys of DataConfig that decide what the rows of given records are.
+# Keys of DataConfig that decide which rows the same records become.
 _SHAPES_ROWS = (
     *("augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
 _UNREAD_BY_PREPARED = ("eval_path", "rename", "encoding", "max_records")
-Found = Split | Prepared  # what a source gives
+Found = Split | Prepared  # a source as loaded: records, or packed rows on disk
 _CHUNK_RECORDS = 32  # that a thread takes at a time
-_QUIET_SECONDS = 5.0  # a progress bar appears when making the rows takes longer
+_QUIET_SECONDS = 5.0  # a progress bar is shown if making the rows takes longer
 
 
 def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
-    """The config of each source that examples come from: '' alone, or the last name of each path of `data.mixture`.
+    """Source name -> its config. Names are the last parts of the paths in `data.mixture`; without a mixture, '' alone.
 
     Raises:
-      ConfigError: two paths end in the same name.
+      ConfigError: two paths of the mixture end in the same name, or one ends in a reserved name.
     """
     if not cfg.mixture:
         return {"": cfg}
@@ -58,10 +58,10 @@ def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
 
 
 def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> list[Found]:
-    """What each source gives: records, or rows that were prepared.
+    """Loads each source: its records, or its prepared rows.
 
     Raises:
-      DataError: as `sources` and `shards` do.
+      DataError: the data cannot be used, see `registry.load` and `shards.open_folder`.
       ConfigError: a key is set that prepared data does not read.
     """
     each = by_source(cfg).values()
@@ -76,7 +76,7 @@ def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> list[Found]:
 
 
 def _stages(cfg: DataConfig) -> tuple[tuple[float, tuple[Fraction, ...]], ...]:
-    """`data.mixture` by stage, and `data.replay` as the share of one source more."""
+    """`Data.stages` from `data.mixture`, with `data.replay` as the share of one more source."""
     names, replay = by_source(cfg), Fraction(str(cfg.replay))
     paths = [one.path for one in names.values()]
     starts = sorted({start for start, _, _ in cfg.mixture}) or [0.0]
@@ -91,17 +91,17 @@ def _stages(cfg: DataConfig) -> tuple[tuple[float, tuple[Fraction, ...]], ...]:
 
 
 def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Found | None = None) -> Data:
-    """Makes and packs the examples of both halves of each source and, where `data.replay` is set, of `replayed`.
+    """Makes examples of all splits of each source, and of `replayed` if `data.replay` is set, and packs them into rows.
 
     Args:
-      cfg: of the run.
-      tokenizer: of the run.
-      found: what `load` gave, in its order.
-      replayed: what another run was trained on.
+      cfg: config of the run.
+      tokenizer: of the run; None if the task reads no text.
+      found: sources from `load`, in its order.
+      replayed: the data that another run was trained on.
 
     Raises:
-      DataError: a half has nothing to train on or to evaluate; the message gives the counts.
-      ConfigError: `data.curriculum_*` goes by a length that the rows do not have; rows that were prepared otherwise.
+      DataError: a split has nothing to train on or to evaluate; the message gives the counts.
+      ConfigError: `data.curriculum_*` is set, but rows have no length; or rows were prepared with other settings.
     """
     if (replayed is None) != (cfg.data.replay == 0):
         raise ValueError(f"data.replay is {cfg.data.replay}: the records to replay are given where it is above 0 only")
@@ -140,7 +140,7 @@ def _sha256(value: Any) -> str:
 
 
 def _easy_first(cfg: Config, data: Data) -> int:
-    """How many examples of the one source the curriculum orders."""
+    """`Data.easy_first`: how many examples of the first source the curriculum orders."""
     if cfg.data.curriculum == NEVER:
         return 0
     if not any(name.endswith("segment_ids") for name in data.train.stored):
@@ -153,7 +153,7 @@ def _easy_first(cfg: Config, data: Data) -> int:
 def _source(
     found: Found, cfg: Config, tokenizer: Tokenizer | None
 ) -> tuple[Source, dict[str, dict[str, float]], dict[str, int]]:
-    """The parts of a source, what was counted, and what stands for the training rows in a fingerprint."""
+    """(source, its part of the report, checksums of its training rows for the fingerprint)."""
     if isinstance(found, Prepared):
         parts = {name: _prepared(found, name, cfg, tokenizer) for name in ("train", "valid")}
         checksums: dict[str, int] = {}
@@ -227,7 +227,7 @@ def _in_order(function: Callable[[Any], Any], items: Iterable[Any], threads: int
 def _packed(
     records: Sequence[Record], name: str, cfg: Config, tokenizer: Tokenizer | None
 ) -> tuple[Part, dict[str, int], dict[str, float]]:
-    """Records as rows in memory, checksums of the rows, and counts."""
+    """Packs records into rows in memory: (part, checksum of each column, counts for the report)."""
     task, counts = task_of(cfg), Counter[str]()
     progress = _progress(records, f"packing {name} rows")
     made = make_examples(task, progress, tokenizer, cfg, counts, os.cpu_count() or 1)
@@ -257,11 +257,11 @@ def _packed(
 
 
 def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | None) -> tuple[Part, dict[str, float]]:
-    """Rows that lie on disk, and what was counted when they were prepared.
+    """Prepared rows on disk, and the counts of when they were prepared.
 
     Raises:
-      ConfigError: they are not what this run would make of their documents.
-      DataError: there are none.
+      ConfigError: this run would make other rows of the same documents.
+      DataError: there are no rows.
     """
     task = task_of(cfg)
     stored = task.columns(cfg)
@@ -311,7 +311,7 @@ def _finish(
     take: Callable[[np.ndarray], Rows],
     stored: Columns,
 ) -> Finish | None:
-    """What is done to a row each time it is used: augmentation while training, then the task's transform."""
+    """`Part.finish`: augmentation (training only), then the random transform of the task; None if there is neither."""
     steps: list[Finish] = []
     if is_train and not task.augments:
         steps += [functools.partial(_augment, name, strength, cfg, tokenizer) for name, strength in cfg.data.augment]
@@ -328,7 +328,7 @@ def _finish(
 def _with_other(
     size: int, take: Callable[[np.ndarray], Rows], stored: Columns, row: Row, rng: np.random.Generator
 ) -> Row:
-    """The row, and beside it a random one of all rows."""
+    """The row, and the columns of a random other row as 'other_...'."""
     other = take(rng.integers(size, size=1))
     return row | {f"other_{key}": other[key][0].astype(dtype) for key, (_, dtype) in stored.items()}
 
@@ -340,7 +340,7 @@ def _augment(
 
 
 def _progress(records: Sequence[Record], what: str) -> Iterator[Record]:
-    """The records, with a progress bar once they have taken `_QUIET_SECONDS`."""
+    """Yields the records, with a progress bar once this has taken `_QUIET_SECONDS`."""
     start, bar = time.monotonic(), None
     try:
         for done, record in enumerate(records):

@@ -351,7 +351,7 @@ def training_stream(run: Run, start_step: int = 0, position: resume.Position = r
     return Stream(start_step, position.example, batch_size, total, offsets)
 
 
-def train_batches(run: Run, stream: Stream | None = None) -> loader.Ahead:
+def train_batches(run: Run, stream: Stream | None = None) -> loader.PrefetchIterator:
     """This process's rows of the training batches; None = those of a run from its start."""
     stream = stream or training_stream(run)
     return loader.train_batches(

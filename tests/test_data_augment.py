@@ -66,7 +66,7 @@ strengths = st.floats(0.01, 1.0)
 @pytest.mark.parametrize("name", ["delete", "swap", "cutoff"])
 @settings(max_examples=60)
 @given(first=texts, second=st.none() | texts, strength=strengths, seed=st.integers(0, 99))
-def test_a_changed_row_is_a_row(name, first, second, strength, seed):
+def test_an_augmented_row_is_a_valid_row(name, first, second, strength, seed):
     row = make_row(first, second)
     before = {key: x.copy() for key, x in row.items()}
     out = change(name, row, seed, strength)
@@ -87,7 +87,7 @@ def test_a_changed_row_is_a_row(name, first, second, strength, seed):
             assert is_subsequence(new, old)
 
 
-def test_how_much_is_left_out_is_the_strength():
+def test_delete_drops_tokens_with_the_given_probability():
     row = make_row("the film the plot the twist the bad the good")
     total = len(sentences(row)[0])
     left = [len(sentences(change("delete", row, seed, 0.3))[0]) for seed in range(400)]
@@ -97,7 +97,7 @@ def test_how_much_is_left_out_is_the_strength():
         assert gone == {max(1, round(strength * total))}
 
 
-def test_cutoff_takes_a_run_and_every_place_can_be_hit():
+def test_cutoff_removes_a_span_that_may_be_anywhere():
     row = make_row("the film the plot")
     old = sentences(row)[0]
     size = round(0.5 * len(old))
@@ -105,7 +105,7 @@ def test_cutoff_takes_a_run_and_every_place_can_be_hit():
     assert {tuple(sentences(change("cutoff", row, seed, 0.5))[0]) for seed in range(200)} == runs
 
 
-def test_swap_exchanges_two_of_one_sentence():
+def test_swap_exchanges_two_tokens_of_one_sentence():
     row = make_row("the film", "a twist")
     for seed in range(30):
         out = change("swap", row, seed, 0.01)
@@ -129,7 +129,7 @@ def by_text(text, table):
 @pytest.mark.parametrize(
     "text", ["good film", "very good, very goodness", "a good good-film: film", "filmgood na\u00efvegood"]
 )
-def test_synonyms_are_what_replacing_in_the_text_gives(tmp_path, text):
+def test_synonyms_equal_replacement_in_the_text(tmp_path, text):
     path = tmp_path / "one.tsv"
     path.write_text("good\tfine\ngood film\thit\nvery good\texcellent\nfilm\tmotion picture\n")
     cfg = make_config(("synonyms", 1.0), synonyms=str(path))
@@ -138,12 +138,12 @@ def test_synonyms_are_what_replacing_in_the_text_gives(tmp_path, text):
     np.testing.assert_equal(out, make_row(by_text(text, table), by_text("the film", table), 60))
 
 
-def test_a_mark_at_the_start_of_the_synonyms_is_of_no_word(tmp_path):
+def test_a_byte_order_mark_in_the_synonym_file_is_ignored(tmp_path):
     (tmp_path / "a.tsv").write_text("\ufeffgood\tfine\n")
     assert augment.read_synonyms(str(tmp_path / "a.tsv")) == {"good": ["fine"]}
 
 
-def test_each_synonym_is_drawn_and_strength_is_how_often(synonym_file):
+def test_every_synonym_is_drawn_and_strength_is_the_probability(synonym_file):
     cfg = make_config(("synonyms", 0.3), synonyms=synonym_file)
     row = make_row("bad plot")
     made = [TOK.decode(sentences(change("synonyms", row, seed, 0.3, cfg))[0]) for seed in range(400)]
@@ -195,7 +195,7 @@ def test_a_bad_file_of_synonyms_is_named(tmp_path):
         (make_config(synonyms="x.tsv"), r"'data\.synonyms' is read by the augmentation synonyms only"),
     ],
 )
-def test_what_does_not_fit_is_refused(cfg, message):
+def test_a_config_that_does_not_fit_is_refused(cfg, message):
     with pytest.raises(ConfigError, match=message):
         augment.check(cfg)
 

@@ -155,5 +155,5 @@ def test_a_bad_tag_or_entity_is_a_fault_of_its_record(tmp_path, tag):
     assert [isinstance(item, Fault) for item in found] == [False, True, True, False]
 
 
-def test_the_tasks_whose_labels_are_checked_are_those_that_read_one():
+def test_labels_are_checked_for_exactly_the_tasks_that_read_them():
     assert {name for name, task in TASKS.items() if "label" in task.fields} == {n for n in TASKS if wanted(n).label}

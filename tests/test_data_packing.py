@@ -152,5 +152,5 @@ def test_an_example_too_long_for_a_row_is_refused(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_examples_are_no_rows(mode):
+def test_no_examples_give_no_rows(mode):
     assert pack([], seq_len=4, packing=mode)["tokens"].shape == (0, 4)

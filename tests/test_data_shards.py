@@ -74,7 +74,7 @@ def test_large_ids_and_rows_of_one_document_are_kept():
         assert found.tolist() == rows[key].tolist()
 
 
-def test_rows_that_tokens_do_not_decide_are_refused():
+def test_rows_that_do_not_follow_from_their_tokens_are_refused():
     rows = pack()
     weights = rows["loss_weights"].copy()
     weights[0, 0] = 0.0
@@ -82,7 +82,7 @@ def test_rows_that_tokens_do_not_decide_are_refused():
         shards.encode(rows | {"loss_weights": weights})
 
 
-def test_every_bit_of_a_row_is_covered(tmp_path):
+def test_every_bit_of_a_row_is_covered_by_the_checksum(tmp_path):
     rows = {key: x[:3] for key, x in pack().items()}
     prepare(tmp_path, rows, [3])
     path = tmp_path / "train-0.npy"
@@ -126,7 +126,7 @@ def test_damaged_rows_are_left_out_up_to_a_limit_and_counted_once(tmp_path, caps
         assert not found[key][[3, 6]].any()
 
 
-def test_what_is_no_whole_folder_is_refused_by_name(tmp_path):
+def test_an_incomplete_folder_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=rf"data path '{tmp_path}': no index.json in it; .*prepare_data"):
         shards.open_folder(str(tmp_path))
     entries = prepare(tmp_path, pack(), [4, 4])
@@ -146,7 +146,7 @@ def test_what_is_no_whole_folder_is_refused_by_name(tmp_path):
         shards.open_folder(str(tmp_path))
 
 
-def test_the_fingerprint_is_of_the_rows_wherever_they_lie(tmp_path):
+def test_fingerprint_depends_on_the_rows_and_not_on_the_path(tmp_path):
     rows = pack()
     prepare(tmp_path / "a", rows, [4, 4])
     prepare(tmp_path / "b", rows, [4, 4])
@@ -192,7 +192,7 @@ def damage(folder, kind, rng):
     one.write_bytes(content)
 
 
-def test_of_200_damaged_folders_every_row_is_read_as_it_was_or_reported(tmp_path):
+def test_every_row_of_200_damaged_folders_is_read_unchanged_or_reported(tmp_path):
     """Read, with a cap that nothing reaches: the rows that come back are the rows that were written, the others are
     padding and named; or all of it is refused by the name of its file."""
     rows = pack()

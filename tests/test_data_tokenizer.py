@@ -72,7 +72,7 @@ def test_a_long_text_has_the_ids_of_the_whole_though_it_is_cut(name, text, long)
         assert tok.encode(text) == whole
 
 
-def test_text_is_cut_between_characters_that_no_piece_joins_and_only_for_models_of_which_that_is_known(monkeypatch):
+def test_long_text_is_cut_only_where_no_piece_can_span_the_cut(monkeypatch):
     monkeypatch.setattr(tokenizers, "_LONG", 40)
     text = "".join(PROSE)
     parts = list(TOKENIZERS["prose"]._cut(text))
@@ -157,7 +157,7 @@ def test_a_vocabulary_too_small_names_the_key_and_the_size_needed():
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\u2585"]])
-def test_no_text_is_said(texts):
+def test_missing_text_is_an_error(texts):
     with pytest.raises(ConfigError, match="no text to train a tokenizer on"):
         tokenizers.train(texts, 500, 1_000_000)
 
@@ -178,7 +178,7 @@ def trained_elsewhere(path, **options):
     return path
 
 
-def test_models_that_cannot_serve_are_refused(tmp_path):
+def test_unsuitable_models_are_refused(tmp_path):
     def foreign(name, **options):
         return trained_elsewhere(tmp_path / name, **options)
 

@@ -150,7 +150,7 @@ def test_bottlenecks_stand_between_a_sublayer_and_the_residual_stream(kind, subl
             AdapterConfig("lora", targets=".*/qeury"),
             r"'adapter\.targets': rule '\.\*/qeury' matches no parameter .*'query'",
         ),
-        (AdapterConfig("houlsby"), r"'adapter\.kind' houlsby: this kind of model has no place"),
+        (AdapterConfig("houlsby"), r"'adapter\.kind' houlsby adds no parameter to this kind of model"),
     ],
 )
 def test_adapters_that_the_model_does_not_have_are_refused(cfg, message):

@@ -1,10 +1,10 @@
-"""Augmentations: small random changes of a training row, drawn anew each time that it is used.
+"""Data augmentation: small random changes to a training row, drawn anew each time the row is used.
 
-Each is a function (row, rng, strength, tokenizer, config) -> row, pure in its arguments; `rng` depends on the seed and
-the global example index alone. `data.augment` names them, with their strengths, in the order they are applied.
+Each augmentation is a pure function (row, rng, strength, tokenizer, config) -> row; `rng` depends only on the seed and
+the global example index. `data.augment` lists them with their strengths, in the order in which they are applied.
 
-Those of text change a row of one sentence or a pair. Control symbols ([CLS], [SEP]) stay where they are in it, and each
-sentence that had a token keeps at least one.
+Text augmentations take rows of one sentence or a pair. Control symbols ([CLS], [SEP]) keep their places, and a sentence
+that had a token keeps at least one.
 """
 
 import functools
@@ -23,12 +23,12 @@ from lm.data.tokenizer import Tokenizer
 
 
 class Augmentation(NamedTuple):
-    """An augmentation and what it asks of the rest.
+    """An augmentation and what it requires.
 
     Attributes:
       change: (row, rng, strength, tokenizer, config) -> row; strength is in (0, 1].
-      tasks: values of `task.name` that fit: it knows every column of their rows that the change touches.
-      check: refuses a config that it could not be applied with.
+      tasks: values of `task.name` that it fits: it updates every column of their rows that depends on the change.
+      check: raises ConfigError for a config that it cannot be applied with.
     """
 
     change: Callable[[Row, np.random.Generator, float, Any, Config], Row]
@@ -37,10 +37,10 @@ class Augmentation(NamedTuple):
 
 
 def check(cfg: Config) -> None:
-    """Refuses a `data.augment` that does not fit.
+    """Checks `data.augment` against the rest of the config.
 
     Raises:
-      ConfigError: naming the key, and what would fit.
+      ConfigError: an augmentation that is unknown or does not fit; the message names the key and what would fit.
       DataError: a file that an augmentation reads is damaged.
     """
     data = cfg.data
@@ -66,14 +66,14 @@ def check(cfg: Config) -> None:
 
 
 def delete(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
-    """Leaves out each token with probability `strength` (Wei and Zou 2019)."""
+    """Deletes each token with probability `strength` (Wei and Zou 2019)."""
     del cfg
     places_M = _places(row, tokenizer)
     return _without(row, places_M, rng.random(len(places_M)) < strength, rng)
 
 
 def cutoff(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
-    """Leaves out one run of `strength` x the row's tokens, at least one (Shen et al. 2020)."""
+    """Deletes one contiguous span of `strength` x the row's tokens, at least one token (Shen et al. 2020)."""
     del cfg
     places_M = _places(row, tokenizer)
     size = max(1, round(strength * len(places_M)))
@@ -83,7 +83,8 @@ def cutoff(row: Row, rng: np.random.Generator, strength: float, tokenizer: Token
 
 
 def swap(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
-    """Swaps two tokens of a sentence, `strength` x the row's tokens times, at least once (Wei and Zou 2019)."""
+    """Swaps two random tokens of a sentence; done `strength` x (tokens of the row) times, at least once (Wei and Zou
+    2019)."""
     del cfg
     tokens_L, places_M = row["tokens"].copy(), _places(row, tokenizer)
     sentence_L = _sentences(row)
@@ -98,8 +99,8 @@ def swap(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokeniz
 def synonyms(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tokenizer, cfg: Config) -> Row:
     """Replaces each word of `data.synonyms` by one of its synonyms with probability `strength` (Wei and Zou 2019).
 
-    Words are found in the ids: a match neither begins nor ends inside of a longer word, is of the letters' case in the
-    file, and the longest one counts. A synonym that the row has no room for is not taken.
+    Words are matched as token ids: case-sensitively, never inside a longer word, and the longest match wins. A synonym
+    that does not fit in the row is not used.
     """
     table = _synonym_table(cfg.data.synonyms, tokenizer)
     length = int(np.count_nonzero(row["segment_ids"]))
@@ -123,7 +124,7 @@ def synonyms(row: Row, rng: np.random.Generator, strength: float, tokenizer: Tok
 
 
 def _places(row: Row, tokenizer: Tokenizer) -> np.ndarray:
-    """Where tokens are that an augmentation may change."""
+    """Positions of the tokens that an augmentation may change: neither padding nor control symbols."""
     return np.flatnonzero((row["segment_ids"] > 0) & ~tokenizer.is_control_V[row["tokens"]])
 
 
@@ -132,7 +133,7 @@ def _sentences(row: Row) -> np.ndarray:
 
 
 def _without(row: Row, places_M: np.ndarray, is_dropped_M: np.ndarray, rng: np.random.Generator) -> Row:
-    """The row without those places; of a sentence that would lose all, one at random stays."""
+    """The row without the given positions; a sentence that would lose all its tokens keeps a random one."""
     is_kept_L = row["segment_ids"] > 0
     is_kept_L[places_M[is_dropped_M]] = False
     sentence_M = _sentences(row)[places_M]
@@ -144,7 +145,7 @@ def _without(row: Row, places_M: np.ndarray, is_dropped_M: np.ndarray, rng: np.r
 
 
 def _rebuilt(row: Row, tokens: np.ndarray, origins: np.ndarray) -> Row:
-    """The row with other tokens, each of the segment and sentence of the place it comes from; positions count anew."""
+    """The row with new tokens. Each gets the segment and sentence of its origin; positions are numbered again."""
     out, length = dict(row), len(tokens)
     filled = {"tokens": tokens, "positions": np.arange(length)}
     filled |= {name: row[name][origins] for name in ("segment_ids", "type_ids") if name in row}
@@ -160,7 +161,7 @@ class _Entry(NamedTuple):
 
 
 class _Synonyms(NamedTuple):
-    """Words as ids: the first id -> entries, longest first; and which ids begin and end inside of a word."""
+    """Synonyms as token ids: first id -> entries, longest first; and which ids begin or end with a word character."""
 
     entries: dict[int, list[_Entry]]
     begins_in_word_V: np.ndarray
@@ -179,7 +180,7 @@ class _Synonyms(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _synonym_table(path: str, tokenizer: Tokenizer) -> _Synonyms:
-    """The file's words as the tokenizer spells them, at the beginning of a text and behind a space."""
+    """The words of the file as token ids, both at the beginning of a text and after a space."""
     by_word: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for word, others in read_synonyms(path).items():
         for space in ("", " "):
@@ -188,7 +189,7 @@ def _synonym_table(path: str, tokenizer: Tokenizer) -> _Synonyms:
     entries: dict[int, list[_Entry]] = {}
     for ids in sorted(by_word, key=len, reverse=True):
         entries.setdefault(ids[0], []).append(_Entry(ids, by_word[ids]))
-    # Bytes that are no ASCII character are parts of letters, mostly.
+    # A byte that is not ASCII is usually part of a letter.
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     begins = np.array([_is_of_word(text[:1]) for text in texts])
     ends = np.array([_is_of_word(text[-1:]) for text in texts])
@@ -200,10 +201,10 @@ def _is_of_word(character: str) -> bool:
 
 
 def read_synonyms(path: str) -> dict[str, list[str]]:
-    """Word -> its synonyms, of a UTF-8 file of lines 'word<TAB>synonym'; {} for ''.
+    """Reads a UTF-8 file of lines 'word<TAB>synonym' as word -> synonyms; {} for the path ''.
 
     Raises:
-      DataError: no such file, or a line that is not of that form; it names file and line.
+      DataError: the file cannot be read, or a line is malformed; the message names file and line.
     """
     if not path:
         return {}
@@ -231,15 +232,17 @@ def _check_synonyms(cfg: Config) -> None:
 
 # Images ---------------------------------------------------------------------------------------------------------------
 
-_ASPECTS = 3 / 4, 4 / 3  # least and greatest width / height of a crop, of a square image
+_ASPECTS = 3 / 4, 4 / 3  # smallest and largest width / height of a crop of a square image
 
 
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 def crop(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
-    """A rectangle of the image, brought back to its size; up to `strength` of the area is cut off (Szegedy et al. 2014,
-    section 6). Its share of the area is drawn evenly, its aspect from 3:4 to 4:3 evenly on a logarithmic scale."""
+    """Random resized crop: a random rectangle, resized to the image's size (Szegedy et al. 2014, section 6).
+
+    Its area is uniform in [1 - strength, 1] of the image's; its aspect ratio is log-uniform in [3/4, 4/3].
+    """
     del tokenizer, cfg
     from PIL import Image
 
@@ -256,13 +259,13 @@ def crop(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cf
 
 
 def flip(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
-    """Left and right change places, with probability `strength`."""
+    """Flips the image horizontally with probability `strength`."""
     del tokenizer, cfg
     return row | {"images": row["images"][:, ::-1]} if rng.random() < strength else row
 
 
 def color(row: Row, rng: np.random.Generator, strength: float, tokenizer: Any, cfg: Config) -> Row:
-    """Brightness, contrast and saturation, each times a number drawn from 1 - strength to 1 + strength."""
+    """Scales brightness, contrast and saturation, each by a uniform factor in [1 - strength, 1 + strength]."""
     del tokenizer, cfg
     pixels = row["images"].astype(np.float32)
     brightness, contrast, saturation = rng.uniform(max(0.0, 1 - strength), 1 + strength, 3).astype(np.float32)
@@ -279,7 +282,7 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
     return pixels if pixels.shape[-1] == 1 else (pixels @ _GREY)[..., None]
 
 
-_TEXT_TASKS = ("classification", "regression", "masked_lm")  # one sentence or a pair, nothing said of its tokens
+_TEXT_TASKS = ("classification", "regression", "masked_lm")  # one sentence or a pair, without a label for each token
 _IMAGE_TASKS = ("image_classification", "masked_autoencoding", "contrastive_images")
 
 AUGMENTATIONS: dict[str, Augmentation] = {

@@ -1,4 +1,4 @@
-"""The label of a record as its task reads it: a class or a number; what is neither is a fault of that record alone."""
+"""Checks labels against the task: a class or a number. A label that is neither makes its record a fault."""
 
 import math
 
@@ -8,13 +8,13 @@ from lm.data.record import Fault, NotRead, Record, Wanted
 
 _LARGEST = float(np.finfo(np.float32).max)
 _BOOLEANS = ("true", "false")
-_NULLS = ("nan", "null", "none", "na", "n/a", "<na>")  # what tables of text have in place of an empty cell
+_NULLS = ("nan", "null", "none", "na", "n/a", "<na>")  # what text tables write for an empty cell
 
 
 def number(label: str) -> float:
-    """The number that a label stands for; NaN where it is none, or not finite in float32.
+    """Parses a label as a number; NaN if it is not one, or not finite in float32.
 
-    What Python alone reads as one, '1_000' or the digits of other scripts, is none.
+    Forms that only Python accepts, such as '1_000' or digits of other scripts, are not numbers.
     """
     try:
         value = float(label) if label.isascii() and "_" not in label else math.nan
@@ -24,15 +24,16 @@ def number(label: str) -> float:
 
 
 def checked(record: Record | Fault | NotRead, wanted: Wanted) -> Record | Fault | NotRead:
-    """The record with its label as text, or a fault where the task cannot use it; what is no record passes through.
+    """Returns the record with its label as text, or a fault if the task cannot use the label.
 
-    A task that reads no label drops one that is no text. A boolean is the label of `task.labels` that is spelled like
-    it in any case, so that true in JSON and True in a table are one class. A class that `task.labels` lacks passes,
-    unless it is a boolean or spells a missing value: it means that `task.labels` is wrong, which the task refuses.
+    If the task reads no label, a label that is not text is dropped. A boolean stands for the entry of `task.labels`
+    that is spelled like it in any case, so that true in JSON and True in a table are the same class. A class missing
+    from `task.labels` passes, unless it is a boolean or a spelling of a missing value: it means that `task.labels` is
+    wrong, and the task refuses that. Faults and `NotRead` are returned as they are.
 
     Args:
-      record: whose 'label', if it has one, is a text, a boolean, or None where the data have none for it.
-      wanted: whose label and classes count.
+      record: its 'label', if present, is a text, a boolean, or None for a missing value.
+      wanted: gives the kind of label and the classes.
     """
     if isinstance(record, Fault | NotRead) or not {"label", "text", "image"} & set(record):
         return record

@@ -1,4 +1,4 @@
-"""Examples to rows of one length: padded, best fit, or concatenated and split."""
+"""Packs examples into rows of one length: padded, best-fit, or concatenated and split."""
 
 import bisect
 import itertools
@@ -10,13 +10,13 @@ import numpy as np
 from lm.config import DataConfig
 from lm.data.example import Columns, Example, Row, Rows
 
-# Best fit packs this many examples (or positions) at a time, longest first.
+# Best-fit packing takes this many examples (or positions) at a time, longest first.
 _WINDOW_EXAMPLES, _WINDOW_POSITIONS = 1024, 2**22
-_CHUNK = 1024  # rows made compact at a time, so that wide ones are never all held
+_CHUNK = 1024  # rows converted to small dtypes at a time, so that not all are held in wide ones
 
 
 def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tuple[Rows, list[Any]]:
-    """Puts every position of every example in exactly one row, by `cfg.packing`.
+    """Packs examples into rows by `cfg.packing`; every position of every example is in exactly one row.
 
     Worked, seq_len 4, best_fit, examples of tokens [a b c], [d], [e f]:
 
@@ -27,15 +27,15 @@ def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tupl
     and with mask_documents=False the first row has segment_ids 1 1 1 1 and positions 0 1 2 3. Padding is 0 everywhere.
 
     Args:
-      examples: each has the columns but segment_ids and positions, which are made here.
+      examples: each has all columns except segment_ids and positions, which are made here.
       columns: batch key -> (shape of a row, dtype).
-      cfg: how.
+      cfg: gives packing, seq_len and mask_documents.
 
     Returns:
-      The rows, and each row's `Example.meta`; packed rows, which may hold several examples, have none.
+      The rows, and the `Example.meta` of each; None for packed rows, which may hold several examples.
 
     Raises:
-      ValueError: an example is longer than its row, and packing is not `concat`.
+      ValueError: an example is longer than a row, and packing is not `concat`.
     """
     chunks: list[Rows] = []
     metas: list[Any] = []
@@ -48,7 +48,7 @@ def pack(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> tupl
         metas += of_rows
     if not chunks:
         return {key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in columns.items()}, []
-    # Taken out of the chunks, so that no more than one key is held twice.
+    # Popped from the chunks, so that only one key at a time is held twice.
     return {key: np.concatenate([chunk.pop(key) for chunk in chunks]) for key in columns}, metas
 
 
@@ -68,7 +68,7 @@ def _chunks(examples: Iterable[Example], columns: Columns, cfg: DataConfig) -> I
 
 
 def _best_fit(examples: list[Row], columns: Columns) -> Rows:
-    """Longest example first, each into the fullest row it fits in, the first of equals."""
+    """Best-fit decreasing: longest example first, each into the fullest row that has room; ties go to the first row."""
     length = columns["tokens"][0][0]
     examples = sorted(examples, key=lambda example: -len(example["tokens"]))
     places: list[tuple[int, int, int]] = []  # of each example: row, start, segment
@@ -99,7 +99,7 @@ def _best_fit(examples: list[Row], columns: Columns) -> Rows:
 
 
 def _concatenated(examples: Iterable[Example], columns: Columns) -> Iterator[Example]:
-    """Whole rows, as examples that fill theirs; by Grain, which is imported where it is used: it takes a while."""
+    """Concatenates the examples and splits them into full rows, with Grain."""
     from grain import experimental
 
     names = [name for name in columns if name not in ("segment_ids", "positions")]
@@ -123,7 +123,7 @@ def _padded(given: Row, columns: Columns) -> Row:
 
 
 def _compact(array: np.ndarray) -> np.ndarray:
-    """The same values in the smallest unsigned dtype, or as they are if they are not whole numbers from 0 on."""
+    """The same values in the smallest unsigned dtype; unchanged unless all are non-negative integers."""
     if array.dtype.itemsize == 1:
         return array
     small = array.astype(np.min_scalar_type(int(max(0, array.max()))))
@@ -131,7 +131,7 @@ def _compact(array: np.ndarray) -> np.ndarray:
 
 
 def _stream(examples: Iterable[Example]) -> Any:
-    """Examples as a Grain dataset, read once; it needs no state, since the packed rows are held whole."""
+    """Examples as a Grain data set that is read once. It has no state, since all packed rows are held in memory."""
     import grain
 
     class Stream(grain.IterDataset[Any]):

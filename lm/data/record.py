@@ -1,17 +1,17 @@
-"""Records: what readers make of files, and what they make of what cannot be one."""
+"""What readers yield: records, faults (bad records) and files that hold no record."""
 
 from typing import Any, Literal, NamedTuple
 
-# The fields of one of `lm.data.readers.fields.FORMS` (of a table, any), and always "source": "file:line" (or "file").
+# The fields of one of `lm.data.readers.fields.FORMS` (for a table, any), and always "source": "file:line" or "file".
 Record = dict[str, Any]
 
 
 class DataError(ValueError):
-    """The data cannot be used. The message names file and line, what was found, and what was expected."""
+    """The data cannot be used. The message names the file and line, what was found and what was expected."""
 
 
 class Fault(NamedTuple):
-    """One bad record: what kind of fault, in 'file:line', and what was found and expected there."""
+    """One bad record: the kind of fault, its place ('file:line'), and what was found and expected there."""
 
     kind: str
     where: str
@@ -19,7 +19,7 @@ class Fault(NamedTuple):
 
 
 class NotRead(NamedTuple):
-    """A file in an archive that holds no record, such as a README among images: counted and named, no fault."""
+    """A file in an archive that is not a record, such as a README among images. It is reported, but is not a fault."""
 
     archive: str
     name: str

@@ -1,6 +1,7 @@
-"""Which row each example of the training stream is: pure functions of a seed and the example's index.
+"""Shuffle, curriculum and mixture: which row of which source each example of the training stream is.
 
-All of them take and give arrays of indices, hold no state and cost the same at any index.
+All are pure functions of a seed and the example's index, take and return arrays of indices, keep no state and cost the
+same at any index; so a run can continue at any example, with any batch size and any number of hosts.
 """
 
 import functools
@@ -13,13 +14,13 @@ import numpy as np
 
 Order = Callable[[np.ndarray], np.ndarray]  # indices of examples in a stream, int64 [B] -> rows, int64 [B]
 
-_FIRST_SHARE = 0.01  # of the rows, which the first examples are drawn from (Platanios et al. 2019, section 4)
-_ROUNDS = 6  # of the Feistel network; four are pseudo-random already (Luby and Rackoff 1988), but not on few bits
-_MAX_DENOMINATOR = 10**9  # of a share, so that no product below leaves int64
+_FIRST_SHARE = 0.01  # share of the rows that the first examples are drawn from (Platanios et al. 2019, section 4)
+_ROUNDS = 6  # of the Feistel network; four are pseudorandom (Luby and Rackoff 1988), but not for domains of few bits
+_MAX_DENOMINATOR = 10**9  # of a share, so that the products below stay within int64
 
 
 def epochs(num_rows: int, seed: int, stream: int = 0) -> Order:
-    """Epoch e, of `num_rows` examples, is a permutation of the rows that (seed, stream, e) decides."""
+    """Endless shuffle: epoch e, of `num_rows` examples, is a permutation of the rows fixed by (seed, stream, e)."""
 
     def order(index_B: np.ndarray) -> np.ndarray:
         epoch_B, place_B = np.divmod(index_B, num_rows)
@@ -33,11 +34,11 @@ def epochs(num_rows: int, seed: int, stream: int = 0) -> Order:
 
 
 def permuted(index_B: np.ndarray, size: int, keys: Sequence[np.uint64]) -> np.ndarray:
-    """Where a keyed permutation of [0, size) sends each index, int64 [B].
+    """Images of the indices under a keyed permutation of [0, size), int64 [B].
 
-    A Feistel network on pairs of numbers below about sqrt(size), the halves added modulo their ranges, permutes a few
-    numbers more than `size`; what falls outside is sent on until it does not, which leaves a permutation of the rest
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network on pairs of numbers below about sqrt(size), with addition modulo their ranges, permutes a domain
+    slightly larger than `size`. Results outside [0, size) are permuted again until they are inside (cycle walking),
+    which gives a permutation of [0, size) (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     high = np.uint64(math.isqrt(size - 1) + 1)
     low = np.uint64(-(-size // int(high)))
@@ -54,7 +55,7 @@ def permuted(index_B: np.ndarray, size: int, keys: Sequence[np.uint64]) -> np.nd
 
 
 def _mixed_bits(x: np.ndarray) -> np.ndarray:
-    """A hash of each number: the last steps of SplitMix64 (Steele et al. 2014)."""
+    """Hashes each number: the finalizer of SplitMix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -66,15 +67,16 @@ def _round_keys(seed: int, stream: int, epoch: int) -> tuple[np.uint64, ...]:
 
 
 def easy_first(difficulty_R: np.ndarray, seed: int, until: int, then: Order) -> Order:
-    """Examples before `until` come from the easiest share of the rows, which grows; those behind it from `then`, anew.
+    """A curriculum: the first `until` examples come from a growing share of the easiest rows, later ones from `then`.
 
-    Example g is drawn at random from the ceil(`competence`(g / until) * R) rows of the smallest difficulty.
+    Example g < until is drawn at random from the ceil(`competence`(g / until) * R) easiest rows. Example until + i is
+    example i of `then`.
 
     Args:
-      difficulty_R: a number a row; of rows alike, the first ones count as easier.
-      seed: of what is drawn.
-      until: examples.
-      then: the order behind them.
+      difficulty_R: one number for each row; ties are broken by row number.
+      seed: of the random draws.
+      until: length of the curriculum, in examples.
+      then: the order of the examples after it.
     """
     ranked_R = np.argsort(difficulty_R, kind="stable")
 
@@ -92,16 +94,16 @@ def easy_first(difficulty_R: np.ndarray, seed: int, until: int, then: Order) -> 
 
 
 def competence(progress: float) -> float:
-    """Share of the rows that may be drawn, sqrt(c0^2 + (1 - c0^2) * progress) (Platanios et al. 2019, equation 8)."""
+    """Share of the rows that are drawn from, sqrt(c0^2 + (1 - c0^2) * progress) (Platanios et al. 2019, equation 8)."""
     return min(1.0, math.sqrt(_FIRST_SHARE**2 + (1 - _FIRST_SHARE**2) * progress))
 
 
 class Mixture(NamedTuple):
-    """Which share of the examples comes from which stream, from which example on.
+    """Mixing weights of several streams, by stage of the run.
 
     Attributes:
-      starts: first example of each stage; the first one is 0.
-      weights: of each stage, of each stream; those of a stage need not add up to 1.
+      starts: first example of each stage, beginning with 0.
+      weights: for each stage, the weight of each stream; they need not add up to 1.
     """
 
     starts: tuple[int, ...]
@@ -109,10 +111,10 @@ class Mixture(NamedTuple):
 
 
 def mixed(mixture: Mixture, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(stream, index in that stream) of each example, int64 [B] both.
+    """(stream, index in that stream) of each example, both int64 [B].
 
-    Of any first n examples of a stage each stream has its share to within one example for each stream before it, and
-    of two streams the second has floor(n * share). Worked, weights 3 and 2:
+    The mixture is deterministic: among the first n examples of a stage, each stream has its share to within one example
+    for each stream before it; of two streams, the second has exactly floor(n * share). Worked, weights 3 and 2:
 
         index       0  1  2  3  4  5  6  7
         stream      0  0  1  0  1  0  0  1
@@ -133,7 +135,7 @@ def mixed(mixture: Mixture, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def counts(mixture: Mixture, index: int) -> list[int]:
-    """How many of the examples before `index` each stream gave."""
+    """How many of the first `index` examples come from each stream."""
     total = [0] * len(mixture.weights[0])
     ends = (*mixture.starts[1:], index)
     for start, end, weights in zip(mixture.starts, ends, mixture.weights, strict=True):
@@ -147,7 +149,7 @@ def counts(mixture: Mixture, index: int) -> list[int]:
 
 @functools.lru_cache(maxsize=64)
 def _last_first(weights: tuple[Fraction, ...]) -> list[tuple[int, Fraction]]:
-    """(stream, its share of what the streams behind it leave over), the last stream first: the first one gets all."""
+    """(stream, its share of what the later streams leave), last stream first; so the first stream's share is 1."""
     shares = [weights[k] / total if (total := sum(weights[: k + 1])) else Fraction(0) for k in range(len(weights))]
     shares[0] = Fraction(1)
     return [(k, shares[k].limit_denominator(_MAX_DENOMINATOR)) for k in reversed(range(len(weights)))]

@@ -1,22 +1,22 @@
-"""Prepared data on disk: packed rows of token ids in shards, read by index through memory maps.
+"""Prepared data on disk: packed rows of token ids in shards, read by row number through memory maps.
 
-A folder holds `index.json`, written last, so that a folder without it is not prepared; the tokenizer; and one `.npy`
-file a shard, an array [R, W] of uint16 (uint32 where ids do not fit) of which a row is
+A folder holds the tokenizer, one `.npy` file for each shard, and `index.json`, which is written last: a folder without
+it is unfinished. A shard is an array [R, W] of uint16 (uint32 if ids do not fit), each row of which is
 
     L token ids | 2 halves of a checksum | S pairs of a length and a last target
 
-Worked, L 6, S 2, documents [a b] and [c], which begin with BOS (^) and end in EOS (.):
+Worked, with L = 6, S = 2 and the documents [a b] and [c], which begin with BOS (^) and end with EOS (.):
 
     stored        ^ a b ^ c 0 | checksum | 3 . 2 .
-    tokens        ^ a b ^ c 0     as they are stored
-    segment_ids   1 1 1 2 2 0     by the lengths
-    positions     0 1 2 0 1 0     by the lengths
-    targets       a b . c . 0     the next token, but where a document ends its last target
-    loss_weights  1 1 1 1 1 0     1 where a document is
+    tokens        ^ a b ^ c 0     as stored
+    segment_ids   1 1 1 2 2 0     from the lengths
+    positions     0 1 2 0 1 0     from the lengths
+    targets       a b . c . 0     the next token; at the end of a document, its last target
+    loss_weights  1 1 1 1 1 0     1 where there is a document
 
-so that a token costs two bytes and a batch is one copy and a few passes over it. The checksum is over the row, its
-number and the name of its shard: a bit that flips, and a row or a shard that stands in the place of another one, are
-seen whenever a row is read. The index holds a checksum of itself.
+A token takes two bytes, and a batch takes one copy and a few passes over it. The checksum covers the row, its number
+and the name of its shard, and is verified whenever a row is read: it detects flipped bits, and rows or shards that
+were swapped. The index has a checksum of its own.
 """
 
 import functools
@@ -39,16 +39,16 @@ FORMAT = 2
 INDEX = "index.json"
 _OPEN_SHARDS = 256  # each holds a file descriptor
 _HALVES = 2  # cells of a row that hold its checksum
-_ROW = np.uint32(0x9E3779B1)  # odd, so that each row of a shard has another checksum, 2^32 of them
+_ROW = np.uint32(0x9E3779B1)  # odd, so that the 2^32 first rows of a shard all start from different checksums
 
 
 class Layout(NamedTuple):
-    """What the rows of a folder have in common.
+    """Layout of all rows of a folder.
 
     Attributes:
       length: L, positions of a row.
-      shifted: whether a row has targets, its next tokens.
-      mask_documents: False = documents of a row see the ones before them: it is read as one segment.
+      shifted: whether rows have targets (next tokens).
+      mask_documents: False = a row is read as one segment, so that its documents attend to those before them.
     """
 
     length: int
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Columns of a row."""
+        """The columns that a row is decoded to."""
         return ("tokens", "segment_ids", "positions", *(("targets", "loss_weights") if self.shifted else ()))
 
 
@@ -65,19 +65,19 @@ class Layout(NamedTuple):
 
 
 def write(folder: Path, name: str, rows: Rows, counts: Mapping[str, int]) -> dict[str, Any]:
-    """Writes one shard, whole or not at all, and returns what the index keeps of it.
+    """Writes one shard atomically and returns its entry for the index.
 
     Args:
-      folder: of the prepared data.
-      name: of the shard, such as 'train-00003-of-00008'.
-      rows: as `lm.data.packing.pack` makes them, of a task that reads text; at least one.
-      counts: what else the index is to say of it, such as documents and bytes.
+      folder: folder of the prepared data.
+      name: name of the shard, such as 'train-00003-of-00008'.
+      rows: at least one row from `lm.data.packing.pack`, of a task that reads text.
+      counts: further counts for the index, such as documents and bytes.
 
     Raises:
-      ValueError: rows that cannot be read back as they are, such as of a task that trains on a part of them.
+      ValueError: the format cannot hold these rows, for example because only a part of each is trained on.
     """
     stored = stamp(encode(rows), rows["tokens"].shape[1], name)
-    temporary = folder / f"{name}.{os.getpid()}.tmp"  # two processes may be given the same shard
+    temporary = folder / f"{name}.{os.getpid()}.tmp"  # two processes may write the same shard
     with temporary.open("wb") as file:
         np.save(file, stored, allow_pickle=False)
         file.flush()
@@ -94,12 +94,11 @@ def write(folder: Path, name: str, rows: Rows, counts: Mapping[str, int]) -> dic
 
 
 def encode(rows: Rows) -> np.ndarray:
-    """Rows as they are stored but for their checksums, [R, W]. Raises ValueError where `decode` would not give them
-    back."""
+    """Rows as stored, [R, W], without their checksums. Raises ValueError if `decode` would not give the same rows."""
     tokens_RxL, segments_RxL = (rows[name].astype(np.int64) for name in ("tokens", "segment_ids"))
     num_rows, length = tokens_RxL.shape
     is_end_RxL = segments_RxL != np.pad(segments_RxL[:, 1:], ((0, 0), (0, 1)))
-    if "targets" in rows:  # of documents in one segment: the target is not the next token
+    if "targets" in rows:  # several documents in one segment: one ends where the target is not the next token
         is_end_RxL |= rows["targets"] != np.pad(tokens_RxL[:, 1:], ((0, 0), (0, 1)))
     is_end_RxL &= segments_RxL > 0
     counts_R = is_end_RxL.sum(axis=1)
@@ -119,19 +118,19 @@ def encode(rows: Rows) -> np.ndarray:
 
 
 def stamp(cells: np.ndarray, length: int, name: str) -> np.ndarray:
-    """Puts the checksums of the shard `name` into its rows [R, W], in place."""
+    """Writes the checksums into the rows [R, W] of the shard `name`, in place."""
     sums_R = checksums(cells, length, seeds(name, np.arange(len(cells))))
     cells[:, length], cells[:, length + 1] = sums_R & 0xFFFF, sums_R >> 16
     return cells
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Makes a folder prepared data.
+    """Writes the index, which completes a folder of prepared data.
 
     Args:
-      folder: with the tokenizer and the shards.
-      index: "parts": 'train' and 'valid' -> what `write` returned of each shard; "layout": length and shifted;
-        "settings": what else shaped the rows, 'packing' at least; and what a person should find there.
+      folder: holds the tokenizer and the shards.
+      index: "parts": 'train' and 'valid' -> entries of the shards, from `write`; "layout": length and shifted;
+        "settings": other settings that shaped the rows, at least 'packing'; and whatever else is worth recording.
     """
     whole = {**index, "format": FORMAT}
     temporary = folder / f"{INDEX}.tmp"
@@ -148,15 +147,15 @@ def _sha256(index: Mapping[str, Any]) -> str:
 
 
 class Table(NamedTuple):
-    """The rows of one part of a prepared folder.
+    """The rows of one split of a prepared folder.
 
     Attributes:
-      paths: of the shards.
-      starts: first row of each shard, and the number of all rows, int64 [shards + 1].
-      layout: of the rows.
-      seeds: what the checksums of the first row of each shard begin with, uint32 [shards].
-      skip: so many damaged rows are read as rows of padding, which train nothing; one more is an error.
-      damaged: those that were, 'file: row'.
+      paths: paths of the shards.
+      starts: first row of each shard, and the total number of rows, int64 [shards + 1].
+      layout: layout of the rows.
+      seeds: initial value of the checksum of the first row of each shard, uint32 [shards].
+      skip: how many damaged rows to read as padding, which trains nothing; one more is an error.
+      damaged: the damaged rows found so far, 'file: row'.
     """
 
     paths: tuple[str, ...]
@@ -170,18 +169,18 @@ class Table(NamedTuple):
         return int(self.starts[-1])
 
     def take(self, row_ids: np.ndarray) -> Rows:
-        """Rows by number, as columns of a batch, [B, L].
+        """Reads rows by number, as columns of a batch, [B, L].
 
         Raises:
-          DataError: a row whose checksum is not what it was and that `skip` does not allow for, by file and number; or
-            a file that is gone.
+          DataError: a row has a wrong checksum, and `skip` such rows have been left out already; or a shard cannot be
+            read. The message names the file and the row.
         """
         shard_B = np.searchsorted(self.starts, row_ids, side="right") - 1
         inside_B = row_ids - self.starts[shard_B]
         rows_in = np.diff(self.starts).tolist()
         opened = {shard: _opened(self.paths[shard], rows_in[shard]) for shard in np.unique(shard_B).tolist()}
         rows = [opened[shard][at] for shard, at in zip(shard_B.tolist(), inside_B.tolist(), strict=True)]
-        if len({shard.shape[1] for shard in opened.values()}) > 1:  # narrow ones lack pairs, which have no length then
+        if len({shard.shape[1] for shard in opened.values()}) > 1:  # shards of fewer pairs: add pairs of length 0
             width = max(shard.shape[1] for shard in opened.values())
             rows = [np.pad(row, (0, width - len(row))) for row in rows]
         cells = np.concatenate(rows).reshape(len(rows), -1)
@@ -205,12 +204,12 @@ class Table(NamedTuple):
 
 @functools.lru_cache(maxsize=_OPEN_SHARDS)
 def _opened(path: str, num_rows: int) -> np.ndarray:
-    """The rows of a shard; its header must say what its size does, so that no damage to it moves or hides a row."""
+    """Memory map of a shard, whose header must agree with its size, so that damage cannot shift or hide rows."""
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
         is_whole = stored.ndim == 2 and len(stored) == num_rows and stored.dtype in (np.uint16, np.uint32)
         is_whole = is_whole and stored.offset + stored.nbytes == os.path.getsize(path)
-    except Exception as error:  # of bytes that are no header, numpy's reader raises anything
+    except Exception as error:  # numpy may raise anything on a damaged header
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}; copy it again") from error
     if not is_whole:
         found = f"{stored.dtype} {stored.shape}"
@@ -219,11 +218,11 @@ def _opened(path: str, num_rows: int) -> np.ndarray:
 
 
 def decode(cells: np.ndarray, layout: Layout) -> Rows:
-    """Columns of a batch from stored rows [B, W]: int32 [B, L], loss_weights float32; see the top of this file."""
+    """Decodes stored rows [B, W] to columns of a batch, int32 [B, L] (loss_weights float32); see the file's top."""
     num_rows, length = len(cells), layout.length
     tokens_BxL = cells[:, :length].astype(np.int32)
     lengths_BxS, last_BxS = cells[:, length + _HALVES :: 2].astype(np.int64), cells[:, length + _HALVES + 1 :: 2]
-    # Every row as runs, one a document and one of what is left: those of no length vanish.
+    # Run lengths of every row: one run for each document and one for the padding. Runs of length 0 vanish.
     runs_BxT = np.column_stack([lengths_BxS, length - lengths_BxS.sum(axis=1)])
     ends_BxT = np.cumsum(runs_BxT).reshape(runs_BxT.shape)
     number_T = np.arange(1, runs_BxT.shape[1] + 1, dtype=np.int32)
@@ -260,16 +259,16 @@ def _ramp(size: int) -> np.ndarray:
 
 
 def checksums(cells: np.ndarray, length: int, seed_B: np.ndarray) -> np.ndarray:
-    """Of stored rows [B, W] but for the checksum in them, uint32 [B]; zeros at the end change nothing.
+    """Checksums of stored rows [B, W], uint32 [B], over all cells except the checksum; trailing zeros do not count.
 
-    Every cell times an odd number of its own, modulo 2^32: a change of one cell always shows.
+    The sum of cell times an odd number of its own, modulo 2^32: a change of a single cell is always detected.
     """
     odd_W = _odd(cells.shape[1], length)
     return seed_B + np.einsum("bw,w->b", cells.astype(np.uint32), odd_W)
 
 
 def seeds(name: str, row_B: np.ndarray) -> np.ndarray:
-    """What the checksums of rows of the shard `name` begin with, uint32 [B]: no row fits in the place of another."""
+    """Initial values of the checksums of rows of the shard `name`, uint32 [B], so that a misplaced row is detected."""
     return np.uint32(zlib.crc32(name.encode())) + row_B.astype(np.uint32) * _ROW
 
 
@@ -284,12 +283,12 @@ def _odd(width: int, length: int) -> np.ndarray:
 
 
 class Prepared(NamedTuple):
-    """A prepared folder, opened.
+    """An opened folder of prepared data.
 
     Attributes:
-      path: of it.
-      about: what its index says of it.
-      fingerprint: sha256 hex over the rows and how they were shaped; not over where they lie.
+      path: path of the folder.
+      about: content of its index.
+      fingerprint: sha256 (hex) of the rows and their layout, independent of the path.
     """
 
     path: str
@@ -297,7 +296,7 @@ class Prepared(NamedTuple):
     fingerprint: str
 
     def table(self, half: str, *, mask_documents: bool = True, skip: int = 0) -> Table:
-        """The rows of 'train' or 'valid', read as `Table` says."""
+        """The rows of the split `half`, 'train' or 'valid'; for the other arguments see `Layout` and `Table`."""
         entries = self.about["parts"][half]
         paths = tuple(str(epath.Path(self.path).expanduser() / f"{entry['name']}.npy") for entry in entries)
         starts = np.cumsum([0, *(entry["rows"] for entry in entries)], dtype=np.int64)
@@ -305,7 +304,7 @@ class Prepared(NamedTuple):
         return Table(paths, starts, Layout(**self.about["layout"], mask_documents=mask_documents), firsts, skip, set())
 
     def counts(self, half: str) -> dict[str, float]:
-        """Sums over the shards of all that they count, and the fill of their rows."""
+        """All counts in the index, summed over the shards, and the fill of the rows."""
         entries = self.about["parts"][half]
         names = [name for name, value in entries[0].items() if isinstance(value, int)] if entries else []
         total: dict[str, float] = {name: sum(entry[name] for entry in entries) for name in names}
@@ -315,13 +314,13 @@ class Prepared(NamedTuple):
 
     @property
     def report(self) -> str:
-        """What was found, for a person."""
+        """A line that says what was found."""
         rows = {half: f"{sum(e['rows'] for e in shards):,}" for half, shards in self.about["parts"].items()}
         return f"prepared data in {self.path}: {rows['train']} train and {rows['valid']} valid rows"
 
 
 def read_index(folder: epath.Path) -> dict[str, Any]:
-    """The index of a prepared folder. Raises DataError where it is not the one that was written."""
+    """Reads the index of a prepared folder. Raises DataError if it is damaged or of another format version."""
     file = folder / INDEX
     try:
         index = json.loads(file.read_text())
@@ -336,7 +335,11 @@ def read_index(folder: epath.Path) -> dict[str, Any]:
 
 
 def open_folder(path: str) -> Prepared:
-    """Raises DataError where it is no prepared folder, of another version, or a shard is missing or cut short."""
+    """Opens a folder of prepared data.
+
+    Raises:
+      DataError: it is not a prepared folder, it has another format version, or a shard is missing or truncated.
+    """
     folder = epath.Path(path).expanduser()
     if not (folder / INDEX).exists():
         raise DataError(f"data path '{path}': no {INDEX} in it; expected a folder that tools/prepare_data.py finished")

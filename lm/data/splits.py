@@ -1,6 +1,6 @@
-"""Identity of records, and which of them are held out: functions of their content alone.
+"""Identity of records and the split into training and held-out ones, both functions of the content alone.
 
-A record's identity is for grouping, scoring and logs; its `source` (file and line) is for messages only.
+A record's identity serves grouping, scoring and logs; its `source` (file and line) serves messages only.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from lm.data.record import DataError, Record
 
 _NOT_CONTENT = ("source", "identity")
 
-# What records have in common that must not be on both sides of a split: the first of these that a record has.
+# Records that share one of these must be on the same side of a split. The first field that a record has counts.
 _GROUPED_BY = {
     "group": "group",  # named by the user, see `data.rename`
-    "context": "context",  # questions on one paragraph
-    "text": "text",  # the same text under another label, beside another text, or with another translation
+    "context": "context",  # questions about one paragraph
+    "text": "text",  # the same text with another label, another second text or another translation
     "words": "sentence",
     "messages": "prompt",  # see `_prompt`
     "image": "image",
@@ -27,12 +27,12 @@ _GROUPED_BY = {
 
 
 def digest(record: Record) -> bytes:
-    """sha256 of a record's content: of all its fields but its source and identity."""
+    """sha256 of a record's content: all its fields except its source and identity."""
     return _sha256({field: value for field, value in record.items() if field not in _NOT_CONTENT})
 
 
 def identify(records: Iterable[Record]) -> None:
-    """Gives every record its `identity`: a hash of its content, and a number from the second of equal records on.
+    """Sets `identity` on every record: a hash of its content, followed by a number for the second and later duplicates.
 
     The identity depends neither on file names nor on the order of different records, and no two records share one.
     """
@@ -44,14 +44,14 @@ def identify(records: Iterable[Record]) -> None:
 
 
 def grouping(record: Record) -> str:
-    """What the record is grouped by: 'text', 'context', 'user', ..."""
+    """The name of what the record is grouped by: 'text', 'context', 'user', ..."""
     return next((_GROUPED_BY[field] for field in _GROUPED_BY if field in record), "record")
 
 
 def group(record: Record) -> bytes:
-    """sha256 of what the record shares with others that must be on its side of a split.
+    """sha256 of what the record is grouped by; records of one group stay on the same side of a split.
 
-    Worked: two questions on one paragraph have one group, and so has one text under two labels.
+    Worked: two questions about one paragraph are one group, and so is one text with two labels.
     """
     for field in _GROUPED_BY:
         if field in record:
@@ -60,15 +60,15 @@ def group(record: Record) -> bytes:
 
 
 def _prompt(messages: list[Record]) -> list[Record]:
-    """The messages before the first answer: another answer to the same prompt is of the same group."""
+    """The messages before the first answer, so that two answers to the same prompt are one group."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
     return messages[:first] or messages
 
 
 def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """(train, valid): held out are the groups whose sha256, read as a number in [0, 1), is below `fraction`.
+    """Splits records into (train, valid). A group is held out if its hash is below `fraction`, see `is_below`.
 
-    At least one group falls on each side: the smallest hash is held out, the largest is trained on.
+    Each side gets at least one group: the smallest hash is always held out, the largest never.
 
     Raises:
       DataError: there are fewer than two groups.
@@ -88,7 +88,7 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
 
 
 def describe_groups(train: list[Record], valid: list[Record]) -> str:
-    """What the groups of a split are, and how many there are on each side."""
+    """A line for the report: what records were grouped by, and how many groups each side has."""
     kinds = sorted({grouping(record) for record in (*train, *valid)})
     sizes = [len({group(record) for record in records}) for records in (train, valid)]
     return f"split by {', '.join(kinds)}: {sizes[0]:,} distinct to train on, {sizes[1]:,} held out"
@@ -100,13 +100,13 @@ def is_below(digest_of_it: bytes, fraction: float) -> bool:
 
 
 def smallest(records: list[Record], count: int) -> list[Record]:
-    """The `count` records of the smallest digests, in their order: a smaller number gives a subset of a larger one."""
+    """The `count` records with the smallest digests, in their order, so that a smaller count gives a subset."""
     chosen = sorted(range(len(records)), key=lambda i: digest(records[i]))[:count]
     return [records[i] for i in sorted(chosen)]
 
 
 def fingerprint(name: str, *splits: list[Record]) -> str:
-    """sha256 hex over the name of the format, the contents of each split and their order."""
+    """sha256 (hex) of the name of the format and of the records of each split, in order."""
     whole = hashlib.sha256(name.encode())
     for records in splits:
         whole.update(b"\0split\0")

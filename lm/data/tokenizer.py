@@ -1,4 +1,4 @@
-"""SentencePiece BPE that loses nothing: any Unicode text round trips, and no text can produce a control symbol."""
+"""Lossless SentencePiece BPE: any Unicode text round-trips, and no text can produce a control symbol."""
 
 import dataclasses
 import functools
@@ -17,14 +17,14 @@ from lm.config.schema import ConfigError
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
 
-# SentencePiece writes a space as U+2581 and reads U+2581 back as a space. In text the character itself is spelled in
-# bytes, so that it comes back as it went in.
+# SentencePiece writes a space as U+2581 and decodes U+2581 to a space. The character itself is therefore encoded as
+# bytes, so that it round-trips.
 _SPACE = "\u2581"
-# The trainer silently skips a sentence that holds this character, and one of more than 4192 bytes.
+# The trainer silently skips sentences that contain this character, and those of more than 4192 bytes.
 _SKIPPED = "\u2585"
-_PIECE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)  # at most 4000 bytes, cut before white space if it can
-_LONG = 1 << 16  # characters that SentencePiece is given at once, if there is a place to cut
-# Foreign models often strip, collapse or normalise some of these.
+_PIECE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)  # at most 4000 bytes, cut before white space if any
+_LONG = 1 << 16  # characters that SentencePiece encodes at once, if the text can be cut there
+# Models of other projects often strip, collapse or normalise some of these.
 _PROBE = f" a  b\r\n\t\u2460\ufb01e\u0301\u00c5\u65e5{_SPACE}<s>{END_OF_TURN} "
 
 
@@ -34,7 +34,7 @@ class Tokenizer:
 
     Attributes:
       model: the serialized SentencePiece model.
-      extra_ids: ids after the model's own, that no text can produce: first the mask, then the sentinels.
+      extra_ids: how many ids follow those of the model: first the mask, then the sentinels. No text can produce them.
     """
 
     model: bytes = dataclasses.field(repr=False)
@@ -46,11 +46,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _inside(self) -> frozenset[str] | None:
-        """Every two characters that stand side by side in a piece; None where that does not tell where text may be cut.
+        """All pairs of adjacent characters within pieces; None if they do not tell where a text may be cut.
 
-        BPE merges neighbours to longer pieces of the vocabulary, so that nothing joins two characters that no piece
-        has side by side: cut between them, a text has the same ids. It must not be normalised before, and each
-        unknown character must become bytes of its own.
+        BPE only merges neighbours into pieces of the vocabulary. Two characters that are adjacent in no piece are never
+        merged, so a text cut between them has the same ids. This requires a model without normalization that encodes
+        unknown characters as bytes.
         """
         from sentencepiece import sentencepiece_model_pb2
 
@@ -63,9 +63,9 @@ class Tokenizer:
         return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
     def _cut(self, text: str) -> Iterator[str]:
-        """A text in parts whose ids are together those of the whole.
+        """Cuts a text into parts whose ids, concatenated, are those of the whole text.
 
-        Of a whole text SentencePiece takes some 45 bytes of memory a character, and ever more time.
+        Encoding a long text at once takes about 45 bytes of memory per character, and more than linear time.
         """
         inside, start = self._inside, 0
         while start < len(text):
@@ -80,11 +80,11 @@ class Tokenizer:
         return [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS or EOS; never a control symbol, whatever the text spells."""
+        """Ids of a text, without BOS and EOS. They contain no control symbol, whatever the text says."""
         return list(self.ids(text))
 
     def ids(self, text: str) -> Iterator[int]:
-        """The ids of `encode` one at a time: a list of them would take ten times the memory of the text."""
+        """Like `encode`, but yields the ids: a list of them would take ten times the memory of the text."""
         return itertools.chain.from_iterable(self._encoded(text))
 
     def _encoded(self, text: str) -> Iterator[list[int]]:
@@ -98,15 +98,15 @@ class Tokenizer:
                 yield from map(self._sp.encode, self._cut(part))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `encode`, and for each the characters [start, end) of `text` that it stands for.
+        """The ids of `encode`, and the character range [start, end) of `text` for each.
 
-        A character spelled in several bytes has several ids, all of its one range. Worked, with pieces 'ab' and ' c'
-        and no piece for 'é', whose UTF-8 is the bytes c3 a9:
+        The ids of a character that is encoded as bytes all have its range. Worked, with pieces 'ab' and ' c' and no
+        piece for 'é', which is c3 a9 in UTF-8:
 
             text 'abé c'   ids  ab  <0xC3>  <0xA9>  ' c'   ranges  (0, 2) (2, 3) (2, 3) (3, 5)
 
         Raises:
-          ValueError: the ids stand for other text than this, as the model of another project's tokenizer may do.
+          ValueError: the ids do not decode to this text, which may happen with models of other projects.
         """
         ids = self.encode(text)
         raw_n = np.frombuffer(text.encode(), np.uint8)
@@ -118,18 +118,18 @@ class Tokenizer:
         return ids, list(zip(character_n[starts].tolist(), (character_n[ends - 1] + 1).tolist(), strict=True))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Inverse of `encode`. Control symbols give ''; bytes that are not UTF-8 give U+FFFD."""
+        """Inverse of `encode`. Control symbols decode to '', invalid UTF-8 to U+FFFD."""
         return self._sp.decode([int(i) for i in ids if i < self._sp.vocab_size()])
 
     def piece(self, token_id: int) -> str:
-        """How one id is written in the model, for display: U+2581 is a space, <0x0A> a byte, <|user|> a control."""
+        """The piece of one id, for display: U+2581 is a space, <0x0A> a byte, <|user|> a control symbol."""
         extra = int(token_id) - self._sp.vocab_size()
         if extra >= 0:
             return f"<|extra_{extra}|>" if extra else "<|mask|>"
         return self._sp.id_to_piece(int(token_id))
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes of text each id stands for, 0 for controls; sums to `len(text.encode())`."""
+        """int32 [vocab_size]: UTF-8 bytes that each id stands for (controls: 0); over a text they sum to its bytes."""
         return self._byte_sizes.copy()
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class Tokenizer:
         return sizes
 
     def save(self, path: Any) -> None:
-        """Writes the model whole or not at all, to any path that `etils.epath` opens."""
+        """Writes the model atomically, to any path that `etils.epath` opens."""
         from etils import epath
 
         scratch = epath.Path(f"{path}.tmp")
@@ -157,31 +157,29 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int:
-        """What stands for a token to be guessed; also BERT's [MASK]."""
+        """Id of the mask, BERT's [MASK]. Raises ConfigError if `extra_ids` is 0."""
         if not self.extra_ids:
             raise ConfigError("this task hides tokens behind a mask, which needs 'tokenizer.extra_ids' of at least 1")
         return self._sp.vocab_size()
 
     @property
     def sentinel_ids(self) -> np.ndarray:
-        """int32: what stands for a hidden span, one after the other; as many as 'tokenizer.extra_ids' leaves."""
+        """int32 [extra_ids - 1]: T5's sentinels, each of which stands for one masked span."""
         return np.arange(self._sp.vocab_size() + 1, self.vocab_size, dtype=np.int32)
 
     @functools.cached_property
     def is_control_V(self) -> np.ndarray:
-        """bool [vocab_size]: ids that stand for no text, the extra ones among them."""
+        """bool [vocab_size]: ids that stand for no text, extra ids included."""
         sp = self._sp
         own = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(sp.vocab_size())]
         return np.array([*own, *[True] * self.extra_ids])
 
     def may_generate(self, ends: Iterable[int], symbols: Iterable[str] = ()) -> np.ndarray:
-        """bool [vocab_size]: the ids that a model may choose when it writes text.
-
-        These are all that stand for text, bytes among them, and what is asked for.
+        """bool [vocab_size]: ids that a model may generate: all that stand for text, bytes included, and those below.
 
         Args:
-          ends: ids that end what is written.
-          symbols: which control symbols to allow as well, see `lm.config.GenerateConfig`.
+          ends: ids that end the generation.
+          symbols: control symbols to allow as well, see `lm.config.GenerateConfig`.
 
         Raises:
           ConfigError: 'mask' or 'sentinels' without `extra_ids`.
@@ -223,17 +221,17 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 of the model, hexadecimal."""
+        """sha256 (hex) of the model."""
         return hashlib.sha256(self.model).hexdigest()
 
 
 def train(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
-    """Trains a BPE of exactly `vocab_size` ids on at most `max_bytes` of the texts; the same texts give the same bytes.
+    """Trains BPE with exactly `vocab_size` ids on at most `max_bytes` of the texts. The same texts give the same model.
 
-    When there is more text than that, texts are chosen by a fixed shuffle, so that a sorted corpus is seen evenly.
+    If there is more text, a sample is taken with a fixed shuffle, so that all of a sorted corpus is represented.
 
     Raises:
-      ConfigError: `vocab_size` is larger or smaller than these texts allow, or there is no text.
+      ConfigError: `vocab_size` is too large or too small for these texts, or there is no text.
     """
     model = io.BytesIO()
     try:
@@ -265,7 +263,7 @@ def load(path: Any) -> Tokenizer:
     """Reads a model that `Tokenizer.save` wrote, from any path that `etils.epath` opens.
 
     Raises:
-      ConfigError: there is no such file, it is no SentencePiece model, it lacks a control symbol, or it loses text.
+      ConfigError: the file is missing or not a SentencePiece model; the model lacks a control symbol or loses text.
     """
     from etils import epath
 

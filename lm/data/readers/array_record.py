@@ -1,6 +1,6 @@
-"""ArrayRecord files to records: each one of the file's own records, or a fault with its number.
+"""Reads ArrayRecord files: yields each record of the file, or a fault with its number.
 
-The format checks itself: what is read is what was written, or is refused.
+The format has checksums, so damage is detected.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ _READ_AT_ONCE = 256  # records
 
 
 def read_array_record(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
-    """Records of a file of JSON objects (what begins with '{'), as the lines of a JSON lines file, or of UTF-8 texts.
+    """Reads a file whose records are JSON objects (they begin with '{'), like lines of JSON Lines, or UTF-8 texts.
 
     Args:
       path: the file.
@@ -32,14 +32,14 @@ def read_array_record(path: epath.Path, rename: Mapping[str, str]) -> Iterator[R
 def read_range(
     path: epath.Path, start: int, stop: int | None, parse: Callable[[bytes], Record], total: int | None = None
 ) -> Iterator[Record | Fault]:
-    """Records `start` to `stop` (not included) of a file; in messages and sources they are numbered from 1.
+    """Reads the records start ... stop - 1 of a file; messages and sources number them from 1.
 
     Args:
       path: the file.
-      start: from 0.
-      stop: None = all.
-      parse: a record's bytes -> its fields, or BadRecord.
-      total: how many records the file should have; None = any number.
+      start: first record, counted from 0.
+      stop: end, exclusive; None = to the end of the file.
+      parse: bytes of a record -> its fields; raises BadRecord.
+      total: expected number of records in the file; None = any.
 
     Raises:
       DataError: the file cannot be read, or has another number of records.
@@ -70,7 +70,7 @@ def read_range(
 
 
 def _read(reader: Any, numbers: range) -> list[bytes | RuntimeError]:
-    """The bytes of records, or the error in place of them."""
+    """The bytes of each record, or the error that reading it raised."""
     try:
         return reader.read(numbers.start, numbers.stop)
     except RuntimeError as error:

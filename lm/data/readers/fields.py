@@ -1,6 +1,6 @@
-"""Fields of one record, checked: text, conversations, labels, tags, entities, answers.
+"""Validates and normalises the fields of one record: text, conversations, labels, tags, entities, answers.
 
-Every text is cleaned alike (see `clean`). Where that takes characters away, offsets into the text are moved with it.
+Every text is cleaned (see `clean`). Where that removes characters, offsets into the text are shifted accordingly.
 """
 
 import functools
@@ -15,11 +15,11 @@ from lm.data.tokenizer import ROLES
 
 
 class BadRecord(Exception):
-    """Raised with (kind, message), or (kind, message, byte offset of the fault), while one record is parsed."""
+    """One record cannot be used. Raised with (kind, message) or (kind, message, byte offset of the fault)."""
 
 
 def clean(text: str, what: str) -> str:
-    """Text with CRLF as LF. Raises BadRecord on NUL, or a surrogate that UTF-8 cannot write."""
+    """Replaces CRLF by LF. Raises BadRecord if the text contains NUL or a lone surrogate."""
     at = text.find("\0")
     if at >= 0:
         found = f"found NUL (U+0000) inside {what}; expected text without it"
@@ -33,7 +33,7 @@ def clean(text: str, what: str) -> str:
 
 
 def string(value: Mapping[str, Any], field: str, name: str = "") -> str:
-    """A field that holds text, cleaned; `name` is what messages call it. Raises BadRecord."""
+    """The text in a field, cleaned; error messages call it `name`. Raises BadRecord if it is empty or not a string."""
     text = value[field]
     if not isinstance(text, str):
         raise BadRecord("wrong type", f"'{name or field}' is {_shown(text)}; expected a string")
@@ -43,12 +43,12 @@ def string(value: Mapping[str, Any], field: str, name: str = "") -> str:
 
 
 def normalise(value: Any, rename: Mapping[str, str]) -> dict[str, Any]:
-    """An object as the record of the first of `FORMS` of which it has all fields. Raises BadRecord.
+    """Converts an object to a record, by the first of `FORMS` whose fields it has. Raises BadRecord.
 
     Args:
-      value: anything.
-      rename: field it has -> field expected. Fields that are not renamed keep their names; those that no form has are
-        ignored. Any record may have a 'group': records of one group are on one side of a split.
+      value: the parsed object.
+      rename: name of a field in the object -> field of a record. Other fields keep their names; fields of no form are
+        ignored. Any record may have a 'group': records of one group stay on the same side of a split.
     """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a JSON object")
@@ -60,7 +60,7 @@ def normalise(value: Any, rename: Mapping[str, str]) -> dict[str, Any]:
 
 
 def columns(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
-    """Those of a table's columns that `normalise` reads in its rows. Raises BadRecord where no record can be made."""
+    """The columns of a table that `normalise` reads. Raises BadRecord if they make no record."""
     _form(_renamed(dict.fromkeys(names), rename))
     read = {*_OPTIONAL, *(field for form in FORMS for field in form)}
     found = [name for name in names if name in rename or name in read]
@@ -85,13 +85,13 @@ def _form(value: Mapping[str, Any]) -> tuple[str, ...]:
     raise BadRecord("missing field", f"{_found(value)}; expected {_EXPECTED}")
 
 
-# The names of the classes that numbers stand for: of a number its names, of a list [that of an item], of an object
-# {field: that of its value}; None = the value is no class.
+# Names of classes that are stored as numbers. For a number: the names; for a list: [those of its items]; for an object:
+# {field: those of its value}; None = not a class.
 Names = tuple[str, ...] | list[Any] | dict[str, Any] | None
 
 
 def named(value: Any, names: Names, what: str) -> Any:
-    """A value with the names of its classes in place of their numbers; -1 is what data sets write for 'unknown': None.
+    """Replaces class numbers in a value by their names; -1, which data sets write for 'unknown', becomes None.
 
     Worked: {"label": 1, "text": "a"} with {"label": ("neg", "pos")} is {"label": "pos", "text": "a"}.
 
@@ -111,8 +111,8 @@ def named(value: Any, names: Names, what: str) -> Any:
 
 # Conversations --------------------------------------------------------------------------------------------------------
 
-_CALLS = ("function_call", "tool_call")  # speakers whose whole text is a call of a tool
-# Who speaks, in 'role' or in ShareGPT's 'from' -> one of ROLES, or tool.
+_CALLS = ("function_call", "tool_call")  # speakers whose whole text is a tool call
+# Values of 'role', or of ShareGPT's 'from' -> one of ROLES, or 'tool'.
 SPEAKERS = {
     **{role: role for role in (*ROLES, "tool")},
     "developer": "system",
@@ -120,16 +120,15 @@ SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", *_CALLS), "assistant"),
     **dict.fromkeys(("function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
-# Keys of a message that switch its training on and off: OpenAI's and SlimOrca's 'weight', a number; Axolotl's and
-# ms-swift's, true or false. Other keys of such names are refused.
+# Keys that say whether a message is trained on: 'weight', a number, of OpenAI and SlimOrca; and these booleans of
+# Axolotl and ms-swift. Other keys with similar names are refused.
 _SWITCHES = ("train", "training", "train_on_turn", "loss")
 _LOSS_KEY = re.compile(r"(^|_)(train|loss|weight|mask)", re.IGNORECASE)
 _ASSISTANT_ONLY = ("tool_calls", "function_call", "refusal", "audio")
 
 
 def _conversation(value: dict[str, Any], field: str) -> dict[str, Any]:
-    """The messages of OpenAI's format or of ShareGPT's, each {"role", "content"}, and "weight": 0 on an answer that is
-    not to be trained on."""
+    """Messages in OpenAI's or ShareGPT's format as {"role", "content"}, with "weight": 0 on answers not to train on."""
     turns = _as_objects(value, field)[field]
     if not isinstance(turns, list) or not turns:
         raise BadRecord("wrong type", f"'{field}' is {_shown(turns)}; expected a list of at least one message")
@@ -169,7 +168,7 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
 
 
 def _content(value: Any, name: str, role: str) -> str:
-    """A text, null for none, or a list of parts, which are joined as they are."""
+    """The text of a message: a string, null (no text) or a list of parts, which are concatenated."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -191,7 +190,7 @@ def _content(value: Any, name: str, role: str) -> str:
 
 
 def _spoken_beside(turn: dict[str, Any], where: str) -> list[str]:
-    """What an assistant says in other fields than its content: a refusal, calls of tools."""
+    """What an assistant says outside of 'content': a refusal and tool calls, as texts."""
     if turn.get("audio"):
         raise BadRecord("unsupported content", f"'{where}.audio' is set; expected text: a chat is trained on as text")
     refusal = _content(turn.get("refusal"), f"{where}.refusal", "assistant")
@@ -204,12 +203,12 @@ def _spoken_beside(turn: dict[str, Any], where: str) -> list[str]:
 
 
 def _call(text: str) -> str:
-    """A call of a tool as text, as Hermes and Qwen write it."""
+    """A tool call as text, as Hermes and Qwen write it."""
     return f"<tool_call>\n{text}\n</tool_call>"
 
 
 def _function(call: Any, name: str) -> str:
-    """{"name": ..., "arguments": ...} of a call, the arguments spelled as they came."""
+    """{"name": ..., "arguments": ...} of a tool call as text; arguments that are a string stay as they are."""
     if isinstance(call, dict) and call.get("type") not in (None, "function"):
         found = f"'{name}.type' is {_shown(call['type'])}"
         raise BadRecord("unsupported content", f"{found}; expected 'function', the one kind of call that is read")
@@ -233,15 +232,15 @@ def _function(call: Any, name: str) -> str:
 def _json(value: Any, what: str) -> str:
     try:
         return clean(json.dumps(value, ensure_ascii=False), what)
-    except TypeError as error:  # a column may hold what JSON does not have: bytes, a date
+    except TypeError as error:  # values of table columns that JSON cannot represent: bytes, dates
         raise BadRecord("wrong type", f"{what} is {_shown(value)}: {error}; expected what JSON can write") from None
 
 
 def _is_trained(turn: dict[str, Any], where: str, role: str) -> bool:
-    """Whether a message is to be trained on, by its own keys; unless they say no, an assistant's is.
+    """Whether the keys of a message allow training on it; without such keys, they do.
 
     Raises:
-      BadRecord: a key has another value than yes or no, asks for training on another role, or is not known.
+      BadRecord: a key is unknown, has an invalid value, or asks for training on a role other than assistant.
     """
     says: dict[str, bool] = {}
     for key, value in turn.items():
@@ -267,7 +266,7 @@ def _is_trained(turn: dict[str, Any], where: str, role: str) -> bool:
 
 
 def _results_in_call_order(messages: list[dict[str, Any]], turns: list[Any]) -> list[dict[str, Any]]:
-    """The messages; the results of several calls in the order of the calls, for their text does not have the ids."""
+    """Sorts the results of several tool calls in the order of the calls, since the text does not contain call ids."""
     group, rank, keys = 0, dict[str, int](), []
     for message, turn in zip(messages, turns, strict=True):
         if message["role"] != "tool":
@@ -280,7 +279,7 @@ def _results_in_call_order(messages: list[dict[str, Any]], turns: list[Any]) -> 
 
 
 def _preface(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """System messages of what a record keeps beside its messages: a system prompt, and the tools there are."""
+    """System messages from the other fields of a record: the system prompt and the list of tools."""
     system = _content(value.get("system"), "system", "system")
     found = [system] if system.strip() else []
     for field in ("tools", "functions"):
@@ -320,8 +319,8 @@ def _exchange(request: str, answer: str) -> list[dict[str, Any]]:
 def question(value: Any) -> dict[str, Any]:
     """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord.
 
-    No answers: the context does not answer the question (SQuAD 2.0). `is_impossible` must not say otherwise where it is
-    given; `plausible_answers` are wrong answers and are not read.
+    No answers means that the context does not answer the question (SQuAD 2.0); `is_impossible`, if given, must agree.
+    `plausible_answers` are wrong answers and are not read.
     """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a question, an object")
@@ -366,7 +365,7 @@ def _tagged_words(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _paragraphs(value: dict[str, Any], field: str) -> str:
-    """A text, or a list of them, each on a line of its own."""
+    """A text, or a list of texts joined by newlines."""
     if not isinstance(value[field], list) or not value[field]:
         return string(value, field)
     return "\n".join(string({field: part}, field, f"{field}[{i}]") for i, part in enumerate(value[field]))
@@ -385,7 +384,7 @@ def _interaction(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _image(value: dict[str, Any]) -> dict[str, Any]:
-    """The bytes of an image file, alone or in {"bytes", "path"} as Hugging Face keeps them, and its label, if any."""
+    """The bytes of an image file, plain or in Hugging Face's {"bytes", "path"}, and the label, if any."""
     image = value["image"]
     if isinstance(image, dict) and image.get("bytes") is None:
         found = f"'image' has no 'bytes' (its 'path' is {_shown(image.get('path'))})"
@@ -398,7 +397,7 @@ def _image(value: dict[str, Any]) -> dict[str, Any]:
     return {"image": content} | ({"label": _one_label(value["label"])} if "label" in value else {})
 
 
-# The fields that tell a kind of record -> how it is read. An object that has those of several is of the first kind.
+# Required fields of a kind of record -> how it is converted. The first kind whose fields an object has is used.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("messages",): functools.partial(_conversation, field="messages"),
     ("conversations",): functools.partial(_conversation, field="conversations"),
@@ -408,11 +407,11 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("question", "context", "answers"): question,
     ("words", "tags"): _tagged_words,
     ("text", "entities"): _entities,
-    ("text",): _text,  # and 'text_pair', 'negative' and 'label', where it has them
+    ("text",): _text,  # and 'text_pair', 'negative' and 'label', if present
     ("user", "item", "time"): _interaction,
-    ("image",): _image,  # and 'label', where it has one
+    ("image",): _image,  # and 'label', if present
 }
-_OPTIONAL = (  # read where they are
+_OPTIONAL = (  # read if present
     *("input", "system", "history", "tools", "functions"),
     *("text_pair", "negative", "label", "id", "is_impossible", "group"),
 )
@@ -433,7 +432,7 @@ def _label(value: Any, name: str) -> str:
 
 
 def _one_label(value: Any) -> str | bool | None:
-    """The label of a text: as text, or as it is where it is a boolean; None for null, NaN and an empty cell."""
+    """A label as text; booleans stay as they are; None for null, NaN and an empty cell."""
     is_nan = isinstance(value, float) and math.isnan(value)
     if value is None or is_nan or (isinstance(value, str) and not value.strip()):
         return None
@@ -443,7 +442,7 @@ def _one_label(value: Any) -> str | bool | None:
 def _objects(
     value: dict[str, Any], field: str, needed: tuple[str, ...], least: int = 1
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(name, object) of a list of objects that have the fields `needed`."""
+    """(name for messages, object) for each item of a list of objects, all of which must have the fields `needed`."""
     found = value[field]
     if not isinstance(found, list) or len(found) < least:
         raise BadRecord("wrong type", f"'{field}' is {_shown(found)}; expected a list of objects, at least {least}")
@@ -456,7 +455,7 @@ def _objects(
 
 
 def _as_objects(value: dict[str, Any], field: str) -> dict[str, Any]:
-    """The value, where the field is an object of lists (so do TFDS and Hugging Face keep it) a list of objects there.
+    """Turns a field that is an object of lists, as TFDS and Hugging Face store it, into a list of objects.
 
     Worked: {"text": ["a", "b"], "at": [1, 2]} is [{"text": "a", "at": 1}, {"text": "b", "at": 2}].
     """
@@ -470,7 +469,7 @@ def _as_objects(value: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def _moved(value: dict[str, Any], field: str, raw: str, name: str) -> int:
-    """An offset into the text as it came, as one into the cleaned text. Raises BadRecord outside of it."""
+    """Converts an offset into the raw text to one into the cleaned text. Raises BadRecord if it is outside the text."""
     offset = value[field]
     if isinstance(offset, bool) or not isinstance(offset, int):
         raise BadRecord("wrong type", f"'{name}.{field}' is {_shown(offset)}; expected a whole number")

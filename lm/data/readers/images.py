@@ -1,9 +1,9 @@
-"""Files of images to records {"image": uint8 [H, W, C], "label": str, "source": file}, and every fault they can have.
+"""Reads images as records {"image": uint8 [H, W, C], "label": str, "source": file}, and reports every fault.
 
-Three forms: an image file, labelled by the name of its folder; a .tar of such files; and a pair of files in the format
-of MNIST, `*-images-idx3-ubyte` with `*-labels-idx1-ubyte` beside it. Each may be packed as .gz or .zst.
+Three forms: an image file, labelled by the name of its folder; a .tar of such files; and a pair of files in MNIST's
+format, `*-images-idx3-ubyte` with `*-labels-idx1-ubyte` beside it. Each may be compressed as .gz or .zst.
 
-`pixels` decodes the content of an image file, wherever it was kept: parquet, Arrow and TFDS readers use it, too.
+`pixels` decodes the content of an image file; the Parquet, Arrow and TFDS readers use it, too.
 """
 
 import io
@@ -23,28 +23,28 @@ from lm.data.readers.fields import BadRecord
 from lm.data.readers.text import chunks, read_bytes, unpacked_name
 from lm.data.record import DataError, Fault, NotRead, Record
 
-_KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # what Pillow may take an image for
+_KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # formats that Pillow may open
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*IMAGE_SUFFIXES, ".tar", "-images-idx3-ubyte")
 _EXPECTED = "expected a JPEG or PNG image (or GIF, WebP, BMP, TIFF)"
-_TAR_BYTES = 1 << 20  # of a .tar held at once, beside the image that is read
-_IMAGES_MAGIC, _LABELS_MAGIC = 0x803, 0x801  # unsigned bytes, in three and in one dimension
-_ORIENTATION = 0x0112  # EXIF: from 5 on, height and width change places
+_TAR_BYTES = 1 << 20  # of a .tar in memory at once, beside the current image
+_IMAGES_MAGIC, _LABELS_MAGIC = 0x803, 0x801  # uint8 arrays of three dimensions and of one
+_ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap height and width
 _FIRST_TURNED = 5
 
 
 def read_images(
     path: epath.Path, shape: tuple[int, int, int], max_expansion: int = DataConfig.max_expansion
 ) -> Iterator[Record | Fault | NotRead]:
-    """The images of a file, by its name; a name of no known ending is taken for an image file's.
+    """Reads the images of a file; a file without a known suffix is read as an image file.
 
     Args:
-      path: see the head of this module.
+      path: one of the three forms of the module docstring.
       shape: height, width and channels of every image, see `pixels`.
       max_expansion: data.max_expansion.
 
     Raises:
-      DataError: a file that leaves nothing to go on with: a damaged .tar, a damaged or wrong MNIST pair.
+      DataError: a .tar or an MNIST pair is damaged, or the pair does not match.
     """
     name = unpacked_name(path)
     if name.endswith(".tar"):
@@ -56,18 +56,18 @@ def read_images(
 
 
 def labels_beside(path: epath.Path) -> epath.Path:
-    """The file of the labels of a file of images in the format of MNIST."""
+    """The label file that belongs to an image file in MNIST's format."""
     return path.parent / path.name.replace("-images-idx3-", "-labels-idx1-")
 
 
 def pixels(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image file's content as uint8 [H, W, C].
+    """Decodes the content of an image file to uint8 [H, W, C].
 
-    It is turned as its EXIF orientation says, what is transparent shows white behind it, and it is made grey where C is
-    1 and RGB where it is 3. Colour profiles are not applied.
+    The EXIF orientation is applied, transparency is blended with white, and the image is converted to grey (C = 1) or
+    RGB (C = 3). Colour profiles are not applied.
 
     Raises:
-      BadRecord: it is no image, or damaged; of another size; of more than 8 bits a channel; of several frames or pages.
+      BadRecord: it is not an image, is damaged, has another size, more than 8 bits per channel, or several frames.
     """
     from PIL import Image, ImageOps
 
@@ -78,12 +78,12 @@ def pixels(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
             image: Any = Image.open(io.BytesIO(content), formats=_KINDS)
         if sorted(image.size) != sorted((width, height)):
             raise _wrong_size(image.size, shape)
-        # Pillow would keep the upper half of 16 bits of RGB, and cut grey off at 255.
+        # Pillow would keep the upper 8 of 16 bits of RGB, and clip grey at 255.
         is_wide = ";16" in str(image.tile)
         if is_wide or image.mode[0] in "IF":
             found = f"found {'16 bits a channel, ' * is_wide}pixels of mode {image.mode}"
             raise BadRecord("wrong depth", f"{found}; expected 8 bits a channel")
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo, and smaller ones or its depth
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with previews or a depth map
             found = f"found {image.n_frames} frames or pages in one {image.format} file"
             raise BadRecord("several images", f"{found}; expected one image")
         image = ImageOps.exif_transpose(image)
@@ -96,7 +96,7 @@ def pixels(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise BadRecord("wrong size", f"{error}; expected task.image_shape, {height} x {width}") from None
-    except Exception as error:  # what a decoder of Pillow stumbles over comes as it is: OSError, SyntaxError, ...
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError and many others
         raise BadRecord("damaged image", f"{type(error).__name__}: {error}; {_EXPECTED}") from None
 
 
@@ -106,12 +106,12 @@ def _wrong_size(size: tuple[int, int], shape: tuple[int, int, int]) -> BadRecord
 
 
 def with_pixels(record: Record, shape: tuple[int, int, int]) -> Record:
-    """A record whose image, if it has one, is decoded. Raises BadRecord."""
+    """Decodes the image of a record, if it has one. Raises BadRecord."""
     return record | {"image": pixels(record["image"], shape)} if "image" in record else record
 
 
 class _Unpacked:
-    """What tarfile reads a .tar from, forwards; it keeps the last bytes, to see how the file ends."""
+    """A forward-only file object for tarfile, which keeps the last bytes read so that the end can be checked."""
 
     def __init__(self, found: Iterator[bytes]) -> None:
         self.found, self.ready, self.last, self.position = found, b"", b"", 0
@@ -127,7 +127,7 @@ class _Unpacked:
         return given
 
     def ends_at(self, offset: int) -> bool:
-        """Whether there is, from there on, at least a byte, and nothing but zeros: reads what is left."""
+        """Whether at least one byte follows `offset`, and only zeros do. Reads the rest of the file."""
         rest = self.last[offset - self.position + len(self.last) :]
         is_zero, size = not rest.strip(b"\0"), len(rest)
         while more := self.read(_TAR_BYTES):
@@ -148,7 +148,7 @@ def _tar(path: epath.Path, shape: tuple[int, int, int], max_expansion: int) -> I
                     yield NotRead(str(path), member.name)
                     continue
                 file = tar.extractfile(member)
-                assert file is not None  # for it is a file
+                assert file is not None  # since it is a file
                 empty = False
                 splits.add(paths.split_of_folders(name))
                 if paths.TRAIN in splits and len(splits - {""}) > 1:
@@ -159,7 +159,7 @@ def _tar(path: epath.Path, shape: tuple[int, int, int], max_expansion: int) -> I
             end = tar.offset
     except tarfile.TarError as error:
         raise DataError(f"{path}: damaged tar data ({error}); expected a whole .tar file") from error
-    # tarfile takes a damaged header, or a file cut off between two members, for the end.
+    # tarfile takes a damaged header, or truncation between two members, for the end of the archive.
     if not unpacked.ends_at(end):
         raise DataError(f"{path}: damaged or truncated tar data at byte {end}; expected a whole .tar")
     if empty:
@@ -167,7 +167,7 @@ def _tar(path: epath.Path, shape: tuple[int, int, int], max_expansion: int) -> I
 
 
 def _image(content: bytes, name: PurePosixPath, where: str, shape: tuple[int, int, int]) -> Record | Fault:
-    """An image file's content as a record, labelled by the last folder in its name ('' = there is none)."""
+    """Decodes an image file to a record, labelled by the last folder in its name ('' = there is none)."""
     try:
         return {"image": pixels(content, shape), "label": name.parent.name, "source": where}
     except BadRecord as error:
@@ -190,7 +190,7 @@ def _mnist(path: epath.Path, shape: tuple[int, int, int], max_expansion: int) ->
 
 
 def _idx(path: epath.Path, magic: int, max_expansion: int) -> np.ndarray:
-    """The uint8 array in a file of the format IDX: a magic number, the sizes, all as big-endian int32; the values."""
+    """The uint8 array of an IDX file: a magic number and the sizes, as big-endian uint32, then the values."""
     content = read_bytes(path, max_expansion)
     rank = magic & 0xFF
     header = np.frombuffer(content[: 4 * (1 + rank)], ">u4") if len(content) >= 4 * (1 + rank) else np.zeros(1, ">u4")

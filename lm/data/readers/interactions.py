@@ -1,4 +1,4 @@
-"""Interactions of users with items: tables of user, item and time to one sequence of items a user."""
+"""Reads interactions of users with items: tables of user, item and time become one sequence of items per user."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ MIN_ITEMS = 3  # one to train on, one to validate, one to test
 
 
 class Sequences(NamedTuple):
-    """What `leave_one_out` makes, and how many users and interactions it left out."""
+    """Result of `leave_one_out`: records of each split, and how many users and interactions were left out."""
 
     train: list[Record]
     valid: list[Record]
@@ -26,13 +26,12 @@ class Sequences(NamedTuple):
 def read_interactions(
     path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS
 ) -> Iterator[Record | Fault]:
-    """Rows of a table, see `lm.data.readers.tables.read_table`.
+    """Reads rows of a table, see `lm.data.readers.tables.read_table`.
 
     Args:
       path: .csv or .tsv; its name may end in .gz or .zst.
-      rename: column -> 'user', 'item' or 'time', for those that have another name in the file. Other columns are
-        ignored.
-      opening: how the file is opened.
+      rename: column -> 'user', 'item' or 'time', for columns with other names. Other columns are ignored.
+      opening: options for opening the file.
 
     Yields:
       {"user": str, "item": str, "time": int or float}.
@@ -49,7 +48,7 @@ def read_interactions(
 
 
 def _number(text: str) -> Any:
-    """Whole numbers exactly: as floats two times of nanoseconds could be one. None where it is no finite number."""
+    """Parses a number; None if it is not finite. Integers stay exact: as floats, two times in ns could be equal."""
     for parse in (int, float):
         try:
             value = parse(text)
@@ -60,19 +59,19 @@ def _number(text: str) -> Any:
 
 
 def leave_one_out(rows: Iterable[Record]) -> Sequences:
-    """Each user's items in the order of time (of the rows, where that is equal); the last two are not trained on.
+    """Sorts each user's items by time (ties: by row) and holds out the last two.
 
-    The second-last item validates and the last one tests, each after all items before it (Kang and McAuley 2018,
-    section IV-A). Worked: u chose a at 3, b at 1, c at 2, d at 4:
+    The second-last item is the target of validation and the last that of testing, each predicted from all items before
+    it (Kang and McAuley 2018, section IV-A). Worked: u chose a at time 3, b at 1, c at 2 and d at 4:
 
         train  {"items": [b, c], "user": u}
         valid  {"items": [b, c], "user": u, "target": a}
         test   {"items": [b, c, a], "user": u, "target": d}
 
-    Users of fewer than `MIN_ITEMS` interactions are left out. An item chosen twice is in the sequence twice.
+    Users with fewer than `MIN_ITEMS` interactions are left out. An item chosen twice is in the sequence twice.
 
     Args:
-      rows: as `read_interactions` gives them, of all files.
+      rows: rows of all files, from `read_interactions`.
     """
     chosen: dict[str, list[tuple[Any, str, str]]] = {}
     for row in rows:

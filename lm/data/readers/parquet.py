@@ -1,6 +1,6 @@
-"""Parquet files and Arrow streams to records, a batch of rows at a time; a row's columns are a JSON line's fields.
+"""Reads Parquet files and Arrow streams in batches of rows; columns are read like the fields of JSON Lines.
 
-Numbers that a Hugging Face data set has names for (`ClassLabel`) become their names.
+Class numbers of Hugging Face data sets (`ClassLabel`) become names.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from lm.data.readers.fields import BadRecord, Names
 from lm.data.record import NOTHING, DataError, Fault, Record
 
 _ROWS_AT_ONCE = 256
-_BUFFER_BYTES = 1 << 20  # of a column that is read while its rows are
+_BUFFER_BYTES = 1 << 20  # read ahead of each column
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _Shape = tuple[int, int, int]
 
 
 def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Path]]:
-    """Split -> its files, of a data set that Hugging Face's `save_to_disk` wrote; else as `files.find_splits`.
+    """Split -> its files, for a data set that Hugging Face's `save_to_disk` wrote; otherwise as `paths.find_splits`.
 
     Raises:
-      DataError: a file that the set should have is not there.
+      DataError: a file of the data set is missing.
     """
     try:
         folder = epath.Path(path).expanduser()
@@ -46,19 +46,19 @@ def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Pat
                 for key, name in zip(keys, splits, strict=True)
             }
         is_saved = (folder / "state.json").is_file()
-    except (KeyError, NotImplementedError, OSError):  # of which find_files says what it is
+    except (KeyError, NotImplementedError, OSError):  # find_files reports these
         return paths.find_splits(path, suffixes)
     return {"": _saved_files(folder)} if is_saved else paths.find_splits(path, suffixes)
 
 
 def described_in(path: epath.Path) -> list[epath.Path]:
-    """Where `save_to_disk` describes the data of a file."""
+    """The files in which `save_to_disk` describes the data of a file."""
     folder = path.parent
     return [folder / "state.json", folder / "dataset_info.json", folder.parent / "dataset_dict.json"]
 
 
 def _saved_files(folder: epath.Path) -> list[epath.Path]:
-    """The files that the state.json of `save_to_disk` names, in its order."""
+    """The files listed in the state.json of `save_to_disk`, in its order."""
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: a selection of the rows of its files; save it again after flatten_indices()")
@@ -88,12 +88,12 @@ def _json(path: epath.Path) -> dict[str, Any]:
 def read_parquet(
     path: epath.Path, rename: Mapping[str, str], shape: _Shape = NOTHING.image_shape
 ) -> Iterator[Record | Fault]:
-    """Rows of a parquet file.
+    """Reads the rows of a Parquet file.
 
     Args:
       path: the file.
-      rename: column -> field expected. Columns that no record has are not read.
-      shape: of an image, where there is one, see `image_files.pixels`.
+      rename: column -> field of a record. Columns of no record are not read.
+      shape: shape of images, if there are any, see `images.pixels`.
 
     Raises:
       DataError: the file cannot be read to its end, or its columns make no record.
@@ -111,7 +111,7 @@ def read_parquet(
 def read_arrow(
     path: epath.Path, rename: Mapping[str, str], shape: _Shape = NOTHING.image_shape
 ) -> Iterator[Record | Fault]:
-    """Rows of a file in Arrow's stream format, such as Hugging Face's `save_to_disk` writes. See `read_parquet`."""
+    """Reads the rows of a file in Arrow's stream format, as Hugging Face's `save_to_disk` writes it, see above."""
     with _reading(path, "arrow"), path.open("rb") as file:
         import pyarrow
 
@@ -120,7 +120,7 @@ def read_arrow(
         batches = (_checked(batch).select(names) for batch in stream)
         parse = functools.partial(_record, names=_class_names(stream.schema), rename=rename, shape=shape)
         yield from _rows(batches, parse, path, None)
-        # A stream that is cut off between two batches ends like a whole one.
+        # A stream that is truncated between two batches seems to end regularly.
         end = file.tell()
         file.seek(-len(_END_OF_STREAM), 2)
         if file.read() != _END_OF_STREAM or file.tell() != end:
@@ -128,14 +128,14 @@ def read_arrow(
 
 
 def _checked(batch: Any) -> Any:
-    """The batch; offsets that lead out of it would be followed unseen."""
+    """Validates a batch: pyarrow would follow offsets that point outside of it."""
     batch.validate(full=True)
     return batch
 
 
 @contextlib.contextmanager
 def _reading(path: epath.Path, kind: str) -> Iterator[None]:
-    """What pyarrow stumbles over, as DataError that names the file."""
+    """Turns pyarrow's errors into a DataError that names the file."""
     try:
         import pyarrow
     except ImportError:
@@ -169,7 +169,7 @@ def _rows(
                 number += 1
                 yield text.to_record(functools.partial(parse, batch), row, path, number)
     except Exception as error:
-        error.add_note(f" behind row {number}")  # for `_reading`, which knows the file but not how far it was
+        error.add_note(f" behind row {number}")  # for `_reading`, which knows the file but not the row
         raise
     if total is not None and number != total:
         raise DataError(f"{path}: read {number:,} rows; expected {total:,}, as the file says")
@@ -188,15 +188,15 @@ def _record(batch: Any, row: int, names: Names, rename: Mapping[str, str], shape
 
 
 def _class_names(schema: Any) -> Names:
-    """The names of classes that a Hugging Face data set keeps in the schema's metadata."""
+    """The class names that a Hugging Face data set keeps in the metadata of the schema."""
     try:
         return _names(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (LookupError, TypeError, ValueError):  # of another writer
+    except (LookupError, TypeError, ValueError):  # written by something else
         return None
 
 
 def _names(feature: Any) -> Names:
-    """{"names": [...], "_type": "ClassLabel"}, alone or in lists and objects, which carry a '_type' or none."""
+    """Class names from features such as {"names": [...], "_type": "ClassLabel"}, also nested in lists and objects."""
     if isinstance(feature, list):
         return [_names(feature[0])]
     if not isinstance(feature, dict):

@@ -1,4 +1,4 @@
-"""Which files a data path names: a file, a folder, a glob, or the two sides of a parallel corpus."""
+"""Finds the files of a data path: a file, a folder, a glob, or the two sides of a parallel corpus."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from lm.data.readers.text import refuse_special
 from lm.data.record import DataError
 
 _PACKED = ("", ".gz", ".zst")
-_MOST_NAMES = 3  # of files that are not read, in a report, of each ending
+_MOST_NAMES = 3  # names that the report shows of the unread files of each suffix
 _ENDINGS = re.compile(r"\{([^{},]+),([^{},]+)\}")  # of the two sides of a parallel corpus: {en,de}
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")  # as Hugging Face names them: unsupervised-00000-of-00002.parquet
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -23,12 +23,12 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("valset", "devset", "heldout", "holdout", "testa"), VALIDATION),  # testa: CoNLL-2003's
     **dict.fromkeys(("test", "testing", "testset", "testb", "t10k"), TEST),
 }
-# Names of prose and of single images are free: a word in one of them alone tells no split ('how_to_test.md').
+# Text and image files may be named anything: a word within the name does not make a split ('how_to_test.md').
 _NAMED_FREELY = (".txt", ".text", ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Pair(NamedTuple):
-    """Two files whose lines translate each other."""
+    """Two files whose lines are translations of each other."""
 
     source: epath.Path
     target: epath.Path
@@ -38,13 +38,14 @@ class Pair(NamedTuple):
 
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    """The files of a path, sorted: a file, a glob's matches, or all in a folder and below that end in `suffixes`.
+    """Finds the files of a path, sorted: the file itself, the matches of a glob, or all files in and below a folder
+    whose names end in one of `suffixes`.
 
-    Either suffix may be followed by .gz or .zst, in small letters or capitals. Names that start with a dot are passed
-    over; `left_out` tells which files of a folder were.
+    A suffix may be in upper or lower case and be followed by .gz or .zst. Hidden files (names that start with a dot)
+    are skipped; `left_out` lists the skipped files of a folder.
 
     Raises:
-      DataError: there is no such path, or no such file in it; one is a FIFO, a socket or a device.
+      DataError: the path does not exist or has no such file, or a file is a FIFO, socket or device.
     """
     try:
         root = epath.Path(path).expanduser()
@@ -67,13 +68,13 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
 
 
 def find_splits(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Path]]:
-    """Split -> its files, where a folder holds several splits; else {'': all files}, as `find_files` gives them.
+    """Split -> its files, if a folder holds several splits; otherwise {'': all files}, as from `find_files`.
 
-    A split is told by the name of a folder or file: root/val/cat/1.png, test.csv, train-00000-of-00002.parquet,
-    cifar10_train_500.tar. A file or a glob is what the user chose: it is never split.
+    The split is in the name of a folder or file: root/val/cat/1.png, test.csv, train-00000-of-00002.parquet,
+    cifar10_train_500.tar. A single file or a glob was chosen by the user and is never split.
 
     Raises:
-      DataError: as `find_files`; some files belong to a split and others to none.
+      DataError: as `find_files`; or some files belong to a split and others to none.
     """
     found = find_files(path, suffixes)
     root = epath.Path(path).expanduser()
@@ -81,7 +82,7 @@ def find_splits(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Pa
 
 
 def by_split(root: epath.Path, found: Iterable[epath.Path]) -> dict[str, list[epath.Path]]:
-    """`find_splits` of the files found in a folder."""
+    """`find_splits` for the files found in a folder."""
     paths = {file: PurePath(os.path.relpath(file, root)) for file in found}
     of = {file: _split_in_words(path) for file, path in paths.items()}
     if TRAIN not in of.values() and set(of.values()) != {VALIDATION, TEST}:
@@ -89,7 +90,7 @@ def by_split(root: epath.Path, found: Iterable[epath.Path]) -> dict[str, list[ep
             file: _split_in_whole_names(path) if PurePath(_unpacked(path.name)).suffix in _NAMED_FREELY else of[file]
             for file, path in paths.items()
         }
-    # Shards of another name are a split too, such as 'unsupervised', beside 'train' and wherever hubs write them.
+    # Shards of any other name, such as 'unsupervised', are a split too, beside a 'train' split or in Parquet files.
     of = {
         file: split or (_shard_of(file.name) if TRAIN in of.values() or file.suffix == ".parquet" else "")
         for file, split in of.items()
@@ -109,9 +110,9 @@ def by_split(root: epath.Path, found: Iterable[epath.Path]) -> dict[str, list[ep
 
 
 def split_named(name: str) -> str:
-    """The split that a name has among its words: 'train' of 'trainData.csv', 'validation' of 'held_out'; '' = none.
+    """The split that a word of a name stands for: 'trainData.csv' -> 'train', 'held_out' -> 'validation'; '' = none.
 
-    A name of two splits ('train_test_split') tells none.
+    A name with words of two splits ('train_test_split') stands for none.
     """
     joined = re.sub(r"(?i)h[eo]ld[^a-z0-9]?out", "heldout", name)
     words = re.findall(r"(?<![a-z])t10k|[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", joined).lower())
@@ -120,7 +121,7 @@ def split_named(name: str) -> str:
 
 
 def split_of_folders(path: PurePath) -> str:
-    """The split that the topmost folder of such a name in a path tells; '' = none."""
+    """The split of the topmost folder in a path that is named after one; '' = none."""
     return next((split for folder in path.parts[:-1] if (split := split_named(folder))), "")
 
 
@@ -129,7 +130,7 @@ def _split_in_words(path: PurePath) -> str:
 
 
 def _split_in_whole_names(path: PurePath) -> str:
-    """As `_split_in_words`, where a folder's whole name is a split's, or the file's without its suffix."""
+    """Like `_split_in_words`, but the whole name of a folder, or of the file without its suffix, must be a split's."""
     names = [*path.parts[:-1], _shard_of(path.name) or path.name.split(".")[0]]
     whole = (_SPLIT_NAMES.get(name.lower().rstrip("0123456789"), "") for name in names)
     return next((split for split in whole if split), "")
@@ -140,7 +141,7 @@ def _unpacked(name: str) -> str:
 
 
 def _matches(root: epath.Path) -> list[epath.Path] | None:
-    """What a glob matches, sorted; None where it is no glob."""
+    """The matches of a glob, sorted; None if the path is not a glob."""
     first_magic = next((i for i, part in enumerate(root.parts) if set(part) & set("*?[")), None)
     if first_magic is None:
         return None
@@ -149,10 +150,11 @@ def _matches(root: epath.Path) -> list[epath.Path] | None:
 
 
 def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[Pair]:
-    """Files of 'DIR/train.{en,de}.gz', where the braces name the two sides.
+    """Pairs of files of a path such as 'DIR/train.{en,de}.gz', where the braces name the two sides.
 
     Raises:
-      DataError: not one pair of braces in `path`, no such files, or more of one side than of the other.
+      DataError: `path` does not have exactly one pair of braces, there are no such files, or the two sides have
+        different numbers of files.
     """
     if len(_ENDINGS.findall(path)) != 1:
         raise DataError(f"data path '{path}': expected the two sides once in braces, such as DIR/train.{{en,de}}.gz")
@@ -163,7 +165,7 @@ def file_pairs(path: str, suffixes: tuple[str, ...]) -> list[Pair]:
 
 
 def target_side(path: str) -> str:
-    """What the braces of 'DIR/test.{en,de}.gz' hold for the second side: 'de'. '' without braces."""
+    """The second name in the braces of a path: 'de' for 'DIR/test.{en,de}.gz'; '' without braces."""
     found = _ENDINGS.search(path)
     return found[2] if found else ""
 
@@ -174,13 +176,13 @@ def _shard_of(name: str) -> str:
 
 
 def files_of(unit: Any) -> list[epath.Path]:
-    """The files that a unit of data is read from, where it says so."""
+    """The files that a unit of data is read from, as far as the unit names them."""
     parts = unit if isinstance(unit, tuple) else (unit,)
     return [part for part in parts if isinstance(part, epath.Path)]
 
 
 def left_out(path: str, used: Iterable[epath.Path]) -> str:
-    """A line on the files of a folder, or the matches of a glob, that are not among `used`; '' where there are none.
+    """One line about the files of a folder, or the matches of a glob, that are not among `used`; '' if there are none.
 
     Worked: '4 files in DIR not read: 2 .csv (a.csv, b.csv), 1 without ending (README), 1 hidden'.
     """
@@ -193,7 +195,7 @@ def left_out(path: str, used: Iterable[epath.Path]) -> str:
 
 
 def describe_left_out(where: str, names: Iterable[str]) -> str:
-    """See `left_out`. A name that ends in / is a folder's; one below a name that starts with a dot is hidden."""
+    """See `left_out`. A name that ends in / is a folder; a name with a part that starts with a dot is hidden."""
     by_kind: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_kind[_kind(name)].append(name)
@@ -218,7 +220,7 @@ def _kind(name: str) -> str:
 
 
 def _names_below(folder: epath.Path) -> Iterator[str]:
-    """Names, from `folder` on, of all files below it; with a / at the end, of folders not entered: hidden, linked."""
+    """Relative names of all files below `folder`, and, with a / added, of folders not entered (hidden or links)."""
     for directory, folders, names in folder.walk(on_error=_fail):
         below = directory.relative_to(folder)
         yield from (str(below / name) for name in names)

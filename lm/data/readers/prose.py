@@ -1,4 +1,4 @@
-"""Python source to English prose: docstrings, comment blocks, and the first sentence of a docstring."""
+"""Extracts English prose from Python source: docstrings, comment blocks, and first sentences of docstrings."""
 
 import ast
 import inspect
@@ -34,10 +34,10 @@ class Document(NamedTuple):
 
 
 def read_source(name: str, path: Path) -> Document:
-    """The docstrings and comment blocks of a source file, in the order they stand.
+    """Reads the docstrings and comment blocks of a source file, in order.
 
     Raises:
-      SyntaxError, UnicodeError, tokenize.TokenError, OSError: this Python cannot read the file.
+      SyntaxError, UnicodeError, tokenize.TokenError, OSError: this version of Python cannot read the file.
     """
     with tokenize.open(path) as file:  # the encoding that the file declares
         source = file.read()
@@ -60,12 +60,12 @@ def _scopes(parent: ast.AST, name: str) -> Iterator[tuple[_Scope, str]]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield node, f"{name}.{node.name}"
             yield from _scopes(node, f"{name}.{node.name}")
-        elif not isinstance(node, ast.expr):  # what an 'if', 'try' or 'with' defines belongs to the scope around it
+        elif not isinstance(node, ast.expr):  # definitions inside 'if', 'try' or 'with' belong to the enclosing scope
             yield from _scopes(node, name)
 
 
 def _comment_blocks(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of comments that stand on lines of their own, adjoining lines together, where they are prose."""
+    """(line, text) of comments on lines of their own that are prose; adjacent lines are one block."""
     block: list[str] = []
     start = end = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -86,13 +86,13 @@ def _prose_block(line: int, block: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def is_prose(text: str, at_least: float = 0.75) -> bool:
-    """Whether this share of the characters that are not white space are letters; False where there are none."""
+    """Whether at least this share of the characters other than white space are letters; False for an empty text."""
     characters = "".join(text.split())
     return bool(characters) and sum(c.isalpha() for c in characters) >= at_least * len(characters)
 
 
 def _is_code(text: str) -> bool:
-    """Whether Python can parse it: code that was commented out."""
+    """Whether Python can parse the text, which is then code that was commented out."""
     try:
         ast.parse(inspect.cleandoc(text))
     except (SyntaxError, ValueError):
@@ -101,10 +101,10 @@ def _is_code(text: str) -> bool:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of a docstring on one line, or '' when it does not begin with a sentence of prose.
+    """The first sentence of a docstring on one line, or '' if it does not begin with a sentence of prose.
 
-    A full stop after an abbreviation, or one of '...' or 'etc.' before a small letter, ends no sentence. A first
-    line without a full stop counts when it is a paragraph of its own.
+    A full stop after an abbreviation, and '...' or 'etc.' before a lower-case letter, do not end a sentence. A first
+    line without a full stop counts if it is a paragraph of its own.
 
     Example: 'Split the text, e.g. at\\n  blanks.  Slow.' -> 'Split the text, e.g. at blanks.'
     """
@@ -126,7 +126,7 @@ def first_sentence(docstring: str) -> str:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """The beginnings of `text` that end where a sentence ends, shortest first."""
+    """The prefixes of `text` that end at the end of a sentence, shortest first."""
     for match in _SENTENCE_END.finditer(text):
         begun, follows = text[: match.end()], text[match.end() :].lstrip()
         goes_on = follows[:1].islower() and begun.endswith(("...", "etc."))

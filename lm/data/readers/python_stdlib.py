@@ -1,12 +1,13 @@
-"""The corpus every CPython carries: its language reference, and the docstrings and comments of its standard library.
+"""The built-in corpus: Python's language reference, and the docstrings and comments of its standard library.
 
-About 2.5 MB of English technical prose, and some 5,000 real instruction pairs: the signature of a function or class
-asks, the first sentence of its docstring answers. A document is a topic of `pydoc_data.topics`, or one source file:
-its docstrings and comment blocks in the order they stand. Train and valid are split by document, by a hash of its
-name, and text and pairs share that split: what is held out of one was never trained on in the other.
+It comes with every CPython: about 2.5 MB of English technical prose, and some 5,000 instruction pairs, in which the
+signature of a function is the request and the first sentence of its docstring the answer. A document is a topic of
+`pydoc_data.topics`, or the docstrings and comment blocks of one source file in order. Documents are split into train
+and valid by a hash of their names; text and pairs share the split, so that what one holds out the other does not train
+on.
 
-A paragraph that stands in several documents stays in the first, train documents going first, so no paragraph of
-valid (of `_MIN_REPEAT` characters or more) is trained on. No answer of valid stands anywhere in train.
+A paragraph that occurs in several documents is kept only in the first, training documents first, so that no paragraph
+of valid (of `_MIN_REPEAT` characters or more) is trained on. No answer of valid occurs anywhere in train.
 """
 
 import gzip
@@ -30,13 +31,13 @@ from typing import Any, NamedTuple
 from lm.data.readers.prose import Document, first_sentence, is_prose, read_source
 from lm.data.record import Record
 
-BUILDER_VERSION = 1  # raise it when anything here changes what is built: older caches are then left alone
+BUILDER_VERSION = 1  # increase it with every change of what is built, so that older caches are not used
 VALID_FRACTION = 0.08  # of documents; fixed, so that pre-training and fine-tuning hold out the same files
 PARTS = ("text", "instructions")
 
-_MIN_SOURCES = 100  # fewer source files than this: a stripped or zipped library, so docstrings are imported instead
-_MIN_REPEAT = 40  # characters of a paragraph from which on a repetition is dropped
-_MIN_DOCUMENT = 200  # characters; what repetitions left of a shorter document is headings
+_MIN_SOURCES = 100  # with fewer source files (a stripped or zipped library), modules are imported instead
+_MIN_REPEAT = 40  # characters; repetitions of shorter paragraphs are kept
+_MIN_DOCUMENT = 200  # characters; once repetitions are dropped, shorter documents consist of headings
 _MAX_SIGNATURE = 300  # characters
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 _SKIPPED_FILES = re.compile(r"(sitecustomize|usercustomize|_sysconfigdata.*|.*_topics)\.py$")
@@ -65,9 +66,9 @@ class Corpus(NamedTuple):
 
 
 def load() -> Corpus:
-    """The corpus of the running Python, from the cache where it is whole, else built and cached.
+    """Loads the corpus of the running Python from the cache, or builds and caches it.
 
-    Only a corpus built from sources is cached. A cache that is damaged or cannot be written is told in the report.
+    Only a corpus built from sources is cached. The report says if the cache was damaged or cannot be written.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     path = cache_path(stdlib)
@@ -89,7 +90,7 @@ def load() -> Corpus:
 
 
 def build(stdlib: Path) -> tuple[Corpus, bool]:
-    """(corpus, whether it came from sources). Without sources the docstrings of a fixed list of modules are used."""
+    """Builds (corpus, whether it is from sources). Without sources, docstrings of a fixed list of modules are used."""
     topics, notes = _topics()
     sources = list(_sources(stdlib))
     from_sources = len(sources) >= _MIN_SOURCES
@@ -115,7 +116,7 @@ def build(stdlib: Path) -> tuple[Corpus, bool]:
 
 
 def is_valid(name: str) -> bool:
-    """Whether a document is held out: the first 8 bytes of its name's sha256, as a number in [0, 1), decide."""
+    """Whether a document is held out, by the first 8 bytes of the sha256 of its name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < VALID_FRACTION * 2**64
 
 
@@ -128,7 +129,7 @@ def _collect(read: Callable[[Any], Document], items: Iterable[Any]) -> tuple[lis
     for item in items:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what old modules do wrong, or deprecate, is no business of ours
+                warnings.simplefilter("ignore")  # old modules may warn when they are compiled or imported
                 documents.append(read(item))
         except (ImportError, OSError, SyntaxError, UnicodeError, ValueError, tokenize.TokenError) as error:
             unread.append(f"{item if isinstance(item, str) else item[0]} ({type(error).__name__})")
@@ -136,7 +137,7 @@ def _collect(read: Callable[[Any], Document], items: Iterable[Any]) -> tuple[lis
 
 
 def _topics() -> tuple[list[Document], list[str]]:
-    """The language reference, longest topic first: many are sections of another, whose paragraphs are dropped then."""
+    """The language reference, longest topic first, since many topics are sections of others and then dropped."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
@@ -146,7 +147,7 @@ def _topics() -> tuple[list[Document], list[str]]:
 
 
 def _sources(stdlib: Path) -> Iterator[tuple[str, Path]]:
-    """(path inside the library, path) of its source files, sorted; no tests, generated tables or installed packages."""
+    """(path within the library, path) of source files, sorted; no tests, generated tables or installed packages."""
     for path in sorted(stdlib.rglob("*.py")):
         inside = path.relative_to(stdlib)
         folders = inside.parts[:-1]
@@ -156,7 +157,7 @@ def _sources(stdlib: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_module(name: str) -> Document:
-    """The docstrings of an imported module, where its source is missing; named like its source file."""
+    """The docstrings of an imported module whose source is missing, as a document named like its source file."""
     module = importlib.import_module(name)
     prose, functions = [], []
     for qualified, value in _members(name, module):
@@ -170,7 +171,7 @@ def _read_module(name: str) -> Document:
 
 
 def _members(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any]]:
-    """(qualified name, value) of a module, of what it defines, and of its classes' methods; sorted."""
+    """(qualified name, value) of a module, of the names it defines, and of the methods of its classes, sorted."""
     yield name, module
     for key, value in sorted(vars(module).items()):
         is_definition = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
@@ -223,7 +224,7 @@ def _unrepeated(prose: list[str], seen: set[str]) -> str:
     for paragraph in (p for piece in prose for p in re.split(r"\n\s*\n", piece)):
         normalised = " ".join(paragraph.split())
         repeated = len(normalised) >= _MIN_REPEAT and normalised in seen
-        if repeated or ">>>" in normalised or not is_prose(normalised, 0.6):  # examples and tables are no prose
+        if repeated or ">>>" in normalised or not is_prose(normalised, 0.6):  # examples and tables are not prose
             continue
         seen.add(normalised)
         kept.append("\n".join(line.rstrip() for line in paragraph.strip("\n").split("\n")))
@@ -255,7 +256,7 @@ def _read_cache(path: Path) -> Corpus:
 
 
 def _write_cache(path: Path, corpus: Corpus) -> None:
-    """Written beside its place and moved there, so that a reader never sees half of it."""
+    """Writes the cache atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:

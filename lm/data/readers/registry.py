@@ -1,4 +1,4 @@
-"""From a data config to records: which units of data there are, how each is read, and which records are held out."""
+"""Data formats: finds the units of data that a config names, reads their records, and holds some of them out."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from lm.data.record import NOTHING, DataError, Fault, NotRead, Record, Wanted
 
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
 
-# What can be read by itself: a path, or two files line by line. It can be pickled, and `str` tells them apart.
+# What is read on its own: a file, or two files line by line. Picklable, and identified by its `str`.
 Unit = Any
 
 
@@ -27,9 +27,9 @@ class Format(NamedTuple):
     """How the records of a format are found and read.
 
     Attributes:
-      find: (data.path, data.eval_path) -> the units to train on and those held out.
-      read: (unit, config, what the task wants) -> its records and faults, one at a time, in their order.
-      reads: the keys among `_OPTIONAL` that it reads; the others are refused.
+      find: (data.path, data.eval_path) -> the units to train on and the held-out ones.
+      read: (unit, config, what the task wants) -> iterator over its records and faults, in order.
+      reads: which of the config keys `_OPTIONAL` the format reads; the others are refused.
     """
 
     find: Callable[[str, str], "Units"]
@@ -38,12 +38,12 @@ class Format(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What `data.path` and `data.eval_path` name.
+    """The units of data that `data.path` and `data.eval_path` name.
 
     Attributes:
       train: units to train on.
-      valid: units held out; empty = a share of the records of `train` is, see `lm.data.splits`.
-      notes: what the run should say of them: which split is which, what is not read.
+      valid: held-out units; empty = a share of the records of `train` is held out, see `lm.data.splits`.
+      notes: lines for the report: which splits are used and which are not read.
     """
 
     train: list[Unit]
@@ -53,35 +53,34 @@ class Units(NamedTuple):
 
 @dataclasses.dataclass
 class Split:
-    """Records to train on and records held out. Each has an `identity` that no other one has.
+    """Records to train on and held-out records. Every record has a unique `identity`.
 
     Attributes:
-      train: records to train on, in the order of the sorted file names and of each file.
-      valid: held-out records, by which checkpoints are chosen; never empty.
-      fingerprint: sha256 hex over the format, the contents and their order; not over where the files lie.
+      train: records to train on, in the order of the sorted file names and, within a file, of the file.
+      valid: held-out records by which checkpoints are chosen; never empty.
+      fingerprint: sha256 (hex) of the format and of the records in order, independent of the paths.
       report: what was read and what was skipped, for the run to print.
+      test: records that are evaluated once, at the end of a run; empty for most formats.
     """
 
     train: list[Record]
     valid: list[Record]
     fingerprint: str
     report: str
-    test: list[Record] = dataclasses.field(
-        default_factory=list
-    )  # read once, at the end of a run; most formats have none
+    test: list[Record] = dataclasses.field(default_factory=list)
 
 
 def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> Split:
     """Reads the records that `data.*` names.
 
-    Held out are the records of `data.eval_path`, else those of a folder's validation split, else the groups (records
-    of one context, text, user: see `lm.data.splits`) with a small sha256: the same ones in whatever order the files
-    give them. The built-in formats and interactions have their own split. `data.max_records` keeps the train records
-    of the smallest hashes, so that a smaller number gives a subset of a larger one.
+    The held-out records are those of `data.eval_path`; without it, those of the folder's validation split; without
+    one, the groups of records (see `lm.data.splits`) with the smallest hashes, whatever the order of the files. The
+    built-in formats and interactions have splits of their own. `data.max_records` keeps the training records with the
+    smallest hashes, so that a smaller number gives a subset.
 
     Raises:
-      DataError: a bad file; more bad records than `data.max_bad_records` (see `lm.data.readers.text`); no record left
-        to train on or to hold out.
+      DataError: a file cannot be read; there are more bad records than `data.max_bad_records` (see
+        `lm.data.readers.text`); or no record is left to train on or to hold out.
       ConfigError: a key is set that this format does not read.
     """
     split = _OWN_SPLIT[cfg.format](cfg) if cfg.format in _OWN_SPLIT else _read_all(cfg, wanted)
@@ -97,10 +96,10 @@ def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> Split:
 
 
 def find(cfg: DataConfig) -> Units:
-    """The units of a format of `FORMATS`, in the order in which they are read.
+    """Finds the units of a format in `FORMATS`, in the order in which they are read.
 
     Raises:
-      DataError: a path names nothing, or something is named by both paths.
+      DataError: a path matches nothing, or both paths match the same unit.
       ConfigError: a key is set that this format does not read, or nothing is held out.
     """
     _check(cfg)
@@ -110,10 +109,10 @@ def find(cfg: DataConfig) -> Units:
 
 
 def read(unit: Unit, cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Record | Fault | NotRead]:
-    """The records of one unit that `find` gave, and a `Fault` for each that is bad: together all there are. A
-    `NotRead` is a file in an archive that is none.
+    """Reads one unit from `find`: yields a record or a `Fault` for every record in it, and a `NotRead` for every file
+    of an archive that is not a record.
 
-    A label that the task cannot use makes its record bad, see `lm.data.labels`.
+    A record whose label the task cannot use is a fault, see `lm.data.labels`.
 
     Raises:
       DataError: the unit cannot be read to its end.
@@ -140,8 +139,8 @@ def _rename(cfg: DataConfig) -> dict[str, str]:
 def _named(
     *suffixes: str, find_splits: Callable[[str, tuple[str, ...]], dict[str, list[Unit]]] = files.find_splits
 ) -> Callable[[str, str], Units]:
-    """Finds the files of two paths. `suffixes` are of the names that a folder is searched for; a file named in full, or
-    by a glob, is read whatever its name."""
+    """`Format.find` for files. Of a folder, the files with one of `suffixes` are read; a file named in full, or matched
+    by a glob, is read whatever its name is."""
 
     def find_both(path: str, eval_path: str) -> Units:
         found = find_splits(path, suffixes)
@@ -159,12 +158,12 @@ def _named(
 
 
 def _real(unit: Unit) -> str:
-    """What tells a unit apart, however its path is written: 'd/b', './d/../d/b' and a link to it are one."""
+    """The resolved path of a unit: 'd/b', './d/../d/b' and a link to it are the same unit."""
     return str(unit) if "://" in str(unit) else os.path.realpath(unit) if isinstance(unit, epath.Path) else str(unit)
 
 
 def _train_and_validation(path: str, found: dict[str, list[Unit]], held_out: list[Unit]) -> Units:
-    """Of a folder that holds several splits its 'train' and, unless `held_out` names others, its 'validation'."""
+    """Chooses the 'train' split of a folder with several splits and, unless `held_out` is given, its 'validation'."""
     if len(found) == 1:
         (only,) = found.values()
         return Units(only, held_out)
@@ -239,7 +238,7 @@ def _builtin(cfg: DataConfig) -> Split:
 
 
 def _interactions(cfg: DataConfig) -> Split:
-    """Of every user the second-last item validates and the last one tests, as in SASRec and BERT4Rec."""
+    """Leave-one-out: each user's second-last item validates and the last one tests, as in SASRec and BERT4Rec."""
     _check(cfg)
     rename, faults = _rename(cfg), list[Fault]()
     found_splits = files.find_splits(cfg.path, (".csv", ".tsv"))
@@ -263,7 +262,7 @@ def _interactions(cfg: DataConfig) -> Split:
     return Split(found.train, found.valid, "", "\n".join(report), found.test)
 
 
-# Formats that are not read unit by unit: they hold out by a rule of their own.
+# Formats with a split of their own, which are not read unit by unit.
 _OWN_SPLIT: dict[str, Callable[[DataConfig], Split]] = {
     "builtin_text": _builtin,
     "builtin_instructions": _builtin,
@@ -279,14 +278,14 @@ _UNREAD = {
 
 
 def _check(cfg: DataConfig) -> None:
-    """Refuses options that the format does not read, before anything is read."""
+    """Raises ConfigError for keys that the format does not read, before anything is read."""
     _rename(cfg)
     for key in _UNREAD[cfg.format]:
         if (value := getattr(cfg, key)) != getattr(DataConfig, key):
             raise ConfigError(f"'data.{key}' is {value!r}, but data.format={cfg.format} does not read it")
 
 
-# Reading all of it ----------------------------------------------------------------------------------------------------
+# Reading all units ----------------------------------------------------------------------------------------------------
 
 
 def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
@@ -311,7 +310,7 @@ def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
 
 
 def _overlap(train: list[Record], valid: list[Record]) -> list[str]:
-    """Warnings about held-out records that are trained on as well, as a whole or by their text, context, ..."""
+    """Warnings about held-out records that are also in the training data, as a whole or by their text, context, ..."""
 
     def shared(key: Callable[[Record], bytes]) -> list[Record]:
         seen = set(map(key, train))
@@ -326,7 +325,7 @@ def _overlap(train: list[Record], valid: list[Record]) -> list[str]:
 
 
 def left_out(cfg: DataConfig, units: Iterable[Unit], not_read: Iterable[NotRead] = ()) -> list[str]:
-    """A line for each folder, glob or archive, that names the files in it that are not read."""
+    """One line for each folder, glob or archive with files that are not read, naming them."""
     used = [path for unit in units for path in files.files_of(unit)]
     if cfg.format == "images":
         used += [images.labels_beside(path) for path in used]
@@ -345,7 +344,7 @@ def _good_records(
     faults: list[Fault],
     not_read: list[NotRead],
 ) -> Iterator[Record]:
-    """The records of all units; faults are raised, or added to `faults` until there are too many."""
+    """Yields the records of all units. Faults go to `faults` until there are more than `data.max_bad_records`."""
     for reading in readings:
         for item in reading:
             if isinstance(item, NotRead):
@@ -362,7 +361,7 @@ def _good_records(
 
 
 def _describe(faults: list[Fault]) -> str:
-    """Counts of each kind of fault, with the first few places."""
+    """Lines for the report: the number of faults of each kind, and the places of the first few."""
     lines = [f"skipped {len(faults):,} bad records:"]
     for kind, count in Counter(fault.kind for fault in faults).most_common():
         examples = [f for f in faults if f.kind == kind][:_SHOWN_EXAMPLES]

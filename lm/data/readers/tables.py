@@ -1,6 +1,6 @@
-"""Labelled data in the formats it is published in: tables, CoNLL columns, SQuAD JSON, and parallel text.
+"""Reads labelled data in published formats: tables, CoNLL columns, SQuAD JSON and parallel text.
 
-Lines that are empty are no records of a table; they end the sentences of a CoNLL file.
+Empty lines are skipped in tables; in CoNLL files they end a sentence.
 """
 
 import csv
@@ -19,20 +19,20 @@ from lm.data.readers.fields import BadRecord
 from lm.data.readers.text import AS_IS, Opening, decode, empty_file, lines, read_utf8, to_record, unpacked_name
 from lm.data.record import DataError, Fault, Record
 
-_NOT_A_WORD = re.compile(rb"\d+[-.]\d+")  # CoNLL-U: 3-4 spells out words 3 and 4, 5.1 was never written
+_NOT_A_WORD = re.compile(rb"\d+[-.]\d+")  # CoNLL-U: 3-4 is a multiword token, 5.1 an empty node
 
 
 def read_table(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
-    """Rows of a .csv (RFC 4180: quoted fields may hold commas, quotes and new lines) or .tsv file (a quote is a quote).
+    """Reads rows of a .csv file (RFC 4180: quoted fields may hold commas, quotes, newlines) or .tsv file (no quoting).
 
     Args:
       path: its name may end in .gz or .zst.
-      rename: column -> field. Columns that are not renamed keep their names, those that no record has are not read
-        (see `fields.normalise`). When all renamed columns are numbers, from 1, the file has no header.
-      opening: how the file is opened.
+      rename: column -> field. Other columns keep their names; those of no record are not read (see
+        `fields.normalise`). If all renamed columns are numbers, counted from 1, the file has no header.
+      opening: options for opening the file.
 
     Yields:
-      The record of a row, as `fields.normalise` makes it of a JSON object of the same fields; cells are strings.
+      A record for each row, from `fields.normalise`; all cells are strings.
     """
     is_csv = unpacked_name(path).endswith(".csv")
     split = functools.partial(_csv_cells if is_csv else _tsv_cells, encoding=opening.encoding)
@@ -85,7 +85,7 @@ def _csv_cells(row: bytes, encoding: str) -> list[str]:
 
 
 def _quoted_rows(numbered: Iterable[tuple[int, bytes]], path: epath.Path) -> Iterator[tuple[int, bytes]]:
-    """Lines joined to rows: a row ends where it has an even number of quotes, for a quote in a field is doubled."""
+    """Joins lines to rows: a row is complete when its number of quotes is even, since quotes in a field are doubled."""
     open_row: list[bytes] = []
     start = 0
     for number, line in numbered:
@@ -103,19 +103,19 @@ def _quoted_rows(numbered: Iterable[tuple[int, bytes]], path: epath.Path) -> Ite
 
 
 def read_conll(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
-    """Sentences of a file of one word a line, an empty line after each sentence.
+    """Reads sentences of a CoNLL file: one word per line, an empty line after each sentence.
 
-    Columns are separated by tabs where the first word's line has one, else by white space. Passed over: -DOCSTART-
-    lines; comments, which begin with # and do not have the columns of a word; in CoNLL-U (where the first column is not
-    the word) ranges 3-4 and empty nodes 5.1.
+    Columns are separated by tabs if the line of the first word has one, else by white space. Skipped are -DOCSTART-
+    lines; comments, which begin with # and do not have the columns of a word; and in CoNLL-U (where the first column is
+    not the word) multiword tokens 3-4 and empty nodes 5.1.
 
     Args:
       path: its name may end in .gz or .zst.
-      rename: two pairs, (number of a column from 1, 'token') and (number, 'tag').
-      opening: how the file is opened.
+      rename: {number of a column, counted from 1: 'token', number of a column: 'tag'}.
+      opening: options for opening the file.
 
     Yields:
-      {"words": [str], "tags": [str]}, whose source is the line of the first word.
+      {"words": [str], "tags": [str]}, with the line of the first word as its source.
 
     Raises:
       ConfigError: `rename` is not of that form.
@@ -151,7 +151,7 @@ def read_conll(path: epath.Path, rename: Mapping[str, str], opening: Opening = A
 def _placed(
     parse: Callable[[Any], Record], sentence: list[tuple[int, list[bytes]]], path: epath.Path
 ) -> Record | Fault:
-    """As `to_record`, a fault being placed at the line of its word."""
+    """Like `to_record`, but a fault gets the line of the word that caused it."""
     whole = to_record(parse, [cells for _, cells in sentence], path, sentence[0][0])
     if not isinstance(whole, Fault):
         return whole
@@ -169,14 +169,14 @@ def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int, en
 
 
 def read_squad(path: epath.Path, opening: Opening = AS_IS) -> Iterator[Record | Fault]:
-    """Questions of a file in the format of SQuAD v1.1 or v2.0 (Rajpurkar et al. 2016, 2018), one record each.
+    """Reads a file in the format of SQuAD v1.1 or v2.0 (Rajpurkar et al. 2016, 2018), one record for each question.
 
     Yields:
-      {"id", "question", "context", "answers": [{"text", "answer_start"}]}, see `fields.question`; its source is the
-      place in the JSON.
+      {"id", "question", "context", "answers": [{"text", "answer_start"}]}, see `fields.question`; the source is the
+      path within the JSON.
 
     Raises:
-      DataError: the file as a whole is not of this format.
+      DataError: the file is not in this format.
     """
     try:
         whole = json.loads(decode(read_utf8(path, opening), opening.encoding))
@@ -210,7 +210,7 @@ def _list(value: Any, field: str, where: str) -> list[Any]:
 
 
 def read_parallel(source: epath.Path, target: epath.Path, opening: Opening = AS_IS) -> Iterator[Record | Fault]:
-    """Pairs of lines of two files, which translate each other: the `text` and its `target`, also as a conversation.
+    """Reads two files line by line, a line and its translation: `text` and `target`, and both as a conversation.
 
     Raises:
       DataError: the files have different numbers of lines.
@@ -237,7 +237,7 @@ def read_parallel(source: epath.Path, target: epath.Path, opening: Opening = AS_
 
 
 def _whole_lines(path: epath.Path, opening: Opening) -> Iterator[bytes]:
-    """The lines of a file, but not an empty one behind its last LF."""
+    """The lines of a file, without the empty one after a final LF."""
     for line, following in itertools.pairwise(itertools.chain(lines(path, opening), [None])):
         if line or following is not None:
             yield line or b""

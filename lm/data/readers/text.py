@@ -1,14 +1,13 @@
-"""Files to records: decompression, text and JSON lines, and every fault a file can have, each with its place.
+"""Reads text and JSON Lines files, compressed or not, and reports every fault with its place.
 
 A reader yields one `Record` or one `Fault` for each record of a file, so that read + reported = total by construction.
-Faults of the whole file (missing, unreadable, truncated, a broken .json list) leave nothing to go on with: `DataError`.
+An error that affects the whole file (missing, unreadable, truncated, malformed .json) raises `DataError`.
 
-Every text is normalised alike: CRLF becomes LF. A byte order mark at the start of a file is dropped; anywhere else
-U+FEFF is a character of the text. NUL is a fault. JSON lines of white space alone, and the white space between two
-separators, are no records.
+CRLF becomes LF. A byte order mark at the start of a file is dropped; anywhere else U+FEFF is part of the text. NUL is a
+fault. Blank lines of JSON Lines, and blank text between two separators, are not records.
 
-Text files are read as UTF-8, whatever they are encoded in: bytes of another encoding are transcoded before they are
-split into lines, so that a line is found in encodings whose characters contain the byte 0x0A, too.
+Other encodings are transcoded to UTF-8 before the text is split into lines, since in some of them the byte 0x0A is part
+of other characters.
 """
 
 import codecs
@@ -29,12 +28,12 @@ from lm.data.record import DataError, Fault, Record
 
 BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
-_NEVER_A_BOMB = 1 << 20  # bytes that any packed file may unpack to
-_ZSTD_BYTES = 1 << 10  # unpacked at a time: at most 32 MB, for a zstd block of 4 bytes may stand for 128 KB
+_NEVER_A_BOMB = 1 << 20  # bytes that any compressed file may expand to
+_ZSTD_BYTES = 1 << 10  # decompressed at a time, to at most 32 MB: a zstd block of 4 bytes may expand to 128 KB
 
 
 class Opening(NamedTuple):
-    """How a file is opened: see `data.encoding` and `data.max_expansion`."""
+    """Options for opening a file: `data.encoding` and `data.max_expansion`."""
 
     encoding: str = DataConfig.encoding
     max_expansion: int = DataConfig.max_expansion
@@ -44,7 +43,7 @@ AS_IS = Opening()
 
 
 def read_text(path: epath.Path, separator: str, opening: Opening = AS_IS) -> Iterator[Record | Fault]:
-    """Documents of a text file: the whole file as it is, or the parts between `separator`s without outer newlines."""
+    """Reads documents of a text file: the whole file, or the parts between `separator`s, stripped of outer newlines."""
     line, empty = 1, True
     for part in _parts(path, separator.encode(), opening):
         if part.strip():
@@ -63,14 +62,14 @@ def read_text(path: epath.Path, separator: str, opening: Opening = AS_IS) -> Ite
 
 
 def read_jsonl(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
-    """Records of a JSON lines file, one object a line; of a .json file, the objects of its one list or object.
+    """Reads a JSON Lines file, one object per line, or a .json file, the objects in its one list or object.
 
     An object that has the fields of several forms is read as the first of them in `lm.data.readers.fields.FORMS`.
 
     Args:
-      path: ends in .json, .json.gz or .json.zst for one list, or one object of name -> object; else holds JSON lines.
-      rename: field in the file -> field expected. Other fields are ignored.
-      opening: how the file is opened.
+      path: .json, .json.gz or .json.zst: one list of objects, or one object of name -> object. Other names: JSON Lines.
+      rename: name of a field in the file -> field of a record. Other fields are ignored.
+      opening: options for opening the file.
     """
     if unpacked_name(path).endswith(".json"):
         objects: Iterator[tuple[int, Any]] = _json_items(path, opening)
@@ -87,14 +86,14 @@ def read_jsonl(path: epath.Path, rename: Mapping[str, str], opening: Opening = A
 
 
 def to_record(parse: Callable[[Any], Record], value: Any, path: epath.Path, line: int) -> Record | Fault:
-    """The parsed record with its source, or the fault that parsing it met."""
+    """Parses a record and adds its source; a BadRecord becomes a fault."""
     try:
         return {**parse(value), "source": f"{path}:{line}"}
     except BadRecord as error:
         kind, message, *offset = error.args
         line += value[: offset[0]].count(b"\n") if offset and isinstance(value, bytes) else 0
         return Fault(kind, f"{path}:{line}", message)
-    except RecursionError:  # parsed, but too deep to be shown in a message
+    except RecursionError:  # it was parsed, but is too deep for a message
         return Fault("malformed JSON", f"{path}:{line}", "found JSON nested too deep; expected a flat object")
 
 
@@ -106,7 +105,7 @@ def empty_file(path: epath.Path) -> Fault:
 
 
 def unpacked_name(path: epath.Path) -> str:
-    """The name of a file in small letters, without the .gz or .zst that says how it is packed."""
+    """The name of a file in lower case, without .gz or .zst."""
     return path.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
@@ -119,12 +118,12 @@ _SPECIAL = (
 
 
 def refuse_special(path: epath.Path) -> None:
-    """Raises DataError for a local FIFO, socket or device: opening it could block, and reading it need not end."""
+    """Raises DataError for a local FIFO, socket or device: opening it could block, and reading it might never end."""
     if "://" in str(path):
         return
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # whoever opens it says what is wrong
+    except OSError:  # reported when the file is opened
         return
     for is_kind, kind in _SPECIAL:
         if is_kind(mode):
@@ -132,10 +131,10 @@ def refuse_special(path: epath.Path) -> None:
 
 
 def chunks(path: epath.Path, max_expansion: int = DataConfig.max_expansion) -> Iterator[bytes]:
-    """The bytes of a file, decompressed when its name ends in .gz or .zst, some at a time.
+    """Yields the bytes of a file in chunks, decompressed if its name ends in .gz or .zst.
 
     Raises:
-      DataError: it cannot be read to its end, or is unpacked to more than `max_expansion` times its size.
+      DataError: the file cannot be read to its end, or expands to more than `max_expansion` times its size.
     """
     refuse_special(path)
     suffix = path.suffix.lower()
@@ -165,7 +164,7 @@ def chunks(path: epath.Path, max_expansion: int = DataConfig.max_expansion) -> I
 
 
 def _zstd_chunks(path: epath.Path, file: Any) -> Iterator[bytes]:
-    """Decompresses frame by frame: zstandard's own stream reader takes a truncated frame for the end of the file."""
+    """Decompresses frame by frame, since zstandard's stream reader takes a truncated frame for the end of the file."""
     try:
         import zstandard
     except ImportError:
@@ -199,14 +198,14 @@ def read_bytes(path: epath.Path, max_expansion: int = DataConfig.max_expansion) 
 
 
 def read_utf8(path: epath.Path, opening: Opening = AS_IS) -> bytes:
-    """The text of a whole file, as in `utf8_chunks`."""
+    """The whole text of a file in UTF-8, see `utf8_chunks`."""
     return b"".join(utf8_chunks(path, opening))
 
 
 def utf8_chunks(path: epath.Path, opening: Opening) -> Iterator[bytes]:
-    """The text of a file in UTF-8, some of it at a time, without a byte order mark at its start.
+    """Yields the text of a file as UTF-8 in chunks, without a byte order mark at the start.
 
-    What is not text is for `decode` to find: of a UTF-8 file its bytes as they are, of another one U+DC00 + byte.
+    Invalid bytes are passed on for `decode` to report: unchanged from a UTF-8 file, as U+DC00 + byte from others.
     """
     codec = codecs.lookup(opening.encoding).name
     found = chunks(path, opening.max_expansion)
@@ -225,7 +224,7 @@ def utf8_chunks(path: epath.Path, opening: Opening) -> Iterator[bytes]:
 
 
 def _keep_undecodable(error: UnicodeError) -> tuple[str, int]:
-    """Of a codec that meets bytes it cannot decode: they go on as surrogates, which UTF-8 refuses in their line."""
+    """Error handler for codecs: invalid bytes become surrogates, which `decode` then reports with their line."""
     assert isinstance(error, UnicodeDecodeError)
     return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
 
@@ -237,14 +236,14 @@ def _transcoded(found: Iterable[bytes], codec: str, path: epath.Path) -> Iterato
     decoder = codecs.getincrementaldecoder(codec)("lm_keep_undecodable")
     if codec in ("utf-16", "utf-32"):
         found = _with_mark(found, codec, path)
-        yield BOM  # the codec takes the mark away, and `utf8_chunks` would take a second one
+        yield BOM  # the codec removes the mark, and `utf8_chunks` would remove a second one
     for chunk in found:
         yield decoder.decode(chunk).encode(errors="surrogatepass")
     yield decoder.decode(b"", True).encode(errors="surrogatepass")
 
 
 def _with_mark(found: Iterable[bytes], codec: str, path: epath.Path) -> Iterator[bytes]:
-    """The same bytes. Raises DataError where they begin with no mark, which says in what order the bytes are."""
+    """Passes the bytes on. Raises DataError if they do not begin with a byte order mark."""
     if codec == "utf-16":
         marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     else:
@@ -258,8 +257,8 @@ def _with_mark(found: Iterable[bytes], codec: str, path: epath.Path) -> Iterator
 
 
 def lines(path: epath.Path, opening: Opening = AS_IS) -> Iterator[bytes]:
-    """Lines in UTF-8, without their LF, held one chunk at a time; see `utf8_chunks`."""
-    rest: list[bytes] = []  # pieces of a line not ended yet: joined once, however many chunks it spans
+    """Yields lines as UTF-8, without LF, holding one chunk of the file at a time; see `utf8_chunks`."""
+    rest: list[bytes] = []  # pieces of an unfinished line, joined once however many chunks it spans
     for chunk in utf8_chunks(path, opening):
         *ended, tail = chunk.split(b"\n")
         for line in ended:
@@ -269,7 +268,7 @@ def lines(path: epath.Path, opening: Opening = AS_IS) -> Iterator[bytes]:
 
 
 def _joined(pieces: list[bytes], last: bytes) -> bytes:
-    """All pieces as one. The list is left empty, so that they are not held beside it."""
+    """Joins the pieces and empties the list, so that the pieces are not kept in memory as well."""
     pieces.append(last)
     whole = b"".join(pieces)
     pieces.clear()
@@ -277,8 +276,8 @@ def _joined(pieces: list[bytes], last: bytes) -> bytes:
 
 
 def _parts(path: epath.Path, separator: bytes, opening: Opening = AS_IS) -> Iterator[bytes]:
-    """What is between separators, CRLF as LF, held one part and one chunk at a time; without a separator, all of it."""
-    rest, tail = list[bytes](), b""  # of a part not ended yet: what cannot be of the separator, and what may be
+    """Yields the parts between separators, with CRLF as LF, holding one part and one chunk at a time; '' = one part."""
+    rest, tail = list[bytes](), b""  # of an unfinished part: what precedes, and what may be the start of, a separator
     for chunk in _unix_lines(utf8_chunks(path, opening)):
         if not separator:
             rest.append(chunk)
@@ -293,7 +292,7 @@ def _parts(path: epath.Path, separator: bytes, opening: Opening = AS_IS) -> Iter
 
 
 def _unix_lines(found: Iterable[bytes]) -> Iterator[bytes]:
-    """The same with LF for CRLF."""
+    """Replaces CRLF by LF, also across chunks."""
     held = b""
     for chunk in found:
         chunk = held + chunk
@@ -303,11 +302,14 @@ def _unix_lines(found: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def decode(content: bytes, encoding: str = "") -> str:
-    """Text of `utf8_chunks`, or of a format that is UTF-8 by definition. Raises BadRecord on what no text should hold.
+    """Decodes bytes from `utf8_chunks`, or of a format that is UTF-8 by definition, and cleans the text.
 
     Args:
       content: the bytes.
-      encoding: data.encoding, for a format that reads that key.
+      encoding: data.encoding, if the format reads that key.
+
+    Raises:
+      BadRecord: invalid bytes, NUL, or a lone surrogate.
     """
     try:
         text = content.decode()
@@ -331,7 +333,7 @@ def decode(content: bytes, encoding: str = "") -> str:
 
 
 def _undecodable(start: bytes) -> int | None:
-    """The byte that `_keep_undecodable` put in the text, of UTF-8 that begins with it."""
+    """The byte that `_keep_undecodable` encoded at the start of this text, or None."""
     try:
         found = ord(start.decode(errors="surrogatepass")) - 0xDC00
     except (UnicodeDecodeError, TypeError):
@@ -359,7 +361,7 @@ def _guess(content: bytes) -> str:
 
 
 def _json_items(path: epath.Path, opening: Opening) -> Iterator[tuple[int, Any]]:
-    """(line, value) of the one list in a .json file, or of the one object. A broken one leaves nothing: DataError."""
+    """Yields (line, value) for the items of the list or object in a .json file. Raises DataError if it is malformed."""
     content = read_utf8(path, opening)
     try:
         text = decode(content, opening.encoding)
@@ -398,7 +400,7 @@ def _json_items(path: epath.Path, opening: Opening) -> Iterator[tuple[int, Any]]
 
 
 def _skip_name(text: str, at: int, decoder: json.JSONDecoder) -> int:
-    """Where the value begins behind a name and its colon. Raises JSONDecodeError where there is no name."""
+    """The position of the value after a name and a colon. Raises JSONDecodeError if they are missing."""
     name, at = decoder.raw_decode(text, at)
     at = _skip_space(text, at)
     if not isinstance(name, str) or text[at : at + 1] != ":":
@@ -413,7 +415,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What the parser says, without the line number that it counts from its own start."""
+    """The parser's message without its line number, which counts from where it started to parse."""
     return (
         f"{error.msg.removesuffix(' at')} at column {error.colno}"
         if isinstance(error, json.JSONDecodeError)
@@ -422,12 +424,12 @@ def _reason(error: Exception) -> str:
 
 
 def parse_json(value: Any, encoding: str = "") -> Any:
-    """The object of one JSON line; what comes from a list is parsed already. Raises BadRecord."""
+    """Parses one line of JSON Lines; items of a list are parsed already. Raises BadRecord."""
     if not isinstance(value, bytes):
         return value
     text = decode(value, encoding)
     if text.startswith("\ufeff"):  # the parser's own message speaks of a codec
-        found = "found U+FEFF before the object (files that were put together, perhaps)"
+        found = "found U+FEFF before the object (perhaps several files were concatenated)"
         raise BadRecord("malformed JSON", f"{found}; expected one JSON object a line")
     try:
         return json.loads(text)

@@ -1,6 +1,6 @@
-"""Sets of TensorFlow Datasets by their names, read from their ArrayRecord files, without TensorFlow.
+"""Reads prepared data sets of TensorFlow Datasets by name, from their ArrayRecord files, without TensorFlow.
 
-They are looked for where TFDS looks: in the folder `TFDS_DATA_DIR`, else ~/tensorflow_datasets.
+They are looked up where TFDS stores them: in `TFDS_DATA_DIR`, by default ~/tensorflow_datasets.
 """
 
 import functools
@@ -18,7 +18,7 @@ from lm.data.record import NOTHING, DataError, Fault, Record
 
 
 class Shard(NamedTuple):
-    """Records `start` to `stop` (not included) of a file that has `size` of them, in the folder of its set."""
+    """The records start ... stop - 1 of a file of `size` records, in the folder of its data set."""
 
     folder: str
     name: str
@@ -31,14 +31,14 @@ class Shard(NamedTuple):
 
 
 def find(name: str, eval_split: str) -> tuple[list[Shard], list[Shard]]:
-    """The shards of 'train', and those of `eval_split`, which are taken out of the former where they are part of it.
+    """Finds (shards of 'train', shards of `eval_split`); records of `eval_split` are removed from 'train'.
 
     Args:
-      name: as TFDS has it: 'imdb_reviews', 'wikipedia/20230601.en', 'glue/sst2:2.0.0'.
-      eval_split: as TFDS has it: 'test', 'train[:1%]'; '' = none.
+      name: name of the data set in TFDS: 'imdb_reviews', 'wikipedia/20230601.en', 'glue/sst2:2.0.0'.
+      eval_split: a split in TFDS notation: 'test', 'train[:1%]'; '' = none.
 
     Raises:
-      DataError: there is no such set, no such split of it, or a file of the split is missing or of another format.
+      DataError: the data set or the split does not exist, or a file is missing or has another format.
     """
     builder = _load(name)
     held_out = _shards(builder, eval_split) if eval_split else []
@@ -49,7 +49,7 @@ def find(name: str, eval_split: str) -> tuple[list[Shard], list[Shard]]:
 
 
 def _load(name: str) -> Any:
-    """The set's description, from its files alone: the code that makes it is not needed, and nothing is downloaded."""
+    """Loads the description of a data set from its files; neither its builder code nor a download is needed."""
     from tensorflow_datasets.core import read_only_builder, registered
 
     data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
@@ -64,7 +64,7 @@ def _load(name: str) -> Any:
     except registered.DatasetNotFoundError:
         found = f"not found in {data_dir} (TFDS_DATA_DIR names another folder)"
         raise DataError(f"TFDS set '{name}': {found}. {how}") from None
-    except Exception as error:  # a name that does not parse, a damaged description: whatever TFDS stumbles over
+    except Exception as error:  # TFDS raises all kinds of errors for malformed names and damaged descriptions
         raise DataError(f"TFDS set '{name}' in {data_dir}: {type(error).__name__}: {error}") from error
     if builder.info.file_format.value != "array_record":
         raise DataError(
@@ -77,7 +77,7 @@ def _load(name: str) -> Any:
 def _shards(builder: Any, split: str) -> list[Shard]:
     try:
         found = builder.info.splits[split].file_instructions
-    except Exception as error:  # ValueError, KeyError, AssertionError: TFDS has no common one
+    except Exception as error:  # TFDS raises ValueError, KeyError or AssertionError
         known = ", ".join(builder.info.splits)
         raise DataError(f"TFDS set '{builder.info.full_name}': no split '{split}' ({error}); it has {known}") from None
     if missing := [file.filename for file in found if not epath.Path(file.filename).is_file()]:
@@ -90,7 +90,7 @@ def _shards(builder: Any, split: str) -> list[Shard]:
 
 
 def _without(shard: Shard, out: Shard) -> list[Shard]:
-    """What is left of `shard`: before `out` and behind it."""
+    """The parts of `shard` before and after `out`."""
     if shard.name != out.name:
         return [shard]
     before = shard._replace(stop=min(shard.stop, out.start))
@@ -101,10 +101,10 @@ def _without(shard: Shard, out: Shard) -> list[Shard]:
 def read(
     shard: Shard, rename: Mapping[str, str], shape: tuple[int, int, int] = NOTHING.image_shape
 ) -> Iterator[Record | Fault]:
-    """The records of a shard, a class by its name, an image as `image_files.pixels` decodes it.
+    """Reads the records of a shard. Class numbers become names, images are decoded (`images.pixels`).
 
     Raises:
-      DataError: the file is missing or damaged as a whole, or the features of the set make no record.
+      DataError: the file is missing or damaged, or the features of the data set make no record.
     """
     features = _features(shard.folder)
     try:
@@ -116,7 +116,7 @@ def read(
     def parse(content: bytes) -> Record:
         try:
             example = features.deserialize_example_np(content, decoders=images)
-        except Exception as error:  # whatever protobuf and the features stumble over
+        except Exception as error:  # protobuf and the features raise many kinds of errors
             raise BadRecord("malformed example", f"{error}; expected one with the set's features") from None
         plain = {field: bytes(value) if field in images else _plain(value) for field, value in example.items()}
         return image_files.with_pixels(fields.normalise(fields.named(plain, names, ""), rename), shape)
@@ -133,7 +133,7 @@ def _features(folder: str) -> Any:
 
 
 def _images(features: Any) -> dict[str, Any]:
-    """The features that are images -> what makes TFDS leave their files as they are."""
+    """Image features -> a decoder that makes TFDS return the undecoded files."""
     import tensorflow_datasets as tfds
 
     found = (field for field, feature in features.items() if isinstance(feature, tfds.features.Image))
@@ -148,7 +148,7 @@ def _names(feature: Any) -> Names:
             return tuple(feature.names) if feature.num_classes else None
         case tfds.features.Sequence():
             inner = _names(feature.feature)
-            # A sequence of objects is kept as an object of lists.
+            # TFDS stores a sequence of objects as an object of lists.
             return {field: [names] for field, names in inner.items()} if isinstance(inner, dict) else [inner]
         case tfds.features.FeaturesDict():
             return {field: _names(inner) for field, inner in feature.items()}
@@ -156,7 +156,7 @@ def _names(feature: Any) -> Names:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays as lists and numbers, bytes as text. Raises BadRecord."""
+    """Converts arrays to lists and numbers, and bytes to text. Raises BadRecord."""
     if isinstance(value, dict):
         return {field: _plain(inner) for field, inner in value.items()}
     if isinstance(value, np.ndarray | np.generic):

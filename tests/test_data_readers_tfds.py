@@ -12,7 +12,7 @@ from lm.config.schema import ConfigError
 from lm.data.readers import registry
 from lm.data.record import DataError
 from tests import small_sets
-from tests.test_data_formats import FEATURES, NAMED, ROWS, contents, everything
+from tests.test_data_readers_formats import FEATURES, NAMED, ROWS, contents, everything
 
 
 def many_shards(folder: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_is_held_out_of_train_is_not_trained_on(imdb, split):
     ]  # the number that TFDS writes where there is no label is none
 
 
-def test_a_set_that_is_not_there_is_an_error_with_the_command_that_makes_it(imdb, tfds_dir):
+def test_a_missing_data_set_is_an_error_with_the_command_that_prepares_it(imdb, tfds_dir):
     with pytest.raises(DataError) as error:
         registry.load(DataConfig(format="tfds", path="glue/sst2"))
     assert str(error.value).startswith(f"TFDS set 'glue/sst2': not found in {tfds_dir} (TFDS_DATA_DIR")

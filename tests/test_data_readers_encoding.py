@@ -121,7 +121,7 @@ def test_offsets_count_a_mark(tmp_path):
     assert record["text"][record["entities"][0]["start"] : record["entities"][0]["end"]] == "bc"
 
 
-def test_only_the_mark_of_the_first_of_two_members_of_a_gzip_file_is_none_of_its_text(tmp_path):
+def test_only_the_first_of_two_gzip_members_loses_its_byte_order_mark(tmp_path):
     import gzip
 
     path = tmp_path / "a.txt.gz"
@@ -219,7 +219,7 @@ def test_a_table_in_latin_1(tmp_path):
         ("a\0b", "expected an encoding"),
     ],
 )
-def test_an_encoding_that_is_none_is_refused_with_the_config(name, says):
+def test_an_unknown_encoding_is_refused(name, says):
     source = {"data": {"encoding": name}, "train": {"total_steps": 1}}
     with pytest.raises(ConfigError, match=f"'data.encoding' is .*({says})"):
         build_config(source)
@@ -228,7 +228,7 @@ def test_an_encoding_that_is_none_is_refused_with_the_config(name, says):
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrow", "tfds", "array_record", "images", "prepared", "builtin_text"])
-def test_formats_that_are_no_text_files_refuse_the_key(tmp_path, name):
+def test_binary_formats_refuse_the_encoding_key(tmp_path, name):
     (tmp_path / "a").write_bytes(b"x")
     path = "" if name == "builtin_text" else str(tmp_path / "a")
     with pytest.raises(ConfigError, match=f"'data.encoding' is 'latin-1', but .*{name}"):

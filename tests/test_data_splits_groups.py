@@ -17,7 +17,7 @@ from lm.data.readers import paths, registry
 from lm.data.record import DataError, Wanted
 from lm.tasks import task_of
 from tests import toys
-from tests.test_data_sources import write
+from tests.test_data_readers_text import write
 
 STORIES = [[f"Tale {n} begins here. ", f"Then number {n} goes on! ", f"And {n} ends."] for n in range(60)]
 
@@ -180,7 +180,7 @@ def answer(text):
         ([{"text": f"t{n}", "group": n % 20} for n in range(60)], lambda record: record["group"], "group"),
     ],
 )
-def test_records_that_share_what_they_are_grouped_by_are_on_one_side(tmp_path, records, key, kind):
+def test_records_of_one_group_are_on_one_side_of_the_split(tmp_path, records, key, kind):
     split = held(tmp_path, records)
     train, valid = (set(map(key, part)) for part in (split.train, split.valid))
     assert not train & valid and len(train) + len(valid) == 20
@@ -198,7 +198,7 @@ def test_the_group_of_a_plain_text_is_its_content():
     assert splits.group({"text": "a", "source": "x"}) == splits.digest({"text": "a"})
 
 
-def test_held_out_files_that_share_texts_with_training_are_told(tmp_path):
+def test_held_out_files_that_share_texts_with_training_are_reported(tmp_path):
     train = write(tmp_path / "one.jsonl", b"\n".join(b'{"text": "t%d", "label": "a"}' % n for n in range(9)))
     valid = write(tmp_path / "two.jsonl", b"\n".join(b'{"text": "t%d", "label": "b"}' % n for n in range(7, 12)))
     split = registry.load(DataConfig(format="jsonl", path=str(train), eval_path=str(valid)))

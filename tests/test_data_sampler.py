@@ -26,7 +26,7 @@ def test_two_streams_are_mixed_exactly(percent, start):
     assert sampler.mixed(mixture, np.arange(start, start + 100))[0].sum() == percent  # any 100 in a row, wherever
 
 
-def test_the_worked_example_of_a_mixture():
+def test_worked_example_of_a_mixture():
     stream_B, place_B = sampler.mixed(sampler.Mixture((0,), ((Fraction(3), Fraction(2)),)), np.arange(8))
     assert stream_B.tolist() == [0, 0, 1, 0, 1, 0, 0, 1]
     assert place_B.tolist() == [0, 1, 0, 2, 1, 3, 4, 2]
@@ -37,7 +37,7 @@ def test_the_worked_example_of_a_mixture():
     lengths=st.lists(st.integers(0, 150), min_size=2, max_size=2),
     order_seed=st.integers(0, 99),
 )
-def test_stages_of_several_streams_give_each_its_share_and_every_index_once(stages, lengths, order_seed):
+def test_each_stage_gives_streams_their_shares_and_uses_every_index_once(stages, lengths, order_seed):
     starts = [0, *np.cumsum(lengths).tolist()][: len(stages)]
     mixture = sampler.Mixture(tuple(starts), tuple(tuple(Fraction(w, 10) for w in weights) for weights in stages))
     stream_B, place_B = sampler.mixed(mixture, np.arange(500))
@@ -56,7 +56,7 @@ def test_stages_of_several_streams_give_each_its_share_and_every_index_once(stag
 
 
 @given(num_rows=st.integers(1, 5000), seed=st.integers(-5, 2**31), epoch=st.integers(0, 2**40))
-def test_an_epoch_is_a_permutation_wherever_it_begins(num_rows, seed, epoch):
+def test_every_epoch_is_a_permutation(num_rows, seed, epoch):
     index = epoch * num_rows + np.arange(num_rows)
     rows = sampler.epochs(num_rows, seed)(index)
     assert np.array_equal(np.sort(rows), np.arange(num_rows))
@@ -64,14 +64,14 @@ def test_an_epoch_is_a_permutation_wherever_it_begins(num_rows, seed, epoch):
     assert sampler.epochs(num_rows, seed)(index[some]).tolist() == rows[some].tolist()
 
 
-def test_permutations_of_few_rows_are_all_drawn_alike():
+def test_permutations_of_few_rows_are_uniform():
     """Chi-square over the 24 permutations of four rows, the smallest network that walks."""
     found = Counter(tuple(sampler.epochs(4, seed)(np.arange(4)).tolist()) for seed in range(4800))
     assert len(found) == 24
     assert sum((count - 200) ** 2 / 200 for count in found.values()) < 50  # 23 degrees of freedom: p > 0.001
 
 
-def test_neighbours_and_epochs_of_many_rows_are_unrelated():
+def test_neighbouring_rows_and_epochs_are_uncorrelated():
     rows = sampler.epochs(10**9, 7)(np.arange(20_000))
     assert len(set(rows.tolist())) == 20_000
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.03 and abs(rows.mean() / 5e8 - 1) < 0.02
@@ -79,7 +79,7 @@ def test_neighbours_and_epochs_of_many_rows_are_unrelated():
     assert abs(np.corrcoef(rows, again)[0, 1]) < 0.03
 
 
-def test_each_stream_has_an_order_of_its_own():
+def test_streams_are_shuffled_differently():
     own, other = (sampler.epochs(40, 3, stream)(np.arange(80)).tolist() for stream in (0, 1))
     for rows in (own, other):
         assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(40)) and rows[:40] != rows[40:]
@@ -92,7 +92,7 @@ def test_each_stream_has_an_order_of_its_own():
     seed=st.integers(-5, 2**31),
     data=st.data(),
 )
-def test_examples_come_from_the_easiest_share(lengths, until, seed, data):
+def test_curriculum_draws_from_the_easiest_share(lengths, until, seed, data):
     rows_of = sampler.easy_first(np.array(lengths), seed, until, lambda index_B: -1 - index_B)
     easiest = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     early = np.array(data.draw(st.lists(st.integers(0, until - 1), max_size=9)), np.int64)
@@ -104,7 +104,7 @@ def test_examples_come_from_the_easiest_share(lengths, until, seed, data):
     assert found[len(early) :] == [-1, -2, -3]
 
 
-def test_every_row_of_the_share_is_drawn_alike():
+def test_curriculum_draws_uniformly_from_the_share():
     rows, until = 50, 40_000
     lengths = np.random.default_rng(0).permutation(rows)
     rows_of = sampler.easy_first(lengths, 0, until, lambda index_B: index_B)
@@ -118,5 +118,5 @@ def test_every_row_of_the_share_is_drawn_alike():
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.01), (1.0, 1.0), (0.25, math.sqrt(0.0001 + 0.9999 / 4))])
-def test_competence_is_the_papers(progress, share):
+def test_competence_follows_the_paper(progress, share):
     assert sampler.competence(progress) == pytest.approx(share)

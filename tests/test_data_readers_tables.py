@@ -108,7 +108,7 @@ def test_a_table_without_its_columns_is_an_error(tmp_path, name, content, rename
 
 
 @pytest.mark.parametrize("content", ["", "\n\r\n", "text\tlabel\n"])
-def test_a_table_of_nothing_is_a_fault(tmp_path, content):
+def test_an_empty_table_is_a_fault(tmp_path, content):
     (fault,) = tables.read_table(write(tmp_path / "a.tsv", content), {})
     assert fault.kind == "empty file"
 

@@ -73,7 +73,7 @@ def test_the_order_is_the_same_on_every_version_and_machine():
     assert loader.train_row_ids(1, -1, 0, 3).tolist() == [0, 0, 0]
 
 
-def test_batches_are_the_rows_that_the_index_names_in_the_dtypes_of_the_contract():
+def test_batches_hold_the_rows_of_their_indices_in_the_declared_dtypes():
     first, second = take(2)
     ids = loader.train_row_ids(NUM_ROWS, 0, 0, 2 * BATCH)
     for batch, rows in ((first, ids[:BATCH]), (second, ids[BATCH:])):
@@ -96,7 +96,7 @@ def test_hosts_together_hold_the_batch_of_one_host(hosts):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
-def test_a_restart_goes_on_as_if_there_had_been_none(steps):
+def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one(steps):
     assert_equal(take(4, start=steps * BATCH), take(steps + 4)[steps:])
 
 
@@ -147,7 +147,7 @@ def test_the_report_counts_what_the_batches_hold():
         assert report["fill"] == pytest.approx(ids / (32 * len(rows["tokens"])))
 
 
-def test_bytes_are_those_of_the_answers():
+def test_reported_bytes_are_those_of_the_answers():
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "na\u00efve \u2581 now"}]
     chats = [{"messages": turns, "source": "f:1"}] * 3
     report = input_pipeline.build(
@@ -182,7 +182,7 @@ def test_data_without_a_target_is_refused_with_its_counts(half):
         input_pipeline.build(make_config(task="chat"), TOK, registry.Split(halves["train"], halves["valid"], "", ""))
 
 
-def test_the_fingerprint_names_the_stream():
+def test_fingerprint_changes_with_everything_that_decides_the_stream():
     other_tokenizer = tokenizer.Tokenizer(TOK.model)
     other_tokenizer.__dict__["hash"] = "another tokenizer that gives the same ids"
     changed = [

@@ -67,13 +67,13 @@ def test_train_and_valid_share_no_document(corpus):
     assert not {"test", "tests", "site-packages", "encodings"} & folders
 
 
-def test_no_paragraph_stands_twice(corpus):
+def test_no_paragraph_occurs_twice(corpus):
     found = [p for split in corpus.parts["text"].values() for record in split for p in paragraphs(record["text"])]
     assert len(found) > 10_000
     assert len(found) == len(set(found))
 
 
-def test_no_answer_of_valid_stands_in_train(corpus):
+def test_no_answer_of_valid_occurs_in_train(corpus):
     text = "\n".join(" ".join(record["text"].split()) for record in corpus.parts["text"]["train"])
     valid = answers_of(corpus, "valid")
     assert not set(valid) & set(answers_of(corpus, "train"))
@@ -163,7 +163,7 @@ def test_a_source_file_gives_docstrings_and_comments_in_order(tmp_path):
     ]
 
 
-def test_build_is_deterministic_and_skips_what_is_no_library(tmp_path, monkeypatch):
+def test_build_is_deterministic_and_skips_files_outside_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(python_stdlib, "_MIN_SOURCES", 5)
     names = ["a.py", "b.py", "pkg/__init__.py", "pkg/c.py", "z.py"]
     skipped = ["test/t.py", "pkg/tests/t.py", "site-packages/s.py", "encodings/e.py", "sitecustomize.py"]
@@ -176,7 +176,7 @@ def test_build_is_deterministic_and_skips_what_is_no_library(tmp_path, monkeypat
     assert [r["source"] for r in records if SHARED_PARAGRAPH in r["text"]] == ["a.py"]  # the first that has it
 
 
-def test_a_file_that_cannot_be_parsed_is_told(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_parsed_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(python_stdlib, "_MIN_SOURCES", 2)
     library(tmp_path, ["a.py", "b.py"])
     (tmp_path / "old.py").write_text("print 'hello'\n")
@@ -285,7 +285,7 @@ def test_a_damaged_cache_is_rebuilt_and_the_report_says_so(small, tmp_path, dama
     assert python_stdlib.load().report == f"small\nread from the cache {path}"
 
 
-def test_a_cache_that_cannot_be_written_is_told(small, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported(small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "lm").mkdir()
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space left")))

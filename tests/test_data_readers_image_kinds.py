@@ -14,7 +14,7 @@ from lm.config import DataConfig
 from lm.data.readers import images, registry
 from lm.data.record import DataError
 from tests import small_sets
-from tests.test_data_images import PICTURES, SHAPE, WANTED, encoded, named, read, tarred, write
+from tests.test_data_readers_images import PICTURES, SHAPE, WANTED, encoded, named, read, tarred, write
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -43,7 +43,7 @@ def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path, kind, orienta
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "L+tRNS", "RGB+tRNS"])
-def test_what_is_transparent_shows_white(tmp_path, mode):
+def test_transparency_is_blended_with_white(tmp_path, mode):
     colour = np.array([200, 40, 0], np.uint8)
     alpha = np.zeros(SHAPE[:2], np.uint8)
     alpha[:, :2], alpha[:, 2:4] = 255, 100

@@ -11,7 +11,7 @@ from etils import epath
 from lm.data.readers import text
 from lm.data.readers.text import read_jsonl
 from lm.data.record import DataError
-from tests.test_data_sources import BOM, GOOD, contents, read, write
+from tests.test_data_readers_text import BOM, GOOD, contents, read, write
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst"])

@@ -57,7 +57,7 @@ def test_weight_says_which_answers_are_trained_on():
 
 
 @pytest.mark.parametrize("key", ["train", "training", "train_on_turn", "loss"])
-def test_switches_of_other_trainers_are_heeded(key):
+def test_loss_keys_of_other_trainers_are_respected(key):
     assert messages(ANSWER | {key: False}, ANSWER | {key: True}) == [("assistant", "A", 0), ("assistant", "A")]
     assert fault({"messages": [ANSWER | {key: 0}]}) == (
         "wrong type",
@@ -68,7 +68,7 @@ def test_switches_of_other_trainers_are_heeded(key):
 
 
 @pytest.mark.parametrize("key", ["train_detail", "loss_scale", "loss_mask", "mask", "weights", "trainable"])
-def test_what_may_say_what_is_trained_on_and_is_not_known_is_refused(key):
+def test_unknown_loss_keys_are_refused(key):
     kind, says = fault({"messages": [ASK, ANSWER | {key: [0, 1]}]})
     assert kind == "unknown weight" and f"'messages[1]' has '{key}'; expected 'weight' (0 or 1)" in says
     assert messages(ASK, ANSWER | {key: None}) == [("user", "Q"), ("assistant", "A")]
@@ -84,7 +84,7 @@ def test_only_assistant_messages_can_be_trained_on(role):
         assert kind == "wrong weight" and "only assistant messages are trained on" in says
 
 
-def test_roles_are_read_as_what_they_are():
+def test_names_of_roles():
     roles = ("developer", "system", "user", "tool", "function", "assistant")
     found = [role for role, _ in messages(*({"role": role, "content": "x"} for role in roles))]
     assert found == ["system", "system", "user", "tool", "tool", "assistant"]
@@ -128,19 +128,19 @@ def test_content_is_a_text_null_or_parts(role, content, text):
         ([{"type": "text", "text": "a\0"}], "NUL", "'messages[0].content[0].text'"),
     ],
 )
-def test_content_that_is_no_text_is_refused(content, kind, says):
+def test_content_other_than_text_is_refused(content, kind, says):
     found = fault({"messages": [{"role": "user", "content": content}, ANSWER]})
     assert found[0] == kind and says in found[1]
 
 
-def test_a_refusal_is_what_the_assistant_says():
+def test_a_refusal_is_text_of_the_assistant():
     parts = [{"type": "refusal", "refusal": "No."}]
     for answer in ({"content": None, "refusal": "No."}, {"content": parts}, {"refusal": "No."}):
         assert messages({"role": "assistant"} | answer) == [("assistant", "No.")]
     assert messages(ANSWER | {"refusal": None, "tool_calls": None, "audio": None}) == [("assistant", "A")]
 
 
-def test_calls_of_tools_are_text_of_the_assistant():
+def test_tool_calls_become_text_of_the_assistant():
     rome, oslo = call("weather", '{"city": "Rome"}'), call("weather", {"city": "Tromsø"}, "c2")
     texts = (
         '{"name": "weather", "arguments": {"city": "Rome"}}',
@@ -185,18 +185,18 @@ def test_calls_of_tools_are_text_of_the_assistant():
         ({"tool_calls": []}, "missing field"),
     ],
 )
-def test_calls_that_cannot_be_read_are_refused(fields_of_it, kind):
+def test_malformed_tool_calls_are_refused(fields_of_it, kind):
     assert fault({"messages": [ASK, {"role": "assistant"} | fields_of_it]})[0] == kind
 
 
 @pytest.mark.parametrize("key", ["tool_calls", "function_call", "refusal", "audio"])
-def test_what_only_an_assistant_says_is_refused_elsewhere(key):
+def test_assistant_fields_are_refused_on_other_roles(key):
     kind, says = fault({"messages": [ASK | {key: "x"}, ANSWER]})
     assert kind == "misplaced field" and f"'messages[0]' is of role user and has '{key}'" in says
     assert messages(ASK | {key: None}) == [("user", "Q")]
 
 
-def test_results_stand_in_the_order_of_their_calls():
+def test_tool_results_are_sorted_in_the_order_of_their_calls():
     calls = {"role": "assistant", "tool_calls": [call("f", "{}", "c1"), call("f", "{}", "c2")]}
     results = [{"role": "tool", "content": text, "tool_call_id": f"c{text}"} for text in "21"]
     found = messages(ASK, calls, *results, ANSWER, calls, *results[::-1], {"role": "tool", "content": "other"}, ANSWER)
@@ -207,7 +207,7 @@ def test_results_stand_in_the_order_of_their_calls():
     ]
 
 
-def test_tools_and_a_system_prompt_beside_the_messages_stand_before_them():
+def test_tools_and_system_prompt_come_before_the_messages():
     tool = {"type": "function", "function": {"name": "weather", "description": "of a city, in °C"}}
     text = '{"type": "function", "function": {"name": "weather", "description": "of a city, in °C"}}'
     tools = ("system", f"<tools>\n{text}\n</tools>")
@@ -225,7 +225,7 @@ def test_tools_and_a_system_prompt_beside_the_messages_stand_before_them():
 
 
 @pytest.mark.parametrize("field", ["conversations", "conversation", "messages"])
-def test_sharegpt_says_from_and_value(field):
+def test_sharegpt(field):
     turns = [
         *(("system", "S"), ("human", "Q"), ("gpt", "A"), ("user", "Q"), ("assistant", "A"), ("chatgpt", "A")),
         *(("bing", "A"), ("bard", "A"), ("function_call", '{"name": "f"}'), ("observation", "O"), ("tool", "O")),
@@ -247,7 +247,7 @@ def test_sharegpt_says_from_and_value(field):
     assert fault({field: [{"from": "human", "content": "Q"}]})[0] == "missing field"
 
 
-def test_alpaca_has_a_system_prompt_a_history_and_an_input():
+def test_alpaca():
     value = {"instruction": "Q", "input": None, "output": "A", "system": "S", "history": [["q", "a"], ["r", ""]]}
     history = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "")]
     assert read(value) == [("system", "S"), *history, ("user", "Q"), ("assistant", "A")]

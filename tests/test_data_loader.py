@@ -88,7 +88,7 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(left[key], right[key], strict=True)
 
 
-def test_one_order_for_any_hosts_and_threads_and_from_any_example(folders):
+def test_order_of_examples_is_independent_of_hosts_threads_and_start(folders):
     data = mixed(folders)
     whole = take(data, TOTAL // BATCH)
     assert whole["example_index"].tolist() == list(range(TOTAL))
@@ -113,7 +113,7 @@ def ids_of(batches):
 
 
 @pytest.mark.parametrize(("hosts", "workers"), list(itertools.product((1, 2, 4), (0, 1, 2))))
-def test_killed_at_20_places_a_run_has_the_ids_of_one_that_was_not(folders, hosts, workers):
+def test_a_run_resumed_20_times_sees_the_examples_of_an_uninterrupted_run(folders, hosts, workers):
     """Every start has another number of hosts and workers than the one before, and of rows in a batch; the first has
     those of the parameters. A kill loses what was made ahead."""
     data = mixed(folders)
@@ -131,7 +131,7 @@ def test_killed_at_20_places_a_run_has_the_ids_of_one_that_was_not(folders, host
     assert len(found) > TOTAL - 8 and found == whole[: len(found)]
 
 
-def test_a_source_goes_on_where_it_stopped_when_mixture_or_length_changed(folders):
+def test_each_source_continues_where_it_stopped_when_mixture_or_run_length_change(folders):
     """Nothing is lost, repeated or reordered in a source; a source that is new begins at its beginning."""
     old, new = mixed(folders, stages=((0.0, (6, 3, 0.5)),)), mixed(folders, stages=((0.0, (1, 2, 3)), (0.5, (1, 0, 0))))
     taken = {name: used["examples"] for name, used in loader.consumed(old, 96, TOTAL).items()}
@@ -151,7 +151,7 @@ def test_a_source_goes_on_where_it_stopped_when_mixture_or_length_changed(folder
         assert [i % 1000 for i in given] == rows.tolist()
 
 
-def test_a_mixture_has_a_temperature():
+def test_temperature_of_a_mixture():
     sizes = {"web": 900, "books": 90, "code": 10}
     assert common.mixture(sizes) == ((0.0, "web", 0.9), (0.0, "books", 0.09), (0.0, "code", 0.01))
     assert common.mixture({"web": 9e12, "code": 1e12}, 2.0, 0.5) == ((0.5, "web", 0.75), (0.5, "code", 0.25))
@@ -161,27 +161,29 @@ def test_a_mixture_has_a_temperature():
             common.mixture(*wrong)
 
 
-def test_no_offset_where_nothing_changed(folders):
+def test_offsets_are_zero_if_nothing_changed(folders):
     data = mixed(folders)
     for example in (0, 8, 200, 399):
         taken = {name: used["examples"] for name, used in loader.consumed(data, example, TOTAL).items()}
         assert loader.offsets(data, taken, example, TOTAL) == (0, 0, 0)
 
 
-def test_a_source_that_hangs_is_an_error(folders, monkeypatch):
+def test_a_source_that_hangs_is_an_error_that_names_the_examples(folders, monkeypatch):
     monkeypatch.setattr(prefetch, "HUNG_SECONDS", 0.5)
-    monkeypatch.setattr(prefetch, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.1)
     data, never = mixed(folders), threading.Event()
     web = data.sources["web"]
     _, _, meta, stored, columns, _ = tuple.__iter__(web.train)
     hangs = loader.Part(web.train.size, lambda ids: never.wait(), meta, stored, columns)
     data = data._replace(sources={**data.sources, "web": web._replace(train=hangs)})
-    with pytest.raises(prefetch.InputError, match=r"(?s)input-0.*hangs"):
+    with pytest.raises(
+        prefetch.InputError, match=r"(?s)hangs: thread .input-0. .* making the batch of examples 0 to 7;"
+    ):
         take(data, 1)
     never.set()
 
 
-def test_every_row_has_its_turn_once_an_epoch_and_sources_their_shares(folders):
+def test_every_row_is_used_once_per_epoch_and_sources_keep_their_shares(folders):
     data = mixed(folders)
     source, row = np.divmod(take(data, TOTAL // BATCH)["tokens"][:, 0], 1000)
     for stage, (start, end) in {0: (0, 200), 1: (200, 360), 2: (360, 400)}.items():
@@ -199,13 +201,13 @@ def test_every_row_has_its_turn_once_an_epoch_and_sources_their_shares(folders):
     assert data.epoch_examples == 62  # 37 rows that are 6 of 10
 
 
-def test_a_run_may_begin_at_any_example(folders):
+def test_a_run_may_start_at_any_example(folders):
     far = take(mixed(folders, stages=((0.0, (6, 3, 1)),)), 2, start=10**9)
     assert far["example_index"].tolist() == list(range(10**9, 10**9 + 2 * BATCH))
     assert Counter(far["tokens"][:, 0] // 1000)[1] in (9, 10)
 
 
-def test_what_mixtures_and_prepared_data_cannot_be_is_refused(folders, tmp_path):
+def test_invalid_mixtures_and_unsuitable_prepared_data_are_refused(folders, tmp_path):
     write_source(tmp_path / "web", 0, 4)
     paths = [str(folders / "web"), str(tmp_path / "web")]
     for names, says in ((paths, "different names"), ([str(tmp_path / "replay"), paths[0]], "not 'replay'")):
@@ -267,7 +269,7 @@ def prepare(cfg, folder):
     return data
 
 
-def test_prepared_rows_train_as_their_text_does_and_a_mixture_tells_its_sources_apart(tmp_path):
+def test_prepared_rows_train_like_packed_text_and_a_mixture_reports_each_source(tmp_path):
     """The second source holds the same rows: all three figures of an evaluation are one number."""
     on_text = prepare(toys.recipe(toys.write_texts(tmp_path / "texts")), tmp_path / "web")
     on_rows = alone(tmp_path / "web", seq_len=32)

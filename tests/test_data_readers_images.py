@@ -308,7 +308,7 @@ def test_pairs_of_views_are_augmented_once_each_also_in_evaluation(packed):
             assert not np.array_equal(batch["images"][row, 0], batch["images"][row, 1])
 
 
-def test_what_does_not_fit_is_refused(packed):
+def test_a_config_that_does_not_fit_is_refused(packed):
     with pytest.raises(
         ConfigError, match=r"'data.augment': no 'corp' \(did you mean 'crop'\?\); there are .*color, crop"
     ):
@@ -375,14 +375,14 @@ def test_crop_is_a_rectangle_of_the_right_area_and_aspect():
     assert 0.74 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.35
 
 
-def test_flip_turns_columns_around_as_often_as_asked():
+def test_flip_mirrors_columns_with_the_given_probability():
     turned = [np.array_equal(augmented("flip", PICTURES[0], 0.3, seed), PICTURES[0][:, ::-1]) for seed in range(1000)]
     kept = [np.array_equal(augmented("flip", PICTURES[0], 0.3, seed), PICTURES[0]) for seed in range(1000)]
     assert all(a != b for a, b in zip(turned, kept, strict=True))
     assert abs(np.mean(turned) - 0.3) < 0.07
 
 
-def test_color_is_that_of_pillow():
+def test_color_equals_pillow():
     for seed in range(20):
         brightness, contrast, saturation = np.random.default_rng(seed).uniform(0.4, 1.6, 3)
         picture = ImageEnhance.Brightness(Image.fromarray(PICTURES[1])).enhance(brightness)

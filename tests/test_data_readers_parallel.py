@@ -5,7 +5,7 @@ import pytest
 from lm.config import DataConfig
 from lm.data.readers import registry
 from lm.data.record import DataError
-from tests.test_data_sources import read, write
+from tests.test_data_readers_text import read, write
 
 
 def parallel(tmp_path, source: bytes, target: bytes, **options) -> registry.Split:

@@ -207,7 +207,7 @@ def test_a_folder_of_several_splits_stands_for_train(tmp_path):
             registry.find(DataConfig(format=name, path=str(tmp_path / path)))
 
 
-def test_a_saved_set_that_is_not_whole_is_an_error_before_it_is_read(tmp_path):
+def test_an_incomplete_saved_data_set_is_an_error_before_it_is_read(tmp_path):
     folder = small_sets.save_to_disk(tmp_path / "set", in_columns(ROWS))
     cfg = DataConfig(format="arrow", path=str(folder))
     second = folder / "data-00001-of-00002.arrow"
@@ -274,7 +274,7 @@ def test_values_that_columns_can_have(tmp_path):
         everything(DataConfig(format="parquet", path=str(small_sets.write_parquet(tmp_path / "b.parquet", twice))))
 
 
-def test_numbers_in_a_file_of_columns_that_lead_nowhere_are_not_followed(tmp_path):
+def test_offsets_outside_of_a_columnar_file_are_not_followed(tmp_path):
     path = small_sets.write_arrow(tmp_path / "a.arrow", in_columns(ROWS), 20)
     starts = np.cumsum([0, *(len(row["text"]) for row in ROWS)], dtype=np.int32)
     content = path.read_bytes()
@@ -333,7 +333,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_of_damaged_files_every_record_is_read_or_reported_or_the_file_is_refused(name, tmp_path, tfds_dir):
+def test_every_record_of_a_damaged_file_is_read_or_reported_or_the_file_is_refused(name, tmp_path, tfds_dir):
     rng = random.Random(0)
     rows = [{"text": f"{i} " + rng.randbytes(20).hex(), "label": i % 2} for i in range(20)]
     cfg = written(name, tmp_path / "set", rows)
@@ -363,7 +363,7 @@ def fuzzed(rng: random.Random) -> str | None:
 
 
 @pytest.mark.parametrize("name", ["jsonl", "array_record", "parquet", "arrow", "tfds"])
-def test_of_fuzzed_records_every_one_is_read_or_reported(name, tmp_path, tfds_dir):
+def test_every_fuzzed_record_is_read_or_reported(name, tmp_path, tfds_dir):
     rng = random.Random(1)
     count = FUZZED_RECORDS // 5
     rows = [{"text": fuzzed(rng), "label": rng.choice([0, 1, -1] + [7] * (name != "tfds"))} for _ in range(count)]

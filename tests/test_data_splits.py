@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from lm.config.schema import ConfigError
 from lm.data import splits
 from lm.data.record import DataError
-from tests.test_data_sources import TEXTS, contents, lines_of, read, write
+from tests.test_data_readers_text import TEXTS, contents, lines_of, read, write
 
 
-def test_what_is_held_out_depends_on_content_alone(tmp_path):
+def test_held_out_records_depend_on_content_alone(tmp_path):
     forward = read(write(tmp_path / "a.jsonl", lines_of(TEXTS)))
     backward = read(write(tmp_path / "b.jsonl", lines_of(TEXTS[::-1])))
     assert contents(forward.valid) == contents(backward.valid)[::-1]
@@ -40,7 +40,7 @@ def test_the_same_content_is_never_on_both_sides_and_no_side_is_empty(texts, fra
     assert set(contents(splits.hold_out(items, fraction)[1])) == set(contents(valid))
 
 
-def test_eval_path_is_held_out_and_what_it_shares_with_train_is_told(tmp_path):
+def test_eval_path_is_held_out_and_overlap_with_training_is_reported(tmp_path):
     train = write(tmp_path / "a.jsonl", lines_of(TEXTS[:9]))
     valid = write(tmp_path / "b.jsonl", lines_of(TEXTS[7:12]))
     split = read(train, eval_path=str(valid))
@@ -68,7 +68,7 @@ def test_max_records_cuts_train_only_and_smaller_cuts_are_subsets(tmp_path):
     assert read(path, max_records=1000).fingerprint == full.fingerprint
 
 
-def test_the_fingerprint_follows_contents_and_order_but_not_place_or_packing(tmp_path):
+def test_fingerprint_depends_on_contents_and_order_but_not_on_path_or_compression(tmp_path):
     original = read(write(tmp_path / "a.jsonl", lines_of(TEXTS)))
     moved = read(write(tmp_path / "other" / "b.jsonl.gz", lines_of(TEXTS).replace(b"\n", b"\r\n")))
     assert original.fingerprint == moved.fingerprint
