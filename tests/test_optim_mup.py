@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checks, losses, optim, param_paths
+from lm import losses, optim, param_paths
 from lm.config import ModelConfig, MupConfig, OptimConfig
 from lm.config.schema import ConfigError
 from lm.models import attention, transformer
@@ -176,4 +176,4 @@ def test_invalid_mup_settings_are_refused(tmp_path, changes, message):
 def test_mup_for_vision_is_refused(tmp_path):
     changes = {"model__mup__base_width": 64, "model__kind": "vit", "model__position": "sincos"}
     with pytest.raises(ConfigError, match=r"'model.mup' is for models of text; 'model.kind' vit"):
-        checks._of_text(toys.recipe(tmp_path, **changes))
+        toys.recipe(tmp_path, **changes)

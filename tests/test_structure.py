@@ -60,7 +60,8 @@ def test_every_config_key_is_read():
     reads = config_reads()
     dead = []
     for key in keys_of(config_lib.Config):
-        section, _, name = key.rpartition(".")
+        path, _, name = key.rpartition(".")
+        section = path.rpartition(".")[2]
         if not reads & {(owner, name) for owner in (section, "cfg", "config", f"{section}_cfg")}:
             dead.append(key)
     assert not dead, f"keys that nothing in lm/ reads (as cfg.{{section}}.{{key}} or cfg.{{key}}): {dead}"

@@ -328,9 +328,9 @@ def load(saved: Saved, abstract: Any) -> Any:
     return state
 
 
-def _patience(train: Mapping[str, Any]) -> int:
-    """`train.early_stopping.patience` of a saved config; older versions had 'patience', a number or a pair."""
-    return int(np.ravel(train.get("early_stopping", {}).get("patience", train.get("patience", 0)))[0])
+def _patience(written: Mapping[str, Any]) -> int:
+    """`train.early_stopping.patience` of a saved section; older versions had 'patience', a number or a pair."""
+    return int(np.ravel(written.get("early_stopping", written).get("patience", 0))[0])
 
 
 def _best_first(evaluations: Mapping[Any, Mapping[str, float]], name: str) -> list[Any]:
