@@ -39,6 +39,8 @@ def parse(argv: list[str]) -> list[str]:
         key = message.lstrip("'").split("'")[0]
         flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and key in arg), "")
         raise SystemExit(f"error: unknown config key{flag}: {message}") from None
+    except BrokenPipeError:  # the reader of --help has seen enough
+        raise SystemExit(1) from None
     except OSError as error:  # the recipe's file does not exist: the last line of the message names it
         raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
 
