@@ -35,7 +35,7 @@ class Batch(TypedDict, total=False):
     visible_patches: Int32[Array, "B seen"]  # indices of patches
     masked_patches: Int32[Array, "B hidden"]
     # A class, a number, the tag of each position (-1 = none), or the first and the last position of a span.
-    labels: Int32[Array, " B"] | Float32[Array, " B"] | Int32[Array, "B L"] | Int32[Array, "B 2"]
+    labels: Int32[Array, " B"] | Float32[Array, " B"] | Int32[Array, "B 2"] | Int32[Array, "B L"]
     part: Int32[Array, " B"]  # which task of a mixture the row is of
     example_index: Int32[Array, " B"]  # global index of the row in the stream: names it in errors, seeds its dropout
     row_weights: Float32[Array, " B"]  # 0 = a row that only fills up the last batch of an evaluation

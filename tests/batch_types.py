@@ -13,9 +13,10 @@ def check(batch: Mapping[str, Any]) -> None:
     """Raises TypeError for an array that `Batch` does not name, or whose dtype, rank or sizes are not as it says."""
     hints = get_type_hints(Batch)
     with jaxtyped("context"):  # inside of it B, L, ... are of one size
-        for key, array in batch.items():
+        for key in sorted(batch, key=[*hints, *batch].index):  # tokens first: they say what L is
             if key not in hints:
                 raise TypeError(f"batch[{key!r}] is not named in lm.types.Batch")
+            array = batch[key]
             if not isinstance(array, hints[key]):
                 raise TypeError(f"batch[{key!r}] is {array.dtype}{list(array.shape)}; expected {hints[key]}")
 

@@ -47,7 +47,7 @@ def test_mixout_changes_only_where_the_gradient_is_taken():
     """The gradient is taken at the mixture, times m / (1 - rate); the update starts from the unmixed parameters."""
 
     def loss_fn(params, batch, rng):  # sum of w^3: its gradient, 3 w^2, says where it was taken
-        total = sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves(params)) * batch["tokens"].mean()
+        total = sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves(params)) * batch["labels"].mean()
         return LossTerms(total, jnp.float32(2.0), {})
 
     params = random_tree(0)
@@ -57,7 +57,7 @@ def test_mixout_changes_only_where_the_gradient_is_taken():
     state = step.init_state(params, seen, use_ema=False, anchored=kernels)
     state = state._replace(step=jnp.int32(4), start=jax.tree.map(jnp.zeros_like, state.start))
     one = functools.partial(step.train_step, loss_fn=loss_fn, optimizer=seen, seed=3, micro_batches=2, ema_decay=0.0)
-    got = param_paths.flatten(jax.jit(functools.partial(one, mixout=0.5))(state, {"tokens": jnp.ones(4)})[0].params)
+    got = param_paths.flatten(jax.jit(functools.partial(one, mixout=0.5))(state, {"labels": jnp.ones(4)})[0].params)
     part = trainable.trained_part(optimizer.selection, params)
     mixed = param_paths.flatten(step.mix(part, state.start, 0.5, jax.random.fold_in(jax.random.key(3), 4)))
     assert not np.array_equal(mixed["decoder/layers/mlp/up/kernel"], part["decoder"]["layers"]["mlp"]["up"]["kernel"])
