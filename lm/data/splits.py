@@ -21,6 +21,7 @@ _GROUPED_BY = {
     "text": "text",  # the same text with another label, another second text or another translation
     "words": "sentence",
     "messages": "prompt",  # see `_prompt`
+    "prompt": "prompt",  # of two answers
     "image": "image",
     "user": "user",
 }
