@@ -76,6 +76,8 @@ class Task(NamedTuple):
         them as one more argument, (params, batch, rng, start). The state keeps a copy of those that are trained.
       has_perplexity: its nll is of a language model.
       unit_of: (config, prefix of a metric) -> the unit of its loss, where that is another one.
+      view_names: config -> what the views of a row are called, where a row has several sequences side by side; () =
+        they are numbered.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       ends: tokenizer -> ids that end a generated text.
       generates: control symbols that its texts have beside those of `generate.symbols`.
@@ -110,6 +112,7 @@ class Task(NamedTuple):
     needs_start: bool = False
     has_perplexity: bool = False
     unit_of: Callable[[Config, str], str] | None = None
+    view_names: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
     prompt: Callable[[str, Any], list[int]] | None = None
     ends: Callable[[Any], tuple[int, ...]] = lambda tokenizer: (tokenizer.eos_id,)
     generates: tuple[str, ...] = ()
