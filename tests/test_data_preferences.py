@@ -157,3 +157,11 @@ def test_pairs_of_one_prompt_are_on_one_side_of_a_split():
     others = [{**PAIR, "prompt": [{**ASK, "content": str(n)}], "source": f"g:{n}"} for n in range(8)]
     train, valid = splits.hold_out([*pairs, *others], 0.3)
     assert sum(record in train for record in pairs) in (0, 8) and train and valid
+
+
+def test_a_prompt_is_on_the_same_side_for_chats_and_for_pairs():
+    asked = [[{**ASK, "content": str(n)}] for n in range(40)]
+    pairs = [{**PAIR, "prompt": prompt, "source": f"f:{n}"} for n, prompt in enumerate(asked)]
+    chats = [{"messages": [*prompt, GOOD], "source": f"f:{n}"} for n, prompt in enumerate(asked)]
+    held_out = [{record["source"] for record in splits.hold_out(records, 0.3)[1]} for records in (pairs, chats)]
+    assert held_out[0] == held_out[1] and 0 < len(held_out[0]) < 40
