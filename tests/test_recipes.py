@@ -129,6 +129,7 @@ TAKES = {
         *(
             "continue_pubmedqa",
             "gpt2_tinystories",
+            "dpo_instructions",
             "gsm8k_sft",
             "multi30k_translation",
             "quickstart_pretrain",
