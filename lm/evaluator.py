@@ -1,5 +1,6 @@
 """Evaluation during a run: validation of the current parameters, samples, and the test of the chosen checkpoint."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,8 @@ class Evaluator:
     def __init__(self, run: Run, tracker: Tracker):
         rows = program.eval_batch_size(run.cfg)
         batch = program.abstract_batch(run.cfg, run.mesh, rows)
-        self._eval_step = run.program.eval_step.lower(run.program.abstract_state.params, batch).compile()
+        state = run.program.abstract_state
+        self._eval_step = run.program.eval_step.lower(state.params, batch, start=state.start).compile()
         self._place = run_lib.placer(run.mesh, rows)
         self._run, self._tracker = run, tracker
 
@@ -40,7 +42,7 @@ class Evaluator:
         tracker, cfg = self._tracker, self._run.cfg
         with tracker.bucket("eval"):
             params = eval_params(state)
-            values = self._evaluate(params, "valid")
+            values = self._evaluate(params, state.start, "valid")
             tracker.log(step, "eval", values)
             tracker.note(f"[step {step:,}] validation: {with_units(values, cfg)}")
             for prompt, text in samples(self._run, params, step).items():
@@ -60,17 +62,17 @@ class Evaluator:
             return {}
         with tracker.bucket("eval"):
             step, state = best_state(run, workdir, step, state, tracker.note)
-            values = self._evaluate(eval_params(state), "test")
+            values = self._evaluate(eval_params(state), state.start, "test")
             tracker.log(step, "test", values)
             tracker.note(f"test, with the checkpoint of step {step:,}: {with_units(values, run.cfg)}")
         return {"step": step, **values}
 
-    def _evaluate(self, params: Params, part: Literal["valid", "test"]) -> dict[str, float]:
+    def _evaluate(self, params: Params, start: Params | None, part: Literal["valid", "test"]) -> dict[str, float]:
         """Metrics over the rows of the run's own sources together and, where sources have names, of each by its name.
 
         The rows of `data.replay` are a source by themselves and do not count among the run's own.
         """
-        run = self._run
+        run, eval_step = self._run, functools.partial(self._eval_step, start=start)
         own_sums: metrics.Sums = {}
         own_outputs: list[Outputs] = []
         own_meta: list[Any] = []
@@ -80,7 +82,7 @@ class Evaluator:
             if rows is None:
                 continue
             row_ids, batches = run_lib.eval_rows(run, rows)
-            sums, outputs = evaluate.evaluate(self._eval_step, params, self._place, batches, len(row_ids))
+            sums, outputs = evaluate.evaluate(eval_step, params, self._place, batches, len(row_ids))
             meta = [rows.meta[i] for i in row_ids] if run.score else []
             if name:
                 by_source |= {f"{name}_{key}": value for key, value in values_of(run, sums, outputs, meta).items()}

@@ -32,7 +32,7 @@ class Program(NamedTuple):
       abstract_state: shapes, dtypes and shardings of the state.
       init_state: params -> the state before the first step.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
-      eval_step: (params, batch) -> (metrics, outputs), jitted.
+      eval_step: (params, batch, start) -> (metrics, outputs), jitted; start as in `TrainState`.
     """
 
     model: ModelFns
@@ -80,7 +80,7 @@ def make(
         scales=mup.direction_scales(cfg.optim.name, logical_axes, mup.width_ratio(cfg.model)),
     )
     model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
-    loss_fn = task_of(cfg).loss(model.apply, cfg, tokenizer)
+    loss_fn, needs_start = task_of(cfg).loss(model.apply, cfg, tokenizer), task_of(cfg).needs_start
     train_step = functools.partial(
         step.train_step,
         loss_fn=loss_fn,
@@ -89,7 +89,9 @@ def make(
         micro_batches=cfg.train.micro_batches,
         ema_decay=cfg.optim.ema_decay,
         mixout=cfg.optim.mixout,
+        needs_start=needs_start,
     )
+    eval_step = functools.partial(step.eval_step, loss_fn=loss_fn, needs_start=needs_start)
     use_ema = cfg.optim.ema_decay > 0
     init_state = functools.partial(step.init_state, optimizer=optimizer, use_ema=use_ema, anchored=anchored)
     shardings = _state_shardings(optimizer, mesh, abstract_params, logical_axes, anchored, use_ema)
@@ -105,7 +107,7 @@ def make(
         ),
         init_state=init_state,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-        eval_step=jax.jit(functools.partial(step.eval_step, loss_fn=loss_fn), out_shardings=everywhere),
+        eval_step=jax.jit(eval_step, out_shardings=everywhere),
     )
 
 

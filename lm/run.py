@@ -47,7 +47,7 @@ class Plan(NamedTuple):
       init: the checkpoint that `init_from` names, or None.
       origin_of: path -> array of that checkpoint, or None = initialised.
       unused: parameters of that checkpoint that this run does not read.
-      anchored: path -> whether the optimizer pulls it back to its initial value; None = `optim` asks for none.
+      anchored: path -> whether the state keeps its initial value, for the optimizer or the loss; None = neither asks.
       replay: the data that `data.replay` draws from, or None.
     """
 
@@ -298,16 +298,25 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
 
 
 def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
-    """Which parameters `l2_sp` and `mixout` pull back to their initial values: those read from `init_from`, not a
-    newly initialised head.
+    """Of which parameters the state keeps the initial values.
+
+    Of all of them, where the task's loss reads them; else of those that `l2_sp` and `mixout` pull back: those read from
+    `init_from`, not a newly initialised head.
 
     A function of the config alone, so that a resumed run, which no longer reads `init_from`, agrees.
 
     Raises:
-      ConfigError: `init_rules` that do not fit; nothing to pull back to.
+      ConfigError: `init_rules` that do not fit; nothing to pull back to; the optimizer pulls back beside the loss.
     """
     actions = param_paths.match_rules(cfg.init_rules, list(param_paths.flatten(abstract_params)), "init_rules")
     wanted = [f"'optim.{name}'" for name, value in (("l2_sp", cfg.optim.l2_sp), ("mixout", cfg.optim.mixout)) if value]
+    if task_of(cfg).needs_start:
+        if wanted:
+            raise ConfigError(
+                f"{wanted[0]} is set, but the loss of task.name={cfg.task.name} already compares with the initial "
+                "parameters; set it to 0"
+            )
+        return dict.fromkeys(actions, True)
     if not wanted:
         return None
     anchored = {path: bool(cfg.init_from) and action != init_from.REINIT for path, action in actions.items()}

@@ -1,7 +1,7 @@
 """One training step and one evaluation step: pure functions, the same for every model, objective and mesh."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lm import param_paths
 from lm.optim import Optimizer
 from lm.optim.trainable import trained_part
-from lm.types import Batch, LossFn, LossTerms, Params, TrainState
+from lm.types import Batch, LossTerms, Params, TrainState
 
 Metrics = dict[str, Any]
 
@@ -26,7 +26,8 @@ def init_state(
       params: all parameters.
       optimizer: see `lm.optim`.
       use_ema: whether the state has an average of the trained parameters.
-      anchored: path -> whether the state keeps the parameter's initial value, for `l2_sp` and `mixout`; None = none.
+      anchored: path -> whether the state keeps the parameter's initial value, for `l2_sp`, `mixout` or the loss; None =
+        none.
     """
     trained = trained_part(optimizer.selection, params)
     ema = jax.tree.map(jnp.copy, trained) if use_ema else None
@@ -43,16 +44,27 @@ def eval_params(state: TrainState) -> Params:
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), whole, state.params)
 
 
+def start_params(params: Params, start: Params | None) -> Params:
+    """All parameters with their initial values.
+
+    Args:
+      params: the current ones; frozen ones still have their initial values.
+      start: `TrainState.start`, of all that are trained; None = `params` have not been trained yet.
+    """
+    return param_paths.overlay(params, start or {})
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    loss_fn: LossFn,
+    loss_fn: Callable[..., LossTerms],
     optimizer: Optimizer,
     seed: int,
     micro_batches: int,
     ema_decay: float,
     mixout: float = 0.0,
+    needs_start: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One training step on one global batch.
 
@@ -69,6 +81,7 @@ def train_step(
       ema_decay: decay of the moving average, limited to (1 + step) / (10 + step) so that the average of a short run is
         not dominated by its initial values; 0 = no average.
       mixout: rate of mixout, see `mix`; 0 = off.
+      needs_start: see `Task.needs_start`.
 
     Returns:
       The next state, and metrics: 'loss', 'weight', 'grad_norm', 'learning_rate' as float32 [], and those of the
@@ -79,9 +92,11 @@ def train_step(
     # Mixed once, and differentiated through once, for all micro-batches.
     mixed, grads_before_mixing = jax.vjp(lambda tree: mix(tree, state.start, mixout, rng), trained)
 
+    start = (start_params(state.params, state.start),) if needs_start else ()
+
     def terms_and_grads(micro: Batch) -> tuple[LossTerms, Params]:
         def total(mixed: Params) -> tuple[jax.Array, LossTerms]:
-            terms = loss_fn(param_paths.overlay(state.params, mixed), micro, rng)._replace(outputs={})
+            terms = loss_fn(param_paths.overlay(state.params, mixed), micro, rng, *start)._replace(outputs={})
             return terms.sum, terms
 
         grads, terms = jax.grad(total, has_aux=True)(mixed)
@@ -134,15 +149,28 @@ def mix(trained: Params, start: Params | None, rate: float, rng: jax.Array) -> P
 
 
 def eval_step(
-    params: Params, batch: Batch, *, loss_fn: LossFn
+    params: Params,
+    batch: Batch,
+    start: Params | None = None,
+    *,
+    loss_fn: Callable[..., LossTerms],
+    needs_start: bool = False,
 ) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, jax.Array]]:
     """One evaluation step on one batch.
+
+    Args:
+      params: of `eval_params`.
+      batch: arrays [B, ...].
+      start: `TrainState.start`; None = `params` have not been trained yet.
+      loss_fn: `Task.loss`, bound.
+      needs_start: see `Task.needs_start`.
 
     Returns:
       Metric name -> (sum, weight), 'loss' among them, for the caller to add over batches and divide at the end; and the
       objective's outputs, name -> [B, ...].
     """
-    terms = loss_fn(params, batch, None)
+    given = (start_params(params, start),) if needs_start else ()
+    terms = loss_fn(params, batch, None, *given)
     return {"loss": (terms.sum, terms.weight), **terms.metrics}, terms.outputs
 
 

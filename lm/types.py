@@ -79,7 +79,8 @@ class TrainState(NamedTuple):
       opt_state: optax state of the trained part of the parameters; frozen ones have none.
       ema: exponential moving average of the trained part, or None when it is off.
       skipped: int32 [], steps whose batch had weight 0 and so changed nothing but `step` and this count.
-      start: where trained parameters started that `optim.l2_sp` or `optim.mixout` draws back to, or None.
+      start: initial values of trained parameters, which `optim.l2_sp` and `optim.mixout` pull back to and the loss of a
+        task may read (`Task.needs_start`), or None.
     """
 
     step: jax.Array
@@ -146,3 +147,5 @@ class ModelFns(NamedTuple):
 
 Apply = Callable[..., ModelOutput]  # `ModelFns.apply`
 LossFn = Callable[[Params, Batch, jax.Array | None], LossTerms]  # (params, batch, rng)
+# (params, batch, rng, all parameters with their initial values)
+LossFnWithStart = Callable[[Params, Batch, jax.Array | None, Params], LossTerms]

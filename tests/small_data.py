@@ -55,6 +55,7 @@ FILES: dict[str, Callable[[str], str]] = {
     "tinystories/sample.txt": _stories,
     "pubmedqa/ori_pqal.json": _abstracts,
     "xquad/xquad.en.json": _questions,
+    "instr_rasbt/instruction-data-with-preference.json": lambda text: json.dumps(spread(json.loads(text))),
 }
 WIKIPEDIA = "wikitext2/test.txt"
 TARS = tuple(f"cifar10/cifar10_jpg_{part}.tar" for part in ("train_500perclass", "test_100perclass"))

@@ -100,7 +100,7 @@ def figures(
         row_ids, batches = run_lib.eval_rows(run, run.data.valid)
         place = run_lib.placer(mesh, cfg.data.batch_size)
         sums, outputs = evaluate.evaluate(run.program.eval_step, placed, place, batches, len(row_ids))
-        found = metrics.finalize(sums)
+        found = metrics.finalize(sums, task_of(cfg).has_perplexity)
         if run.score:
             found |= run.score(outputs, [run.data.valid.meta[i] for i in row_ids], run.cfg)
         state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(placed)
@@ -129,6 +129,7 @@ TAKES = {
         *(
             "continue_pubmedqa",
             "gpt2_tinystories",
+            "dpo_instructions",
             "gsm8k_sft",
             "multi30k_translation",
             "quickstart_pretrain",

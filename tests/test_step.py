@@ -11,6 +11,7 @@ import pytest
 from lm import losses, optim, param_paths, step
 from lm.config import LossConfig, MeshConfig, OptimConfig
 from lm.models import transformer
+from lm.optim.trainable import trained_part
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
 from tests import reference, toys
@@ -130,6 +131,41 @@ def test_zero3_gathers_weights_and_keeps_them_sharded():
     for path, leaf in param_paths.flatten(params).items():
         split = jax.NamedSharding(mesh, sharding.spec(axes[path])).shard_shape(leaf.shape)
         assert np.prod(split) == (leaf.size if "norm" in path else leaf.size / 8), path
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_loss_that_needs_the_start_has_it_at_every_step_and_in_evaluation(micro_batches):
+    """Bit for bit, with the first layer frozen, beside an average; the state keeps what is trained alone."""
+    cfg, model, params, batch, _ = expected("gpt2")
+    optimizer = adamw(params, lr_rules=((r".*/layers/0/.*|[^/]*embed.*", 0.0), (r".*", 1.0)))
+    plain = loss_of(model, cfg)
+
+    def distance(one, other):
+        return sum(jnp.abs(a - b).sum() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+    def loss_fn(now, batch, rng, start):
+        found = {"start_moved": (distance(start, params), 1.0), "moved": (distance(now, start), 1.0)}
+        return plain(now, batch, rng)._replace(metrics=jax.tree.map(jnp.float32, found))
+
+    one = functools.partial(
+        step.train_step, loss_fn=loss_fn, optimizer=optimizer, seed=3, micro_batches=micro_batches, ema_decay=0.9
+    )
+    every = dict.fromkeys(param_paths.flatten(params), True)
+    state = step.init_state(params, optimizer, use_ema=True, anchored=every)
+    trained = param_paths.flatten(trained_part(optimizer.selection, params))
+    assert {path: leaf.shape for path, leaf in param_paths.flatten(state.start).items()} == {
+        path: leaf.shape for path, leaf in trained.items()
+    }
+    one = jax.jit(functools.partial(one, needs_start=True))
+    for number in range(3):
+        state, metrics = one(state, batch)
+        assert metrics["start_moved"][0] == 0
+        assert (metrics["moved"][0] > 0) == (number > 0)
+    evaluate = jax.jit(functools.partial(step.eval_step, loss_fn=loss_fn, needs_start=True))
+    found, _ = evaluate(step.eval_params(state), batch, state.start)
+    assert found["start_moved"][0] == 0 < found["moved"][0]
+    found, _ = evaluate(step.eval_params(state), batch)
+    assert found["moved"][0] == 0 < found["start_moved"][0]
 
 
 def test_a_batch_of_weight_0_changes_no_parameter_moment_or_average():

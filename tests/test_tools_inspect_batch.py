@@ -158,6 +158,7 @@ ITEMS = ("next_item", "masked_item")
 SEES = "bees\x1b[2J see {n} <b>"
 RECORDS = {
     "chat": {"messages": [{"role": "user", "content": SEES}, {"role": "assistant", "content": "yes"}]},
+    "preferences": {"prompt": SEES, "chosen": "yes", "rejected": "<no>"},
     "tagging": {"words": ["bees", "see\x1b[2J", "red", "{n}"], "tags": ["N", "<V>", "N", "N"]},
     "entities": {"text": SEES, "entities": [{"start": 0, "end": 4, "label": "X"}]},
     "span_qa": {
@@ -176,6 +177,10 @@ RECORDS = {
 SHOWN = {
     "causal_lm": ({}, r"\[<0x1B>\]"),
     "chat": ({}, r"<\|user\|> .*<\|assistant\|> \[y\].*\[<\|end\|>\]"),
+    "preferences": (
+        {},
+        r"1 chosen: <s> <\|user\|> .*\[y\].*\[<\|end\|>\]\s*│2 rejected: .*\[o\] \[>\] \[<\|end\|>\]",
+    ),
     "prefix_lm": ({}, r"<s>/prefix .*\[</s>\]"),
     "masked_lm": ({}, r"\[<\|mask\|>/.+?\]"),
     "masked_lm_pairs": ({}, r"(A and B as in the document|B of another document), 2 segments"),

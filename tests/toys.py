@@ -135,7 +135,8 @@ def shrink(c: Any) -> None:
     The number of layers stays too: rules name them.
     """
     # One length for most of them, so that they share what is compiled; pairs of sentences, and questions, need room.
-    m, seq_len = c.model, min(c.data.seq_len, {"masked_lm_pairs": 64, "chat": 128}.get(c.task.name, 32))
+    longer = {"masked_lm_pairs": 64, "chat": 128, "preferences": 128}
+    m, seq_len = c.model, min(c.data.seq_len, longer.get(c.task.name, 32))
     m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim = 32, 2, 0, 0, 48
     if "projection_dim" in c.task:
         c.task.projection_dim = 16

@@ -53,7 +53,7 @@ def talk(workdir: str) -> None:
             "positions that this run was trained on"
         )
     key = jax.random.key(_SEED.value)
-    is_chat = cfg.task.name == "chat"
+    is_chat = tasks.task_of(cfg).prompt is chat.CHAT.prompt
     turns: list[chat.Turn] = []
     print(f"{'chat' if is_chat else 'text continuation'} model, {workdir}; end with Ctrl-D", file=sys.stderr)
     for number, line in enumerate([_PROMPT.value] if _PROMPT.value else typed_lines()):

@@ -162,8 +162,10 @@ def parts_of(row: dict[str, Any], cfg: config.Config) -> list[tuple[str, dict[st
         return [("encoder", encoder), ("decoder", row)]
     if row["tokens"].ndim == 1:
         return [("", row)]
+    from lm.tasks import task_of
+
     views = [{key: x[i] for key, x in row.items() if x.ndim == 2} for i in range(len(row["tokens"]))]
-    names = cfg.task.labels if cfg.task.name == "prompting" else [f"view {i}" for i in range(1, 1 + len(views))]
+    names = task_of(cfg).view_names(cfg) or [f"view {i}" for i in range(1, 1 + len(views))]
     return list(zip(map(visible, names), views, strict=True))
 
 

@@ -33,12 +33,15 @@ class Wanted(NamedTuple):
       label: what 'label' is to be: a class, a number, or either ('TASK/CLASS' and 'TASK/NUMBER'); '' = it is not read.
       classes: the labels that are known.
       image_shape: height, width, channels of images.
+      fields: an object that has the fields of several forms of `lm.data.readers.fields.FORMS` is read as the first of
+        those that have these; where there is none, as the first of all.
     """
 
     task: str = ""
     label: Literal["", "class", "number", "mixed"] = ""
     classes: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] = (32, 32, 3)
+    fields: tuple[str, ...] = ()
 
 
 NOTHING = Wanted()  # of records that are read for no task

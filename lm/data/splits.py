@@ -21,6 +21,7 @@ _GROUPED_BY = {
     "text": "text",  # the same text with another label, another second text or another translation
     "words": "sentence",
     "messages": "prompt",  # see `_prompt`
+    "prompt": "prompt",  # of two answers
     "image": "image",
     "user": "user",
 }
@@ -51,11 +52,13 @@ def grouping(record: Record) -> str:
 def group(record: Record) -> bytes:
     """sha256 of what the record is grouped by; records of one group stay on the same side of a split.
 
-    Worked: two questions about one paragraph are one group, and so is one text with two labels.
+    Worked: two questions about one paragraph are one group, and so is one text with two labels, and one prompt with one
+    answer or with two: no held-out preference pair has a prompt that a chat model was trained on.
     """
     for field in _GROUPED_BY:
         if field in record:
-            return _sha256({field: _prompt(record[field]) if field == "messages" else record[field]})
+            shared = _prompt(record[field]) if field == "messages" else record[field]
+            return _sha256({"messages" if field == "prompt" else field: shared})
     return digest(record)
 
 

@@ -115,7 +115,7 @@ def build(
         def move(path: str, param: jax.Array, direction: jax.Array) -> jax.Array:
             scale = scales[path] if scales else 1.0
             change = scale * direction + cfg.weight_decay * decayed[path] * param
-            if path in anchors:
+            if cfg.l2_sp and path in anchors:
                 change += cfg.l2_sp * (param - anchors[path])
             return param - zero_if_frozen(path, lr * multiplier[path] * change)
 

@@ -185,8 +185,9 @@ def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> 
     batch = program.abstract_batch(cfg, mesh, rows)
     state = functions.abstract_state
     step, argument = (functions.eval_step, state.params) if evaluation else (functions.train_step, state)
+    start = {"start": state.start} if evaluation and task_of(cfg).needs_start else {}
     with jax.set_mesh(mesh):
-        lowered = step.lower(argument, batch)
+        lowered = step.lower(argument, batch, **start)
     flat = param_paths.flatten(state.params)
     trained = trainable.trained_part(functions.optimizer.selection, state.params)
     replicated = [
@@ -226,7 +227,7 @@ def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> 
         tokens=tokens,
         chips=mesh.size,
         checkpoint_bytes=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))),
-        resident_bytes=_bytes_per_chip(state) - _bytes_per_chip(argument) if evaluation else 0.0,
+        resident_bytes=_bytes_per_chip(state) - _bytes_per_chip((argument, start)) if evaluation else 0.0,
         experts=cfg.model.num_experts,
         links=links(mesh, topology),
     )

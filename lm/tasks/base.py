@@ -14,7 +14,7 @@ from lm.data import tokenizer as sentencepiece
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import DataError, Record, Wanted
 from lm.evaluation import metrics
-from lm.types import Apply, Batch, Head, LossFn, Outputs
+from lm.types import Apply, Batch, Head, LossFn, LossFnWithStart, Outputs
 
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 TOKEN_LOSS = ("z_loss", "label_smoothing", "chunk_len")  # keys of LossConfig that the cross-entropy of tokens reads
@@ -72,8 +72,12 @@ class Task(NamedTuple):
       score_names: config -> names of those metrics.
       loss_options: keys of `LossConfig` that its loss reads.
       couples_rows: the loss of a row depends on the others, so that a batch cannot be computed in parts.
+      needs_start: its loss compares with the parameters at the start of the run: the function that `loss` makes takes
+        them as one more argument, (params, batch, rng, start). The state keeps a copy of those that are trained.
       has_perplexity: its nll is of a language model.
       unit_of: (config, prefix of a metric) -> the unit of its loss, where that is another one.
+      view_names: config -> what the views of a row are called, where a row has several sequences side by side; () =
+        they are numbered.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       ends: tokenizer -> ids that end a generated text.
       generates: control symbols that its texts have beside those of `generate.symbols`.
@@ -85,7 +89,7 @@ class Task(NamedTuple):
     examples: Callable[[Record, Any, Config, Counter[str]], list[Example]]
     columns: Callable[[Config], Columns]
     texts: Callable[[Record], Iterator[str]] | None
-    loss: Callable[[Apply, Config, Any], LossFn]
+    loss: Callable[[Apply, Config, Any], LossFn | LossFnWithStart]
     loss_unit: str
     legend: str = "A token is trained when the model learns to predict it from those before it."
     options: type = TaskConfig
@@ -105,8 +109,10 @@ class Task(NamedTuple):
     score_names: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
     loss_options: tuple[str, ...] = ()
     couples_rows: bool = False
+    needs_start: bool = False
     has_perplexity: bool = False
     unit_of: Callable[[Config, str], str] | None = None
+    view_names: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
     prompt: Callable[[str, Any], list[int]] | None = None
     ends: Callable[[Any], tuple[int, ...]] = lambda tokenizer: (tokenizer.eos_id,)
     generates: tuple[str, ...] = ()

@@ -58,13 +58,13 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     turns = turns[: 1 + max((i for i, turn in enumerate(turns) if turn.trained), default=-1)]
     room = cfg.data.seq_len  # BOS is an input alone, the last id a target alone
     kept = turns
-    if _size(turns) > room and cfg.data.overlong == "drop":
+    if size(turns) > room and cfg.data.overlong == "drop":
         counts["dropped_overlong"] += 1
         return []
     if cfg.data.overlong != "truncate":
         kept = recent_turns(turns, room)
-    ids = [tokenizer.bos_id, *_ids(kept)][: 1 + room]
-    trained = [False, *_trained(kept)][: 1 + room]
+    ids = [tokenizer.bos_id, *token_ids(kept)][: 1 + room]
+    trained = [False, *trained_mask(kept)][: 1 + room]
     if turns and not any(trained):
         counts["dropped_long_prompt"] += 1
         return []
@@ -72,7 +72,7 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     seen = sum(turn.trained and start + 1 < room for turn, start in zip(kept, starts, strict=False))
     found = {
         "chats_shortened": len(kept) < len(turns),
-        "chats_truncated" if cfg.data.overlong == "truncate" else "answer_cut": _size(kept) > room,
+        "chats_truncated" if cfg.data.overlong == "truncate" else "answer_cut": size(kept) > room,
         "answers_dropped": sum(turn.trained for turn in turns) - seen,
     }
     counts.update({name: int(number) for name, number in found.items() if number})
@@ -89,11 +89,11 @@ def recent_turns(turns: Sequence[Turn], room: int) -> list[Turn]:
     Worked, with turns of 3 ids and room 10: system, user, assistant, user, assistant -> system, user, assistant (the
     last two).
     """
-    if _size(turns) <= room:
+    if size(turns) <= room:
         return list(turns)
     first = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     system, starts = list(turns[:first]), _requests(turns, first) or [first]
-    fitting = (start for start in starts if _size(system) + _size(turns[start:]) <= room)
+    fitting = (start for start in starts if size(system) + size(turns[start:]) <= room)
     return [*system, *turns[next(fitting, starts[-1]) :]]
 
 
@@ -128,7 +128,7 @@ def encode(message: Mapping[str, Any], tokenizer: Tokenizer, source: str) -> Tur
 
 def prompt_ids(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
     """Ids of a conversation up to where the assistant speaks: as in `chat`, then the assistant's role symbol."""
-    return [tokenizer.bos_id, *_ids(turns), tokenizer.role_ids["assistant"]]
+    return [tokenizer.bos_id, *token_ids(turns), tokenizer.role_ids["assistant"]]
 
 
 def recent_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> list[Turn]:
@@ -151,15 +151,17 @@ def _texts(record: Record) -> Iterator[str]:
     return (message["content"] for message in record["messages"])
 
 
-def _size(turns: Sequence[Turn]) -> int:
+def size(turns: Sequence[Turn]) -> int:
+    """How many ids the turns have."""
     return sum(len(turn.ids) for turn in turns)
 
 
-def _ids(turns: Sequence[Turn]) -> list[int]:
+def token_ids(turns: Sequence[Turn]) -> list[int]:
+    """The ids of the turns, one after the other."""
     return [i for turn in turns for i in turn.ids]
 
 
-def _trained(turns: Sequence[Turn]) -> list[bool]:
+def trained_mask(turns: Sequence[Turn]) -> list[bool]:
     """Of each id whether it is trained on: never a role's symbol, which is given."""
     return [trained for turn in turns for trained in (False, *[turn.trained] * (len(turn.ids) - 1))]
 

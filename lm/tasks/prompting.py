@@ -207,5 +207,6 @@ PROMPTING = Task(
     lacks=lambda rows, cfg: one_label(rows, cfg.task.labels),
     scores=class_scores,
     score_names=class_score_names,
+    view_names=lambda cfg: cfg.task.labels,
     loss_options=("label_smoothing",),
 )

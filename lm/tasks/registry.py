@@ -15,6 +15,7 @@ from lm.tasks.images import CONTRASTIVE_IMAGES, IMAGE_CLASSIFICATION, MASKED_AUT
 from lm.tasks.language_modelling import CAUSAL_LM, PREFIX_LM
 from lm.tasks.masked_lm import MASKED_LM, MASKED_LM_PAIRS
 from lm.tasks.multitask import MULTITASK
+from lm.tasks.preferences import PREFERENCES
 from lm.tasks.prompting import PROMPTING
 from lm.tasks.recommendation import MASKED_ITEM, NEXT_ITEM
 from lm.tasks.sentence_embeddings import CONTRASTIVE_PAIRS, CONTRASTIVE_SENTENCES, CONTRASTIVE_TRIPLES
@@ -25,7 +26,7 @@ from lm.tasks.tagging import ENTITIES, TAGGING
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        *(CAUSAL_LM, PREFIX_LM, CHAT),
+        *(CAUSAL_LM, PREFIX_LM, CHAT, PREFERENCES),
         *(MASKED_LM, MASKED_LM_PAIRS),
         *(SPAN_CORRUPTION, TRANSLATION),
         *(CONTRASTIVE_SENTENCES, CONTRASTIVE_PAIRS, CONTRASTIVE_TRIPLES),

@@ -11,22 +11,25 @@ from etils import epath
 from lm.data.readers import fields
 from lm.data.readers import text as records
 from lm.data.readers.fields import BadRecord
-from lm.data.record import DataError, Fault, Record
+from lm.data.record import NOTHING, DataError, Fault, Record, Wanted
 
 _READ_AT_ONCE = 256  # records
 
 
-def read_array_record(path: epath.Path, rename: Mapping[str, str]) -> Iterator[Record | Fault]:
+def read_array_record(
+    path: epath.Path, rename: Mapping[str, str], wanted: Wanted = NOTHING
+) -> Iterator[Record | Fault]:
     """Reads a file whose records are JSON objects (they begin with '{'), like lines of JSON Lines, or UTF-8 texts.
 
     Args:
       path: the file.
       rename: field of the JSON object -> field expected.
+      wanted: which form of record is preferred.
 
     Raises:
       DataError: the file cannot be read.
     """
-    return read_range(path, 0, None, lambda content: _parse(content, rename))
+    return read_range(path, 0, None, lambda content: _parse(content, rename, wanted))
 
 
 def read_range(
@@ -86,9 +89,9 @@ def _whole(content: bytes | RuntimeError) -> bytes:
     return content
 
 
-def _parse(content: bytes, rename: Mapping[str, str]) -> Record:
+def _parse(content: bytes, rename: Mapping[str, str], wanted: Wanted) -> Record:
     if content.lstrip().startswith(b"{"):
-        return fields.normalise(records.parse_json(content), rename)
+        return fields.normalise(records.parse_json(content), rename, wanted)
     if rename:
         raise BadRecord("wrong type", "found no JSON object, which has the fields that data.rename names; expected one")
     text = records.decode(content)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm.config.schema import nearest
+from lm.data.record import NOTHING, Wanted
 from lm.data.tokenizer import ROLES
 
 
@@ -42,18 +43,19 @@ def string(value: Mapping[str, Any], field: str, name: str = "") -> str:
     return clean(text, f"'{name or field}'")
 
 
-def normalise(value: Any, rename: Mapping[str, str]) -> dict[str, Any]:
+def normalise(value: Any, rename: Mapping[str, str], wanted: Wanted = NOTHING) -> dict[str, Any]:
     """Converts an object to a record, by the first of `FORMS` whose fields it has. Raises BadRecord.
 
     Args:
       value: the parsed object.
       rename: name of a field in the object -> field of a record. Other fields keep their names; fields of no form are
         ignored. Any record may have a 'group': records of one group stay on the same side of a split.
+      wanted: forms that have its `fields` are tried before the others.
     """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a JSON object")
     renamed = _renamed(value, rename)
-    record = FORMS[_form(renamed)](renamed)
+    record = FORMS[_form(renamed, wanted)](renamed)
     if renamed.get("group") is not None:
         record["group"] = _label(renamed["group"], "group")
     return record
@@ -78,8 +80,9 @@ def _renamed(value: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, A
     return {k: v for k, v in value.items() if k not in rename} | {new: value[old] for old, new in rename.items()}
 
 
-def _form(value: Mapping[str, Any]) -> tuple[str, ...]:
-    for fields in FORMS:
+def _form(value: Mapping[str, Any], wanted: Wanted = NOTHING) -> tuple[str, ...]:
+    preferred = [fields for fields in FORMS if wanted.fields and all(field in fields for field in wanted.fields)]
+    for fields in (*preferred, *FORMS):
         if all(field in value for field in fields):
             return fields
     raise BadRecord("missing field", f"{_found(value)}; expected {_EXPECTED}")
@@ -297,8 +300,8 @@ def _prompt(value: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [*_preface(value), *_exchange(string(value, "prompt"), string(value, "response"))]}
 
 
-def _instruction(value: dict[str, Any]) -> dict[str, Any]:
-    request, answer = string(value, "instruction"), string(value, "output")
+def _instruction(value: dict[str, Any], field: str = "output") -> dict[str, Any]:
+    request, answer = string(value, "instruction"), string(value, field)
     if value.get("input") not in (None, ""):
         request += "\n\n" + string(value, "input")
     history = value.get("history") or []
@@ -314,6 +317,62 @@ def _instruction(value: dict[str, Any]) -> dict[str, Any]:
 
 def _exchange(request: str, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+
+
+# Preferences ----------------------------------------------------------------------------------------------------------
+
+_ANSWERS = ("chosen", "rejected")
+# hh-rlhf's transcripts (Bai et al. 2022) -> role.
+_TRANSCRIPT = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
+
+
+def _preferred_instruction(value: dict[str, Any]) -> dict[str, Any]:
+    """Alpaca's fields with two answers instead of 'output'."""
+    *prompt, chosen = _instruction(value, "chosen")["messages"]
+    return {"prompt": prompt, "chosen": [chosen], "rejected": _instruction(value, "rejected")["messages"][-1:]}
+
+
+def _preference(value: dict[str, Any]) -> dict[str, Any]:
+    """Two answers to one prompt: {"prompt", "chosen", "rejected"}, each a list of messages.
+
+    Answers are texts, messages that follow the prompt, or whole conversations (messages, or transcripts as in hh-rlhf)
+    of which they share all before the first difference; a prompt that is given beside those must be in what they share.
+
+    Raises:
+      BadRecord: an answer that does not begin with an assistant's message; conversations that do not begin with the
+        prompt; texts without a prompt that are no transcripts.
+    """
+    prompt = _messages(value, "prompt", "user") if "prompt" in value else []
+    chosen, rejected = (_messages(value, field, "assistant", is_whole=not prompt) for field in _ANSWERS)
+    if not prompt or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        longest = min(len(chosen), len(rejected)) - 1  # equal conversations differ in nothing: their last one answers
+        at = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
+        shared, chosen, rejected = chosen[:at], chosen[at:], rejected[at:]
+        if not any(shared[i:][: len(prompt)] == prompt for i in range(len(shared) + 1)):
+            found = f"they share {_shown([message['content'] for message in shared])}"
+            raise BadRecord("wrong prompt", f"'chosen' and 'rejected': {found}; expected 'prompt' in it")
+        prompt = shared
+    for field, answer in zip(_ANSWERS, (chosen, rejected), strict=True):
+        if answer[0]["role"] != "assistant":
+            found = f"'{field}' differs from the other answer in a message of role {answer[0]['role']}"
+            raise BadRecord("different prompts", f"{found}; expected one prompt, and an answer of role assistant")
+    return {"prompt": [*_preface(value), *prompt], "chosen": chosen, "rejected": rejected}
+
+
+def _messages(value: dict[str, Any], field: str, role: str, is_whole: bool = False) -> list[dict[str, Any]]:
+    """Messages, cleaned; a text is one message of `role`, or where it is to be a whole conversation a transcript."""
+    found = value[field]
+    if not isinstance(found, str):
+        return list(_conversation({field: found}, field)["messages"])
+    text = string(value, field)
+    if not is_whole:
+        return [{"role": role, "content": text}]
+    first, *parts = re.split(f"({'|'.join(_TRANSCRIPT)})", text)
+    if first.strip() or not parts:
+        expected = "expected 'prompt' beside it, messages, or a transcript that begins with '\\n\\nHuman:'"
+        raise BadRecord("missing field", f"'{field}' is {_shown(text)}; {expected}")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _TRANSCRIPT[mark], "content": content.strip()} for mark, content in turns]
 
 
 def question(value: Any) -> dict[str, Any]:
@@ -410,15 +469,17 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', if present
     ("user", "item", "time"): _interaction,
     ("image",): _image,  # and 'label', if present
+    ("instruction", *_ANSWERS): _preferred_instruction,
+    _ANSWERS: _preference,  # and 'prompt', if present
 }
 _OPTIONAL = (  # read if present
     *("input", "system", "history", "tools", "functions"),
-    *("text_pair", "negative", "label", "id", "is_impossible", "group"),
+    *("text_pair", "negative", "label", "id", "is_impossible", "group", "prompt"),
 )
 _EXPECTED = (
     "'text', 'messages' or 'conversations', 'prompt' and 'response', 'instruction' and 'output', 'question' and "
-    "'context' and 'answers', 'words' and 'tags', 'text' and 'entities', 'user' and 'item' and 'time', or 'image' "
-    "(data.rename maps other names)"
+    "'context' and 'answers', 'words' and 'tags', 'text' and 'entities', 'user' and 'item' and 'time', 'image', or "
+    "'chosen' and 'rejected' (data.rename maps other names)"
 )
 
 

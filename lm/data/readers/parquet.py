@@ -14,12 +14,11 @@ from etils import epath
 
 from lm.data.readers import fields, images, paths, text
 from lm.data.readers.fields import BadRecord, Names
-from lm.data.record import NOTHING, DataError, Fault, Record
+from lm.data.record import NOTHING, DataError, Fault, Record, Wanted
 
 _ROWS_AT_ONCE = 256
 _BUFFER_BYTES = 1 << 20  # read ahead of each column
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-_Shape = tuple[int, int, int]
 
 
 def find_arrow(path: str, suffixes: tuple[str, ...]) -> dict[str, list[epath.Path]]:
@@ -85,15 +84,13 @@ def _json(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def read_parquet(
-    path: epath.Path, rename: Mapping[str, str], shape: _Shape = NOTHING.image_shape
-) -> Iterator[Record | Fault]:
+def read_parquet(path: epath.Path, rename: Mapping[str, str], wanted: Wanted = NOTHING) -> Iterator[Record | Fault]:
     """Reads the rows of a Parquet file.
 
     Args:
       path: the file.
       rename: column -> field of a record. Columns of no record are not read.
-      shape: shape of images, if there are any, see `images.pixels`.
+      wanted: the form of record that is preferred, and the shape of images, if there are any.
 
     Raises:
       DataError: the file cannot be read to its end, or its columns make no record.
@@ -104,13 +101,11 @@ def read_parquet(
         table = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
         names = _columns(table.schema_arrow, path, rename)
         batches = table.iter_batches(_ROWS_AT_ONCE, columns=names, use_threads=False)
-        parse = functools.partial(_record, names=_class_names(table.schema_arrow), rename=rename, shape=shape)
+        parse = functools.partial(_record, names=_class_names(table.schema_arrow), rename=rename, wanted=wanted)
         yield from _rows(batches, parse, path, table.metadata.num_rows)
 
 
-def read_arrow(
-    path: epath.Path, rename: Mapping[str, str], shape: _Shape = NOTHING.image_shape
-) -> Iterator[Record | Fault]:
+def read_arrow(path: epath.Path, rename: Mapping[str, str], wanted: Wanted = NOTHING) -> Iterator[Record | Fault]:
     """Reads the rows of a file in Arrow's stream format, as Hugging Face's `save_to_disk` writes it, see above."""
     with _reading(path, "arrow"), path.open("rb") as file:
         import pyarrow
@@ -118,7 +113,7 @@ def read_arrow(
         stream = pyarrow.ipc.open_stream(file)
         names = _columns(stream.schema, path, rename)
         batches = (_checked(batch).select(names) for batch in stream)
-        parse = functools.partial(_record, names=_class_names(stream.schema), rename=rename, shape=shape)
+        parse = functools.partial(_record, names=_class_names(stream.schema), rename=rename, wanted=wanted)
         yield from _rows(batches, parse, path, None)
         # A stream that is truncated between two batches seems to end regularly.
         end = file.tell()
@@ -177,14 +172,14 @@ def _rows(
         yield text.empty_file(path)
 
 
-def _record(batch: Any, row: int, names: Names, rename: Mapping[str, str], shape: _Shape) -> Record:
+def _record(batch: Any, row: int, names: Names, rename: Mapping[str, str], wanted: Wanted) -> Record:
     values = {}
     for field, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             values[field] = column[row].as_py()
         except UnicodeDecodeError as error:
             raise BadRecord("invalid UTF-8", f"'{field}' is not UTF-8 ({error.reason}); expected UTF-8 text") from None
-    return images.with_pixels(fields.normalise(fields.named(values, names, ""), rename), shape)
+    return images.with_pixels(fields.normalise(fields.named(values, names, ""), rename, wanted), wanted.image_shape)
 
 
 def _class_names(schema: Any) -> Names:

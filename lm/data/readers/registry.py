@@ -189,14 +189,17 @@ def _opening(cfg: DataConfig) -> Opening:
     return Opening(cfg.encoding, cfg.max_expansion)
 
 
-def _text_with_fields(reader: Callable[[Any, Mapping[str, str], Opening], Iterator[Record | Fault]]) -> dict[str, Any]:
-    return {"read": lambda unit, cfg, _: reader(unit, _rename(cfg), _opening(cfg)), "reads": ("rename", "encoding")}
-
-
-def _with_images(
-    reader: Callable[[Any, Mapping[str, str], tuple[int, int, int]], Iterator[Record | Fault]],
+def _text_with_fields(
+    reader: Callable[[Any, Mapping[str, str], Opening, Wanted], Iterator[Record | Fault]],
 ) -> dict[str, Any]:
-    return {"read": lambda unit, cfg, wanted: reader(unit, _rename(cfg), wanted.image_shape), "reads": ("rename",)}
+    return {
+        "read": lambda unit, cfg, wanted: reader(unit, _rename(cfg), _opening(cfg), wanted),
+        "reads": ("rename", "encoding"),
+    }
+
+
+def _with_fields(reader: Callable[[Any, Mapping[str, str], Wanted], Iterator[Record | Fault]]) -> dict[str, Any]:
+    return {"read": lambda unit, cfg, wanted: reader(unit, _rename(cfg), wanted), "reads": ("rename",)}
 
 
 FORMATS: dict[str, Format] = {
@@ -207,7 +210,11 @@ FORMATS: dict[str, Format] = {
     ),
     "jsonl": Format(_named(".jsonl", ".json"), **_text_with_fields(read_jsonl)),
     "table": Format(_named(".tsv", ".csv"), **_text_with_fields(tables.read_table)),
-    "conll": Format(_named(".conll", ".conllu", ".iob", ".tsv"), **_text_with_fields(tables.read_conll)),
+    "conll": Format(
+        _named(".conll", ".conllu", ".iob", ".tsv"),
+        lambda path, cfg, _: tables.read_conll(path, _rename(cfg), _opening(cfg)),
+        reads=("rename", "encoding"),
+    ),
     "squad": Format(_named(".json"), lambda path, cfg, _: tables.read_squad(path, _opening(cfg)), reads=("encoding",)),
     "parallel": Format(
         _named("", find_splits=_pairs),
@@ -218,14 +225,10 @@ FORMATS: dict[str, Format] = {
         _named(*images.SUFFIXES),
         lambda path, cfg, wanted: images.read_images(path, wanted.image_shape, cfg.max_expansion),
     ),
-    "tfds": Format(lambda name, split: Units(*tfds.find(name, split)), **_with_images(tfds.read)),
-    "array_record": Format(
-        _named(".array_record", ".arrayrecord"),
-        lambda path, cfg, _: array_record.read_array_record(path, _rename(cfg)),
-        reads=("rename",),
-    ),
-    "parquet": Format(_named(".parquet"), **_with_images(parquet.read_parquet)),
-    "arrow": Format(_named(".arrow", find_splits=parquet.find_arrow), **_with_images(parquet.read_arrow)),
+    "tfds": Format(lambda name, split: Units(*tfds.find(name, split)), **_with_fields(tfds.read)),
+    "array_record": Format(_named(".array_record", ".arrayrecord"), **_with_fields(array_record.read_array_record)),
+    "parquet": Format(_named(".parquet"), **_with_fields(parquet.read_parquet)),
+    "arrow": Format(_named(".arrow", find_splits=parquet.find_arrow), **_with_fields(parquet.read_arrow)),
 }
 
 

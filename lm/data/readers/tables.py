@@ -17,12 +17,14 @@ from lm.config.schema import ConfigError
 from lm.data.readers import fields
 from lm.data.readers.fields import BadRecord
 from lm.data.readers.text import AS_IS, Opening, decode, empty_file, lines, read_utf8, to_record, unpacked_name
-from lm.data.record import DataError, Fault, Record
+from lm.data.record import NOTHING, DataError, Fault, Record, Wanted
 
 _NOT_A_WORD = re.compile(rb"\d+[-.]\d+")  # CoNLL-U: 3-4 is a multiword token, 5.1 an empty node
 
 
-def read_table(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
+def read_table(
+    path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS, wanted: Wanted = NOTHING
+) -> Iterator[Record | Fault]:
     """Reads rows of a .csv file (RFC 4180: quoted fields may hold commas, quotes, newlines) or .tsv file (no quoting).
 
     Args:
@@ -30,6 +32,7 @@ def read_table(path: epath.Path, rename: Mapping[str, str], opening: Opening = A
       rename: column -> field. Other columns keep their names; those of no record are not read (see
         `fields.normalise`). If all renamed columns are numbers, counted from 1, the file has no header.
       opening: options for opening the file.
+      wanted: the form of record that is preferred.
 
     Yields:
       A record for each row, from `fields.normalise`; all cells are strings.
@@ -56,7 +59,7 @@ def read_table(path: epath.Path, rename: Mapping[str, str], opening: Opening = A
             raise BadRecord(
                 "wrong number of columns", f"found {len(cells)}; expected {len(names)}, as in the first row"
             )
-        return fields.normalise({name: cells[place] for place, name in read}, rename)
+        return fields.normalise({name: cells[place] for place, name in read}, rename, wanted)
 
     empty = True
     for number, row in itertools.chain([] if has_header else [first], filled):

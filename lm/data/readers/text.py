@@ -24,7 +24,7 @@ from etils import epath
 from lm.config import DataConfig
 from lm.data.readers import fields
 from lm.data.readers.fields import BadRecord
-from lm.data.record import DataError, Fault, Record
+from lm.data.record import NOTHING, DataError, Fault, Record, Wanted
 
 BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
@@ -61,15 +61,16 @@ def read_text(path: epath.Path, separator: str, opening: Opening = AS_IS) -> Ite
         yield empty_file(path)
 
 
-def read_jsonl(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
+def read_jsonl(
+    path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS, wanted: Wanted = NOTHING
+) -> Iterator[Record | Fault]:
     """Reads a JSON Lines file, one object per line, or a .json file, the objects in its one list or object.
-
-    An object that has the fields of several forms is read as the first of them in `lm.data.readers.fields.FORMS`.
 
     Args:
       path: .json, .json.gz or .json.zst: one list of objects, or one object of name -> object. Other names: JSON Lines.
       rename: name of a field in the file -> field of a record. Other fields are ignored.
       opening: options for opening the file.
+      wanted: the form of record that is preferred, where an object has the fields of several.
     """
     if unpacked_name(path).endswith(".json"):
         objects: Iterator[tuple[int, Any]] = _json_items(path, opening)
@@ -79,7 +80,10 @@ def read_jsonl(path: epath.Path, rename: Mapping[str, str], opening: Opening = A
     for line_number, value in objects:
         empty = False
         yield to_record(
-            lambda parsed: fields.normalise(parse_json(parsed, opening.encoding), rename), value, path, line_number
+            lambda parsed: fields.normalise(parse_json(parsed, opening.encoding), rename, wanted),
+            value,
+            path,
+            line_number,
         )
     if empty:
         yield empty_file(path)

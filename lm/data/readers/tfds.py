@@ -14,7 +14,7 @@ from etils import epath
 from lm.data.readers import array_record, fields, text
 from lm.data.readers import images as image_files
 from lm.data.readers.fields import BadRecord, Names
-from lm.data.record import NOTHING, DataError, Fault, Record
+from lm.data.record import NOTHING, DataError, Fault, Record, Wanted
 
 
 class Shard(NamedTuple):
@@ -98,9 +98,7 @@ def _without(shard: Shard, out: Shard) -> list[Shard]:
     return [rest for rest in (before, behind) if rest.start < rest.stop]
 
 
-def read(
-    shard: Shard, rename: Mapping[str, str], shape: tuple[int, int, int] = NOTHING.image_shape
-) -> Iterator[Record | Fault]:
+def read(shard: Shard, rename: Mapping[str, str], wanted: Wanted = NOTHING) -> Iterator[Record | Fault]:
     """Reads the records of a shard. Class numbers become names, images are decoded (`images.pixels`).
 
     Raises:
@@ -119,7 +117,8 @@ def read(
         except Exception as error:  # protobuf and the features raise many kinds of errors
             raise BadRecord("malformed example", f"{error}; expected one with the set's features") from None
         plain = {field: bytes(value) if field in images else _plain(value) for field, value in example.items()}
-        return image_files.with_pixels(fields.normalise(fields.named(plain, names, ""), rename), shape)
+        record = fields.normalise(fields.named(plain, names, ""), rename, wanted)
+        return image_files.with_pixels(record, wanted.image_shape)
 
     path = epath.Path(shard.folder) / shard.name
     return array_record.read_range(path, shard.start, shard.stop, parse, shard.size)

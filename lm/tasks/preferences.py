@@ -1,0 +1,176 @@
+"""Preference pairs: of two answers to a prompt the chosen one becomes likelier (DPO, Rafailov et al. 2023)."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import losses
+from lm.config import Config
+from lm.config.schema import ConfigError
+from lm.data.example import Columns, Example
+from lm.data.record import Record, Wanted
+from lm.data.tokenizer import Tokenizer
+from lm.tasks.base import Task, shifted, shifted_columns, views_as_rows
+from lm.tasks.chat import CHAT, Turn, encode, recent_turns, size, token_ids, trained_mask
+from lm.types import Apply, Batch, LossFnWithStart, LossTerms, Params
+
+ANSWERS = ("chosen", "rejected")  # in the order of a row's views
+FIELDS = ("prompt", *ANSWERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceOptions:
+    """Options of learning from preference pairs."""
+
+    name: str = "preferences"
+    beta: float = 0.1  # the larger, the nearer the model stays to where it started
+    flip_rate: float = 0.0  # share of pairs that are taken to be the wrong way round (conservative DPO, Mitchell 2023)
+
+
+def check(cfg: Config) -> None:
+    """Raises ConfigError for options with which no preference could be learnt."""
+    if cfg.task.beta <= 0:
+        raise ConfigError(f"'task.beta' must be greater than 0, got {cfg.task.beta}")
+    if not 0 <= cfg.task.flip_rate < 0.5:
+        raise ConfigError(
+            f"'task.flip_rate' is {cfg.task.flip_rate}; expected a share in [0, 0.5): at a half the pairs say nothing"
+        )
+
+
+def answer_pair(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The prompt with each of its two answers, as `lm.tasks.chat.chat` writes conversations; trained on: the answers.
+
+    Worked, <u> <a> role symbols and . the end of turn, for user 'hi', chosen 'yo', rejected 'no no':
+
+        tokens   BOS <u> hi  .  <a> yo  0      BOS <u> hi  .  <a> no no
+        targets  <u> hi  .  <a> yo  .   0      <u> hi  .  <a> no no  .
+        weights   0   0  0   0  1   1   0       0   0  0   0  1  1   1
+
+    Longer than seq_len: what `data.overlong` says of the longer answer; both keep the same prompt. Counted, pairs:
+    prompts_shortened (the prompt's oldest turns are gone, see `recent_turns`), answers_cut (the last request and an
+    answer are longer than a row; the answer's end is gone), pairs_truncated (data.overlong=truncate: the end is gone),
+    dropped_long_prompt (what stands before an answer leaves no room for it), dropped_overlong (data.overlong=drop),
+    dropped_equal_answers (they do not differ, or not in what fits), dropped_no_target (an answer with nothing to train
+    on).
+
+    Returns:
+      One example of tokens, targets, loss_weights, segment_ids and positions [2, L], the chosen answer first.
+
+    Raises:
+      DataError: a role is unknown.
+    """
+    prompt, *answers = ([encode(message, tokenizer, str(record["source"])) for message in record[f]] for f in FIELDS)
+    prompt = [turn._replace(trained=False) for turn in prompt]
+    answers = [_up_to_the_last_trained(answer) for answer in answers]
+    if not all(answers):
+        counts["dropped_no_target"] += 1
+        return []
+    room = cfg.data.seq_len  # BOS is an input alone, the last id a target alone
+    longest = max(map(size, answers))
+    is_long = size(prompt) + longest > room
+    if is_long and cfg.data.overlong == "drop":
+        counts["dropped_overlong"] += 1
+        return []
+    kept = prompt if cfg.data.overlong == "truncate" else recent_turns(prompt, room - longest)
+    views = [_view([*kept, *answer], tokenizer, room) for answer in answers]
+    if not all(view["loss_weights"].any() for view in views):
+        counts["dropped_long_prompt"] += 1
+        return []
+    if all(np.array_equal(views[0][name], views[1][name]) for name in views[0]):
+        counts["dropped_equal_answers"] += 1
+        return []
+    found = {
+        "prompts_shortened": len(kept) < len(prompt),
+        "pairs_truncated" if cfg.data.overlong == "truncate" else "answers_cut": size(kept) + longest > room,
+    }
+    counts.update({name: 1 for name, is_so in found.items() if is_so})
+    return [Example({name: np.stack([view[name] for view in views]) for name in views[0]})]
+
+
+def _up_to_the_last_trained(turns: list[Turn]) -> list[Turn]:
+    return turns[: 1 + max((i for i, turn in enumerate(turns) if turn.trained), default=-1)]
+
+
+def _view(turns: list[Turn], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+    """Columns of one conversation, [length]; what is longer loses its end."""
+    ids, trained = [tokenizer.bos_id, *token_ids(turns)], [False, *trained_mask(turns)]
+    columns = shifted(ids[: 1 + length], trained[: 1 + length])
+    used = len(columns["tokens"])
+    columns |= {"segment_ids": np.ones(used, np.int32), "positions": np.arange(used, dtype=np.int32)}
+    return {name: np.pad(column, (0, length - used)) for name, column in columns.items()}
+
+
+def _columns(cfg: Config) -> Columns:
+    return {name: ((len(ANSWERS), *shape), dtype) for name, (shape, dtype) in shifted_columns(cfg).items()}
+
+
+def _texts(record: Record) -> Iterator[str]:
+    return (message["content"] for field in FIELDS for message in record[field])
+
+
+def preference_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFnWithStart:
+    """-log sigmoid(r(chosen) - r(rejected)) with the implicit reward r = beta * (log p - log p at the start), p being
+    the likelihood of an answer, the product of its tokens' (Rafailov et al. 2023, equation 7).
+
+    With e = `task.flip_rate` it is (1 - e) times that and e times the same with the answers exchanged. The parameters
+    at the start see no dropout, and no gradient flows to them.
+    """
+
+    def log_likelihood(params: Params, rows: Batch, rng: jax.Array | None) -> jax.Array:
+        out = apply(params, rows, rng=rng)
+        likelihood_R = losses.sequence_log_likelihood(
+            out.hidden_BxLxD,
+            out.unembed_DxV,
+            rows["targets"],
+            rows["loss_weights"],
+            vocab_size=tokenizer.vocab_size,
+            softcap=cfg.model.logit_softcap,
+            chunk_len=cfg.loss.chunk_len,
+        )
+        return likelihood_R.reshape(-1, len(ANSWERS))
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array | None, start: Params) -> LossTerms:
+        rows, weights_B = views_as_rows(batch, len(ANSWERS)), batch["row_weights"]
+        reference_Bx2 = log_likelihood(jax.lax.stop_gradient(start), rows, None)
+        reward_Bx2 = cfg.task.beta * (log_likelihood(params, rows, rng) - reference_Bx2)
+        # Which answer was chosen, as a class: smoothing over two classes gives each of them half of its weight.
+        is_first_B = jnp.zeros(weights_B.shape, jnp.int32)
+        terms = losses.class_cross_entropy(reward_Bx2, is_first_B, weights_B, label_smoothing=2 * cfg.task.flip_rate)
+        reward_Bx2 = jnp.where(weights_B[:, None] != 0, reward_Bx2, 0)
+        margin_B = reward_Bx2[:, 0] - reward_Bx2[:, 1]
+        found = {
+            "accuracy": margin_B > 0,  # of equal rewards none is right: a model that has not moved knows nothing
+            "reward_margin": margin_B,
+            "chosen_reward": reward_Bx2[:, 0],
+            "rejected_reward": reward_Bx2[:, 1],
+        }
+        sums = {name: ((weights_B * value_B).sum(), terms.weight) for name, value_B in found.items()}
+        return terms._replace(metrics=terms.metrics | sums, outputs={})
+
+    return loss_fn
+
+
+PREFERENCES = Task(
+    name="preferences",
+    models=("decoder",),
+    fields=FIELDS,
+    examples=answer_pair,
+    columns=_columns,
+    texts=_texts,
+    loss=preference_loss,
+    loss_unit="nats per pair",
+    legend="The model learns to find the trained tokens of the first answer likelier, and those of the second less so.",
+    options=PreferenceOptions,
+    check=check,
+    wanted=lambda cfg: Wanted(cfg.task.name, fields=ANSWERS),
+    overlong=CHAT.overlong,
+    needs_start=True,
+    view_names=lambda cfg: ANSWERS,
+    prompt=CHAT.prompt,
+    ends=CHAT.ends,
+)
