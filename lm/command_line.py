@@ -17,6 +17,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
+from lm.config import older
+
 flags.disclaim_key_flags()  # --help lists a flag defined here under the command that asked for it
 
 
@@ -36,6 +38,10 @@ def parse(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
         message = str(error).strip("\"'").replace("\\n", ". ").replace("\n", ". ").replace("\\'", "'")
+        for arg in argv:
+            given = arg.removeprefix("--config.").partition("=")[0]
+            if arg.startswith("--config.") and (now := older.successor(given)):
+                raise SystemExit(f"error: unknown config key in {arg}: set {now} instead") from None
         key = message.lstrip("'").split("'")[0]
         flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and key in arg), "")
         raise SystemExit(f"error: unknown config key{flag}: {message}") from None

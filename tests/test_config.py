@@ -191,6 +191,28 @@ def test_a_key_with_one_letter_lost_is_refused_and_found_again(key, data):
         build(**functools.reduce(lambda inner, part: {part: inner}, reversed(section.split(".")), {misspelt: 0}))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "now"),
+    [
+        ("objective", "clm", "task.name"),
+        ("data.task", "chat", "task.name"),
+        ("data.labels", ("a", "b"), "task.labels"),
+        ("corrupt.mean_span", 3.0, "task.mean_span_length"),
+        ("model.experts", (4, 2), "model.num_experts and model.experts_per_token"),
+        ("optim.to_init", 0.1, "optim.l2_sp"),
+    ],
+)
+def test_a_key_of_an_older_version_is_refused_with_the_one_of_today(key, value, now):
+    section, _, name = key.rpartition(".")
+    with pytest.raises(ConfigError, match=f"unknown config key '{key}': set {now} instead"):
+        build(**({section: {name: value}} if section else {name: value}))
+
+
+def test_a_task_of_an_older_version_is_refused_with_its_name_of_today():
+    with pytest.raises(ConfigError, match=r"got 'sentences' \(it is called classification now\)"):
+        build(task={"name": "sentences"})
+
+
 # --- durations ---------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,24 @@ _RENAMED = {("model", "embed_noise"): "neftune_alpha", ("optim", "to_init"): "l2
 _BEFORE: dict[tuple[str, str], Any] = {("model", "init"): "fan_in"}
 
 
+def successor(key: str) -> str:
+    """The key of today in the place of one of older versions. Example: 'data.labels' -> 'task.labels'; '' = none."""
+    section, _, name = key.partition(".")
+    if key in ("objective", "data.task"):
+        return "task.name"
+    if option := _OPTIONS.get((section, name)):
+        return f"task.{option}"
+    if places := _PAIRS.get((section, name)):
+        return " and ".join(f"{section}.{'.'.join(path)}" for path in places)
+    renamed = _RENAMED.get((section, name))
+    return f"{section}.{renamed}" if renamed else ""
+
+
+def task_name(name: str) -> str:
+    """The name of today of a task of older versions. Example: 'sentences' -> 'classification'; '' = none."""
+    return _TASKS.get(name, "")
+
+
 def is_older(source: Mapping[str, Any]) -> bool:
     """Whether a saved config is of a version whose tasks had their options in the shared sections."""
     return "task" not in source

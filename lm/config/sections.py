@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lm.config import schema
+from lm.config import older, schema
 from lm.config.schema import NEVER, ConfigError, Duration, flatten, to_dict
 
 
@@ -373,10 +373,14 @@ def build(source: Mapping[str, Any], options: Options) -> Config:
         raise ConfigError(f"'task' is a section of keys, 'task.name' among them; got {task!r}")
     name = task.get("name", Config.task.name)
     if name not in options:
-        hint = schema.nearest(str(name), options)
+        now = older.task_name(str(name))
+        hint = f" (it is called {now} now)" if now else schema.nearest(str(name), options)
         raise ConfigError(f"'task.name' must be one of {', '.join(options)}; got {name!r}{hint}")
     section = schema.build_section(options[name], {"name": name, **task}, "task.")
     rest = {key: value for key, value in source.items() if key != "task"}
+    for key, _ in flatten(rest):
+        if now := older.successor(key):
+            raise ConfigError(f"unknown config key '{key}': set {now} instead")
     config = dataclasses.replace(schema.build_section(Config, rest, ""), task=section)
     _check(config)
     return config
