@@ -4,7 +4,7 @@
     python -m lm.main --config=configs/bc5cdr_ner.py:scratch --workdir=runs/bc5cdr_ner_scratch
 
 Two CPU cores, minutes. Held-out entity F1: see experiments/objectives/results.md.
-The argument: 'mlm' = from runs/abstracts_mlm, or 'scratch'; and what learns (full, head, last2, lora, adapters).
+The argument is START,HOW: 'mlm' (runs/abstracts_mlm) or 'scratch'; what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/bc5cdr/{train,devel}.tsv (LM_SHARED_DATA names another place).
 """
 
@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> Any:
 
 
 def tagger(c: Any, arg: str | None, run: str) -> Any:
-    """The recipe on the model of another: `c`, the recipe of the pre-training, and `run`, its folder."""
+    """A tagging recipe on a pre-trained encoder: `c` is its pre-training recipe, `run` the folder of that run."""
     common.fine_tune(c, arg, {"mlm": run})
     c.task = task_config("tagging", labels=("O", "B-Chemical", "I-Chemical", "B-Disease", "I-Disease"))
     c.data.format = "conll"

@@ -1,12 +1,12 @@
-"""What a frozen encoder knows of CIFAR-10's classes: a linear layer on the mean of its last hidden states.
+"""Linear probe of a frozen encoder on CIFAR-10's classes: a linear layer on the mean of the last hidden states.
 
     python -m lm.main --config=configs/cifar10_probe.py:mae --workdir=runs/cifar10_probe_mae
     python -m lm.main --config=configs/cifar10_probe.py:simclr --workdir=runs/cifar10_probe_simclr
     python -m lm.main --config=configs/cifar10_probe.py:random --workdir=runs/cifar10_probe_random
 
 Two CPU cores, minutes. Held-out accuracy: see experiments/objectives/results.md.
-The argument names the encoder: of runs/mae_cifar10, of runs/simclr_cifar10, or as initialised: what pre-training is
-worth. Data as in `configs/mae_cifar10.py`, with its labels.
+The argument selects the encoder: that of runs/mae_cifar10, that of runs/simclr_cifar10, or a random one, which shows
+what pre-training is worth. The data is that of `configs/mae_cifar10.py`, with its labels.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> Any:
         c.init_rules = (("head/.*", "reinit"), (".*", "keep"))
 
     c.model.kind = "vit"
-    c.model.decoder_layers = c.model.decoder_dim = 0  # what the autoencoder has of them is left behind
+    c.model.decoder_layers = c.model.decoder_dim = 0  # the autoencoder's decoder is not loaded
     c.model.pool = "mean"
 
     c.optim.lr_rules = (("head/.*", 1.0), (".*", 0.0))

@@ -1,11 +1,11 @@
-"""Is a sentence acceptable English: CoLA (Warstadt et al. 2019).
+"""Fine-tune to judge whether a sentence is acceptable English: CoLA (Warstadt et al. 2019).
 
     python -m lm.main --config=configs/cola.py --workdir=runs/cola
     python -m lm.main --config=configs/cola.py:clm,lora --workdir=runs/cola_lora
 
 Two CPU cores, minutes. Matthews correlation: see experiments/objectives/results.md.
-The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, lora, adapters); the
-first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
+The argument is START,HOW: 'mlm' (from the run of configs/reviews_mlm.py), 'clm' (configs/reviews_clm.py) or 'scratch';
+what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/cola/{train,dev}.tsv (LM_SHARED_DATA names another place).
 """
 

@@ -1,7 +1,7 @@
-"""What several recipes share: where data lies, and the rules of the usual ways to fine-tune.
+"""Shared by several recipes: the location of data, and the rules of the usual ways to fine-tune.
 
-Rules are for `optim.lr_rules` unless they say otherwise; 0 freezes. What a model may lack (a head, say) never stands
-in a rule of its own: a rule that matches nothing is refused.
+Rules are for `optim.lr_rules` unless stated otherwise; 0 freezes. Parameters that some models lack, such as a head,
+share a rule with others, because a rule that matches nothing is refused.
 """
 
 import os
@@ -15,16 +15,16 @@ Rates = tuple[tuple[str, float], ...]
 
 
 def shared_data(name: str) -> str:
-    """Path of a data set under LM_SHARED_DATA, or ../shared/data when that is not set."""
+    """Path of a data set under LM_SHARED_DATA, or under ../shared/data if that is not set."""
     return os.path.join(os.environ.get("LM_SHARED_DATA", "../shared/data"), name)
 
 
 def mixture(
     sizes: Mapping[str, float], temperature: float = 1.0, start: float = 0.0
 ) -> tuple[tuple[float, str, float], ...]:
-    """A stage of `data.mixture`: each path by its size to the power of 1 / temperature (Arivazhagan et al. 2019).
+    """A stage of `data.mixture`, with weights size^(1 / temperature) (Arivazhagan et al. 2019).
 
-    1 = by size; larger = more evenly. Worked: sizes 9 and 1, temperature 2 -> weights 0.75 and 0.25.
+    1 samples by size, larger values more evenly. Worked: sizes 9 and 1, temperature 2 -> weights 0.75 and 0.25.
     """
     if temperature <= 0 or min(sizes.values(), default=0) <= 0:
         raise ConfigError(f"mixture: sizes {dict(sizes)} and temperature {temperature} must be above 0")
@@ -35,12 +35,12 @@ def mixture(
 
 
 def head_only() -> Rates:
-    """The task's head learns (linear probing)."""
+    """Only the task's head learns (linear probing)."""
     return ((r"head/.*", 1.0), (r".*", 0.0))
 
 
 def last_layers(n: int, num_layers: int) -> Rates:
-    """The last n of num_layers layers learn, and what comes after them: final norm, output projection, head."""
+    """The last n of num_layers layers learn, and all after them: final norm, output projection, head."""
     if not 0 <= n <= num_layers:
         raise ConfigError(f"last_layers: {n} of {num_layers} layers")
     numbers = "|".join(map(str, range(num_layers - n, num_layers)))
@@ -48,14 +48,14 @@ def last_layers(n: int, num_layers: int) -> Rates:
 
 
 def bias_only() -> Rates:
-    """Biases and the head learn (BitFit, Ben Zaken et al. 2022)."""
+    """Only biases and the head learn (BitFit, Ben Zaken et al. 2022)."""
     return ((r".*bias|head/.*", 1.0), (r".*", 0.0))
 
 
 def layer_decay(rate: float, num_layers: int) -> Rates:
-    """Each layer learns `rate` times as fast as the one after it, the head at 1 (ULMFiT; Clark et al. 2020, table 7).
+    """Each layer learns `rate` times as fast as the next, the head at 1 (ULMFiT; Clark et al. 2020, table 7).
 
-    Of N layers the last has rate^1, the first rate^N, embeddings rate^(N + 1); the final norm 1.
+    With N layers, the last has rate^1, the first rate^N, the embeddings rate^(N + 1), the final norm 1.
     """
     layers = tuple((rf".*/layers/{i}/.*", rate ** (num_layers - i)) for i in range(num_layers))
     return (*layers, (r"[^/]*embed[^/]*/.*", rate ** (num_layers + 1)), (r".*", 1.0))
@@ -65,7 +65,7 @@ def gradual_unfreezing(num_layers: int, until: float) -> Rates:
     """For `optim.unfreeze_rules`: first the head, then layer after layer from the last (ULMFiT, section 3.3).
 
     Args:
-      num_layers: N; the last one begins at until / (N + 1) of the run, the first at until * N / (N + 1).
+      num_layers: N; the last layer begins at until / (N + 1) of the run, the first at until * N / (N + 1).
       until: share of the run after which the embeddings, and so all parameters, learn.
     """
     part = until / (num_layers + 1)
@@ -74,17 +74,17 @@ def gradual_unfreezing(num_layers: int, until: float) -> Rates:
 
 
 def lora_rules() -> Rates:
-    """LoRA's matrices and the head learn."""
+    """Only LoRA's matrices and the head learn."""
     return ((r".*/lora_.*|head/.*", 1.0), (r".*", 0.0))
 
 
 def adapter_rules() -> Rates:
-    """Bottleneck adapters and the head learn."""
+    """Only bottleneck adapters and the head learn."""
     return ((r".*/adapter_.*|head/.*", 1.0), (r".*", 0.0))
 
 
 def fresh_adapters() -> tuple[tuple[str, str], ...]:
-    """For `init_rules`: adapters and the head are new, all else comes from `init_from`."""
+    """For `init_rules`: adapters and the head are initialised anew, all else comes from `init_from`."""
     return ((r".*/lora_.*|.*/adapter_.*|head/.*", "reinit"), (r".*", "keep"))
 
 
@@ -92,19 +92,21 @@ HOWS = ("full", "head", "last2", "lora", "adapters")
 
 
 def fine_tune(c: Any, arg: str | None, runs: dict[str, str]) -> None:
-    """Starts a recipe from a pre-trained run, or from scratch beside it, and says what of it learns.
+    """Sets where a recipe starts, from a pre-trained run or from scratch, and which of its parameters learn.
 
     Args:
       c: the recipe, with the model of the run it starts from.
-      arg: 'START,HOW', each with a default: a key of `runs` (the first one) or 'scratch', and one of `HOWS` ('full').
-        From scratch everything is new but the tokenizer, which is that of the first run.
-      runs: name -> its folder.
+      arg: 'START,HOW'. START is a key of `runs` (default: the first) or 'scratch', which keeps only the tokenizer of
+        the first run; HOW is one of `HOWS` (default: 'full').
+      runs: name -> folder of the run.
     """
     words = [word for word in (arg or "").split(",") if word]
     starts = [word for word in words if word in (*runs, "scratch")]
     hows = [word for word in words if word in HOWS]
     if len(starts) > 1 or len(hows) > 1:
-        raise ConfigError(f"recipe argument '{arg}': one word each of where to start and of what learns")
+        raise ConfigError(
+            f"recipe argument '{arg}': expected START,HOW: where to start, and what learns, one word each"
+        )
     start, how = (*starts, next(iter(runs)))[0], (*hows, "full")[0]
     if unknown := [word for word in words if word not in (*runs, "scratch", *HOWS)]:
         raise ConfigError(
@@ -134,14 +136,14 @@ LLAMA_7B = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "mlp_dim": 11_
 
 
 def llama(chips: int, rows: int, seq_len: int, remat: str, sizes: dict[str, int]) -> Any:
-    """Pre-training of a Llama-like model by ZeRO-3, as the benchmarks of configs/bench share it.
+    """Pre-training of a Llama-like model by ZeRO-3, shared by the benchmarks of configs/bench.
 
     Args:
-      chips: over which everything is split.
-      rows: of a step, on one chip.
+      chips: number of chips over which everything is split.
+      rows: rows of a step on each chip.
       seq_len: positions of a row.
-      remat: what is kept of a layer.
-      sizes: keys of the model's config.
+      remat: `model.remat`.
+      sizes: keys and values of `model`.
     """
     c = default_config()
     c.tokenizer.vocab_size = sizes["vocab_size"]

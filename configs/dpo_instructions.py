@@ -4,9 +4,9 @@
     python -m lm.main --config=configs/dpo_instructions.py --workdir=runs/instructions_dpo
     python -m lm.main --config=configs/dpo_instructions.py:lora --workdir=runs/instructions_dpo_lora
 
-Two CPU cores, four minutes each. Accuracy (the larger reward is that of the chosen answer) on 133 held-out pairs 0.827,
-loss 0.422 nats per pair (0.693 before); by LoRA, 4% of the parameters, 0.789 and 0.425. The fine-tuning on chosen
-answers: held-out nats per answer token 3.503 (6.522 before).
+Two CPU cores, four minutes each. Accuracy (the chosen answer has the larger reward) on 133 held-out pairs 0.827, loss
+0.422 nats per pair (0.693 before); with LoRA, 4% of the parameters, 0.789 and 0.425. Fine-tuning on chosen answers:
+held-out nats per answer token 3.503 (6.522 before).
 Reads ../shared/data/instr_rasbt/instruction-data-with-preference.json (LM_SHARED_DATA names another place): 1,100
 instructions with a polite and a rude, or a better and a worse answer. The first command starts from runs/tinystories.
 """
@@ -19,9 +19,9 @@ from lm.tasks import task_config
 
 
 def get_config(arg: str | None = None) -> Any:
-    """Learning from pairs, of all parameters or by 'lora'; 'sft' is the fine-tuning that they start from."""
+    """DPO on all parameters, or with `arg` 'lora' on LoRA's; 'sft' is the fine-tuning that both start from."""
     if arg not in (None, "", "sft", "lora"):
-        raise ConfigError(f"recipe argument '{arg}': expected 'sft', 'lora' or none")
+        raise ConfigError(f"recipe argument '{arg}': expected 'sft', 'lora' or nothing")
     c = tinystories.get_config()
     c.init_from = "runs/tinystories" if arg == "sft" else "runs/instructions_sft"
     c.data.format = "jsonl"

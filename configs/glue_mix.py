@@ -3,9 +3,9 @@
     python tools/mix_tasks.py runs/glue_mix_data sst2 cola rte stsb
     python -m lm.main --config=configs/glue_mix.py --workdir=runs/glue_mix
 
-Two CPU cores, minutes. Accuracy, Matthews and Pearson correlation of each: not run.
+Two CPU cores, minutes. Accuracy, Matthews and Pearson correlation of each task: not run.
 The argument is that of configs/sst2.py. Tasks are drawn in proportion to their size; a sentence or pair of more than 64
-ids is cut, which RTE has most of.
+ids is cut, which happens most in RTE.
 """
 
 import importlib

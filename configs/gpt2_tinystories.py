@@ -2,7 +2,7 @@
 
     python -m lm.main --config=configs/gpt2_tinystories.py --workdir=runs/gpt2_tinystories
 
-Two CPU cores, minutes. Held-out nats a token 4.234 (7.658 untrained); seeds 1 and 2: 4.261 and 4.233.
+Two CPU cores, minutes. Held-out nats per token 4.234 (7.658 untrained); seeds 1 and 2: 4.261 and 4.233.
 Reads ../shared/data/tinystories/sample.txt; LM_SHARED_DATA or --config.data.path=FILE names another place.
 """
 

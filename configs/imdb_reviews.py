@@ -1,12 +1,12 @@
-"""Sentiment of film reviews: the TFDS set imdb_reviews (Maas et al. 2011), from the model of Wikipedia.
+"""Fine-tune the Wikipedia model on the sentiment of film reviews: the TFDS set imdb_reviews (Maas et al. 2011).
 
     python -m lm.main --config=configs/imdb_reviews.py --workdir=runs/imdb_reviews
     python -m lm.main --config=configs/imdb_reviews.py:lora --workdir=runs/imdb_reviews_lora
 
-Not run on the whole set. The argument says where it starts (clm, the run of configs/wikipedia_clm.py, or scratch) and
-what learns (full, head, last2, lora, adapters). Labels have the names that the set gives them.
-Reads the set from TFDS_DATA_DIR (~/tensorflow_datasets); the error of a set that is not there has the command that
-prepares it. For runs of minutes on two CPU cores see configs/imdb.py.
+Not run on the whole set. The argument is START,HOW: 'clm' (from the run of configs/wikipedia_clm.py) or 'scratch'; what
+learns (full, head, last2, lora, adapters). Labels are the names of the classes in the set.
+Reads the set from TFDS_DATA_DIR (~/tensorflow_datasets); if it is missing, the error gives the command that prepares
+it. For runs of minutes on two CPU cores see configs/imdb.py.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> Any:
     c.data.path = "imdb_reviews"
     c.data.eval_path = "test"
     c.data.packing = "pad"
-    c.data.seq_len = 512  # longer reviews lose their end
+    c.data.seq_len = 512  # longer reviews are cut at the end
     c.data.batch_size = 32
 
     c.optim.learning_rate = 1e-4

@@ -1,11 +1,11 @@
-"""Pre-train a small Vision Transformer on CIFAR-10's pixels alone, as a masked autoencoder (He et al. 2021).
+"""Pre-train a small Vision Transformer on CIFAR-10 without labels, as a masked autoencoder (He et al. 2021).
 
     python -m lm.main --config=configs/mae_cifar10.py --workdir=runs/mae_cifar10
     python tools/show_reconstructions.py runs/mae_cifar10 reconstructions.png
 
 Two CPU cores, minutes (20 passes over the images). Held-out loss: see experiments/objectives/results.md.
 Reads ../shared/data/cifar10/*.tar (LM_SHARED_DATA names another place): 5,000 images, and 1,000 to evaluate on.
-`configs/cifar10_probe.py` and `configs/cifar10_finetune.py` go on from here.
+`configs/cifar10_probe.py` and `configs/cifar10_finetune.py` start from this run.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> Any:
     c.data.format = "images"
     c.data.path = common.shared_data("cifar10/cifar10_jpg_train_500perclass.tar")
     c.data.eval_path = common.shared_data("cifar10/cifar10_jpg_test_100perclass.tar")
-    c.data.seq_len = 65  # (32 / 4)^2 patches and [CLS]: what speeds are counted in
+    c.data.seq_len = 65  # (32 / 4)^2 patches and [CLS]: the positions of a row, for throughput
     c.data.packing = "pad"
     c.data.augment = (("crop", 0.6), ("flip", 0.5))
     c.data.batch_size = 128

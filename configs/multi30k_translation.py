@@ -5,11 +5,10 @@
     python -m lm.main --config=configs/multi30k_translation.py:pretrained --workdir=runs/multi30k_pretrained
     python tools/translate.py runs/multi30k --path='../shared/data/multi30k/test_2016_flickr.{en,de}.gz'
 
-Two CPU cores, minutes. Nats per token of 4,000 pairs, pretrained and scratch: see experiments/objectives/results.md; of
-all pairs, and BLEU on the test set: not run.
-The argument 'decoder' is a decoder-only model to which a translation is the answer of a conversation; 'pretrained'
-starts from the run of configs/t5_tinystories.py, whose tokenizer saw English only, and 'scratch'
-with that tokenizer alone.
+Two CPU cores, minutes. Nats per token with 4,000 pairs, pretrained and scratch: see experiments/objectives/results.md;
+with all pairs, and BLEU on the test set: not run.
+The argument 'decoder' trains a decoder-only model, with the translation as the answer of a conversation; 'pretrained'
+starts from the run of configs/t5_tinystories.py, whose tokenizer saw only English; 'scratch' takes only that tokenizer.
 """
 
 from typing import Any

@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> Any:
     c.model.norm = "rmsnorm"
     c.model.mlp = "swiglu"
     c.model.use_bias = False
-    # Tied, the input embeddings learn from every softmax: half the tokens to the same loss, and more to carry over.
+    # Tied, the input embeddings learn from every softmax: the same loss in half the tokens, and more to transfer.
     c.model.tie_embeddings = True
     c.model.qk_norm = True
     c.model.init = "fan_in"  # at this width better than gpt2, see experiments/initialisation
@@ -54,7 +54,7 @@ def for_sentences(arg: str | None) -> Any:
     """The model of this run, or of configs/reviews_mlm.py, with a head for labelled sentences.
 
     Args:
-      arg: as `common.fine_tune` takes it; 'clm' and 'clm,scratch' make a decoder, all else an encoder.
+      arg: that of `common.fine_tune`; 'clm' and 'clm,scratch' make a decoder, all else an encoder.
     """
     c = get_config()
     words = (arg or "mlm").split(",")

@@ -4,8 +4,8 @@
     python -m lm.main --config=configs/reviews_mlm.py:next --workdir=runs/reviews_mlm_next
 
 Two CPU cores, minutes. Held-out nats per masked token: see experiments/objectives/results.md.
-The argument adds a second objective on pairs of stretches: 'next' = does the second follow the first (BERT), 'order' =
-are they swapped (ALBERT).
+The argument adds a second objective, on pairs of text segments: 'next' = does the second follow the first (BERT),
+'order' = are they swapped (ALBERT).
 Reads ../shared/data/imdb/imdb_train.jsonl.gz; LM_SHARED_DATA or --config.data.path=FILE names another place.
 """
 

@@ -1,11 +1,11 @@
-"""Does one sentence follow from another: RTE (Dagan et al. 2006), as in GLUE; MNLI has the same form.
+"""Fine-tune on textual entailment of sentence pairs: RTE (Dagan et al. 2006), as in GLUE; MNLI has the same form.
 
     python -m lm.main --config=configs/rte.py --workdir=runs/rte
     python -m lm.main --config=configs/rte.py:clm,lora --workdir=runs/rte_lora
 
 Two CPU cores, minutes. Held-out accuracy: see experiments/objectives/results.md.
-The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, lora, adapters); the
-first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
+The argument is START,HOW: 'mlm' (from the run of configs/reviews_mlm.py), 'clm' (configs/reviews_clm.py) or 'scratch';
+what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/rte/{train,dev}.tsv (LM_SHARED_DATA names another place).
 """
 

@@ -4,14 +4,14 @@
     python -m lm.main --config=configs/sasrec.py --workdir=runs/sasrec
     python -m lm.main --config=configs/sasrec.py:masked --workdir=runs/sasrec_masked
 
-Two CPU cores, minutes. Each user's last item, by the step that the second-last ones chose, over all items, none left
-out: HR@10 0.765, NDCG@10 0.437 (seed 0). Naming the ten most popular items gives 0.380 and 0.232, the chain that made
-the data, known exactly, 0.849 and 0.483.
-Other than in the paper the loss is the cross-entropy over all items, not one negative (Klenitskiy and Vasilev 2023).
+Two CPU cores, minutes. Each user's last item ranked among all items, at the step that scores best on the second-last
+items: HR@10 0.765, NDCG@10 0.437 (seed 0). Recommending the ten most popular items gives 0.380 and 0.232; the Markov
+chain that made the data, known exactly, gives 0.849 and 0.483.
+Unlike in the paper, the loss is the cross-entropy over all items, not one negative (Klenitskiy and Vasilev 2023).
 Another table: --config.data.path=FILE; data.rename maps its columns, such as (("1", "user"), ("2", "item"), ("4",
 "time")) for MovieLens' u.data. The table is used as it is: the papers first leave out rare users and items.
-The argument 'masked' starts from the run of configs/bert4rec.py, 'scratch' is the same model from scratch: for what
-that is worth after few passes, see experiments/objectives/results.md.
+The argument 'masked' starts from the run of configs/bert4rec.py; 'scratch' is the same model from scratch. For a
+comparison after few passes, see experiments/objectives/results.md.
 """
 
 from typing import Any
@@ -21,16 +21,16 @@ from lm.tasks import default_config
 
 
 def get_config(arg: str | None = None) -> Any:
-    """Each item from those before it; `arg` is '', 'masked' or 'scratch'."""
+    """Next-item prediction; `arg` is '', 'masked' or 'scratch'."""
     if arg not in (None, "", "masked", "scratch"):
         raise ConfigError(f"recipe argument '{arg}': expected masked, scratch or nothing")
     c = default_config("next_item")
     if arg:
-        c.tokenizer.extra_ids = 1  # bert4rec's mask, which no row has
+        c.tokenizer.extra_ids = 1  # bert4rec's mask, which occurs in no row
     if arg == "masked":
         c.init_from = "runs/bert4rec"
         c.init_rules = ((r"decoder/(.*)", r"encoder/\1"), (r".*", "keep"))
-    c.tokenizer.vocab_size = 512  # items and three more
+    c.tokenizer.vocab_size = 512  # the items and three special ids
     c.data.format = "interactions"
     c.data.path = "runs/interactions.csv"
     c.data.packing = "pad"

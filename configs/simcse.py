@@ -1,12 +1,12 @@
-"""Sentence embeddings by contrast (SimCSE, Gao et al. 2021) from the encoder of configs/reviews_mlm.py.
+"""Contrastive sentence embeddings (SimCSE, Gao et al. 2021) from the encoder of configs/reviews_mlm.py.
 
     python -m lm.main --config=configs/simcse.py --workdir=runs/simcse
     python -m lm.main --config=configs/simcse.py:pairs --workdir=runs/simcse_pairs
 
 Two CPU cores, minutes. Held-out alignment and uniformity: see experiments/objectives/results.md.
-Without an argument a sentence's two views are its two dropout masks, on the sentences of SST-2. With 'pairs' they are
-the two sides of STS-B's pairs, whatever their score: weak supervision. Data of your own with hard negatives: a jsonl
-file of 'text', 'text_pair' and 'negative', with --config.task.name=contrastive_triples.
+Without an argument, the two views of a sentence of SST-2 are two dropout masks. With 'pairs' they are the two sentences
+of an STS-B pair, whatever its score, which is weak supervision. For your own data with hard negatives, use a jsonl
+file of 'text', 'text_pair' and 'negative', and --config.task.name=contrastive_triples.
 Reads ../shared/data/{sst2,stsb} (LM_SHARED_DATA names another place).
 """
 

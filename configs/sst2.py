@@ -1,11 +1,11 @@
-"""Sentiment of sentences from film reviews: SST-2 (Socher et al. 2013).
+"""Fine-tune on the sentiment of sentences from film reviews: SST-2 (Socher et al. 2013).
 
     python -m lm.main --config=configs/sst2.py --workdir=runs/sst2
     python -m lm.main --config=configs/sst2.py:clm,lora --workdir=runs/sst2_lora
 
 Two CPU cores, minutes. Held-out accuracy: see experiments/objectives/results.md.
-The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, lora, adapters); the
-first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
+The argument is START,HOW: 'mlm' (from the run of configs/reviews_mlm.py), 'clm' (configs/reviews_clm.py) or 'scratch';
+what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/sst2/{train,dev}.tsv (LM_SHARED_DATA names another place).
 """
 

@@ -1,9 +1,9 @@
-"""Sentiment of SST-2 as text to go on with, by the decoder of configs/reviews_clm.py.
+"""Fine-tune the decoder of configs/reviews_clm.py on SST-2's sentiment by prompting.
 
     python -m lm.main --config=configs/reviews_clm.py --workdir=runs/reviews_clm
     python -m lm.main --config=configs/sst2_prompts.py --workdir=runs/sst2_prompts
 
-Two CPU cores, minutes: not run as a whole.
+Two CPU cores, minutes; not run in full.
 Reads ../shared/data/sst2 (LM_SHARED_DATA names another place).
 """
 

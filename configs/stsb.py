@@ -1,11 +1,11 @@
-"""How alike are two sentences, from 0 to 5: STS-B (Cer et al. 2017).
+"""Fine-tune to score the similarity of two sentences, from 0 to 5: STS-B (Cer et al. 2017).
 
     python -m lm.main --config=configs/stsb.py --workdir=runs/stsb
     python -m lm.main --config=configs/stsb.py:clm,lora --workdir=runs/stsb_lora
 
 Two CPU cores, minutes. Pearson and Spearman correlation: see experiments/objectives/results.md.
-The argument says where it starts (mlm, clm, scratch) and what learns (full, head, last2, lora, adapters); the
-first run is that of configs/reviews_mlm.py, 'clm' that of configs/reviews_clm.py.
+The argument is START,HOW: 'mlm' (from the run of configs/reviews_mlm.py), 'clm' (configs/reviews_clm.py) or 'scratch';
+what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/stsb/stsb-en-{train,dev}.csv (LM_SHARED_DATA names another place).
 """
 

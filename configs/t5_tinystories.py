@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> Any:
     c = tinystories.get_config()
     c.task = task_config("span_corruption")
     c.tokenizer.extra_ids = 33  # the mask and 32 sentinels
-    c.data.target_len = 64  # what is hidden of 284 tokens: 43 of them, 14 sentinels and EOS
+    c.data.target_len = 64  # for a row of 284 tokens: 43 hidden ones, 14 sentinels and EOS
 
     c.model.kind = "encoder_decoder"
     c.model.num_layers = 2
@@ -27,5 +27,5 @@ def get_config(arg: str | None = None) -> Any:
     c.model.num_kv_heads = 4
     c.model.mlp_dim = 352  # 8/3 x 128, rounded up to a multiple of 16
     c.model.position = "relative"
-    c.generate.prompts = ()  # without a hole in it there is nothing to fill
+    c.generate.prompts = ()  # a plain prompt has no sentinel to fill in
     return c

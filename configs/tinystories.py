@@ -3,7 +3,7 @@
     python -m lm.main --config=configs/tinystories.py --workdir=runs/tinystories
 
 Two CPU cores, minutes. Held-out bits per byte 1.424 (3.225 untrained), perplexity 36.5 a token.
-With four experts in the place of each MLP, of which a token goes through two (docs/performance.md), not run to its end:
+With four experts instead of each MLP, two of them for each token (docs/performance.md), not run to the end:
 
     python -m lm.main --config=configs/tinystories.py:experts --workdir=runs/tinystories_experts
 
@@ -20,7 +20,7 @@ from lm.tasks import default_config
 def get_config(arg: str | None = None) -> Any:
     """Pre-training on stories; `arg` is 'experts' or nothing."""
     if arg not in (None, "", "experts"):
-        raise ConfigError(f"recipe argument '{arg}': expected 'experts' or none")
+        raise ConfigError(f"recipe argument '{arg}': expected 'experts' or nothing")
     c = default_config()
     c.tokenizer.vocab_size = 2048
     c.data.format = "text"
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> Any:
     c.model.mlp_dim = 688  # 8/3 x 256, rounded up to a multiple of 16
     if arg == "experts":
         c.model.num_experts, c.model.experts_per_token = 4, 2
-        c.model.mlp_dim = 688 // 2  # of which a token goes through two, so that it costs what it does without
+        c.model.mlp_dim = 688 // 2  # a token goes through two experts, for the cost of one MLP of 688
     c.model.position = "rope"
     c.model.norm = "rmsnorm"
     c.model.mlp = "swiglu"

@@ -1,10 +1,10 @@
-"""Universal parts of speech of English words (UD English EWT, Silveira et al. 2014): fine-tune an encoder to tag them.
+"""Fine-tune an encoder to tag English words with universal parts of speech (UD English EWT, Silveira et al. 2014).
 
     python -m lm.main --config=configs/ud_pos.py --workdir=runs/ud_pos
     python -m lm.main --config=configs/ud_pos.py:scratch --workdir=runs/ud_pos_scratch
 
 Two CPU cores, minutes. Held-out accuracy over words: see experiments/objectives/results.md.
-The argument: 'mlm' = from runs/reviews_mlm, or 'scratch'; and what learns (full, head, last2, lora, adapters).
+The argument is START,HOW: 'mlm' (runs/reviews_mlm) or 'scratch'; what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/ud_ewt (LM_SHARED_DATA names another place).
 """
 

@@ -2,10 +2,10 @@
 
     python -m lm.main --config=configs/wikipedia_clm.py --workdir=runs/wikipedia_clm
 
-Not run on the whole set. It is read and packed in the host's memory before the first step; 10,000 steps are 2.6 billion
-tokens, 24 a parameter, for a slice of 16 chips or more.
-Reads the TFDS set wikipedia/20230601.en from TFDS_DATA_DIR (~/tensorflow_datasets); the error of a set that is not
-there has the command that prepares it.
+Not run on the whole set, which is read and packed in host memory before the first step. 10,000 steps are 2.6 billion
+tokens, 24 per parameter, meant for a slice of 16 chips or more.
+Reads the TFDS set wikipedia/20230601.en from TFDS_DATA_DIR (~/tensorflow_datasets); if it is missing,
+the error gives the command that prepares it.
 """
 
 from typing import Any

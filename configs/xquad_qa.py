@@ -4,9 +4,9 @@
     python -m lm.main --config=configs/xquad_qa.py:scratch --workdir=runs/xquad_qa_scratch
 
 Two CPU cores, minutes. Held-out exact match and F1: see experiments/objectives/results.md.
-A fifth of the 240 paragraphs is held out, with all questions about them. A thousand questions teach a model this small
-little: the recipe shows the way, not a result.
-The argument: 'mlm' = from runs/reviews_mlm, or 'scratch'; and what learns (full, head, last2, lora, adapters).
+A fifth of the 240 paragraphs is held out, with all questions about them. A model this small learns little from a
+thousand questions: the recipe shows the method, not a good score.
+The argument is START,HOW: 'mlm' (runs/reviews_mlm) or 'scratch'; what learns (full, head, last2, lora, adapters).
 Reads ../shared/data/xquad/xquad.en.json (LM_SHARED_DATA names another place).
 """
 

@@ -1,4 +1,4 @@
-"""Checks between sections of a config: values that are each valid, but do not fit together."""
+"""Checks across sections of a config: values that are valid each, but contradict each other."""
 
 import importlib.util
 import re
@@ -10,10 +10,10 @@ from lm.tasks import columns_of_batch, task_of
 
 
 def fit(cfg: Config) -> None:
-    """Refuses a task, a model and keys that do not fit together, by what the task declares.
+    """Refuses a model or keys that the task does not support, by what the task declares.
 
     Raises:
-      ConfigError: naming the two keys, and what would fit.
+      ConfigError: names the two keys, and the supported values.
     """
     task, name = task_of(cfg), cfg.task.name
     task.check(cfg)
@@ -34,18 +34,20 @@ def fit(cfg: Config) -> None:
     ):
         if value not in fitting:
             raise ConfigError(f"'{key}' is {value}, which does not fit task.name={name}; use {', '.join(fitting)}")
-    columns_of_batch(task, cfg)  # refuses what leaves nothing to predict
-    task.score_names(cfg)  # refuses labels that cannot be scored
+    columns_of_batch(task, cfg)  # raises if nothing would be predicted
+    task.score_names(cfg)  # raises if the labels cannot be scored
     usual = schema.to_dict(LossConfig())
     for key, value in schema.to_dict(cfg.loss).items():
-        # A recipe may leave the size of a chunk for another task: it changes no value.
+        # chunk_len may be set for a task that does not read it: it changes no value.
         if value != usual[key] and key not in (*task.loss_options, "chunk_len"):
             raise ConfigError(f"'loss.{key}' is {value}, but task.name={name} does not read it")
     if task.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: task.name={name} compares all rows of a batch")
     head = task.head(cfg)
     if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
-        raise ConfigError(f"'model.pool' is first, which sees nothing else in a {cfg.model.kind}; use last or mean")
+        raise ConfigError(
+            f"'model.pool' is first, but the first position of a {cfg.model.kind} sees only itself; use last or mean"
+        )
     if cfg.model.dtype in ("int8", "fp8") and importlib.util.find_spec("qwix") is None:
         raise ConfigError(f"'model.dtype' is {cfg.model.dtype}, which needs qwix: pip install -e '.[quantization]'")
     if cfg.generate.prompts and (task.prompt is None or head or cfg.model.kind == "encoder"):

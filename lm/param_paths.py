@@ -1,4 +1,4 @@
-"""Nested dicts of arrays by path ('decoder/layers/mlp/up/kernel'), and ordered rules over those paths."""
+"""Parameter paths ('decoder/layers/mlp/up/kernel') of nested dicts of arrays, and ordered rules over them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,20 +33,20 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_path(fn: Callable[..., Any], tree: Mapping[str, Any], *rest: Mapping[str, Any]) -> dict[str, Any]:
-    """fn(path, leaf, *leaves of rest) over trees of one structure."""
+    """Maps fn(path, leaf, *leaves of rest) over trees of the same structure."""
     flat_rest = [flatten(other) for other in rest]
     return unflatten({path: fn(path, leaf, *(o[path] for o in flat_rest)) for path, leaf in flatten(tree).items()})
 
 
 def num_layers(path: str, leaf: Any) -> int:
-    """How many layers a leaf stacks on axis 0 ('…/layers/…'); 0 = it belongs to no layer."""
+    """Number of layers that a leaf stacks on axis 0 ('…/layers/…'); 0 = it belongs to no layer."""
     return leaf.shape[0] if "layers" in path.split("/") else 0
 
 
 def select(
     tree: Mapping[str, Any], selected: Mapping[str, bool], skip: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """The leaves whose path is selected. `skip`: path -> how many entries of axis 0 are left out at the start.
+    """The leaves whose path is selected, without the first `skip[path]` entries of axis 0.
 
     Example: {'a': 1, 'b': [[4], [5], [6]]}, {'a': False, 'b': True}, {'b': 1} -> {'b': [[5], [6]]}.
     """
@@ -56,7 +56,7 @@ def select(
 
 
 def overlay(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` with what `select` took from it replaced by `part`: whole leaves, or the last entries of axis 0.
+    """Puts a part made by `select` back into `tree`: whole leaves, or the last entries of axis 0.
 
     Raises:
       KeyError: `part` has a leaf that `tree` lacks.
@@ -85,10 +85,10 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Sequence[str], key: str) 
 
 
 def match_layers(rules: Sequence[tuple[str, T]], tree: Mapping[str, Any], key: str) -> dict[str, tuple[T, ...]]:
-    """Path -> the value of each of its layers; of one value alone where there are no layers.
+    """Path -> a tuple of one value per layer, or of a single value for a leaf without layers.
 
     A rule matches a layer by the leaf's path, or by that path with the layer's number after 'layers': for
-    'decoder/layers/mlp/up/kernel' [2, …], `decoder/layers/1/.*` gives its value to the last layer alone.
+    'decoder/layers/mlp/up/kernel' [2, …], `decoder/layers/1/.*` gives its value to the last layer only.
 
     Args:
       rules: ordered (regex, value) pairs; the first that matches wins.

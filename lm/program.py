@@ -1,6 +1,6 @@
-"""The step functions of a run and the shapes of their arguments: all that compiling them needs, without data.
+"""The step functions of a run and the shapes of their arguments: everything needed to compile them without data.
 
-`lm.run` makes them for a run, `lm.planner` for devices that are not there.
+`lm.run` makes them for a run, `lm.planner` for devices that this machine does not have.
 """
 
 import functools
@@ -26,9 +26,9 @@ class Program(NamedTuple):
 
     Attributes:
       model: functions of the model.
-      optimizer: with its real schedule.
-      total_steps: of the run.
-      state_shardings: where each leaf of a `TrainState` lies.
+      optimizer: the optimizer, with its full schedule.
+      total_steps: number of steps of the run.
+      state_shardings: sharding of each leaf of a `TrainState`.
       abstract_state: shapes, dtypes and shardings of the state.
       init_state: params -> the state before the first step.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
@@ -55,16 +55,16 @@ def make(
     anchored: Mapping[str, bool] | None,
     epoch_examples: int,
 ) -> Program:
-    """Makes the step functions. Nothing is compiled, no array is made and no device is touched.
+    """Makes the step functions, without compiling, allocating an array or touching a device.
 
     Args:
       cfg: resolved.
       mesh: the devices; abstract ones will do.
-      tokenizer: the run's; the planner passes a stand-in with as many ids.
+      tokenizer: the run's; the planner passes a stand-in with the same number of ids.
       abstract_params: shapes and dtypes of all parameters.
       logical_axes: path -> logical axis names.
       anchored: see `lm.step.init_state`.
-      epoch_examples: rows of an epoch, for durations that are given in epochs.
+      epoch_examples: rows of an epoch, for durations in epochs.
 
     Raises:
       ConfigError, ValueError: as `lm.optim.build`.
@@ -117,7 +117,7 @@ def make_model(cfg: Config, dtype: Any) -> ModelFns:
 
 
 def eval_batch_size(cfg: Config) -> int:
-    """Rows of an evaluation batch."""
+    """Number of rows of an evaluation batch."""
     return cfg.eval.batch_size or cfg.data.batch_size
 
 
@@ -131,7 +131,7 @@ def check_mesh(cfg: Config, mesh: Mesh, abstract_params: Any, logical_axes: Mapp
       logical_axes: path -> logical axis names.
 
     Raises:
-      ConfigError: naming the key, and the number that its value must be a multiple of.
+      ConfigError: names the key, and the number that its value must be a multiple of.
     """
     shards = sharding.batch_shards(mesh)
     parts = shards * cfg.train.micro_batches

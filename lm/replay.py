@@ -16,7 +16,7 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
     """The data to replay, as the earlier run's config describes it; None without `data.replay`.
 
     Args:
-      cfg: of the new run.
+      cfg: config of the new run.
       workdir: the new run's folder. Once the run has begun, its own checkpoints describe the replayed data, so that the
         earlier run is no longer needed.
       init: the checkpoint of the earlier run; None if the new run has begun.
@@ -38,7 +38,7 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
         if "unreadable" not in saved.info:
             return schema.build_section(DataConfig, saved.info["replay"], "data.")
     raise CheckpointError(
-        f"none of the checkpoints of {workdir} can be read, but they say what 'data.replay' draws from: restore one"
+        f"none of the checkpoints of {workdir} can be read, but they describe the data of 'data.replay': restore one"
     )
 
 
@@ -49,7 +49,7 @@ def load(
 
     Args:
       data_cfg: from `source`.
-      cfg: of the new run, whose task must be able to read the records.
+      cfg: config of the new run, whose task must be able to read the records.
       note: called with a report of what was read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions, the same for every model, objective and mesh."""
+"""One training step and one evaluation step: pure functions, the same for every model, task and mesh."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from lm.types import Batch, LossTerms, Params, TrainState
 
 Metrics = dict[str, Any]
 
-MIXOUT = 2**32 - 1  # folded into the key of a step; dropout folds in example indices, which are below 2^31
+MIXOUT = 2**32 - 1  # folded into a step's key; dropout folds in example indices, which are below 2^31
 
 
 def init_state(
@@ -37,7 +37,7 @@ def init_state(
 
 
 def eval_params(state: TrainState) -> Params:
-    """The parameters to evaluate: averaged if the state has an average; sharded as `params`."""
+    """The parameters to evaluate: the moving average if the state has one; sharded as `params`."""
     if state.ema is None:
         return state.params
     whole = param_paths.overlay(state.params, state.ema)
@@ -48,8 +48,8 @@ def start_params(params: Params, start: Params | None) -> Params:
     """All parameters with their initial values.
 
     Args:
-      params: the current ones; frozen ones still have their initial values.
-      start: `TrainState.start`, of all that are trained; None = `params` have not been trained yet.
+      params: current parameters; frozen ones still have their initial values.
+      start: `TrainState.start`, for all trained parameters; None = `params` have not been trained yet.
     """
     return param_paths.overlay(params, start or {})
 
@@ -76,7 +76,7 @@ def train_step(
       batch: arrays [B, ...]; B is a multiple of `micro_batches`.
       loss_fn: `Task.loss`, bound.
       optimizer: see `lm.optim`.
-      seed: of the run. Dropout is a function of the seed, the step and the row's example index.
+      seed: the run's seed. Dropout is a function of the seed, the step and the row's example index.
       micro_batches: number of parts of the batch whose gradients are accumulated one after the other.
       ema_decay: decay of the moving average, limited to (1 + step) / (10 + step) so that the average of a short run is
         not dominated by its initial values; 0 = no average.
@@ -85,11 +85,11 @@ def train_step(
 
     Returns:
       The next state, and metrics: 'loss', 'weight', 'grad_norm', 'learning_rate' as float32 [], and those of the
-      objective as (sum, weight).
+      task as (sum, weight).
     """
     trained = trained_part(optimizer.selection, state.params)
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    # Mixed once, and differentiated through once, for all micro-batches.
+    # Mixed once, and differentiated once, for all micro-batches.
     mixed, grads_before_mixing = jax.vjp(lambda tree: mix(tree, state.start, mixout, rng), trained)
 
     start = (start_params(state.params, state.start),) if needs_start else ()
@@ -159,7 +159,7 @@ def eval_step(
     """One evaluation step on one batch.
 
     Args:
-      params: of `eval_params`.
+      params: from `eval_params`.
       batch: arrays [B, ...].
       start: `TrainState.start`; None = `params` have not been trained yet.
       loss_fn: `Task.loss`, bound.
@@ -167,7 +167,7 @@ def eval_step(
 
     Returns:
       Metric name -> (sum, weight), 'loss' among them, for the caller to add over batches and divide at the end; and the
-      objective's outputs, name -> [B, ...].
+      task's outputs, name -> [B, ...].
     """
     given = (start_params(params, start),) if needs_start else ()
     terms = loss_fn(params, batch, None, *given)

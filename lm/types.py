@@ -1,6 +1,6 @@
-"""The few types that every floor of the house shares.
+"""The few types that all packages of `lm` share.
 
-Shape letters, used in array names all over the code (`logits_BxLxV`):
+Shape letters, used in array names throughout the code (`logits_BxLxV`):
 
     B batch rows    L positions in a row    D embedding width    V vocabulary
     N layers        H query heads           K key/value heads    E width of one head
@@ -15,19 +15,19 @@ from jaxtyping import Array, Float32, Int32, UInt8
 
 
 class Batch(TypedDict, total=False):
-    """The arrays of B rows; each is there when the task needs it.
+    """The arrays of B rows; which of them are present depends on the task.
 
-    Text may have several views of a row, [B, views, L]; images [B, views, H, W, C]. S is the length of an encoder's row
-    where a decoder has the others.
+    A row may have several views: text [B, views, L], images [B, views, H, W, C]. In an encoder-decoder, S is the length
+    of an encoder row and L that of a decoder row.
     """
 
-    tokens: Int32[Array, "B *views L"]  # inputs
-    targets: Int32[Array, "B *views L"]  # what each position predicts; never across a segment boundary
+    tokens: Int32[Array, "B *views L"]  # input ids
+    targets: Int32[Array, "B *views L"]  # the id that each position predicts; never across a segment boundary
     loss_weights: Float32[Array, "B *views L"]  # 0 = not trained on
     segment_ids: Int32[Array, "B *views L"]  # 0 = padding, documents of a row numbered from 1
     positions: Int32[Array, "B *views L"]  # restart at 0 in each segment
     type_ids: Int32[Array, "B L"]  # 0 = first sentence, 1 = second one (encoders)
-    is_prefix: Int32[Array, "B L"]  # 1 = every position of the segment sees it (prefix LM)
+    is_prefix: Int32[Array, "B L"]  # 1 = visible to every position of its segment (prefix LM)
     inputs: Int32[Array, "B S"]
     input_segment_ids: Int32[Array, "B S"]
     input_positions: Int32[Array, "B S"]
@@ -36,18 +36,18 @@ class Batch(TypedDict, total=False):
     masked_patches: Int32[Array, "B hidden"]
     # A class, a number, the tag of each position (-1 = none), or the first and the last position of a span.
     labels: Int32[Array, " B"] | Float32[Array, " B"] | Int32[Array, "B 2"] | Int32[Array, "B L"]
-    part: Int32[Array, " B"]  # which task of a mixture the row is of
+    part: Int32[Array, " B"]  # index of the row's task in a mixture of tasks
     example_index: Int32[Array, " B"]  # global index of the row in the stream: names it in errors, seeds its dropout
-    row_weights: Float32[Array, " B"]  # 0 = a row that only fills up the last batch of an evaluation
+    row_weights: Float32[Array, " B"]  # 0 = padding row in the last batch of an evaluation
 
 
-# Keys whose last axis is of positions.
+# Keys whose last axis is positions.
 LENGTH_KEYS = (
     *("tokens", "targets", "loss_weights", "segment_ids", "positions", "type_ids", "is_prefix"),
     *("inputs", "input_segment_ids", "input_positions"),
 )
 
-# Name -> numpy array [R, ...]: what an objective says of each of R held-out rows.
+# Name -> numpy array [R, ...]: outputs of a task for each of R held-out rows.
 Outputs = dict[str, Any]
 
 # A nested dict of arrays; its leaves are named by paths such as 'decoder/layers/mlp/up/kernel'.
@@ -55,13 +55,13 @@ Params = dict[str, Any]
 
 
 class LossTerms(NamedTuple):
-    """What an objective returns. Sums are added over micro-batches and devices and divided once, globally.
+    """The result of a loss function. Sums are added over micro-batches and devices and divided once, globally.
 
     Attributes:
       sum: float32 [], the weighted sum of the per-token (or per-example) loss, see `lm.evaluation.metrics.LOSS_UNITS`.
       weight: float32 [], the sum of the weights.
       metrics: name -> (sum, weight), float32 [] each; reported as sum / weight.
-      outputs: name -> [B, ...], what an evaluation collects of each row to score all of them at once.
+      outputs: name -> [B, ...], per-row values that evaluation collects to score all rows at once.
     """
 
     sum: jax.Array
@@ -71,7 +71,7 @@ class LossTerms(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that one step hands to the next, and all that a checkpoint must hold to repeat it bitwise.
+    """The state that a step passes to the next; a checkpoint of it is enough to continue bitwise identically.
 
     Attributes:
       step: int32 [], steps done. The learning rate and all randomness are functions of it and the seed.
@@ -79,8 +79,8 @@ class TrainState(NamedTuple):
       opt_state: optax state of the trained part of the parameters; frozen ones have none.
       ema: exponential moving average of the trained part, or None when it is off.
       skipped: int32 [], steps whose batch had weight 0 and so changed nothing but `step` and this count.
-      start: initial values of trained parameters, which `optim.l2_sp` and `optim.mixout` pull back to and the loss of a
-        task may read (`Task.needs_start`), or None.
+      start: initial values of trained parameters, used by `optim.l2_sp`, `optim.mixout` and the loss of tasks with
+        `Task.needs_start`; None if nothing needs them.
     """
 
     step: jax.Array
@@ -96,10 +96,10 @@ class ModelOutput(NamedTuple):
 
     Attributes:
       hidden_BxLxD: last hidden states, after the final norm, in the compute dtype.
-      unembed_DxV: the output projection in the compute dtype, so that the loss makes logits in pieces; None in a model
-        that has another head instead.
+      unembed_DxV: the output projection in the compute dtype, so that the loss can compute logits in chunks; None if
+        the model has another head instead.
       cache: the updated key/value cache when one was passed, else None.
-      head: float32, what the model's `Head` gives, or None when it has none.
+      head: float32, the output of the model's `Head`, or None when it has none.
       routing_2xB: float32, means over layers of `lm.models.moe.load_balance`; None in a model without experts.
     """
 
@@ -129,14 +129,14 @@ def _no_cache(rows: int, length: int) -> Any:
 
 
 class ModelFns(NamedTuple):
-    """A model as three pure functions; nobody outside `lm/models` sees how it is made.
+    """A model as pure functions; code outside `lm/models` does not depend on how it is implemented.
 
     Attributes:
       init: key -> params.
       apply: (params, batch, *, rng=None, cache=None) -> ModelOutput. `rng` turns dropout on.
       logical_axes: () -> tree like params; each leaf a tuple with one logical axis name (or None) a dimension.
       init_cache: (rows, length) -> an empty key/value cache for `apply`, in models that generate. Its leaves, and those
-        of what `apply` makes of it, are [N, B, ...], [B, S] or [].
+        of the cache that `apply` returns, are [N, B, ...], [B, S] or [].
     """
 
     init: Callable[[jax.Array], Params]

@@ -108,7 +108,7 @@ REFUSED = {
     "None for str": ({"init_from": None}, r"'init_from' must be str, got NoneType None"),
     "bool for a duration": ({"train": {"total_steps": True}}, r"'train\.total_steps' must be int, got bool"),
     "float for steps": ({"train": {"total_steps": 1e3}}, r"'train\.total_steps' must be int, got float 1000\.0"),
-    "value for a section": ({"optim": 3}, r"'optim' is a section of keys, got 3"),
+    "value for a section": ({"optim": 3}, r"'optim' is a section of keys; expected a dict, got 3"),
     "value for the task": ({"task": "masked_lm"}, r"'task' is a section of keys, .*; got 'masked_lm'"),
     "str for an option": (
         {"task": {"name": "masked_lm", "mask_rate": "1"}},

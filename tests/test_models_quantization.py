@@ -82,5 +82,5 @@ def test_quantization_without_qwix_or_with_experts_is_refused(tmp_path, monkeypa
     ):
         checks._of_text(cfg)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(ConfigError, match=r"'model.dtype' is int8, which experts do not have"):
+    with pytest.raises(ConfigError, match=r"'model.dtype' is int8, which experts do not support"):
         checks._of_text(cfg)

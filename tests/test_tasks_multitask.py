@@ -52,7 +52,7 @@ def test_labels_say_which_tasks_there_are():
         (("a/0",), "task 'a' has the labels"),
         (("a/", "a/1"), "task 'a' has the labels"),
         (("/0", "/1"), "task '' has the labels"),
-        (("a/0", "a/1", "b/", "a/2", "a/3"), "the labels of task 'a' must stand together"),
+        (("a/0", "a/1", "b/", "a/2", "a/3"), "the labels of task 'a' must be adjacent"),
     ],
 )
 def test_labels_that_say_no_tasks_are_refused(labels, says):
@@ -82,8 +82,8 @@ def test_a_record_has_its_task_and_the_place_of_its_label_in_it(label, part, val
 @pytest.mark.parametrize(
     ("label", "says"),
     [
-        ("moods/good", r"f:7: label 'moods/good' is of none of mood, alike, right \(did you mean 'mood'\?\)"),
-        ("good", "f:7: label 'good' is of none of"),
+        ("moods/good", r"f:7: label 'moods/good' is of no task among mood, alike, right \(did you mean 'mood'\?\)"),
+        ("good", "f:7: label 'good' is of no task among"),
         ("mood/0", "f:7: label 'mood/0'; expected one of bad, good, so after 'mood/'"),
         ("mood/", "f:7: label 'mood/'; expected one of"),
         ("alike/nan", "f:7: label 'alike/nan'; expected a finite number after 'alike/'"),

@@ -145,11 +145,11 @@ def test_a_long_prompt_loses_its_left_end_alike_for_all_words():
             r"'task\.templates\[1\]': '\{txt\} \{label\}' has the field \{txt\} \(did you mean 'text'\?\); "
             r"known are \{text\}, \{text_pair\}, \{label\}",
         ),
-        ({"templates": ("{label} is {text}",)}, r"must have \{text\}, and \{label\} once, behind the other fields"),
+        ({"templates": ("{label} is {text}",)}, r"must have \{text\}, and \{label\} once, after all other fields"),
         ({"templates": ("{text} {label} {label}",)}, r"\{label\} once"),
         ({"templates": ("It was {label}",)}, r"must have \{text\}"),
         ({"templates": ("{text} {label",)}, r"'task\.templates\[0\]': .*expected '}'"),
-        ({"templates": ("{text:>9} {label}",)}, r"only \{label:\.\.\.\} may have anything behind its name"),
+        ({"templates": ("{text:>9} {label}",)}, r"only \{label:\.\.\.\} may have text after its name"),
         (
             {"templates": ("{text} {label:bad|good}",)},
             r"has the words bad, good; expected one for each of task\.labels",

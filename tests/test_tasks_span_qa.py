@@ -229,7 +229,7 @@ def test_where_all_questions_have_an_answer_one_is_always_given():
     cfg = config(128)
     assert span_qa.score({"span_logits": logits}, [made.meta], cfg) == {"exact_match": 1.0, "f1": 1.0}
     best_by = dataclasses.replace(cfg, checkpoint=CheckpointConfig(best_metric="NoAns_f1"))
-    with pytest.raises(DataError, match="best_metric' is NoAns_f1, but no held-out question is one without an answer"):
+    with pytest.raises(DataError, match="best_metric' is NoAns_f1, but no held-out question is unanswerable"):
         span_qa.score({"span_logits": logits}, [made.meta], best_by)
 
 

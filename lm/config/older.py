@@ -1,9 +1,9 @@
-"""Configs as older versions wrote them, in the keys of today."""
+"""Upgrades configs that older versions wrote to the keys of today."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Until version 1, 'data.task' and 'objective' said together what is 'task.name' now.
+# Before version 1, 'data.task' and 'objective' together stood for today's 'task.name'.
 _TASKS = {
     "text": "causal_lm",
     "prefix_text": "prefix_lm",
@@ -22,7 +22,7 @@ _TASKS = {
     "items": "next_item",
     "masked_items": "masked_item",
 }
-# (section, key) of an option that has moved to its task -> its name there.
+# (section, key) of an option that has moved to its task -> its key there.
 _OPTIONS = {
     ("data", "labels"): "labels",
     ("data", "image_shape"): "image_shape",
@@ -39,7 +39,7 @@ _OPTIONS = {
     ("eval", "null_threshold"): "null_threshold",
     ("eval", "bleu_tokenizer"): "bleu_tokenizer",
 }
-# (section, key) of a pair of values -> where each of them is now, below the section.
+# (section, key) of a pair of values -> the key of each of them now, below the section.
 _PAIRS = {
     ("model", "experts"): (("num_experts",), ("experts_per_token",)),
     ("model", "mup_base"): (("mup", "base_width"), ("mup", "base_head_dim")),
@@ -47,7 +47,7 @@ _PAIRS = {
     ("monitor", "profile"): (("profile", "first_step"), ("profile", "num_steps")),
 }
 _RENAMED = {("model", "embed_noise"): "neftune_alpha", ("optim", "to_init"): "l2_sp"}
-# Keys that are newer than some runs, where the default is not what those did: what they did.
+# Keys newer than some runs, whose default differs from what those runs did -> the value that they used.
 _BEFORE: dict[tuple[str, str], Any] = {("model", "init"): "fan_in"}
 
 
@@ -70,15 +70,15 @@ def task_name(name: str) -> str:
 
 
 def is_older(source: Mapping[str, Any]) -> bool:
-    """Whether a saved config is of a version whose tasks had their options in the shared sections."""
+    """Whether a saved config is of a version that kept the options of tasks in the shared sections."""
     return "task" not in source
 
 
 def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """A saved config with every key where it stands today.
+    """A saved config with every key renamed or moved to where it is today.
 
     Args:
-      source: what a run of this or an older version wrote.
+      source: the config that a run of this or an older version wrote.
       known: name of a task -> the keys of its options.
     """
     out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
@@ -111,7 +111,7 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
 
 
 def upgrade_prepared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a prepared folder, of this or an older version, with every key where it stands today."""
+    """The settings of a folder prepared by this or an older version, with every key where it is today."""
     data = dict(settings["data"])
     name = data.pop("task", None)
     task = {"task": {"name": _TASKS.get(name, name)}} if name else {}

@@ -1,6 +1,6 @@
 """Frozen dataclasses as a config schema: strict building from nested dicts, durations, names of keys.
 
-`lm.config` says which sections and keys there are; this module knows none of them.
+The sections and keys themselves are in `lm.config.sections`; this module knows none of them.
 """
 
 import codecs
@@ -18,12 +18,12 @@ UNITS = ("steps", "tokens", "examples", "epochs")
 
 
 class ConfigError(ValueError):
-    """The config cannot be run. The message names the key, what was found, and what was expected."""
+    """An invalid config. The message names the key, what was found, and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-    """A length of training, spelled in the config as one of `NAME_steps|_tokens|_examples|_epochs`; all 0 = none."""
+    """A length of training, set in the config as one of `NAME_steps|_tokens|_examples|_epochs`; all 0 = none."""
 
     steps: int = 0
     tokens: int = 0
@@ -34,7 +34,7 @@ class Duration:
         """Rounds up to whole steps. A token is one position of a batch, padding included; an example is one row."""
         if self.steps:
             return self.steps
-        # Rounded: 1.1 epochs of 100 examples are 110.00000000000001 in floats, and would be a step too long.
+        # Rounded first: 1.1 epochs of 100 examples are 110.00000000000001 in floats, one step too many.
         examples = self.examples or round(self.epochs * epoch_examples, 6) or self.tokens / seq_len
         return math.ceil(examples / batch_size)
 
@@ -43,7 +43,7 @@ NEVER = Duration()  # a duration that is not set
 
 
 def build_section(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
-    """An instance of the dataclass `cls` from nested dicts, strictly; `prefix` is what its keys begin with."""
+    """Builds an instance of the dataclass `cls` strictly from nested dicts; `prefix` begins its keys in messages."""
     hints = get_type_hints(cls)
     known = [key for name, hint in hints.items() for key in (spelled(name) if hint is Duration else [name])]
     for key in source:
@@ -58,7 +58,7 @@ def build_section(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
             value = source[name]
             if dataclasses.is_dataclass(hint):
                 if not isinstance(value, Mapping):
-                    raise ConfigError(f"'{prefix}{name}' is a section of keys, got {value!r}")
+                    raise ConfigError(f"'{prefix}{name}' is a section of keys; expected a dict, got {value!r}")
                 values[name] = build_section(typing.cast(type, hint), value, f"{prefix}{name}.")
             else:
                 values[name] = _convert(value, hint, prefix + name)
@@ -116,7 +116,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def keys(cls: type, prefix: str = "") -> list[str]:
-    """Every config key, as 'a.b'. A duration counts once: only one of its four spellings can be set."""
+    """Every config key, as 'a.b'. A duration counts once, because only one of its four keys can be set."""
     out = []
     for name, hint in get_type_hints(cls).items():
         is_section = dataclasses.is_dataclass(hint) and hint is not Duration
@@ -125,7 +125,7 @@ def keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def spelled(name: str) -> list[str]:
-    """The keys that a duration may be spelled as: 'total' -> 'total_steps', 'total_tokens', …"""
+    """The four keys of a duration: 'total' -> 'total_steps', 'total_tokens', …"""
     return [f"{name}_{unit}" for unit in UNITS]
 
 
@@ -135,12 +135,12 @@ def nearest(name: str, known: Iterable[str], what: str = "did you mean") -> str:
     return f" ({what} '{match[0]}'?)" if match else ""
 
 
-# Codecs of Python's that are no encodings of text files: domain names, escapes in source code, one that always fails.
+# Python codecs that do not encode text files: domain names, escapes in source code, one that always fails.
 _NO_FILES = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
 
 
 def check_encoding(name: str, key: str) -> None:
-    """Raises ConfigError unless `name` is an encoding of text that Python has a codec for."""
+    """Raises ConfigError unless `name` is a text encoding known to Python."""
     try:
         codec = codecs.lookup(name)
     except (LookupError, ValueError):
@@ -152,7 +152,7 @@ def check_encoding(name: str, key: str) -> None:
     is_text = getattr(codec, "_is_text_encoding", True) and codec.incrementaldecoder is not None
     if not is_text or codec.name.replace("_", "-") in _NO_FILES:
         raise ConfigError(
-            f"'{key}' is {name!r}, which is no encoding of text files; expected such as 'utf-8', 'cp1252'"
+            f"'{key}' is {name!r}, which is not an encoding of text files; expected one such as 'utf-8', 'cp1252'"
         )
 
 

@@ -1,8 +1,8 @@
-"""The sections of a config and their checks: every key has one owner here, and its default here.
+"""The sections of a config and their checks: every key and its default are defined here, once.
 
-A recipe in `configs/` starts from `lm.tasks.default_config`, changes what it means to change, and `build` turns the
-result into a `Config`: an unknown key, a wrong type, an unknown choice or two durations at once is refused, with the
-key named and the nearest known name suggested.
+A recipe in `configs/` starts from `lm.tasks.default_config` and changes some keys; `build` turns the result into a
+`Config`. It refuses an unknown key, a wrong type, an unknown choice and two durations at once; the message names the
+key and suggests the nearest known name.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from lm.config.schema import NEVER, ConfigError, Duration, flatten, to_dict
 
 
 def _refuse(broken: Mapping[str, bool]) -> None:
-    """Raises ConfigError with the first message whose condition does not hold."""
+    """Raises ConfigError with the first message whose condition is false."""
     for message, holds in broken.items():
         if not holds:
             raise ConfigError(message)
@@ -23,19 +23,19 @@ def _refuse(broken: Mapping[str, bool]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """What is learnt. These are the options of a task that has none of its own; the others' are in `lm.tasks`."""
+    """Options of a task that has none but its name; tasks with more define their own dataclass, see `lm.tasks`."""
 
     name: str = "causal_lm"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Which SentencePiece model turns text into ids."""
+    """The SentencePiece model that turns text into ids."""
 
-    path: str = ""  # a .model file; '' = the one of init_from's run, else train one on the training text
-    vocab_size: int = 8192  # ids, when training one
+    path: str = ""  # a .model file; '' = that of init_from's run, or else train one on the training text
+    vocab_size: int = 8192  # number of ids, when training a model
     extra_ids: int = 0  # ids after those of the model: the mask (the first one) and the sentinels of span corruption
-    train_bytes: int = 10_000_000  # at most this much text is read to train one
+    train_bytes: int = 10_000_000  # at most this much text is read to train a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,36 +47,37 @@ class DataConfig:
         Literal["images", "interactions", "tfds", "array_record", "parquet", "arrow", "prepared"],
     ] = "builtin_text"
     # A file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}; tfds: the name
-    # of a set such as wikipedia/20230601.en, whose split 'train' is read; prepared: the folder that
+    # of a data set such as wikipedia/20230601.en, whose split 'train' is read; prepared: a folder that
     # tools/prepare_data.py made.
     path: str = ""
-    # Instead of `path`: (share of the run from which it counts, path, weight). Those of the largest share that the run
-    # has passed hold: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
+    # Instead of `path`: (share of the run at which the entry takes effect, path, weight). The entries with the largest
+    # share that the run has passed are in effect: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
     mixture: tuple[tuple[float, str, float], ...] = ()
     # '' = the validation split of a folder that has one, else eval_fraction of the texts, contexts, ... of `path` (see
     # docs/formats.md); tfds: a split such as test or train[:1%].
     eval_path: str = ""
     eval_fraction: float = 0.02
-    encoding: str = "utf-8"  # of text files: a codec of Python's
-    max_expansion: int = 1000  # a .gz or .zst file that unpacks to more than so many times its size is refused
+    encoding: str = "utf-8"  # of text files; a Python codec
+    max_expansion: int = 1000  # a .gz or .zst file that unpacks to more than this many times its size is refused
     separator: str = ""  # text only: splits one file into documents; '' = one document a file
-    # (field in the file, field expected) pairs, where records have fields. Numbers, from 1, name the columns of a table
-    # that has no header.
+    # (field in the file, expected field) pairs, for records with fields. In a table without a header, columns are
+    # named by number, from 1.
     rename: tuple[tuple[str, str], ...] = ()
     augment: tuple[
         tuple[str, float], ...
     ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
     synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
     replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
-    curriculum: Duration = NEVER  # at first draw from the short rows, then ever longer ones too, all after this long
-    seq_len: int = 256  # positions in a row; of the encoder's input, where there is an encoder and a decoder
-    target_len: int = 0  # positions of a row of the decoder, where there is an encoder too; 0 = seq_len
+    curriculum: Duration = NEVER  # short rows first, then longer ones too; all rows after this duration
+    seq_len: int = 256  # positions in a row; in an encoder-decoder, of the encoder's input
+    target_len: int = 0  # encoder-decoder: positions in a row of the decoder; 0 = seq_len
     batch_size: int = 16  # rows in a step, over all devices
     packing: Literal["pad", "best_fit", "concat"] = "best_fit"
     mask_documents: bool = True  # False: documents packed in one row see the ones before them
-    # Longer than a row: drop_turns (chat only) leaves out the oldest turns, truncate the end, drop the whole example.
+    # Examples longer than a row: drop_turns (chat only) removes the oldest turns, truncate cuts the end, drop removes
+    # the whole example.
     overlong: Literal["auto", "drop_turns", "truncate", "drop"] = "auto"  # chat: drop_turns, translation: truncate
-    max_bad_records: int = 0  # so many are left out and counted, with their places; one more is an error
+    max_bad_records: int = 0  # up to this many are skipped, and counted with their places; one more is an error
     max_records: int = 0  # 0 = all of them
 
 
@@ -88,10 +89,10 @@ def _check_data(data: DataConfig) -> None:
             f"'data.path' is empty: data.format={data.format} needs a file, folder or glob": (
                 is_builtin or bool(data.path) or bool(data.mixture)
             ),
-            f"'data.path' ({data.path!r}) and 'data.eval_path' must be empty, for 'data.mixture' says what is read": (
+            f"'data.path' ({data.path!r}) and 'data.eval_path' must be empty if 'data.mixture' is set": (
                 not data.mixture or not (data.path or data.eval_path or is_builtin)
             ),
-            "'data.mixture' must begin at 0, its shares of the run be below 1 and its weights above 0: "
+            "'data.mixture' must begin at 0, with shares of the run below 1 and weights above 0: "
             f"{data.mixture}": not data.mixture
             or (min(starts) == 0 and all(0 <= start < 1 and weight > 0 for start, _, weight in data.mixture)),
             "'data.curriculum_*' orders one source, but there is a 'data.mixture'": (
@@ -105,10 +106,10 @@ def _check_data(data: DataConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Small trained additions to a model that is otherwise frozen, see `lm.models.adapters`."""
+    """Small trainable modules added to a frozen model, see `lm.models.adapters`."""
 
     kind: Literal["none", "lora", "houlsby", "pfeiffer"] = "none"
-    rank: int = 8  # of LoRA; width of a bottleneck
+    rank: int = 8  # of LoRA, or the width of a bottleneck
     alpha: float = 16.0  # LoRA only: the product of its two matrices is scaled by alpha / rank
     dropout: float = 0.0  # LoRA only: on its input
     targets: str = r".*(query|value)"  # LoRA only: a regular expression over the paths of the Dense layers
@@ -116,10 +117,10 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MupConfig:
-    """The sizes of the recipe whose learning rate is transferred to this width by muP, see `lm.optim.mup`."""
+    """Sizes of the recipe whose learning rate muP transfers to this width, see `lm.optim.mup`."""
 
     base_width: int = 0  # its embed_dim; 0 = off
-    base_head_dim: int = 0  # 0 = as here
+    base_head_dim: int = 0  # 0 = the same as here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class ModelConfig:
     """Pre-norm blocks. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
 
     kind: Literal["decoder", "prefix_decoder", "encoder", "encoder_decoder", "vit", "mae"] = "decoder"
-    num_layers: int = 4  # of the encoder, where there is an encoder and a decoder
+    num_layers: int = 4  # in an encoder-decoder, of the encoder
     decoder_layers: int = 0  # encoder_decoder and mae; 0 = num_layers
     decoder_dim: int = 0  # mae only: width of its decoder; 0 = embed_dim
     embed_dim: int = 256
@@ -137,28 +138,28 @@ class ModelConfig:
     mlp_dim: int = 0  # 0 = 4 * embed_dim
     vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's, rounded up to a multiple of 128
     max_len: int = 0  # rows of the learned position table; 0 = data.seq_len
-    patch_size: int = 4  # vit and mae: an image is cut in squares of this many pixels a side
-    # Llama: rope. relative is T5's bias; sincos, fixed sines of row and column, is that of vit and mae.
+    patch_size: int = 4  # vit and mae: side of the square patches of an image, in pixels
+    # Llama: rope. relative = T5's bias; sincos = fixed sines of row and column, for vit and mae.
     position: Literal["learned", "rope", "relative", "sincos"] = "learned"
     rope_theta: float = 10_000.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
     norm_eps: float = 1e-5
-    # How parameters start: a scheme of lm.models.initialisers.
+    # Initialisation of the parameters: a scheme of lm.models.initialisers.
     init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu
-    num_experts: int = 0  # MLPs of mlp_dim in a layer; 0 = one, without a router
-    experts_per_token: int = 0  # that each position goes through
+    num_experts: int = 0  # MLPs of width mlp_dim in a layer; 0 = one MLP without a router
+    experts_per_token: int = 0  # experts that each position is routed to
     use_bias: bool = True  # False
     tie_embeddings: bool = True
     qk_norm: bool = False
     mup: MupConfig = MupConfig()
     logit_softcap: float = 0.0  # 0 = off; else logits = cap * tanh(logits / cap)
     attention_softcap: float = 0.0  # the same, on attention scores
-    sliding_window: int = 0  # 0 = off; else a position sees itself and the window - 1 before it
-    pool: Literal["first", "mean", "last"] = "first"  # what a head on a row reads: [CLS], the mean, the last token
+    sliding_window: int = 0  # 0 = off; else a position attends to itself and the window - 1 before it
+    pool: Literal["first", "mean", "last"] = "first"  # input of a head on a row: [CLS], the mean, the last token
     dropout: float = 0.0
     neftune_alpha: float = 0.0  # uniform noise on the embeddings while training (NEFTune); 0 = off
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # compute, see lm.program.compute_dtype
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # of compute, see lm.program.compute_dtype
     remat: Literal["none", "minimal", "offload", "attention", "qkv", "full"] = "none"  # see lm.models.remat
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
 
@@ -187,7 +188,7 @@ def _check_model(model: ModelConfig) -> None:
             f"'model.mup.base_head_dim' is {model.mup.base_head_dim}, but 'model.mup.base_width' is 0": (
                 model.mup.base_width > 0 or not model.mup.base_head_dim
             ),
-            f"'model.dtype' is {model.dtype}, which experts do not have: set auto": (
+            f"'model.dtype' is {model.dtype}, which experts do not support: set auto": (
                 model.dtype not in ("int8", "fp8") or not model.num_experts
             ),
         }
@@ -200,7 +201,7 @@ class LossConfig:
 
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 (PaLM, section 5)
     label_smoothing: float = 0.0
-    chunk_len: int = 128  # positions of each row (of a device's part of it) whose logits are held at once; 0 = all
+    chunk_len: int = 128  # positions of each row (per device) whose logits are computed at once; 0 = all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,12 +219,12 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # per step: lr * weight_decay * parameter
     decay_rules: tuple[tuple[str, bool], ...] = ((r".*(kernel|embedding)", True), (r".*", False))
-    lr_rules: tuple[tuple[str, float], ...] = ((r".*", 1.0),)  # multiplies the learning rate; 0 = frozen
+    lr_rules: tuple[tuple[str, float], ...] = ((r".*", 1.0),)  # factor of the learning rate; 0 = frozen
     unfreeze_rules: tuple[tuple[str, float], ...] = ((r".*", 0.0),)  # share of the run after which a parameter learns
-    l2_sp: float = 0.0  # weight of L2 towards the values at the start, as weight_decay is towards 0 (L2-SP)
-    mixout: float = 0.0  # probability that an entry is replaced by its value at the start while training
+    l2_sp: float = 0.0  # weight of decay towards the initial values, as weight_decay is towards 0 (L2-SP)
+    mixout: float = 0.0  # probability that an entry is replaced by its initial value while training
     clip_norm: float = 1.0  # of the global gradient norm; 0 = off
-    ema_decay: float = 0.0  # 0 = off; else evaluation uses the average; less at the start, see lm.step
+    ema_decay: float = 0.0  # 0 = off; else evaluation uses the average; smaller in early steps, see lm.step
 
 
 def _check_optim(optim: OptimConfig) -> None:
@@ -242,31 +243,31 @@ def _check_optim(optim: OptimConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis; -1 for `data` = all the rest."""
+    """Number of devices along each axis; data = -1 takes all the rest."""
 
-    data: int = -1  # copies of the model, inside a slice
-    fsdp: int = 1  # parameters, moments and batch split (ZeRO-3)
-    expert: int = 1  # experts split, and all else as by fsdp
-    context: int = 1  # positions of each row split, and parameters and moments as by fsdp
-    tensor: int = 1  # heads, MLP width and vocabulary split
-    dcn_data: int = 1  # data parallel over slices, across the data-centre network
+    data: int = -1  # data parallelism within a slice: copies of the model
+    fsdp: int = 1  # splits parameters, moments and batch (ZeRO-3)
+    expert: int = 1  # splits experts, and all else as fsdp does
+    context: int = 1  # splits the positions of each row, and parameters and moments as fsdp does
+    tensor: int = 1  # splits heads, MLP width and vocabulary
+    dcn_data: int = 1  # data parallelism across slices, over the data-centre network
 
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """When a run ends before its length: it is then its best checkpoint."""
+    """When a run ends before its full length; its result is then its best checkpoint."""
 
     patience: int = 0  # evaluations in a row without an improvement of checkpoint.best_metric; 0 = never
-    min_delta: float = 0.0  # an improvement is one by more than this
+    min_delta: float = 0.0  # an improvement must be larger than this
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, and in how many pieces a step is computed."""
+    """Length of training, and micro-batches."""
 
     total: Duration = NEVER
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    micro_batches: int = 1  # the batch is split in this many, their gradients summed: less memory, the same result
+    micro_batches: int = 1  # gradients are accumulated over this many parts of the batch: less memory, same result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,9 +287,7 @@ class CheckpointConfig:
     every: Duration = NEVER  # none = only at the end and when an evaluation is the best so far
     keep_latest: int = 2
     keep_best: int = 1
-    best_metric: str = (
-        "loss"  # a key of the evaluation's metrics; lm.evaluation.metrics knows whether less of it is better
-    )
+    best_metric: str = "loss"  # an evaluation metric; lm.evaluation.metrics knows whether lower is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +299,7 @@ class GenerateConfig:
     temperature: float = 0.8  # 0 = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
-    symbols: tuple[Literal["sentinels", "roles", "mask", "bos"], ...] = ()  # control symbols allowed beside text
+    symbols: tuple[Literal["sentinels", "roles", "mask", "bos"], ...] = ()  # control symbols allowed besides text
 
 
 def _check_generate(generate: GenerateConfig) -> None:
@@ -309,7 +308,7 @@ def _check_generate(generate: GenerateConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """Which steps JAX's profiler traces."""
+    """The steps that JAX's profiler traces."""
 
     first_step: int = 0
     num_steps: int = 0  # 0 = none
@@ -317,7 +316,7 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
-    """What is written while training."""
+    """What is logged while training."""
 
     log_every_steps: int = 10
     profile: ProfileConfig = ProfileConfig()
@@ -329,8 +328,8 @@ class Config:
 
     seed: int = 0
     init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
-    init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or a path to read from instead
-    task: Any = TaskConfig()  # the options of the task that its name chooses, see lm.tasks
+    init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or another path to read from
+    task: Any = TaskConfig()  # the options of the task that task.name selects, see lm.tasks
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -345,7 +344,7 @@ class Config:
     monitor: MonitorConfig = MonitorConfig()
 
 
-# Keys that change neither the parameters nor the data of any step to come, so that a resumed run may change them.
+# Keys that affect neither the parameters nor the data of later steps, so that a resumed run may change them.
 RESUMABLE = (
     *("mesh", "eval", "checkpoint", "generate", "monitor"),
     *("model.init", "model.remat", "model.unroll", "loss.chunk_len"),
@@ -358,19 +357,19 @@ def build(source: Mapping[str, Any], options: Options) -> Config:
     """Builds a `Config` from a `ConfigDict` or nested dict, strictly.
 
     Args:
-      source: keys that it lacks have their defaults.
-      options: of each task, by its name.
+      source: missing keys get their defaults.
+      options: name of each task -> the dataclass of its options.
 
     Raises:
       ConfigError: unknown key, wrong type, unknown choice, two durations at once, or values that contradict each other.
     """
     try:
         source = source.to_dict() if hasattr(source, "to_dict") else source
-    except OSError as error:  # so late does ml_collections tell that it could not load the recipe
+    except OSError as error:  # ml_collections reports only here that it could not load the recipe
         raise ConfigError(f"no recipe to load: {str(error).strip().splitlines()[-1].strip()}") from None
     task = source.get("task", {})
     if not isinstance(task, Mapping):
-        raise ConfigError(f"'task' is a section of keys, 'task.name' among them; got {task!r}")
+        raise ConfigError(f"'task' is a section of keys, one of them 'task.name'; got {task!r}")
     name = task.get("name", Config.task.name)
     if name not in options:
         now = older.task_name(str(name))
@@ -394,7 +393,7 @@ def to_json(config: Config) -> str:
 def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Key -> (old value, new value), for the keys whose values differ."""
     old_flat, new_flat = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
-    keys = {**old_flat, **new_flat}  # another task has other options
+    keys = {**old_flat, **new_flat}  # the options differ between tasks
     both = {key: (old_flat.get(key), new_flat.get(key)) for key in keys}
     return {key: (before, now) for key, (before, now) in both.items() if before != now}
 
@@ -412,7 +411,7 @@ _BELOW_ONE = {
 
 
 def _check(config: Config) -> None:
-    """Refuses values that no run could use, whatever the data."""
+    """Raises ConfigError for values that are invalid whatever the data."""
     for key, value in flatten(to_dict(config)):
         numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
         if not numbers or key.startswith("task.") or key in ("mesh.data", "seed"):
@@ -430,7 +429,7 @@ def _check(config: Config) -> None:
 
 
 def _check_together(config: Config) -> None:
-    """What keys of several sections must have in common."""
+    """Raises ConfigError for values of different sections that contradict each other."""
     model, data, train = config.model, config.data, config.train
     patience = train.early_stopping.patience
     _refuse(
@@ -440,7 +439,7 @@ def _check_together(config: Config) -> None:
             f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len}) or 'data.target_len'": (
                 model.position != "learned" or not model.max_len or model.max_len >= max(data.seq_len, data.target_len)
             ),
-            "'data.replay' draws from the data of the run that 'init_from' names, which is ''": (
+            "'data.replay' draws from the data of the run in 'init_from', but 'init_from' is empty": (
                 not data.replay or bool(config.init_from)
             ),
             f"'mesh.context' splits the positions of a text; 'model.kind' {model.kind} needs it to be 1": (

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest texts instead of a sample, batched, from a key/value cache, one compilation per shape."""
+"""Batched beam search with a key/value cache, compiled once per shape."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from lm.decoding import sampling
 from lm.parallel import sharding
 from lm.types import Batch, ModelFns, Params
 
-_NONE = losses.MASKED_LOGIT  # the score of a hypothesis that there is not
+_NONE = losses.MASKED_LOGIT  # score of an empty slot
 
 
 def search(
@@ -29,24 +29,24 @@ def search(
     alpha: float = 0.6,
     rows_multiple: int = 1,
 ) -> list[list[int]]:
-    """The best continuation of each prompt that a beam search finds.
+    """Finds a likely continuation of each prompt by beam search.
 
-    At each step the `beams` likeliest continuations of what is alive are looked at. Those that end are done; the
-    `beams` likeliest others live on. A row ends with its `beams`-th continuation that is done, or after
-    `cfg.generate.max_new_tokens`, where what is alive counts as well. The best of them has the highest
-    log P / ((5 + n) / 6)^alpha, n its new ids with the one that ended it (Wu et al. 2016, equation 14).
+    Each step extends the live hypotheses and takes the `beams` likeliest extensions. Those that end are finished; the
+    `beams` likeliest of the others stay live. A row stops when it has `beams` finished hypotheses, or after
+    `cfg.generate.max_new_tokens`, when live ones count too. The result has the highest log P / ((5 + n) / 6)^alpha,
+    where n counts its new ids including the stop id (Wu et al. 2016, equation 14).
 
     Args:
       model, params, prompts, cfg, tokenizer, rows_multiple: as for `lm.decoding.sampling.generate`.
       beams: 1 = greedy.
-      alpha: 0 = long ones are not favoured.
+      alpha: length penalty; 0 = none, larger values favour longer texts.
 
     Returns:
-      The new ids of each prompt, without the one that ended it.
+      The new ids of each prompt, without the stop id.
 
     Raises:
       ValueError: an empty prompt.
-      ConfigError: a prompt that leaves no room in the learned positions.
+      ConfigError: the learned positions have no room for a prompt and its continuation.
     """
     prompt = sampling.prompt_batch(prompts, cfg, tokenizer, rows_multiple)
     stops, allowed_V = sampling.stop_ids(tokenizer, cfg), sampling.allowed_ids(tokenizer, cfg)
@@ -55,7 +55,7 @@ def search(
     return sampling.until_stop(np.asarray(jax.device_get(best_BxT))[: len(prompts)], stops)
 
 
-# Shape letters beside those of `lm.types`: K beams (no key/value heads here), C candidates, T new ids.
+# Shape letters besides those of `lm.types`: K beams (no key/value heads here), C candidates, T new ids.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -70,7 +70,7 @@ def _search(
     prompt: Batch,
     allowed_V: jax.Array,
 ) -> jax.Array:
-    """New ids of the best, int32 [B, max_new], filled up with a stop id."""
+    """New ids of the best hypothesis, int32 [B, max_new], padded with a stop id."""
     vocab_size = allowed_V.shape[0]
     rows, prompt_len = prompt["tokens"].shape
     length_B = prompt["segment_ids"].sum(axis=1)
@@ -78,7 +78,7 @@ def _search(
     def next_log_probs(batch: Any, cache: Any) -> tuple[jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
         logits_xV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=vocab_size, softcap=softcap)
-        # Masked after the softmax: a text's score stays what the model says of it.
+        # Masked after the softmax, so that the score of a text is its log-probability under the model.
         return sampling.mask_ids(jax.nn.log_softmax(logits_xV[:, :vocab_size]), allowed_V), out.cache
 
     log_probs_BxV, cache = next_log_probs(prompt, model.init_cache(rows, prompt_len + max_new))
@@ -86,7 +86,7 @@ def _search(
     log_probs_BxKxV = jnp.broadcast_to(log_probs_BxV[:, None], (rows, beams, vocab_size))
     none_BxK = jnp.full((rows, beams), _NONE)
     empty_BxKxT = jnp.full((rows, beams, max_new), stop_ids[0], jnp.int32)
-    # All beams are the prompt still: only the first one counts.
+    # At first all beams are the prompt, so only the first one counts.
     live, done = (empty_BxKxT, none_BxK.at[:, 0].set(0.0)), (empty_BxKxT, none_BxK)
     step = functools.partial(_step, stop_ids=stop_ids, alpha=alpha)
     live, done, _ = step(live, done, log_probs_BxKxV, jnp.int32(0))
@@ -108,7 +108,7 @@ def _search(
     _, live, done, _ = jax.lax.while_loop(running, body, (jnp.int32(1), live, done, cache))
     cut_BxK = jnp.where(_is_full(done)[:, None], _NONE, live[1] / _penalty(max_new, alpha))
     tokens_Bx1xT, _ = _best((jnp.concatenate([done[0], live[0]], 1), jnp.concatenate([done[1], cut_BxK], 1)), 1)[0]
-    return sharding.constrain(tokens_Bx1xT[:, 0], None, None)  # every process reads all of it
+    return sharding.constrain(tokens_Bx1xT[:, 0], None, None)  # replicated: every process reads all of it
 
 
 Hypotheses = tuple[jax.Array, jax.Array]  # ids int32 [B, K, T], scores float32 [B, K]
@@ -123,10 +123,10 @@ def _step(
     stop_ids: tuple[int, ...],
     alpha: jax.Array,
 ) -> tuple[Hypotheses, Hypotheses, jax.Array]:
-    """What is alive (by log P) and done (penalised) after new id number `at`, and whom each one alive continues."""
+    """Live (by log P) and finished (length-penalised) hypotheses after new id `at`, and the parent of each live one."""
     rows, beams, vocab_size = log_probs_BxKxV.shape
     total_BxKV = (live[1][..., None] + log_probs_BxKxV).reshape(rows, -1)
-    # Each beam has as many candidates that end as there are stop ids: at least `beams` of so many do not.
+    # Each beam has one ending candidate per stop id, so at least `beams` of this many candidates do not end.
     count = min(beams * (1 + len(stop_ids)), beams * vocab_size)
     score_BxC, flat_BxC = jax.lax.top_k(total_BxKV, count)
     beam_BxC, token_BxC = flat_BxC // vocab_size, (flat_BxC % vocab_size).astype(jnp.int32)
@@ -141,7 +141,7 @@ def _step(
 
 
 def _best(found: Hypotheses, count: int) -> tuple[Hypotheses, jax.Array]:
-    """The `count` best, best first, and their places."""
+    """The `count` best hypotheses, best first, and their indices."""
     score_BxK, place_BxK = jax.lax.top_k(found[1], count)
     return (jnp.take_along_axis(found[0], place_BxK[..., None], axis=1), score_BxK), place_BxK
 
@@ -155,5 +155,5 @@ def _penalty(length: jax.Array | int, alpha: jax.Array) -> jax.Array:
 
 
 def _take_rows(cache: Any, rows: jax.Array) -> Any:
-    """A cache of those rows; see `lm.types.ModelFns.init_cache` for where its leaves have them."""
+    """Gathers rows of a cache; see `lm.types.ModelFns.init_cache` for the row axis of each leaf."""
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=1 if x.ndim > 2 else 0) if x.ndim else x, cache)

@@ -1,4 +1,4 @@
-"""Sampling from a model: prompts of different lengths in one batch, a key/value cache, one compilation per shape."""
+"""Batched sampling for prompts of different lengths, with a key/value cache, compiled once per shape."""
 
 import functools
 import operator
@@ -17,21 +17,21 @@ from lm.parallel import sharding
 from lm.tasks import TASKS, task_of
 from lm.types import Batch, ModelFns, Params
 
-# Prompts are padded to a multiple of this, so that prompts of like length share a compilation.
+# Prompts are padded to a multiple of this, so that prompts of similar length share a compilation.
 PROMPT_STEP = 32
-# Temperatures below this are taken as this: dividing by a smaller one overflows float32.
+# The lowest temperature used: dividing by a smaller one overflows float32.
 _LEAST_TEMPERATURE = 1e-30
-# A sum of probabilities reaches top_p where it lacks no more than this: logits and their softmax are float32.
+# Tolerance with which a sum of probabilities reaches top_p: logits and their softmax are float32.
 _ROUNDING = 1e-6
 
 
 class Prompting(NamedTuple):
-    """How a kind of model takes its prompts.
+    """How a kind of model takes prompts.
 
     Attributes:
-      batch: (ids of each prompt, tokenizer) -> the first batch; what is new comes after its `tokens`.
-      positions: (length of a prompt, new ids) -> learned positions that they need.
-      room: (data.seq_len, new ids) -> how long a prompt may be, to be no longer than what was trained on.
+      batch: (ids of each prompt, tokenizer) -> the first batch; new ids follow its `tokens`.
+      positions: (length of a prompt, number of new ids) -> number of learned positions needed.
+      room: (data.seq_len, number of new ids) -> the longest prompt that stays within the length trained on.
     """
 
     batch: Callable[[Sequence[Sequence[int]], Any], dict[str, np.ndarray]]
@@ -40,7 +40,7 @@ class Prompting(NamedTuple):
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np.ndarray]:
-    """Prompts end at the same column, so that every row writes its next key at the same place of the cache."""
+    """Pads prompts on the left, so that every row writes its next key at the same index of the cache."""
     del tokenizer
     padded = -(-max(map(len, prompts)) // PROMPT_STEP) * PROMPT_STEP
     tokens_BxP = np.zeros((len(prompts), padded), np.int32)
@@ -48,7 +48,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, 
     for row, prompt in enumerate(prompts):
         tokens_BxP[row, padded - len(prompt) :] = prompt
         segments_BxP[row, padded - len(prompt) :] = 1
-    # Padding gets position 0; segment 0 keeps it out of sight.
+    # Padding gets position 0 and is masked by its segment 0.
     positions_BxP = np.maximum(np.cumsum(segments_BxP, axis=1, dtype=np.int32) - 1, 0)
     return {"tokens": tokens_BxP, "segment_ids": segments_BxP, "positions": positions_BxP}
 
@@ -59,7 +59,7 @@ def _as_prefix(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np
 
 
 def _as_inputs(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np.ndarray]:
-    """The prompts are what the encoder reads; the decoder starts from BOS."""
+    """Prompts as the encoder's input; the decoder starts from BOS."""
     batch = _left_padded(prompts, tokenizer)
     one_Bx1 = np.ones((len(prompts), 1), np.int32)
     return {
@@ -72,7 +72,7 @@ def _as_inputs(prompts: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, np
     }
 
 
-# model.kind -> how it takes prompts; the kinds that are absent do not generate text.
+# model.kind -> how it takes prompts; kinds that are not listed do not generate text.
 PROMPTING = {
     "decoder": Prompting(_left_padded, operator.add, operator.sub),
     "prefix_decoder": Prompting(_as_prefix, operator.add, operator.sub),
@@ -81,10 +81,11 @@ PROMPTING = {
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
-    """Ids of a prompt as the run's task would see it: the start of a document, a user's turn, a text to translate.
+    """Ids of a prompt in the form of the run's task: the start of a document, a user's turn, a text to translate.
 
     Raises:
-      ConfigError: the model does not generate text, or the learned positions have no room for it and what follows.
+      ConfigError: the model does not generate text, or the learned positions have no room for the prompt and its
+        continuation.
     """
     check_kind(cfg)
     prompt = task_of(cfg).prompt
@@ -95,7 +96,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, cfg: Config) -> list[int]:
 
 
 def check_kind(cfg: Config) -> None:
-    """Raises ConfigError unless a model of this config generates text."""
+    """Raises ConfigError unless the model of this config generates text."""
     if cfg.model.kind not in PROMPTING or task_of(cfg).prompt is None:
         fitting = ", ".join(name for name, task in TASKS.items() if task.prompt)
         raise ConfigError(
@@ -105,7 +106,7 @@ def check_kind(cfg: Config) -> None:
 
 
 def check_room(prompt_len: int, cfg: Config) -> None:
-    """Raises ConfigError when a prompt of so many ids and its continuation do not fit the learned positions."""
+    """Raises ConfigError if a prompt of `prompt_len` ids and its continuation exceed the learned positions."""
     new, max_len = cfg.generate.max_new_tokens, cfg.model.max_len
     if cfg.model.position == "learned" and PROMPTING[cfg.model.kind].positions(prompt_len, new) > max_len:
         raise ConfigError(
@@ -114,7 +115,7 @@ def check_room(prompt_len: int, cfg: Config) -> None:
 
 
 def prompt_room(cfg: Config) -> int:
-    """How many ids of a prompt, beside `generate.max_new_tokens` new ones, are no more than was trained on.
+    """The longest prompt, in ids, that with `generate.max_new_tokens` new ones stays within the length trained on.
 
     Raises:
       ConfigError: the model does not generate text.
@@ -126,7 +127,7 @@ def prompt_room(cfg: Config) -> int:
 def prompt_batch(
     prompts: Sequence[Sequence[int]], cfg: Config, tokenizer: Tokenizer, rows_multiple: int
 ) -> dict[str, np.ndarray]:
-    """The batch that generation starts from; rows are filled up to a multiple with the first prompt.
+    """The batch that generation starts from; copies of the first prompt pad the rows to a multiple.
 
     Raises:
       ValueError: an empty prompt.
@@ -149,19 +150,19 @@ def generate(
     *,
     rows_multiple: int = 1,
 ) -> list[list[int]]:
-    """Continues each prompt until the model ends it or `cfg.generate.max_new_tokens` are made.
+    """Continues each prompt until the model ends it, or for `cfg.generate.max_new_tokens` ids.
 
     Args:
       model: its functions.
       params: its parameters.
       prompts: ids, none empty.
-      key: a row's samples are a function of it and the row's index.
+      key: random key; the samples of a row are a function of it and the row's index.
       cfg: `generate`, `model` and `task.name` are read.
-      tokenizer: says which ids are text, and which end it.
-      rows_multiple: rows are filled up to a multiple of it, for the mesh.
+      tokenizer: defines which ids are text, and which end it.
+      rows_multiple: the number of rows is padded to a multiple of it, for the mesh.
 
     Returns:
-      The new ids of each prompt, without the one that ended it.
+      The new ids of each prompt, without the stop id.
 
     Raises:
       ValueError: an empty prompt.
@@ -174,13 +175,13 @@ def generate(
 
 
 def stop_ids(tokenizer: Tokenizer, cfg: Config) -> tuple[int, ...]:
-    """Ids that end what is generated: EOS and, for a chat model, the end of a turn."""
+    """Ids that end a generated text: EOS and, for a chat model, the end of a turn."""
     return task_of(cfg).ends(tokenizer)
 
 
 def allowed_ids(tokenizer: Tokenizer, cfg: Config) -> np.ndarray:
-    """bool [vocab_size]: the ids that generation may choose. Text, what ends it, and the symbols of `generate.symbols`;
-    a model of span corruption answers with sentinels, so that these are allowed there."""
+    """bool [vocab_size]: the ids that may be generated: text, stop ids, the symbols of `generate.symbols`, and those
+    that the task generates, such as the sentinels of span corruption."""
     return tokenizer.may_generate(stop_ids(tokenizer, cfg), (*task_of(cfg).generates, *cfg.generate.symbols))
 
 
@@ -240,7 +241,7 @@ def _sample(
 
     carry = (jnp.int32(1), token_B, cache, out_BxT, is_stop(token_B))
     out_BxT = jax.lax.while_loop(running, body, carry)[3]
-    return sharding.constrain(out_BxT, None, None)  # every process reads all of it
+    return sharding.constrain(out_BxT, None, None)  # replicated: every process reads all of it
 
 
 def choose(logits_BxV: jax.Array, keys_B: jax.Array, cfg: GenerateConfig) -> jax.Array:
@@ -253,11 +254,11 @@ def choose(logits_BxV: jax.Array, keys_B: jax.Array, cfg: GenerateConfig) -> jax
 
 
 def candidates(logits_BxV: jax.Array, cfg: GenerateConfig) -> tuple[jax.Array, jax.Array]:
-    """What the next id is drawn from: logits over the temperature, -inf where not to be drawn, and their ids; [B, K].
+    """The distribution of the next id: logits / temperature, -inf for excluded ids, and the ids; both [B, K].
 
     top_k keeps the k most likely ids; top_p keeps the fewest of these, most likely first, whose probability reaches p
-    (Holtzman et al. 2020), at least one. Of equally likely ids the lowest come first. `losses.MASKED_LOGIT` is never
-    drawn. Worked, temperature 1, probabilities .1 .5 .1 .3 and top_p .8: ids 1 3 0 2, of which 0 and 2 have -inf.
+    (Holtzman et al. 2020), at least one. Ties go to the lower id. `losses.MASKED_LOGIT` is never drawn. Worked,
+    temperature 1, probabilities .1 .5 .1 .3 and top_p .8: ids 1 3 0 2, where 0 and 2 have -inf.
     """
     is_masked_BxV = logits_BxV <= losses.MASKED_LOGIT / 2
     # Relative to the largest, which stays 0 at any temperature.
@@ -265,12 +266,12 @@ def candidates(logits_BxV: jax.Array, cfg: GenerateConfig) -> tuple[jax.Array, j
     logits_BxV = jnp.where(is_masked_BxV, -jnp.inf, logits_BxV)
     vocab_size = logits_BxV.shape[1]
     top_k = min(cfg.top_k or vocab_size, vocab_size)
-    if top_k == vocab_size and cfg.top_p == 1.0:  # nothing to sort for
+    if top_k == vocab_size and cfg.top_p == 1.0:  # no sorting needed
         return logits_BxV, jax.lax.broadcasted_iota(jnp.int32, logits_BxV.shape, 1)
-    sorted_BxK, ids_BxK = jax.lax.top_k(logits_BxV, top_k)  # of equal ones the lower index is first
+    sorted_BxK, ids_BxK = jax.lax.top_k(logits_BxV, top_k)  # ties: the lower index first
     if cfg.top_p == 1.0:
         return sorted_BxK, ids_BxK
     probs_BxK = jax.nn.softmax(sorted_BxK, axis=-1)
-    before_BxK = jnp.cumsum(probs_BxK, axis=-1) - probs_BxK  # probability of all that come first
+    before_BxK = jnp.cumsum(probs_BxK, axis=-1) - probs_BxK  # probability of all ids before each
     is_in_BxK = cfg.top_p - before_BxK > jnp.minimum(_ROUNDING, probs_BxK / 4)
     return jnp.where(is_in_BxK.at[:, 0].set(True), sorted_BxK, -jnp.inf), ids_BxK

@@ -1,4 +1,4 @@
-"""What a task is: everything that one way of learning needs, from the records it reads to the scores it reports."""
+"""The `Task` type: everything that a training objective needs, from the records it reads to the scores it reports."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,16 +17,16 @@ from lm.evaluation import metrics
 from lm.types import Apply, Batch, Head, LossFn, LossFnWithStart, Outputs
 
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
-TOKEN_LOSS = ("z_loss", "label_smoothing", "chunk_len")  # keys of LossConfig that the cross-entropy of tokens reads
+TOKEN_LOSS = ("z_loss", "label_smoothing", "chunk_len")  # keys of LossConfig that the token cross-entropy reads
 
 
 class Vocabulary(NamedTuple):
-    """What ids stand for, and where that is kept.
+    """How a task's tokenizer, or the vocabulary in its place, is trained, saved and loaded.
 
     Attributes:
-      file: its name in a run's folder.
-      train: (what `Task.texts` gives of the training records, config) -> a `Tokenizer` or what stands in for one.
-      load: path -> the same, saved.
+      file: name of its file in a run's folder.
+      train: (output of `Task.texts` over the training records, config) -> a `Tokenizer` or an object like it.
+      load: path -> the same object, read from its file.
     """
 
     file: str
@@ -42,45 +42,46 @@ SENTENCEPIECE = Vocabulary(
 
 
 class Task(NamedTuple):
-    """A task, all of it. Functions that take a config find their options in `config.task`.
+    """A task. Functions that take a config find the task's options in `config.task`.
 
     Attributes:
       name: `task.name` of the config.
-      models: values of `model.kind` that fit.
-      fields: what a record must have.
+      models: supported values of `model.kind`.
+      fields: fields that every record must have.
       examples: (record, tokenizer, config, counts) -> its examples.
-      columns: config -> the columns of stored rows, after packing.
-      texts: record -> the texts in it, to train a tokenizer on; None = the task reads no text and has no tokenizer.
+      columns: config -> {name: (shape, dtype)} of stored rows, after packing.
+      texts: record -> its texts, for training a tokenizer; None = the task reads no text and has no tokenizer.
       loss: (apply, config, tokenizer) -> (params, batch, rng) -> LossTerms.
-      loss_unit: what the loss, and the nll where there is one, are measured in.
-      legend: what the model learns of a row, in a sentence for people who look at one.
-      options: the dataclass of its keys in `config.task`.
-      check: raises ConfigError for options, or other keys, that do not fit together.
-      wanted: config -> what readers are to make of labels and images.
-      packing: values of `data.packing` that fit.
-      overlong: values of `data.overlong` that fit, besides auto, which is the first of them.
-      transform: (row, rng, tokenizer, config) -> row: what is drawn anew each time that a row is used.
-      batch_columns: config -> the columns after `transform`; None = the same.
-      draws_other: `transform` finds the columns of a random row beside those of its own, as 'other_...'.
-      augments: `transform` itself applies `data.augment`, so that nobody else does.
-      vocabulary: how its tokenizer is trained, saved and loaded.
-      held_out: (training records, held-out records, config) -> held-out records: what they get of the training ones.
-      lacks: (packed rows of a part, config) -> what the task needs and they do not have (a second document, a second
-        label), as a sentence; '' = nothing. Training rows that lack it are refused, held-out ones counted.
-      head: config -> the output layer it needs; None = the model predicts tokens.
-      scores: (outputs, meta of the rows, config) -> metrics of all held-out rows together.
+      loss_unit: unit of the loss, and of the nll if there is one.
+      legend: one sentence that explains to a person looking at a row what the model learns from it.
+      options: dataclass of the keys of `config.task`.
+      check: config -> None; raises ConfigError if options or other keys contradict each other.
+      wanted: config -> the form in which readers return labels and images.
+      packing: supported values of `data.packing`.
+      overlong: supported values of `data.overlong`; "auto" means the first of them.
+      transform: (row, rng, tokenizer, config) -> row: random transform, drawn anew each time a row is used.
+      batch_columns: config -> the columns after `transform`; None = the same as `columns`.
+      draws_other: `transform` also gets the columns of a random other row, named 'other_...'.
+      augments: `transform` applies `data.augment` itself; the input pipeline must not.
+      vocabulary: how the tokenizer is trained, saved and loaded.
+      held_out: (training records, held-out records, config) -> held-out records, with what they need from the training
+        records added, such as few-shot examples.
+      lacks: (packed rows of a split, config) -> a sentence that says what the task needs and the rows lack (a second
+        document, a second label); '' = nothing. Training rows that lack it are refused, held-out rows are counted.
+      head: config -> the output layer that the task needs; None = the model predicts tokens.
+      scores: (outputs, meta of the rows, config) -> metrics computed over all held-out rows at once.
       score_names: config -> names of those metrics.
-      loss_options: keys of `LossConfig` that its loss reads.
-      couples_rows: the loss of a row depends on the others, so that a batch cannot be computed in parts.
-      needs_start: its loss compares with the parameters at the start of the run: the function that `loss` makes takes
-        them as one more argument, (params, batch, rng, start). The state keeps a copy of those that are trained.
-      has_perplexity: its nll is of a language model.
-      unit_of: (config, prefix of a metric) -> the unit of its loss, where that is another one.
-      view_names: config -> what the views of a row are called, where a row has several sequences side by side; () =
-        they are numbered.
+      loss_options: keys of `LossConfig` that the loss reads.
+      couples_rows: the loss of a row depends on the other rows, so a batch cannot be split into micro-batches.
+      needs_start: the loss also reads the parameters at the start of the run: the function that `loss` returns takes
+        them as a fourth argument, (params, batch, rng, start). The state keeps a copy of the trained ones.
+      has_perplexity: exp(nll) is the perplexity of a language model.
+      unit_of: (config, prefix of a metric) -> the unit of its loss, if it differs from `loss_unit`.
+      view_names: config -> names of the views, for rows of several sequences side by side; () = the views are
+        numbered.
       prompt: (text, tokenizer) -> the ids that generation starts from; None = the task does not generate text.
       ends: tokenizer -> ids that end a generated text.
-      generates: control symbols that its texts have beside those of `generate.symbols`.
+      generates: control symbols that its generated texts may contain, besides those of `generate.symbols`.
     """
 
     name: str
@@ -119,17 +120,17 @@ class Task(NamedTuple):
 
 
 def columns_of_batch(task: Task, cfg: Config) -> Columns:
-    """The columns of a batch of `task`, but for 'row_weights' and 'example_index', which every batch has."""
+    """The columns of a batch of `task`, except 'row_weights' and 'example_index', which every batch has."""
     return (task.batch_columns or task.columns)(cfg)
 
 
 def loss_unit(task: Task, cfg: Config, prefix: str = "") -> str:
-    """What a loss is measured in: the task's own, or that of a part of it, whose name its metrics begin with."""
+    """The unit of the task's loss or, given the prefix of one part's metrics, of that part's loss."""
     return task.unit_of(cfg, prefix) if task.unit_of and prefix else task.loss_unit
 
 
 def about(task: Task, cfg: Config, metric: str) -> metrics.About:
-    """What is known of a metric of a run of this task."""
+    """Unit and other properties of a metric of this task."""
     return metrics.about(metric, lambda prefix: loss_unit(task, cfg, prefix))
 
 
@@ -148,7 +149,7 @@ def shifted_columns(cfg: Config) -> Columns:
 
 
 def shifted(ids: list[int], trained: list[bool]) -> dict[str, np.ndarray]:
-    """Columns that predict each id from those before it; `trained` says of each id whether it is trained on."""
+    """Next-token columns: each id is predicted from those before it. `trained`: whether each id is trained on."""
     return {
         "tokens": np.array(ids[:-1], np.int32),
         "targets": np.array(ids[1:], np.int32),
@@ -168,7 +169,7 @@ def whole_row(name: str, ids: np.ndarray, length: int, prefix: str = "") -> Row:
 
 
 def field_texts(*names: str) -> Callable[[Record], Iterator[str]]:
-    """The texts in those fields of a record that it has."""
+    """A function: record -> the texts of those of the named fields that it has."""
     return lambda record: (record[name] for name in names if name in record)
 
 
@@ -176,16 +177,16 @@ def field_texts(*names: str) -> Callable[[Record], Iterator[str]]:
 
 
 def check_labels(cfg: Config) -> None:
-    """Raises ConfigError where `task.labels` is empty or names a label twice."""
+    """Raises ConfigError if `task.labels` is empty or lists a label twice."""
     labels = cfg.task.labels
     if not labels:
-        raise ConfigError(f"'task.labels' is empty; expected all labels that the data of task.name={cfg.task.name} has")
+        raise ConfigError(f"'task.labels' is empty; expected every label in the data of task.name={cfg.task.name}")
     if len(set(labels)) != len(labels):
         raise ConfigError(f"'task.labels' names a label twice: {labels}")
 
 
 def label_index(label: str, record: Record, cfg: Config) -> int:
-    """The place of a label in `task.labels`. Raises DataError, naming the record, for one that is not there."""
+    """The index of a label in `task.labels`. Raises DataError, naming the record, if it is not listed."""
     labels = cfg.task.labels
     if label not in labels:
         raise DataError(
@@ -195,7 +196,7 @@ def label_index(label: str, record: Record, cfg: Config) -> int:
 
 
 def one_label(rows: Rows, names: Sequence[str] = ()) -> str:
-    """For `Task.lacks`: rows whose 'labels' are all the same teach nothing, and no score of them means anything."""
+    """For `Task.lacks`: refuses rows that all have the same 'labels': there is nothing to learn or to score."""
     found = np.unique(rows["labels"])
     if len(found) != 1:
         return ""
@@ -207,19 +208,19 @@ def check_mask_rate(cfg: Config) -> None:
     """Raises ConfigError unless `task.mask_rate` is in (0, 1)."""
     if not 0 < cfg.task.mask_rate < 1:
         raise ConfigError(
-            f"'task.mask_rate' is {cfg.task.mask_rate}; expected a share in (0, 1), for task.name={cfg.task.name} "
-            "predicts what it hides"
+            f"'task.mask_rate' is {cfg.task.mask_rate}; expected a share in (0, 1): task.name={cfg.task.name} "
+            "predicts what is hidden"
         )
 
 
 def check_fields(task: Task, records: Iterable[Record], known: Mapping[str, Task]) -> None:
-    """Raises ConfigError, naming the first record that the task cannot read, and the tasks that can."""
+    """Raises ConfigError if the task cannot read a record; names the record and the tasks that can read it."""
     for record in records:
         if missing := [name for name in task.fields if name not in record]:
             fits = [name for name, other in known.items() if all(field in record for field in other.fields)]
             raise ConfigError(
                 f"{record['source']}: 'task.name' is {task.name}, which reads '{missing[0]}', but the record has "
-                f"{', '.join(sorted(set(record) - {'source'}))}; set task.name={' or '.join(fits)}, or other data"
+                f"{', '.join(sorted(set(record) - {'source'}))}; set task.name={' or '.join(fits)}, or use other data"
             )
 
 
@@ -227,16 +228,16 @@ def check_fields(task: Task, records: Iterable[Record], known: Mapping[str, Task
 
 
 def two_views(batch: Batch) -> Batch:
-    """Every row twice, side by side, under dropout of their own. [a, b] -> [a, a, b, b]."""
+    """Repeats every row, with independent dropout for each copy: [a, b] -> [a, a, b, b]."""
     arrays = cast(dict[str, jax.Array], batch)
     twice = {key: jnp.stack([x, x], axis=1) if x.ndim > 1 else x for key, x in arrays.items()}
     return views_as_rows(cast(Batch, twice), 2)
 
 
 def views_as_rows(batch: Batch, views: int) -> Batch:
-    """Arrays [B, views, ...] as [B * views, ...], a row's views side by side; what it has once, [B], each view gets.
+    """Reshapes arrays [B, views, ...] to [B * views, ...], a row's views adjacent; repeats arrays [B] for each view.
 
-    Example indices are told apart, so that each view has dropout of its own.
+    Example indices are made distinct, so that each view has its own dropout mask.
     """
     arrays = cast(dict[str, jax.Array], batch)
     rows = {key: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else jnp.repeat(x, views) for key, x in arrays.items()}

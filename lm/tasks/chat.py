@@ -1,4 +1,4 @@
-"""Conversations to rows: what is trained on in them, and what of a conversation longer than a row is kept."""
+"""Conversations to rows: which tokens are trained on, and which turns of a conversation longer than a row are kept."""
 
 import itertools
 from collections import Counter
@@ -36,8 +36,8 @@ class Turn(NamedTuple):
 
 
 def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """BOS, then for each turn: role symbol, content, end of turn. Trained on: assistant content and its end of turn,
-    unless the message has "weight": 0. Turns after the last one that is trained on are left out.
+    """BOS, then for each turn: role symbol, content, end of turn. Assistant content and its end of turn are trained on,
+    unless the message has "weight": 0. Turns after the last trained one are left out.
 
     Worked, <u> <a> role symbols and . the end of turn, for user 'hi', assistant 'yo':
 
@@ -45,18 +45,18 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
         targets  <u> hi  .  <a> yo  .
         weights   0   0  0   0  1   1
 
-    Longer than seq_len: what `data.overlong` says. Counted, chats: chats_shortened (the oldest turns are gone, see
-    `recent_turns`), answer_cut (the last request and its answers are longer than a row; their end is gone),
-    chats_truncated (data.overlong=truncate: the end is gone), dropped_long_prompt (what stands before the answer
-    leaves no room for it), dropped_overlong (data.overlong=drop). Counted, turns: answers_dropped (were to be trained
-    on, and are in no row though others of their chat are).
+    `data.overlong` says what happens to a chat longer than seq_len. Counts of chats: chats_shortened (the oldest turns
+    were removed, see `recent_turns`), answer_cut (the last request and its answers are longer than a row; the end was
+    cut), chats_truncated (data.overlong=truncate: the end was cut), dropped_long_prompt (the prompt leaves no room for
+    the answer), dropped_overlong (data.overlong=drop). Counts of turns: answers_dropped (trained turns that are in no
+    row, though others of their chat are).
 
     Raises:
       DataError: a role is unknown.
     """
     turns = [encode(message, tokenizer, str(record["source"])) for message in record["messages"]]
     turns = turns[: 1 + max((i for i, turn in enumerate(turns) if turn.trained), default=-1)]
-    room = cfg.data.seq_len  # BOS is an input alone, the last id a target alone
+    room = cfg.data.seq_len  # BOS is only an input, the last id only a target
     kept = turns
     if size(turns) > room and cfg.data.overlong == "drop":
         counts["dropped_overlong"] += 1
@@ -80,11 +80,11 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
 
 
 def recent_turns(turns: Sequence[Turn], room: int) -> list[Turn]:
-    """What is kept of a conversation of which `room` ids fit: whole turns, all of them where they fit.
+    """The turns of a conversation that are kept when at most `room` ids fit: whole turns, and all of them if they fit.
 
-    The oldest go first, the system turns at the start stay. What is left beside them begins with a request: a user turn
-    (with the user and system turns that directly precede it), so that no answer, and no result of a tool, is without
-    its request. The last request and what follows it stay, even where they are too long.
+    The oldest turns are removed first; the system turns at the start stay. The rest begins with a request, which is a
+    user turn with the user and system turns directly before it, so that no answer and no tool result loses its
+    request. The last request and what follows it stay, even if they are too long.
 
     Worked, with turns of 3 ids and room 10: system, user, assistant, user, assistant -> system, user, assistant (the
     last two).
@@ -98,7 +98,7 @@ def recent_turns(turns: Sequence[Turn], room: int) -> list[Turn]:
 
 
 def _requests(turns: Sequence[Turn], first: int) -> list[int]:
-    """Where requests begin, from the turn `first` on."""
+    """Indices of the turns at which requests begin, from turn `first` on."""
     starts: list[int] = []
     begin = first
     for i, turn in enumerate(turns[first:], first):
@@ -110,11 +110,11 @@ def _requests(turns: Sequence[Turn], first: int) -> list[int]:
 
 
 def encode(message: Mapping[str, Any], tokenizer: Tokenizer, source: str) -> Turn:
-    """One message of a record. The result of a tool is written as Qwen and Hermes write it: in a turn of the user,
-    between `<tool_response>` and `</tool_response>`, so that it needs no symbol of its own.
+    """Encodes one message of a record. A tool result is written as in Qwen and Hermes: in a user turn, between
+    `<tool_response>` and `</tool_response>`, so that it needs no role symbol of its own.
 
     Raises:
-      DataError: the role is none of these; names `source`.
+      DataError: the role is unknown; the message names `source`.
     """
     role, content = message["role"], message["content"]
     if role not in (*ROLES, "tool"):
@@ -127,15 +127,15 @@ def encode(message: Mapping[str, Any], tokenizer: Tokenizer, source: str) -> Tur
 
 
 def prompt_ids(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation up to where the assistant speaks: as in `chat`, then the assistant's role symbol."""
+    """Ids of a conversation as a prompt for the assistant: as in `chat`, then the assistant's role symbol."""
     return [tokenizer.bos_id, *token_ids(turns), tokenizer.role_ids["assistant"]]
 
 
 def recent_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> list[Turn]:
-    """Those of `recent_turns` with which `prompt_ids` has at most `room` ids.
+    """The turns that `recent_turns` keeps for a prompt (see `prompt_ids`) of at most `room` ids.
 
     Raises:
-      ConfigError: the last request alone is longer.
+      ConfigError: the last request alone is longer than `room`.
     """
     kept = recent_turns(turns, room - 2)
     if (length := len(prompt_ids(kept, tokenizer))) > room:
@@ -152,7 +152,7 @@ def _texts(record: Record) -> Iterator[str]:
 
 
 def size(turns: Sequence[Turn]) -> int:
-    """How many ids the turns have."""
+    """Number of ids in the turns."""
     return sum(len(turn.ids) for turn in turns)
 
 
@@ -162,7 +162,7 @@ def token_ids(turns: Sequence[Turn]) -> list[int]:
 
 
 def trained_mask(turns: Sequence[Turn]) -> list[bool]:
-    """Of each id whether it is trained on: never a role's symbol, which is given."""
+    """Whether each id is trained on; role symbols never are, because they are given."""
     return [trained for turn in turns for trained in (False, *[turn.trained] * (len(turn.ids) - 1))]
 
 

@@ -1,4 +1,4 @@
-"""Classification and regression of sentences, one or a pair."""
+"""Classification and regression of single sentences and sentence pairs."""
 
 import dataclasses
 from collections import Counter
@@ -33,7 +33,7 @@ class ClassificationOptions:
     """Options of classification."""
 
     name: str = "classification"
-    labels: tuple[str, ...] = ()  # all there are; a label's place here is its index
+    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
     r_drop: float = 0.0  # weight of the divergence between two dropout masks (R-Drop, Liang et al. 2021); 0 = off
 
 
@@ -42,7 +42,7 @@ def encode_pair(
 ) -> dict[str, np.ndarray]:
     """[CLS] first [SEP], or [CLS] first [SEP] second [SEP]; BOS stands for [CLS] and EOS for [SEP].
 
-    Longer than `seq_len`: the longer of the two loses its end, one id after the other, counted as 'sentence_cut'.
+    Longer than `seq_len`: ids are removed one at a time from the end of the longer sentence, counted as 'sentence_cut'.
 
     Returns:
       tokens and type_ids, int32 [n], n at most seq_len; type_ids are 1 from the second sentence on.
@@ -53,7 +53,7 @@ def encode_pair(
     excess = len(a) + len(b) - room
     if excess > 0:
         counts["sentence_cut"] += 1
-        # The longer one gives first what it has more than the other, then both give alike.
+        # The longer one is cut to the length of the other first, then both are cut equally.
         keep_a = min(len(a), max(room - len(b), (room + 1) // 2))
         a, b = a[:keep_a], b[: room - keep_a]
     ids = [tokenizer.bos_id, *a, tokenizer.eos_id]
@@ -71,7 +71,7 @@ def labelled_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts
 
 
 def scored_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """A sentence or a pair with a number. Raises DataError, naming the record, where it is not a finite one."""
+    """A sentence or a pair with a number. Raises DataError, naming the record, if it is not finite."""
     score = labels.number(record["label"])
     if np.isnan(score):
         raise DataError(f"{record['source']}: found the label {record['label']!r}; expected a finite number")
@@ -84,7 +84,7 @@ def _columns(cfg: Config, label: type) -> Columns:
 
 
 def classification_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
-    """Cross-entropy of one of `task.labels` for a row; with `task.r_drop` under two dropout masks while training."""
+    """Cross-entropy over `task.labels`, one label a row; with `task.r_drop`, under two dropout masks while training."""
     del tokenizer
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
@@ -96,7 +96,7 @@ def classification_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
         terms = losses.class_cross_entropy(logits_BxC, labels_B, weights_B, label_smoothing=cfg.loss.label_smoothing)
         if twice:
             divergence = losses.symmetric_divergence(logits_BxC[::2], logits_BxC[1::2], weights_B[::2])
-            # Two views of a row weigh 2, so the divergence of the pair counts twice too.
+            # The two views of a row have weight 2 in all, so the divergence of the pair counts twice too.
             terms = terms._replace(sum=terms.sum + 2 * cfg.task.r_drop * divergence)
         return terms._replace(outputs=terms.outputs | {"label": labels_B})
 
@@ -104,7 +104,7 @@ def classification_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
 
 
 def regression_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
-    """Squared error of a number for a row."""
+    """Squared error, one number a row."""
     del cfg, tokenizer
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
@@ -116,7 +116,7 @@ def regression_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
 
 
 def class_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    """F1 and Matthews correlation of one label for each row, see `scores.classification`."""
+    """F1 and Matthews correlation, one label a row; see `scores.classification`."""
     del meta
     return scores.classification(outputs["label"], outputs["prediction"], len(cfg.task.labels))
 
@@ -128,7 +128,7 @@ def class_score_names(cfg: Config) -> tuple[str, ...]:
 
 
 def number_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    """Pearson and Spearman correlation of one number for each row."""
+    """Pearson and Spearman correlation, one number a row."""
     del meta, cfg
     return scores.regression(outputs["label"], outputs["prediction"])
 
@@ -140,7 +140,7 @@ def number_score_names(cfg: Config) -> tuple[str, ...]:
 
 
 def check_classes(cfg: Config) -> None:
-    """Raises ConfigError for labels that are empty or double, and for R-Drop without dropout."""
+    """Raises ConfigError if labels are missing or listed twice, or for R-Drop without dropout."""
     check_labels(cfg)
     if not cfg.task.r_drop >= 0:
         raise ConfigError(f"'task.r_drop' must not be negative, got {cfg.task.r_drop}")

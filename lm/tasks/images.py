@@ -31,7 +31,7 @@ class ImageClassificationOptions:
     """Options of image classification."""
 
     name: str = "image_classification"
-    labels: tuple[str, ...] = ()  # all there are; a label's place here is its index
+    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
     image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
     r_drop: float = 0.0  # weight of the divergence between two dropout masks (R-Drop, Liang et al. 2021); 0 = off
 
@@ -63,13 +63,13 @@ def labelled_image(record: Record, tokenizer: Any, cfg: Config, counts: Counter[
 
 
 def image(record: Record, tokenizer: Any, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """An image alone, whatever its label."""
+    """An image without its label."""
     del tokenizer, cfg, counts
     return [Example({"images": record["image"]})]
 
 
 def hide_patches(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
-    """Says which patches are seen and which `task.mask_rate` of them are not: the two halves of one shuffle of all."""
+    """Draws which patches are visible and which are hidden (a fraction `task.mask_rate`), from one shuffle of all."""
     del tokenizer
     visible, masked = _patch_counts(cfg)
     order = rng.permutation(visible + masked).astype(np.int32)
@@ -77,9 +77,9 @@ def hide_patches(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config
 
 
 def two_image_views(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
-    """Two views of one image, each by its own draw of every entry of `data.augment` (Chen et al. 2020, section 2.1).
+    """Two views of one image, each with its own draw of every entry of `data.augment` (Chen et al. 2020, section 2.1).
 
-    In an evaluation too, where the draws are always the same: of two equal views nothing could be learnt.
+    Evaluation draws views too, the same ones every time: comparing an image with itself would measure nothing.
     """
     views = []
     for _ in range(2):
@@ -91,7 +91,7 @@ def two_image_views(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Con
 
 
 def _patch_counts(cfg: Config) -> tuple[int, int]:
-    """How many patches of an image are seen and hidden. Raises ConfigError unless there are some of both."""
+    """Numbers of visible and of hidden patches of an image. Raises ConfigError if either is 0."""
     height, width, _ = cfg.task.image_shape
     total = (height // cfg.model.patch_size) * (width // cfg.model.patch_size)
     masked = round(cfg.task.mask_rate * total)

@@ -1,4 +1,4 @@
-"""Language modelling: the next token of a text, from all before it or with a prefix that all of it sees."""
+"""Language modelling: next-token prediction, causal or with a prefix that is attended to bidirectionally."""
 
 import itertools
 from collections import Counter
@@ -21,10 +21,10 @@ from lm.types import Apply, Batch, LossFn, LossTerms, ModelOutput, Params
 def predict_tokens(
     out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Tokenizer, most_predicted: int = 0
 ) -> LossTerms:
-    """Cross-entropy of the targets that have a weight and, of a model with experts, the loss that balances them.
+    """Cross-entropy of the weighted targets and, for a model with experts, the load-balancing loss.
 
     Args:
-      most_predicted: positions of a row that ever have a weight; 0 = any number.
+      most_predicted: largest number of positions of a row that have a weight; 0 = no limit.
     """
     terms = losses.token_cross_entropy(
         out.hidden_BxLxD,
@@ -45,13 +45,13 @@ def predict_tokens(
 
 
 def next_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """Prediction of each token that has a loss weight from those before it: causal language modelling, and supervised
-    fine-tuning of answers, of translations, of what a prefix or an encoder leaves to say.
+    """Next-token prediction of each token that has a loss weight: causal language modelling, and supervised fine-tuning
+    on answers, translations, or the continuation of a prefix or of an encoder's input.
 
     Metrics:
-      nll: nats a token, without label smoothing and z-loss.
+      nll: nats per token, without label smoothing and z-loss.
       accuracy: of the most likely token.
-      bits_per_byte: bits to code the trained tokens (ends of documents included) / UTF-8 bytes they stand for.
+      bits_per_byte: bits to code the trained tokens (ends of documents included) / UTF-8 bytes of their text.
     """
     bytes_of_id_V = jnp.asarray(tokenizer.token_bytes(), jnp.float32)
 
@@ -67,8 +67,8 @@ def next_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
 def documents(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """BOS, the text, EOS, all trained on. Worked: ids a b -> tokens [BOS a b], targets [a b EOS].
 
-    Longer than seq_len: pieces that go on where the last one stopped, so that no target is lost. Packing `concat`
-    splits by itself, at the ends of rows.
+    Longer than seq_len: split into pieces, each of which starts where the last one stopped, so that no target is lost.
+    Packing `concat` splits documents itself, at the ends of rows.
     """
     whole = whole_ids(record["text"], tokenizer)
     if len(whole) == 2:
@@ -79,7 +79,7 @@ def documents(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter
 
 
 def unshifted_documents(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """BOS, the text, EOS, with nothing to predict yet: the input of a task that hides tokens. Cut as in `documents`."""
+    """BOS, the text, EOS, without targets: the input of a task that masks tokens. Split as in `documents`."""
     whole = whole_ids(record["text"], tokenizer)
     if len(whole) == 2:
         counts["dropped_empty"] += 1
@@ -94,7 +94,7 @@ def whole_ids(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _ones(length: int) -> np.ndarray:
-    """float32 of 1, that takes the memory of one."""
+    """float32 ones [length]: a view of a single element, so it takes no memory."""
     return np.broadcast_to(np.float32(1), length)
 
 
@@ -108,14 +108,14 @@ def _pieces(columns: dict[str, np.ndarray], cfg: Config, counts: Counter[str]) -
 
 
 def text_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The start of a document."""
+    """BOS and the ids of a text: the start of a document."""
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def prefix(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
-    """Makes a random number of each segment's first tokens its prefix, which all of the segment sees (T5, 3.2.1).
+    """Makes a random number of each segment's first tokens its prefix, visible to the whole segment (T5, 3.2.1).
 
-    Targets that the prefix shows have no weight. Its last position keeps its own: what it predicts is not in sight.
+    Targets inside the prefix get weight 0. The last prefix position keeps its weight: its target is outside.
     Worked, segments of four and two tokens, prefixes of three and one:
 
         tokens        a b c d  e f
@@ -125,12 +125,12 @@ def prefix(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> R
 
     Args:
       row: segment_ids int [L], segments numbered from 1, and loss_weights [L].
-      rng: generator of this row. A prefix of n tokens has 1, 2, ... or n of them, each as likely.
+      rng: generator of this row. The prefix length is uniform over 1..n, for a segment of n tokens.
       tokenizer: unused.
       cfg: unused.
 
     Returns:
-      The row with is_prefix int32 [L] and the loss_weights, float32.
+      The row with is_prefix int32 [L] and loss_weights float32 [L].
     """
     segments_L = row["segment_ids"].astype(np.int64)
     length_G = np.bincount(segments_L)

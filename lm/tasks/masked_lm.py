@@ -1,4 +1,4 @@
-"""Masked language modelling (BERT, Devlin et al. 2019), of texts or of pairs whose label is predicted too."""
+"""Masked language modelling (BERT, Devlin et al. 2019), on texts or on sentence pairs with a label to predict."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ from lm.tasks.language_modelling import predict_tokens, unshifted_documents
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
-_MASKED, _REPLACED = 0.8, 0.1  # of the chosen tokens; the rest keep theirs (Devlin et al. 2019, section 3.1)
-_LONG_WORD = 8  # pieces: one of up to so many is hidden whole, however short the row
+_MASKED, _REPLACED = 0.8, 0.1  # shares of the chosen tokens; the rest stay (Devlin et al. 2019, section 3.1)
+_LONG_WORD = 8  # in pieces: a word of at most this many is hidden whole, however short the row
 _PAIR_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
-_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])(?=\s)|(?<=\n)(?=[^\n])")  # nothing is lost: white space begins the next
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])(?=\s)|(?<=\n)(?=[^\n])")  # keeps all text: white space begins the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,26 +33,26 @@ class MaskedLmOptions:
 
     name: str = "masked_lm"
     mask_rate: float = 0.15  # share of the tokens that are predicted
-    whole_words: bool = False  # all pieces of a word or none
+    whole_words: bool = False  # choose all pieces of a word or none
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedPairsOptions:
-    """Options of masked language modelling on pairs of stretches."""
+    """Options of masked language modelling on sentence pairs."""
 
     name: str = "masked_lm_pairs"
     mask_rate: float = 0.15
     whole_words: bool = False
-    pairs: Literal["next", "order"] = "next"  # is B what follows A (BERT); are A and B swapped (ALBERT)
+    pairs: Literal["next", "order"] = "next"  # does B follow A (BERT); are A and B swapped (ALBERT)
 
 
 def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
-    """Chooses tokens to predict, and hides most of them (BERT, Devlin et al. 2019).
+    """Chooses tokens to predict, and masks most of them (BERT, Devlin et al. 2019).
 
-    Of n tokens that are neither padding nor control symbols round(task.mask_rate * n) are chosen, at least one if there
-    is one. Of the chosen 80 % become the mask, 10 % a random id that is no control symbol, 10 % stay. With
-    task.whole_words words are chosen in random order as long as the whole word fits that number, at least one word
-    (of one longer than `most_predicted` its first pieces); each of its pieces is then hidden on its own.
+    Chooses round(task.mask_rate * n) of the n tokens that are neither padding nor control symbols, at least one if
+    n > 0. 80 % of the chosen become the mask, 10 % a random id that is not a control symbol, and 10 % stay. With
+    task.whole_words, words are drawn in random order while the whole word fits that number, at least one word (only
+    its first pieces if it is longer than `most_predicted`); each of its pieces is then masked independently.
 
     Worked, _ the mask, sixth token chosen and kept, eighth replaced:
 
@@ -71,7 +71,7 @@ def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config)
     """
     table = _vocabulary(tokenizer)
     tokens_L, segments_L = row["tokens"].astype(np.int32), row["segment_ids"]
-    at_M = np.flatnonzero((segments_L > 0) & ~table.is_special[tokens_L])  # what may be chosen
+    at_M = np.flatnonzero((segments_L > 0) & ~table.is_special[tokens_L])  # candidates
     word_M = np.arange(len(at_M))
     if cfg.task.whole_words and len(at_M):
         word_M = np.cumsum(_starts_word(tokens_L, segments_L, table)[at_M])
@@ -94,7 +94,7 @@ def mask_tokens(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config)
 
 
 def most_predicted(cfg: Config) -> int:
-    """Positions of a row that ever have a weight."""
+    """The largest number of positions of a row that have a weight."""
     return _most(cfg, cfg.data.seq_len)
 
 
@@ -103,7 +103,7 @@ def _most(cfg: Config, row_len: int) -> int:
 
 
 class _Vocabulary(NamedTuple):
-    """bool [V] each, but `ordinary_ids`, int32: all ids that are no control symbol."""
+    """Properties of each id, bool [V], and `ordinary_ids`, int32: all ids that are not control symbols."""
 
     is_special: np.ndarray
     is_space: np.ndarray
@@ -122,7 +122,7 @@ def _vocabulary(tokenizer: Any) -> _Vocabulary:
 
 
 def _starts_word(tokens_L: np.ndarray, segments_L: np.ndarray, table: _Vocabulary) -> np.ndarray:
-    """bool [L]: a piece that begins with a space, or follows white space, a special token or another document."""
+    """bool [L]: whether a piece begins with a space, or follows white space, a special token or another document."""
     starts_L = table.starts_word[tokens_L]
     starts_L[0] = True
     starts_L[1:] |= (table.is_space | table.is_special)[tokens_L[:-1]] | (segments_L[1:] != segments_L[:-1])
@@ -130,10 +130,10 @@ def _starts_word(tokens_L: np.ndarray, segments_L: np.ndarray, table: _Vocabular
 
 
 def masked_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """Prediction of the tokens that were chosen, from all others (Devlin et al. 2019, section 3.1).
+    """Cross-entropy of the chosen tokens (Devlin et al. 2019, section 3.1).
 
     Metrics:
-      nll: nats a predicted token.
+      nll: nats per predicted token.
       accuracy: of the most likely token.
     """
 
@@ -145,13 +145,13 @@ def masked_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn
 
 
 def masked_pair_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """That of the chosen tokens, and the cross-entropy of the label of the pair.
+    """Cross-entropy of the chosen tokens plus that of the pair's label.
 
-    Every predicted token counts the label of its row once, so that the two add up as means do in BERT, and a batch is
-    still the sum of its parts.
+    The label's loss is weighted by the number of predicted tokens in its row, so that the two means add up as in BERT
+    and the loss of a batch is still the sum over its micro-batches.
 
     Metrics:
-      nll, accuracy: as of `masked_token_loss`.
+      nll, accuracy: as in `masked_token_loss`.
       pair_accuracy: of the labels of pairs.
     """
 
@@ -170,20 +170,21 @@ def masked_pair_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
 
 
 def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """Consecutive sentences that fit a row with [CLS] and two [SEP], split in two where A and B are closest in length.
+    """Consecutive sentences that fit a row with [CLS] and two [SEP], split where A and B are closest in length.
 
-    A sentence ends at . ! ? and white space, or at a new line. One that is longer than a row loses its end (counted:
-    sentence_cut); one that no other fits beside has no neighbour (dropped_single).
+    A sentence ends at . ! ? before white space, or at a new line. The end of one longer than a row is cut (counted as
+    sentence_cut); one that fits no row with a neighbour is dropped (dropped_single).
+
 
     Returns:
-      Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a hash of the content: equal texts are one
-      document.
+      Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a hash of the content, so that equal texts are
+      one document.
     """
     room = cfg.data.seq_len - _PAIR_SPECIALS
     document = np.array(int.from_bytes(splits.digest(record)[:4]) & 0x7FFFFFFF, np.int32)
     groups: list[list[list[int]]] = [[]]
     for sentence in _BETWEEN_SENTENCES.split(record["text"]):
-        # Each begins with white space: else the first of a document would tell where it belongs.
+        # Each begins with white space; otherwise the first sentence of a document could be recognised by its lack.
         ids = tokenizer.encode(sentence if sentence[:1].isspace() else f" {sentence}")
         if len(ids) > room:
             counts["sentence_cut"] += 1
@@ -204,21 +205,21 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
 
 
 def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
-    """[CLS] A [SEP] B [SEP] of two stretches of one document, half of the time spoilt: the label says whether.
+    """Makes [CLS] A [SEP] B [SEP] of two segments of a document, corrupted with probability 1/2 as the label says.
 
-    task.pairs=next (BERT's next sentence prediction): the spoilt B is another document's. task.pairs=order
-    (ALBERT, Lan et al. 2020): A and B change places. What does not fit is cut from the end of the longer one.
+    task.pairs=next (BERT's next sentence prediction): a corrupted pair takes its B from another document.
+    task.pairs=order (ALBERT, Lan et al. 2020): A and B are swapped. The longer one is cut at its end to fit.
 
     Args:
-      row: tokens int [L], A then B; type_ids [L], 0 in A and 1 in B; segment_ids [L], 0 = padding; document [], which
-        document. With pairs=next also the same columns of a random row, named 'other_...'; a row of the same
-        document spoils nothing.
+      row: tokens int [L], A then B; type_ids [L], 0 in A and 1 in B; segment_ids [L], 0 = padding; document [], its
+        hash. With pairs=next also the same columns of a random row, named 'other_...'; if that row is of the same
+        document, the pair is left as it is.
       rng: generator of this row.
       tokenizer: its `bos_id` ([CLS]) and `eos_id` ([SEP]).
       cfg: `task.pairs` and `data.seq_len`.
 
     Returns:
-      tokens, segment_ids, positions and type_ids int32 [seq_len]; labels int32 []: 0 = as in the document, 1 = spoilt.
+      tokens, segment_ids, positions and type_ids int32 [seq_len]; labels int32 []: 0 = unchanged, 1 = corrupted.
       No other column passes through.
     """
     first, second = _stretches(row, "")
@@ -262,7 +263,7 @@ def _pair_batch_columns(cfg: Config) -> Columns:
 
 def _one_document(rows: Rows, cfg: Config) -> str:
     if cfg.task.pairs == "next" and len(np.unique(rows["document"])) < 2:
-        return "all rows are of one document, so that no pair can have its B from another one; expected two or more"
+        return "all rows are of one document, so that no pair can take its B from another one; expected two or more"
     return ""
 
 
@@ -290,7 +291,7 @@ MASKED_LM = Task(
     texts=field_texts("text"),
     loss=masked_token_loss,
     loss_unit="nats per hidden token",
-    legend="A token is trained when the model learns what stood in its place, which is noted at it.",
+    legend="A token is trained when the model learns to predict the original token, shown with it.",
     options=MaskedLmOptions,
     check=_check,
     packing=("pad", "best_fit", "concat"),

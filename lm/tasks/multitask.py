@@ -1,4 +1,4 @@
-"""Classification and regression of several tasks at once: each label says whose it is, 'sst2/1' or 'stsb/3.8'."""
+"""Classification and regression on several tasks at once; labels begin with their task: 'sst2/1', 'stsb/3.8'."""
 
 import dataclasses
 import itertools
@@ -27,16 +27,16 @@ class MultitaskOptions:
     """Options of a mixture of tasks."""
 
     name: str = "multitask"
-    labels: tuple[str, ...] = ()  # 'TASK/LABEL' for each label of each task, 'TASK/' for one that has numbers
+    labels: tuple[str, ...] = ()  # 'TASK/LABEL' for each label of each task, 'TASK/' for a regression task
 
 
 class Part(NamedTuple):
     """One of the tasks.
 
     Attributes:
-      name: what its labels begin with.
-      classes: its labels; none = it has numbers.
-      first: its first column of the head, of as many as it has classes, or of one.
+      name: prefix of its labels.
+      classes: its labels without the prefix; () = regression.
+      first: index of its first column in the head; it has one for each class, or a single one for regression.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Part(NamedTuple):
 
 
 def parts(labels: tuple[str, ...]) -> list[Part]:
-    """The tasks that `task.labels` lists: 'NAME/CLASS' for each class, 'NAME/' where it has numbers.
+    """The tasks that `task.labels` lists: 'NAME/CLASS' for each class, 'NAME/' for a regression task.
 
     Worked: ('sst2/0', 'sst2/1', 'stsb/') -> Part('sst2', ('0', '1'), 0), Part('stsb', (), 2).
 
     Raises:
-      ConfigError: a label is of no such form, or a task's labels do not stand together.
+      ConfigError: a label has another form, or the labels of a task are not adjacent.
     """
     found: list[Part] = []
     first = 0
@@ -60,22 +60,23 @@ def parts(labels: tuple[str, ...]) -> list[Part]:
         if not name or not (is_number or (len(classes) > 1 and all(classes))):
             raise ConfigError(
                 f"'task.labels': task '{name}' has the labels {classes}; expected two or more of the form "
-                f"'{name or 'NAME'}/CLASS', or '{name or 'NAME'}/' alone where it has numbers"
+                f"'{name or 'NAME'}/CLASS', or '{name or 'NAME'}/' alone for a regression task"
             )
         if name in {part.name for part in found}:
-            raise ConfigError(f"'task.labels': the labels of task '{name}' must stand together")
+            raise ConfigError(f"'task.labels': the labels of task '{name}' must be adjacent")
         found.append(Part(name, () if is_number else classes, first))
         first += len(classes)
     return found
 
 
 def mixed_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """A sentence or a pair with its task and its label: the place of a class among its task's, or a number.
+    """A sentence or a pair with its task and its label: the index of a class within its task, or a number.
 
-    Counted: the examples of each task, by its name.
+    Counts the examples of each task, under the task's name.
+
 
     Raises:
-      DataError: the task or the label is not known; the message names the record.
+      DataError: the task or the label is unknown; the message names the record.
     """
     known = parts(cfg.task.labels)
     name, _, label = record["label"].partition("/")
@@ -83,7 +84,7 @@ def mixed_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: C
     if place is None:
         names = [part.name for part in known]
         hint = nearest(name, names)
-        raise DataError(f"{record['source']}: label {record['label']!r} is of none of {', '.join(names)}{hint}")
+        raise DataError(f"{record['source']}: label {record['label']!r} is of no task among {', '.join(names)}{hint}")
     value = _value(label, known[place])
     if not np.isfinite(value):
         expected = f"one of {', '.join(known[place].classes)}" if known[place].classes else "a finite number"
@@ -100,12 +101,13 @@ def _value(label: str, part: Part) -> float:
 
 
 def multitask_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
-    """Classes or numbers of several tasks, each by its own columns of the head (MT-DNN, Liu et al. 2019).
+    """Cross-entropy or squared error by the task of each row; each task has its own columns of the head (MT-DNN, Liu
+    et al. 2019).
 
-    The loss is summed over the rows of a batch, whichever tasks they are of, each by its task's loss.
+    The losses of all rows of a batch are summed, whichever tasks they belong to.
 
     Metrics:
-      TASK_loss, and TASK_accuracy where it has classes: over the rows of that task.
+      TASK_loss, and TASK_accuracy for a classification task: over the rows of that task.
     """
     del tokenizer
     known = parts(cfg.task.labels)
@@ -133,8 +135,8 @@ def multitask_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
 
 
 def part_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    """What each task alone would report, under 'TASK_...', and 'mean_score': the mean over the tasks of their accuracy,
-    or Pearson correlation where they have numbers. A task without a row scores nothing and is not in the mean."""
+    """The scores of each task, under 'TASK_...', and 'mean_score': the mean over tasks of the accuracy (classification)
+    or Pearson correlation (regression). A task without rows has no scores and is not in the mean."""
     del meta
     values: dict[str, float] = {}
     main: list[float] = []

@@ -1,4 +1,4 @@
-"""Preference pairs: of two answers to a prompt the chosen one becomes likelier (DPO, Rafailov et al. 2023)."""
+"""Direct preference optimisation on pairs of a chosen and a rejected answer (DPO, Rafailov et al. 2023)."""
 
 import dataclasses
 from collections import Counter
@@ -28,22 +28,23 @@ class PreferenceOptions:
     """Options of learning from preference pairs."""
 
     name: str = "preferences"
-    beta: float = 0.1  # the larger, the nearer the model stays to where it started
-    flip_rate: float = 0.0  # share of pairs that are taken to be the wrong way round (conservative DPO, Mitchell 2023)
+    beta: float = 0.1  # the larger, the closer the model stays to its start
+    flip_rate: float = 0.0  # assumed share of pairs with swapped labels (conservative DPO, Mitchell 2023)
 
 
 def check(cfg: Config) -> None:
-    """Raises ConfigError for options with which no preference could be learnt."""
+    """Raises ConfigError if no preference could be learnt with these options."""
     if cfg.task.beta <= 0:
         raise ConfigError(f"'task.beta' must be greater than 0, got {cfg.task.beta}")
     if not 0 <= cfg.task.flip_rate < 0.5:
         raise ConfigError(
-            f"'task.flip_rate' is {cfg.task.flip_rate}; expected a share in [0, 0.5): at a half the pairs say nothing"
+            f"'task.flip_rate' is {cfg.task.flip_rate}; expected a share in [0, 0.5): pairs with half of them swapped "
+            "teach nothing"
         )
 
 
 def answer_pair(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """The prompt with each of its two answers, as `lm.tasks.chat.chat` writes conversations; trained on: the answers.
+    """The prompt with each of its two answers, formatted as in `lm.tasks.chat.chat`; only the answers are trained on.
 
     Worked, <u> <a> role symbols and . the end of turn, for user 'hi', chosen 'yo', rejected 'no no':
 
@@ -51,12 +52,12 @@ def answer_pair(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
         targets  <u> hi  .  <a> yo  .   0      <u> hi  .  <a> no no  .
         weights   0   0  0   0  1   1   0       0   0  0   0  1  1   1
 
-    Longer than seq_len: what `data.overlong` says of the longer answer; both keep the same prompt. Counted, pairs:
-    prompts_shortened (the prompt's oldest turns are gone, see `recent_turns`), answers_cut (the last request and an
-    answer are longer than a row; the answer's end is gone), pairs_truncated (data.overlong=truncate: the end is gone),
-    dropped_long_prompt (what stands before an answer leaves no room for it), dropped_overlong (data.overlong=drop),
-    dropped_equal_answers (they do not differ, or not in what fits), dropped_no_target (an answer with nothing to train
-    on).
+    Longer than seq_len: `data.overlong` applies to the longer answer; both keep the same prompt. Counts of pairs:
+    prompts_shortened (the prompt's oldest turns were removed, see `recent_turns`), answers_cut (the last request and an
+    answer are longer than a row; the answer's end was cut), pairs_truncated (data.overlong=truncate: the end was cut),
+    dropped_long_prompt (the prompt leaves no room for an answer), dropped_overlong (data.overlong=drop),
+    dropped_equal_answers (the answers are equal, or are after cutting), dropped_no_target (an answer has no trained
+    token).
 
     Returns:
       One example of tokens, targets, loss_weights, segment_ids and positions [2, L], the chosen answer first.
@@ -70,7 +71,7 @@ def answer_pair(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
     if not all(answers):
         counts["dropped_no_target"] += 1
         return []
-    room = cfg.data.seq_len  # BOS is an input alone, the last id a target alone
+    room = cfg.data.seq_len  # BOS is only an input, the last id only a target
     longest = max(map(size, answers))
     is_long = size(prompt) + longest > room
     if is_long and cfg.data.overlong == "drop":
@@ -97,7 +98,7 @@ def _up_to_the_last_trained(turns: list[Turn]) -> list[Turn]:
 
 
 def _view(turns: list[Turn], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    """Columns of one conversation, [length]; what is longer loses its end."""
+    """Columns of one conversation, [length], cut at the end if it is longer."""
     ids, trained = [tokenizer.bos_id, *token_ids(turns)], [False, *trained_mask(turns)]
     columns = shifted(ids[: 1 + length], trained[: 1 + length])
     used = len(columns["tokens"])
@@ -114,11 +115,11 @@ def _texts(record: Record) -> Iterator[str]:
 
 
 def preference_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFnWithStart:
-    """-log sigmoid(r(chosen) - r(rejected)) with the implicit reward r = beta * (log p - log p at the start), p being
-    the likelihood of an answer, the product of its tokens' (Rafailov et al. 2023, equation 7).
+    """-log sigmoid(r(chosen) - r(rejected)) with the implicit reward r = beta * (log p - log p_start), where p is the
+    likelihood of an answer, the product over its tokens (Rafailov et al. 2023, equation 7).
 
-    With e = `task.flip_rate` it is (1 - e) times that and e times the same with the answers exchanged. The parameters
-    at the start see no dropout, and no gradient flows to them.
+    With e = `task.flip_rate`, the loss is (1 - e) times that plus e times the same with the answers swapped. The
+    reference log p_start is computed without dropout and without gradient.
     """
 
     def log_likelihood(params: Params, rows: Batch, rng: jax.Array | None) -> jax.Array:
@@ -138,13 +139,13 @@ def preference_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFnWithStar
         rows, weights_B = views_as_rows(batch, len(ANSWERS)), batch["row_weights"]
         reference_Bx2 = log_likelihood(jax.lax.stop_gradient(start), rows, None)
         reward_Bx2 = cfg.task.beta * (log_likelihood(params, rows, rng) - reference_Bx2)
-        # Which answer was chosen, as a class: smoothing over two classes gives each of them half of its weight.
+        # The chosen answer is class 0 of two: label smoothing gives each class half of the smoothed weight.
         is_first_B = jnp.zeros(weights_B.shape, jnp.int32)
         terms = losses.class_cross_entropy(reward_Bx2, is_first_B, weights_B, label_smoothing=2 * cfg.task.flip_rate)
         reward_Bx2 = jnp.where(weights_B[:, None] != 0, reward_Bx2, 0)
         margin_B = reward_Bx2[:, 0] - reward_Bx2[:, 1]
         found = {
-            "accuracy": margin_B > 0,  # of equal rewards none is right: a model that has not moved knows nothing
+            "accuracy": margin_B > 0,  # equal rewards count as wrong: the model at the start has accuracy 0
             "reward_margin": margin_B,
             "chosen_reward": reward_Bx2[:, 0],
             "rejected_reward": reward_Bx2[:, 1],
@@ -164,7 +165,7 @@ PREFERENCES = Task(
     texts=_texts,
     loss=preference_loss,
     loss_unit="nats per pair",
-    legend="The model learns to find the trained tokens of the first answer likelier, and those of the second less so.",
+    legend="The model learns to make the trained tokens of the first answer likelier than those of the second.",
     options=PreferenceOptions,
     check=check,
     wanted=lambda cfg: Wanted(cfg.task.name, fields=ANSWERS),

@@ -1,7 +1,7 @@
-"""Labelled sentences as text to go on with: a template asks, and the words for the labels are the answers compared.
+"""Classification by prompting: a template makes a prompt, and the likelihoods of the label words are compared.
 
-A template such as '{text} It was {label:bad|good}.' has the record's fields, and at the place of '{label}' one word for
-each of `task.labels`, in their order; a plain '{label}' stands for the labels themselves.
+A template such as '{text} It was {label:bad|good}.' is filled in with the record's fields and, at '{label}', with one
+word for each of `task.labels`, in that order; a plain '{label}' stands for the labels themselves.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ _BETWEEN_SHOTS = "\n\n"
 
 
 class Template(NamedTuple):
-    """A template in parts.
+    """A parsed template.
 
     Attributes:
-      before: (literal text, field behind it or '') pairs, up to the label.
-      words: of the labels, in their order.
-      after: literal text behind the label, which only a shot has.
+      before: (literal text, name of the field after it or '') pairs, up to the label.
+      words: one for each label, in the order of `task.labels`.
+      after: literal text after the label, used only in shots.
     """
 
     before: tuple[tuple[str, str], ...]
@@ -49,13 +49,13 @@ class PromptingOptions:
     """Options of classification by prompts."""
 
     name: str = "prompting"
-    labels: tuple[str, ...] = ()  # all there are; a label's place here is its index
+    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
     templates: tuple[str, ...] = ()  # '{text} It was {label:bad|good}.', a word for each of `labels`
-    shots: int = 0  # this many examples of the training data are put before each held-out prompt
+    shots: int = 0  # this many training examples precede each held-out prompt
 
 
 def check(cfg: Config) -> None:
-    """Refuses templates that could not be filled in. Raises ConfigError, naming the key."""
+    """Raises ConfigError, naming the key, for labels, templates or shots that cannot be used."""
     check_labels(cfg)
     options = cfg.task
     if not options.templates:
@@ -69,21 +69,21 @@ def check(cfg: Config) -> None:
 
 
 def parse(template: str, key: str, labels: tuple[str, ...]) -> Template:
-    """A template in its parts. Raises ConfigError, naming `key`, unless '{label}' is its one last field."""
+    """Parses a template. Raises ConfigError, naming `key`, unless '{label}' occurs once, after all other fields."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigError(f"{key}: {template!r}: {error}; '{{{{' and '}}}}' write braces") from None
     fields = [field for _, field, _, _ in parts if field is not None]
     if any(conversion or (spec and field != "label") for _, field, spec, conversion in parts):
-        raise ConfigError(f"{key}: {template!r}: only {{label:...}} may have anything behind its name: the words")
+        raise ConfigError(f"{key}: {template!r}: only {{label:...}} may have text after its name: the words")
     for field in fields:
         if field not in _FIELDS:
             known = ", ".join(f"{{{name}}}" for name in _FIELDS)
             hint = nearest(field, _FIELDS)
             raise ConfigError(f"{key}: {template!r} has the field {{{field}}}{hint}; known are {known}")
     if fields.count("label") != 1 or fields[-1] != "label" or "text" not in fields:
-        raise ConfigError(f"{key}: {template!r} must have {{text}}, and {{label}} once, behind the other fields")
+        raise ConfigError(f"{key}: {template!r} must have {{text}}, and {{label}} once, after all other fields")
     at = next(i for i, part in enumerate(parts) if part[1] == "label")
     spec = parts[at][2] or ""
     words = tuple(spec.split("|")) if spec else labels
@@ -96,9 +96,9 @@ def parse(template: str, key: str, labels: tuple[str, ...]) -> Template:
 
 
 def with_shots(train: Sequence[Record], held_out: Sequence[Record], cfg: Config) -> list[Record]:
-    """The held-out records with the same `task.shots` training records each, as field 'shots'.
+    """Adds the same `task.shots` training records to every held-out record, as field 'shots'.
 
-    Of each label, in turn, those of the smallest hashes: as many of one as of another, or one more.
+    Takes the records with the smallest hashes, from each label in turn, so that counts per label differ by at most one.
     """
     by_label: dict[str, list[Record]] = {label: [] for label in cfg.task.labels}
     for record in sorted(train, key=_digest):
@@ -109,17 +109,17 @@ def with_shots(train: Sequence[Record], held_out: Sequence[Record], cfg: Config)
 
 
 def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """The filled-in template once for each label, of which only the word of that label counts for the loss.
+    """The filled-in template once for each label; only the tokens of the label's word count for the loss.
 
-    BOS, the shots of a held-out record, the prompt, the word. A space before the word is part of it. Longer than
-    seq_len: the left end goes, BOS stays, counted 'prompt_cut'. The record's own content decides which template; its
-    shots have the same one.
+    Each is BOS, the shots of a held-out record, the prompt, the word. A space before the word belongs to the word.
+    Longer than seq_len: cut at the left, after BOS, counted as 'prompt_cut'. A hash of the record selects the template,
+    which its shots use too.
 
     Returns:
       One example of tokens, targets and loss_weights [C, L], with segment_ids and positions, and the label's index.
 
     Raises:
-      DataError: a label is not known, a field is missing, or a word alone is too long.
+      DataError: a label is unknown, a field is missing, or a word alone is longer than a row.
     """
     templates = cfg.task.templates
     number = zlib.crc32(repr([record.get(field) for field in ("text", "text_pair")]).encode()) % len(templates)
@@ -135,7 +135,7 @@ def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts
     shape = (len(cfg.task.labels), seq_len)
     columns = {name: np.zeros(shape, dtype) for name, (_, dtype) in _columns(cfg).items() if name != "labels"}
     words = [tokenizer.encode(space + word) for word in template.words]
-    room = seq_len - max(map(len, words))  # the same for all, so that all words follow the same prompt
+    room = seq_len - max(map(len, words))  # the same for all words, so that they follow the same prompt
     if room < 0:
         raise DataError(f"{record['source']}: a word of {template.words} is longer than data.seq_len={seq_len}")
     if len(prompt_ids) > room:
@@ -167,8 +167,8 @@ def _columns(cfg: Config) -> Columns:
 
 
 def verbalizer_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """Which of the words for `task.labels` goes on with a prompt: a softmax over their likelihoods, each the product of
-    its tokens' (Schick and Schütze 2021, section 3.1). Only those tokens count for the loss."""
+    """Cross-entropy of the label: a softmax over the log-likelihoods of the label words, each the sum over its tokens
+    (Schick and Schütze 2021, section 3.1). Only those tokens count for the loss."""
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         labels_B, classes = batch["labels"], batch["tokens"].shape[1]

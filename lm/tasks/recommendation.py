@@ -1,4 +1,4 @@
-"""Recommendation: the next item of a sequence (SASRec), or a masked one (BERT4Rec), and the vocabulary of items."""
+"""Recommendation: prediction of the next item (SASRec) or of masked items (BERT4Rec), and the item vocabulary."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ from lm.tasks.language_modelling import predict_tokens
 from lm.types import Apply, Batch, LossFn, LossTerms, Outputs, Params
 
 _PAD, _BOS, _UNSEEN, _FIRST = 0, 1, 2, 3
-# Of the training rows of `masked_item` as many hide the last item alone, as an evaluation does: of a user's eleven
-# samples the authors' code hides at random in ten and the last item in one (BERT4Rec, section 3.6).
+# Share of the training rows of `masked_item` that hide only the last item, as evaluation does. The authors' code makes
+# eleven samples of each user: ten with random masks and one with the last item masked (BERT4Rec, section 3.6).
 _LAST_ALONE = 1 / 11
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedItemOptions:
-    """Options of masked items."""
+    """Options of masked item prediction."""
 
     name: str = "masked_item"
     mask_rate: float = 0.15  # share of the items that are hidden
@@ -38,15 +38,15 @@ class MaskedItemOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ItemVocabulary:
-    """Items to ids and back: what a tokenizer is to text. Make one with `train` or `load`.
+    """Maps items to ids and back, in the place of a tokenizer. Make one with `train` or `load`.
 
-    Ids are 0 padding, 1 what comes before the first item, 2 an item that is not in the vocabulary, then the items from
-    the most frequent one on. Ids that are left up to `size` stand for nothing.
+    Id 0 is padding, 1 the start of a sequence, 2 an item outside the vocabulary; the items follow, most frequent first.
+    The remaining ids up to `size` are unused.
 
     Attributes:
-      items: item -> how often it was chosen, the most frequent first, by name where that is equal.
-      size: ids without the extra ones.
-      extra_ids: ids after those, the first of which is the mask.
+      items: item -> its number of interactions, most frequent first, ties by name.
+      size: number of ids without the extra ones.
+      extra_ids: number of ids after those; the first is the mask.
     """
 
     items: tuple[tuple[str, int], ...] = dataclasses.field(repr=False)
@@ -58,11 +58,11 @@ class ItemVocabulary:
         return {item: i for i, (item, _) in enumerate(self.items, _FIRST)}
 
     def encode(self, item: str) -> int:
-        """The id of an item; `unseen_id` where the vocabulary lacks it."""
+        """The id of an item; `unseen_id` if it is not in the vocabulary."""
         return self._ids.get(item, _UNSEEN)
 
     def piece(self, token_id: int) -> str:
-        """How an id is shown: the item, or <|name|> of what is none."""
+        """The text shown for an id: the item, or <|name|> for a special or unused id."""
         place = int(token_id) - _FIRST
         if 0 <= place < len(self.items):
             return self.items[place][0]
@@ -70,8 +70,8 @@ class ItemVocabulary:
         return f"<|{names.get(int(token_id), f'unused_{int(token_id)}')}|>"
 
     def popularity_rank(self, item: str) -> int:
-        """The place of an item, from 1, where the most frequent ones come first, equal ones before it; as
-        `lm.losses.ranking.target_rank` counts. Of an item that the vocabulary lacks it is beyond every place."""
+        """The rank of an item by frequency, from 1; ties count against it, as in `lm.losses.ranking.target_rank`. An
+        item outside the vocabulary ranks after all others."""
         token_id = self.encode(item)
         if token_id == _UNSEEN:
             return int(np.iinfo(np.int32).max)
@@ -83,12 +83,12 @@ class ItemVocabulary:
 
     @functools.cached_property
     def is_control_V(self) -> np.ndarray:
-        """bool [vocab_size]: ids that are no item."""
+        """bool [vocab_size]: ids that are not items."""
         ids = np.arange(self.vocab_size)
         return (ids < _FIRST) | (ids >= _FIRST + len(self.items))
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size] of 0: an item stands for no text."""
+        """int32 zeros [vocab_size]: items have no text."""
         return np.zeros(self.vocab_size, np.int32)
 
     @property
@@ -109,14 +109,14 @@ class ItemVocabulary:
 
     @property
     def mask_id(self) -> int:
-        """What stands for an item to be guessed."""
+        """The id that replaces a hidden item."""
         if not self.extra_ids:
             raise ConfigError("this task hides items behind a mask, which needs 'tokenizer.extra_ids' of at least 1")
         return self.size
 
     @property
     def role_ids(self) -> dict[str, int]:
-        """None: nobody speaks in a sequence of items."""
+        """Empty: a sequence of items has no roles."""
         return {}
 
     @functools.cached_property
@@ -129,7 +129,7 @@ class ItemVocabulary:
         return hashlib.sha256(self._content).hexdigest()
 
     def save(self, path: Any) -> None:
-        """Writes JSON whole or not at all, to any path that `etils.epath` opens."""
+        """Writes JSON atomically, to any path that `etils.epath` opens."""
         from etils import epath
 
         scratch = epath.Path(f"{path}.tmp")
@@ -141,7 +141,7 @@ def train(items: Iterable[str], cfg: TokenizerConfig) -> ItemVocabulary:
     """The vocabulary of all these items, of exactly `tokenizer.vocab_size` ids.
 
     Raises:
-      ConfigError: there are more items than that.
+      ConfigError: there are more items than ids.
     """
     counts = Counter(items)
     needed = len(counts) + _FIRST
@@ -157,7 +157,7 @@ def load(path: Any) -> ItemVocabulary:
     """Reads what `ItemVocabulary.save` wrote, from any path that `etils.epath` opens.
 
     Raises:
-      ConfigError: there is no such file, or it is none of these.
+      ConfigError: the file does not exist or is not a vocabulary of items.
     """
     from etils import epath
 
@@ -175,7 +175,7 @@ def load(path: Any) -> ItemVocabulary:
 
 
 def next_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """Each item from those before it; of a held-out user only the target (Kang and McAuley 2018).
+    """Predicts each item from those before it; for a held-out user, only the target (Kang and McAuley 2018).
 
     Worked, ^ the start, items a b c and, held out, target d:
 
@@ -183,7 +183,7 @@ def next_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: 
         targets       a b c      targets       a b c d
         loss_weights  1 1 1      loss_weights  0 0 0 1
 
-    Longer than seq_len: the oldest are cut, counted as 'history_cut'.
+    Longer than seq_len: the oldest items are cut, counted as 'history_cut'.
     """
     ids = _newest([vocabulary.bos_id, *_ids(record, vocabulary, counts)], cfg.data.seq_len + 1, counts)
     weights = np.ones(len(ids) - 1, np.float32)
@@ -194,7 +194,7 @@ def next_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: 
 
 
 def hidden_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """The items and, held out, the target after them, nothing hidden yet. Cut as in `next_items`."""
+    """The items, followed by the target of a held-out user; nothing is hidden yet. Cut as in `next_items`."""
     ids = _newest(_ids(record, vocabulary, counts), cfg.data.seq_len, counts)
     if not ids:
         counts["dropped_empty"] += 1
@@ -205,10 +205,10 @@ def hidden_items(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts
 
 
 def mask_items(row: Row, rng: np.random.Generator, vocabulary: ItemVocabulary, cfg: Config) -> Row:
-    """Hides items behind the mask, to be predicted from all others (BERT4Rec, Sun et al. 2019).
+    """Masks items, to be predicted from all others (BERT4Rec, Sun et al. 2019).
 
-    Hidden are, in training, round(task.mask_rate * n) of n items, at least one, and in one row of eleven the last item
-    alone; of a held-out user the last item alone. Worked, _ the mask:
+    In training, masks round(task.mask_rate * n) of n items, at least one, but in one row of eleven only the last item;
+    for a held-out user, only the last item. Worked, _ the mask:
 
         tokens        a _ c    targets  a b c    loss_weights  0 1 0
 
@@ -234,8 +234,8 @@ def mask_items(row: Row, rng: np.random.Generator, vocabulary: ItemVocabulary, c
 
 
 def _ids(record: Record, vocabulary: ItemVocabulary, counts: Counter[str]) -> list[int]:
-    """Ids of the items, and of the target where there is one. An item that the vocabulary lacks is left out of the
-    history; a target that it lacks stays, as `unseen_id`: no model can name it, and it counts as missed."""
+    """Ids of the items, and of the target if there is one. Items outside the vocabulary are left out of the history; a
+    target outside it becomes `unseen_id`, which no model can predict, so that it counts as a miss."""
     ids = [vocabulary.encode(item) for item in record["items"]]
     known = [i for i in ids if i != vocabulary.unseen_id]
     counts["items_unseen"] += len(ids) - len(known)
@@ -270,11 +270,11 @@ def _lacks(rows: Rows, cfg: Config) -> str:
 
 
 def item_loss(apply: Apply, cfg: Config, vocabulary: Any) -> LossFn:
-    """Prediction of items by cross-entropy over all of them; a target that the vocabulary lacks has no loss.
+    """Cross-entropy over all items; a target outside the vocabulary has no loss.
 
     Outputs:
-      rank: place of the target of the row's last prediction among all items, see `ranking.target_rank`. Items of the
-        history take part: a user may choose one again.
+      rank: rank of the target of the row's last prediction among all items, see `ranking.target_rank`. Items of the
+        history are ranked too: a user may choose one again.
     """
     is_item_V = jnp.asarray(~vocabulary.is_control_V)
 
@@ -293,7 +293,7 @@ def item_loss(apply: Apply, cfg: Config, vocabulary: Any) -> LossFn:
 
 
 def rank_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    """Hit rate and NDCG at 10 of the model, and of always naming the most popular items."""
+    """Hit rate and NDCG at 10 of the model, and of always recommending the most popular items."""
     del cfg
     by_popularity = scores.ranking(np.array(meta))
     return scores.ranking(outputs["rank"]) | {f"popularity_{name}": value for name, value in by_popularity.items()}
@@ -333,7 +333,7 @@ MASKED_ITEM = NEXT_ITEM._replace(
     examples=hidden_items,
     columns=_stored,
     loss_unit="nats per hidden item",
-    legend="A token is trained when the model learns what stood in its place, which is noted at it.",
+    legend="A token is trained when the model learns to predict the original item, shown with it.",
     options=MaskedItemOptions,
     check=_check_masked,
     transform=mask_items,

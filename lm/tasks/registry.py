@@ -1,4 +1,4 @@
-"""Every task by its name in `task.name`; configs, whose `task` section is of one of them."""
+"""The tasks by name, and configs whose `task` section holds the options of one of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,10 +45,10 @@ def task_of(cfg: Config) -> Task:
 
 
 def task_config(name: str, **options: Any) -> Any:
-    """The section `task` of a recipe, as a `ConfigDict`: the options of a task, those not given at their defaults.
+    """The section `task` of a recipe, as a `ConfigDict`: a task's options, with defaults for those not given.
 
     Raises:
-      ConfigError: no such task, or option.
+      ConfigError: there is no such task or option.
     """
     if name not in TASKS:
         raise ConfigError(f"no task '{name}'{schema.nearest(name, TASKS)}; there are {', '.join(TASKS)}")
@@ -57,10 +57,10 @@ def task_config(name: str, **options: Any) -> Any:
 
 
 def default_config(name: str = "causal_lm") -> Any:
-    """The default config of a task as a `ConfigDict`, with every key there is: recipes start from it.
+    """The default config of a task as a `ConfigDict` with every key; recipes start from it.
 
     Raises:
-      ConfigError: no such task.
+      ConfigError: there is no such task.
     """
     defaults = ConfigDict(schema.to_dict(Config()))
     defaults.task = task_config(name)
@@ -68,7 +68,7 @@ def default_config(name: str = "causal_lm") -> Any:
 
 
 def build_config(source: Mapping[str, Any]) -> Config:
-    """A `Config` from a `ConfigDict` or nested dict, strictly. Raises ConfigError, as `lm.config.build`."""
+    """Builds a `Config` strictly from a `ConfigDict` or nested dict. Raises ConfigError, as `lm.config.build`."""
     return config.build(source, _OPTIONS)
 
 

@@ -30,10 +30,10 @@ class ContrastiveOptions:
 
 
 def contrastive_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
-    """Views of the same row alike, those of other rows not: SimCLR for images, SimCSE for text.
+    """Contrastive loss between the views of a row, with other rows as negatives: SimCLR for images, SimCSE for text.
 
-    A text alone, [B, 1, L], is seen under two dropout masks; while evaluating there is none, so that its views are the
-    same and only `uniformity` tells something.
+    A single text, [B, 1, L], is encoded under two dropout masks. Evaluation has no dropout, so that the two views are
+    equal and only `uniformity` is informative.
     """
     del tokenizer
 
@@ -53,7 +53,7 @@ def contrastive_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
 
 
 def view_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, float]:
-    """Alignment and uniformity of two vectors for each row that should be alike (Wang and Isola 2020)."""
+    """Alignment and uniformity of the two views of each row (Wang and Isola 2020)."""
     del meta, cfg
     return scores.views(outputs["first"], outputs["second"])
 
@@ -64,12 +64,12 @@ def view_score_names(cfg: Config) -> tuple[str, ...]:
 
 
 def projection_head(cfg: Config) -> Head:
-    """The projection, an MLP, of which a trained model's user has no need."""
+    """The projection head, an MLP that is used only for training."""
     return Head("projection", cfg.task.projection_dim)
 
 
 def check_contrast(cfg: Config) -> None:
-    """Raises ConfigError for a temperature or a width that no run could use."""
+    """Raises ConfigError for a temperature or a projection width that is too small."""
     if cfg.task.temperature <= 0:
         raise ConfigError(f"'task.temperature' must be greater than 0, got {cfg.task.temperature}")
     if cfg.task.projection_dim < 1:
@@ -77,7 +77,7 @@ def check_contrast(cfg: Config) -> None:
 
 
 def _views(name: str, fields: tuple[str, ...]) -> Task:
-    """Sentences of one record side by side, [n, L] each: anchor, what is alike, and what only seems to be."""
+    """A contrastive task on the sentences of a record, [n, L]: anchor, positive, hard negative."""
 
     def make(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
         rows = [encode_pair(record[field], None, tokenizer, cfg.data.seq_len, counts)["tokens"] for field in fields]
@@ -128,7 +128,7 @@ def _views(name: str, fields: tuple[str, ...]) -> Task:
     )
 
 
-# What an anchor is compared with: itself under other dropout, its pair, its pair and a hard negative.
+# An anchor is compared with itself under another dropout mask; with its pair; with its pair and a hard negative.
 CONTRASTIVE_SENTENCES = _views("contrastive_sentences", ("text",))
 CONTRASTIVE_PAIRS = _views("contrastive_pairs", ("text", "text_pair"))
 CONTRASTIVE_TRIPLES = _views("contrastive_triples", ("text", "text_pair", "negative"))

@@ -1,4 +1,4 @@
-"""Tasks of an encoder-decoder: translation, and span corruption (T5, Raffel et al. 2020)."""
+"""Encoder-decoder tasks: translation, and span corruption (T5, Raffel et al. 2020)."""
 
 import dataclasses
 from collections import Counter
@@ -28,7 +28,7 @@ class TranslationOptions:
     """Options of translation."""
 
     name: str = "translation"
-    # tools/translate.py: sacrebleu's tokenizer; auto = by the target language (the ending of the reference file).
+    # The tokenizer of sacrebleu in tools/translate.py; auto = by target language (the suffix of the reference file).
     bleu_tokenizer: Literal[
         Literal["auto", "13a", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K"],
         Literal["intl", "char", "none"],
@@ -41,35 +41,35 @@ class SpanCorruptionOptions:
 
     name: str = "span_corruption"
     mask_rate: float = 0.15  # share of the tokens that are hidden
-    mean_span_length: float = 3.0  # of a hidden span, in tokens
+    mean_span_length: float = 3.0  # of the hidden spans, in tokens
 
 
 def target_len(cfg: Config) -> int:
-    """Positions of the decoder's row."""
+    """Length of the decoder's rows."""
     return cfg.data.target_len or cfg.data.seq_len
 
 
 def columns(cfg: Config) -> Columns:
-    """Inputs of data.seq_len positions, and what the decoder reads and predicts of data.target_len."""
+    """Columns of the encoder, of data.seq_len positions, and of the decoder, of data.target_len."""
     names = ("inputs", "input_segment_ids", "input_positions")
     decoder = sequence_columns(("tokens", "targets", "loss_weights"), target_len(cfg))
     return decoder | {name: ((cfg.data.seq_len,), np.int32) for name in names}
 
 
 def source_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """What the encoder reads of a text: its ids and EOS."""
+    """The encoder's input for a text: its ids and EOS."""
     return [*tokenizer.encode(text), tokenizer.eos_id]
 
 
 def translation(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """A text and its translation, all of which is trained on. Worked, ids a b of the text and x y of its translation:
+    """A text and its translation; all target tokens are trained on. Worked, text ids a b and translation ids x y:
 
         inputs   a b EOS
         tokens   BOS x y
         targets  x y EOS
 
-    Longer than its row: the end is cut, before EOS (counted: source_cut, target_cut), or with data.overlong=drop the
-    pair is left out (dropped_overlong).
+    Longer than its row: cut at the end, before EOS (counted as source_cut, target_cut), or with data.overlong=drop the
+    pair is dropped (counted as dropped_overlong).
     """
     inputs = source_ids(record["text"], tokenizer)
     target = source_ids(record["target"], tokenizer)
@@ -92,7 +92,7 @@ def translation(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
 
 
 class SpanSizes(NamedTuple):
-    """Of a row of n tokens: how many are hidden, in how many spans, and how long its inputs and targets become."""
+    """For a row: the numbers of hidden tokens and of spans, and the lengths of the inputs and targets made from it."""
 
     hidden: int
     spans: int
@@ -101,9 +101,10 @@ class SpanSizes(NamedTuple):
 
 
 def span_sizes(n: int, cfg: Config) -> SpanSizes:
-    """round(rate * n) tokens are hidden, at least one and never all, in round(hidden / mean_span) spans, at least one.
+    """Sizes for a row of n tokens: round(mask_rate * n) hidden tokens, at least one and never all, in
+    round(hidden / mean_span_length) spans, at least one.
 
-    Both ends are counted. A row of fewer than two tokens hides nothing.
+    The lengths include EOS. In a row of fewer than two tokens nothing is hidden.
     """
     hidden = min(max(round(n * cfg.task.mask_rate), 1), n - 1) if n > 1 else 0
     spans = min(max(round(hidden / cfg.task.mean_span_length), 1), hidden, n - hidden)
@@ -111,10 +112,10 @@ def span_sizes(n: int, cfg: Config) -> SpanSizes:
 
 
 def raw_len(cfg: Config) -> int:
-    """Tokens of a row before its spans are hidden: as many as then fill the data.seq_len positions of the encoder.
+    """Length of a row before spans are hidden: the inputs made from it then fill data.seq_len positions.
 
     Raises:
-      ConfigError: not even two tokens fit.
+      ConfigError: `data.seq_len` has no room for two tokens.
     """
     n = 2
     if span_sizes(n, cfg).inputs > cfg.data.seq_len:
@@ -125,7 +126,7 @@ def raw_len(cfg: Config) -> int:
 
 
 def raw_text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """The text and EOS, from which `span_corruption` hides spans; longer than its row, it is cut in pieces."""
+    """The text and EOS, in which `span_corruption` hides spans; split into pieces if longer than a row."""
     ids = tokenizer.encode(record["text"])
     if not ids:
         counts["dropped_empty"] += 1
@@ -138,12 +139,12 @@ def raw_text(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[
 
 
 def span_corruption(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
-    """Hides spans of a row, each behind a sentinel; the decoder says what was there (T5, Raffel et al. 2020, 3.1.4).
+    """Replaces spans of a row by sentinels; the decoder predicts the spans (T5, Raffel et al. 2020, 3.1.4).
 
-    Lengths of the spans, and of what is kept before, between and after them, are random compositions, as in T5's
-    `random_spans_noise_mask`. There a span always ends the row, so that of a row with one span the same tokens would be
-    hidden each time; here nothing need be kept before the first and after the last one. The row is taken as one
-    sequence: documents packed in it see each other. Worked, <0> <1> the sentinels:
+    The lengths of the spans, and of the kept parts before, between and after them, are random compositions, as in T5's
+    `random_spans_noise_mask`. There the last span always ends the row, so that a row with one span would hide the same
+    tokens each time; here the parts before the first and after the last span may be empty. The row is one sequence:
+    documents packed in it see each other. Worked, <0> <1> the sentinels:
 
         row      thank you for inviting me to your party last week
         inputs   thank you <0> me to your party <1> week EOS
@@ -154,18 +155,18 @@ def span_corruption(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Con
       row: tokens and segment_ids (0 = padding), int [n], n at most `raw_len(cfg)`.
       rng: generator of this row.
       tokenizer: its `sentinel_ids`, `bos_id` and `eos_id`.
-      cfg: `task` and `data`; `_check` has passed.
+      cfg: `task` and `data`, as checked by `_check`.
 
     Returns:
-      The row with inputs, input_segment_ids, input_positions int32 [seq_len] and, of target_len positions, tokens,
-      targets, segment_ids, positions int32 and loss_weights float32: 0 on padding, and everywhere if nothing is hidden.
+      The row with inputs, input_segment_ids, input_positions int32 [seq_len]; tokens, targets, segment_ids, positions
+      int32 [target_len]; loss_weights float32 [target_len], 0 on padding, and everywhere if nothing is hidden.
     """
     tokens = row["tokens"][row["segment_ids"] > 0].astype(np.int32)
     sizes = span_sizes(len(tokens), cfg)
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     kept_lengths = _composition(len(tokens) - sizes.hidden + 2, sizes.spans + 1, rng)
-    kept_lengths[0] -= 1  # the first and the last, which is what is left, may be of no token
+    kept_lengths[0] -= 1  # the first part, and the last, which is the rest, may be empty
     hidden_lengths = _composition(sizes.hidden, sizes.spans, rng)
     at = 0
     for number, (kept, hidden) in enumerate(zip(kept_lengths, hidden_lengths, strict=False)):
@@ -191,7 +192,7 @@ def span_corruption(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Con
 
 
 def _composition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths, each at least 1, of `parts` parts of `total`; all such lists are equally likely. [0] parts: empty."""
+    """A random composition of `total` into `parts` lengths of at least 1, each equally likely; empty for 0 parts."""
     if not parts:
         return np.zeros(0, int)
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
@@ -211,8 +212,8 @@ def _check_span_corruption(cfg: Config) -> None:
         )
     if target_len(cfg) < sizes.targets:
         raise ConfigError(
-            f"'data.target_len' is {target_len(cfg)}, but what is hidden of rows of data.seq_len={seq_len} takes "
-            f"up to {sizes.targets} positions: it must be at least that"
+            f"'data.target_len' is {target_len(cfg)}, but the hidden spans of rows of data.seq_len={seq_len} take "
+            f"up to {sizes.targets} positions: set it to at least {sizes.targets}"
         )
 
 

@@ -1,5 +1,5 @@
-"""Questions whose answer is a span of a context, or none (SQuAD v1.1 and v2.0, Rajpurkar et al. 2016, 2018): windows,
-and spans back to text."""
+"""Extractive question answering (SQuAD v1.1 and v2.0, Rajpurkar et al. 2016, 2018): the answer is a span of a context,
+or there is none."""
 
 import dataclasses
 import itertools
@@ -28,19 +28,19 @@ class SpanQaOptions:
     """Options of span question answering."""
 
     name: str = "span_qa"
-    # With unanswerable questions: the answer is '' where the score of none is above the best span's by more.
+    # For unanswerable questions: answer '' if the no-answer score exceeds the best span's by more than this.
     null_threshold: float = 0.0
 
 
 class Window(NamedTuple):
-    """What scoring needs of a row.
+    """What scoring needs to know about a row.
 
     Attributes:
-      identity: of the question.
-      question: as asked; cut, perhaps, in the row.
-      context: the whole text that is asked about.
-      answers: the accepted ones; none where the context does not answer the question.
-      offsets_Lx2: int32, the characters [start, end) of the context at each position; (0, 0) where there are none.
+      identity: identity of the question.
+      question: the whole question, which the row may have cut.
+      context: the whole context.
+      answers: the accepted answers; () if the question is unanswerable.
+      offsets_Lx2: int32, the characters [start, end) of the context at each position; (0, 0) elsewhere.
     """
 
     identity: str
@@ -51,7 +51,7 @@ class Window(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A possible answer: the sum of its two logits, its characters [start, end) of the context, and these as text."""
+    """A candidate answer: the sum of its two logits, its characters [start, end) of the context, and its text."""
 
     score: float
     start: int
@@ -69,8 +69,8 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
         tokens  [CLS] q [SEP] a b [SEP]   [CLS] q [SEP] b c [SEP]   [CLS] q [SEP] c d [SEP]
         labels  0 0                       3 4                       0 0
 
-    Counted: question_cut (to half of the room), context_cut (in windows), answer_in_no_window (longer than half a
-    window: all of its windows say that there is no answer), without_answer (questions that have none).
+    Counts: question_cut (to half of the room), context_cut (into windows), answer_in_no_window (the answer is longer
+    than half a window and no window holds it: all are labelled unanswerable), without_answer (unanswerable questions).
 
     Raises:
       ConfigError: `data.seq_len` leaves no room.
@@ -115,7 +115,7 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
 
 
 def _tokens_of(answer: dict[str, Any], offsets_Nx2: np.ndarray) -> tuple[int, int]:
-    """The first and the last token that hold a character of the answer."""
+    """The first and the last token with a character of the answer."""
     start, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
     first = np.searchsorted(offsets_Nx2[:, 1], start, side="right")
     last = np.searchsorted(offsets_Nx2[:, 0], end, side="left") - 1
@@ -123,15 +123,16 @@ def _tokens_of(answer: dict[str, Any], offsets_Nx2: np.ndarray) -> tuple[int, in
 
 
 def best_answers(span_logits_RxLx2: np.ndarray, meta: list[Window], count: int) -> list[tuple[Window, list[Answer]]]:
-    """Of each question its first window, and its `count` best answers over all of its windows, the best first.
+    """For each question, its first window and the `count` best answers over all its windows, best first.
 
-    Windows of one question are adjacent rows of one identity. A span lies in the context, has at most
-    `MAX_ANSWER_TOKENS` tokens and holds more than white space, which is trimmed off its ends. Scores of one question's
-    windows are compared as they are, as in Devlin et al. (2019).
+    The windows of a question are adjacent rows with the same identity. A span lies in the context, has at most
+    `MAX_ANSWER_TOKENS` tokens and is not all white space, which is trimmed off its ends. Scores are compared across a
+    question's windows without normalisation, as in Devlin et al. (2019).
 
     Args:
-      span_logits_RxLx2: float32, of starts and ends.
-      meta: of each row.
+      span_logits_RxLx2: float32, logits of starts and ends.
+      meta: the window of each row.
+      count: answers to return for a question.
     """
     best = []
     for rows in _questions(meta):
@@ -145,12 +146,12 @@ def best_answers(span_logits_RxLx2: np.ndarray, meta: list[Window], count: int) 
 
 
 def _questions(meta: list[Window]) -> list[list[int]]:
-    """The rows of each question. Adjacent ones alone: two sources of a mixture may ask the same."""
+    """The rows of each question: runs of adjacent rows, since two sources of a mixture may share a question."""
     return [list(rows) for _, rows in itertools.groupby(range(len(meta)), key=lambda row: meta[row].identity)]
 
 
 def _answers_in(logits_Lx2: np.ndarray, window: Window, count: int) -> list[Answer]:
-    """The best answers of one window, from a table [n, m] of first tokens and lengths."""
+    """The best answers in one window, from a table [n, m] of scores by first token and length."""
     position_n = np.flatnonzero(window.offsets_Lx2[:, 1])
     offsets_nx2 = window.offsets_Lx2[position_n]
     is_blank_n = np.array([window.context[start:end].isspace() for start, end in offsets_nx2])
@@ -173,12 +174,12 @@ def _answers_in(logits_Lx2: np.ndarray, window: Window, count: int) -> list[Answ
 def score(outputs: dict[str, np.ndarray], meta: list[Window], cfg: Config) -> dict[str, float]:
     """`scores.answers` of the best answer to each question; outputs 'span_logits', float32 [R, L, 2].
 
-    Where a held-out question has no answer, `scores.answers_or_none`, as in BERT's run_squad.py with
-    version_2_with_negative: the score of no answer is that of [CLS] as a span, the lowest of the question's windows.
-    Without such a question some answer is always given, as in SQuAD v1.1.
+    If a held-out question is unanswerable, `scores.answers_or_none`, as in BERT's run_squad.py with
+    version_2_with_negative: the no-answer score is that of [CLS] as a span, the lowest over the question's windows.
+    Otherwise every question gets an answer, as in SQuAD v1.1.
 
     Raises:
-      DataError: `checkpoint.best_metric` is one of questions without an answer, and there are none.
+      DataError: `checkpoint.best_metric` needs held-out questions of a kind that there are none of.
     """
     best = best_answers(outputs["span_logits"], meta, count=1)
     said = [answers[0].text if answers else "" for _, answers in best]
@@ -189,12 +190,12 @@ def score(outputs: dict[str, np.ndarray], meta: list[Window], cfg: Config) -> di
         null_R = outputs["span_logits"][:, 0].astype(np.float64).sum(axis=-1)
         null_Q = np.array([np.min(null_R[rows]) for rows in _questions(meta)])
         margins_Q = null_Q - [answers[0].score if answers else -np.inf for _, answers in best]
-        margins_Q = np.where(np.isnan(margins_Q), np.inf, margins_Q)  # of a model that has diverged
+        margins_Q = np.where(np.isnan(margins_Q), np.inf, margins_Q)  # the model has diverged
         found = scores.answers_or_none(said, accepted, margins_Q, cfg.task.null_threshold)
     wanted = cfg.checkpoint.best_metric
     if wanted in score_names(cfg) and wanted not in found and not (cfg.data.mixture or cfg.data.replay):
-        kind = "with" if wanted.startswith("HasAns") else "without"
-        raise DataError(f"'checkpoint.best_metric' is {wanted}, but no held-out question is one {kind} an answer")
+        kind = "answerable" if wanted.startswith("HasAns") else "unanswerable"
+        raise DataError(f"'checkpoint.best_metric' is {wanted}, but no held-out question is {kind}; set another metric")
     return found
 
 
@@ -205,7 +206,7 @@ _OF_ANSWERS_OR_NONE = (
 
 
 def score_names(cfg: Config) -> tuple[str, ...]:
-    """What `score` gives; all but the first two only where a held-out question has no answer."""
+    """The names of `score`; all but the first two are reported only if a held-out question is unanswerable."""
     del cfg
     return ("exact_match", "f1", *_OF_ANSWERS_OR_NONE)
 
@@ -219,7 +220,7 @@ def _lacks(rows: Rows, cfg: Config) -> str:
 
 
 def span_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
-    """Cross-entropy of the first and the last token of the answer in a window, [CLS] for both where it has none."""
+    """Cross-entropy of the positions of the answer's first and last token; both are [CLS] if a window has no answer."""
     del cfg
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
@@ -242,7 +243,7 @@ SPAN_QA = Task(
     texts=field_texts("question", "context"),
     loss=span_loss,
     loss_unit="nats per window",
-    legend="The model learns where the answer begins and ends; its tokens are noted.",
+    legend="The model learns where the answer begins and ends; its tokens are marked.",
     options=SpanQaOptions,
     lacks=_lacks,
     head=lambda cfg: Head("token", 2),

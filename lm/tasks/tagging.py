@@ -1,4 +1,4 @@
-"""Words with a tag each: parts of speech, and named entities (Ramshaw and Marcus 1995)."""
+"""Tagging of words: parts of speech, and named entities (Ramshaw and Marcus 1995)."""
 
 import dataclasses
 import itertools
@@ -28,14 +28,14 @@ class TaggingOptions:
     """Options of tagging."""
 
     name: str = "tagging"
-    labels: tuple[str, ...] = ()  # all there are; a label's place here is its index
-    # In which scheme the labels spell entities, see lm.evaluation.entity_tags; auto = by their letters, IOB1 or IOB2 by
-    # the held-out tags; none = words alone are scored.
+    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
+    # The scheme of entity tags, see lm.evaluation.entity_tags; auto = inferred from the letters of the labels, and IOB1
+    # or IOB2 from the held-out tags; none = only words are scored.
     entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = "auto"
 
 
 def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """[CLS], the words joined by spaces, [SEP]; the token in which a word begins has the label of the word, others -1.
+    """[CLS], the words joined by spaces, [SEP]; the token in which a word begins has its label, others -1.
 
     Worked, for pieces 'Par', 'kinson', "'", ' s', seq_len 8, labels (O, B, I):
 
@@ -43,12 +43,12 @@ def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
         tokens   [CLS] Par kinson ' s [SEP]
         labels     -1   1    -1   2 2  -1   -1 -1
 
-    Longer than seq_len: parts, cut before a word, so that each word is in one of them (counted: 'sentence_cut'). A word
-    that is longer than a whole row loses its end ('word_cut'). Tags of entities are kept as they are; counted is what
-    their scheme would not have: see `entity_tags.faults`.
+    Longer than seq_len: split before words, so that each word is in one part (counted as 'sentence_cut'). The end of a
+    word longer than a whole row is cut ('word_cut'). Entity tags are kept as they are; violations of their scheme are
+    counted, see `entity_tags.faults`.
 
     Raises:
-      DataError: a tag that `task.labels` does not have, or two words that begin in one token.
+      DataError: a tag is not in `task.labels`, or two words begin in one token.
     """
     words, room = record["words"], cfg.data.seq_len - 2
     label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
@@ -61,8 +61,8 @@ def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
     size_W = np.array([len(word) for word in words])
     place_W = np.cumsum(size_W + 1) - size_W - 1
     starts, ends = np.array(offsets).T
-    token_W = np.searchsorted(ends, place_W, side="right")  # the first token that holds a character of the word
-    end_W = np.searchsorted(starts, place_W + size_W, side="left")  # behind the last one
+    token_W = np.searchsorted(ends, place_W, side="right")  # the first token with a character of the word
+    end_W = np.searchsorted(starts, place_W + size_W, side="left")  # one past the last
     if (clash := np.flatnonzero(np.diff(token_W) == 0)).size:
         both = " and ".join(map(repr, words[clash[0] : clash[0] + 2]))
         raise DataError(f"{record['source']}: the words {both} begin in one token, which can have one tag only")
@@ -85,14 +85,14 @@ def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
 
 
 def entity_spans(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """A text with character spans, as words (runs of letters and digits; any other character) with BIO tags.
+    """Converts a text with character spans to words (runs of letters and digits; any other character) with BIO tags.
 
-    A word has the tag of a span that holds any of its characters; a span that begins or ends inside of a word grows to
-    whole words ('entity_grown'). Of spans that share a word the first one counts, and the longest of those that begin
-    together ('entity_dropped', which also counts spans of white space alone).
+    A word gets the tag of a span that contains any of its characters: a span that begins or ends inside a word is
+    extended to whole words (counted as 'entity_grown'). If spans share a word, the first is kept, or the longest of
+    those that begin together; the others, and spans of only white space, are counted as 'entity_dropped'.
 
     Raises:
-      DataError: as `tagged_words`, of the tags 'B-label' and 'I-label'.
+      DataError: as `tagged_words`, for the tags 'B-label' and 'I-label'.
     """
     matches = list(_WORD.finditer(record["text"]))
     if not matches:
@@ -116,13 +116,13 @@ def entity_spans(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
 
 
 def _scheme(cfg: Config) -> str:
-    """`task.entity_scheme`; of 'auto', the one in which `entity_spans` writes its tags."""
+    """`task.entity_scheme`; for character spans, 'auto' is the scheme that `entity_spans` writes."""
     is_written_here = cfg.task.name == "entities" and cfg.task.entity_scheme == "auto"
     return "IOB2" if is_written_here else cfg.task.entity_scheme
 
 
 def score_names(cfg: Config) -> tuple[str, ...]:
-    """What `score` gives. Raises ConfigError where labels that look like tags of entities are of no scheme."""
+    """The names of `score`. Raises ConfigError if labels that look like entity tags follow no known scheme."""
     tag_of = entity_tags.read(cfg.task.labels, _scheme(cfg))
     if not tag_of:
         return ("token_accuracy",)
@@ -131,13 +131,12 @@ def score_names(cfg: Config) -> tuple[str, ...]:
 
 
 def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[str, float]:
-    """'token_accuracy' over words and, where the labels are tags of entities, those of `scores.entities` and
-    `scores.strict_entities`.
+    """'token_accuracy' over words and, if the labels are entity tags, `scores.entities` and `scores.strict_entities`.
 
     Args:
-      outputs: 'label' and 'prediction', int32 [R, L]; a label of -1 is none.
-      meta: of each row the identity and the text of its sentence; rows of one sentence are put together, in order.
-      cfg: whose task.labels the numbers are indices of.
+      outputs: 'label' and 'prediction', int32 [R, L], indices into task.labels; a label of -1 is none.
+      meta: for each row, the identity and the text of its sentence; the rows of a sentence are joined, in order.
+      cfg: `task` is read.
     """
     is_word_RxL = outputs["label"] >= 0
     found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
@@ -148,7 +147,7 @@ def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[
     expected: list[list[str]] = []
     predicted: list[list[str]] = []
     rows = zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True)
-    # Adjacent rows alone: two sources of a mixture may hold the same sentence.
+    # Only adjacent rows are joined: two sources of a mixture may hold the same sentence.
     for _, of_sentence in itertools.groupby(rows, key=lambda row: row[0][0]):
         parts = list(of_sentence)
         for sentences, side in ((expected, 2), (predicted, 3)):
@@ -174,7 +173,7 @@ def _lacks(rows: Rows, cfg: Config) -> str:
 
 
 def tagging_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
-    """Cross-entropy of one of `task.labels` for each word, at the position where it begins."""
+    """Cross-entropy over `task.labels`, one label a word, at the position where the word begins."""
     del tokenizer
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
@@ -198,7 +197,7 @@ TAGGING = Task(
     texts=_word_texts,
     loss=tagging_loss,
     loss_unit="nats per word",
-    legend="A token is trained when the model learns its tag, which is noted at it.",
+    legend="A token is trained when the model learns its tag, shown with it.",
     options=TaggingOptions,
     check=check_labels,
     lacks=_lacks,
