@@ -1,4 +1,4 @@
-"""Beam search and sampling of every kind of model against plain loops over a table of all short continuations."""
+"""Beam search and greedy decoding of each kind of model against plain loops over a table of all short continuations."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ MAX_LEN = 12
 
 @functools.cache
 def history():
-    """A model whose next id depends as much on each id before as on the last: a wrong cache is a wrong answer."""
+    """A model whose next id depends on all earlier ids equally, so that a wrong cache gives a wrong answer."""
     rng = np.random.default_rng(0)
     embedding = jnp.asarray(rng.standard_normal((toys.VOCAB, MAX_LEN, 16)), jnp.float32)
     unembed_DxV = jnp.asarray(0.25 * rng.standard_normal((16, 128)), jnp.float32)
@@ -100,7 +100,7 @@ def plain_greedy(kind: str) -> list[list[int]]:
 
 
 def best_of_all(kind: str, alpha: float, going_on=GOING_ON) -> list[list[int]]:
-    """Every text that ends, or is as long as allowed, is scored."""
+    """The best text by scoring every one that ends or has the maximum length."""
     made = []
     for number in range(len(PROMPTS)):
         scored = []
@@ -139,7 +139,7 @@ def plain_search(kind: str, beams: int, alpha: float) -> list[list[int]]:
 
 def config(kind: str) -> Config:
     generation = GenerateConfig(max_new_tokens=NEW, temperature=0.0)
-    return Config(model=model_of(kind)[0], generate=generation, task=toys.task("chat"))  # which has both stops
+    return Config(model=model_of(kind)[0], generate=generation, task=toys.task("chat"))  # chat has both stop ids
 
 
 def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:
@@ -148,7 +148,7 @@ def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["prefix_decoder", "relative", "learned"])
-def test_prompts_of_several_lengths_are_read_as_each_alone(kind):
+def test_next_ids_of_prompts_of_several_lengths_match_each_alone(kind):
     cfg, model, params = model_of(kind)
     out = jax.jit(model.apply)(params, sampling.prompt_batch(PROMPTS, config(kind), WORDS, 1))
     logits_BxV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=VOCAB, softcap=cfg.logit_softcap)
@@ -167,30 +167,30 @@ def test_one_beam_is_greedy():
     assert search("history", beams=1) == plain_greedy("history")
 
 
-def test_enough_beams_find_the_best_of_all_texts():
+def test_enough_beams_find_the_best_text_of_all():
     for alpha in (0.0, 3.0):
         assert search("history", beams=140, alpha=alpha) == best_of_all("history", alpha)
 
 
-def test_the_examples_tell_the_cases_apart():
+def test_the_examples_distinguish_the_cases():
     assert best_of_all("history", 0.0) != best_of_all("history", 3.0)
     assert best_of_all("history", 0.0) != plain_greedy("history")
 
 
 @pytest.mark.parametrize(("kind", "beams"), [("history", 2), ("history", 3), ("relative", 3)])
-def test_a_few_beams_find_what_a_plain_loop_finds(kind, beams):
+def test_few_beams_match_a_plain_loop(kind, beams):
     for alpha in (0.0, 0.6, 3.0):
         assert search(kind, beams=beams, alpha=alpha) == plain_search(kind, beams, alpha)
 
 
-def test_a_batch_of_prompts_is_each_prompt_alone():
+def test_a_batch_of_prompts_gives_the_same_as_each_prompt_alone():
     together = search("history", beams=3)
     assert [search("history", [prompt], beams=3)[0] for prompt in PROMPTS[:4]] == together[:4]
     assert search("history", PROMPTS[:2], beams=3, rows_multiple=len(PROMPTS)) == together[:2]
 
 
-def test_ids_that_are_not_allowed_are_in_no_text():
-    """And the texts without them are those of the model: the best of all in which no forbidden id stands."""
+def test_forbidden_ids_are_in_no_text():
+    """The result is the best text of all that contain no forbidden id."""
     free = search("history", beams=140, alpha=3.0)
     forbidden = next(token for row in free for token in row)
     others = [token for token in GOING_ON if token != forbidden]
@@ -202,7 +202,7 @@ def test_ids_that_are_not_allowed_are_in_no_text():
     assert made == best_of_all("history", 3.0, others)
 
 
-def test_learned_positions_need_room_for_the_longer_side_alone():
+def test_learned_positions_need_room_only_for_the_longer_side():
     cfg = dataclasses.replace(config("learned"), generate=GenerateConfig(max_new_tokens=11))
     sampling.check_room(MAX_LEN, cfg)
     for prompt_len, new in ((MAX_LEN + 1, 1), (1, MAX_LEN)):

@@ -1,4 +1,4 @@
-"""lm/config/sections.py: what it refuses, what it converts, and what its messages say."""
+"""lm/config/sections.py: refused values, conversions, and error messages."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from lm.config.schema import ConfigError, Duration, keys
 from lm.tasks import TASKS, build_config, default_config, task_config
 
 RUNNABLE = {"train": {"total_steps": 10}}
-KEYS = [*(key for key in keys(Config) if key != "task"), "task.name"]  # of a task that has no options
+KEYS = [*(key for key in keys(Config) if key != "task"), "task.name"]  # for a task without options
 OPTIONS = {name: [f"task.{key}" for key in keys(task.options)] for name, task in TASKS.items()}
 
 
@@ -23,7 +23,7 @@ def build(**sections):
     return build_config(RUNNABLE | sections)
 
 
-# --- what is accepted --------------------------------------------------------------------------------------------
+# --- accepted values ---------------------------------------------------------------------------------------------
 
 
 def test_defaults_build_once_a_length_is_given():
@@ -86,7 +86,7 @@ def test_recipes_and_overrides_go_through_a_config_dict():
     assert config.optim.lr_rules == (("embed/.*", 0.5), (".*", 1.0))
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- refused values ----------------------------------------------------------------------------------------------
 
 REFUSED = {
     # unknown keys, with the nearest known one
@@ -154,7 +154,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("source", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_with_the_key_named(source, message):
+def test_invalid_configs_are_refused_with_the_key_named(source, message):
     with pytest.raises(ConfigError, match=message):
         build_config(RUNNABLE | source)
 
@@ -171,12 +171,12 @@ def test_refused_with_the_key_named(source, message):
     ],
     ids=str,
 )
-def test_the_neighbours_of_what_is_refused_are_accepted(source):
+def test_values_at_the_limits_are_accepted(source):
     assert isinstance(build_config(RUNNABLE | source), Config)
 
 
 @given(st.sampled_from([key for key in keys(Config) if "." in key]), st.data())
-def test_a_key_with_one_letter_lost_is_refused_and_found_again(key, data):
+def test_a_misspelled_key_is_refused_and_the_right_one_suggested(key, data):
     section, _, name = key.rpartition(".")
     within = functools.reduce(lambda inner, part: inner[part], section.split("."), default_config())
     if f"{name}_steps" in within:
@@ -271,7 +271,7 @@ def test_resumable_names_are_keys_or_sections():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_has_its_own_options_and_a_recipe_all_of_them(name):
+def test_a_recipe_has_all_options_of_its_task_and_no_others(name):
     assert default_config(name).task == task_config(name)
     assert sorted(f"task.{key}" for key in default_config(name).task) == sorted(OPTIONS[name])
     assert build(task={"name": name}).task == TASKS[name].options(name=name)
@@ -302,6 +302,6 @@ def test_a_config_is_frozen():
         Config().seed = 1
 
 
-def test_nearest_is_silent_when_nothing_is_near():
+def test_nearest_suggests_nothing_when_nothing_is_close():
     assert schema.nearest("seed", ["sead", "x"]) == " (did you mean 'sead'?)"
     assert schema.nearest("seed", ["zzz"]) == ""

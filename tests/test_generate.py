@@ -1,4 +1,4 @@
-"""Sampling from the cache equals the model without a cache, and draws from the distribution that was asked for."""
+"""Sampling with the cache equals the model without it, and draws from the requested distribution."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ MAX_LEN = 9 + NEW  # the longest prompt just fits
 
 
 def words_of(*stops, forbidden=()):
-    """A tokenizer of which all ids are text but the stop ids and those forbidden."""
+    """A tokenizer whose ids are all text, except the stop ids and forbidden ones."""
 
     def may_generate(ends, symbols=()):
         assert set(ends) <= set(stops)
@@ -54,7 +54,7 @@ def make(style, prompts, *, seed=0, tokenizer=NEVER, params=None, rows_multiple=
 
 @functools.cache
 def greedy(style: str) -> list[list[int]]:
-    """Token by token, each from a full forward pass without a cache; every prompt starts at column 0."""
+    """Greedy continuation by a full forward pass per token, without a cache; every prompt starts at column 0."""
     cfg, model, params = model_of(style)
 
     @jax.jit
@@ -81,17 +81,17 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(style):
     assert make(style, PROMPTS) == greedy(style)
 
 
-def test_a_batch_of_prompts_is_each_prompt_alone():
+def test_a_batch_of_prompts_gives_the_same_as_each_prompt_alone():
     assert [make("llama", [prompt])[0] for prompt in PROMPTS] == greedy("llama")
 
 
-def test_a_row_ends_at_either_stop_id_and_the_others_go_on():
+def test_a_row_stops_at_either_stop_id_while_the_others_continue():
     want = greedy("llama")
 
     def ends_of(stops) -> list[int]:
         return [next((n for n, token in enumerate(row) if token in stops), NEW) for row in want]
 
-    # Row 1 ends at one of them, row 2 at the other and not together, row 0 never.
+    # Row 1 ends at one stop id, row 2 at the other and at another step, row 0 never.
     pairs = ((a, b) for a in want[1] for b in want[2] if a not in want[2] and b not in want[1])
     stops = next(pair for pair in pairs if len(set(ends_of(pair))) == 3 and ends_of(pair)[0] == NEW)
     ends = ends_of(stops)
@@ -99,7 +99,7 @@ def test_a_row_ends_at_either_stop_id_and_the_others_go_on():
     assert made == [row[:end] for row, end in zip(want, ends, strict=True)]
 
 
-def test_one_new_token():
+def test_one_new_token_can_be_generated():
     assert make("gpt2", PROMPTS, max_new_tokens=1) == [row[:1] for row in greedy("gpt2")]
 
 
@@ -117,13 +117,13 @@ def with_head(scale: float):
     return param_paths.unflatten(flat | {"lm_head/kernel": scale * flat["lm_head/kernel"]})
 
 
-def test_each_step_draws_anew():
-    """From a model to which all ids are alike at every step."""
+def test_each_step_uses_a_new_key():
+    """With a model for which all ids are equally likely at every step."""
     for row in make("llama", PROMPTS, temperature=1.0, params=with_head(0.0)):
         assert len(set(row)) > 1
 
 
-def test_the_models_soft_cap_holds_in_sampling_too():
+def test_sampling_applies_the_models_logit_softcap():
     """At a cap of 30 and huge logits, about half of all ids are equally likely; without it, one is certain."""
     cfg = model_of("llama")[0]
     assert cfg.logit_softcap == 30
@@ -131,14 +131,14 @@ def test_the_models_soft_cap_holds_in_sampling_too():
     assert len({row[0] for row in made}) > 1
 
 
-def test_rows_are_filled_up_for_the_mesh_and_change_nothing():
+def test_padding_rows_for_the_mesh_changes_nothing():
     sampled = make("llama", PROMPTS, temperature=1.0)
     assert make("llama", PROMPTS[:2], temperature=1.0, rows_multiple=3) == sampled[:2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padded_rows_of_the_vocabulary_are_never_produced(temperature):
-    """Even where the model would make them by far the most likely."""
+    """Even if the model makes them by far the most likely."""
     cfg, _, params = model_of("llama")
     flat = param_paths.flatten(params)
     kernel = np.array(flat["lm_head/kernel"])
@@ -189,14 +189,14 @@ def frequencies(logits, **changes) -> np.ndarray:
         ({"temperature": 1.0, "top_p": 0.79}, [0, 5 / 8, 0, 3 / 8]),
         ({"temperature": 1.0, "top_p": 0.81}, [3 / 19, 10 / 19, 0, 6 / 19]),
         ({"temperature": 1.0, "top_p": 0.999}, PROBS),
-        # The temperature comes first: at 0.5 the largest has 0.68 of the mass, and 0.93 with the next.
+        # Temperature is applied first: at 0.5 the largest has 0.68 of the mass, and 0.93 with the next.
         ({"temperature": 0.5, "top_p": 0.6}, [0, 1, 0, 0]),
-        # top_k comes before top_p: of the two that it leaves, the first has 5/8.
+        # top_k is applied before top_p: of the two ids that it keeps, the first has 5/8.
         ({"temperature": 1.0, "top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),
     ],
     ids=str,
 )
-def test_frequencies(changes, want):
+def test_sampled_frequencies_match_the_distribution(changes, want):
     want = np.asarray(want, float)
     got = frequencies(np.log(PROBS), **changes)
     assert np.all((got > 0) == (want > 0)), got
@@ -212,7 +212,7 @@ def kept(logits, **changes) -> list[int]:
 
 
 def fewest(weights: list[int], p: Fraction) -> list[int]:
-    """The fewest ids, most likely first and lowest first where equal, that have at least p of all; in whole numbers."""
+    """The fewest ids with at least p of the total, most likely first, ties by id; in exact arithmetic."""
     order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
     total = np.cumsum([weights[i] for i in order]).tolist()
     return order[: 1 + next(n for n, sum_n in enumerate(total) if sum_n >= p * total[-1])]
@@ -221,9 +221,8 @@ def fewest(weights: list[int], p: Fraction) -> list[int]:
 @pytest.mark.parametrize(
     "weights", [[5, 3, 1, 1], [1, 3, 5, 1], [1] * 10, [2, 1, 2, 1, 4], [7, 1], [30, 1, 1, 1, 64, 3]]
 )
-def test_top_p_at_exact_borders_keeps_the_fewest_that_reach_it(weights):
-    """Every partial sum of k/n probabilities as top_p, in float64 from two numbers as a user writes it, and just
-    beside it."""
+def test_top_p_at_exact_boundaries_keeps_the_fewest_ids_that_reach_it(weights):
+    """top_p at, just below and just above every partial sum of the probabilities k/n, as float64 quotients."""
     logits = np.log(np.array(weights) / sum(weights))
     for reached in np.cumsum(sorted(weights, reverse=True)):
         border = Fraction(int(reached), sum(weights))
@@ -234,7 +233,7 @@ def test_top_p_at_exact_borders_keeps_the_fewest_that_reach_it(weights):
 
 
 @pytest.mark.parametrize("size", [1_000, 50_257])
-def test_top_p_at_exact_borders_of_large_vocabularies(size):
+def test_top_p_at_exact_boundaries_of_large_vocabularies(size):
     rng = np.random.default_rng(size)
     for weights in (np.ones(size, int), rng.integers(1, 4, size), 1_000_000 // np.arange(1, size + 1)):
         logits = np.log(weights / weights.sum())
@@ -245,7 +244,7 @@ def test_top_p_at_exact_borders_of_large_vocabularies(size):
 
 
 def test_top_p_agrees_with_float64_on_random_logits():
-    """Wherever the border is further off than float32 can tell."""
+    """Except where top_p is too close to a partial sum for float32."""
     rng = np.random.default_rng(0)
     checked = 0
     for size, scale in itertools.product((50, 2_000), (0.3, 1, 4)):
@@ -260,14 +259,14 @@ def test_top_p_agrees_with_float64_on_random_logits():
     assert checked > 30
 
 
-def test_ties_are_cut_at_the_lowest_ids():
+def test_ties_keep_the_lowest_ids():
     assert kept([2.0, 2.0, 2.0, 0.0], top_k=2) == [0, 1]
     assert kept([0.0, 2.0, 2.0, 2.0], top_k=2) == [1, 2]
     assert kept([2.0, 2.0, 2.0, -9.0], top_p=0.5) == [0, 1]
     assert kept([1.0] * 6, top_k=4, top_p=0.5) == [0, 1]
 
 
-def test_the_ends_of_top_p():
+def test_top_p_near_0_and_at_1():
     logits = [0.0, -3.0, losses.MASKED_LOGIT, 1.0]
     assert kept(logits, top_p=1e-12) == [3] and kept(logits, top_p=1e-45) == [3]
     assert sorted(kept(logits, top_p=1.0)) == [0, 1, 3]
@@ -285,13 +284,13 @@ def test_temperatures_near_0_choose_the_most_likely(temperature):
         assert np.all(sampling.choose(logits, keys, GenerateConfig(temperature=temperature, **rest)) == 1)
 
 
-def test_no_temperature_brings_back_what_is_masked():
+def test_masked_ids_are_not_drawn_at_any_temperature():
     seen = frequencies([0.0, 1.0, losses.MASKED_LOGIT, -2.0], temperature=1e30)
     assert seen[2] == 0 and min(seen[[0, 1, 3]]) > 0.3
 
 
 @pytest.mark.parametrize("value", [-1.0, -1e-38, float("nan"), float("inf")])
-def test_temperatures_that_are_none_are_refused(value):
+def test_invalid_temperatures_are_refused(value):
     c = default_config()
     c.train.total_steps, c.generate.temperature = 1, value
     with pytest.raises(ConfigError, match=r"'generate\.temperature' must"):
@@ -314,7 +313,7 @@ def real_words():
         ("causal_lm", ("roles", "mask"), ["eos", "roles", "mask"]),
     ],
 )
-def test_only_text_its_end_and_what_is_asked_for_may_be_generated(task, symbols, beside_text):
+def test_only_text_stop_ids_and_requested_symbols_may_be_generated(task, symbols, beside_text):
     words = real_words()
     cfg = Config(task=toys.task(task), generate=GenerateConfig(symbols=symbols))
     ids = {"eos": [words.eos_id], "end": [words.end_of_turn_id], "bos": [words.bos_id], "mask": [words.mask_id]}
@@ -333,7 +332,7 @@ def test_symbols_that_the_tokenizer_lacks_are_refused():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ids_that_are_not_allowed_are_never_produced(temperature):
-    """Whichever the model would say in their place."""
+    """Even if they are the most likely."""
     free = make("llama", PROMPTS, temperature=temperature)
     forbidden = sorted({token for row in free for token in row})
     made = make("llama", PROMPTS, temperature=temperature, tokenizer=words_of(-1, forbidden=forbidden))
@@ -341,7 +340,7 @@ def test_ids_that_are_not_allowed_are_never_produced(temperature):
     assert not {token for row in made for token in row} & set(forbidden)
 
 
-def test_rows_are_filtered_each_by_itself():
+def test_rows_are_filtered_independently():
     logits = jnp.log(jnp.asarray([PROBS, PROBS[::-1], [0.58, 0.14, 0.14, 0.14]], jnp.float32))
     seen = [set(), set(), set()]
     for seed in range(40):
@@ -354,7 +353,7 @@ def test_rows_are_filtered_each_by_itself():
     assert seen == [{1, 3}, {0, 2}, {0, 1}]
 
 
-def test_prompts_are_encoded_as_the_task_sees_them():
+def test_prompts_are_encoded_in_the_form_of_the_task():
     words = SimpleNamespace(
         bos_id=1, encode=lambda text: [ord(c) for c in text], role_ids={"user": 4, "assistant": 5}, end_of_turn_id=6
     )

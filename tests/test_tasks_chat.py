@@ -1,4 +1,4 @@
-"""lm/tasks/chat.py: what of a conversation is trained on, and what is kept of one that is longer than a row."""
+"""lm/tasks/chat.py: which tokens of a conversation are trained on, and which turns of a long one are kept."""
 
 import itertools
 import types
@@ -38,7 +38,7 @@ def ids_of(*turns):
 
 
 def run(*turns, seq_len=1000, words=TOK, **options):
-    """The rows of one conversation, and what was counted."""
+    """The rows of one conversation, and the counts."""
     counts = Counter()
     cfg = Config(task=toys.task("chat"), data=DataConfig(seq_len=seq_len, **options))
     record = {"messages": conversation(*turns), "source": "f:1"}
@@ -58,10 +58,10 @@ def trained_ids(row):
     return row.targets[row.loss_weights > 0].tolist()
 
 
-# What is trained on ---------------------------------------------------------------------------------------------------
+# Trained tokens -------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_assistant_says_and_its_end_of_turn_are_trained_on_and_nothing_else():
+def test_only_assistant_content_and_its_end_of_turn_are_trained_on():
     turns = [("system", "say"), ("user", "hello"), ("assistant", "two"), ("tool", "bye"), ("assistant", "now.")]
     (row,), counts = run(*turns)
     ids, trained = [], []
@@ -75,14 +75,14 @@ def test_what_the_assistant_says_and_its_end_of_turn_are_trained_on_and_nothing_
     assert counts == {}
 
 
-def test_a_message_of_weight_0_is_context_alone():
+def test_a_message_of_weight_0_is_only_context():
     turns = [("user", "say"), ("assistant", "hello", 0), ("user", "one"), ("assistant", "bye", 1)]
     (row,), counts = run(*turns)
     assert row.targets.tolist() == ids_of(*turns) and trained_ids(row) == [*TOK.encode("bye"), END] and counts == {}
     assert run(*turns[:2]) == ([], {"dropped_no_target": 1})
 
 
-def test_an_empty_answer_is_trained_to_end_and_turns_in_a_row_are_turns_of_their_own():
+def test_an_empty_answer_trains_its_end_and_consecutive_turns_stay_separate():
     turns = [("user", "say"), ("user", ""), ("assistant", ""), ("assistant", "two")]
     (row,), _ = run(*turns)
     assert row.targets.tolist() == ids_of(*turns)
@@ -95,11 +95,11 @@ def test_content_cannot_forge_a_turn():
     assert np.isin(row.targets, [USER]).sum() == 1
 
 
-def test_turns_after_the_last_answer_that_is_trained_on_are_left_out():
+def test_turns_after_the_last_trained_answer_are_dropped():
     turns = [("user", "say"), ("assistant", "two")]
     assert run(*turns)[0][0].tokens.tolist() == run(*turns, ("user", "bye"))[0][0].tokens.tolist()
     later = [("user", "bye " * 90), ("assistant", "one", 0)]
-    (row,), counts = run(*turns, *later, seq_len=20)  # what is left out takes no room
+    (row,), counts = run(*turns, *later, seq_len=20)  # dropped turns take no room
     assert row.targets.tolist() == ids_of(*turns) and counts == {}
 
 
@@ -108,7 +108,7 @@ def test_conversations_without_an_answer_are_dropped_and_counted():
         assert run(*turns, seq_len=20) == ([], {"dropped_no_target": 1})
 
 
-def test_the_result_of_a_tool_is_a_turn_of_the_user_in_tags():
+def test_a_tool_result_is_a_user_turn_in_tags():
     (row,), _ = run(("user", "say"), ("tool", "one"), ("assistant", "two"))
     result = [USER, *TOK.encode("<tool_response>\none\n</tool_response>"), END]
     assert row.targets.tolist() == [*ids_of(("user", "say")), *result, *ids_of(("assistant", "two"))]
@@ -124,7 +124,7 @@ def test_an_unknown_role_is_refused():
 LONG = "one two three 7, " * 9
 
 
-def test_the_oldest_turns_go_as_wholes_and_the_system_message_stays():
+def test_the_oldest_whole_turns_are_removed_and_the_system_message_stays():
     system, last = ("system", "say"), [("user", "two"), ("assistant", "bye")]
     turns = [system, ("user", "hello"), ("assistant", LONG), ("tool", "one"), ("assistant", "now"), *last]
     (row,), counts = run(*turns, seq_len=40)
@@ -143,7 +143,7 @@ def test_a_request_of_several_turns_is_kept_whole_or_not_at_all():
     assert row.targets.tolist() == ids_of(before[2], *turns) and counts == {"chats_shortened": 1, "answers_dropped": 1}
 
 
-def test_a_greeting_is_trained_on_where_nothing_is_cut_and_goes_first():
+def test_a_greeting_is_trained_on_if_nothing_is_cut_and_is_removed_first():
     turns = [("assistant", "hello"), ("user", "say"), ("assistant", "two"), ("user", "one"), ("assistant", "bye")]
     (row,), counts = run(*turns)
     assert row.targets.tolist() == ids_of(*turns) and row.loss_weights[1] == 1 and counts == {}
@@ -151,7 +151,7 @@ def test_a_greeting_is_trained_on_where_nothing_is_cut_and_goes_first():
     assert row.targets.tolist() == ids_of(*turns[1:]) and counts == {"chats_shortened": 1, "answers_dropped": 1}
 
 
-def test_an_answer_longer_than_a_row_is_trained_on_up_to_the_cut_without_an_end():
+def test_an_answer_longer_than_a_row_is_trained_on_up_to_the_cut_without_an_end_of_turn():
     system, last = ("system", "say"), [("user", "hello"), ("assistant", LONG)]
     before = ids_of(system, last[0])
     (row,), counts = run(system, ("user", "one"), ("assistant", "bye"), *last, seq_len=30)
@@ -174,7 +174,7 @@ def test_an_answer_whose_question_does_not_fit_is_not_trained_on():
     assert run(*system_alone, seq_len=30) == ([], {"dropped_long_prompt": 1})
 
 
-def test_drop_leaves_the_whole_conversation_out():
+def test_drop_removes_the_whole_conversation():
     turns = [("user", "hello"), ("assistant", LONG), ("user", "two"), ("assistant", "bye")]
     assert run(*turns, seq_len=40, overlong="drop") == ([], {"dropped_overlong": 1})
     (row,), counts = run(*turns, seq_len=len(ids_of(*turns)), overlong="drop")
@@ -196,7 +196,7 @@ def config(name, kind, **data):
     return Config(task=toys.task(name), model=ModelConfig(kind=kind), data=DataConfig(packing="pad", **data))
 
 
-def test_drop_turns_is_refused_where_there_are_no_turns():
+def test_drop_turns_is_refused_for_tasks_without_turns():
     with pytest.raises(ConfigError, match=r"'data.overlong' is drop_turns, .* task.name=translation; use auto"):
         checks.fit(config("translation", "encoder_decoder", overlong="drop_turns"))
     for overlong in ("auto", "drop_turns", "truncate", "drop"):
@@ -204,7 +204,7 @@ def test_drop_turns_is_refused_where_there_are_no_turns():
 
 
 def expected_start(turns, first, room):
-    """Where the kept turns begin behind the system turns: every suffix is tried. None = nowhere that fits."""
+    """Index of the first kept turn after the system turns, by trying every suffix."""
 
     def begins_with_its_request(start):
         asked = list(itertools.takewhile(lambda turn: turn[0] in ("system", "user"), turns[start:]))
@@ -226,7 +226,7 @@ messages = st.tuples(st.sampled_from(ROLES), texts, st.sampled_from((0, 1, 1)))
 
 
 @given(turns=st.lists(messages, max_size=9), seq_len=st.integers(1, 90))
-def test_a_row_is_system_and_a_suffix_that_begins_with_a_request(turns, seq_len):
+def test_a_row_is_the_system_turns_and_a_suffix_that_begins_with_a_request(turns, seq_len):
     turns = [(role, f"{text}{i}", weight) for i, (role, text, weight) in enumerate(turns)]
     is_trained = [role == "assistant" and weight == 1 for role, _, weight in turns]
     last = max((i for i, one in enumerate(is_trained) if one), default=-1)
@@ -239,7 +239,7 @@ def test_a_row_is_system_and_a_suffix_that_begins_with_a_request(turns, seq_len)
     start = expected_start(turns, first, seq_len)
     kept = [*range(first), *range(start, len(turns))]
     whole = ids_of(*(turns[i] for i in kept))
-    # Of each id of `whole`: a role's symbol is not trained on.
+    # Whether each id of `whole` is trained on: role symbols are not.
     trained = [t for i in kept for t in (False, *[is_trained[i]] * (len(ids_of(turns[i])) - 1))]
     if not any(trained[:seq_len]):
         assert (made, counts) == ([], {"dropped_long_prompt": 1})
@@ -266,7 +266,7 @@ def test_a_row_is_system_and_a_suffix_that_begins_with_a_request(turns, seq_len)
 # Prompts --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_how_its_conversation_begins():
+def test_a_prompt_equals_the_start_of_its_conversation():
     turns = ("system", "say"), ("user", "hello"), ("assistant", "two")
     (row,), _ = run(*turns)
     encoded = [chat.encode(message, TOK, "prompt") for message in conversation(*turns[:2])]
@@ -276,7 +276,7 @@ def test_a_prompt_is_how_its_conversation_begins():
     assert TASKS["chat"].prompt("hello", TOK) == chat.prompt_ids(encoded[1:], TOK)
 
 
-def test_a_prompt_loses_its_oldest_turns_and_never_a_part_of_one():
+def test_a_long_prompt_loses_its_oldest_turns_whole():
     turns = [("system", "say"), ("user", "hello"), ("assistant", LONG), ("user", "two")]
     encoded = [chat.encode(message, TOK, "prompt") for message in conversation(*turns)]
     room = len(ids_of(turns[0], turns[3])) + 2

@@ -1,4 +1,4 @@
-"""lm/tasks/classification.py: sentences and pairs as rows, cut as by hand, with the labels of the config."""
+"""lm/tasks/classification.py: rows of sentences and pairs, how they are cut, and their labels."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ TOK = tokenizer.train(TEXTS, 330, 100_000)
 
 
 def cut_by_hand(a, b, room):
-    """BERT's: as long as there is too much, the longer one loses its last id; of two as long, the second."""
+    """BERT's rule: until both fit, remove the last id of the longer one; of the second if they are equally long."""
     a, b = list(a), list(b)
     while len(a) + len(b) > room:
         (a if len(a) > len(b) else b).pop()
@@ -30,7 +30,7 @@ some_text = st.lists(st.sampled_from(["a film", " of", " plots", ",", "x", " goo
 
 
 @given(first=some_text, second=st.none() | some_text, seq_len=st.integers(3, 40))
-def test_a_pair_is_cut_as_by_hand(first, second, seq_len):
+def test_a_long_pair_is_cut_as_in_bert(first, second, seq_len):
     counts = Counter()
     made = encode_pair(first, second, TOK, seq_len, counts)
     whole_a, whole_b = TOK.encode(first), TOK.encode(second or "")
@@ -50,7 +50,7 @@ def rows(name, records, **options):
     return packing.pack(made, TASKS[name].columns(cfg), cfg.data)[0], counts
 
 
-def test_rows_have_the_place_of_their_label():
+def test_classification_rows_have_the_index_of_their_label():
     records = [{"text": "a film", "label": label, "source": "f:1"} for label in ("no", "yes", "maybe", "no")]
     records[1]["text_pair"] = "good ones"
     made, counts = rows("classification", records, labels=("maybe", "no", "yes"))
@@ -61,12 +61,12 @@ def test_rows_have_the_place_of_their_label():
     assert made["positions"][0].tolist() == [*range(lengths[0]), *[0] * (12 - lengths[0])]
 
 
-def test_rows_have_the_number_of_their_label():
+def test_regression_rows_have_the_value_of_their_label():
     records = [{"text": "a film", "label": label, "source": "f:1"} for label in ("0.25", "-3", "5e-1")]
     assert rows("regression", records)[0]["labels"].tolist() == [0.25, -3.0, 0.5]
 
 
-def test_a_wrong_label_is_named():
+def test_an_unknown_label_is_refused_with_the_record_named():
     record = {"text": "a film", "label": "Yes", "source": "f:7"}
     with pytest.raises(DataError, match=r"f:7: unknown label 'Yes' \(did you mean 'yes'\?\); task\.labels has no, yes"):
         rows("classification", [record], labels=("no", "yes"))

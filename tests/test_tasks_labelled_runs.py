@@ -1,4 +1,4 @@
-"""Tagging and span question answering end to end: what is reported is what the saved model does, row by row."""
+"""Tagging and span question answering end to end: reported scores equal those of the saved model, row by row."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ DRUGS, PLACES = ("aspirin", "selegiline", "naloxone"), ("Rome", "New Delhi", "Kr
 
 
 def write_sentences(path, count=60):
-    """Sentences of ten words and more, so that rows of 32 positions cut some; the tag of a word follows from it."""
+    """Sentences of ten or more words, so that rows of 32 positions split some; a word determines its tag."""
     rng = np.random.default_rng(0)
     lines = []
     for _ in range(count):
@@ -70,7 +70,7 @@ def run(tmp_path, data, **changes):
     apply = jax.jit(lambda row: model.apply(params, row).head[0])
 
     def head(columns):
-        """Of one row alone, so without anything that a batch could add."""
+        """Computed on a single row, independent of any batch."""
         real = np.arange(cfg.data.seq_len) < len(columns["tokens"])
         row = {key: np.resize(columns[key], real.shape) * real for key in ("tokens", "type_ids") if key in columns}
         row |= {"segment_ids": real.astype(np.int32), "positions": np.arange(len(real), dtype=np.int32) * real}
@@ -80,7 +80,7 @@ def run(tmp_path, data, **changes):
     return trained, valid, words, head, reported
 
 
-def test_tagging(tmp_path):
+def test_tagging_scores_of_a_run_match_the_saved_model_row_by_row(tmp_path):
     pytest.importorskip("seqeval")
     labels = ("O", "B-Drug", "I-Drug", "B-Place", "I-Place")
     rename = (("1", "token"), ("2", "tag"))
@@ -107,7 +107,7 @@ def test_tagging(tmp_path):
     assert reported["entity_f1"] > 0.9, "the tag follows from the word: this can be learnt"
 
 
-def test_span_qa(tmp_path):
+def test_span_qa_scores_of_a_run_match_the_saved_model_row_by_row(tmp_path):
     changes = {"data__format": "squad", "task__name": "span_qa", "model__pool": "mean"}
     data = write_questions(tmp_path / "a.json")
     cfg, valid, words, head, reported = run(tmp_path, data, **changes)
@@ -133,8 +133,8 @@ def test_span_qa(tmp_path):
     assert reported["f1"] > 0.2
 
 
-def test_padding_and_rows_that_fill_up_a_batch_count_nothing():
-    """Their labels are 0, as is all that fills up; a model that is right elsewhere must have loss 0."""
+def test_padding_tokens_and_padding_rows_have_no_loss():
+    """Padding has label 0, which is also a class; a model that is right elsewhere must have loss 0."""
     labels = np.array([[-1, 2, -1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], np.int32)
     logits = 1e3 * np.eye(3, dtype=np.float32)[np.where(labels > 0, labels, 2)]
     batch = {
@@ -150,7 +150,7 @@ def test_padding_and_rows_that_fill_up_a_batch_count_nothing():
 
 @pytest.mark.parametrize("task", ["tagging", "span_qa"])
 @pytest.mark.parametrize("name", ["delete", "swap", "cutoff"])
-def test_tokens_do_not_move_away_from_their_labels(task, name):
+def test_augmentation_that_moves_tokens_away_from_their_labels_is_refused(task, name):
     labels = ("a", "b")
     c = default_config(task)
     c.data.format, c.data.path, c.train.total_steps, c.model.kind = "jsonl", "x", 1, "encoder"
@@ -167,7 +167,7 @@ def test_tokens_do_not_move_away_from_their_labels(task, name):
     checks.fit(build_config(c))
 
 
-def test_entities_are_scored_of_bio_tags_alone():
+def test_entities_are_scored_only_for_bio_tags():
     names = TASKS["tagging"].score_names
     assert names(Config(task=toys.task("tagging", labels=("NOUN", "VERB")))) == ("token_accuracy",)
     assert "entity_f1" in names(Config(task=toys.task("tagging", labels=("O", "B-X", "I-X"))))

@@ -1,5 +1,4 @@
-"""What of a text is trained on, position by position, with and without a prefix; what of any record is cut or dropped
-and counted."""
+"""Rows of texts: trained positions with and without a prefix, and counts of split or dropped records."""
 
 import types
 from collections import Counter
@@ -43,7 +42,7 @@ def conversation(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def test_text_is_shifted_once_and_learns_its_end():
+def test_text_is_shifted_once_and_its_end_is_trained_on():
     (example,), counts = run([{"text": "hello <s> two"}], task="causal_lm")
     ids = TOK.encode("hello <s> two")
     assert example.tokens.tolist() == [BOS, *ids]
@@ -52,7 +51,7 @@ def test_text_is_shifted_once_and_learns_its_end():
     assert counts == {}
 
 
-def test_long_text_goes_on_in_pieces_and_loses_nothing():
+def test_long_text_is_split_into_pieces_without_loss():
     text = "one two three 5, " * 20
     whole = [BOS, *TOK.encode(text), EOS]
     pieces, counts = run([{"text": text}, {"text": "bye"}], task="causal_lm", seq_len=7)
@@ -80,7 +79,7 @@ def test_wrong_records_are_named():
         run([conversation(("robot", "hello"))])
 
 
-def test_texts_are_all_that_a_tokenizer_may_learn_from():
+def test_a_tokenizer_is_trained_on_the_texts_only():
     assert list(TASKS["causal_lm"].texts({"text": "one", "source": "f"})) == ["one"]
     assert list(TASKS["chat"].texts(conversation(("user", "two"), ("assistant", "three")))) == ["two", "three"]
     pair = {"text": "one", "text_pair": "two", "label": "no"}
@@ -88,7 +87,7 @@ def test_texts_are_all_that_a_tokenizer_may_learn_from():
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_threads_change_neither_examples_nor_their_order_nor_counts(threads):
+def test_threads_change_neither_examples_nor_order_nor_counts(threads):
     cfg = Config(data=DataConfig(seq_len=16))
     records = [{"text": f"one two three {i} " * (i % 9), "source": f"f:{i}"} for i in range(200)]
     counts = [Counter(), Counter()]
@@ -119,7 +118,7 @@ def test_a_prefix_is_the_start_of_each_segment(lengths, seed):
         shown = int(out["is_prefix"][of_segment].sum())
         assert 1 <= shown <= length
         np.testing.assert_array_equal(out["is_prefix"][of_segment], np.arange(length) < shown)
-        # The target of position i is the token at i + 1: weighted unless the prefix shows it.
+        # The target of position i is the token at i + 1: weighted unless it is inside the prefix.
         np.testing.assert_array_equal(out["loss_weights"][of_segment], np.arange(length) + 1 >= shown)
     padding = row["segment_ids"] == 0
     assert not out["is_prefix"][padding].any()
@@ -127,7 +126,7 @@ def test_a_prefix_is_the_start_of_each_segment(lengths, seed):
     assert (out["is_prefix"].dtype, out["loss_weights"].dtype) == (np.int32, np.float32)
 
 
-def test_every_prefix_length_is_as_likely():
+def test_prefix_lengths_are_uniform():
     row = packed([4], 5, 0) | {"loss_weights": np.ones(5, np.float32)}
     rng = np.random.default_rng(0)
     shown = [language_modelling.prefix(row, rng, TOK, PREFIX_CONFIG)["is_prefix"].sum() for _ in range(4000)]

@@ -1,5 +1,5 @@
-"""Masked language modelling: what is hidden of a row is what the papers say, and never padding or a control symbol;
-pairs of neighbouring sentences, from documents to the loss on them."""
+"""Masked language modelling: masking follows the papers and never hides padding or control symbols; sentence pairs,
+from documents to the loss."""
 
 from collections import Counter
 from pathlib import Path
@@ -39,7 +39,7 @@ def config(name: str = "masked_lm", seq_len: int = 32, extra_ids: int = 1, **opt
         (config("masked_lm_pairs", seq_len=4), "'data.seq_len'"),
     ],
 )
-def test_what_cannot_work_is_refused_before_data_is_read(cfg, message):
+def test_invalid_configs_are_refused_before_data_is_read(cfg, message):
     with pytest.raises(ConfigError, match=message):
         TASKS[cfg.task.name].check(cfg)
 
@@ -48,7 +48,7 @@ def test_what_cannot_work_is_refused_before_data_is_read(cfg, message):
 
 
 @given(document_lengths(32), st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.15, 0.5, 0.9]))
-def test_masks_so_many_ordinary_tokens_and_nothing_else(lengths, seed, rate):
+def test_masks_the_given_share_of_ordinary_tokens_and_nothing_else(lengths, seed, rate):
     row = packed(lengths, 32, seed)
     out = masked_lm.mask_tokens(row, np.random.default_rng(seed), TOKENIZER, config(mask_rate=rate))
     ordinary = sum(4 <= token < TOKENIZER.mask_id for token in row["tokens"][: sum(lengths)])
@@ -64,23 +64,23 @@ def test_masks_so_many_ordinary_tokens_and_nothing_else(lengths, seed, rate):
         assert out[key] is row[key]
 
 
-def test_eight_of_ten_are_masked_one_is_random_one_stays():
+def test_of_chosen_tokens_80_percent_are_masked_10_random_10_kept():
     row = packed([20_000], 20_000, 0)
     out = masked_lm.mask_tokens(row, np.random.default_rng(0), TOKENIZER, config(mask_rate=0.5))
     chosen = out["loss_weights"] == 1
     hidden, original = out["tokens"][chosen], out["targets"][chosen]
     masked = (hidden == TOKENIZER.mask_id).mean()
     changed = ((hidden != TOKENIZER.mask_id) & (hidden != original)).mean()
-    other = 1 - 1 / len(WORDS)  # a random id is the old one by chance
+    other = 1 - 1 / len(WORDS)  # a random id may equal the old one
     np.testing.assert_allclose([masked, changed], [0.8, 0.1 * other], atol=0.01)
     drawn = hidden[(hidden != TOKENIZER.mask_id) & (hidden != original)]
     np.testing.assert_allclose(np.bincount(drawn - 4) / len(drawn), 1 / len(WORDS), atol=0.03)
-    where = np.flatnonzero(chosen)  # every place is as likely
+    where = np.flatnonzero(chosen)  # positions are uniform
     np.testing.assert_allclose(np.histogram(where, 10)[0] / len(where), 0.1, atol=0.01)
 
 
 def words_of(row: Row) -> list[list[int]]:
-    """Places of the pieces of each word, by a plain loop."""
+    """Positions of the pieces of each word, by a plain loop."""
     words: list[list[int]] = []
     for at, token in enumerate(row["tokens"]):
         piece = TOKENIZER.piece(int(token))
@@ -110,8 +110,8 @@ def test_a_word_is_masked_whole_or_not_at_all(lengths, seed):
 
 @pytest.mark.parametrize("whole_words", [False, True])
 @pytest.mark.parametrize("task", ["masked_lm", "masked_lm_pairs"])
-def test_no_row_has_more_predicted_tokens_than_said(task, whole_words):
-    """Also where one word is longer than that: its first pieces are hidden."""
+def test_no_row_exceeds_most_predicted(task, whole_words):
+    """Even if a single word is longer than that: then only its first pieces are hidden."""
     cfg = config(task, seq_len=64, mask_rate=0.15, whole_words=whole_words)
     row = packed([64], 64, 0)
     row["tokens"][1:] = 4 + WORDS.index("mat")  # 63 pieces, one word
@@ -120,7 +120,7 @@ def test_no_row_has_more_predicted_tokens_than_said(task, whole_words):
     assert not whole_words or np.flatnonzero(out["loss_weights"]).tolist() == list(range(1, 11))
 
 
-def test_a_word_goes_on_until_a_space_a_line_or_a_document():
+def test_a_word_ends_at_a_space_a_line_or_a_document_boundary():
     ids = {piece: 4 + i for i, piece in enumerate(WORDS)}
     pieces = ["\u2581sat", "s", "<0xC3>", "\u2581", "mat", "<0x0A>", "ing", ".", "\u2581on"]
     tokens = np.array([1, *(ids[piece] for piece in pieces), ids["s"]])
@@ -132,7 +132,7 @@ def test_a_word_goes_on_until_a_space_a_line_or_a_document():
     assert sorted({tuple(np.flatnonzero(weights).tolist()) for weights in drawn}) == list(map(tuple, expected))
 
 
-def test_what_is_chosen_depends_on_the_generator_alone():
+def test_masking_is_a_function_of_the_generator_alone():
     row = packed([30], 32, 0)
     first, again, other = (
         masked_lm.mask_tokens(row, np.random.default_rng(seed), TOKENIZER, config()) for seed in (3, 3, 4)
@@ -156,7 +156,7 @@ def pair(first: list[int], second: list[int], document: int, length: int = 64) -
 
 
 def parts(out: Row) -> tuple[list[int], list[int]]:
-    """A and B of [CLS] A [SEP] B [SEP], with everything around them checked."""
+    """A and B of [CLS] A [SEP] B [SEP]; checks the special tokens, types and positions."""
     ids = out["tokens"][out["segment_ids"] > 0].tolist()
     middle = ids.index(2)
     assert (ids[0], ids[-1], ids.count(2)) == (1, 2, 2)
@@ -167,7 +167,7 @@ def parts(out: Row) -> tuple[list[int], list[int]]:
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1), st.booleans())
-def test_b_follows_a_or_is_another_document_lengths(a, b, c, seed, same_document):
+def test_b_follows_a_or_is_from_another_document(a, b, c, seed, same_document):
     first, second, third = [5] * a, [6] * b, [7] * c
     other = pair([8], third, 4 if same_document else 5)
     row = pair(first, second, 4) | {f"other_{key}": column for key, column in other.items()}
@@ -176,7 +176,7 @@ def test_b_follows_a_or_is_another_document_lengths(a, b, c, seed, same_document
     assert set(out) == {"tokens", "segment_ids", "positions", "type_ids", "labels"}
     partner = third if out["labels"] else second
     assert not (same_document and out["labels"])
-    # BERT's truncate_seq_pair: what is longer loses a token until both fit.
+    # BERT's truncate_seq_pair: the longer one loses a token until both fit.
     lengths = [a, len(partner)]
     while sum(lengths) > 21:
         lengths[int(lengths[1] >= lengths[0])] -= 1
@@ -192,7 +192,7 @@ def test_order_swaps_a_and_b(seed):
 
 
 @pytest.mark.parametrize("pairs", ["next", "order"])
-def test_half_of_the_pairs_are_spoilt(pairs):
+def test_half_of_the_pairs_are_corrupted(pairs):
     row = pair([5], [6], 4) | {f"other_{key}": column for key, column in pair([7], [8], 5).items()}
     rng, cfg = np.random.default_rng(0), config("masked_lm_pairs", 24, pairs=pairs)
     labels = [masked_lm.masked_pairs(row, rng, TOKENIZER, cfg)["labels"] for _ in range(1000)]
@@ -220,7 +220,7 @@ def squeezed(text):
 
 
 @given(parts=st.lists(st.sampled_from(SENTENCES), max_size=30), seq_len=st.integers(5, 40))
-def test_pairs_are_the_document_in_order_split_near_its_middle(words, parts, seq_len):
+def test_pairs_cover_the_document_in_order_and_split_near_the_middle(words, parts, seq_len):
     counts = Counter[str]()
     record = {"text": "".join(f" {part}" for part in parts), "source": "x:1"}
     found = masked_lm.neighbours(record, words, settings(data__seq_len=seq_len), counts)
@@ -234,7 +234,7 @@ def test_pairs_are_the_document_in_order_split_near_its_middle(words, parts, seq
         assert squeezed(words.decode(row["tokens"])) in squeezed(record["text"])
         first = words.decode(row["tokens"][row["type_ids"] == 0])
         assert first.rstrip(" ")[-1] in ".?!\n"
-        # No other end of a sentence is nearer to the middle.
+        # No other end of a sentence is closer to the middle.
         middle, total = int((row["type_ids"] == 0).sum()), len(row["tokens"])
         sentences = masked_lm._BETWEEN_SENTENCES.split(record["text"])
         ends = np.cumsum([len(words.encode(s if s[:1].isspace() else f" {s}")) for s in sentences])
@@ -245,7 +245,7 @@ def test_pairs_are_the_document_in_order_split_near_its_middle(words, parts, seq
             assert abs(2 * middle - total) == min(abs(2 * end - total) for end in inside)
 
 
-def test_every_stretch_begins_with_white_space_so_that_none_tells_its_place(words):
+def test_every_segment_begins_with_white_space_so_that_none_reveals_its_position(words):
     record = {"text": f"{SENTENCES[0]} {SENTENCES[1]}", "source": "x:1"}
     (example,) = masked_lm.neighbours(record, words, settings(data__seq_len=64), Counter())
     tokens, types = example.columns["tokens"], example.columns["type_ids"]
@@ -267,7 +267,7 @@ def batches(cfg, words, count):
 
 
 def halves(batch, row):
-    tokens = batch["targets"][row][batch["segment_ids"][row] > 0]  # before anything was hidden
+    tokens = batch["targets"][row][batch["segment_ids"][row] > 0]  # before masking
     types = batch["type_ids"][row][batch["segment_ids"][row] > 0]
     return tuple(tokens[types == 0][1:-1]), tuple(tokens[types == 1][:-1])
 
@@ -279,7 +279,7 @@ def test_the_label_says_whether_b_follows_a_in_the_document(words, pairs):
     rows, true = data.train.rows, set()
     for tokens, types, real in zip(rows["tokens"], rows["type_ids"], rows["segment_ids"] > 0, strict=True):
         true.add((tuple(tokens[real & (types == 0)]), tuple(tokens[real & (types == 1)])))
-    labels, spoilt = [], set()
+    labels, corrupted = [], set()
     for batch in made:
         for row in range(8):
             first, second = halves(batch, row)
@@ -288,8 +288,8 @@ def test_the_label_says_whether_b_follows_a_in_the_document(words, pairs):
             labels.append(batch["labels"][row])
             if pairs == "next" and batch["labels"][row]:  # B of another pair, whose end may be cut
                 assert any(b[: len(second)] == second for _, b in true)
-                spoilt.add(second)
-    assert pairs == "order" or len(spoilt) > 8, "any other row is as good"
+                corrupted.add(second)
+    assert pairs == "order" or len(corrupted) > 8, "any other row is as good"
     assert 0.3 < np.mean(labels) < 0.7
     again = list(loader.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
     twice = list(loader.eval_batches(data.valid, batch_size=4, local_rows=np.arange(4), max_tokens=0, seq_len=64))
@@ -297,11 +297,11 @@ def test_the_label_says_whether_b_follows_a_in_the_document(words, pairs):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_the_loss_is_that_of_the_tokens_and_of_the_pairs(words, tmp_path):
-    """Every hidden token counts the label of its row once: computed by hand from the logits."""
+def test_the_loss_is_the_sum_of_the_token_and_the_pair_loss(words, tmp_path):
+    """The label counts once for every hidden token of its row; computed by hand from the logits."""
     cfg = run_lib.plan(settings(model__num_layers=1, model__dropout=0.0, data__seq_len=48), tmp_path).cfg
     _, [batch] = batches(cfg, words, 1)
-    batch["loss_weights"][2] = 0  # a row that only fills up
+    batch["loss_weights"][2] = 0  # a padding row
     model = program.make_model(cfg, np.float32)
     params = model.init(jax.random.key(0))
     loss = jax.jit(TASKS[cfg.task.name].loss(model.apply, cfg, words))

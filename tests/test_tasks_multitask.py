@@ -1,4 +1,4 @@
-"""Several tasks in one batch, a head each: every row by its own task's loss, against float64 and the tasks alone."""
+"""Several tasks in one batch, each with its own head columns, against float64 and against each task alone."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def make_config(**loss) -> Config:
     return dataclasses.replace(cfg, task=task, data=data, loss=dataclasses.replace(cfg.loss, **loss))
 
 
-def test_labels_say_which_tasks_there_are():
+def test_labels_define_the_tasks():
     assert multitask.parts(LABELS) == PARTS
     assert TASKS["multitask"].head(make_config()).size == 6
 
@@ -55,7 +55,7 @@ def test_labels_say_which_tasks_there_are():
         (("a/0", "a/1", "b/", "a/2", "a/3"), "the labels of task 'a' must be adjacent"),
     ],
 )
-def test_labels_that_say_no_tasks_are_refused(labels, says):
+def test_malformed_labels_are_refused(labels, says):
     with pytest.raises(ConfigError) as error:
         multitask.parts(labels)
     assert says in str(error.value) and "'task.labels'" in str(error.value)
@@ -73,7 +73,7 @@ def made(label: str):
     ("label", "part", "value"),
     [("mood/good", 0, 1), ("mood/so", 0, 2), ("right/0", 2, 0), ("alike/3.8", 1, 3.8), ("alike/-1", 1, -1)],
 )
-def test_a_record_has_its_task_and_the_place_of_its_label_in_it(label, part, value):
+def test_an_example_has_its_task_and_the_index_of_its_label_within_it(label, part, value):
     columns, counts = made(label)
     assert (columns["part"], columns["labels"]) == (part, np.float32(value))
     assert counts[PARTS[part].name] == 1
@@ -90,13 +90,13 @@ def test_a_record_has_its_task_and_the_place_of_its_label_in_it(label, part, val
         ("alike/good", "f:7: label 'alike/good'; expected a finite number"),
     ],
 )
-def test_a_label_of_no_task_is_named(label, says):
+def test_a_label_of_no_task_is_refused_with_the_record_named(label, says):
     with pytest.raises(DataError, match=says):
         made(label)
 
 
 def batch(rows: int = 16) -> dict[str, np.ndarray]:
-    """Rows of all tasks; the last one only fills the batch up."""
+    """Rows of all tasks; the last one is padding."""
     rng = np.random.default_rng(0)
     part = rng.permutation(np.arange(rows) % 3).astype(np.int32)
     classes = np.array([3, 1, 2])[part]
@@ -140,7 +140,7 @@ def reference(logits: np.ndarray, rows: dict[str, np.ndarray], eps: float):
 
 
 @pytest.mark.parametrize(("devices", "eps"), [(1, 0.1), (8, 0.0)])
-def test_each_row_counts_by_its_own_tasks_loss(devices, eps):
+def test_each_row_has_the_loss_of_its_own_task(devices, eps):
     fns, params = model()
     rows = batch()
     logits = jax.device_get(fns.apply(params, rows).head).astype(np.float64)
@@ -158,7 +158,7 @@ def test_each_row_counts_by_its_own_tasks_loss(devices, eps):
     assert set(terms.metrics) == {"mood_loss", "mood_accuracy", "alike_loss", "right_loss", "right_accuracy"}
 
 
-def test_a_task_moves_its_own_columns_of_the_head_alone():
+def test_a_task_has_gradients_only_in_its_own_columns_of_the_head():
     fns, params = model()
     rows = batch()
     loss_fn = multitask.multitask_loss(fns.apply, make_config(label_smoothing=0.1), None)
@@ -169,10 +169,10 @@ def test_a_task_moves_its_own_columns_of_the_head_alone():
         assert np.flatnonzero(moved).tolist() == list(range(part.first, part.first + max(1, len(part.classes))))
 
 
-def test_parts_of_a_batch_that_mix_tasks_unevenly_add_up_to_the_whole():
+def test_micro_batches_that_mix_tasks_unevenly_add_up_to_the_batch():
     fns, params = model()
     rows = batch()
-    by_task = {key: x[np.argsort(rows["part"])] for key, x in rows.items()}  # so that parts lack tasks
+    by_task = {key: x[np.argsort(rows["part"])] for key, x in rows.items()}  # so that micro-batches lack tasks
     loss_fn = multitask.multitask_loss(fns.apply, make_config(), None)
     run = jax.jit(lambda p, b: loss_fn(p, b, None)._replace(outputs={}))
     whole = run(params, rows)
@@ -183,7 +183,7 @@ def test_parts_of_a_batch_that_mix_tasks_unevenly_add_up_to_the_whole():
         np.testing.assert_allclose(one, other, rtol=2e-6)
 
 
-def test_scores_are_those_of_each_task_alone():
+def test_scores_equal_those_of_each_task_alone():
     rng = np.random.default_rng(0)
     part = np.arange(90) % 3
     label = np.where(part == 1, rng.normal(size=90), rng.integers(0, np.array([3, 1, 2])[part])).astype(np.float32)
@@ -206,7 +206,7 @@ def test_scores_are_those_of_each_task_alone():
     assert set(alone) == {"mood_f1", "mood_matthews", "mean_score"} and alone["mean_score"] == accuracies[0]
 
 
-def test_recipes_are_mixed_and_a_run_learns_them_together(tmp_path, monkeypatch):
+def test_recipes_are_mixed_and_learnt_in_one_run(tmp_path, monkeypatch):
     def recipe(name: str, labels: tuple[str, ...]):
         lines = []
         for n in range(40):

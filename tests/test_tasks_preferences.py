@@ -1,5 +1,4 @@
-"""Preference pairs: rows as by hand, the loss and its gradient against float64, the reference that does not move, and
-runs that learn."""
+"""Preference pairs: rows made by hand, the loss and its gradient against float64, a fixed reference, and runs."""
 
 import dataclasses
 import functools
@@ -42,7 +41,7 @@ def make_config(seq_len=96, overlong="drop_turns", **options):
 
 
 def make(seq_len=96, prompt=(ASK,), chosen=(GOOD,), rejected=(BAD,), overlong="drop_turns"):
-    """The columns of a pair, or None, and what was counted."""
+    """The columns of a pair, or None, and the counts."""
     record = {"prompt": [*prompt], "chosen": [*chosen], "rejected": [*rejected], "source": "f:1"}
     counts = Counter()
     found = TASK.examples(record, TOK, make_config(seq_len, overlong), counts)
@@ -57,7 +56,7 @@ def ids_of(*messages):
 
 
 def assert_view(row, view, whole, trained):
-    """A view holds `whole`, of which the ids `trained` at the end are trained on."""
+    """Checks that a view holds the ids `whole` and that only the `trained` ids at its end are trained on."""
     n = len(whole) - 1
     padding = row["tokens"].shape[1] - n
     assert row["tokens"][view].tolist() == whole[:-1] + [0] * padding
@@ -67,7 +66,7 @@ def assert_view(row, view, whole, trained):
     assert row["positions"][view].tolist() == [*range(n), *[0] * padding]
 
 
-def test_a_row_is_the_chat_with_each_answer_and_answers_alone_are_trained_on():
+def test_a_row_is_the_chat_with_each_answer_and_only_answers_are_trained_on():
     earlier = {"role": "assistant", "content": "It is it."}
     row, counts = make(prompt=[SYSTEM, ASK, earlier, ASK])
     for view, answer in enumerate((GOOD, BAD)):
@@ -76,7 +75,7 @@ def test_a_row_is_the_chat_with_each_answer_and_answers_alone_are_trained_on():
     assert counts == {}
 
 
-def test_an_answer_of_several_messages_has_those_of_others_in_between():
+def test_an_answer_of_several_messages_keeps_other_roles_messages_in_between():
     row, _ = make(chosen=[GOOD, ASK, GOOD, ASK], rejected=[BAD])
     trained = row["targets"][0][row["loss_weights"][0] > 0].tolist()
     assert trained == [*TOK.encode(GOOD["content"]), TOK.end_of_turn_id] * 2
@@ -93,14 +92,14 @@ def test_both_answers_keep_the_same_part_of_a_long_prompt():
     assert counts == {"prompts_shortened": 1}
 
 
-def test_what_is_longer_than_a_row_is_cut_dropped_or_truncated_and_counted():
+def test_long_pairs_are_cut_dropped_or_truncated_and_counted():
     whole = len(ids_of(ASK, BAD)) - 1
     row, counts = make(whole - 2)
     assert counts == {"answers_cut": 1}
     assert row["loss_weights"][1].sum() == len(TOK.encode(BAD["content"])) - 1 and row["segment_ids"][1].all()
     prompt = len(ids_of(ASK)) - 1
     assert make(prompt) == (None, {"dropped_long_prompt": 1})
-    assert make(prompt + 1) == (None, {"dropped_long_prompt": 1})  # room for the role's symbol alone
+    assert make(prompt + 1) == (None, {"dropped_long_prompt": 1})  # room only for the role symbol
     assert make(prompt + 2)[1] == {"answers_cut": 1}
     assert make(whole - 1, overlong="drop") == (None, {"dropped_overlong": 1})
     assert make(whole, overlong="drop")[1] == {}
@@ -109,7 +108,7 @@ def test_what_is_longer_than_a_row_is_cut_dropped_or_truncated_and_counted():
     assert row["tokens"][1].tolist() == ids_of(SYSTEM, ASK, BAD)[: whole + 3]
 
 
-def test_answers_that_are_equal_or_have_nothing_to_train_on_are_dropped_and_counted():
+def test_pairs_of_equal_answers_or_without_a_trained_token_are_dropped_and_counted():
     assert make(rejected=[GOOD]) == (None, {"dropped_equal_answers": 1})
     assert make(rejected=[GOOD, ASK]) == (None, {"dropped_equal_answers": 1})
     start = {"role": "assistant", "content": GOOD["content"] + " " + GOOD["content"]}
@@ -118,7 +117,7 @@ def test_answers_that_are_equal_or_have_nothing_to_train_on_are_dropped_and_coun
 
 
 def write_pairs(path, rows=60, equal=()):
-    """Questions of which the chosen answer is right; that of the rows `equal` is also the rejected one."""
+    """Questions whose chosen answer is right; in the rows `equal` the rejected answer is the same."""
     pairs = [
         {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"It is {n}." if n in equal else "So be it."}
         for n in range(rows)
@@ -136,7 +135,7 @@ def data_of(path):
     )
 
 
-def test_a_set_without_a_pair_that_differs_is_refused(tmp_path):
+def test_data_in_which_all_pairs_are_equal_is_refused(tmp_path):
     report = data_of(write_pairs(tmp_path / "a.jsonl", equal=range(0, 60, 2))).report
     assert sum(part["dropped_equal_answers"] for part in report.values()) == 30
     assert sum(part["examples"] for part in report.values()) == 30
@@ -161,7 +160,7 @@ def test_a_set_without_a_pair_that_differs_is_refused(tmp_path):
         ),
     ],
 )
-def test_options_that_do_not_fit_are_refused(tmp_path, changes, says):
+def test_invalid_options_are_refused(tmp_path, changes, says):
     cfg = toys.recipe(tmp_path / "a.jsonl", **{"task__name": "preferences", "data__packing": "pad"} | changes)
     with pytest.raises(ConfigError, match=says):
         run_lib.plan(cfg, None)
@@ -175,7 +174,7 @@ WORDS = SimpleNamespace(vocab_size=toys.VOCAB)
 
 @functools.cache
 def batch():
-    """Pairs of very uneven length; row 3 does not count, and what it holds could not be computed with."""
+    """Pairs of very uneven length; row 3 has weight 0 and content that would break the loss."""
     found = {key: x.reshape(ROWS, 2, SEQ_LEN) for key, x in toys.batch(2 * ROWS, SEQ_LEN).items() if x.ndim > 1}
     found["targets"][3] = 10**6
     weights = np.ones(ROWS, np.float32)
@@ -204,7 +203,7 @@ def loss_fn(style, adapter=AdapterConfig(), **options):  # noqa: B008
 
 @functools.cache
 def log_likelihoods(style, moved):
-    """float64 [rows, 2], and the gradient of each of them: the reference's loss of one conversation is minus it."""
+    """float64 [rows, 2], and the gradient of each: minus the reference implementation's loss of one conversation."""
     cfg, _, now, start = model(style)
     values, grads = np.zeros((ROWS, 2)), {}
     for row, view in [(r, v) for r in range(ROWS) if r != 3 for v in (0, 1)]:
@@ -238,8 +237,8 @@ def expected(style, flip_rate=0.0):
 
 
 @pytest.mark.parametrize(("style", "flip_rate"), [("gpt2", 0.0), ("llama", 0.0), ("llama", 0.2)])
-def test_the_loss_and_its_gradient_are_the_papers(style, flip_rate):
-    """Equation 7 of Rafailov et al. 2023 in float64, its gradient by hand, on a row of weight 0 beside the others."""
+def test_the_loss_and_its_gradient_match_the_paper(style, flip_rate):
+    """Equation 7 of Rafailov et al. 2023 in float64, with its gradient by hand; one of the rows has weight 0."""
     _, _, now, start = model(style)
     total, weight, grads, metrics = expected(style, flip_rate)
     one = jax.jit(lambda p: loss_fn(style, flip_rate=flip_rate)(p, batch(), None, start))
@@ -263,7 +262,7 @@ def test_the_loss_and_its_gradient_are_the_papers(style, flip_rate):
     ],
 )
 def test_a_step_is_the_same_on_many_devices_and_in_micro_batches(mesh_cfg, devices, micro_batches):
-    """Each against the float64 reference, as is the gradient, from parameters that have left the start."""
+    """Metrics and gradient against the float64 reference, with parameters that differ from the start."""
     total, weight, grads, metrics = expected("llama")
     _, _, now, start = model("llama")
     optimizer = test_step.gradient_as_parameters(now)
@@ -283,8 +282,8 @@ def test_a_step_is_the_same_on_many_devices_and_in_micro_batches(mesh_cfg, devic
 
 
 @pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig("lora", rank=2), AdapterConfig("pfeiffer", rank=2)])
-def test_a_model_that_has_not_moved_has_the_loss_log_2_exactly(adapter):
-    """And no pair is right; the gradient is not 0, but for that of the parameters at the start."""
+def test_at_the_start_the_loss_is_exactly_log_2(adapter):
+    """Accuracy is 0; the policy has a gradient, the reference has none."""
     _, _, _, start = model("gpt2", adapter)
     one = jax.jit(lambda now, start, rows: loss_fn("gpt2", adapter)(now, rows, None, start))
     terms = one(start, start, batch())
@@ -295,7 +294,7 @@ def test_a_model_that_has_not_moved_has_the_loss_log_2_exactly(adapter):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(of_start))
 
 
-def test_dropout_is_of_the_policy_alone():
+def test_dropout_applies_to_the_policy_but_not_to_the_reference():
     cfg = dataclasses.replace(model("gpt2")[0], dropout=0.3)
     fns, start = transformer.text_model(cfg, jnp.float32), model("gpt2")[3]
     seen = []
@@ -357,8 +356,8 @@ def test_a_run_learns_to_prefer(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
-def test_the_reference_is_the_run_it_came_from_and_what_is_frozen_is_held_once(tmp_path, changes):
-    """Bit for bit after all steps. Of LoRA's run the state keeps LoRA's matrices alone beside the parameters."""
+def test_the_reference_stays_equal_to_the_initial_run_and_frozen_parameters_are_stored_once(tmp_path, changes):
+    """Bitwise after all steps. With LoRA the state keeps only copies of LoRA's matrices."""
     base = recipe(tmp_path, train__total_steps=2)
     train.train(base, tmp_path / "base")
     rules = ((r".*/lora_.*", "reinit"), (r".*", "keep"))[0 if changes else 1 :]
@@ -380,7 +379,7 @@ def test_the_reference_is_the_run_it_came_from_and_what_is_frozen_is_held_once(t
         assert not path.endswith("lora_b") or not kept[path].any()
 
 
-def test_a_resumed_run_keeps_its_reference_and_is_the_uninterrupted_one(tmp_path):
+def test_a_resumed_run_keeps_its_reference_and_equals_the_uninterrupted_one(tmp_path):
     cfg = recipe(tmp_path, checkpoint__every_steps=4, train__total_steps=8)
     train.train(cfg, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")

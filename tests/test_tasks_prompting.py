@@ -1,4 +1,4 @@
-"""Prompted sentences: rows as by hand, shots in balance, templates refused; and the choice of the likeliest word."""
+"""Prompting: rows made by hand, balanced shots, refused templates, and the choice of the likeliest word."""
 
 import dataclasses
 import itertools
@@ -77,7 +77,7 @@ def test_a_row_is_the_template_filled_in_for_each_label(template, stem, words):
         assert row["targets"][1][: len(whole)].tolist() == whole
 
 
-def test_each_template_is_used_and_a_record_always_has_the_same():
+def test_all_templates_are_used_and_a_record_always_gets_the_same_one():
     cfg = make_config()
     used = Counter()
     for record in records(40):
@@ -124,7 +124,7 @@ def test_only_held_out_rows_have_shots():
     assert filled[1] > 2 * filled[0]
 
 
-def test_a_long_prompt_loses_its_left_end_alike_for_all_words():
+def test_a_long_prompt_is_cut_at_the_left_equally_for_all_words():
     record = records(1)[0]
     whole = spelled(make(record, make_config(TEMPLATES[:1]))[0])
     row, counts = make(record, make_config(TEMPLATES[:1], seq_len=12))
@@ -165,7 +165,7 @@ def test_templates_that_cannot_be_filled_in_are_refused(changes, message):
         prompting.check(make_config(**changes))
 
 
-def test_records_that_do_not_fit_are_named():
+def test_invalid_records_are_refused_by_name():
     cfg = make_config(("{text} {text_pair} {label}",))
     with pytest.raises(
         DataError, match=r"f:0: a template of task\.templates has \{text_pair\}, which the record lacks"
@@ -179,7 +179,7 @@ def test_records_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize(("chunk_len", "softcap"), [(0, 0.0), (3, 5.0)])
-def test_log_likelihoods_are_those_of_float64(chunk_len, softcap):
+def test_log_likelihoods_match_float64(chunk_len, softcap):
     rng = np.random.default_rng(0)
     B, L, D, V, vocab = 3, 7, 5, 16, 11
     hidden, unembed = rng.normal(size=(B, L, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
@@ -199,8 +199,8 @@ def test_log_likelihoods_are_those_of_float64(chunk_len, softcap):
     assert all(np.isfinite(grad).all() for grad in grads) and not np.asarray(grads[0])[weights == 0].any()
 
 
-def test_the_prediction_is_the_word_the_model_finds_likeliest():
-    """Against one forward pass for each row and label, without a batch."""
+def test_the_prediction_is_the_likeliest_word():
+    """Against a separate forward pass for each row and label."""
     cfg = make_config(seq_len=64)
     model_cfg, model, params = toys.decoder(dataclasses.replace(toys.GPT2, num_layers=1), 64)
     rows = [make(record, cfg)[0] for record in records(5)]

@@ -1,4 +1,4 @@
-"""Next-item recommendation: what is held out, what is hidden, the loss and the ranks of held-out rows."""
+"""Next-item recommendation: the split, masking, and the loss and ranks of held-out rows."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def make_config(vocabulary: ItemVocabulary, task: str = "next_item", seq_len: in
     return Config(task=options, data=DataConfig(seq_len=seq_len, packing="pad"), model=resolved)
 
 
-# What is read and held out ----------------------------------------------------------------------------------------
+# Reading and splitting --------------------------------------------------------------------------------------------
 
 
 @given(
@@ -60,14 +60,14 @@ def make_config(vocabulary: ItemVocabulary, task: str = "next_item", seq_len: in
     )
 )
 @example([("u", "a", 1), ("u", "b", 1), ("u", "c", 0)])
-def test_the_second_last_item_of_each_user_validates_and_the_last_one_tests(rows):
+def test_the_second_last_item_of_each_user_is_for_validation_and_the_last_for_testing(rows):
     records = [{"user": u, "item": i, "time": t, "source": f"f:{n}"} for n, (u, i, t) in enumerate(rows)]
     found = interactions.leave_one_out(iter(records))
     train, valid, test, short = {}, {}, {}, []
     for user in "uvw":
         own = [(time, n, item) for n, (u, item, time) in enumerate(rows) if u == user]
         ordered = []
-        while own:  # the earliest, and of those the first in the file
+        while own:  # the earliest; ties by order in the file
             ordered.append(own.pop(own.index(min(own)))[2])
         if len(ordered) >= 3:
             train[user] = ordered[:-2]
@@ -83,7 +83,7 @@ def test_the_second_last_item_of_each_user_validates_and_the_last_one_tests(rows
     assert all(by_source[r["source"]]["item"] == r["target"] for r in (*found.valid, *found.test))
 
 
-def test_a_users_interactions_meet_whatever_the_file_and_whatever_the_columns_are_called(tmp_path):
+def test_a_users_interactions_are_joined_across_files_and_column_names(tmp_path):
     write(tmp_path / "a.csv", [(5, "u", "x", "c"), (4, "v", "x", "a")], "ts,uid,rating,movie")
     write(tmp_path / "b.csv", [(3, "u", "x", "b"), (9, "u", "x", "d"), (3, "u", "x", "e")], "ts,uid,rating,movie")
     split = load(tmp_path, rename=(("uid", "user"), ("movie", "item"), ("ts", "time")))
@@ -100,13 +100,13 @@ def test_a_users_interactions_meet_whatever_the_file_and_whatever_the_columns_ar
 
 
 def test_times_are_compared_exactly(tmp_path):
-    start = 1_600_000_000_000_000_000  # nanoseconds: as floats these are one
+    start = 1_600_000_000_000_000_000  # nanoseconds: equal as floats
     path = write(tmp_path / "a.csv", [("u", f"i{n}", start + n) for n in (3, 1, 2, 0)])
     assert load(path).test[0]["items"] == ["i0", "i1", "i2"]
 
 
 @pytest.mark.parametrize("time", ["noon", "nan", "inf", "2020-01-01", "1e999"])
-def test_a_time_that_is_no_number_is_named_or_counted(tmp_path, time):
+def test_a_time_that_is_not_a_number_is_refused_by_name_or_counted(tmp_path, time):
     rows = [("u", "a", 1), ("u", "b", 2), ("u", "x", time), ("u", "c", 3)]
     path = write(tmp_path / "a.csv", rows)
     with pytest.raises(DataError, match=rf"{path}:4: wrong type: 'time' is '{time}'; expected a finite number"):
@@ -115,7 +115,7 @@ def test_a_time_that_is_no_number_is_named_or_counted(tmp_path, time):
     assert split.test[0]["items"] == ["a", "b"] and f"1 x wrong type\n    {path}:4: " in split.report
 
 
-def test_what_cannot_be_read_is_refused(tmp_path):
+def test_unreadable_tables_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"found 'user', 'item', 'when'; expected .* 'user' and 'item' and 'time'"):
         load(write(tmp_path / "a.csv", [("u", "a", 1)], "user,item,when"))
     with pytest.raises(DataError, match="no train record"):
@@ -130,7 +130,7 @@ CHOSEN = [*("b" * 4), *("a" * 4), *("d" * 7), "e", "c"]
 VOCABULARY = dataclasses.replace(recommendation.train(CHOSEN, TokenizerConfig(vocab_size=10)), extra_ids=1)
 
 
-def test_a_vocabulary_comes_back_as_it_went_and_its_hash_says_so(tmp_path):
+def test_a_saved_vocabulary_loads_unchanged_with_the_same_hash(tmp_path):
     assert [item for item, _ in VOCABULARY.items] == ["d", "a", "b", "c", "e"]
     assert [VOCABULARY.encode(item) for item in "dabcex"] == [3, 4, 5, 6, 7, 2]
     assert [VOCABULARY.piece(i) for i in (0, 1, 2, 3, 7, 8, 10)] == [
@@ -167,7 +167,7 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, change):
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40))
-def test_the_popularity_rank_counts_all_that_are_chosen_as_often(chosen):
+def test_the_popularity_rank_counts_ties(chosen):
     vocabulary, counts = recommendation.train(chosen, TokenizerConfig(vocab_size=20)), Counter(chosen)
     for item, count in counts.items():
         assert vocabulary.popularity_rank(item) == sum(other >= count for other in counts.values())
@@ -178,7 +178,7 @@ def test_the_popularity_rank_counts_all_that_are_chosen_as_often(chosen):
 
 
 def example_of(task: str, chosen: str, target: str | None = None, seq_len: int = 6):
-    """What the task makes of one user, as text, and what it counted."""
+    """The example made from one user, as text, and the counts."""
     record = {"items": list(chosen), "user": "u", "source": "f:1"} | ({"target": target} if target else {})
     counts: Counter[str] = Counter()
     cfg = make_config(VOCABULARY, task, seq_len)
@@ -222,7 +222,7 @@ def test_each_item_is_predicted_from_those_before_it(chosen, target, tokens, tar
         ("axb", "x", "ab_", "ab?", {"items_unseen": 1, "targets_unseen": 1}),
     ],
 )
-def test_of_a_held_out_user_the_last_item_alone_is_hidden(chosen, target, tokens, targets, counted):
+def test_only_the_last_item_of_a_held_out_user_is_masked(chosen, target, tokens, targets, counted):
     made, counts = example_of("masked_item", chosen, target)
     row = made.columns | {"segment_ids": np.ones(len(tokens), np.int32)}
     for seed in range(20):
@@ -234,7 +234,7 @@ def test_of_a_held_out_user_the_last_item_alone_is_hidden(chosen, target, tokens
 
 
 @pytest.mark.parametrize(("n", "hidden"), [(1, 1), (3, 1), (10, 2), (20, 4)])
-def test_training_hides_a_share_of_the_items_and_at_times_the_last_one_alone(n, hidden):
+def test_training_masks_a_share_of_the_items_and_sometimes_only_the_last_one(n, hidden):
     length, draws = 24, 3000
     tokens = np.pad(np.random.default_rng(0).integers(3, 8, n), (0, length - n)).astype(np.uint8)
     row = {"tokens": tokens, "segment_ids": (np.arange(length) < n).astype(np.uint8), "held_out": np.array(0)}
@@ -274,7 +274,7 @@ def test_the_held_out_items_are_in_no_training_row(tmp_path):
 
 
 def brute_rank(logits: np.ndarray, target: int, candidates: set[int]) -> int:
-    """Sorted best first, the target behind its equals."""
+    """Sorted best first, with the target after its ties."""
     if target not in candidates:
         return MISSED
     order = sorted(candidates, key=lambda i: (-logits[i], i == target))
@@ -285,7 +285,7 @@ HISTORIES = [("abc", "d"), ("dd", "e"), ("abcdea", "b"), ("x", "a"), ("ab", "x")
 
 
 def batch_of(task: str, histories=HISTORIES):
-    """The held-out rows of some users, through packing and corruption."""
+    """The held-out rows of some users, packed and masked."""
     records = [{"items": list(h), "user": "u", "source": "f", "target": t} for h, t in histories]
     cfg = make_config(VOCABULARY, task)
     data = input_pipeline.build(cfg, VOCABULARY, registry.Split(records, records, "", ""))
@@ -307,7 +307,7 @@ def loss_of(task: str):
 
 
 @pytest.mark.parametrize("task", ["next_item", "masked_item"])
-def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight(task):
+def test_loss_and_ranks_of_held_out_rows_match_float64_on_one_device_and_eight(task):
     cfg, batch = batch_of(task)
     apply, loss_fn, params = loss_of(task)
     out = jax.device_get(apply(params, batch))
@@ -324,7 +324,7 @@ def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight
         mesh = make_mesh(MeshConfig(data=count), jax.devices()[:count])
         with jax.set_mesh(mesh):
             terms = jax.device_get(loss_fn(params, run_lib.placer(mesh, 8)(batch)))
-        assert terms.weight == 7  # the target that nobody has seen has no loss, but has missed
+        assert terms.weight == 7  # the unseen target has no loss, but counts as a miss
         assert terms.sum == pytest.approx(nll, rel=2e-6)
         assert terms.outputs["rank"].tolist() == ranks and ranks[4] == MISSED
     score = TASKS["next_item"].scores(terms.outputs, [1, 2, 3, MISSED], cfg)
@@ -332,7 +332,7 @@ def test_loss_and_ranks_of_held_out_rows_against_float64_on_one_device_and_eight
     assert tuple(score) == TASKS["next_item"].score_names(cfg)
 
 
-def test_a_causal_model_does_not_see_what_follows_and_no_model_its_target():
+def test_a_causal_model_does_not_see_later_items_and_no_model_sees_its_target():
     _, batch = batch_of("next_item", [("abcd", "e"), ("abca", "b")] * 4)
     apply, _, params = loss_of("next_item")
     hidden = jax.device_get(apply(params, batch).hidden_BxLxD)

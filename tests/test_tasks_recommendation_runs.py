@@ -52,7 +52,7 @@ MASKED = {
 
 @pytest.fixture
 def on_one_device(monkeypatch):
-    """A function after whose call runs use one device."""
+    """A function that makes later runs use one device."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return lambda: monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
 
@@ -92,7 +92,7 @@ def test_a_run_beats_the_popularity_baseline_and_keeps_its_vocabulary(table, tmp
     vocabulary = recommendation.load(tmp_path / "run" / "items.json")
     assert dict(vocabulary.items) == counts
 
-    # A run initialised from it has the same ids, whatever its own data is.
+    # A run initialised from it has the same ids, whatever its own data.
     other = dataclasses.replace(cfg, init_from=str(tmp_path / "run"))
     assert run_lib.plan(other, tmp_path / "next").tokenizer == vocabulary
     VOCABULARY.save(tmp_path / "run" / "items.json")
@@ -100,8 +100,8 @@ def test_a_run_beats_the_popularity_baseline_and_keeps_its_vocabulary(table, tmp
         run_lib.plan(other, tmp_path / "next")
 
 
-def test_the_test_items_are_scored_by_the_checkpoint_that_validation_chose(table, tmp_path, on_one_device):
-    """With few users the model soon overfits. A run that ends at the best step has the same test scores."""
+def test_the_test_items_are_scored_by_the_checkpoint_best_in_validation(table, tmp_path, on_one_device):
+    """With few users the model soon overfits; a run that ends at the best step must have the same test scores."""
     on_one_device()
     few = {"data__max_records": 24, "optim__learning_rate": 0.02, "optim__schedule": "constant", "model__embed_dim": 64}
     cfg = recipe(table, eval__every_steps=20, train__total_steps=60, optim__weight_decay=0.0, **few)
@@ -136,7 +136,7 @@ def test_a_run_on_masked_items_resumes_bitwise(table, tmp_path, on_one_device):
         ({"data__packing": "best_fit"}, "'data.packing' is best_fit, which does not fit task.name=next_item; use pad"),
     ],
 )
-def test_configs_that_do_not_fit_are_refused(table, changes, says):
+def test_invalid_configs_are_refused(table, changes, says):
     with pytest.raises(ConfigError) as error:
         run_lib.plan(recipe(table, **changes), None)
     assert says in str(error.value)

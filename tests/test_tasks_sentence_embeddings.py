@@ -1,4 +1,4 @@
-"""lm/tasks/sentence_embeddings.py: sentences side by side."""
+"""lm/tasks/sentence_embeddings.py: the sentences of a record as views of a row."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def build(task, seq_len):
 @pytest.mark.parametrize(
     ("task", "fields"), [("contrastive_sentences", 1), ("contrastive_pairs", 2), ("contrastive_triples", 3)]
 )
-def test_sentences_lie_side_by_side(task, fields):
+def test_the_sentences_of_a_record_are_views_of_one_row(task, fields):
     data = build(task, seq_len=40)
     names = ("text", "text_pair", "negative")[:fields]
     assert data.valid.rows["tokens"].shape == (len(TEXTS), fields, 40)

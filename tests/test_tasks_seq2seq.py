@@ -36,7 +36,7 @@ def make(words, record, **changes):
     return [example.columns for example in found], counts
 
 
-def test_a_pair_is_inputs_and_a_shifted_target(words):
+def test_a_translation_pair_becomes_inputs_and_a_shifted_target(words):
     [row], counts = make(words, {"text": PAIRS[0][0], "target": PAIRS[0][1]})
     source, target = (words.encode(text) for text in PAIRS[0])
     assert row["inputs"].tolist() == [*source, words.eos_id]
@@ -49,7 +49,7 @@ def test_a_pair_is_inputs_and_a_shifted_target(words):
     assert seq2seq.TRANSLATION.prompt(PAIRS[0][0], words) == row["inputs"].tolist(), "as generation reads it"
 
 
-def test_a_long_pair_is_cut_before_its_end_or_dropped(words):
+def test_a_long_pair_is_cut_before_eos_or_dropped(words):
     record = {"text": " ".join(WORDS), "target": "ein hund"}
     [row], counts = make(words, record, data__seq_len=6, data__target_len=3)
     assert row["inputs"].tolist() == [*words.encode(record["text"])[:5], words.eos_id]
@@ -70,7 +70,7 @@ def batches(cfg, words, records, count):
 
 
 @pytest.mark.parametrize("packing", ["pad", "concat"])
-def test_spans_are_hidden_anew_in_every_epoch_and_nothing_is_lost(words, packing):
+def test_spans_are_drawn_anew_in_every_epoch_and_no_token_is_lost(words, packing):
     cfg = settings(task__name="span_corruption", data__packing=packing, data__batch_size=2, data__seq_len=16)
     records = [{"text": " ".join(np.random.default_rng(n).choice(WORDS, 40)), "source": str(n)} for n in range(3)]
     data, made = batches(cfg, words, records, 40)
@@ -121,7 +121,7 @@ def test_prefixes_are_drawn_for_packed_rows(words):
         ({"task__name": "span_corruption", "data__target_len": 4}, "'data.target_len' is 4"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(changes, says):
+def test_contradicting_options_are_refused(changes, says):
     with pytest.raises(ConfigError, match=says):
         checks.fit(settings(**changes))
     checks.fit(settings())

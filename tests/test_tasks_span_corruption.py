@@ -1,4 +1,4 @@
-"""Span corruption: spans can be put back, are of every length and place alike, and fit the row."""
+"""Span corruption: rows can be rebuilt, span lengths and positions are uniform, and results fit their rows."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def config(seq_len: int, target_len: int = 0, extra_ids: int = 41, **options: An
 
 
 def undo(out: Row) -> list[int]:
-    """The row that inputs and targets were made of."""
+    """Rebuilds the row from its inputs and targets."""
     spans: dict[int, list[int]] = {}
     for token in out["targets"][out["segment_ids"] > 0].tolist()[:-1]:
         if token in TOKENIZER.sentinel_ids:
@@ -41,7 +41,7 @@ def undo(out: Row) -> list[int]:
     st.sampled_from([0.05, 0.15, 0.5, 0.8]),
     st.sampled_from([1.0, 1.5, 3.0, 8.0]),
 )
-def test_spans_can_be_put_back(n, seed, rate, mean_span):
+def test_the_row_can_be_rebuilt_from_inputs_and_targets(n, seed, rate, mean_span):
     cfg = config(64, 96, mask_rate=rate, mean_span_length=mean_span)
     row = packed([n] if n else [], 64, seed)
     out = seq2seq.span_corruption(row, np.random.default_rng(seed), TOKENIZER, cfg)
@@ -63,15 +63,15 @@ def test_spans_can_be_put_back(n, seed, rate, mean_span):
     np.testing.assert_array_equal(out["positions"], np.arange(96) * out["segment_ids"])
 
 
-def test_spans_are_of_every_length_and_place_alike():
-    # Compositions of 4 in 2 parts: 1+3, 2+2, 3+1, each as likely.
+def test_span_lengths_and_positions_are_uniform():
+    # Compositions of 4 in 2 parts: 1+3, 2+2, 3+1, equally likely.
     rng = np.random.default_rng(0)
     drawn = [tuple(seq2seq._composition(4, 2, rng)) for _ in range(3000)]
     counts = [drawn.count(parts) / 3000 for parts in ((1, 3), (2, 2), (3, 1))]
     np.testing.assert_allclose(counts, 1 / 3, atol=0.03)
 
 
-def test_a_single_span_is_anywhere_alike():
+def test_the_position_of_a_single_span_is_uniform():
     cfg, rng = config(16), np.random.default_rng(0)
     row = packed([14], 14, 0)  # round(0.15 * 14) = 2 hidden tokens in one span
     out = [seq2seq.span_corruption(row, rng, TOKENIZER, cfg)["inputs"] for _ in range(1300)]
@@ -79,7 +79,7 @@ def test_a_single_span_is_anywhere_alike():
     np.testing.assert_allclose(np.bincount(places, minlength=13) / len(places), 1 / 13, atol=0.03)
 
 
-def test_lengths_are_those_of_t5():
+def test_lengths_equal_those_of_t5():
     cfg = config(512, 114, extra_ids=101)
     assert seq2seq.raw_len(cfg) == 568  # what random_spans_helper gives for 512 inputs, 15 %, spans of 3
     assert seq2seq.span_sizes(568, cfg) == (85, 28, 512, 114)
@@ -114,6 +114,6 @@ def test_a_checked_config_fits_every_row(seq_len, rate, mean_span, seed):
         (config(32, mean_span_length=0.5), "'task.mean_span_length' must be at least 1, got 0.5"),
     ],
 )
-def test_what_cannot_work_is_refused_before_data_is_read(cfg, message):
+def test_invalid_configs_are_refused_before_data_is_read(cfg, message):
     with pytest.raises(ConfigError, match=message):
         TASKS["span_corruption"].check(cfg)

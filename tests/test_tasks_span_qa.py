@@ -1,4 +1,4 @@
-"""lm.tasks.span_qa: labels are the tokens of the answer, and predicted tokens are characters of the context."""
+"""lm.tasks.span_qa: from answers to token labels, and from predicted tokens back to characters of the context."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def make(given: dict, seq_len: int, counts: Counter[str] | None = None) -> list:
 
 
 def gold_logits(made: list, seq_len: int) -> np.ndarray:
-    """What a model says that has learnt the labels: 10 at each, 0 elsewhere."""
+    """Logits of a model that has learnt the labels: 10 at each label, 0 elsewhere."""
     logits = np.zeros((len(made), seq_len, 2), np.float32)
     for row, example in enumerate(made):
         for side, position in enumerate(example.columns["labels"]):
@@ -45,7 +45,7 @@ def gold_logits(made: list, seq_len: int) -> np.ndarray:
     return logits
 
 
-def test_one_window():
+def test_a_short_context_is_one_window():
     (made,) = make(record(CONTEXT, "308 points"), 128)
     question, context = TOKENIZER.encode("Wie viele?"), TOKENIZER.encode(CONTEXT)
     bos, eos = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -57,7 +57,7 @@ def test_one_window():
 
 
 @given(data=st.data(), seq_len=st.integers(5, 40))
-def test_windows_cover_the_context_and_hold_the_answer_or_say_so(data, seq_len):
+def test_windows_cover_the_context_and_are_labelled_by_whether_they_hold_the_answer(data, seq_len):
     """By brute force over tokens: a window is labelled if and only if it holds every token of the answer."""
     text = data.draw(st.text(st.sampled_from("ab 東308,\u2581"), min_size=1, max_size=40).filter(str.strip))
     start = data.draw(st.integers(0, len(text) - 1))
@@ -90,7 +90,7 @@ def test_windows_cover_the_context_and_hold_the_answer_or_say_so(data, seq_len):
     assert not lost or len(wanted) > room - room // 2
 
 
-def test_what_is_cut_is_counted_and_a_row_too_short_is_refused():
+def test_cuts_are_counted_and_a_seq_len_too_short_is_refused():
     counts: Counter[str] = Counter()
     make(record(CONTEXT, "just 308 points in 東京, ranking", question="Wie viele? " * 9), 20, counts)
     assert counts == {"question_cut": 1, "context_cut": 1, "answer_in_no_window": 1}
@@ -98,13 +98,13 @@ def test_what_is_cut_is_counted_and_a_row_too_short_is_refused():
         make(record(CONTEXT, "308"), 4)
 
 
-def test_the_best_span_is_that_of_a_search_over_all():
+def test_the_best_span_equals_that_of_exhaustive_search():
     rng = np.random.default_rng(0)
     given = record(CONTEXT, "308 points")
     for seq_len in (24, 60):
         made = make(given, seq_len)
         logits = rng.normal(size=(len(made), seq_len, 2)).astype(np.float32)
-        logits[:, :, 0] -= 0.2 * np.arange(seq_len)  # so that long spans win, and the limit on them counts
+        logits[:, :, 0] -= 0.2 * np.arange(seq_len)  # favours long spans, so that the length limit takes effect
         logits[:, :, 1] += 0.2 * np.arange(seq_len)
         best: dict[str, float] = {}
         for row, example in enumerate(made):
@@ -124,7 +124,7 @@ def test_the_best_span_is_that_of_a_search_over_all():
 
 
 @pytest.mark.parametrize("surest", [0, 1])
-def test_a_span_that_two_windows_hold_has_the_better_score_of_the_two(surest):
+def test_a_span_in_two_windows_gets_the_better_of_its_scores(surest):
     made = [example for example in make(record(CONTEXT, "308"), 20) if example.columns["labels"].any()]
     assert len(made) == 2
     logits = gold_logits(made, 20) * np.float32([[[1 + (row == surest)]] for row in range(2)])
@@ -132,7 +132,7 @@ def test_a_span_that_two_windows_hold_has_the_better_score_of_the_two(surest):
     assert (best.text, best.score) == ("308", 40.0)
 
 
-def test_a_question_or_a_separator_is_no_answer():
+def test_a_question_or_a_separator_is_never_an_answer():
     (made,) = make(record(CONTEXT, "308 points"), 128)
     logits = gold_logits([made], 128)
     logits[:, np.flatnonzero(made.meta.offsets_Lx2[:, 1] == 0)] = 99.0
@@ -144,11 +144,11 @@ def test_a_question_or_a_separator_is_no_answer():
     }
 
 
-def test_scores_are_of_questions_not_of_windows():
+def test_scores_count_questions_not_windows():
     one, two = (
         record(CONTEXT, "308 points"),
         record(CONTEXT, "sixth", question="How?"),
-    )  # both of one line of a JSON list
+    )  # both from one line of a JSON list
     made = [*make(one, 40), *make(two, 40)]
     assert len(made) == 4
     meta, logits = [example.meta for example in made], gold_logits(made, 40)
@@ -189,7 +189,7 @@ def asked(rng: np.random.Generator, seq_len: int) -> tuple[list, list[list], np.
 
 
 @pytest.mark.parametrize("threshold", [-3.0, 0.0, 2.5])
-def test_no_answer_is_said_as_in_run_squad(threshold):
+def test_unanswerable_questions_are_scored_as_in_run_squad(threshold):
     """By brute force over all windows and spans: '' where the lowest score of [CLS] as a span is above the best span's
     by more than the threshold."""
     for seed in range(3):
@@ -201,7 +201,7 @@ def test_no_answer_is_said_as_in_run_squad(threshold):
             for example in examples:
                 x, offsets = logits[row].astype(np.float64), example.meta.offsets_Lx2
                 null, row = min(null, x[0, 0] + x[0, 1]), row + 1
-                # No answer begins or ends with a token of white space alone.
+                # No answer begins or ends with a white-space token.
                 places = np.array([n for n, (a, b) in enumerate(offsets) if CONTEXT[a:b].strip()])
                 for i in places:
                     for j in places[(places >= i) & (places < i + 30)]:
@@ -216,16 +216,16 @@ def test_no_answer_is_said_as_in_run_squad(threshold):
         assert found["exact_match"] == pytest.approx(np.mean(right))
         assert found["HasAns_exact"] == pytest.approx(np.mean(of_answerable))
         assert set(found) == set(span_qa.score_names(cfg))
-        if found["best_f1"] == pytest.approx(2 / 6):  # to answer nothing is best
+        if found["best_f1"] == pytest.approx(2 / 6):  # never answering is best
             continue
         better = config(40, null_threshold=found["best_f1_thresh"])
         assert span_qa.score({"span_logits": logits}, meta, better)["f1"] == pytest.approx(found["best_f1"])
 
 
-def test_where_all_questions_have_an_answer_one_is_always_given():
+def test_if_all_questions_are_answerable_each_gets_an_answer():
     (made,) = make(record(CONTEXT, "308 points"), 128)
     logits = gold_logits([made], 128)
-    logits[:, 0] = 99.0  # surer that there is none
+    logits[:, 0] = 99.0  # higher than any span
     cfg = config(128)
     assert span_qa.score({"span_logits": logits}, [made.meta], cfg) == {"exact_match": 1.0, "f1": 1.0}
     best_by = dataclasses.replace(cfg, checkpoint=CheckpointConfig(best_metric="NoAns_f1"))
@@ -233,7 +233,7 @@ def test_where_all_questions_have_an_answer_one_is_always_given():
         span_qa.score({"span_logits": logits}, [made.meta], best_by)
 
 
-def test_the_same_question_twice_is_two_questions():
+def test_repeated_questions_are_scored_separately():
     given = record(CONTEXT, "308 points")
     made = [*make(given | {"identity": "a"}, 128), *make(given | {"identity": "b", "answers": []}, 128)]
     best = span_qa.best_answers(gold_logits(made, 128), [example.meta for example in made], 1)
@@ -241,7 +241,7 @@ def test_the_same_question_twice_is_two_questions():
 
 
 @pytest.mark.parametrize("language", ["en", "de"])
-def test_all_answers_of_xquad(shared_data, language):
+def test_all_answers_of_xquad_are_recovered_from_perfect_logits(shared_data, language):
     """From the labels and the logits of a perfect model back to the characters of each answer."""
     counts: Counter[str] = Counter()
     exact, inside, total = 0, 0, 0
@@ -253,7 +253,7 @@ def test_all_answers_of_xquad(shared_data, language):
             first, last = example.columns["labels"]
             start, end = example.meta.offsets_Lx2[first, 0], example.meta.offsets_Lx2[last, 1]
             assert TOKENIZER.decode(example.columns["tokens"][first : last + 1]) == asked["context"][start:end]
-            # No token more than needed: without its first or its last token, a part of the answer is missing.
+            # The span is minimal: without its first or last token, part of the answer is missing.
             assert start <= answer["answer_start"] < example.meta.offsets_Lx2[first, 1]
             assert example.meta.offsets_Lx2[last, 0] < answer["answer_start"] + len(answer["text"]) <= end
         if labelled:
@@ -266,7 +266,7 @@ def test_all_answers_of_xquad(shared_data, language):
 
 
 def questions(path: Path) -> list[dict]:
-    """All of a file, those with a byte order mark in the midst of a context too."""
+    """Every answer in the file, including contexts with a byte order mark inside."""
     return [
         asked | {"context": paragraph["context"], "identity": asked["id"]}
         for article in json.loads(path.read_text())["data"]

@@ -1,4 +1,4 @@
-"""lm.tasks.tagging: every word has its own label, whatever the tokenizer, the length of a row, and the characters."""
+"""lm.tasks.tagging: every word keeps its label, whatever the tokenizer, row length and characters."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def decode(*ids: int) -> str:
 
 
 def words_of(example) -> list[tuple[str, int]]:
-    """(word, label) of a row by what its tokens decode to, from where a word is labelled to where the next one is."""
+    """(word, label) pairs of a row; a word is the decoded tokens from one label to the next."""
     tokens, labels = example.columns["tokens"].tolist(), example.columns["labels"]
     assert tokens[0] == TOKENIZER.bos_id and tokens[-1] == TOKENIZER.eos_id
     places = [*np.flatnonzero(labels >= 0), len(tokens) - 1]
@@ -73,7 +73,7 @@ WORDS = st.text(
     seq_len=st.integers(3, 24),
 )
 @example(pairs=[("a\u2581b", "B-X"), ("\u2581", "I-X"), ("東東東東東東東東東東", "B-Y")], seq_len=5)
-def test_no_word_is_lost_and_none_has_the_label_of_another(pairs, seq_len):
+def test_every_word_keeps_its_own_label(pairs, seq_len):
     words, tags = map(list, zip(*pairs, strict=True))
     counts: Counter[str] = Counter()
     made = tagging.tagged_words(record(words, tags), TOKENIZER, config(seq_len), counts)
@@ -85,21 +85,21 @@ def test_no_word_is_lost_and_none_has_the_label_of_another(pairs, seq_len):
     assert bool(counts["sentence_cut"]) == (len(made) > 1)
 
 
-def test_padding_has_no_label_in_the_rows():
+def test_padding_has_no_label():
     made = tagging.tagged_words(record(["a", "b"], ["O", "O"]), TOKENIZER, config(16), Counter())
     cfg = config(16)
     rows, meta = packing.pack(made, tagging.TAGGING.columns(cfg), cfg.data)
     assert (rows["labels"] >= 0).sum() == 2 and rows["labels"][0, -1] == -1 and meta == [("s7", "a b")]
 
 
-def test_a_tag_that_is_not_known_is_an_error_that_names_the_record():
+def test_an_unknown_tag_is_refused_with_the_record_named():
     with pytest.raises(
         DataError, match=r"file:7: unknown label 'B-Z' \(did you mean 'B-.'\?\); task.labels has O, B-X"
     ):
         tagging.tagged_words(record(["a"], ["B-Z"]), TOKENIZER, config(), Counter())
 
 
-def test_two_words_in_one_token_are_an_error(monkeypatch):
+def test_two_words_in_one_token_are_refused(monkeypatch):
     monkeypatch.setattr(tokenizer.Tokenizer, "encode_with_offsets", lambda self, text: ([9], [(0, len(text))]))
     with pytest.raises(DataError, match="file:7: the words 'a' and 'b' begin in one token"):
         tagging.tagged_words(record(["a", "b"], ["O", "O"]), TOKENIZER, config(), Counter())
@@ -116,7 +116,7 @@ def test_two_words_in_one_token_are_an_error(monkeypatch):
         ("I-X O I-Y", 2),
     ],
 )
-def test_tags_that_continue_nothing_are_counted_and_kept(tags, count):
+def test_tags_that_continue_no_entity_are_counted_and_kept(tags, count):
     counts: Counter[str] = Counter()
     tags = tags.split()
     (made,) = tagging.tagged_words(record(["a"] * len(tags), tags), TOKENIZER, config(), counts)
@@ -146,7 +146,7 @@ def span(part: str, label: str = "X", text: str = TEXT) -> dict:
         ([span(" 10mg")], {"10mg": "B-X"}, {}),
     ],
 )
-def test_spans_become_tags_of_words(spans, tags, counted):
+def test_character_spans_become_word_tags(spans, tags, counted):
     cfg, counts = config(64), Counter()
     given = {"text": TEXT, "entities": spans, "source": "file:7", "identity": "s7"}
     (made,) = tagging.entity_spans(given, TOKENIZER, cfg, counts)
@@ -157,8 +157,8 @@ def test_spans_become_tags_of_words(spans, tags, counted):
 
 
 @given(text=st.text(st.sampled_from("ab -.é\n"), min_size=1, max_size=20), data=st.data())
-def test_every_character_of_the_only_span_is_in_a_word_with_its_tag(text, data):
-    """By a brute force over characters: a word is tagged if and only if it shares one with the span."""
+def test_a_word_is_tagged_if_and_only_if_it_overlaps_the_span(text, data):
+    """By brute force over characters."""
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
     words, cfg = [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)], config(64)
@@ -177,8 +177,8 @@ def test_every_character_of_the_only_span_is_in_a_word_with_its_tag(text, data):
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_put_the_parts_of_a_sentence_together_again():
-    """An entity that is cut in two by a short row is one entity: right here, though each half alone is not. And
+def test_scores_join_the_parts_of_a_sentence():
+    """An entity split by a short row is one entity: correct here, though each half alone is not. And
     what ends one sentence does not go on in the next."""
     expected = [[1, -1, 2, -1], [-1, 2, 3, -1], [4, 0, -1, -1]]
     predicted = [[1, 4, 2, 4], [4, 2, 3, 4], [0, 0, 4, 4]]
@@ -215,7 +215,7 @@ def load(path: Path, text: str, **data) -> list[dict]:
     return registry.load(DataConfig(path=str(train), eval_path=str(path), **data)).valid
 
 
-def test_the_same_sentence_twice_in_a_file_is_two_sentences(tmp_path):
+def test_repeated_sentences_are_scored_separately(tmp_path):
     one = {"words": ["Ann", "met", "Bob"], "tags": ["B-PER", "O", "B-PER"]}
     records = load(tmp_path / "a.json", json.dumps([one, one]), format="jsonl")
     found = score_of(records, ["I-PER O B-PER"] * 2, ("O", "B-PER", "I-PER"))
@@ -235,7 +235,7 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("seq_len", [32, 5])  # 5: a sentence in parts
+@pytest.mark.parametrize("seq_len", [32, 5])  # 5: sentences are split
 def test_entities_of_every_scheme_are_scored(tmp_path, scheme, seq_len):
     sentences = [tags.split() for tags in SCHEMES[scheme].split(" / ")]
     lines = ["".join(f"a\t{tag}\n" for tag in tags) for tags in sentences]
@@ -252,8 +252,8 @@ def test_entities_of_every_scheme_are_scored(tmp_path, scheme, seq_len):
     assert set(words) == {"token_accuracy"}
 
 
-def test_a_scheme_that_is_given_counts():
-    """In IOB1 the entities of 'B-X I-X' begin where they may not; in IOB2 those of 'I-X I-X' do."""
+def test_an_explicit_scheme_is_used():
+    """'B-X I-X' begins an entity wrongly in IOB1, 'I-X I-X' in IOB2."""
     records = [record(["a"] * 5, ["O", "I-X", "I-X", "O", "I-X"])]
     labels, tags = ("O", "B-X", "I-X"), ["O I-X I-X O I-X"]
     assert score_of(records, tags, labels)["entity_f1_strict"] == 1.0
@@ -268,10 +268,10 @@ def test_a_scheme_that_is_given_counts():
         (("O", "B-X", "E-X", "I-X", "S-X"), "B-X O E-X I-X", {"tag_continues_nothing": 2, "entity_not_ended": 2}),
         (("O", "B-X", "I-X", "L-X", "U-X"), "B-X U-X L-X B-X", {"tag_continues_nothing": 1, "entity_not_ended": 2}),
         (("O", "PER-B", "PER-I"), "PER-I PER-I PER-B PER-I", {"tag_continues_nothing": 1}),
-        (("I-X", "NOUN"), "I-X NOUN I-X I-X", None),  # refused before
+        (("I-X", "NOUN"), "I-X NOUN I-X I-X", None),  # refused earlier
     ],
 )
-def test_what_a_scheme_would_not_have_is_counted(labels, tags, counted):
+def test_violations_of_the_scheme_are_counted(labels, tags, counted):
     counts: Counter[str] = Counter()
     if counted is None:
         with pytest.raises(ConfigError, match="'NOUN' is not an entity tag"):
@@ -292,7 +292,7 @@ def test_character_spans_are_written_in_iob2():
 
 
 @pytest.mark.slow
-def test_all_words_of_bc5cdr(shared_data):
+def test_all_words_of_bc5cdr_are_tagged(shared_data):
     cfg, cut = config(24, ("O", "B-Chemical", "I-Chemical", "B-Disease", "I-Disease")), 0
     counts: Counter[str] = Counter()
     for name in ("train", "devel", "test"):
