@@ -214,7 +214,7 @@ def test_invalid_mixtures_and_unsuitable_prepared_data_are_refused(folders, tmp_
         cfg = config.DataConfig(format="prepared", mixture=tuple((0.0, path, 1.0) for path in names))
         with pytest.raises(ConfigError, match=f"'data.mixture': its paths must end in .*{says}"):
             input_pipeline.load(cfg)
-    with pytest.raises(ConfigError, match="rows of 16 positions, this run needs 32"):
+    with pytest.raises(ConfigError, match="its rows have 16 positions, this run needs 32"):
         alone(folders / "web", seq_len=32)
     words = tokenizer.train(["one two three " * 9], 285, 1000)
     found = shards.open_folder(str(folders / "web"))
