@@ -53,7 +53,9 @@ def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
     names = [PurePath(path).name.split(".")[0] for path in paths]
     for name in names:
         if names.count(name) > 1 or name in ("", REPLAY):
-            raise ConfigError(f"'data.mixture': its paths must end in different names, none '{REPLAY}', got {names}")
+            raise ConfigError(
+                f"'data.mixture': its paths must end in different names, none of them '{REPLAY}', got {names}"
+            )
     return {name: dataclasses.replace(cfg, path=path, mixture=()) for name, path in zip(names, paths, strict=True)}
 
 
