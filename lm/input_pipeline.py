@@ -1,4 +1,4 @@
-"""Builds the data of a run: loads records or prepared shards, makes examples of them and packs these into rows."""
+"""Builds the data of a run: loads records or prepared shards, turns records into examples and packs them into rows."""
 
 import collections
 import concurrent.futures
@@ -30,14 +30,14 @@ from lm.data.shards import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.tasks import Task, columns_of_batch, task_of
 
-# Keys of DataConfig that decide which rows the same records become.
+# Keys of DataConfig that affect how records are turned into rows.
 _SHAPES_ROWS = (
     *("augment", "mixture", "replay"),
     *("seq_len", "target_len", "packing", "mask_documents", "overlong"),
 )
 _UNREAD_BY_PREPARED = ("eval_path", "rename", "encoding", "max_records")
 Found = Split | Prepared  # a source as loaded: records, or packed rows on disk
-_CHUNK_RECORDS = 32  # that a thread takes at a time
+_CHUNK_RECORDS = 32  # records that a thread processes at a time
 _QUIET_SECONDS = 5.0  # a progress bar is shown if making the rows takes longer
 
 
@@ -53,7 +53,9 @@ def by_source(cfg: DataConfig) -> dict[str, DataConfig]:
     names = [PurePath(path).name.split(".")[0] for path in paths]
     for name in names:
         if names.count(name) > 1 or name in ("", REPLAY):
-            raise ConfigError(f"'data.mixture': its paths must end in different names, not '{REPLAY}', got {names}")
+            raise ConfigError(
+                f"'data.mixture': its paths must end in different names, none of them '{REPLAY}', got {names}"
+            )
     return {name: dataclasses.replace(cfg, path=path, mixture=()) for name, path in zip(names, paths, strict=True)}
 
 
@@ -76,7 +78,7 @@ def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> list[Found]:
 
 
 def _stages(cfg: DataConfig) -> tuple[tuple[float, tuple[Fraction, ...]], ...]:
-    """`Data.stages` from `data.mixture`, with `data.replay` as the share of one more source."""
+    """`Data.stages` from `data.mixture`; if `data.replay` is set, it is the share of an additional source."""
     names, replay = by_source(cfg), Fraction(str(cfg.replay))
     paths = [one.path for one in names.values()]
     starts = sorted({start for start, _, _ in cfg.mixture}) or [0.0]
@@ -91,20 +93,20 @@ def _stages(cfg: DataConfig) -> tuple[tuple[float, tuple[Fraction, ...]], ...]:
 
 
 def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Found | None = None) -> Data:
-    """Makes examples of all splits of each source, and of `replayed` if `data.replay` is set, and packs them into rows.
+    """Turns all splits of each source (and `replayed`, if `data.replay` is set) into examples and packs them into rows.
 
     Args:
       cfg: config of the run.
-      tokenizer: of the run; None if the task reads no text.
+      tokenizer: the run's tokenizer; None if the task reads no text.
       found: sources from `load`, in its order.
-      replayed: the data that another run was trained on.
+      replayed: training data of the run that `init_from` names.
 
     Raises:
-      DataError: a split has nothing to train on or to evaluate; the message gives the counts.
+      DataError: a split has nothing to train on or evaluate; the message gives the counts.
       ConfigError: `data.curriculum_*` is set, but rows have no length; or rows were prepared with other settings.
     """
     if (replayed is None) != (cfg.data.replay == 0):
-        raise ValueError(f"data.replay is {cfg.data.replay}: the records to replay are given where it is above 0 only")
+        raise ValueError(f"data.replay is {cfg.data.replay}; pass `replayed` if and only if it is above 0")
     made: dict[str, Source] = {}
     report: dict[str, dict[str, float]] = {}
     content: list[Any] = []
@@ -140,11 +142,11 @@ def _sha256(value: Any) -> str:
 
 
 def _easy_first(cfg: Config, data: Data) -> int:
-    """`Data.easy_first`: how many examples of the first source the curriculum orders."""
+    """`Data.easy_first`: number of examples of the first source that the curriculum sorts by length."""
     if cfg.data.curriculum == NEVER:
         return 0
     if not any(name.endswith("segment_ids") for name in data.train.stored):
-        raise ConfigError(f"'data.curriculum_*' goes by length, but rows of task.name={cfg.task.name} have none")
+        raise ConfigError(f"'data.curriculum_*' sorts by length, but rows of task.name={cfg.task.name} have none")
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
     examples_in_all = cfg.data.curriculum.to_steps(**size) * cfg.data.batch_size
     return sampler.counts(data.mixture(0), examples_in_all)[0]
@@ -178,15 +180,15 @@ def make_examples(
     counts: Counter[str],
     threads: int = 1,
 ) -> Iterator[Example]:
-    """Yields the examples of `records` in their order, adding to `counts` what became of them.
+    """Yields the examples of `records` in their order, and counts in `counts` what became of the records.
 
-    SentencePiece works while other threads run Python: `threads` of them tokenize, a few records ahead.
+    `threads` threads tokenize a few records ahead; SentencePiece releases the GIL.
 
-    Counted: documents, examples; cut_in_pieces (text longer than seq_len); dropped_empty, dropped_no_target (nothing in
-    it to train on); and what a task adds.
+    Counts: documents, examples; cut_in_pieces (text longer than seq_len); dropped_empty, dropped_no_target (nothing to
+    train on); and those of the task.
 
     Raises:
-      DataError: a record has a role or a label that is not known.
+      DataError: a record has an unknown role or label.
     """
 
     def of_records(chunk: list[Record]) -> tuple[list[Example], Counter[str]]:
@@ -210,7 +212,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _in_order(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
-    """function(item) of each item in its order, by so many threads."""
+    """Yields function(item) for each item in order, computed by `threads` threads."""
     if threads == 1:
         yield from map(function, items)
         return
@@ -245,7 +247,7 @@ def _packed(
         found = ", ".join(f"{key} {value:,}" for key, value in counts.items()) or "no documents"
         keys = "data.path" if name == "train" else "data.eval_path, data.eval_fraction"
         raise DataError(
-            f"the {name} data has no target: nothing in it counts for the loss ({found}); "
+            f"the {name} data has no target: no token or row has a loss weight above 0 ({found}); "
             f"check {keys}, task.name, data.overlong and data.seq_len ({cfg.data.seq_len})"
         )
     if lack := task.lacks(rows, cfg) if task.lacks else "":
@@ -257,10 +259,10 @@ def _packed(
 
 
 def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | None) -> tuple[Part, dict[str, float]]:
-    """Prepared rows on disk, and the counts of when they were prepared.
+    """Prepared rows on disk, and the counts from their preparation.
 
     Raises:
-      ConfigError: this run would make other rows of the same documents.
+      ConfigError: this run would turn the same documents into different rows.
       DataError: there are no rows.
     """
     task = task_of(cfg)
@@ -268,23 +270,23 @@ def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | No
     table = found.table(half, mask_documents=cfg.data.mask_documents, skip=cfg.data.max_bad_records)
     if set(stored) != set(table.layout.names):
         raise ConfigError(
-            f"{found.path}: rows of {', '.join(table.layout.names)}; 'task.name' {cfg.task.name} reads "
-            f"{', '.join(stored)}"
+            f"{found.path}: its rows have the columns {', '.join(table.layout.names)}; expected {', '.join(stored)} "
+            f"for task.name={cfg.task.name}; prepare the data for this task"
         )
     if tokenizer and (was := found.about.get("tokenizer_hash", tokenizer.hash)) != tokenizer.hash:
         raise ConfigError(
-            f"{found.path}: its rows were made with tokenizer {was[:12]}, but this run has {tokenizer.hash[:12]}: ids "
-            "would mean other text; put its tokenizer.model back"
+            f"{found.path}: its rows were made with tokenizer {was[:12]}, but this run has {tokenizer.hash[:12]}, in "
+            "which the ids mean other text; restore the folder's tokenizer.model"
         )
     if (length := stored["tokens"][0][0]) != table.layout.length:
         raise ConfigError(
-            f"{found.path}: rows of {table.layout.length} positions, this run needs {length}; set "
-            "data.seq_len, or prepare the data anew"
+            f"{found.path}: its rows have {table.layout.length} positions, this run needs {length}; set "
+            "data.seq_len, or prepare the data again"
         )
     if (was := found.about["settings"]["packing"]) != cfg.data.packing:
         raise ConfigError(f"{found.path}: 'data.packing' was {was} when it was prepared, and is {cfg.data.packing} now")
     if not len(table):
-        raise DataError(f"{found.path}: no {half} rows; prepare it anew with more documents, or another held-out share")
+        raise DataError(f"{found.path}: no {half} rows; prepare it with more documents, or another held-out share")
     return _part(task, half, cfg, tokenizer, len(table), table.take, stored, []), found.counts(half)
 
 
@@ -328,7 +330,7 @@ def _finish(
 def _with_other(
     size: int, take: Callable[[np.ndarray], Rows], stored: Columns, row: Row, rng: np.random.Generator
 ) -> Row:
-    """The row, and the columns of a random other row as 'other_...'."""
+    """Adds the columns of a random row to `row`, as 'other_...'."""
     other = take(rng.integers(size, size=1))
     return row | {f"other_{key}": other[key][0].astype(dtype) for key, (_, dtype) in stored.items()}
 
@@ -340,7 +342,7 @@ def _augment(
 
 
 def _progress(records: Sequence[Record], what: str) -> Iterator[Record]:
-    """Yields the records, with a progress bar once this has taken `_QUIET_SECONDS`."""
+    """Yields the records, and shows a progress bar after `_QUIET_SECONDS`."""
     start, bar = time.monotonic(), None
     try:
         for done, record in enumerate(records):

@@ -210,11 +210,11 @@ def test_a_run_may_start_at_any_example(folders):
 def test_invalid_mixtures_and_unsuitable_prepared_data_are_refused(folders, tmp_path):
     write_source(tmp_path / "web", 0, 4)
     paths = [str(folders / "web"), str(tmp_path / "web")]
-    for names, says in ((paths, "different names"), ([str(tmp_path / "replay"), paths[0]], "not 'replay'")):
+    for names, says in ((paths, "different names"), ([str(tmp_path / "replay"), paths[0]], "none of them 'replay'")):
         cfg = config.DataConfig(format="prepared", mixture=tuple((0.0, path, 1.0) for path in names))
         with pytest.raises(ConfigError, match=f"'data.mixture': its paths must end in .*{says}"):
             input_pipeline.load(cfg)
-    with pytest.raises(ConfigError, match="rows of 16 positions, this run needs 32"):
+    with pytest.raises(ConfigError, match="its rows have 16 positions, this run needs 32"):
         alone(folders / "web", seq_len=32)
     words = tokenizer.train(["one two three " * 9], 285, 1000)
     found = shards.open_folder(str(folders / "web"))
@@ -227,7 +227,7 @@ def test_invalid_mixtures_and_unsuitable_prepared_data_are_refused(folders, tmp_
     for unread in ({"max_records": 3}, {"rename": (("a", "b"),)}):
         with pytest.raises(ConfigError, match=rf"'data\.{next(iter(unread))}' is .* prepared data does not read it"):
             mixed(folders, **unread)
-    with pytest.raises(ConfigError, match=r"'task\.name' masked_lm reads"):
+    with pytest.raises(ConfigError, match=r"expected .* for task\.name=masked_lm; prepare"):
         mixed(folders, task="masked_lm")
     empty = tmp_path / "none"
     write_source(empty, 0, 4, valid=0)

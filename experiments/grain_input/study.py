@@ -1,10 +1,11 @@
-"""How much of the input pipeline Grain can do: speed of each way to make the same batches, and what a hung read does.
+"""How much of the input pipeline Grain can do: speed of each way to make the same batches, and effect of a hung read.
 
     python experiments/grain_input/study.py [--megabytes=1000] [--seconds=20] [--hang_seconds=60]
 
-Speed is of prepared rows, as `tools/bench.py --input` writes them, from a mixture of three sources, all ways in turn in
-the same run. For the hung read, every way is a process of its own whose fourth element never comes: does it report an
-error within the limit, does Ctrl-C then stop it, and does the process exit after that? Writes results.md.
+Speed is measured on prepared rows, as `tools/bench.py --input` writes them, from a mixture of three sources, with all
+ways timed alternately in the same run. For the hung read, each way runs in a process of its own, in which the fourth
+element never comes: does it report an error within the limit, does Ctrl-C then stop it, and does the process exit after
+that? Writes results.md.
 """
 
 import argparse
@@ -61,7 +62,7 @@ class Rows:
 
 
 class Held:
-    """Single rows that cost nothing: the same one, already decoded."""
+    """A Grain source that costs nothing to read: always the same decoded row."""
 
     def __init__(self, part: loader.Part):
         self.size, self.row = len(part), Rows(part)[0]
@@ -74,7 +75,7 @@ class Held:
 
 
 def by_example(data: loader.Data, rows: Callable[[loader.Part], Any]) -> Iterator[Any]:
-    """Shuffle, mixture and batches all by Grain, an element being one example."""
+    """Batches with shuffling, mixing and batching by Grain; an element of the sources is one example."""
     parts = [source.train for source in data.sources.values()]
     shuffled = [grain.MapDataset.source(rows(part)).seed(0).shuffle().repeat() for part in parts]
     mixed = grain.MapDataset.mix(shuffled, list(bench.WEIGHTS.values()))
@@ -82,7 +83,7 @@ def by_example(data: loader.Data, rows: Callable[[loader.Part], Any]) -> Iterato
 
 
 def speeds(folder: Path, megabytes: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Way -> million tokens a second, of wall time and of this process's CPU time: medians of the rounds."""
+    """Way -> million tokens per second of wall time and of this process's CPU time, medians over the rounds."""
     for number, (name, share) in enumerate(bench.WEIGHTS.items()):
         rows = max(bench.BATCH, round(megabytes * share * 1e6 / (2 * bench.LENGTH)))
         bench.write(folder / name, rows, number)
@@ -101,7 +102,7 @@ def speeds(folder: Path, megabytes: int, seconds: float) -> dict[str, tuple[floa
     for turn in range(ROUNDS):
         order = list(ways.items())
         for name, batches in order[turn % len(order) :] + order[: turn % len(order)]:
-            for _ in range(4):  # what was made ahead while the others had their turn
+            for _ in range(4):  # discards batches prefetched during the other ways' turns
                 next(batches)
             found[name].append(bench.rate(batches, seconds / ROUNDS))
     for batches in ways.values():
@@ -125,7 +126,7 @@ class Hangs:
 
 
 def hang(name: str) -> None:
-    """The process that is watched: four elements, and what the fourth one raises."""
+    """Body of the watched process: reads four elements, and prints the error that the fourth one raises."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this with Ctrl-C ignored
     elements = ITERATORS[name](grain.MapDataset.source(Hangs()))
     print(*(next(elements) for _ in range(3)), flush=True)
@@ -137,7 +138,7 @@ def hang(name: str) -> None:
 
 
 def hung_read(name: str, limit: float) -> tuple[str, str, str]:
-    """(error within the limit, what Ctrl-C did if there was none, whether the process then exited in 10 seconds)."""
+    """(error within the limit, effect of Ctrl-C if there was none, whether the process then exited in 10 seconds)."""
     command = [sys.executable, __file__, f"--hang={name}"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
@@ -157,7 +158,7 @@ def hung_read(name: str, limit: float) -> tuple[str, str, str]:
 
 
 def _line(process: Any, limit: float) -> str:
-    """The next line that a process prints within the limit; '' = none."""
+    """The next line that the process prints within the limit; '' = none."""
     is_there = multiprocessing.connection.wait([process.stdout], limit)
     return process.stdout.readline().strip() if is_there else ""
 

@@ -1,12 +1,12 @@
-"""Which initialisation learns best, family by family: held-out loss, with the learning rate tuned for each.
+"""Which initialisation learns best, for each family of models: held-out loss, with the learning rate tuned for each.
 
     python experiments/initialisation/study.py [--only=encoder,mae]
 
 For every family, size and scheme (`model.init`) the learning rate is tuned with one seed, a factor of 3 at a time,
-until the best one has a worse one on either side; at the best, three other seeds give the figures of the table. A seed
-decides the parameters, the order of the data and what is masked. What is done is kept in `results.json` beside this
-file, so that the same command finishes a study that was stopped; `results.md` and `results.png` are written after each
-size.
+until the best one has a worse one on either side; three other seeds at that rate give the figures of the table.
+A seed decides the parameters, the order of the data and the masks. Finished trials are saved in `results.json` beside
+this file, so that the same command resumes a study that was stopped. `results.md` and `results.png` are written after
+each size.
 """
 
 import argparse
@@ -41,12 +41,12 @@ FIRST = (-6, -5, -4)  # 1e-3, 3e-3, 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of model and what it learns.
+    """A kind of model and its task.
 
     Attributes:
-      title: for the table.
-      recipe: (width, layers) -> the config, but for seed, learning rate and scheme.
-      schemes: compared with each other; the first one is what the others are tested against.
+      title: its name in the table.
+      recipe: (width, layers) -> the config, without seed, learning rate and scheme.
+      schemes: schemes to compare; the others are tested against the first.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Family:
 
 
 def stories(width: int, layers: int) -> Any:
-    """A GPT-2-like decoder on TinyStories; the other families of text change it."""
+    """A GPT-2-like decoder on TinyStories; the other text families are derived from it."""
     from configs import common
 
     c = default_config()
@@ -73,7 +73,7 @@ def stories(width: int, layers: int) -> Any:
 
 
 def shape(c: Any, width: int, layers: int) -> None:
-    """What all families have: the size, and how long they learn."""
+    """Sets what all families share: the size and the length of training."""
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = layers, width, width // 32
     c.model.unroll = 0  # all layers: faster on CPU
     c.optim.schedule = "cosine"
@@ -133,7 +133,7 @@ FAMILIES = {
 
 
 def main() -> None:
-    """Runs what is asked for, in order, and writes the table after each size."""
+    """Runs the requested trials in order, and writes the table after each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = {
         "only": list(FAMILIES),
@@ -148,7 +148,7 @@ def main() -> None:
         if unknown := [word for word in words if word not in choices[option]]:
             sys.exit(f"error: --{option}: no '{unknown[0]}'; there are {', '.join(choices[option])}")
     wanted = choices | wanted
-    os.chdir(ROOT)  # recipes name data from here
+    os.chdir(ROOT)  # recipes name data relative to the root
     for size in SIZES:
         for name in wanted["only"]:
             if str(size[0]) in wanted["widths"]:
@@ -157,7 +157,7 @@ def main() -> None:
 
 
 def run(name: str, size: tuple[int, int], schemes: list[str]) -> None:
-    """Every trial of a family at a size that is not done yet."""
+    """Runs every unfinished trial of a family at a size."""
     made: list[Callable[[str, float, int], float]] = []
     same = fingerprint(name, size)
     times: list[float] = []
@@ -187,7 +187,7 @@ def run(name: str, size: tuple[int, int], schemes: list[str]) -> None:
 
 
 def tuned(loss_of: Callable[[int], float]) -> int:
-    """The learning rate, an index of `RATES`, whose neighbours are both worse."""
+    """Index in `RATES` of the learning rate whose two neighbours are both worse."""
     losses = {step: loss_of(step) for step in FIRST}
     while True:
         best = min(losses, key=lambda step: (losses[step], step))
@@ -198,8 +198,7 @@ def tuned(loss_of: Callable[[int], float]) -> int:
 
 
 def trials(recipe: Any) -> Callable[[str, float, int], float]:
-    """(scheme, learning rate, seed) -> held-out loss, of one compiled program: only the parameters at the start, the
-    learning rate and the batches differ."""
+    """Returns a function (scheme, learning rate, seed) -> held-out loss, whose calls share one compiled program."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -258,22 +257,22 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
 
 
 def read() -> dict[str, Any]:
-    """Key -> figures of each trial that was ever done."""
+    """Key -> figures of each finished trial."""
     return json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
 
 def as_number(loss: float | None) -> float:
-    """A loss; infinite where the trial diverged."""
+    """The loss as a float; infinite if the trial diverged."""
     return math.inf if loss is None else loss
 
 
 def key_of(name: str, size: tuple[int, int], scheme: str, step: int, seed: int) -> str:
-    """What a trial is called in results.json."""
+    """Key of a trial in results.json."""
     return f"{name} {size[0]}x{size[1]} {scheme} {RATES[step]:g} {seed}"
 
 
 def fingerprint(name: str, size: tuple[int, int]) -> str:
-    """Of what differs from the defaults in a config, but for where its data lies and for the scheme."""
+    """Hash of what differs from the defaults in a config, except for the paths of its data and the scheme."""
     from lm.config import schema
 
     usual = dict(schema.flatten(default_config().to_dict()))
@@ -286,12 +285,12 @@ def fingerprint(name: str, size: tuple[int, int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A scheme at a size.
+    """Results of a scheme at a size.
 
     Attributes:
-      tuning: learning rate -> held-out loss of the seed it was tuned with.
-      rate: the best of them; None where there are none yet.
-      losses: of the other seeds, at that one.
+      tuning: learning rate -> held-out loss with the tuning seed.
+      rate: the best learning rate; None if there is none yet.
+      losses: held-out losses of the other seeds at that rate.
     """
 
     tuning: dict[float, float]
@@ -300,7 +299,7 @@ class Cell:
 
 
 def cell(kept: dict[str, Any], name: str, size: tuple[int, int], scheme: str) -> Cell:
-    """What is known of it."""
+    """Collects the finished trials of a scheme at a size."""
 
     def loss(step: int, seed: int) -> float | None:
         figures = kept.get(key_of(name, size, scheme, step, seed))
@@ -315,7 +314,7 @@ def cell(kept: dict[str, Any], name: str, size: tuple[int, int], scheme: str) ->
 
 
 def write() -> None:
-    """The table and the plot of what is done."""
+    """Writes the table and the plot of the finished trials."""
     (HERE / "results.md").write_text(results(), encoding="utf-8")
     plot(HERE / "results.png")
 
@@ -354,7 +353,7 @@ def results() -> str:
 
 
 def interval(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean, by Student's t."""
+    """Half the width of the 95 % interval of the mean, by Student's t."""
     from scipy import stats
 
     reach = stats.t.ppf(0.975, len(values) - 1)
@@ -362,14 +361,14 @@ def interval(values: list[float]) -> float:
 
 
 def welch(mine: list[float], theirs: list[float]) -> float:
-    """p of Welch's test that both have one mean."""
+    """p of Welch's t-test for equal means."""
     from scipy import stats
 
     return float(stats.ttest_ind(mine, theirs, equal_var=False).pvalue)
 
 
 def plot(path: Path) -> None:
-    """Above, the loss of each scheme by width; below, by learning rate at the largest width of which most is done."""
+    """Top: loss of each scheme by width. Bottom: by learning rate, at the largest width with most trials done."""
     import matplotlib
 
     matplotlib.use("agg")

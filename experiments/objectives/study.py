@@ -1,10 +1,10 @@
-"""What pre-training is worth, task by task: every objective and every task on the shared data, one table.
+"""What pre-training gains, for each task: every objective and every task on the shared data, in one table.
 
     python experiments/objectives/study.py [--only=sst2,ner] [--seeds=3]
 
-Rows that are done are not run again, and a run that was stopped goes on: the same command finishes the study. After
-each row `results.md`, beside this file, is written anew; figures of earlier studies are kept in `results.json` and hold
-as long as a run's config is the same.
+Finished rows are not run again and a stopped run is resumed, so the same command completes the study. After each row
+`results.md`, beside this file, is rewritten. Figures of earlier studies are saved in `results.json` and are valid as
+long as a run's config is the same.
 """
 
 import argparse
@@ -39,17 +39,17 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A part of the table.
+    """Rows of the table that are compared with each other.
 
     Attributes:
-      title: what is learnt, on which data.
+      title: the task and its data.
       metric: a key of the summary.
-      arms: compared with each other; each with that of its kind from scratch, else with the last one.
-      changes: keys of the config that differ from the recipe's: fewer labels, a shorter run.
-      once: a pre-training, done with one seed, in the folder where the recipes of other rows look for it.
-      note: what a reader should know of it.
-      data: a file to be made, and the tool that makes it.
-      on_test: whether the metric is that of the test records, by the checkpoint that validation chose.
+      arms: ways to compare; each with the one of its kind from scratch, or else with the last.
+      changes: config keys that differ from the recipe: fewer labels, a shorter run.
+      once: it is a pre-training, run with one seed in the folder where the recipes of other rows look for it.
+      note: a remark printed below the table.
+      data: a file to be generated, and the tool that generates it.
+      on_test: the metric is measured on the test records, with the checkpoint chosen by validation.
     """
 
     title: str
@@ -63,17 +63,17 @@ class Row:
 
 
 def arms(recipe: str, *arguments: str) -> tuple[Arm, ...]:
-    """A recipe with each of its arguments, which are the names too."""
+    """One arm for each argument of a recipe, named by the argument."""
     return tuple(Arm(argument, recipe, argument) for argument in arguments)
 
 
 def once(title: str, metric: str, recipe: str, data: tuple[str, str] | None = None) -> Row:
-    """A pre-training."""
+    """The row of a pre-training."""
     return Row(title, metric, (Arm("", recipe),), once=True, data=data)
 
 
 SENTENCES = ("mlm", "scratch", "clm", "clm,scratch")
-# Few labels, which is what pre-training is for; with all of them a row would take longer than it may.
+# Few labels, because that is where pre-training helps, and because all of them would take too long.
 FEW = {"data.max_records": 500, "train.total_epochs": 8.0, "eval.every_epochs": 0.0}
 REVIEWS = FEW | {"train.total_epochs": 4.0, "eval.max_tokens": 128_000}
 FEWER = {"data.max_records": 2_000, "eval.every_epochs": 0.0}
@@ -184,7 +184,7 @@ ROWS: dict[str, Row] = {
 
 
 def main() -> None:
-    """Runs what is asked for, in order, and writes the table after each row."""
+    """Runs the requested rows in order, and writes the table after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"rows, by name: {', '.join(ROWS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each fine-tuning (default: 3)")
@@ -192,9 +192,9 @@ def main() -> None:
     wanted = args.only.split(",") if args.only else list(ROWS)
     if unknown := [name for name in wanted if name not in ROWS]:
         sys.exit(f"error: --only: no row '{unknown[0]}'; there are {', '.join(ROWS)}")
-    os.chdir(ROOT)  # recipes name runs and data from here
+    os.chdir(ROOT)  # recipes name runs and data relative to the root
     use_compilation_cache()
-    for row in ROWS:  # what lies in folders already
+    for row in ROWS:  # runs that are already in folders
         for arm in ROWS[row].arms:
             summaries(row, arm, args.seeds)
     for number, name in enumerate(wanted, 1):
@@ -205,14 +205,14 @@ def main() -> None:
 
 
 def use_compilation_cache() -> None:
-    """The runs of a row differ in their seed: compiled once, they share the program."""
+    """Caches compiled programs on disk: the runs of a row differ only in their seed and share one."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(Path("runs").absolute() / "compilation_cache"))
 
 
 def run_row(name: str, seeds: int) -> None:
-    """Every run of a row that is not done yet; a pre-training also where its folder is gone, others start from it."""
+    """Runs every unfinished run of a row; a pre-training also if its folder is gone, since others start from it."""
     from lm import tasks, train
 
     row = ROWS[name]
@@ -251,16 +251,16 @@ def needs(name: str) -> list[str]:
 
 
 def workdir(name: str, arm: Arm, seed: int) -> Path:
-    """Where a run lies; that of a pre-training, where the recipes look for it."""
+    """Folder of a run; for a pre-training, the one where the recipes look for it."""
     if ROWS[name].once:
         return Path("runs") / arm.recipe
     return Path("runs") / "objectives" / arm.recipe / f"{arm.argument.replace(',', '_') or 'default'}-{seed}"
 
 
 def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """What is known of a run: what it left in its folder, else what an earlier study kept of the same config.
+    """Figures of a run: from its folder, or else those that an earlier study saved for the same config.
 
-    Kept are the figures of the table, in results.json beside this file, so that they outlive the folders.
+    The figures of the table are saved in results.json beside this file, so that they outlive the folders.
     """
     row = ROWS[name]
     path = workdir(name, arm, seed) / "summary.json"
@@ -279,9 +279,9 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
 
 
 def fingerprint(name: str, arm: Arm, seed: int) -> str:
-    """Of what differs from the defaults in a run's config and in those it starts from, but for where their data lies.
+    """Hash of what differs from the defaults in the configs of a run and of those it starts from, except data paths.
 
-    A key that is new changes no figure; a default that changes may, and is not noticed: delete results.json then.
+    A new key does not change it. A changed default may change figures but is not detected: delete results.json then.
     """
     from lm import tasks
     from lm.config import schema
@@ -295,7 +295,7 @@ def fingerprint(name: str, arm: Arm, seed: int) -> str:
 
 
 def summaries(name: str, arm: Arm, seeds: int) -> list[dict[str, Any]]:
-    """Of an arm's runs that are done."""
+    """Summaries of an arm's finished runs."""
     each = (found(name, arm, seed) for seed in range(1 if ROWS[name].once else seeds))
     return [summary for summary in each if summary]
 
@@ -319,7 +319,7 @@ def results(seeds: int) -> str:
 
 
 def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
-    """One line of the table."""
+    """The table's line for an arm."""
     done = summaries(name, arm, seeds)
     if not done:
         return f"| {row.title} | {arm.name} | {row.metric} | | not run | | | |"

@@ -1,12 +1,12 @@
-"""Does this project learn as another one does? One GPT-2, one order of batches, here and in PyTorch's transformers.
+"""Parity of training with another implementation: one GPT-2 on the same batches, here and in PyTorch's transformers.
 
     pip install -e '.[peer]'
     python experiments/parity/study.py
 
-Three runs of configs/gpt2_tinystories.py: ours; transformers from our weights at the start; transformers from its own.
-Each goes over the same batches with the same learning rates, AdamW (betas, epsilon, decay, clipping of the global norm
-as in the recipe) and weight decay on the same parameters, all of two dimensions. What is done is kept in
-`results.json`; `results.md` and `results.png` are written after each run.
+Three runs of configs/gpt2_tinystories.py: ours; transformers from our initial weights; transformers from its own.
+They share the batches, the learning rates, AdamW (betas, epsilon, decay, clipping of the global norm as in the recipe)
+and the parameters with weight decay, which are those of two dimensions. Finished runs are saved in `results.json`;
+`results.md` and `results.png` are written after each run.
 """
 
 import argparse
@@ -38,14 +38,14 @@ RUNS = {
 
 
 def main() -> None:
-    """Each run that is not done yet."""
+    """Runs each unfinished run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"runs: {', '.join(RUNS)} (default: all)")
     args = parser.parse_args()
     wanted = args.only.split(",") if args.only else list(RUNS)
     if unknown := [name for name in wanted if name not in RUNS]:
         sys.exit(f"error: --only: no run '{unknown[0]}'; there are {', '.join(RUNS)}")
-    os.chdir(ROOT)  # recipes name data from here
+    os.chdir(ROOT)  # recipes name data relative to the root
     missing = [name for name in wanted if name not in read()]
     if missing:
         sides = prepare()
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]]:
-    """Run -> (a step, giving its loss; the held-out loss), each from the start."""
+    """Run -> (function that trains one step and returns its loss, function that returns the held-out loss)."""
     import jax
 
     from configs import gpt2_tinystories
@@ -107,7 +107,7 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
 
 
 def learn(name: str, advance: Callable[[], float], held_out: Callable[[], float]) -> dict[str, Any]:
-    """All losses of a run: 'train' of each step, 'held_out' after each number of steps."""
+    """Losses of a run: 'train', one a step, and 'held_out', number of steps -> loss."""
     from configs import gpt2_tinystories
 
     total = gpt2_tinystories.get_config().train.total_steps
@@ -122,12 +122,12 @@ def learn(name: str, advance: Callable[[], float], held_out: Callable[[], float]
 
 
 def read() -> dict[str, Any]:
-    """Run -> its figures, of those that were done."""
+    """Run -> its figures, for the finished runs."""
     return json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
 
 def write() -> None:
-    """The table and the plot of what is done."""
+    """Writes the table and the plot of the finished runs."""
     (HERE / "results.md").write_text(results(), encoding="utf-8")
     plot(HERE / "results.png")
 
@@ -161,7 +161,7 @@ def results() -> str:
 
 
 def plot(path: Path) -> None:
-    """Training loss with the held-out points, and below the distance to our training loss."""
+    """Top: training loss, with held-out losses as points. Bottom: distance to our training loss."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,8 +1,8 @@
-"""Preparing data: pace, memory, what is found of what was planted, and what a kill and another runner change.
+"""Data preparation: speed, memory, recall of planted duplicates, and equality of output after kills and across runners.
 
     python experiments/prepare/study.py [--megabytes=1000] [--workers=2]
 
-Writes `results.md`, beside this file. Scratch files, some five times the text, go to a temporary folder in --scratch.
+Writes `results.md`, beside this file. Scratch files, about five times the text, go to a temporary folder in --scratch.
 """
 
 import argparse
@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
 KILLS = 10
-SMALL_MEGABYTES = 4.0  # of the corpus that kills and runners are compared on
+SMALL_MEGABYTES = 4.0  # size of the corpus on which kills and runners are compared
 
 
 @dataclasses.dataclass
 class Done:
-    """A run of the tool: stage -> CPU seconds, wall seconds, and the peak of the resident bytes of its processes."""
+    """A finished run of the tool: CPU seconds by stage, wall seconds, and peak resident bytes of all its processes."""
 
     cpu: dict[str, float]
     wall: float
@@ -42,14 +42,14 @@ class Done:
 
 
 def command(raw: Path, out: Path, shared: Path, *more: str) -> list[str]:
-    """The tool on a corpus."""
+    """Command line of the tool for a corpus."""
     recipe = f"--config=experiments/prepare/recipe.py:{raw}"
     evaluation = f"--evaluation={shared / corpus.QUESTIONS}"
     return [sys.executable, "tools/prepare_data.py", recipe, f"--out={out}", evaluation, *more]
 
 
 def run(arguments: list[str]) -> Done:
-    """Runs the tool to its end."""
+    """Runs the tool to completion."""
     start, peak, ended = time.perf_counter(), 0, threading.Event()
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> Done:
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process and all below it; what they share is counted in each."""
+    """Resident bytes of a process and its descendants; shared memory is counted for each of them."""
     total = 0
     try:
         for process in (root := psutil.Process(pid), *root.children(recursive=True)):
@@ -81,7 +81,7 @@ def resident(pid: int) -> int:
 
 
 def found(out: Path, truth: corpus.Truth) -> list[str]:
-    """Lines of results.md: what was found of what was planted."""
+    """Lines of results.md: the share found of the planted duplicates and test questions."""
     gone = {line["source"]: line for line in map(json.loads, (out / "removed.jsonl").read_text().splitlines())}
     quality = {place for place, line in gone.items() if not line["why"].endswith(("_duplicate", "contaminated"))}
     lines = ["| planted | documents | mean similarity | found |", "|---|---:|---:|---:|"]
@@ -111,12 +111,12 @@ def found(out: Path, truth: corpus.Truth) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """Relative path -> content of every file in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def kills(arguments: list[str], out: Path, whole: Path, seconds: float) -> str:
-    """Kills the tool and its workers `KILLS` times, each at a random time of its run, and compares what it leaves."""
+    """Kills the tool and its workers `KILLS` times, each at a random time of its run, and compares the final output."""
     rng, left, jobs, stages = random.Random(0), KILLS, 0, collections.Counter[str]()
     while True:
         process = subprocess.Popen(
@@ -133,7 +133,7 @@ def kills(arguments: list[str], out: Path, whole: Path, seconds: float) -> str:
             continue
         jobs += 1
         if contents(out) != contents(whole):
-            raise SystemExit(f"{out} is not {whole}")
+            raise SystemExit(f"{out} differs from {whole}, the output of a job that was not killed")
         if not left:
             where = ", ".join(f"{stage} {count}" for stage, count in stages.items())
             return f"{KILLS} kills (last stage to write: {where}) in {jobs} jobs: the same bytes each time."
@@ -141,7 +141,7 @@ def kills(arguments: list[str], out: Path, whole: Path, seconds: float) -> str:
 
 
 def study(megabytes: float, workers: int, scratch: Path, shared: Path) -> str:
-    """Does all of it, and returns results.md."""
+    """Runs the whole study, and returns the text of results.md."""
     sections = [
         "# Preparing data: results",
         f"Written by `python experiments/prepare/study.py --megabytes={megabytes:g} --workers={workers}`. CPU seconds, "
@@ -186,7 +186,7 @@ def study(megabytes: float, workers: int, scratch: Path, shared: Path) -> str:
 
 
 def main() -> None:
-    """Turns flags into results.md."""
+    """Runs the study with the given flags, and writes results.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=1000.0)
     parser.add_argument("--workers", type=int, default=2)

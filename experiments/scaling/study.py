@@ -1,9 +1,9 @@
-"""Weak scaling on paper: one model on ever larger slices, the same rows on each chip, by the TPU's own compiler.
+"""Weak scaling by the TPU compiler's figures: one model on ever larger slices, with the same rows on each chip.
 
     python experiments/scaling/study.py [--cache=plans/scaling] [--set=--config.model.num_layers=2 ...]
 
-Writes `results.md`, beside this file. What is compiled is kept in --cache: the same command again goes on. --set
-changes the recipe, for a try; then nothing is written.
+Writes `results.md`, beside this file. Compiled plans are saved in --cache, from which the same command resumes.
+--set changes the recipe for an experiment; then nothing is written.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 RECIPE = "configs/bench/v5e16_7b.py"
-ROWS = 1  # of 2,048 positions, on a chip
+ROWS = 1  # rows of 2,048 positions on each chip
 SLICES = (("4x4", 1), ("8x8", 1), ("16x16", 1), ("16x16", 2))
 GIB = 2.0**30
 
@@ -38,13 +38,13 @@ def plan(shape: str, slices: int, cache: str, more: list[str]) -> dict[str, Any]
 
 
 def sent(figures: dict[str, Any], between_slices: bool) -> float:
-    """Bytes of a chip and step that go over the network between slices, or inside of them."""
+    """Bytes that a chip sends in a step, over the network between slices or within them."""
     rows = figures["collectives"].items()
     return sum(row["bytes"] for name, row in rows if ("over dcn_data" in name) == between_slices)
 
 
 def report(found: list[dict[str, Any]]) -> str:
-    """results.md."""
+    """The text of results.md."""
     first = found[0]
     head = ("slices", "chips", "peak GiB", "parameters and optimizer, GiB", "collectives, GB", "between slices, GB")
     lines = [" | ".join(("", *head, "guessed ms", "compile s", "")).strip(), "|" + "---|" + "---:|" * 7]
@@ -70,7 +70,7 @@ def report(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Turns flags into results.md."""
+    """Runs the study with the given flags, and writes results.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", default="plans/scaling")
     parser.add_argument("--set", action="append", default=[])

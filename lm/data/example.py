@@ -1,4 +1,4 @@
-"""What records become: examples, rows, and their columns."""
+"""Types of training examples: one example of a record, rows of a batch, and their columns."""
 
 from typing import Any, NamedTuple
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 class Example(NamedTuple):
-    """What one record, or a part of it, becomes.
+    """A training example made from one record or a part of it.
 
     Attributes:
-      columns: batch key -> array. One that is shorter than its row is filled up with 0 at its end.
-      meta: what scoring needs of it on the host (texts, character offsets); never goes to a device.
+      columns: batch key -> array; padded with 0 at its end to the length of the row.
+      meta: what `Task.scores` needs on the host (texts, character offsets); never sent to a device.
     """
 
     columns: dict[str, np.ndarray]

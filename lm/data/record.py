@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, NamedTuple
 
-# The fields of one of `lm.data.readers.fields.FORMS` (for a table, any), and always "source": "file:line" or "file".
+# Has the fields of one of `lm.data.readers.fields.FORMS` (any, for a table), and "source": "file:line" or "file".
 Record = dict[str, Any]
 
 
@@ -26,15 +26,15 @@ class NotRead(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a task asks of the records that it reads.
+    """How readers should interpret records for a task.
 
     Attributes:
       task: its name, for messages.
-      label: what 'label' is to be: a class, a number, or either ('TASK/CLASS' and 'TASK/NUMBER'); '' = it is not read.
-      classes: the labels that are known.
+      label: type of the field 'label': a class, a number, or 'mixed' ('TASK/CLASS' and 'TASK/NUMBER'); '' = not read.
+      classes: the known labels.
       image_shape: height, width, channels of images.
-      fields: an object that has the fields of several forms of `lm.data.readers.fields.FORMS` is read as the first of
-        those that have these; where there is none, as the first of all.
+      fields: an object that matches several forms of `lm.data.readers.fields.FORMS` is read as the first of them that
+        has these fields, or, if none has, as the first of them.
     """
 
     task: str = ""
@@ -44,4 +44,4 @@ class Wanted(NamedTuple):
     fields: tuple[str, ...] = ()
 
 
-NOTHING = Wanted()  # of records that are read for no task
+NOTHING = Wanted()  # for records that are read without a task
