@@ -18,8 +18,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from lm import config, train
+from lm import run as run_lib
 from lm.config import MeshConfig, schema
+from lm.data import tokenizer
 from lm.data.readers import fields
+from lm.models import registry, transformer
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, build_config, language_modelling
@@ -138,6 +141,17 @@ def test_a_page_names_keys_and_files_that_there_are(page):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / name).exists(), name
+
+
+def test_the_python_of_the_readme_runs(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    words = tokenizer.train(["once upon a time there was a cat. " * 20], 300, 100_000)
+    cfg = config.Config(model=transformer.resolve(toys.GPT2, vocab_size=words.vocab_size, seq_len=128))
+    model = registry.MODELS["decoder"](cfg, None, jax.numpy.float32)
+    loaded = cfg, model, model.init(jax.random.key(0)), words
+    monkeypatch.setattr(run_lib, "load_model", lambda name: loaded)
+    exec(code, {})
+    assert capsys.readouterr().out
 
 
 def test_the_example_of_a_task_learns_the_second_half_alone():
