@@ -267,8 +267,10 @@ def test_the_sides_of_a_parallel_corpus_are_read_line_by_line(tmp_path, monkeypa
 
 MEASURED = """
     import sys
+    from lm import input_pipeline
     from lm.config import Config, DataConfig, TokenizerConfig
-    from lm.data import examples, pipeline, sources
+    from lm.data.readers import registry
+    from lm.tasks import base, language_modelling
 
     def memory(name):
         lines = open("/proc/self/status").read().splitlines()
@@ -279,15 +281,15 @@ MEASURED = """
     cfg = Config(data=data, tokenizer=TokenizerConfig(vocab_size=512, train_bytes=500_000))
     before = memory("VmHWM")
     if stage == "read":
-        sum(len(r["text"]) for r in sources.read(sources.find(data).train[0], data))
+        sum(len(r["text"]) for r in registry.read(registry.find(data).train[0], data))
     else:
-        found = list(sources.read(sources.find(data).train[0], data))
-        split = sources.Split(found, found[:2], "", "")
-        words = examples.SENTENCEPIECE.train((r["text"] for r in split.train), cfg.tokenizer)
+        found = list(registry.read(registry.find(data).train[0], data))
+        split = registry.Split(found, found[:2], "", "")
+        words = base.SENTENCEPIECE.train((r["text"] for r in split.train), cfg.tokenizer)
         if stage == "tokenize":
-            ids = [examples.whole_ids(r["text"], words) for r in split.train]
+            ids = [language_modelling.whole_ids(r["text"], words) for r in split.train]
         else:
-            pipeline.build(cfg, words, split)
+            input_pipeline.build(cfg, words, split)
     print(memory("VmHWM") - before)
 """
 
