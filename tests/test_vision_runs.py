@@ -58,9 +58,9 @@ def test_a_linear_probe_keeps_the_encoder_and_trains_the_head(pretrained):
 
 
 def test_images_cannot_be_sharded_over_positions(tmp_path):
-    cfg = recipe(tmp_path, task__name="masked_autoencoding", task__mask_rate=0.5, model__kind="mae", mesh__context=2)
+    mae = {"task__name": "masked_autoencoding", "task__mask_rate": 0.5, "model__kind": "mae"}
     with pytest.raises(ConfigError, match=r"^'mesh.context' splits the positions of a text; 'model.kind' mae"):
-        run_lib.plan(cfg, None)
+        recipe(tmp_path, **mae, mesh__context=2)
 
 
 def test_the_picture_shows_visible_and_reconstructed_patches(pretrained, tmp_path):
