@@ -148,8 +148,9 @@ def test_cpu_time_is_measured_of_one_thread_alone():
 
 
 PROGRAM = """
-import sys, threading
+import signal, sys, threading
 import grain
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what started the tests may have ignored
 from lm.data import prefetch
 prefetch.HUNG_SECONDS, prefetch._POLL_SECONDS = {hung}, 0.2
 hang = lambda k: threading.Event().wait() if k else k

@@ -60,7 +60,7 @@ def test_replayed_rows_are_evaluated_from_step_0_and_a_resume_does_not_need_the_
 
 def test_data_that_cannot_be_replayed_is_refused_before_the_first_step(base, domain, tmp_path):
     cfg, run, _ = base
-    with pytest.raises(ConfigError, match=r"'data\.replay' draws from .* 'init_from' names, which is ''"):
+    with pytest.raises(ConfigError, match=r"'data\.replay' draws from .* but 'init_from' is empty"):
         toys.recipe(domain, **TINY, data__replay=0.5)
     going_on = toys.recipe(domain, **TINY, init_from=str(run), data__replay=0.5)
     chats = toys.write_chats(tmp_path / "chats.jsonl")

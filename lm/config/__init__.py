@@ -21,6 +21,7 @@ from lm.config.sections import (
     TokenizerConfig,
     TrainConfig,
     build,
+    check,
     diff,
     to_json,
 )

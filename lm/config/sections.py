@@ -381,7 +381,7 @@ def build(source: Mapping[str, Any], options: Options) -> Config:
         if now := older.successor(key):
             raise ConfigError(f"unknown config key '{key}': set {now} instead")
     config = dataclasses.replace(schema.build_section(Config, rest, ""), task=section)
-    _check(config)
+    check(config)
     return config
 
 
@@ -410,7 +410,7 @@ _BELOW_ONE = {
 }
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """Raises ConfigError for values that are invalid whatever the data."""
     for key, value in flatten(to_dict(config)):
         numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]

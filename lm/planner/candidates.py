@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import checks, optim, param_paths, program
+from lm import checks, config, optim, param_paths, program
 from lm import run as run_lib
 from lm.config import Config
 from lm.config.schema import ConfigError
@@ -141,6 +141,7 @@ def search_space(
         first = Candidate(mesh, policies[0], micro, chunks[0], flags[0])
         try:
             changed = apply(planned.cfg, first, topology.slices)
+            config.check(changed)
             checks.fit(changed)
             sizes = (mesh[0] * topology.slices, *mesh[1:])
             abstract: Any = jax.sharding.AbstractMesh(sizes, AXES)
