@@ -41,6 +41,11 @@ def fit(cfg: Config) -> None:
         # chunk_len may be set for a task that does not read it: it changes no value.
         if value != usual[key] and key not in (*task.loss_options, "chunk_len"):
             raise ConfigError(f"'loss.{key}' is {value}, but task.name={name} does not read it")
+    if cfg.model.num_experts and not task.balances_experts:
+        raise ConfigError(
+            f"'model.num_experts' is {cfg.model.num_experts}, but the loss of task.name={name} does not balance "
+            "experts: set it to 0, or choose a task that predicts tokens"
+        )
     if task.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: task.name={name} compares all rows of a batch")
     head = task.head(cfg)

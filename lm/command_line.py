@@ -5,7 +5,8 @@ A command defines its flags with `absl.flags` and ends in
     if __name__ == "__main__":
         app.run(main, flags_parser=command_line.parse)
 
-It imports no JAX before `main` runs, so that --help and a misspelt flag are answered at once.
+It imports JAX in `main` at the earliest (but for tools/plan.py), so that --help is answered at once. A recipe that
+--config names imports JAX while flags are parsed.
 """
 
 import contextlib

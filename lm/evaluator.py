@@ -83,7 +83,7 @@ class Evaluator:
                 continue
             row_ids, batches = run_lib.eval_rows(run, rows)
             sums, outputs = evaluate.evaluate(eval_step, params, self._place, batches, len(row_ids))
-            meta = [rows.meta[i] for i in row_ids] if run.score else []
+            meta = [rows.meta[i] for i in row_ids] if task_of(run.cfg).scores else []
             if name:
                 by_source |= {f"{name}_{key}": value for key, value in values_of(run, sums, outputs, meta).items()}
             if name != REPLAY:
@@ -103,8 +103,9 @@ def values_of(run: Run, sums: metrics.Sums, outputs: Outputs, meta: list[Any]) -
       outputs: name -> [R, ...], the model's outputs of each row.
       meta: [R], what scoring needs to know of each row.
     """
-    values = metrics.finalize(sums, task_of(run.cfg).has_perplexity)
-    return values | run.score(outputs, meta, run.cfg) if run.score else values
+    task = task_of(run.cfg)
+    values = metrics.finalize(sums, task.has_perplexity)
+    return values | task.scores(outputs, meta, run.cfg) if task.scores else values
 
 
 def best_state(

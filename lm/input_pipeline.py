@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import RESUMABLE, Config, DataConfig, schema
+from lm.config import Config, DataConfig, schema
 from lm.config.schema import NEVER, ConfigError
 from lm.data import augment, loader, packing, sampler, shards
 from lm.data.example import Columns, Example, Row, Rows
@@ -126,7 +126,8 @@ def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Fou
     data = Data(made, _stages(cfg.data), "", report)
     data = data._replace(easy_first=_easy_first(cfg, data))
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
-    options = {key: value for key, value in schema.to_dict(cfg.task).items() if f"task.{key}" not in RESUMABLE}
+    unread = schema.fields_that_change(cfg.task, "scores")
+    options = {key: value for key, value in schema.to_dict(cfg.task).items() if key not in unread}
     settings |= {"task": options, "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     settings |= {"easy_first": data.easy_first}
     parts = [content, tokenizer.hash if tokenizer else "", settings]

@@ -24,7 +24,8 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
         sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     try:
-        from lm import tasks, train  # imports JAX
+        from lm import tasks, train  # import JAX
+        from lm.parallel import mesh
 
         cfg = tasks.build_config(_CONFIG.value)
         xla_flags.set_libtpu(cfg.model.embed_dim)
@@ -33,8 +34,6 @@ def main(argv: list[str]) -> None:
             print(train.describe(cfg, _WORKDIR.value or "."))
             return
         if _DISTRIBUTED.value or _COORDINATOR.value:
-            from lm.parallel import mesh
-
             mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lm import checkpoint, input_pipeline
 from lm.checkpoint import CheckpointError, Saved
-from lm.config import Config, DataConfig, schema
+from lm.config import Config, DataConfig, older, schema
 from lm.config.schema import ConfigError
 from lm.data.readers.registry import Split
 from lm.data.record import DataError
@@ -36,7 +36,7 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
         return other
     for saved in reversed(checkpoint.list_saved(workdir) if workdir else []):
         if "unreadable" not in saved.info:
-            return schema.build_section(DataConfig, saved.info["replay"], "data.")
+            return schema.build_section(DataConfig, older.upgrade_data(saved.info["replay"]), "data.")
     raise CheckpointError(
         f"none of the checkpoints of {workdir} can be read, but they describe the data of 'data.replay': restore one"
     )

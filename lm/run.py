@@ -32,7 +32,7 @@ from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
 from lm.program import Program
 from lm.tasks import TASKS, base, build_saved_config, columns_of_batch, task_of
-from lm.types import Batch, ModelFns, Outputs
+from lm.types import Batch, ModelFns
 
 
 class Plan(NamedTuple):
@@ -73,7 +73,6 @@ class Run(NamedTuple):
       data: packed rows.
       prompts: text of `generate.prompts` -> its ids.
       every: 'eval' and 'checkpoint' -> number of steps between two of them, 0 = never.
-      score: `Task.scores`.
     """
 
     plan: Plan
@@ -82,7 +81,6 @@ class Run(NamedTuple):
     data: loader.Data
     prompts: dict[str, list[int]]
     every: dict[str, int]
-    score: Callable[[Outputs, list[Any], Config], dict[str, float]] | None
 
     @property
     def cfg(self) -> Config:
@@ -201,7 +199,6 @@ def prepare(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None
         data=data,
         prompts=prompts,
         every={"eval": cfg.eval.every.to_steps(**size), "checkpoint": cfg.checkpoint.every.to_steps(**size)},
-        score=task.scores,
     )
 
 

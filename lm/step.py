@@ -14,7 +14,7 @@ from lm.types import Batch, LossTerms, Params, TrainState
 
 Metrics = dict[str, Any]
 
-MIXOUT = 2**32 - 1  # folded into a step's key; dropout folds in example indices, which are below 2^31
+_MIXOUT = 2**32 - 1  # folded into a step's key; dropout folds in example indices, which are below 2^31
 
 
 def init_state(
@@ -141,7 +141,7 @@ def mix(trained: Params, start: Params | None, rate: float, rng: jax.Array) -> P
     def one(path: str, w: jax.Array) -> jax.Array:
         if path not in anchors or not path.endswith("kernel"):
             return w
-        u, key = anchors[path], jax.random.fold_in(jax.random.fold_in(rng, MIXOUT), zlib.crc32(path.encode()))
+        u, key = anchors[path], jax.random.fold_in(jax.random.fold_in(rng, _MIXOUT), zlib.crc32(path.encode()))
         kept = jax.random.bernoulli(key, 1.0 - rate, w.shape)
         return u + jnp.where(kept, (w - u) / (1.0 - rate), 0.0)
 

@@ -58,7 +58,7 @@ class LossTerms(NamedTuple):
     """The result of a loss function. Sums are added over micro-batches and devices and divided once, globally.
 
     Attributes:
-      sum: float32 [], the weighted sum of the per-token (or per-example) loss, see `lm.evaluation.metrics.LOSS_UNITS`.
+      sum: float32 [], the weighted sum of the per-token (or per-example) loss, see `lm.tasks.Task.loss_unit`.
       weight: float32 [], the sum of the weights.
       metrics: name -> (sum, weight), float32 [] each; reported as sum / weight.
       outputs: name -> [B, ...], per-row values that evaluation collects to score all rows at once.

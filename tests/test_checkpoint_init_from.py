@@ -13,8 +13,8 @@ import toys
 from lm import checkpoint, optim, param_paths, step, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, init_from
-from lm.config import CheckpointConfig, Config, ModelConfig, OptimConfig, schema
-from lm.config.schema import ConfigError, to_dict
+from lm.config import CheckpointConfig, Config, ModelConfig, OptimConfig, TrainConfig, schema
+from lm.config.schema import ConfigError
 from lm.data import tokenizer
 from lm.models import transformer
 from lm.types import TrainState
@@ -145,9 +145,8 @@ def test_parameters_that_are_not_used_are_named(tmp_path):
     saved = save(tmp_path, random_like(model_of(untied)[1], 0))
     origin_of, unused = init_from.sources(model_of()[1], (("embed/position.*", "reinit"), (".*", "keep")), saved)
     assert unused == ["embed/position_embedding", "lm_head/kernel"]
-    saved.info["config"] = {"model": to_dict(ModelConfig(num_heads=2))}
-    config = ModelConfig(num_heads=4)
-    assert init_from.describe(origin_of, unused, saved, config).splitlines() == [
+    old, new = ModelConfig(num_heads=2), ModelConfig(num_heads=4)
+    assert init_from.describe(origin_of, unused, saved, old, new).splitlines() == [
         f"init_from {saved.path}: {len(origin_of) - 1} parameters read",
         "  initialised (1): embed/position_embedding",
         "  not used (2): embed/position_embedding, lm_head/kernel",
@@ -170,6 +169,7 @@ def test_nothing_but_parameters_is_read(tmp_path):
     model, abstract = model_of()
     old = random_like(abstract, 0)
     saved = save(tmp_path, old)
+    saved.info["config"] = schema.to_dict(Config(train=TrainConfig(total=schema.Duration(steps=1))))
     optimizer = optim.build(OptimConfig(schedule="constant"), abstract, total_steps=1, warmup_steps=0, decay_steps=0)
     cfg = dataclasses.replace(Config(seed=SEED), optim=OptimConfig(ema_decay=0.9))
     program = SimpleNamespace(

@@ -36,6 +36,18 @@ def test_every_tool_explains_its_flags_run_as_a_module_and_as_a_file(tmp_path):
         assert "python tools/" in output and "flags" in output, (command, output)
 
 
+def test_commands_are_imported_without_jax():
+    """But for the plan, of which --help is answered as well; a worker that prepares data imports its main file."""
+    names = [f"tools.{name}" for name in TOOLS if name != "plan"]
+    program = "import importlib, sys\n" + "".join(
+        f"importlib.import_module({name!r}); assert 'jax' not in sys.modules, {name!r}\nimport absl.flags as f\n"
+        "for flag in list(f.FLAGS):\n    delattr(f.FLAGS, flag)\n"
+        for name in names
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_file_changes_the_import_path():
     paths = [path for folder in ("lm", "configs", "experiments", "tools") for path in (ROOT / folder).rglob("*.py")]
     assert not [path for path in paths if "sys.path." in path.read_text(encoding="utf-8")]

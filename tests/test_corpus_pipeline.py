@@ -162,7 +162,7 @@ def test_the_folder_has_a_data_card(prepared):
         f"{entry['name']}.npy" for part in index["parts"].values() for entry in part
     }
     card = (out / "README.md").read_text()
-    assert "| near_duplicate: much like an earlier one | -25 |" in card and "questions.txt" in card
+    assert "| near_duplicate: similar to an earlier document | -25 |" in card and "questions.txt" in card
     found = index["statistics"]
     assert sum(found["lengths"]) == sum(part["documents"] for part in found["kept"].values())
     tokens = found["kept"]["train"]["tokens"]

@@ -128,7 +128,7 @@ def test_data_that_cannot_teach_its_task_is_refused(tmp_path, words, records, ch
 
 
 def test_options_that_only_scoring_reads_leave_the_data_what_it_is(tmp_path, words):
-    """A resumed run may change them, see `lm.config.RESUMABLE`."""
+    """A resumed run may change them, see `lm.config.schema.scoring_only`."""
     records = [{"words": [f"w{n}", "goes"], "tags": ["B-X", "O"]} for n in range(20)]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)).encode())
     prints = []

@@ -151,7 +151,7 @@ def test_the_python_of_the_readme_runs(monkeypatch, capsys):
     loaded = cfg, model, model.init(jax.random.key(0)), words
     monkeypatch.setattr(run_lib, "load_model", lambda name: loaded)
     exec(code, {})
-    assert capsys.readouterr().out
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_example_of_a_task_learns_the_second_half_alone():

@@ -235,6 +235,8 @@ def test_target_out_of_range_with_a_weight_is_nan(bad_id):
     assert np.isnan(terms.sum)
     assert np.isfinite(terms.weight)
     assert all(np.isnan(x).any() for x in grads)
+    rows = losses.sequence_log_likelihood(hidden, unembed, targets, weights, vocab_size=VOCAB, chunk_len=2)
+    assert np.flatnonzero(np.isnan(rows)).tolist() == [row]
 
 
 def test_huge_logits_stay_finite():

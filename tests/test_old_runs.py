@@ -17,17 +17,21 @@ from lm.tasks import TASKS, build_config, build_saved_config
 
 RUNS = Path(__file__).parent / "old_runs"
 # Of arithmetic: another CPU may add in another order.
-FIGURES = ("loss", "nll", "grad_norm", "learning_rate", "accuracy", "bits_per_byte", "f1")
+FIGURES = ("loss", "nll", "grad_norm", "learning_rate", "accuracy", "bits_per_byte", "f1", "replay_nll")
 
 
-@pytest.fixture(params=["causal_lm", "classification"])
+# Archive -> the task of its run; "replay" draws a quarter of its rows from another run's data.
+TASK_OF = {"causal_lm": "causal_lm", "classification": "classification", "replay": "causal_lm"}
+
+
+@pytest.fixture(params=TASK_OF)
 def old_run(request, tmp_path, monkeypatch):
     with tarfile.open(RUNS / f"{request.param}.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
-    return request.param
+    return TASK_OF[request.param]
 
 
 def rows(path):

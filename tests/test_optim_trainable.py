@@ -158,7 +158,7 @@ def test_gradients_of_frozen_parameters_do_not_count_for_clipping():
     assert info["grad_norm"] == pytest.approx(float(np.linalg.norm(grads[0]["head"]["out"]["kernel"])), rel=1e-6)
 
 
-def test_to_init_matches_l2_sp():
+def test_l2_sp_matches_its_formula():
     """Li et al. 2018, equation 3, with the head's penalty towards 0: float64, gradients of 0."""
     cfg = dataclasses.replace(
         BASE,
@@ -382,7 +382,8 @@ def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monke
     np.testing.assert_array_equal(params[name], np.concatenate([read[f"params/{name}"][:1], read[f"ema/{name}"]]))
 
 
-def test_to_init_and_mixout_without_init_from_are_refused(tmp_path):
-    cfg = toys.recipe(tmp_path / "no_data", **test_run.TINY, optim__mixout=0.1)
-    with pytest.raises(ConfigError, match=r"'optim\.mixout' pulls parameters back to their values in 'init_from'"):
+@pytest.mark.parametrize("key", ["l2_sp", "mixout"])
+def test_a_pull_to_the_start_without_init_from_is_refused(tmp_path, key):
+    cfg = toys.recipe(tmp_path / "no_data", **test_run.TINY, **{f"optim__{key}": 0.1})
+    with pytest.raises(ConfigError, match=rf"'optim\.{key}' pulls parameters back to their values in 'init_from'"):
         run_lib.plan(cfg, None)

@@ -101,8 +101,8 @@ def figures(
         place = run_lib.placer(mesh, cfg.data.batch_size)
         sums, outputs = evaluate.evaluate(run.program.eval_step, placed, place, batches, len(row_ids))
         found = metrics.finalize(sums, task_of(cfg).has_perplexity)
-        if run.score:
-            found |= run.score(outputs, [run.data.valid.meta[i] for i in row_ids], run.cfg)
+        if scores := task_of(run.cfg).scores:
+            found |= scores(outputs, [run.data.valid.meta[i] for i in row_ids], run.cfg)
         state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(placed)
         batches = run_lib.train_batches(run)
         for step in range(STEPS):

@@ -211,6 +211,13 @@ def test_a_finished_run_is_loaded_by_name_and_best_is_by_its_own_metric(tmp_path
     assert jax.eval_shape(model.apply, params, batch).hidden_BxLxD.shape == (1, 4, 8)
 
 
+def test_experts_that_a_loss_does_not_balance_are_refused(tmp_path):
+    experts = {"model__num_experts": 4, "model__experts_per_token": 2, "data__packing": "pad"}
+    cfg = toys.recipe(tmp_path / "no_data", task__name="classification", task__labels=("a", "b"), **experts)
+    with pytest.raises(ConfigError, match=r"'model\.num_experts' is 4, but the loss of task\.name=classification does"):
+        run_lib.plan(cfg, None)
+
+
 def test_a_run_without_its_tokenizer_is_refused(tmp_path):
     write_run(tmp_path / "run", {1: 0.1})
     (tmp_path / "run" / "tokenizer.model").unlink()

@@ -11,6 +11,7 @@ import pytest
 
 from lm import config as config_lib
 from lm.config.schema import keys as keys_of
+from lm.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,30 +47,36 @@ def dotted(node: ast.expr) -> str:
 
 
 def config_reads() -> set[tuple[str, str]]:
-    """(name it is read from, attribute) of every attribute read in lm/ outside the config."""
+    """(name it is read from, attribute) of every attribute read in lm/ and tools/ outside the config."""
     return {
         (dotted(node.value).rpartition(".")[2].lstrip("_"), node.attr)
-        for path in python_files("lm")
+        for path in python_files("lm", "tools")
         if path != ROOT / "lm" / "config" / "sections.py"
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
 
 
+def all_keys() -> set[str]:
+    """The keys of a config, and the options of all tasks."""
+    options = {f"task.{key}" for task in TASKS.values() for key in keys_of(task.options)}
+    return options | set(keys_of(config_lib.Config))
+
+
 def test_every_config_key_is_read():
     reads = config_reads()
     dead = []
-    for key in keys_of(config_lib.Config):
+    for key in all_keys():
         path, _, name = key.rpartition(".")
         section = path.rpartition(".")[2]
         if not reads & {(owner, name) for owner in (section, "cfg", "config", f"{section}_cfg")}:
             dead.append(key)
-    assert not dead, f"keys that nothing in lm/ reads (as cfg.{{section}}.{{key}} or cfg.{{key}}): {dead}"
+    assert not dead, f"keys that nothing in lm/ or tools/ reads (as cfg.{{section}}.{{key}} or cfg.{{key}}): {dead}"
 
 
 def test_defaults_live_in_config_only():
     """No cfg.get(key, default) and no getattr(cfg, key, default) outside the config."""
-    sections = {key.rpartition(".")[0] for key in keys_of(config_lib.Config)} - {""}
+    sections = {key.rpartition(".")[0].rpartition(".")[2] for key in all_keys()} - {""}
     owners = {"cfg", "config", *sections}
     found = []
     for path in python_files("lm"):

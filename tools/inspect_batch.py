@@ -102,9 +102,10 @@ def load(cfg: Any) -> tuple[Any, Any]:
     from lm.tasks import task_of
 
     planned = run_lib.plan(cfg, None)
+    cfg = planned.cfg  # with what init_from's run decides
     found = input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg))
     words = run_lib.tokenizer_for(planned, found)
-    return words, input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, planned.cfg))
+    return words, input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, cfg))
 
 
 def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from pathlib import Path
 from absl import app
 
 from lm import command_line
-from lm.data.readers import registry
-from lm.tasks import build_config, task_of
 
 
 def mix(out: Path, names: list[str]) -> dict[str, int]:
@@ -23,6 +21,9 @@ def mix(out: Path, names: list[str]) -> dict[str, int]:
     Raises:
       DataError, ConfigError: from reading the data of a recipe.
     """
+    from lm.data.readers import registry
+    from lm.tasks import build_config, task_of
+
     splits = {}
     for name in names:
         cfg = build_config(importlib.import_module(f"configs.{name}").get_config())

@@ -76,12 +76,10 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
 
 def draw(workdir: Path) -> Path:
     """The curves of the three runs on one picture, `workdir`/quickstart.png: lines while training, dots held out."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
     panels[0].set(title="Pre-training on Python's own prose", xlabel="step", ylabel="bits per byte")
     panels[1].set(title="Fine-tuning on summaries of functions", xlabel="step", ylabel="nats per answer token")
     for panel, name, key, label, colour in (
@@ -98,7 +96,6 @@ def draw(workdir: Path) -> Path:
     panels[1].legend(frameon=False)
     path = workdir / "quickstart.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 

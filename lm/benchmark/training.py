@@ -5,7 +5,6 @@ import time
 
 _BEGAN = time.perf_counter()
 
-import functools
 import itertools
 import os
 import platform
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 from lm.config import Config
 from lm.evaluation import flops
-from lm.parallel import mesh as mesh_lib
 
 # Relative tolerances of float32 losses: from the same weights, and after one step of the same optimizer.
 AGREE_AT_START, AGREE_AFTER = 1e-5, 1e-4
@@ -100,10 +98,8 @@ def measure(
             timings[name].append(timed(advance, steps))
 
     per_second = statistics.median(tokens / each.wall for each in timings["own"])
-    is_counted = own.run.plan.tokenizer is not None and run_lib.predicts_tokens(cfg)
-    vocab_size = own.run.plan.tokenizer.vocab_size if is_counted else 0
-    per_token = functools.partial(flops.train_flops_per_token, cfg.model, cfg.data.seq_len, vocab_size)
-    full, causal = (per_token(causal_half=half) if is_counted else None for half in (False, True))
+    per_token = run_lib.flops_per_token(own.run)
+    full, causal = per_token.get("mfu"), per_token.get("mfu_causal")
     figures: dict[str, Any] = {
         "device": device.device_kind,
         "devices": devices,
@@ -145,6 +141,7 @@ def prepare(cfg: Config, folder: Path, *, keep_start: bool) -> Training:
     from lm import program
     from lm import run as run_lib
     from lm.checkpoint import init_from
+    from lm.parallel import mesh as mesh_lib
 
     times = [_BEGAN, time.perf_counter()]
     planned = run_lib.plan(cfg, None)

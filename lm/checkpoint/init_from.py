@@ -115,10 +115,13 @@ def initialize(
     return param_paths.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
 
 
-def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved, model: ModelConfig) -> str:
+def describe(
+    origin_of: dict[str, str | None], unused: list[str], saved: Saved, old: ModelConfig, model: ModelConfig
+) -> str:
     """A report for the console: the parameters that are read, initialised and not used, and other model differences.
 
-    Models of the same shapes may compute different functions, so each key of `model` that differs is named.
+    Models of the same shapes may compute different functions, so each key that differs between the checkpoint's model
+    `old` and `model` is named.
     """
     read = sum(name is not None for name in origin_of.values())
     fresh = [path for path, name in origin_of.items() if name is None]
@@ -127,8 +130,8 @@ def describe(origin_of: dict[str, str | None], unused: list[str], saved: Saved, 
         lines.append(f"  initialised ({len(fresh)}): {', '.join(fresh)}")
     if unused:
         lines.append(f"  not used ({len(unused)}): {', '.join(unused)}")
-    old = saved.info["config"].get("model", {})
+    there = schema.to_dict(old)
     for key, now in schema.to_dict(model).items():
-        if old.get(key, now) != now:
-            lines.append(f"  model.{key}: {old[key]!r} there, {now!r} here")
+        if there[key] != now:
+            lines.append(f"  model.{key}: {there[key]!r} there, {now!r} here")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lm import config
 from lm.checkpoint.store import CheckpointError, Saved
@@ -13,7 +13,8 @@ from lm.evaluation.early_stopping import EarlyStopping
 
 # Rows of a step. May change where every length is in steps, as the schedules then stay the same.
 _ELASTIC = ("data.batch_size", "train.micro_batches")
-_DATA = ("data", "seed", "task.labels", "task.image_shape", "task.templates", "task.shots")
+_DATA = ("data", "seed")
+_CHANGES: tuple[Literal["scores", "data"], ...] = ("scores", "data")
 
 
 class Position(NamedTuple):
@@ -55,7 +56,9 @@ def refuse_changes(
     change too.
     """
     by_batch = sorted(key for cfg in (old, new) for key in _lengths_by_batch(cfg))
-    free = (*config.RESUMABLE, *(() if by_batch else _ELASTIC), *(_DATA if accept_data else ()))
+    scoring, about_data = ([f"task.{name}" for name in schema.fields_that_change(new.task, what)] for what in _CHANGES)
+    data = (*_DATA, *about_data)
+    free = (*config.RESUMABLE, *scoring, *(() if by_batch else _ELASTIC), *(data if accept_data else ()))
     differs = config.diff(old, new)
     changed = {key: values for key, values in differs.items() if not _is_among(key, free)}
     if not changed:
@@ -65,7 +68,7 @@ def refuse_changes(
     hints = []
     if by_batch and changed.keys() & {*_ELASTIC}:
         hints.append(f"the batch size may change only if all lengths are in steps, but '{by_batch[0]}' is set; ")
-    if all(_is_among(key, _DATA) for key in changed):
+    if all(_is_among(key, data) for key in changed):
         hints.append("to continue with other data or another seed pass --accept_changed_data; otherwise ")
     lines = "\n".join(f"  {key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
     raise ConfigError(
@@ -98,6 +101,8 @@ def check_data(saved: Saved, data: Data, accept: bool, say: Callable[[str], None
     changed = [key for key in sorted(old.keys() | data.about.keys()) if old.get(key) != data.about.get(key)]
     # The settings are keys of the config, which `refuse_changes` compares; older versions had other names for some.
     if old and changed == ["settings"] and older.is_older(saved.info["config"]):
+        if saved.info["config"]["data"].get("synonyms"):
+            say(f"{saved.path} was written by an older version: whether the file of data.synonyms changed is not known")
         return
     lines = [f"  {key}: {old.get(key, 'not there')} -> {data.about.get(key, 'not there')}" for key in changed]
     prints = f"fingerprint {was['fingerprint'][:12]}, now {data.fingerprint[:12]}"

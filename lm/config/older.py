@@ -106,8 +106,16 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
             value = out[section].pop(key)
             if option in known.get(name, ()):
                 task[option] = value
+    if name not in ("chat", "translation") and "overlong" in out.get("data", {}):
+        out["data"]["overlong"] = "truncate"  # what the other tasks did, whatever it said
     out.pop("corrupt", None)
     return out | {"task": task}
+
+
+def upgrade_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved `data` section without the keys that have moved to `task`: what is left says where records are."""
+    moved = {"task", *(key for section, key in _OPTIONS if section == "data")}
+    return {key: value for key, value in data.items() if key not in moved}
 
 
 def upgrade_prepared(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,21 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
+def scoring_only(default: Any) -> Any:
+    """A field of a task's options that no step reads: a resumed run may change it."""
+    return dataclasses.field(default=default, metadata={"changes": "scores"})
+
+
+def about_data(default: Any) -> Any:
+    """A field of a task's options that says what the data is: a resumed run may change it together with the data."""
+    return dataclasses.field(default=default, metadata={"changes": "data"})
+
+
+def fields_that_change(options: Any, what: Literal["scores", "data"]) -> list[str]:
+    """Names of the fields of a task's options that were made by `scoring_only` ('scores') or `about_data` ('data')."""
+    return [field.name for field in dataclasses.fields(options) if field.metadata.get("changes") == what]
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested dict of a config dataclass; a duration becomes its four keys."""
     out: dict[str, Any] = {}

@@ -63,9 +63,7 @@ class DataConfig:
     # (field in the file, expected field) pairs, for records with fields. In a table without a header, columns are
     # named by number, from 1.
     rename: tuple[tuple[str, str], ...] = ()
-    augment: tuple[
-        tuple[str, float], ...
-    ] = ()  # (entry of lm.data.augment, strength) pairs, training only (image_pairs: always)
+    augment: tuple[tuple[str, float], ...] = ()  # (entry of lm.data.augment, strength) pairs, training only
     synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
     replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
     curriculum: Duration = NEVER  # short rows first, then longer ones too; all rows after this duration
@@ -76,7 +74,9 @@ class DataConfig:
     mask_documents: bool = True  # False: documents packed in one row see the ones before them
     # Examples longer than a row: drop_turns (chat only) removes the oldest turns, truncate cuts the end, drop removes
     # the whole example.
-    overlong: Literal["auto", "drop_turns", "truncate", "drop"] = "auto"  # chat: drop_turns, translation: truncate
+    overlong: Literal["auto", "drop_turns", "truncate", "drop"] = (
+        "auto"  # auto: drop_turns for conversations, truncate for other text
+    )
     max_bad_records: int = 0  # up to this many are skipped, and counted with their places; one more is an error
     max_records: int = 0  # 0 = all of them
 
@@ -348,7 +348,6 @@ class Config:
 RESUMABLE = (
     *("mesh", "eval", "checkpoint", "generate", "monitor"),
     *("model.init", "model.remat", "model.unroll", "loss.chunk_len"),
-    *("task.entity_scheme", "task.null_threshold", "task.bleu_tokenizer"),
 )
 Options = Mapping[str, type]  # name of a task -> the dataclass of its options
 

@@ -8,9 +8,9 @@ from lm.corpus.filters import FILTERS
 
 # Why documents are dropped, apart from the quality filters, which are counted in `statistics` under their own names.
 _OTHER_REASONS = {
-    "contaminated": "text of an evaluation file",
-    "exact_duplicate": "the content of an earlier one",
-    "near_duplicate": "much like an earlier one",
+    "contaminated": "overlaps an evaluation file",
+    "exact_duplicate": "same content as an earlier document",
+    "near_duplicate": "similar to an earlier document",
 }
 
 
@@ -37,7 +37,7 @@ def text(index: Mapping[str, Any]) -> str:
         for part, kept in statistics["kept"].items()
     ]
     bad = ", ".join(f"{kind} {count:,}" for kind, count in statistics["faults"].items()) or "none"
-    near = f"similarity of at least {how['near']}" if how["near"] else "not looked for"
+    near = f"similarity of at least {how['near']}" if how["near"] else "not removed"
     held = "data.eval_path" if data["eval_path"] else f"a share of {data['eval_fraction']}, by the hash of the content"
     sections = [
         "# Prepared data",
@@ -45,19 +45,23 @@ def text(index: Mapping[str, Any]) -> str:
         "    python -m lm.main --config=RECIPE --workdir=RUN --config.data.format=prepared --config.data.path=FOLDER",
         "## Source",
         f"`data.format={data['format']}`, `{data['path']}`: {len(settings['files']):,} files, "
-        f"{statistics['records']:,} records, of which bad: {bad}. Licence, languages and who is in it: not known to "
-        "the tool; write it here.",
+        f"{statistics['records']:,} records, bad ones: {bad}. Licence, languages and personal data are not known to "
+        "the tool; add them here.",
         "## What was kept",
         _table(("", "documents", "bytes"), [(name, f"{count:,}", f"{size:,}") for name, count, size in rows]),
-        f"Held out: {held}. Near duplicates: {near}. Unicode was composed (NFC) and outer white space taken away, "
-        f"which changed {statistics['normalised']:,} documents. Each record that went is a line of `removed.jsonl`.",
+        f"Held out: {held}. Near duplicates: {near}. Text was normalised to NFC and stripped of surrounding white "
+        f"space, which changed {statistics['normalised']:,} documents. `removed.jsonl` lists the dropped records.",
         "## Rows",
         _table(("part", "shards", "rows", "tokens", "fill"), parts),
         f"Tokenizer: `tokenizer.model`, sha256 {index['tokenizer_hash']}.",
         "![Tokens of a document](lengths.png)",
-        "## Evaluation files looked for",
+        "## Decontamination: evaluation files",
         "\n".join(f"- `{name}`" for name in settings["evaluation"]) or "None.",
-        *([f"A document goes that has {how['ngram']} words in a row of one."] if settings["evaluation"] else []),
+        *(
+            [f"A document that shares {how['ngram']} words in a row with one of them is dropped."]
+            if settings["evaluation"]
+            else []
+        ),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -65,7 +69,7 @@ def text(index: Mapping[str, Any]) -> str:
 def _reason(why: str) -> str:
     if why in _OTHER_REASONS:
         return f"{why}: {_OTHER_REASONS[why]}"
-    return f"{why}: not from {FILTERS[why].least:g} to {FILTERS[why].most:g}"
+    return f"{why}: outside {FILTERS[why].least:g} to {FILTERS[why].most:g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -82,6 +86,6 @@ def _plot(path: Path, counts: Sequence[int]) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.bar([str(2**i // 2) for i in shown], [counts[i] for i in shown])
-    axes.set_xlabel("tokens of a document, from this number up to the next")
+    axes.set_xlabel("tokens in a document (lower bound of the bin)")
     axes.set_ylabel("documents")
     figure.savefig(path, dpi=100, metadata={"Software": None})  # reproducible: no matplotlib version

@@ -19,9 +19,9 @@ from lm.corpus.filters import FILTERS
 from lm.corpus.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
 from lm.corpus.workers import JobError, Runner
 from lm.data import shards, tokenizer
+from lm.data.example import Columns
 from lm.data.readers import paths, registry
 from lm.data.record import DataError, Fault
-from lm.tasks import TASKS
 
 # Tasks that read only text, and whose rows can be stored in shards.
 _TASKS = ("causal_lm", "prefix_lm", "masked_lm", "span_corruption")
@@ -116,7 +116,7 @@ def plan(
     )
     settings = {
         "packing": cfg.data.packing,
-        "task": {"name": cfg.task.name},
+        "task": {"name": cfg.task.name, "row_length": _columns(cfg)["tokens"][0][0]},
         "data": {name: getattr(cfg.data, name) for name in _DATA_KEYS},
         "tokenizer": {**schema.to_dict(cfg.tokenizer), "hash": given_tokenizer.hash if given_tokenizer else ""},
         "prepare": {"ngram": ngram, "filters": job.filters, "near": near, "shard_bytes": shard_bytes},
@@ -212,6 +212,12 @@ def _stages(groups: list[tuple[int, list[registry.Unit]]]) -> tuple[Stage, ...]:
     )
 
 
+def _columns(cfg: Config) -> Columns:
+    from lm.tasks import task_of  # imports JAX, which workers that read and match have no need of
+
+    return task_of(cfg).columns(cfg)
+
+
 def _is_finished(planned: Plan) -> bool:
     """Whether the folder is complete; creates it if it is new. Raises ConfigError if it is of another job."""
     folder, work = planned.job.folder, planned.job.work
@@ -219,6 +225,8 @@ def _is_finished(planned: Plan) -> bool:
     if finished or work.exists():
         existing = shards.read_index(epath.Path(folder))["settings"] if finished else _settings(work)
         old, new = dict(schema.flatten(older.upgrade_prepared(existing))), dict(schema.flatten(planned.settings))
+        if "task.row_length" not in old:  # older versions did not write it
+            del new["task.row_length"]
         if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
             lines = [
                 f"  {key}: {old.get(key, 'absent')} in the folder, {new.get(key, 'absent')} now" for key in changed
@@ -274,7 +282,7 @@ def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
         for name in names:
             file.write(artifacts.array(job.work / "write" / name, "removed").tobytes())
     (job.folder / "removed.jsonl.tmp").replace(job.folder / "removed.jsonl")
-    columns = TASKS[job.cfg.task.name].columns(job.cfg)
+    columns = _columns(job.cfg)
     index = {
         "parts": parts,
         "layout": {"length": columns["tokens"][0][0], "shifted": "targets" in columns},

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm import input_pipeline
 from lm.corpus import artifacts, stages
 from lm.corpus.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
 from lm.data import packing, shards, tokenizer
 from lm.data.example import Example
 from lm.data.record import DataError
-from lm.tasks import TASKS
 
 _COUNTED = ("documents", "examples", "cut_in_pieces", "dropped_empty")  # kept in the index
 LENGTH_BINS = 32  # of the histogram of document lengths, by powers of 2 tokens
@@ -152,7 +150,9 @@ def write(job: Job, name: str) -> None:
     vocabulary = dataclasses.replace(
         tokenizer.load(job.folder / "tokenizer.model"), extra_ids=job.cfg.tokenizer.extra_ids
     )
-    task, counts, lengths = TASKS[job.cfg.task.name], Counter[str](), np.zeros(LENGTH_BINS, np.int64)
+    from lm import input_pipeline, tasks  # import JAX, see `lm.corpus.pipeline`
+
+    task, counts, lengths = tasks.task_of(job.cfg), Counter[str](), np.zeros(LENGTH_BINS, np.int64)
 
     def make_examples() -> Iterator[Example]:
         for _, _, text in found.kept:

@@ -79,8 +79,8 @@ class Data(NamedTuple):
       fingerprint: sha256 of everything that decides the training stream: records, tokenizer, settings, seed and the
         packed training rows.
       report: split ('train', 'valid'; with a named source 'NAME_train') -> counts: documents, examples, what was cut or
-        dropped (see `lm.data.example.make`), rows and, for text: tokens (positions filled), targets (positions trained
-        on), bytes (UTF-8 bytes of the targets), fill.
+        dropped (see `lm.input_pipeline.make_examples`), rows and, for text: tokens (positions filled), targets
+        (positions trained on), bytes (UTF-8 bytes of the targets), fill.
       easy_first: length of the curriculum (short rows first) of the first source, in examples; 0 = no curriculum.
       about: what went into the fingerprint, in a form that shows what changed.
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm.data.record import DataError, Record
 
-_NOT_CONTENT = ("source", "identity")
+NOT_CONTENT = ("source", "identity")
 
 # Records that share one of these must be on the same side of a split. The first field that a record has counts.
 _GROUPED_BY = {
@@ -29,7 +29,7 @@ _GROUPED_BY = {
 
 def digest(record: Record) -> bytes:
     """sha256 of a record's content: all its fields except its source and identity."""
-    return _sha256({field: value for field, value in record.items() if field not in _NOT_CONTENT})
+    return _sha256({field: value for field, value in record.items() if field not in NOT_CONTENT})
 
 
 def identify(records: Iterable[Record]) -> None:

@@ -29,7 +29,7 @@ def evaluate(
       num_rows: number of rows that are not padding.
 
     Returns:
-      Metric name -> (sum, weight) over all batches, and the objective's outputs, name -> [num_rows, ...], in the order
+      Metric name -> (sum, weight) over all batches, and the task's outputs, name -> [num_rows, ...], in the order
       of the rows.
     """
     total: metrics.Sums = {}

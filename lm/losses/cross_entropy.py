@@ -109,19 +109,19 @@ def sequence_log_likelihood(
 ) -> Array:
     """Weighted log-likelihood of each row's targets, sum_t w_t * log p_t: float32 [B].
 
-    The logits of `chunk_len` positions are held at once, and recomputed in the backward pass. Arguments as in
-    `token_cross_entropy`.
+    The logits of `chunk_len` positions are held at once, and recomputed in the backward pass. NaN where a target
+    with a weight is out of range. Arguments as in `token_cross_entropy`.
     """
 
     @jax.checkpoint
     def body(totals_R: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         hidden_BxCxD, targets_BxC, weights_BxC = chunk
-        hidden_BxCxD = jnp.where(weights_BxC[..., None] != 0, hidden_BxCxD, 0)  # 0 * NaN = NaN
         logits_BxCxV = logits(hidden_BxCxD, unembed_DxV, vocab_size=vocab_size, softcap=softcap)
         target_BxC = select_target(jax.nn.log_softmax(logits_BxCxV), targets_BxC)
         return totals_R + (weights_BxC * target_BxC).sum(axis=-1), None
 
     B = hidden_BxLxD.shape[0]
+    hidden_BxLxD, weights_BxL = _mask(hidden_BxLxD, targets_BxL, weights_BxL, vocab_size)
     arrays = (hidden_BxLxD, targets_BxL, weights_BxL)
     hidden_BxLxD, targets_BxL, weights_BxL = map(sharding.fold_length_into_batch, arrays)
     rows, L, _ = hidden_BxLxD.shape

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.config import Config
+from lm.config.schema import ConfigError
 from lm.models import encoder_decoder, transformer, vision
 from lm.types import Head, ModelFns
 
@@ -13,7 +14,8 @@ def _text(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
 
 
 def _encoder_decoder(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
-    del head  # no objective of this kind of model has one
+    if head is not None:
+        raise ConfigError(f"'model.kind' encoder_decoder predicts tokens and has no {head.kind} head; use encoder")
     return encoder_decoder.encoder_decoder(cfg.model, dtype, cfg.adapter)
 
 

@@ -12,6 +12,8 @@ NEVER_MIB = 1_000_000
 # more, matmuls use larger tiles, but less is left to keep results in until they are used.
 SCOPED_VMEM_MIB = {"v5e": (28, 46), "v5p": (48, 48)}
 WIDE = 4096
+# What the user has set: importing JAX on a TPU VM adds a flag of its own, so that it is read before.
+GIVEN = os.environ.get("LIBTPU_INIT_ARGS")
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # older and newer drivers; GKE names the type of TPU, a TPU VM may not
 
 
@@ -34,10 +36,16 @@ def spelled(windowed_from_mib: int, scoped_vmem_mib: int) -> str:
 
 
 def set_libtpu(embed_dim: int) -> None:
-    """Sets LIBTPU_INIT_ARGS on a TPU VM, unless the user has; call it before JAX initialises its devices."""
+    """Adds the flags of `libtpu` to LIBTPU_INIT_ARGS on a TPU VM, unless the user has set it, if only to ''.
+
+    To be called before JAX initialises its devices; this module must be imported before JAX.
+    """
+    if GIVEN is not None:
+        return
     kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e").partition("-")[0]
     if kind:
-        os.environ.setdefault("LIBTPU_INIT_ARGS", libtpu(kind, embed_dim))
-    elif "LIBTPU_INIT_ARGS" not in os.environ and any(map(os.path.exists, TPU_DEVICES)):
+        flags = os.environ.get("LIBTPU_INIT_ARGS", ""), libtpu(kind, embed_dim)
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, map(str.strip, flags)))
+    elif any(map(os.path.exists, TPU_DEVICES)):
         wanted = "set TPU_ACCELERATOR_TYPE to this TPU's type, such as v5litepod-16"
         print(f"warning: the TPU compiler's flags for this model are not set; {wanted}", file=sys.stderr)

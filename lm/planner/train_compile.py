@@ -195,9 +195,7 @@ def lower_step(cfg: Config, topology: Topology, *, evaluation: bool = False) -> 
     ]
     tokens = rows * cfg.data.seq_len
     is_counted = task_of(cfg).texts and run_lib.predicts_tokens(cfg)
-    predicting = (
-        words.vocab_size if cfg.task.name in ("causal_lm", "prefix_lm", "chat") else 0
-    )  # others need not predict at every position
+    predicting = words.vocab_size if task_of(cfg).predicts_every_position else 0
     full, causal, needed = (
         flops.train_flops_per_token(cfg.model, cfg.data.seq_len, vocab, causal_half=half) if is_counted else None
         for vocab, half in ((words.vocab_size, False), (words.vocab_size, True), (predicting, True))

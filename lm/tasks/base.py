@@ -10,6 +10,7 @@ import numpy as np
 
 from lm.config import Config, TaskConfig, TokenizerConfig
 from lm.config.schema import ConfigError, nearest
+from lm.data import splits
 from lm.data import tokenizer as sentencepiece
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import DataError, Record, Wanted
@@ -72,6 +73,8 @@ class Task(NamedTuple):
       scores: (outputs, meta of the rows, config) -> metrics computed over all held-out rows at once.
       score_names: config -> names of those metrics.
       loss_options: keys of `LossConfig` that the loss reads.
+      balances_experts: the loss includes that of the router, without which experts are not trained evenly.
+      predicts_every_position: the loss reads the logits of every position of a packed row.
       couples_rows: the loss of a row depends on the other rows, so a batch cannot be split into micro-batches.
       needs_start: the loss also reads the parameters at the start of the run: the function that `loss` returns takes
         them as a fourth argument, (params, batch, rng, start). The state keeps a copy of the trained ones.
@@ -109,6 +112,8 @@ class Task(NamedTuple):
     scores: Callable[[Outputs, list[Any], Config], dict[str, float]] | None = None
     score_names: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
     loss_options: tuple[str, ...] = ()
+    balances_experts: bool = False
+    predicts_every_position: bool = False
     couples_rows: bool = False
     needs_start: bool = False
     has_perplexity: bool = False
@@ -204,6 +209,15 @@ def one_label(rows: Rows, names: Sequence[str] = ()) -> str:
     return f"all {len(rows['labels']):,} rows have the label {shown}; expected two or more"
 
 
+def check_mask_token(cfg: Config) -> None:
+    """Raises ConfigError unless `task.mask_rate` is in (0, 1) and the tokenizer has a mask."""
+    check_mask_rate(cfg)
+    if cfg.tokenizer.extra_ids < 1:
+        raise ConfigError(
+            f"'tokenizer.extra_ids' is {cfg.tokenizer.extra_ids}, but task.name={cfg.task.name} needs 1, the mask"
+        )
+
+
 def check_mask_rate(cfg: Config) -> None:
     """Raises ConfigError unless `task.mask_rate` is in (0, 1)."""
     if not 0 < cfg.task.mask_rate < 1:
@@ -218,9 +232,10 @@ def check_fields(task: Task, records: Iterable[Record], known: Mapping[str, Task
     for record in records:
         if missing := [name for name in task.fields if name not in record]:
             fits = [name for name, other in known.items() if all(field in record for field in other.fields)]
+            others = f"set task.name={' or '.join(fits)}, or give other data" if fits else "give other data"
             raise ConfigError(
                 f"{record['source']}: 'task.name' is {task.name}, which reads '{missing[0]}', but the record has "
-                f"{', '.join(sorted(set(record) - {'source'}))}; set task.name={' or '.join(fits)}, or use other data"
+                f"{', '.join(sorted(set(record) - {*splits.NOT_CONTENT}))}; {others}"
             )
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lm import losses
-from lm.config import Config
+from lm.config import Config, schema
 from lm.config.schema import ConfigError
 from lm.data import labels
 from lm.data.example import Columns, Example
@@ -33,7 +33,7 @@ class ClassificationOptions:
     """Options of classification."""
 
     name: str = "classification"
-    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
+    labels: tuple[str, ...] = schema.about_data(())  # all labels; the index of a label is its position here
     r_drop: float = 0.0  # weight of the divergence between two dropout masks (R-Drop, Liang et al. 2021); 0 = off
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lm import losses
-from lm.config import Config
+from lm.config import Config, schema
 from lm.config.schema import ConfigError
 from lm.data import augment
 from lm.data.example import Columns, Example, Row
@@ -31,8 +31,8 @@ class ImageClassificationOptions:
     """Options of image classification."""
 
     name: str = "image_classification"
-    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
-    image_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels
+    labels: tuple[str, ...] = schema.about_data(())  # all labels; the index of a label is its position here
+    image_shape: tuple[int, int, int] = schema.about_data((32, 32, 3))  # height, width, channels
     r_drop: float = 0.0  # weight of the divergence between two dropout masks (R-Drop, Liang et al. 2021); 0 = off
 
 
@@ -41,7 +41,7 @@ class MaskedAutoencodingOptions:
     """Options of masked autoencoding."""
 
     name: str = "masked_autoencoding"
-    image_shape: tuple[int, int, int] = (32, 32, 3)
+    image_shape: tuple[int, int, int] = schema.about_data((32, 32, 3))
     mask_rate: float = 0.75  # share of an image's patches that are hidden
 
 
@@ -50,7 +50,7 @@ class ContrastiveImagesOptions:
     """Options of contrastive learning of images."""
 
     name: str = "contrastive_images"
-    image_shape: tuple[int, int, int] = (32, 32, 3)
+    image_shape: tuple[int, int, int] = schema.about_data((32, 32, 3))
     temperature: float = 0.05  # similarities are divided by it
     projection_dim: int = 128  # width of the projection head's output
 

@@ -44,6 +44,19 @@ def predict_tokens(
     return terms._replace(sum=terms.sum + router_loss, metrics=terms.metrics | {"balance": (balance, terms.weight)})
 
 
+def log_likelihood(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Tokenizer) -> jax.Array:
+    """float32 [B]: the log-likelihood of each row's weighted targets, in nats, summed over them."""
+    return losses.sequence_log_likelihood(
+        out.hidden_BxLxD,
+        out.unembed_DxV,
+        batch["targets"],
+        batch["loss_weights"],
+        vocab_size=tokenizer.vocab_size,
+        softcap=cfg.model.logit_softcap,
+        chunk_len=cfg.loss.chunk_len,
+    )
+
+
 def next_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
     """Next-token prediction of each token that has a loss weight: causal language modelling, and supervised fine-tuning
     on answers, translations, or the continuation of a prefix or of an encoder's input.
@@ -156,6 +169,8 @@ CAUSAL_LM = Task(
     texts=field_texts("text"),
     loss=next_token_loss,
     loss_unit="nats per token",
+    balances_experts=True,
+    predicts_every_position=True,
     packing=("pad", "best_fit", "concat"),
     loss_options=TOKEN_LOSS,
     has_perplexity=True,

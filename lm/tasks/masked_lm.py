@@ -16,7 +16,7 @@ from lm.data import splits
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.base import TOKEN_LOSS, Task, check_mask_rate, field_texts, sequence_columns, shifted_columns, whole_row
+from lm.tasks.base import TOKEN_LOSS, Task, check_mask_token, field_texts, sequence_columns, shifted_columns, whole_row
 from lm.tasks.language_modelling import predict_tokens, unshifted_documents
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 
@@ -272,11 +272,7 @@ def _columns(cfg: Config) -> Columns:
 
 
 def _check(cfg: Config) -> None:
-    check_mask_rate(cfg)
-    if cfg.tokenizer.extra_ids < 1:
-        raise ConfigError(
-            f"'tokenizer.extra_ids' is {cfg.tokenizer.extra_ids}, but task.name={cfg.task.name} needs 1, the mask"
-        )
+    check_mask_token(cfg)
     least = _PAIR_SPECIALS + 2
     if cfg.task.name == "masked_lm_pairs" and cfg.data.seq_len < least:
         raise ConfigError(f"'data.seq_len' ({cfg.data.seq_len}) must be at least {least} for task.name=masked_lm_pairs")
@@ -291,6 +287,7 @@ MASKED_LM = Task(
     texts=field_texts("text"),
     loss=masked_token_loss,
     loss_unit="nats per hidden token",
+    balances_experts=True,
     legend="A token is trained when the model learns to predict the original token, shown with it.",
     options=MaskedLmOptions,
     check=_check,

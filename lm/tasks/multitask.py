@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import losses
-from lm.config import Config
+from lm.config import Config, schema
 from lm.config.schema import ConfigError, nearest
 from lm.data.example import Columns, Example, Rows
 from lm.data.labels import number
@@ -27,7 +27,9 @@ class MultitaskOptions:
     """Options of a mixture of tasks."""
 
     name: str = "multitask"
-    labels: tuple[str, ...] = ()  # 'TASK/LABEL' for each label of each task, 'TASK/' for a regression task
+    labels: tuple[str, ...] = schema.about_data(
+        ()
+    )  # 'TASK/LABEL' for each label of each task, 'TASK/' for a regression task
 
 
 class Part(NamedTuple):

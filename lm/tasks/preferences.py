@@ -17,6 +17,7 @@ from lm.data.record import Record, Wanted
 from lm.data.tokenizer import Tokenizer
 from lm.tasks.base import Task, shifted, shifted_columns, views_as_rows
 from lm.tasks.chat import CHAT, Turn, encode, recent_turns, size, token_ids, trained_mask
+from lm.tasks.language_modelling import log_likelihood
 from lm.types import Apply, Batch, LossFnWithStart, LossTerms, Params
 
 ANSWERS = ("chosen", "rejected")  # in the order of a row's views
@@ -122,23 +123,14 @@ def preference_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFnWithStar
     reference log p_start is computed without dropout and without gradient.
     """
 
-    def log_likelihood(params: Params, rows: Batch, rng: jax.Array | None) -> jax.Array:
-        out = apply(params, rows, rng=rng)
-        likelihood_R = losses.sequence_log_likelihood(
-            out.hidden_BxLxD,
-            out.unembed_DxV,
-            rows["targets"],
-            rows["loss_weights"],
-            vocab_size=tokenizer.vocab_size,
-            softcap=cfg.model.logit_softcap,
-            chunk_len=cfg.loss.chunk_len,
-        )
+    def of_answers(params: Params, rows: Batch, rng: jax.Array | None) -> jax.Array:
+        likelihood_R = log_likelihood(apply(params, rows, rng=rng), rows, cfg, tokenizer)
         return likelihood_R.reshape(-1, len(ANSWERS))
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None, start: Params) -> LossTerms:
         rows, weights_B = views_as_rows(batch, len(ANSWERS)), batch["row_weights"]
-        reference_Bx2 = log_likelihood(jax.lax.stop_gradient(start), rows, None)
-        reward_Bx2 = cfg.task.beta * (log_likelihood(params, rows, rng) - reference_Bx2)
+        reference_Bx2 = of_answers(jax.lax.stop_gradient(start), rows, None)
+        reward_Bx2 = cfg.task.beta * (of_answers(params, rows, rng) - reference_Bx2)
         # The chosen answer is class 0 of two: label smoothing gives each class half of the smoothed weight.
         is_first_B = jnp.zeros(weights_B.shape, jnp.int32)
         terms = losses.class_cross_entropy(reward_Bx2, is_first_B, weights_B, label_smoothing=2 * cfg.task.flip_rate)

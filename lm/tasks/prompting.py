@@ -17,13 +17,14 @@ import jax
 import numpy as np
 
 from lm import losses
-from lm.config import Config
+from lm.config import Config, schema
 from lm.config.schema import ConfigError, nearest
 from lm.data.example import Columns, Example
 from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
 from lm.tasks.base import Task, check_labels, field_texts, label_index, one_label, views_as_rows
 from lm.tasks.classification import class_score_names, class_scores
+from lm.tasks.language_modelling import log_likelihood
 from lm.types import Apply, Batch, LossFn, LossTerms, Params
 
 _FIELDS = ("text", "text_pair", "label")
@@ -49,9 +50,9 @@ class PromptingOptions:
     """Options of classification by prompts."""
 
     name: str = "prompting"
-    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
-    templates: tuple[str, ...] = ()  # '{text} It was {label:bad|good}.', a word for each of `labels`
-    shots: int = 0  # this many training examples precede each held-out prompt
+    labels: tuple[str, ...] = schema.about_data(())  # all labels; the index of a label is its position here
+    templates: tuple[str, ...] = schema.about_data(())  # '{text} It was {label:bad|good}.', a word for each of `labels`
+    shots: int = schema.about_data(0)  # this many training examples precede each held-out prompt
 
 
 def check(cfg: Config) -> None:
@@ -173,16 +174,7 @@ def verbalizer_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         labels_B, classes = batch["labels"], batch["tokens"].shape[1]
         rows = views_as_rows(batch, classes)
-        out = apply(params, rows, rng=rng)
-        likelihood_R = losses.sequence_log_likelihood(
-            out.hidden_BxLxD,
-            out.unembed_DxV,
-            rows["targets"],
-            rows["loss_weights"],
-            vocab_size=tokenizer.vocab_size,
-            softcap=cfg.model.logit_softcap,
-            chunk_len=cfg.loss.chunk_len,
-        )
+        likelihood_R = log_likelihood(apply(params, rows, rng=rng), rows, cfg, tokenizer)
         terms = losses.class_cross_entropy(
             likelihood_R.reshape(-1, classes), labels_B, batch["row_weights"], label_smoothing=cfg.loss.label_smoothing
         )

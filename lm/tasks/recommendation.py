@@ -18,7 +18,7 @@ from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
 from lm.evaluation import scores
 from lm.losses import ranking
-from lm.tasks.base import TOKEN_LOSS, Task, Vocabulary, check_mask_rate, sequence_columns, shifted_columns
+from lm.tasks.base import TOKEN_LOSS, Task, Vocabulary, check_mask_token, sequence_columns, shifted_columns
 from lm.tasks.language_modelling import predict_tokens
 from lm.types import Apply, Batch, LossFn, LossTerms, Outputs, Params
 
@@ -304,14 +304,6 @@ def rank_score_names(cfg: Config) -> tuple[str, ...]:
     return ("hr_at_10", "ndcg_at_10", "popularity_hr_at_10", "popularity_ndcg_at_10")
 
 
-def _check_masked(cfg: Config) -> None:
-    check_mask_rate(cfg)
-    if cfg.tokenizer.extra_ids < 1:
-        raise ConfigError(
-            f"'tokenizer.extra_ids' is {cfg.tokenizer.extra_ids}, but task.name=masked_item needs 1, the mask"
-        )
-
-
 NEXT_ITEM = Task(
     name="next_item",
     models=("decoder",),
@@ -321,6 +313,7 @@ NEXT_ITEM = Task(
     texts=_items,
     loss=item_loss,
     loss_unit="nats per item",
+    balances_experts=True,
     vocabulary=Vocabulary("items.json", train, load),
     lacks=_lacks,
     scores=rank_scores,
@@ -335,7 +328,7 @@ MASKED_ITEM = NEXT_ITEM._replace(
     loss_unit="nats per hidden item",
     legend="A token is trained when the model learns to predict the original item, shown with it.",
     options=MaskedItemOptions,
-    check=_check_masked,
+    check=check_mask_token,
     transform=mask_items,
     batch_columns=shifted_columns,
 )

@@ -23,19 +23,18 @@ from lm.tasks.seq2seq import SPAN_CORRUPTION, TRANSLATION
 from lm.tasks.span_qa import SPAN_QA
 from lm.tasks.tagging import ENTITIES, TAGGING
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        *(CAUSAL_LM, PREFIX_LM, CHAT, PREFERENCES),
-        *(MASKED_LM, MASKED_LM_PAIRS),
-        *(SPAN_CORRUPTION, TRANSLATION),
-        *(CONTRASTIVE_SENTENCES, CONTRASTIVE_PAIRS, CONTRASTIVE_TRIPLES),
-        *(CLASSIFICATION, REGRESSION, MULTITASK, PROMPTING),
-        *(TAGGING, ENTITIES, SPAN_QA),
-        *(MASKED_AUTOENCODING, CONTRASTIVE_IMAGES, IMAGE_CLASSIFICATION),
-        *(NEXT_ITEM, MASKED_ITEM),
-    )
-}
+_TASKS: tuple[Task, ...] = (
+    *(CAUSAL_LM, PREFIX_LM, CHAT, PREFERENCES),
+    *(MASKED_LM, MASKED_LM_PAIRS),
+    *(SPAN_CORRUPTION, TRANSLATION),
+    *(CONTRASTIVE_SENTENCES, CONTRASTIVE_PAIRS, CONTRASTIVE_TRIPLES),
+    *(CLASSIFICATION, REGRESSION, MULTITASK, PROMPTING),
+    *(TAGGING, ENTITIES, SPAN_QA),
+    *(MASKED_AUTOENCODING, CONTRASTIVE_IMAGES, IMAGE_CLASSIFICATION),
+    *(NEXT_ITEM, MASKED_ITEM),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+assert len(TASKS) == len(_TASKS), "two tasks have one name"
 _OPTIONS = {name: task.options for name, task in TASKS.items()}
 
 

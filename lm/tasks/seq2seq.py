@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lm.config import Config
+from lm.config import Config, schema
 from lm.config.schema import ConfigError
 from lm.data.example import Columns, Example, Row
 from lm.data.record import Record
@@ -32,7 +32,7 @@ class TranslationOptions:
     bleu_tokenizer: Literal[
         Literal["auto", "13a", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K"],
         Literal["intl", "char", "none"],
-    ] = "auto"
+    ] = schema.scoring_only("auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +226,7 @@ TRANSLATION = Task(
     texts=field_texts("text", "target"),
     loss=next_token_loss,
     loss_unit="nats per token",
+    balances_experts=True,
     options=TranslationOptions,
     overlong=("truncate", "drop"),
     loss_options=TOKEN_LOSS,
@@ -241,6 +242,7 @@ SPAN_CORRUPTION = Task(
     texts=field_texts("text"),
     loss=next_token_loss,
     loss_unit="nats per token",
+    balances_experts=True,
     options=SpanCorruptionOptions,
     check=_check_span_corruption,
     packing=("pad", "concat"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import losses
-from lm.config import Config
+from lm.config import Config, schema
 from lm.config.schema import ConfigError
 from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
@@ -29,7 +29,7 @@ class SpanQaOptions:
 
     name: str = "span_qa"
     # For unanswerable questions: answer '' if the no-answer score exceeds the best span's by more than this.
-    null_threshold: float = 0.0
+    null_threshold: float = schema.scoring_only(0.0)
 
 
 class Window(NamedTuple):

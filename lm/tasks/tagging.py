@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import losses
-from lm.config import Config
+from lm.config import Config, schema
 from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
@@ -28,10 +28,10 @@ class TaggingOptions:
     """Options of tagging."""
 
     name: str = "tagging"
-    labels: tuple[str, ...] = ()  # all labels; the index of a label is its position here
+    labels: tuple[str, ...] = schema.about_data(())  # all labels; the index of a label is its position here
     # The scheme of entity tags, see lm.evaluation.entity_tags; auto = inferred from the letters of the labels, and IOB1
     # or IOB2 from the held-out tags; none = only words are scored.
-    entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = "auto"
+    entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = schema.scoring_only("auto")
 
 
 def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
