@@ -137,7 +137,7 @@ def preference_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFnWithStar
         reward_Bx2 = jnp.where(weights_B[:, None] != 0, reward_Bx2, 0)
         margin_B = reward_Bx2[:, 0] - reward_Bx2[:, 1]
         found = {
-            "accuracy": margin_B > 0,  # equal rewards count as wrong: the model at the start has accuracy 0
+            "accuracy": margin_B > 0,  # equal rewards count as wrong; at the start all are equal, up to rounding
             "reward_margin": margin_B,
             "chosen_reward": reward_Bx2[:, 0],
             "rejected_reward": reward_Bx2[:, 1],
