@@ -27,9 +27,8 @@ class MultitaskOptions:
     """Options of a mixture of tasks."""
 
     name: str = "multitask"
-    labels: tuple[str, ...] = schema.about_data(
-        ()
-    )  # 'TASK/LABEL' for each label of each task, 'TASK/' for a regression task
+    # 'TASK/LABEL' for each label of each task, 'TASK/' for a regression task
+    labels: tuple[str, ...] = schema.about_data(())
 
 
 class Part(NamedTuple):
