@@ -1,14 +1,20 @@
 """lm/tracking/tracker.py: rows are on disk at once, a resumed run rewrites its later rows, time adds up."""
 
+import errno
+import io
 import json
 import math
+import os
+import shutil
+import subprocess
 
 import jax
 import numpy as np
 import pytest
 
 from lm.config import MonitorConfig, ProfileConfig
-from lm.tracking import tracker
+from lm.tracking import saved_step, tracker
+from lm.tracking.files import RunFileError
 from lm.tracking.tracker import Tracker
 
 
@@ -28,8 +34,8 @@ def clock(monkeypatch):
     return clock
 
 
-def start(workdir, total_steps=100, start_step=0, enabled=True, **config):
-    return Tracker(workdir, total_steps, start_step, enabled, MonitorConfig(**config))
+def start(workdir, total_steps=100, start_step=0, enabled=True, is_over=False, **config):
+    return Tracker(workdir, total_steps, start_step, enabled, MonitorConfig(**config), is_over)
 
 
 def lines(path):
@@ -113,6 +119,87 @@ def test_tensorboard_has_scalars_and_text(tmp_path):
     assert purged_from == 6
     assert values["eval/loss"][0] == 10 and values["eval/loss"][1].simple_value == 2.5
     assert values["prompt/text_summary"][1].tensor.string_val == [b"    # not a title"]
+
+
+def test_rows_of_the_last_step_are_written_once_when_nothing_is_left_to_train(tmp_path):
+    for is_over in (False, True):  # killed before the summary, started again
+        with start(tmp_path, start_step=20 if is_over else 0, is_over=is_over) as run:
+            if not is_over:
+                run.log(20, "train", {"loss": 3.0})
+            run.log(20, "eval", {"loss": 2.0})
+            run.text(20, "prompt", "text")
+            run.log(10, "test", {"loss": 2.5})
+    assert [(row["step"], row["split"]) for row in lines(tmp_path / "metrics.jsonl")] == [
+        (20, "train"), (20, "eval"), (10, "test"),
+    ]  # fmt: skip
+    assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [20]
+
+
+def test_the_newest_complete_checkpoint_is_recorded(tmp_path):
+    with start(tmp_path) as run:
+        run.saved(None)
+        assert saved_step.read(tmp_path) is None
+        run.saved(10)
+        run.saved(20)
+        assert saved_step.read(tmp_path) == 20
+    with start(tmp_path, start_step=10):  # step 20 is damaged
+        assert saved_step.read(tmp_path) == 10
+    with start(tmp_path / "other", enabled=False) as run:
+        run.saved(10)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("fills", ["metrics", "tensorboard"])
+def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_row(small_disk, fills):
+    """Every file of the run may be the one that no longer fits; a row that was logged without an error is there."""
+    run, filler, logged = small_disk / "run", small_disk / "filler", 0
+    with pytest.raises(RunFileError) as error, start(run) as writing:
+        writing.saved(1)
+        room = 100 * 1024 if fills == "tensorboard" else 12 * 1024  # events wait in a buffer of 8 KiB
+        filler.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - room))
+        for step in range(1, 10_000):
+            if fills == "tensorboard":
+                with writing.writing():
+                    writing._tensorboard.text(step, "text", "x" * 1000)
+            writing.log(step, "train", {"loss": 1 / 3})
+            logged = step
+    message = str(error.value)
+    assert "failed: No space left on device; free disk space; the last good checkpoint is step 1" in message
+    assert "\n" not in message and str(run) in message and logged > 20
+    filler.unlink()
+    with start(run, start_step=logged) as writing:
+        writing.log(logged + 1, "train", {"loss": 1.0})
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [*range(1, logged + 2)]
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path):
+    match = r"metrics.jsonl failed: No such file .* or moved; there is no checkpoint yet"
+    with pytest.raises(RunFileError, match=match), start(tmp_path / "run") as run:
+        run.log(1, "train", {"loss": 1.0})
+        shutil.rmtree(tmp_path / "run")
+        run.log(2, "train", {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_read_only_folder_is_named(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(
+        RunFileError, match=r"writing to .*/run failed: Read-only file system; make it writable, or cho"
+    ):
+        start(small_disk / "run")
+
+
+def test_a_console_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with start(tmp_path, start_step=5) as run:
+        monkeypatch.setattr(run._console, "file", Full())
+        with pytest.raises(
+            RunFileError, match=r"^writing to the console \(stderr\) failed: No space left .* step 5, from"
+        ):
+            run.note("note")
 
 
 def test_a_disabled_tracker_writes_nothing_but_counts_time(tmp_path, clock, capsys, monkeypatch):

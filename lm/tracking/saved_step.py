@@ -47,9 +47,7 @@ def check(workdir: Path, steps: Sequence[int], say: Callable[[str], None]) -> No
     if damage:
         say(f"{damage}; it is written again with the next checkpoint")
     if recorded is not None and recorded > max(steps):
-        say(
-            f"{workdir}/checkpoints lacks step {recorded:,}, the newest that was complete; step {max(steps):,} is there"
-        )
+        say(f"{workdir}/checkpoints has lost step {recorded:,}, which was complete; the newest is {max(steps):,}")
     for name in files.COLUMNS:
         files.kept_rows(workdir / name, max(steps))
 
