@@ -173,7 +173,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_row(small_disk, fil
 
 
 def test_a_folder_that_vanishes_is_named(tmp_path):
-    match = r"metrics.jsonl failed: No such file .* or moved; there is no checkpoint yet"
+    match = r"metrics.jsonl failed: No such file or directory; the folder was deleted or moved$"
     with pytest.raises(RunFileError, match=match), start(tmp_path / "run") as run:
         run.log(1, "train", {"loss": 1.0})
         shutil.rmtree(tmp_path / "run")

@@ -1,5 +1,6 @@
 """Whole runs whose files are lost, damaged or cannot be written: one line, and the same command goes on."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -109,28 +110,29 @@ def disturb(monkeypatch, step, action):
 
     def logging(self, at, split, metrics):
         if at == step and split == "train" and not done:
-            done.append(action())
+            done.append(True)
+            action()
         log(self, at, split, metrics)
 
     monkeypatch.setattr(tracker.Tracker, "log", logging)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3, 4, 6])
-@pytest.mark.parametrize("room", [0, 8192, 65536])
+@pytest.mark.parametrize(("step", "room"), [(1, 0), (3, 65536), (4, 8192), (6, 0)])
 def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_once_there_is_room(
     recipe, whole, small_disk, monkeypatch, step, room
 ):
     def fill():
         size = os.statvfs(small_disk)
-        (small_disk / "filler").write_bytes(b"x" * max(0, size.f_bavail * size.f_frsize - room))
+        with contextlib.suppress(OSError):  # a save in the background may take the rest
+            (small_disk / "filler").write_bytes(b"x" * max(0, size.f_bavail * size.f_frsize - room))
 
     run = small_disk / "run"
     disturb(monkeypatch, step, fill)
     with pytest.raises((RunFileError, CheckpointError)) as error:
         train.train(recipe, run)
     message = str(error.value)
-    assert "\n" not in message and str(run) in message and ("No space left" in message or "RESOURCE_EXH" in message)
+    assert "\n" not in message and str(run) in message and "No space left on device" in message
     assert "ree disk space" in message and ("last good checkpoint is step" in message or "there is no" in message)
     (small_disk / "filler").unlink()
     train.train(recipe, run)
@@ -141,9 +143,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_once_there_is_room(
 def test_a_run_whose_folder_is_deleted_meanwhile_ends_in_one_line_and_begins_anew(recipe, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     disturb(monkeypatch, 3, lambda: shutil.rmtree(run))
-    match = (
-        r"writing .*/metrics.jsonl failed: No such file or directory; the folder was deleted or moved; the last good"
-    )
+    match = r"writing .*/metrics.jsonl failed: No such file or directory; the folder was deleted or moved$"
     with pytest.raises(RunFileError, match=match):
         train.train(recipe, run)
     assert not run.exists()

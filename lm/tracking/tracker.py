@@ -138,7 +138,9 @@ class Tracker:
         try:
             yield
         except RunFileError as error:
-            good = "there is no checkpoint yet"
+            if not self._workdir.is_dir():
+                raise  # deleted or moved, checkpoints and all
+            good = "there is no complete checkpoint yet"
             if self._saved_step is not None:
                 good = f"the last good checkpoint is step {self._saved_step:,}, from which the same command goes on"
             raise RunFileError(f"{error}; {good}") from error
