@@ -4,13 +4,14 @@ import itertools
 import json
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.tracking import curves, files
+from lm.tracking import curves
 
 
 @settings(max_examples=30)
@@ -75,10 +76,11 @@ def test_a_million_rows_are_resumed_and_drawn_in_bounded_memory_within_ten_secon
     for rows in (1000, 1_000_000):
         workdir = tmp_path / str(rows)
         workdir.mkdir()
-        with (workdir / "metrics.jsonl").open("wb") as file:
+        rest = json.dumps(dict.fromkeys(names, 3.14159265358979))[1:-1]
+        with (workdir / "metrics.jsonl").open("w") as file:
             for step in range(1, rows + 1):
-                values = dict.fromkeys(names, 3.14159265358979 + step * 1e-7)
-                file.write(files.sealed({"step": step, "split": "train", "seconds": step / 8, **values}))
+                head = f'{{"step": {step}, "split": "train", "seconds": {step / 8}, {rest}, '
+                file.write(f'{head}"crc32": "{zlib.crc32(head.encode()):08x}"}}\n')
         for what in ("resume", "report"):
             command = [sys.executable, "-c", MEASURE, str(workdir), str(rows), what]
             seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)

@@ -348,7 +348,7 @@ def _damaged(saved: Saved) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The root cause of an error, on one line: Orbax's own messages can contain the whole tree instead of what happened.
+    """The root cause of an error, on one line: Orbax's own messages can contain a whole tree instead of what happened.
 
     Of a long message both ends are kept: TensorStore names the file first and says what happened last.
     """
