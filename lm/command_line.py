@@ -10,6 +10,7 @@ It imports JAX in `main` at the earliest (but for tools/plan.py), so that --help
 """
 
 import contextlib
+import logging as std_logging
 import os
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def parse(argv: list[str]) -> list[str]:
       The program's name and the arguments that are no flags.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax logs every detail of every save at INFO
+    logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
@@ -50,6 +52,11 @@ def parse(argv: list[str]) -> list[str]:
         raise SystemExit(1) from None
     except OSError as error:  # the recipe's file does not exist: the last line of the message names it
         raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def _is_no_traceback_of_orbax(record: std_logging.LogRecord) -> bool:
+    """Whether to log a record: each of Orbax's threads logs a traceback of an error that the save then raises."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def arguments(argv: list[str], *names: str) -> list[str]:

@@ -1,5 +1,6 @@
 """`python -m lm.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v]`: start or resume a run."""
 
+import errno
 import sys
 
 from absl import app, flags
@@ -15,6 +16,9 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it is not found automatically.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes there are, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, with --coordinator.")
+
+# Of the disk, or of who may write to it: not faults of the program. Errors of the run's own files say more.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +43,8 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         sys.exit("stopped before the first step; checkpoints saved earlier are kept")
     except (ValueError, RuntimeError, OSError) as error:
-        if not type(error).__module__.startswith("lm."):
+        is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        if not (is_disk or type(error).__module__.startswith("lm.")):
             raise
         status = getattr(error, "exit_status", 1)
         print(f"error: {error}" if status == 1 else error, file=sys.stderr)

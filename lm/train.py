@@ -5,7 +5,6 @@ resumes the run: parameters, position in the data and metrics continue as if it 
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +26,10 @@ from lm.parallel import mesh as mesh_lib
 from lm.preemption import Interrupt, Preempted
 from lm.run import Plan, Run, Stream
 from lm.tasks import build_saved_config, task_of
-from lm.tracking import report
+from lm.tracking import files, report, saved_step
+from lm.tracking.files import RunFileError
 from lm.tracking.throughput import Throughput
-from lm.tracking.tracker import Tracker, read_rows, write_atomic
+from lm.tracking.tracker import Tracker
 from lm.types import TrainState
 
 Say = Callable[[str], None]
@@ -53,6 +53,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
 
     Raises:
       ConfigError, DataError, CheckpointError: the run cannot start or resume; its saved state is not touched.
+      RunFileError: a file of the run is damaged or cannot be written.
       Diverged: the loss or the gradient became NaN or infinite.
       Preempted: SIGTERM or SIGINT came; the state was saved first.
     """
@@ -66,6 +67,10 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     saved = checkpoint.list_saved(workdir)
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
+    saved_step.check(workdir, [candidate.step for candidate in saved], say)
+    summary_path = workdir / "summary.json"
+    if is_primary and not summary_path.exists():  # a run that is over may be in an archive
+        files.require_writable(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     mesh = mesh_lib.make_mesh(cfg.mesh)
@@ -78,25 +83,26 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         start, total_steps = int(state.step), run.program.total_steps
         say(parameter_table(run.plan, run.program.optimizer.selection, origin))
         is_over = start >= total_steps or position.early_stopping.should_stop(cfg.train)
-        if is_over and (workdir / "summary.json").exists():
-            say(f"already done: step {start:,} of {total_steps:,}; see {workdir}/summary.json")
-            return json.loads((workdir / "summary.json").read_text())
+        if is_over and (done := finished_summary(summary_path, say)):
+            say(f"already done: step {start:,} of {total_steps:,}; see {summary_path}")
+            return done
         if is_primary:
-            write_atomic(workdir / "config.json", config.to_json(cfg))
+            files.write_atomic(workdir / "config.json", config.to_json(cfg))
         with (
-            Tracker(workdir, total_steps, start, is_primary, cfg.monitor) as tracker,
+            Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over) as tracker,
             Checkpoints(workdir, cfg.checkpoint, saved, start) as checkpoints,
             Interrupt() as interrupt,
         ):
             summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt)
         if is_primary:
-            summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
-            if cfg.train.early_stopping.patience:  # with early stopping the run stands for its best checkpoint
-                best = {key: value for key, value in evaluations["best"].items() if key in summary and key != "seconds"}
-                summary |= best
-                summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}
-            report.write_summary(workdir, summary)
-            say(f"summary: {workdir}/summary.json, curves: {report.write_report(workdir)}")
+            with tracker.writing():
+                summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
+                if cfg.train.early_stopping.patience:  # with early stopping the run stands for its best checkpoint
+                    best = {k: value for k, value in evaluations["best"].items() if k in summary and k != "seconds"}
+                    summary |= best
+                    summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}
+                report.write_summary(workdir, summary)
+                say(f"summary: {summary_path}, curves: {report.write_report(workdir)}")
         return summary
 
 
@@ -140,6 +146,7 @@ def loop(
             state, step_metrics = train_step(state, place(batch))
             step_log.add(step, step_metrics, batch["example_index"])
         checkpoints.poll()
+        tracker.saved(checkpoints.last_good)
 
         is_last, preempted = step == last_step, interrupt.requested(step)
         eval_due = is_last or is_due(step, run.every["eval"])
@@ -260,6 +267,7 @@ def save_state(
     """Starts saving a checkpoint, with the metrics of an evaluation of the same state, or None."""
     tokenizer, replay = run.plan.tokenizer, run.plan.replay
     with tracker.bucket("checkpoint"):
+        tracker.sync()
         info: dict[str, Any] = {
             "config": schema.to_dict(run.cfg),
             "tokenizer_hash": tokenizer.hash if tokenizer else "",
@@ -274,6 +282,7 @@ def wait_for_saves(checkpoints: Checkpoints, tracker: Tracker) -> None:
     """Waits until all checkpoints are on disk."""
     with tracker.bucket("checkpoint"):
         checkpoints.wait()
+        tracker.saved(checkpoints.last_good)
 
 
 def restore(
@@ -341,16 +350,32 @@ def summarise(
     }
 
 
+def finished_summary(path: Path, say: Say) -> dict[str, Any]:
+    """The summary of a run that is over; {} where it has to be written, as it is missing or damaged."""
+    try:
+        return files.read_document(path)
+    except RunFileError as error:
+        say(f"{error}; evaluating again to write it")
+        return {}
+
+
 def first_and_best(workdir: Path, metric: str) -> dict[str, Any]:
     """'before' -> the evaluation at step 0, 'best' -> the best of the later ones by `metric`; {} where there is none.
 
     Read from metrics.jsonl, so that they include the evaluations before the run was resumed.
     """
-    rows, _ = read_rows(workdir / "metrics.jsonl")
-    evaluations = [row for row in rows if row.pop("split") == "eval"]
-    measured = [row for row in evaluations if row.get(metric) is not None and row["step"] > 0]
-    best = max(measured, key=lambda row: metrics.gain(metric, row[metric]), default={})
-    return {"before": next((row for row in evaluations if row["step"] == 0), {}), "best": best}
+    before: dict[str, Any] = {}
+    best: dict[str, Any] = {}
+    for row in files.read_rows(workdir / "metrics.jsonl"):
+        if row.pop("split") != "eval":
+            continue
+        if row["step"] == 0:
+            before = before or row
+        elif row.get(metric) is not None and (
+            not best or metrics.gain(metric, row[metric]) > metrics.gain(metric, best[metric])
+        ):
+            best = row
+    return {"before": before, "best": best}
 
 
 def parameter_table(planned: Plan, selection: Selection, origin: dict[str, str]) -> str:

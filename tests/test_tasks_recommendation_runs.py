@@ -19,7 +19,7 @@ from lm.data.readers import registry
 from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import build_config, default_config, recommendation
-from lm.tracking import tracker
+from lm.tracking import files
 from tests import tool_modules
 from tests.test_tasks_recommendation import VOCABULARY
 
@@ -106,7 +106,7 @@ def test_the_test_items_are_scored_by_the_checkpoint_best_in_validation(table, t
     few = {"data__max_records": 24, "optim__learning_rate": 0.02, "optim__schedule": "constant", "model__embed_dim": 64}
     cfg = recipe(table, eval__every_steps=20, train__total_steps=60, optim__weight_decay=0.0, **few)
     summary = train.train(cfg, tmp_path / "long")
-    rows, _ = tracker.read_rows(tmp_path / "long" / "metrics.jsonl")
+    rows = files.read_rows(tmp_path / "long" / "metrics.jsonl")
     best = max((row for row in rows if row["split"] == "eval"), key=lambda row: row["ndcg_at_10"])
     assert summary["test"]["step"] == best["step"] == 20 < summary["steps"]
     short = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, total=Duration(steps=20)))

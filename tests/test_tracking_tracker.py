@@ -1,15 +1,20 @@
 """lm/tracking/tracker.py: rows are on disk at once, a resumed run rewrites its later rows, time adds up."""
 
+import errno
+import io
 import json
 import math
 import os
+import shutil
+import subprocess
 
 import jax
 import numpy as np
 import pytest
 
 from lm.config import MonitorConfig, ProfileConfig
-from lm.tracking import tracker
+from lm.tracking import saved_step, tracker
+from lm.tracking.files import RunFileError
 from lm.tracking.tracker import Tracker
 
 
@@ -29,12 +34,19 @@ def clock(monkeypatch):
     return clock
 
 
-def start(workdir, total_steps=100, start_step=0, enabled=True, **config):
-    return Tracker(workdir, total_steps, start_step, enabled, MonitorConfig(**config))
+def start(workdir, total_steps=100, start_step=0, enabled=True, is_over=False, **config):
+    return Tracker(workdir, total_steps, start_step, enabled, MonitorConfig(**config), is_over)
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a file as any JSON tool reads them, without their checksums."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "crc32"} for row in rows]
+
+
+def old_row(step):
+    """A row as older versions wrote it."""
+    return f'{{"step": {step}, "split": "train", "seconds": 1.5, "loss": 2.0}}'
 
 
 def test_rows_are_valid_json_and_flushed_at_once(tmp_path, clock):
@@ -67,7 +79,7 @@ def test_a_resumed_run_drops_later_rows_and_continues(tmp_path, clock, capsys):
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert [row["seconds"] for row in rows] == [1, 2, 3]  # wall time continues from the last row kept
     assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [10, 20]
-    assert "metrics.jsonl: dropped 1 rows after step 20" in capsys.readouterr().err
+    assert "metrics.jsonl: dropped 1 rows that are written again after step 20" in capsys.readouterr().err
 
 
 def test_a_start_without_checkpoint_drops_all_rows(tmp_path):
@@ -78,38 +90,15 @@ def test_a_start_without_checkpoint_drops_all_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tail", "steps"), [('{"step": 30, "lo', [10, 20]), ('{"step": 20}', [10, 20, 20]), ("\0", [10, 20])]
+    ("tail", "steps"), [('{"step": 30, "lo', [10, 20]), (old_row(20), [10, 20, 20]), ("\0", [10, 20])]
 )
 def test_an_incomplete_last_line_is_repaired(tmp_path, capsys, tail, steps):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 10}\n{"step": 20}\n' + tail)
+    path.write_text(f"{old_row(10)}\n{old_row(20)}\n{tail}")
     with start(tmp_path, start_step=20) as run:
         run.log(30, "train", {"loss": 1.0})
     assert [row["step"] for row in lines(path)] == [*steps, 30]
     assert "metrics.jsonl: repaired an incomplete last line" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("bad", ["{oops", "[1]", '{"loss": 1}'])
-def test_an_invalid_line_before_the_last_is_refused_by_number(tmp_path, bad):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 10}}\n{bad}\n{{"step": 30}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a JSON object with a 'step'"):
-        start(tmp_path, start_step=30)
-    assert bad in path.read_text()  # nothing was dropped
-
-
-def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    tracker.write_atomic(path, "old")
-
-    def disk_full(_):
-        assert path.read_text() == "old"  # the new text is written to another file first
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        tracker.write_atomic(path, "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["summary.json"]
 
 
 def test_tensorboard_has_scalars_and_text(tmp_path):
@@ -130,6 +119,87 @@ def test_tensorboard_has_scalars_and_text(tmp_path):
     assert purged_from == 6
     assert values["eval/loss"][0] == 10 and values["eval/loss"][1].simple_value == 2.5
     assert values["prompt/text_summary"][1].tensor.string_val == [b"    # not a title"]
+
+
+def test_rows_of_the_last_step_are_written_once_when_nothing_is_left_to_train(tmp_path):
+    for is_over in (False, True):  # killed before the summary, started again
+        with start(tmp_path, start_step=20 if is_over else 0, is_over=is_over) as run:
+            if not is_over:
+                run.log(20, "train", {"loss": 3.0})
+            run.log(20, "eval", {"loss": 2.0})
+            run.text(20, "prompt", "text")
+            run.log(10, "test", {"loss": 2.5})
+    assert [(row["step"], row["split"]) for row in lines(tmp_path / "metrics.jsonl")] == [
+        (20, "train"), (20, "eval"), (10, "test"),
+    ]  # fmt: skip
+    assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [20]
+
+
+def test_the_newest_complete_checkpoint_is_recorded(tmp_path):
+    with start(tmp_path) as run:
+        run.saved(None)
+        assert saved_step.read(tmp_path) is None
+        run.saved(10)
+        run.saved(20)
+        assert saved_step.read(tmp_path) == 20
+    with start(tmp_path, start_step=10):  # step 20 is damaged
+        assert saved_step.read(tmp_path) == 10
+    with start(tmp_path / "other", enabled=False) as run:
+        run.saved(10)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("fills", ["metrics", "tensorboard"])
+def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_row(small_disk, fills):
+    """Every file of the run may be the one that no longer fits; a row that was logged without an error is there."""
+    run, filler, logged = small_disk / "run", small_disk / "filler", 0
+    with pytest.raises(RunFileError) as error, start(run) as writing:
+        writing.saved(1)
+        room = 100 * 1024 if fills == "tensorboard" else 12 * 1024  # events wait in a buffer of 8 KiB
+        filler.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - room))
+        for step in range(1, 10_000):
+            if fills == "tensorboard":
+                with writing.writing():
+                    writing._tensorboard.text(step, "text", "x" * 1000)
+            writing.log(step, "train", {"loss": 1 / 3})
+            logged = step
+    message = str(error.value)
+    assert "failed: No space left on device; free disk space; the last good checkpoint is step 1" in message
+    assert "\n" not in message and str(run) in message and logged > 20
+    filler.unlink()
+    with start(run, start_step=logged) as writing:
+        writing.log(logged + 1, "train", {"loss": 1.0})
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [*range(1, logged + 2)]
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path):
+    match = r"metrics.jsonl failed: No such file or directory; the folder was deleted or moved$"
+    with pytest.raises(RunFileError, match=match), start(tmp_path / "run") as run:
+        run.log(1, "train", {"loss": 1.0})
+        shutil.rmtree(tmp_path / "run")
+        run.log(2, "train", {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_read_only_folder_is_named(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(
+        RunFileError, match=r"writing to .*/run failed: Read-only file system; make it writable, or cho"
+    ):
+        start(small_disk / "run")
+
+
+def test_a_console_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with start(tmp_path, start_step=5) as run:
+        monkeypatch.setattr(run._console, "file", Full())
+        with pytest.raises(
+            RunFileError, match=r"^writing to the console \(stderr\) failed: No space left .* step 5, from"
+        ):
+            run.note("note")
 
 
 def test_a_disabled_tracker_writes_nothing_but_counts_time(tmp_path, clock, capsys, monkeypatch):
@@ -163,6 +233,7 @@ def test_buckets_add_up_to_the_total_time_and_nested_ones_count_once(tmp_path, c
 
 
 def test_progress_without_a_terminal_is_rate_limited_and_estimates_the_time_left(tmp_path, clock, capsys):
+    (tmp_path / "metrics.jsonl").touch()
     with start(tmp_path, total_steps=1000, start_step=100) as run:
         for step in range(101, 1001):
             run.progress(step, 2.0, 12_345.6, 0.4123 if step > 900 else None)

@@ -5,7 +5,6 @@
 Each of the three runs is a `python -m lm.main`; the same command resumes them.
 """
 
-import json
 import math
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 from absl import app, flags
 
 from lm import command_line
+from lm.tracking import files
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the three runs.")
 
@@ -31,8 +31,9 @@ def main(argv: list[str]) -> None:
     run("quickstart_pretrain.py", pretrained)
     run("quickstart_sft.py", sft, f"--config.init_from={pretrained}")
     run("quickstart_sft.py:scratch", scratch, f"--config.tokenizer.path={pretrained / 'tokenizer.model'}")
-    show(pretrained, sft, scratch, time.time() - started)
-    print(f"  {draw(workdir)}")
+    with command_line.one_line_errors():
+        show(pretrained, sft, scratch, time.time() - started)
+        print(f"  {draw(workdir)}")
 
 
 def run(recipe: str, workdir: Path, *overrides: str) -> None:
@@ -50,7 +51,7 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
     from rich.table import Table
 
     console = Console()
-    first, tuned, untrained = (json.loads((path / "summary.json").read_text()) for path in (pretrained, sft, scratch))
+    first, tuned, untrained = (files.read_document(path / "summary.json") for path in (pretrained, sft, scratch))
     table = Table(title="Gain from pre-training (held-out data)")
     for column in ("run", "measured", "before", "after", "steps", "tokens/s", "parameters"):
         table.add_column(column, justify="left" if column in ("run", "measured") else "right")
@@ -65,8 +66,7 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
     console.print(table)
     gain = untrained["answer_loss"] - tuned["answer_loss"]
     console.print(f"Fine-tuning from the checkpoint beats the same steps from scratch by {gain:.3f} nats a token.\n")
-    lines = (sft / "samples.jsonl").read_text().splitlines()
-    last = [sample for sample in map(json.loads, lines) if sample["step"] == tuned["steps"]]
+    last = [sample for sample in files.read_rows(sft / "samples.jsonl") if sample["step"] == tuned["steps"]]
     for sample in last:
         console.print(f"> {sample['name']}\n  {sample['text'].strip()}", markup=False)
     console.print(f"\n{seconds:,.0f} s in all. Each folder has summary.json, metrics.jsonl, report.html, checkpoints/:")
@@ -87,7 +87,7 @@ def draw(workdir: Path) -> Path:
         (panels[1], "sft", "nll", "from the checkpoint", "#2f6fb3"),
         (panels[1], "sft_scratch", "nll", "from scratch", "#b3572f"),
     ):
-        rows = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+        rows = list(files.read_rows(workdir / name / "metrics.jsonl"))
         for split, style in (("train", "-"), ("eval", "o")):
             points = [(row["step"], row[key]) for row in rows if row["split"] == split]
             panel.plot(*zip(*points, strict=True), style, color=colour, label=label if split == "train" else None)

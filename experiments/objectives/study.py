@@ -262,13 +262,15 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
 
     The figures of the table are saved in results.json beside this file, so that they outlive the folders.
     """
+    from lm.tracking import files
+
     row = ROWS[name]
     path = workdir(name, arm, seed) / "summary.json"
     key = f"{name} {arm.recipe}:{arm.argument} {seed}"
     same = fingerprint(name, arm, seed)
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if path.exists():
-        summary = json.loads(path.read_text())
+        summary = files.read_document(path)
         part = summary["test"] if row.on_test else summary
         figures = {row.metric: part[row.metric]} | {key: summary[key] for key in ("seconds", "trained_parameters")}
         figures |= {"before": {row.metric: None if row.on_test else summary["before"].get(row.metric)}, "config": same}

@@ -348,7 +348,11 @@ def _damaged(saved: Saved) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The root cause of an error: Orbax's own messages can contain the whole tree instead of what happened."""
+    """The root cause of an error, on one line: Orbax's own messages can contain a whole tree instead of what happened.
+
+    Of a long message both ends are kept: TensorStore names the file first and says what happened last.
+    """
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return f"{type(error).__name__}: {str(error)[:300]}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 400 else f'{text[:200]} ... {text[-200:]}'}"

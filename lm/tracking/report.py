@@ -7,7 +7,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ import jax
 
 import lm
 from lm import param_paths
-from lm.config import schema
+from lm.config import Config, schema
 from lm.config.schema import ConfigError
 from lm.evaluation import metrics
 from lm.optim.trainable import Selection, trained_part
 from lm.tasks import base, build_saved_config, task_of
-from lm.tracking.tracker import finite, read_rows, write_atomic
+from lm.tracking import curves, files
+from lm.tracking.curves import Curves
+from lm.tracking.files import RunFileError, finite
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
 
@@ -30,6 +34,7 @@ FIRST_PANELS = (
     *("loss", "bits_per_byte", "learning_rate", "grad_norm"),
     *("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"),
 )
+SAMPLE_STEPS = 100  # the report shows the samples of so many steps
 COLORS = {"train": "#3b6fb6", "eval": "#d9772b"}
 BUCKET_COLORS = {
     "step": "#3f9c6c",
@@ -53,12 +58,12 @@ def versions() -> dict[str, str]:
 def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:
     """Writes `workdir`/summary.json atomically: `summary`, and 'versions'.
 
-    NaN and infinity become null; their keys are listed under 'not_finite'.
+    NaN and infinity become null; their keys are listed under 'not_finite'. Raises RunFileError.
     """
     given, written = dict(schema.flatten(summary)), dict(schema.flatten(finite(summary)))
     lost = [key for key, value in written.items() if value is None and given[key] is not None]
     out = {**summary, **({"not_finite": lost} if lost else {}), "versions": versions()}
-    write_atomic(Path(workdir) / "summary.json", json.dumps(finite(out), indent=2, allow_nan=False) + "\n")
+    files.write_document(Path(workdir) / "summary.json", out)
 
 
 def parameter_table(
@@ -141,73 +146,99 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     """Writes `workdir`/report.html from metrics.jsonl, summary.json, samples.jsonl and config.json, atomically.
 
     The page needs no other file. It can be written while the run is still running: it says which parts are missing.
+    Memory is bounded, whatever the number of rows: see `lm.tracking.curves`.
 
     Returns:
       Its path.
+
+    Raises:
+      RunFileError: one of the files is damaged, or the page cannot be written.
     """
     workdir = Path(workdir)
-    rows, _ = read_rows(workdir / "metrics.jsonl")
-    samples, _ = read_rows(workdir / "samples.jsonl")
-    summary, resolved = _read_json(workdir / "summary.json"), _read_json(workdir / "config.json")
+    drawn = curves.gather(files.read_rows(workdir / "metrics.jsonl"))
+    samples = _samples(files.read_rows(workdir / "samples.jsonl"))
+    summary, resolved = (files.read_document(workdir / name) for name in ("summary.json", "config.json"))
     figures = {key: value for key, value in summary.items() if key not in ("versions", "goodput")}
-    about = functools.partial(metrics.about, loss_unit=_loss_unit(resolved))
-    best_metric = resolved.get("checkpoint", {}).get("best_metric", "loss")
+    goodput, used = (_object(summary, key, workdir / "summary.json") for key in ("goodput", "versions"))
+    cfg = _config(resolved)
+    about = functools.partial(metrics.about, loss_unit=_loss_unit(cfg))
+    best_metric = cfg.checkpoint.best_metric if cfg else "loss"
     body = [
         f"<h1>{html.escape(workdir.resolve().name)}</h1>",
-        f"<p class=sub>{_subtitle(rows, summary)}</p>",
-        _tiles(rows, summary, best_metric, about),
+        f"<p class=sub>{_subtitle(drawn.last, used)}</p>",
+        _tiles(drawn.last_eval, summary, best_metric, about),
         "<h2>Curves</h2>",
-        _curves(rows, about),
+        _curves(drawn, about),
         "<h2>Where the time went</h2>",
-        _goodput_bar(summary.get("goodput", {})),
+        _goodput_bar(goodput),
         "<h2>Figures</h2>",
         _table(schema.flatten(figures), about),
         "<h2>Samples</h2>",
-        _samples(samples),
+        samples,
         "<h2>Config</h2>",
         _table(schema.flatten(resolved)),
     ]
     title = html.escape(workdir.resolve().name)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     path = workdir / "report.html"
-    write_atomic(path, f"{page}<main>{''.join(body)}</main></html>\n")
+    files.write_atomic(path, f"{page}<main>{''.join(body)}</main></html>\n")
     return path
 
 
-def _loss_unit(resolved: dict[str, Any]) -> Callable[[str], str]:
-    """The unit of a loss of the run, by the name of the part whose loss it is; '' where config.json tells none."""
+def _object(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """The JSON object at a key, {} if there is none. Raises RunFileError if something else is there."""
+    value = document.get(key, {})
+    if not isinstance(value, dict):
+        raise RunFileError(f"{path} is damaged: expected a JSON object at '{key}', found {str(value)[:40]!r}")
+    return value
+
+
+def _config(resolved: dict[str, Any]) -> Config | None:
+    """The config in a config.json; None where it cannot be told, as when the file is damaged."""
     try:
-        cfg = build_saved_config(resolved)
-    except ConfigError:
-        return lambda prefix: ""
-    return functools.partial(base.loss_unit, task_of(cfg), cfg)
+        return build_saved_config(resolved)
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError):  # `older.upgrade` expects what a run wrote
+        return None
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About] = metrics.about) -> Any:
+def _loss_unit(cfg: Config | None) -> Callable[[str], str]:
+    """The unit of a loss of the run, by the name of the part whose loss it is; '' where the config is not known."""
+    return functools.partial(base.loss_unit, task_of(cfg), cfg) if cfg else lambda prefix: ""
+
+
+def draw_curves(drawn: Curves, about: Callable[[str], metrics.About] = metrics.about) -> Any:
     """A matplotlib figure with a panel for each metric over steps: training as a line, evaluation as dots on a line.
 
-    Made without pyplot, so that there is no global state, no display and nothing to close.
+    Where a point stands for several rows, the line is their mean, a band spans their least and greatest value, and the
+    panel says how many rows that are. Made without pyplot, so that there is no global state, no display and nothing to
+    close.
 
     Args:
-      rows: of metrics.jsonl.
+      drawn: of metrics.jsonl.
       about: what is known of a metric by its name, in a run of this task.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    present = {key for row in rows for key, value in row.items() if isinstance(value, float) and key != "seconds"}
+    present = {name for _, name in drawn.of}
     names = [name for name in FIRST_PANELS if name in present] + sorted(present.difference(FIRST_PANELS))
     height = max(1, math.ceil(len(names) / 2))
     figure = Figure(figsize=(10.5, 2.9 * height), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
     panels = figure.subplots(height, 2, squeeze=False).flatten()
     for name, panel in zip(names, panels, strict=False):
+        merged = ""
         for split, color in COLORS.items():
-            points = [(row["step"], row[name]) for row in rows if row["split"] == split and row.get(name) is not None]
-            if points:
-                marker = "o" if split == "eval" or len(points) == 1 else None
-                style = {"color": color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
-                panel.plot(*zip(*points, strict=True), label=f"{split} {_number(points[-1][1])}", **style)
+            curve = drawn.of.get((split, name))
+            if curve is None:
+                continue
+            steps, means, low, high = curve.points()
+            marker = "o" if split == "eval" or len(steps) == 1 else None
+            style = {"color": color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
+            panel.plot(steps, means, label=f"{split} {_number(curve.last)}", **style)
+            if curve.rows_per_point > 1:
+                panel.fill_between(steps, low, high, color=color, alpha=0.25, lw=0)
+                merged += f" · {split}: mean and range of {curve.rows_per_point:,} rows a point"
         if name in ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"):
             panel.set_ylim(bottom=0)  # otherwise small jitter looks large
         elif name.endswith("perplexity"):
@@ -219,7 +250,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metric
         # The last values, above the panel, where no curve crosses them.
         above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "borderaxespad": 0.2}
         panel.legend(ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)
-        panel.set_xlabel("step", fontsize=8.5, color="#5b6577")
+        panel.set_xlabel(f"step{merged}", fontsize=8.5, color="#5b6577")
         panel.tick_params(which="both", labelsize=8.5, colors="#5b6577", length=0)
         panel.grid(axis="y", color="#e6e9ef", lw=0.8)
         panel.set_axisbelow(True)
@@ -231,35 +262,34 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metric
     return figure
 
 
-def _curves(rows: Sequence[Mapping[str, Any]], about: Callable[[str], metrics.About]) -> str:
-    if not rows:
+def _curves(drawn: Curves, about: Callable[[str], metrics.About]) -> str:
+    if not drawn.last:
         return "<p class=none>No rows in metrics.jsonl yet.</p>"
     import matplotlib
 
     buffer = io.StringIO()
     # With a fixed salt and without a date, the same rows give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "lm", "svg.fonttype": "path"}):
-        draw_curves(rows, about).savefig(buffer, format="svg", metadata={"Date": None})
+        draw_curves(drawn, about).savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return f"<div class=card>{svg[svg.index('<svg') :]}</div>"
 
 
-def _subtitle(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
-    done = f"{rows[-1]['step']:,} steps in {rows[-1]['seconds']:,.0f} s" if rows else "not started"
-    used = " · ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+def _subtitle(last: Mapping[str, Any], used_versions: Mapping[str, str]) -> str:
+    done = f"{last['step']:,} steps in {last['seconds']:,.0f} s" if last else "not started"
+    used = " · ".join(f"{name} {version}" for name, version in used_versions.items())
     return html.escape(
         " · ".join(part for part in (done, used or "no summary.json yet: still running or killed") if part)
     )
 
 
 def _tiles(
-    rows: Sequence[Mapping[str, Any]],
+    last: Mapping[str, Any],
     summary: Mapping[str, Any],
     best_metric: str,
     about: Callable[[str], metrics.About],
 ) -> str:
     """Tiles with the metrics of the last evaluation, and the size and speed of the run."""
-    last: Mapping[str, Any] = next((row for row in reversed(rows) if row["split"] == "eval"), {})
     names = dict.fromkeys(("loss", "perplexity", "bits_per_byte", best_metric, "accuracy"))
     wanted = [(f"eval {name.replace('_', ' ')}", last.get(name), about(name).unit) for name in names]
     sizes = ("tokens_per_second", "parameters", "seconds")
@@ -274,6 +304,7 @@ def _tiles(
 
 
 def _goodput_bar(goodput: Mapping[str, float]) -> str:
+    goodput = {name: goodput[name] for name in BUCKET_COLORS if isinstance(goodput.get(name), int | float)}
     total = sum(goodput.values())
     if not total:
         return "<p class=none>Not recorded.</p>"
@@ -290,21 +321,22 @@ def _goodput_bar(goodput: Mapping[str, float]) -> str:
     return f"<div class=card><div class=bar>{bar}</div><div class=legend>{legend}</div></div>"
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The samples of each step, those of the latest step unfolded."""
-    steps = sorted({row["step"] for row in samples}, reverse=True)
-    if not steps:
-        return "<p class=none>None.</p>"
-    out = []
-    for step in steps:
-        texts = "".join(
-            f"<h3>{html.escape(row['name'])}</h3><pre>{html.escape(row['text'])}</pre>"
-            for row in samples
-            if row["step"] == step
-        )
-        is_open = " open" if step == steps[0] else ""
-        out.append(f"<details class=card{is_open}><summary>Step {step:,}</summary>{texts}</details>")
-    return "".join(out)
+def _samples(samples: Iterable[Mapping[str, Any]]) -> str:
+    """The samples of the latest SAMPLE_STEPS steps, those of the latest one unfolded."""
+    steps: deque[tuple[int, list[str]]] = deque(maxlen=SAMPLE_STEPS)
+    number = 0
+    for row in samples:
+        if not steps or steps[-1][0] != row["step"]:
+            steps.append((row["step"], []))
+            number += 1
+        steps[-1][1].append(f"<h3>{html.escape(row['name'])}</h3><pre>{html.escape(row['text'])}</pre>")
+    out = [
+        f"<details class=card{'' if place else ' open'}><summary>Step {step:,}</summary>{''.join(texts)}</details>"
+        for place, (step, texts) in enumerate(reversed(steps))
+    ]
+    if number > len(steps):
+        out.append(f"<p class=none>Those of {number - len(steps):,} earlier steps are in samples.jsonl.</p>")
+    return "".join(out) or "<p class=none>None.</p>"
 
 
 def _table(items: Iterator[tuple[str, Any]], about: Callable[[str], metrics.About] | None = None) -> str:
@@ -319,15 +351,11 @@ def _table(items: Iterator[tuple[str, Any]], about: Callable[[str], metrics.Abou
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str | list):
+    if isinstance(value, bool | None | str | list) or not abs(value) <= sys.float_info.max:
         return html.escape(json.dumps(value, ensure_ascii=False))
     if isinstance(value, int) or (abs(value) >= 10_000 and value == round(value)):
         return f"{value:,.0f}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 STYLE = """

@@ -5,7 +5,6 @@ Every process makes a `Tracker` and calls it in the same way; only the one with 
 
 import contextlib
 import datetime
-import json
 import math
 import os
 import re
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm.config import MonitorConfig
+from lm.tracking import files, saved_step
+from lm.tracking.files import RunFileError
+from lm.tracking.tensorboard import EventFile
 
 BUCKETS = ("compile", "input", "step", "eval", "checkpoint")
 PLAIN_LINE_SECONDS = 10.0  # at least so long between two progress lines where the console is a file or a pipe
@@ -28,23 +30,41 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u20
 class Tracker:
     """Writes metrics, samples and profiles of a run into `workdir`; a context manager that flushes and closes them.
 
-    A run resumed at `start_step` computes the later steps again: rows of metrics.jsonl and samples.jsonl with a greater
-    step are dropped (all rows when `start_step` is 0, as nothing was restored), so that the files end up as if the run
-    had never stopped. A last line that a kill has cut off is dropped too. The console reports both.
+    A run resumed at `start_step` writes later rows of metrics.jsonl and samples.jsonl again: they are dropped
+    (`files.kept_rows`), so that the files end up as if the run had never stopped. A last line that a kill has cut off
+    is dropped too. The console reports both.
+
+    A file that cannot be written raises RunFileError, which names the last good checkpoint.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], total_steps: int, start_step: int, enabled: bool, config: MonitorConfig
+        self,
+        workdir: str | os.PathLike[str],
+        total_steps: int,
+        start_step: int,
+        enabled: bool,
+        config: MonitorConfig,
+        is_over: bool = False,
     ) -> None:
         """Opens the files.
 
+        Args:
+          workdir: the run's folder.
+          total_steps: of the run.
+          start_step: steps done; 0 = nothing was restored.
+          enabled: whether this process writes and prints.
+          config: what to profile.
+          is_over: whether no step is left, so that the evaluation after `start_step` is done again.
+
         Raises:
           ValueError: `workdir` is a URL; rows are appended to files, which object stores do not support.
+          RunFileError: a row is damaged, or a file cannot be written.
         """
         if "://" in os.fspath(workdir):
             raise ValueError(f"run directory {workdir} is a URL; give a local, NFS or mounted (gcsfuse) folder")
         self._workdir, self._total_steps, self._start_step = Path(workdir), total_steps, start_step
-        self._enabled, self._config, self._profiling = enabled, config, False
+        self._enabled, self._config, self._profiling, self._is_over = enabled, config, False, is_over
+        self._saved_step = start_step or None
         self._seconds = dict.fromkeys((*BUCKETS, "other"), 0.0)
         self._buckets = ["other"]  # the open ones, innermost last; time outside all buckets counts as 'other'
         self._began = self._mark = _now()
@@ -53,13 +73,18 @@ class Tracker:
         self._last_line = -math.inf
         self._closing = contextlib.ExitStack()
         if enabled:
-            self._open()
+            with self.writing():
+                self._open()
 
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._closing.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self._closing.close()
+        except RunFileError:
+            if kind is None:
+                raise  # else the error that ended the `with` block is the one to show
 
     def log(self, step: int, split: Literal["train", "eval", "test"], metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.jsonl and scalars to TensorBoard.
@@ -78,23 +103,53 @@ class Tracker:
             return
         values = {name: float(value) for name, value in metrics.items()}
         row = {"step": step, "split": split, "seconds": round(self.seconds(), 3), **values}
-        _append(self._metrics_file, row)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        with self.writing():
+            self._metrics_file.append(row)
+            self._tensorboard.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes a sample to the console, samples.jsonl and TensorBoard; nothing in `text` is interpreted as markup."""
         if not self._enabled:
             return
-        _append(self._samples_file, {"step": step, "name": name, "text": text})
         indented = "\n".join("    " + line for line in text.splitlines())  # verbatim in Markdown
-        self._tensorboard.add_text(name, indented, step)
+        with self.writing():
+            self._samples_file.append({"step": step, "name": name, "text": text})
+            self._tensorboard.text(step, name, indented)
         self.note(f"[step {step:,}] {name}\n{indented}")
+
+    def saved(self, step: int | None) -> None:
+        """Records the newest checkpoint that is complete, in saved.json; None = there is none."""
+        if step is not None and step != self._saved_step:
+            self._saved_step = step
+            if self._enabled:
+                with self.writing():
+                    saved_step.record(self._workdir, step)
+
+    def sync(self) -> None:
+        """Waits until all rows are on disk, so that no checkpoint is newer than they are."""
+        if self._enabled:
+            with self.writing():
+                self._metrics_file.sync()
+                self._samples_file.sync()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Adds the last good checkpoint to a RunFileError of its block."""
+        try:
+            yield
+        except RunFileError as error:
+            if not self._workdir.is_dir():
+                raise  # deleted or moved, checkpoints and all
+            good = "there is no complete checkpoint yet"
+            if self._saved_step is not None:
+                good = f"the last good checkpoint is step {self._saved_step:,}, from which the same command goes on"
+            raise RunFileError(f"{error}; {good}") from error
 
     def note(self, message: str) -> None:
         """Prints to the console (stderr), above the progress bar, with control characters escaped."""
         if self._enabled:
-            self._console.print(visible(message), markup=False, highlight=False, soft_wrap=True)
+            with self.writing(), files.access("to the console (stderr)", "writing"):
+                self._console.print(visible(message), markup=False, highlight=False, soft_wrap=True)
 
     def progress(
         self,
@@ -173,20 +228,24 @@ class Tracker:
 
     def _open(self) -> None:
         from rich.console import Console
-        from tensorboardX import SummaryWriter
 
         self._console = Console(stderr=True)
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        paths = [self._workdir / "metrics.jsonl", self._workdir / "samples.jsonl"]
+        files.require_writable(self._workdir)
+        paths = [self._workdir / name for name in files.COLUMNS]
+        if self._start_step and not paths[0].exists():
+            self.note(f"{paths[0]} is missing: its rows up to step {self._start_step:,} are lost")
         for path in paths:
-            rows, note = rewind(path, self._start_step)
-            self._earlier_seconds = max([self._earlier_seconds, *(row.get("seconds", 0.0) for row in rows)])
+            last, note = files.rewind(path, self._start_step, self._is_over)
+            self._earlier_seconds = max(self._earlier_seconds, last.get("seconds", 0.0))
             if note:
                 self.note(note)
-        self._metrics_file, self._samples_file = (self._closing.enter_context(path.open("a")) for path in paths)
+        self._metrics_file, self._samples_file = (files.RowFile(path) for path in paths)
+        self._closing.callback(self._samples_file.close)
+        self._closing.callback(self._metrics_file.close)
+        if self._start_step:
+            saved_step.record(self._workdir, self._start_step)
         # Hides the events of steps that will be computed again.
-        purge_step = self._start_step + 1 if self._start_step else 0
-        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+        self._tensorboard = EventFile(self._workdir / "tensorboard", self._start_step + 1 if self._start_step else 0)
         self._closing.callback(self._tensorboard.close)
         self._bar = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -225,83 +284,3 @@ def visible(text: str) -> str:
     Example: ESC [ 2 J, which clears the screen -> '\\x1b[2J'.
     """
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
-
-
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Reads a jsonl file.
-
-    Returns:
-      The rows, and whether the last line was incomplete. Such a line is left out unless only its newline is missing.
-
-    Raises:
-      ValueError: another line is not a JSON object with a 'step'; names file and line.
-    """
-    if not path.exists():
-        return [], False
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if (row := _parse(line)) is None:
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object with a 'step', found {line[:60]!r}; "
-                "delete that line or move the file away, then start again"
-            )
-        rows.append(row)
-    if (row := _parse(last)) is not None:
-        rows.append(row)
-    return rows, bool(last)
-
-
-def rewind(path: Path, start_step: int) -> tuple[list[dict[str, Any]], str]:
-    """Drops the rows of a jsonl file that a run resumed at `start_step` will write again, and an incomplete last line.
-
-    The file is replaced atomically.
-
-    Returns:
-      The rows kept, and a message that says what was dropped; '' for nothing.
-    """
-    rows, incomplete = read_rows(path)
-    kept = [row for row in rows if start_step and row["step"] <= start_step]
-    dropped = len(rows) - len(kept)
-    if incomplete or dropped:
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-    notes = [f"dropped {dropped} rows after step {start_step}"] if dropped else []
-    notes += ["repaired an incomplete last line"] if incomplete else []
-    return kept, f"{path.name}: {' and '.join(notes)}" if notes else ""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically: a reader, also after a crash, finds either the old content or the new."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def finite(value: Any) -> Any:
-    """`value` (nested dicts, lists, scalars) with NaN and infinity as None, since JSON has neither."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if hasattr(value, "item"):  # a numpy or jax scalar
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _append(file: Any, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(finite(row), allow_nan=False) + "\n")
-    file.flush()
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError):
-        row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-    return None
