@@ -114,9 +114,14 @@ def best_state(
     """(step, state) of the best checkpoint by `checkpoint.best_metric`; the given ones where none can be read."""
     if not run.cfg.checkpoint.keep_best:
         return step, state
+
+    def read(saved: checkpoint.Saved) -> TrainState:
+        return state if saved.step == step else checkpoint.load(saved, run.program.abstract_state)
+
     try:
-        best = checkpoint.choose(f"{workdir}@best")
-        return best.step, state if best.step == step else checkpoint.load(best, run.program.abstract_state)
+        best = checkpoint.choose(f"{workdir}@best", note)
+        used, its_state = checkpoint.first_readable([best, *best.fallbacks], read, note)
+        return used.step, its_state
     except CheckpointError as error:
         note(f"{error}\ntesting the last state instead of the best one")
         return step, state

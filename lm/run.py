@@ -102,9 +102,9 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     if workdir and (":/" in str(workdir) or workdir.is_file()):
         raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
     # Once a run has a checkpoint of its own it no longer needs the one it was initialised from.
-    has_begun = workdir and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    own = checkpoint.list_saved(workdir) if workdir else []
     init = None
-    if cfg.init_from and not has_begun:
+    if cfg.init_from and not own:
         try:
             init = checkpoint.choose(cfg.init_from)
         except CheckpointError as error:
@@ -112,7 +112,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     checks.fit(cfg)
     overlong: Any = task_of(cfg).overlong[0] if cfg.data.overlong == "auto" else cfg.data.overlong
     data = dataclasses.replace(cfg.data, overlong=overlong)
-    found = _find_tokenizer(cfg, workdir if has_begun else None, init) if task_of(cfg).texts else None
+    found = _find_tokenizer(cfg, workdir if own else None, init) if task_of(cfg).texts else None
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
     longest = max(cfg.data.seq_len, cfg.data.target_len)
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
@@ -419,13 +419,23 @@ def load_model(name: str) -> tuple[Config, ModelFns, Any, Any]:
       name: 'RUN', 'RUN@best' or 'RUN@STEP'.
 
     Raises:
-      CheckpointError: no such checkpoint, or a damaged one.
+      CheckpointError: no such checkpoint, or none of those that the name stands for can be read.
     """
-    saved = checkpoint.choose(name)
-    cfg = build_saved_config(saved.info["config"])
-    changes: dict[str, Any] = {"init_from": name, "init_rules": ((".*", init_from.KEEP),)}
-    planned, model, params = init_model(dataclasses.replace(cfg, **changes))
-    return cfg, model, params, planned.tokenizer
+    return load_checkpoint(name)[1]
+
+
+def load_checkpoint(name: str) -> tuple[checkpoint.Saved, tuple[Config, ModelFns, Any, Any]]:
+    """The checkpoint that `name` stands for, and its model, as `load_model`."""
+
+    def read(saved: checkpoint.Saved) -> tuple[Config, ModelFns, Any, Any]:
+        cfg = build_saved_config(saved.info["config"])
+        exactly = f"{saved.path.parent.parent}@{saved.step}"
+        changes: dict[str, Any] = {"init_from": exactly, "init_rules": ((".*", init_from.KEEP),)}
+        planned, model, params = init_model(dataclasses.replace(cfg, **changes))
+        return cfg, model, params, planned.tokenizer
+
+    chosen = checkpoint.choose(name)
+    return checkpoint.first_readable([chosen, *chosen.fallbacks], read)
 
 
 def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:

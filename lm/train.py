@@ -15,7 +15,7 @@ import numpy as np
 
 from lm import checkpoint, config, program
 from lm import run as run_lib
-from lm.checkpoint import CheckpointError, Checkpoints, init_from, resume
+from lm.checkpoint import Checkpoints, init_from, resume
 from lm.config import Config, schema
 from lm.evaluation import metrics
 from lm.evaluation.early_stopping import EarlyStopping
@@ -73,13 +73,16 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         files.require_writable(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
+    elif saved:
+        raise checkpoint.none_readable(saved)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")
     run = run_lib.prepare(planned, workdir, mesh, say)
 
     with jax.set_mesh(mesh):
         # The state: from this run's newest readable checkpoint, else from `init_from`, else from scratch.
-        state, position, origin = restore(run, saved, say, accept_changed_data)
+        tell = say if is_primary else checkpoint.warn  # each process says why it went back
+        state, position, origin = restore(run, saved, tell, accept_changed_data)
         start, total_steps = int(state.step), run.program.total_steps
         say(parameter_table(run.plan, run.program.optimizer.selection, origin))
         is_over = start >= total_steps or position.early_stopping.should_stop(cfg.train)
@@ -293,27 +296,19 @@ def restore(
     Raises:
       CheckpointError: there are checkpoints but none can be read, or they were trained on other data.
     """
-    for candidate in reversed(saved):
-        try:
-            state = checkpoint.load(candidate, run.program.abstract_state)
-        except CheckpointError as error:
-            say(f"{error}\ngoing back to the checkpoint before it")
-            continue
-        resume.check_data(candidate, run.data, accept_changed_data, say)
-        say(f"resuming from {candidate.path}")
-        trained = run.program.optimizer.selection.trained
-        return state, resume.position(candidate), dict.fromkeys(trained, f"this run, step {candidate.step:,}")
     if saved:
-        raise CheckpointError(
-            f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read: restore one, or start a new "
-            "--workdir"
-        )
+        abstract = run.program.abstract_state
+        used, state = checkpoint.first_readable(saved[::-1], lambda each: checkpoint.load(each, abstract), say)
+        resume.check_data(used, run.data, accept_changed_data, say)
+        say(f"resuming from {used.path}")
+        trained = run.program.optimizer.selection.trained
+        return state, resume.position(used), dict.fromkeys(trained, f"this run, step {used.step:,}")
     init, origin_of = run.plan.init, run.plan.origin_of
     if init:
         there = build_saved_config(init.info["config"]).model
         say(init_from.describe(origin_of, run.plan.unused, init, there, run.cfg.model))
     model, abstract_params = run.program.model, run.program.abstract_state.params
-    params, origin = init_from.initialize(model, abstract_params, run.cfg.seed, init, origin_of)
+    params, origin = init_from.initialize(model, abstract_params, run.cfg.seed, init, origin_of, say)
     state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(params)
     return state, resume.START, origin
 

@@ -266,7 +266,7 @@ def test_another_format_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.store, "FORMAT", 7)
     save(tmp_path, {1: None})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"checkpoints/1 has format 7, this code reads 1$"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/1 has format 7, this code reads 1; "):
         checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1])
 
 

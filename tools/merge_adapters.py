@@ -38,13 +38,12 @@ def main(argv: list[str]) -> None:
 
 def merge(run: str, out: Path) -> None:
     """Writes a run with LoRA as a run without."""
-    from lm import checkpoint, config
+    from lm import config
     from lm import run as run_lib
     from lm.config import AdapterConfig, OptimConfig
     from lm.models import adapters
 
-    saved = checkpoint.choose(run)
-    cfg, _, params, tokenizer = run_lib.load_model(run)
+    saved, (cfg, _, params, tokenizer) = run_lib.load_checkpoint(run)
     # Rules that name adapters would match no parameter of the merged model.
     rules = {name: getattr(OptimConfig(), name) for name in ("lr_rules", "decay_rules", "unfreeze_rules")}
     optim = dataclasses.replace(cfg.optim, **rules, l2_sp=0.0, mixout=0.0)
@@ -61,14 +60,13 @@ def merge(run: str, out: Path) -> None:
 
 def extract(run: str, out: Path) -> None:
     """Writes the parameters that a run trained or initialised, and the fingerprints of all others."""
-    from lm import checkpoint, param_paths
+    from lm import param_paths
     from lm import run as run_lib
     from lm.checkpoint import init_from
     from lm.config.schema import ConfigError
     from lm.optim import trainable
 
-    saved = checkpoint.choose(run)
-    cfg, _, params, tokenizer = run_lib.load_model(run)
+    saved, (cfg, _, params, tokenizer) = run_lib.load_checkpoint(run)
     trained = trainable.resolve(cfg.optim, params, total_steps=1).trained
     actions = param_paths.match_rules(cfg.init_rules, list(trained), "init_rules")
     own = {path: trained[path] or actions[path] == init_from.REINIT for path in trained}

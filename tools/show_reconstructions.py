@@ -34,13 +34,12 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
     """(`panels` of held-out images that are evenly spaced in the split, heading of the picture)."""
     import jax
 
-    from lm import checkpoint, input_pipeline
+    from lm import input_pipeline
     from lm import run as run_lib
     from lm.data import loader
     from lm.tasks import task_of
 
-    saved = checkpoint.choose(run)
-    cfg, model, params, _ = run_lib.load_model(run)
+    saved, (cfg, model, params, _) = run_lib.load_checkpoint(run)
     check(cfg)
     own = dataclasses.replace(cfg.data, replay=0.0)  # only the run's own images
     data = input_pipeline.build(

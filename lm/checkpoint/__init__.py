@@ -6,7 +6,10 @@ from lm.checkpoint.store import (
     Saved,
     choose,
     fingerprints,
+    first_readable,
     list_saved,
     load,
     named_leaves,
+    none_readable,
+    warn,
 )

@@ -1,6 +1,7 @@
 """Initialises a run with the parameters of another. Rules over parameter paths say which are read and from where."""
 
 import re
+from collections.abc import Callable
 
 import jax
 
@@ -65,9 +66,14 @@ def sources(
 
 
 def initialize(
-    model: ModelFns, abstract: Params, seed: int, saved: Saved | None, origin_of: dict[str, str | None]
+    model: ModelFns,
+    abstract: Params,
+    seed: int,
+    saved: Saved | None,
+    origin_of: dict[str, str | None],
+    say: Callable[[str], None] = store.warn,
 ) -> tuple[Params, dict[str, str]]:
-    """Reads the parameters that come from a checkpoint, and initialises the others.
+    """Reads the parameters that come from a checkpoint, or from one of its fallbacks, and initialises the others.
 
     Args:
       model: the new model.
@@ -75,6 +81,7 @@ def initialize(
       seed: of the initialiser.
       saved: the checkpoint; None = all parameters are initialised.
       origin_of: as `sources` returns it; ignored without a checkpoint.
+      say: called with a line for each checkpoint that was passed over.
 
     Returns:
       (parameters, path -> where its value came from, for the parameter table).
@@ -84,10 +91,12 @@ def initialize(
     """
     flat = param_paths.flatten(abstract)
     fresh = [path for path in flat if saved is None or origin_of[path] is None]
-    made = jax.jit(
-        lambda key: {path: leaf for path, leaf in param_paths.flatten(model.init(key)).items() if path in fresh},
-        out_shardings={path: flat[path].sharding for path in fresh},
-    )(jax.random.key(seed))
+    made = {}
+    if fresh:
+        made = jax.jit(
+            lambda key: {path: leaf for path, leaf in param_paths.flatten(model.init(key)).items() if path in fresh},
+            out_shardings={path: flat[path].sharding for path in fresh},
+        )(jax.random.key(seed))
     origin = {path: "initialised" for path in fresh}
     if saved is None:
         return param_paths.unflatten(made), origin
@@ -100,7 +109,9 @@ def initialize(
         wanted[name] = jax.ShapeDtypeStruct(shape, like.dtype, sharding=like.sharding)
         if shape != like.shape:  # the average is of the last layers only
             wanted[name.replace("ema/", "params/", 1)] = like
-    read = param_paths.flatten(store.load(saved, param_paths.unflatten(wanted)))
+    tree = param_paths.unflatten(wanted)
+    used, state = store.first_readable([saved, *saved.fallbacks], lambda each: store.load(each, tree), say)
+    read = param_paths.flatten(state)
 
     def value(path: str, name: str) -> jax.Array:
         if read[name].shape == flat[path].shape:
@@ -111,7 +122,7 @@ def initialize(
     run = saved.path.parent.parent.name
     for path, name in names.items():
         kind, old = name.split("/", 1)
-        origin[path] = f"{run}@{saved.step}" + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
+        origin[path] = f"{run}@{used.step}" + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
     return param_paths.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
 
 

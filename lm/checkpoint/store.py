@@ -4,14 +4,24 @@ A checkpoint holds the arrays of the state and, as JSON, everything else that is
 config, tokenizer hash, position in the data, metrics, and a fingerprint of every array. Orbax writes and commits
 atomically, but does not notice bits that flip on disk; the fingerprints, and a hash of the JSON itself, do. Loading
 executes no code from the checkpoint.
+
+A run may have damaged checkpoints. Its steps are listed and their JSON is read here and not by Orbax, which reads all
+steps or none. With several processes, `list_saved`, `choose` and `load` are called by all of them together and give all
+of them the same answer: what one process cannot read none of them uses.
 """
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +32,11 @@ from lm.config import CheckpointConfig
 from lm.evaluation.metrics import gain
 
 FORMAT = 1
+_METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's JSON of a step; ours is its value of 'custom_metadata'
+_COMMITTED_FILE = "commit_success.txt"
+_ADVICE = "; use another step, or restore this one from a copy"
+
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -35,15 +50,18 @@ class Saved:
     Attributes:
       step: steps done.
       path: its folder.
-      info: the JSON beside the arrays: 'config', 'tokenizer_hash', 'data', 'arrays'; if it is damaged, only
-        'unreadable' -> the reason.
+      info: the JSON beside the arrays: 'config', 'tokenizer_hash', 'data', 'arrays'; if it cannot be used, only
+        'unreadable' -> what is wrong, a sentence about the folder.
       metrics: of the evaluation at this step; empty if there was none.
+      fallbacks: from `choose`: the steps to go back to, in this order, if the arrays cannot be read; empty where the
+        step was named.
     """
 
     step: int
     path: epath.Path
     info: dict[str, Any]
     metrics: dict[str, float]
+    fallbacks: tuple["Saved", ...] = ()
 
 
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
@@ -137,6 +155,7 @@ class Checkpoints:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self._retention,
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # else one damaged step is an error
         )
         self._fingerprints = jax.jit(fingerprints)
         self._in_flight: tuple[int, Any] | None = None
@@ -173,14 +192,14 @@ class Checkpoints:
             name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": int(prints[name])}
             for name, leaf in named_leaves(state).items()
         }
-        about = {"format": FORMAT, "arrays": arrays, "metrics": dict(metrics or {}), **info}
+        about = {"format": FORMAT, "step": step, "arrays": arrays, "metrics": dict(metrics or {}), **info}
         self._retention.metrics[step] = dict(metrics or {})
         try:
             response = self._manager.save_checkpointables_async(
                 step,
                 {"state": state},
                 force=True,
-                overwrite=any(c.step == step for c in self._manager.checkpoints),  # one that could not be read
+                overwrite=True,  # one that could not be read
                 custom_metadata=about | {"sha256": _sha256(about)},
             )
         except Exception as error:
@@ -230,34 +249,77 @@ def _root(workdir: epath.PathLike) -> epath.Path:
 
 
 def list_saved(workdir: epath.PathLike) -> list[Saved]:
-    """The committed checkpoints of a run, ascending by step."""
-    root = _root(workdir)
-    if not root.is_dir():
-        return []
-    from orbax.checkpoint import v1 as ocp
+    """The committed checkpoints of a run, ascending by step, those that cannot be read too.
 
-    with ocp.training.Checkpointer(root) as manager:
-        out = []
-        for saved in manager.checkpoints:
-            try:
-                info = dict(manager.checkpointables_metadata(saved.step).custom_metadata or {})
-                if info.get("format", FORMAT) == FORMAT and info.pop("sha256", None) != _sha256(info):
-                    raise ValueError("its metadata changed since it was saved, or is missing")
-            except Exception as error:  # a damaged file makes Orbax raise all kinds; `load` then refuses this step
-                info = {"unreadable": _reason(error)}
-            metrics = info.pop("metrics", {})
-            out.append(Saved(saved.step, epath.Path(saved.path), info, metrics))
-    return out
+    With several processes, a step that one of them lacks or cannot read is unreadable for all.
+
+    Raises:
+      CheckpointError: the folder cannot be listed.
+    """
+    mine: list[Saved] = []
+    with _together():
+        try:
+            mine = [saved for path in _step_folders(_root(workdir)) if (saved := _read_info(path))]
+        except OSError as error:
+            raise CheckpointError(f"{_root(workdir)} cannot be listed: {_reason(error)}") from error
+    if _processes() == 1:
+        return mine
+    known = {saved.step: saved for saved in mine}
+    told = json.dumps({step: (saved.info.get("unreadable", ""), _sha256(saved.info)) for step, saved in known.items()})
+    everyones = [json.loads(text) for text in _gather(told)]
+    for step in sorted({int(step) for each in everyones for step in each}):
+        reasons, hashes = zip(*(each.get(str(step), ("is not there", "")) for each in everyones), strict=True)
+        wrong = [f"{reason} (process {i})" for i, reason in enumerate(reasons) if reason]
+        if wrong or len(set(hashes)) > 1:
+            what = "; ".join(wrong) or "is not the same for all processes"
+            known[step] = Saved(step, _root(workdir) / str(step), {"unreadable": what}, {})
+    return [known[step] for step in sorted(known)]
 
 
-def choose(run: str) -> Saved:
+def _step_folders(root: epath.Path) -> list[epath.Path]:
+    """The folders of steps, ascending; Orbax renames a folder to the number of its step when it is complete."""
+    paths = root.iterdir() if root.is_dir() else []
+    steps = [path for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name))
+
+
+def _read_info(path: epath.Path) -> Saved | None:
+    """A step without its arrays; None if it is not committed, as on file systems where folders are not renamed."""
+    step, info, is_committed = int(path.name), {}, True
+    try:
+        is_committed = (path / _COMMITTED_FILE).exists()
+        written = json.loads((path / _METADATA_FILE).read_bytes())
+        info = dict(written["custom_metadata"])
+        is_committed |= written.get("commit_timestamp_nsecs") is not None
+        if (version := info.get("format", FORMAT)) != FORMAT:  # first: another format may have other keys and hashes
+            info = {"unreadable": f"has format {version}, this code reads {FORMAT}"}
+        elif info.pop("sha256", None) != _sha256(info):
+            raise ValueError("its metadata changed since it was saved, or is missing")
+        elif (saved_as := info.get("step", step)) != step:
+            raise ValueError(f"it was saved as step {saved_as}")
+    except Exception as error:  # JSON that is cut off, of another type, or nested too deeply
+        info = {"unreadable": f"is damaged: {_reason(error)}"}
+    return Saved(step, path, info, info.pop("metrics", {})) if is_committed else None
+
+
+def warn(message: str) -> None:
+    """Prints a message on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def choose(run: str, say: Callable[[str], None] = warn) -> Saved:
     """The checkpoint that 'RUN', 'RUN@latest', 'RUN@best' or 'RUN@STEP' names.
 
     The best is the best by `checkpoint.best_metric` of the run's own config. 'RUN' alone is the latest one or, if the
-    run had early stopping, the best.
+    run had early stopping, the best. Unless a step is named, those that cannot be read are passed over.
+
+    Args:
+      run: a run's folder, perhaps with the step.
+      say: called with a line for each step that was passed over.
 
     Raises:
-      CheckpointError: no such run or step, or it is damaged; the message lists the steps there are.
+      CheckpointError: no such run or step, none can be read, or the named one is damaged; the message lists the steps
+        there are.
     """
     workdir, at, which = run.rpartition("@")
     if not at or "/" in which:  # the @ belongs to the path
@@ -266,28 +328,69 @@ def choose(run: str) -> Saved:
     if not saved:
         raise CheckpointError(f"no checkpoint under '{workdir}/checkpoints': expected the --workdir of a finished run")
     steps = ", ".join(str(s.step) for s in saved)
-    readable = [s for s in saved if "unreadable" not in s.info]
-    if which == "default":
-        stops_early = readable and _patience(readable[-1].info["config"].get("train", {})) > 0
-        which = "best" if stops_early else "latest"
-    if which == "latest" or not readable:
-        which = str(saved[-1].step)
-    elif which == "best":
-        name = readable[-1].info["config"]["checkpoint"]["best_metric"]
-        ranked = _best_first({s.step: s.metrics for s in readable}, name)
-        if not ranked:
-            raise CheckpointError(f"'{run}': no step was evaluated on '{name}'; there are steps {steps}")
-        which = str(ranked[0])
     for candidate in saved:
         if str(candidate.step) == which:
             if "unreadable" in candidate.info:
-                raise CheckpointError(_damaged(candidate))
+                raise CheckpointError(_damaged(candidate) + _ADVICE)
             return candidate
-    raise CheckpointError(f"'{run}': expected latest, best or one of the steps {steps}")
+    if which not in ("default", "latest", "best"):
+        raise CheckpointError(f"'{run}': expected latest, best or one of the steps {steps}")
+    readable = [s for s in saved if "unreadable" not in s.info]
+    if not readable:
+        raise none_readable(saved)
+    newest = readable[-1]
+    wants_best = which == "best" or (which == "default" and _patience(newest.info["config"].get("train", {})) > 0)
+    order = readable[::-1]
+    if wants_best:
+        name = newest.info["config"]["checkpoint"]["best_metric"]
+        ranked = _best_first({s.step: s.metrics for s in readable}, name)
+        if not ranked:
+            raise CheckpointError(f"'{run}': no step was evaluated on '{name}'; there are steps {steps}")
+        order = [s for step in ranked for s in readable if s.step == step]
+    for passed in saved:
+        if "unreadable" in passed.info and (wants_best or passed.step > newest.step):
+            say(f"{_damaged(passed)}; passed over for step {order[0].step}")
+    return dataclasses.replace(order[0], fallbacks=tuple(order[1:]))
+
+
+def first_readable(
+    candidates: Sequence[Saved], read: Callable[[Saved], T], say: Callable[[str], None] = warn
+) -> tuple[Saved, T]:
+    """The first checkpoint that can be read, and what `read` returned for it.
+
+    Args:
+      candidates: in the order in which they are tried.
+      read: raises CheckpointError for one that cannot be read.
+      say: called with a line for each that was passed over.
+
+    Raises:
+      CheckpointError: none can be read.
+    """
+    for saved, following in itertools.zip_longest(candidates, candidates[1:]):
+        try:
+            return saved, read(saved)
+        except CheckpointError as error:
+            if len(candidates) == 1:
+                raise
+            then = f"going back to step {following.step}" if following else "there is no other step to go back to"
+            say(f"{str(error).removesuffix(_ADVICE)}; {then}")
+    raise none_readable(candidates)
+
+
+def none_readable(saved: Sequence[Saved]) -> CheckpointError:
+    """The error for a run none of whose checkpoints can be read: it is not started from scratch in their place."""
+    wrong = next((f": {_damaged(s)}" for s in reversed(saved) if "unreadable" in s.info), "")
+    return CheckpointError(
+        f"none of the {len(saved)} checkpoints in {saved[0].path.parent} can be read{wrong}; restore one from a copy, "
+        "or start a new --workdir"
+    )
 
 
 def load(saved: Saved, abstract: Any) -> Any:
     """Reads a checkpoint's state, or a part of it, and checks the fingerprint of every array.
+
+    Each process reads its own part without waiting for the others. Then they agree whether all could, and on the
+    fingerprints; if one fails, all raise.
 
     Args:
       saved: from `list_saved` or `choose`.
@@ -297,13 +400,25 @@ def load(saved: Saved, abstract: Any) -> Any:
       CheckpointError: the checkpoint is unreadable, lacks an array, has one of another shape or dtype, or one that has
         changed since it was saved.
     """
+    state = None
+    with _together():
+        state = _read_arrays(saved, abstract)
+    found = jax.device_get(jax.jit(fingerprints)(state))
+    with _together():
+        known = saved.info["arrays"]
+        if changed := [name for name, value in found.items() if int(value) != known[name]["fingerprint"]]:
+            raise CheckpointError(
+                f"{saved.path} is damaged: '{changed[0]}' changed since it was saved ({len(changed)} arrays){_ADVICE}"
+            )
+    return state
+
+
+def _read_arrays(saved: Saved, abstract: Any) -> Any:
+    """Reads this process's part of the arrays. Raises CheckpointError, as `load`, but for their fingerprints."""
     from orbax.checkpoint import v1 as ocp
 
-    version = saved.info.get("format")
     if "unreadable" in saved.info:
-        raise CheckpointError(_damaged(saved))
-    if version != FORMAT:
-        raise CheckpointError(f"{saved.path} has format {version}, this code reads {FORMAT}")
+        raise CheckpointError(_damaged(saved) + _ADVICE)
     known = saved.info["arrays"]
     wanted = named_leaves(abstract)
     if missing := [name for name in wanted if name not in known]:
@@ -314,18 +429,77 @@ def load(saved: Saved, abstract: Any) -> Any:
             raise CheckpointError(f"{saved.path}: '{name}' is {saved_as}, expected {(leaf.shape, str(leaf.dtype))}")
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    try:
-        with context:
+    if _processes() > 1:  # without Orbax's barriers, in which the others would wait for one that fails
+        me = jax.process_index()
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+        context.multiprocessing.barrier_sync_key_prefix = f"process_{me}"
+    state, reason = None, ""
+    with _quiet_tasks(), context:
+        try:
             state = ocp.load_checkpointables(saved.path, {"state": abstract})["state"]
-    except Exception as error:
-        raise CheckpointError(f"{saved.path} cannot be read: {_reason(error)}; use another step") from error
-    found = jax.device_get(jax.jit(fingerprints)(state))
-    if changed := [name for name in wanted if int(found[name]) != known[name]["fingerprint"]]:
+        except Exception as error:
+            reason = _reason(error)
+        if reason:
+            gc.collect()  # the other reads that Orbax has begun fail too, and say so when they are collected
+    if reason:
+        raise CheckpointError(f"{saved.path} cannot be read: {reason}{_ADVICE}")
+    # In a partial load Orbax hands back what was asked for in the place of an array that it does not find.
+    read = {name: leaf for name, leaf in named_leaves(state).items() if isinstance(leaf, jax.Array)}
+    if absent := [name for name, leaf in wanted.items() if name not in read or read[name].shape != leaf.shape]:
         raise CheckpointError(
-            f"{saved.path} is damaged: '{changed[0]}' changed since it was saved ({len(changed)} arrays); "
-            "use another step"
+            f"{saved.path} is damaged: '{absent[0]}' is not there as it was saved ({len(absent)} arrays){_ADVICE}"
         )
     return state
+
+
+@contextlib.contextmanager
+def _quiet_tasks() -> Iterator[None]:
+    """Does not print the tracebacks of asynchronous tasks that nobody has awaited."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that were never awaited
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _processes() -> int:
+    """How many processes the run has; touches no device where there is one."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def _gather(text: str) -> list[str]:
+    """What each process says, in their order. All call it together."""
+    if _processes() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(mine))))
+    padded = np.pad(mine, (0, max(lengths) - len(mine)))
+    everyones = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row[:length]).decode() for row, length in zip(everyones, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """If its block raises CheckpointError in one process, all processes raise it. The block itself must wait for none.
+
+    Each names its own error, else that of the first process that has one.
+    """
+    failed: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as error:
+        failed = error
+    everyones = _gather(str(failed or ""))
+    if failed:
+        raise failed
+    if others := [f"process {i}: {reason}" for i, reason in enumerate(everyones) if reason]:
+        raise CheckpointError(others[0])
 
 
 def _patience(written: Mapping[str, Any]) -> int:
@@ -344,7 +518,7 @@ def _sha256(info: Mapping[str, Any]) -> str:
 
 
 def _damaged(saved: Saved) -> str:
-    return f"{saved.path} is damaged: {saved.info['unreadable']}; use another step"
+    return f"{saved.path} {saved.info['unreadable']}"
 
 
 def _reason(error: BaseException) -> str:
