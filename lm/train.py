@@ -16,11 +16,12 @@ import numpy as np
 
 from lm import checkpoint, config, program
 from lm import run as run_lib
-from lm.checkpoint import CheckpointError, Checkpoints, init_from, resume
+from lm.checkpoint import CheckpointError, Checkpoints, Diverged, init_from, resume
 from lm.config import Config, schema
 from lm.evaluation import metrics
 from lm.evaluation.early_stopping import EarlyStopping
 from lm.evaluator import Evaluator
+from lm.files import write_atomic
 from lm.optim import mup, trainable
 from lm.optim.trainable import Selection
 from lm.parallel import mesh as mesh_lib
@@ -29,14 +30,10 @@ from lm.run import Plan, Run, Stream
 from lm.tasks import build_saved_config, task_of
 from lm.tracking import report
 from lm.tracking.throughput import Throughput
-from lm.tracking.tracker import Tracker, read_rows, write_atomic
+from lm.tracking.tracker import Tracker, read_rows
 from lm.types import TrainState
 
 Say = Callable[[str], None]
-
-
-class Diverged(RuntimeError):
-    """The loss or the gradient is not finite. The message names the step, the examples and the last good checkpoint."""
 
 
 def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -> dict[str, Any]:
@@ -53,7 +50,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
 
     Raises:
       ConfigError, DataError, CheckpointError: the run cannot start or resume; its saved state is not touched.
-      Diverged: the loss or the gradient became NaN or infinite.
+      Diverged: the loss, the gradient or the state became NaN or infinite.
       Preempted: SIGTERM or SIGINT came; the state was saved first.
     """
     workdir = Path(workdir)
@@ -66,6 +63,8 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     saved = checkpoint.list_saved(workdir)
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
+    if is_primary:
+        checkpoint.sweep(workdir, say)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     mesh = mesh_lib.make_mesh(cfg.mesh)
@@ -79,6 +78,8 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         say(parameter_table(run.plan, run.program.optimizer.selection, origin))
         is_over = start >= total_steps or position.early_stopping.should_stop(cfg.train)
         if is_over and (workdir / "summary.json").exists():
+            if is_primary and not (workdir / "report.html").exists():  # killed after it had written its summary
+                report.write_report(workdir)
             say(f"already done: step {start:,} of {total_steps:,}; see {workdir}/summary.json")
             return json.loads((workdir / "summary.json").read_text())
         if is_primary:
@@ -259,6 +260,7 @@ def save_state(
 ) -> None:
     """Starts saving a checkpoint, with the metrics of an evaluation of the same state, or None."""
     tokenizer, replay = run.plan.tokenizer, run.plan.replay
+    files = {run_lib.tokenizer_file(run.cfg): tokenizer.content} if tokenizer else {}
     with tracker.bucket("checkpoint"):
         info: dict[str, Any] = {
             "config": schema.to_dict(run.cfg),
@@ -267,7 +269,7 @@ def save_state(
             "replay": schema.to_dict(replay) if replay else None,
             "waiting": early_stopping._asdict(),
         }
-        checkpoints.save(step, state, info, values)
+        checkpoints.save(step, state, info, values, files)
 
 
 def wait_for_saves(checkpoints: Checkpoints, tracker: Tracker) -> None:

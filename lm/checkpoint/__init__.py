@@ -3,10 +3,13 @@
 from lm.checkpoint.store import (
     CheckpointError,
     Checkpoints,
+    Diverged,
     Saved,
     choose,
     fingerprints,
     list_saved,
     load,
     named_leaves,
+    read_file,
+    sweep,
 )

@@ -19,9 +19,10 @@ from lm import param_paths
 from lm.config import schema
 from lm.config.schema import ConfigError
 from lm.evaluation import metrics
+from lm.files import write_atomic
 from lm.optim.trainable import Selection, trained_part
 from lm.tasks import base, build_saved_config, task_of
-from lm.tracking.tracker import finite, read_rows, write_atomic
+from lm.tracking.tracker import finite, read_rows
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
 

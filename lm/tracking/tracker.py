@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm.config import MonitorConfig
+from lm.files import write_atomic
 
 BUCKETS = ("compile", "input", "step", "eval", "checkpoint")
 PLAIN_LINE_SECONDS = 10.0  # at least so long between two progress lines where the console is a file or a pipe
@@ -268,19 +269,6 @@ def rewind(path: Path, start_step: int) -> tuple[list[dict[str, Any]], str]:
     notes = [f"dropped {dropped} rows after step {start_step}"] if dropped else []
     notes += ["repaired an incomplete last line"] if incomplete else []
     return kept, f"{path.name}: {' and '.join(notes)}" if notes else ""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically: a reader, also after a crash, finds either the old content or the new."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:
