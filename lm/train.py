@@ -85,7 +85,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         if is_primary:
             write_atomic(workdir / "config.json", config.to_json(cfg))
         with (
-            Tracker(workdir, total_steps, start, is_primary, cfg.monitor) as tracker,
+            Tracker(workdir, total_steps, start, is_primary, cfg.monitor, evaluates_again=is_over) as tracker,
             Checkpoints(workdir, cfg.checkpoint, saved, start) as checkpoints,
             Interrupt() as interrupt,
         ):

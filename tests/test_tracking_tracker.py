@@ -98,6 +98,17 @@ def test_an_invalid_line_before_the_last_is_refused_by_number(tmp_path, bad):
     assert bad in path.read_text()  # nothing was dropped
 
 
+def test_rows_of_an_evaluation_that_is_computed_again_are_dropped(tmp_path):
+    rows = [(1, "train"), (1, "eval"), (2, "train"), (2, "eval"), (2, "test")]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "split": split}) + "\n" for step, split in rows))
+    kept, note = tracker.rewind(path, 2)
+    assert [(row["step"], row["split"]) for row in kept] == rows and note == ""
+    kept, note = tracker.rewind(path, 2, evaluates_again=True)
+    assert [(row["step"], row["split"]) for row in kept] == rows[:3]
+    assert note == "metrics.jsonl: dropped 2 rows of step 2, whose evaluation is computed again"
+
+
 def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     tracker.write_atomic(path, "old")

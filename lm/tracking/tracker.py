@@ -35,9 +35,24 @@ class Tracker:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], total_steps: int, start_step: int, enabled: bool, config: MonitorConfig
+        self,
+        workdir: str | os.PathLike[str],
+        total_steps: int,
+        start_step: int,
+        enabled: bool,
+        config: MonitorConfig,
+        *,
+        evaluates_again: bool = False,
     ) -> None:
         """Opens the files.
+
+        Args:
+          workdir: the run's folder.
+          total_steps: of the run.
+          start_step: steps done at the start.
+          enabled: whether this process writes.
+          config: what is logged.
+          evaluates_again: the run had no step left, only its end; the evaluation of `start_step` is computed again.
 
         Raises:
           ValueError: `workdir` is a URL; rows are appended to files, which object stores do not support.
@@ -46,6 +61,7 @@ class Tracker:
             raise ValueError(f"run directory {workdir} is a URL; give a local, NFS or mounted (gcsfuse) folder")
         self._workdir, self._total_steps, self._start_step = Path(workdir), total_steps, start_step
         self._enabled, self._config, self._profiling = enabled, config, False
+        self._evaluates_again = evaluates_again
         self._seconds = dict.fromkeys((*BUCKETS, "other"), 0.0)
         self._buckets = ["other"]  # the open ones, innermost last; time outside all buckets counts as 'other'
         self._began = self._mark = _now()
@@ -180,7 +196,7 @@ class Tracker:
         self._workdir.mkdir(parents=True, exist_ok=True)
         paths = [self._workdir / "metrics.jsonl", self._workdir / "samples.jsonl"]
         for path in paths:
-            rows, note = rewind(path, self._start_step)
+            rows, note = rewind(path, self._start_step, self._evaluates_again)
             self._earlier_seconds = max([self._earlier_seconds, *(row.get("seconds", 0.0) for row in rows)])
             if note:
                 self.note(note)
@@ -253,20 +269,25 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
     return rows, bool(last)
 
 
-def rewind(path: Path, start_step: int) -> tuple[list[dict[str, Any]], str]:
+def rewind(path: Path, start_step: int, evaluates_again: bool = False) -> tuple[list[dict[str, Any]], str]:
     """Drops the rows of a jsonl file that a run resumed at `start_step` will write again, and an incomplete last line.
 
-    The file is replaced atomically.
+    With `evaluates_again` these are also the rows of that step which are not of training. The file is replaced
+    atomically.
 
     Returns:
       The rows kept, and a message that says what was dropped; '' for nothing.
     """
     rows, incomplete = read_rows(path)
-    kept = [row for row in rows if start_step and row["step"] <= start_step]
+    last = start_step - 1 if evaluates_again else start_step
+    kept = [row for row in rows if start_step and row["step"] <= (start_step if row.get("split") == "train" else last)]
     dropped = len(rows) - len(kept)
     if incomplete or dropped:
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-    notes = [f"dropped {dropped} rows after step {start_step}"] if dropped else []
+    since = (
+        f"of step {start_step}, whose evaluation is computed again" if evaluates_again else f"after step {start_step}"
+    )
+    notes = [f"dropped {dropped} rows {since}"] if dropped else []
     notes += ["repaired an incomplete last line"] if incomplete else []
     return kept, f"{path.name}: {' and '.join(notes)}" if notes else ""
 
