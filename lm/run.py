@@ -3,8 +3,10 @@
 The only place where config becomes objects: which task, model, optimizer and mesh a run has is decided here, by values.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,7 +266,9 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
       ConfigError: naming both files, or the run whose tokenizer is missing.
     """
     vocabulary = task_of(cfg).vocabulary
-    candidates: list[Any] = [workdir / vocabulary.file] if workdir else []
+    candidates: list[Any] = (
+        [_tokenizer_path(checkpoint.list_saved(workdir), workdir / vocabulary.file)] if workdir else []
+    )
     if cfg.tokenizer.path:
         candidates.append(epath.Path(cfg.tokenizer.path))
         if not candidates[-1].exists():
@@ -277,7 +281,7 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
         if missing := [path for path in candidates if not path.exists()]:
             raise ConfigError(f"no {missing[0]}: the prepared data cannot be read without its tokenizer; put it back")
     if init:
-        candidates.append(init.path.parent.parent / vocabulary.file)
+        candidates.append(_tokenizer_path([init], init.path.parent.parent / vocabulary.file))
     found = {path: vocabulary.load(path) for path in candidates if path.exists()}
     if (init or workdir) and not found:
         raise ConfigError(f"no {candidates[-1]}: the checkpoint cannot be used without its tokenizer; put it back")
@@ -292,6 +296,24 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
         )
     chosen = next(iter(found.values()), None)
     return chosen and dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
+
+
+def _tokenizer_path(saved: Sequence[checkpoint.Saved], path: Any) -> Any:
+    """Where to read a run's tokenizer: its file or, if that is missing or damaged, the newest checkpoint that has it.
+
+    Args:
+      saved: checkpoints of the run, ascending; those of older versions have no tokenizer, and are no help.
+      path: the file in the run's folder.
+    """
+    for each in reversed(saved):
+        with contextlib.suppress(CheckpointError):
+            content = checkpoint.read_file(each, path.name)
+            if path.is_file() and path.read_bytes() == content:
+                return path
+            found = "is damaged" if path.exists() else "is missing"
+            print(f"{path} {found}; it is read from {each.path}", file=sys.stderr, flush=True)
+            return each.path / path.name
+    return path
 
 
 def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from lm import checkpoint, config, program
 from lm import run as run_lib
-from lm.checkpoint import Checkpoints, init_from, resume
+from lm.checkpoint import Checkpoints, Diverged, init_from, resume
 from lm.config import Config, schema
 from lm.evaluation import metrics
 from lm.evaluation.early_stopping import EarlyStopping
@@ -35,10 +35,6 @@ from lm.types import TrainState
 Say = Callable[[str], None]
 
 
-class Diverged(RuntimeError):
-    """The loss or the gradient is not finite. The message names the step, the examples and the last good checkpoint."""
-
-
 def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -> dict[str, Any]:
     """Trains as `cfg` says, or resumes the run in `workdir`.
 
@@ -54,7 +50,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     Raises:
       ConfigError, DataError, CheckpointError: the run cannot start or resume; its saved state is not touched.
       RunFileError: a file of the run is damaged or cannot be written.
-      Diverged: the loss or the gradient became NaN or infinite.
+      Diverged: the loss, the gradient or the state became NaN or infinite.
       Preempted: SIGTERM or SIGINT came; the state was saved first.
     """
     workdir = Path(workdir)
@@ -69,8 +65,10 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     saved_step.check(workdir, [candidate.step for candidate in saved], say)
     summary_path = workdir / "summary.json"
-    if is_primary and not summary_path.exists():  # a run that is over may be in an archive
-        files.require_writable(workdir)
+    if is_primary:
+        checkpoint.sweep(workdir, say)
+        if not summary_path.exists():  # a run that is over may be in an archive
+            files.require_writable(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     elif saved:
@@ -87,6 +85,8 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         say(parameter_table(run.plan, run.program.optimizer.selection, origin))
         is_over = start >= total_steps or position.early_stopping.should_stop(cfg.train)
         if is_over and (done := finished_summary(summary_path, say)):
+            if is_primary and not (workdir / "report.html").exists():  # killed after it had written its summary
+                report.write_report(workdir)
             say(f"already done: step {start:,} of {total_steps:,}; see {summary_path}")
             return done
         if is_primary:
@@ -269,6 +269,7 @@ def save_state(
 ) -> None:
     """Starts saving a checkpoint, with the metrics of an evaluation of the same state, or None."""
     tokenizer, replay = run.plan.tokenizer, run.plan.replay
+    files = {run_lib.tokenizer_file(run.cfg): tokenizer.content} if tokenizer else {}
     with tracker.bucket("checkpoint"):
         tracker.sync()
         info: dict[str, Any] = {
@@ -278,7 +279,7 @@ def save_state(
             "replay": schema.to_dict(replay) if replay else None,
             "waiting": early_stopping._asdict(),
         }
-        checkpoints.save(step, state, info, values)
+        checkpoints.save(step, state, info, values, files)
 
 
 def wait_for_saves(checkpoints: Checkpoints, tracker: Tracker) -> None:

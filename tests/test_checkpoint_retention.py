@@ -1,8 +1,11 @@
 """lm/checkpoint/store.py: which checkpoints are kept, which is the best, and which one a name refers to."""
 
+import os
+import shutil
+
 import pytest
 
-from lm import checkpoint
+from lm import checkpoint, files
 from lm.checkpoint import CheckpointError
 from lm.config import CheckpointConfig
 from tests.test_checkpoint_store import info, may_stop_orbax, save, small, steps
@@ -82,3 +85,54 @@ def test_choose_refuses_a_damaged_step_and_best_ignores_it(tmp_path):
         (tmp_path / f"checkpoints/{number}/_CHECKPOINT_METADATA").write_text("{")
     with pytest.raises(CheckpointError, match=r"checkpoints/3 is damaged"):
         checkpoint.choose(f"{tmp_path}@best")
+
+
+def test_a_step_is_renamed_before_it_is_deleted_and_the_new_one_is_on_disk_before(tmp_path, monkeypatch):
+    did = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: did.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: did.append(f"delete {path}"))
+    save(tmp_path, {1: None, 2: None}, keep_latest=1)
+    root = str(tmp_path / "checkpoints")
+    assert did[-2:] == [root, f"delete {root}/1.deleted"], "the rename is on disk before anything is deleted"
+    before = did[: did.index(f"delete {root}/1.deleted") - 1]
+    written = [str(path) for path in (tmp_path / "checkpoints/2").rglob("*")]
+    assert {root, f"{root}/2", *written} <= {*before}, "all files and folders of the new step are on disk"
+    assert steps(tmp_path) == [2] and (tmp_path / "checkpoints/1.deleted").is_dir()
+    monkeypatch.undo()
+    checkpoint.sweep(tmp_path)
+    assert os.listdir(root) == ["2"]
+
+
+def test_a_step_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def busy(path):
+        raise OSError(f"busy: {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        save(tmp_path, {1: None, 2: None, 3: None}, keep_latest=1)
+    assert steps(tmp_path) == [3]
+    said = capsys.readouterr().err
+    assert "checkpoints/1 could not be deleted: busy" in said and "checkpoints/2 could not be" in said
+
+
+def test_sweeping_removes_scratch_files_of_dead_writers_only(tmp_path):
+    dead, other = 2**22 + 1, "elsewhere"  # no process has a number above 2^22
+    names = {
+        f".summary.json.{files._HOST}-{dead}.tmp": False,
+        f".report.html.{dead}.tmp": False,  # of an older version
+        f".metrics.jsonl.{files._HOST}-{os.getpid()}.tmp": False,  # of an earlier process with this number
+        f".config.json.{files._HOST}-{os.getppid()}.tmp": True,
+        f".new.json.{other}-{dead}.tmp": True,
+        f".old.json.{other}-{dead}.tmp": False,
+        ".notes.tmp": True,
+        "metrics.jsonl": True,
+    }
+    for name in names:
+        (tmp_path / name).write_text("x")
+    os.utime(tmp_path / f".old.json.{other}-{dead}.tmp", (0, 0))
+    said = []
+    checkpoint.sweep(tmp_path, said.append)
+    assert {*os.listdir(tmp_path)} == {name for name, kept in names.items() if kept}
+    assert all(name in said[0] for name, kept in names.items() if not kept) and len(said) == 1
+    checkpoint.sweep(tmp_path, said.append)
+    assert len(said) == 1, "nothing to say"

@@ -159,7 +159,39 @@ def fingerprint(x) -> int:
     return int(FINGERPRINTS({"x": jnp.asarray(x)})["x"])
 
 
-FINGERPRINTS = jax.jit(checkpoint.fingerprints)
+FINGERPRINTS = checkpoint.fingerprints
+
+
+def plain_fingerprint(x: np.ndarray) -> int:
+    """The definition, in numpy: the sum of mix(bits ^ mix(position))."""
+
+    def mix(h):
+        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    bits = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.itemsize]).astype(np.uint32)
+    return int(np.sum(mix(bits ^ mix(np.arange(x.size, dtype=np.uint32))), dtype=np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((), np.float32),
+        ((3, 5), ml_dtypes.bfloat16),
+        ((1 << 20,), np.float32),
+        ((1 << 20 | 5,), np.int32),
+        ((3, 5, 70_001), np.float32),
+        ((1025, 1031), ml_dtypes.bfloat16),
+        ((1025, 1031), np.int8),
+        ((1025, 1031), bool),
+    ],
+)
+def test_the_fingerprint_of_small_and_large_arrays_is_as_defined(shape, dtype):
+    x = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+    assert fingerprint(x) == plain_fingerprint(x)
+    traced = jax.jit(checkpoint.fingerprints)({"x": jnp.asarray(x)})
+    assert int(traced["x"]) == plain_fingerprint(x)
 
 
 def test_the_fingerprint_detects_zeros_swaps_and_positions():
@@ -180,6 +212,54 @@ def test_the_fingerprint_does_not_depend_on_the_sharding():
     first, second = (jax.device_get(FINGERPRINTS(state)) for state in (one, eight))
     assert first == second
     assert len({int(value) for value in first.values()}) == len(first), "and differs from leaf to leaf"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("shape", "position"), [((7,), 3), ((1025, 1031), 0), ((1025, 1031), 1025 * 1031 - 1)])
+def test_a_state_that_is_not_finite_is_refused_by_name_and_nothing_is_deleted_for_it(
+    value, dtype, shape, position, tmp_path
+):
+    good = np.ones(shape, dtype)
+    bad = good.copy()
+    bad.reshape(-1)[position] = value
+    rest = {"params": {"a": jnp.arange(5)}, "skipped": jnp.int32(2**31 - 1)}
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1)) as saves:
+        with pytest.raises(
+            checkpoint.Diverged, match=r"step 3: 'mu/b' .*\(1 of 3 arrays\).*: there is no checkpoint yet"
+        ):
+            saves.save(3, rest | {"mu": {"b": jnp.asarray(bad)}}, info(), None)
+        saves.save(4, rest | {"mu": {"b": jnp.asarray(good)}}, info(), None)
+        with pytest.raises(checkpoint.Diverged, match=r"last good checkpoint: step 4\. This step was not saved"):
+            saves.save(5, rest | {"mu": {"b": jnp.asarray(bad)}}, info(), None)
+    assert steps(tmp_path) == [4]
+
+
+def test_files_are_saved_with_a_step_and_checked_when_read(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saves:
+        saves.save(1, small()[0], info(), None)
+        saves.save(2, small()[0], info(), None, {"tokenizer.model": b"words", "b.json": b""})
+    old, saved = checkpoint.list_saved(tmp_path)
+    assert (checkpoint.read_file(saved, "tokenizer.model"), checkpoint.read_file(saved, "b.json")) == (b"words", b"")
+    with pytest.raises(CheckpointError, match=r"checkpoints/1 has no tokenizer\.model$"):
+        checkpoint.read_file(old, "tokenizer.model")
+    Path(saved.path / "tokenizer.model").write_bytes(b"sword")
+    with pytest.raises(CheckpointError, match=r"checkpoints/2/tokenizer\.model is damaged"):
+        checkpoint.read_file(saved, "tokenizer.model")
+    Path(saved.path / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints/2/tokenizer\.model cannot be read: FileNotFoundError"):
+        checkpoint.read_file(saved, "tokenizer.model")
+    assert_same(checkpoint.load(saved, small()[1]), small()[0])
+
+
+def test_a_file_that_cannot_be_written_fails_the_save(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match=r"saving .*/checkpoints/2 failed.*last good checkpoint is step 1"),
+        checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1)) as saves,
+    ):
+        saves.save(1, small()[0], info(), None)
+        saves.save(2, small()[0], info(), None, {"no_such_folder/tokenizer.model": b"words"})
+    assert steps(tmp_path) == [1]
 
 
 def files_of(saved: checkpoint.Saved) -> list[Path]:
@@ -347,7 +427,11 @@ def test_the_folder_of_an_interrupted_save_is_ignored_and_removed(tmp_path):
     save(tmp_path, {1: None})
     left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "1", left)
+    (tmp_path / "checkpoints" / "4.deleted").mkdir()
     assert steps(tmp_path) == [1] and checkpoint.choose(str(tmp_path)).step == 1
+    said = []
+    checkpoint.sweep(tmp_path, said.append)
+    assert said[0].endswith("checkpoints/4.deleted, checkpoints/5.orbax-checkpoint-tmp")
     save(tmp_path, {2: None})
     assert steps(tmp_path) == [1, 2]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

@@ -51,7 +51,8 @@ def write_run(folder: Path, scores: dict[int, float], **changes):
         for number, score in scores.items():
             rng = np.random.default_rng(number)
             states[number] = jax.tree.map(lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
-            saves.save(number, {"params": states[number]}, info, {cfg.checkpoint.best_metric: score})
+            files = {"tokenizer.model": words.content}
+            saves.save(number, {"params": states[number]}, info, {cfg.checkpoint.best_metric: score}, files)
     return cfg, states
 
 
@@ -93,6 +94,25 @@ def test_plan_finds_the_tokenizer_and_the_parameters_of_init_from(tmp_path):
     planned = run_lib.plan(toys.recipe(tmp_path / "no_data", init_from=old, **TINY), tmp_path / "new")
     assert planned.tokenizer.vocab_size == 285 and planned.unused == []
     assert planned.origin_of == {path: f"params/{path}" for path in param_paths.flatten(planned.abstract_params)}
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "flipped"])
+def test_a_lost_or_damaged_tokenizer_is_read_from_the_newest_checkpoint_that_has_it(damage, tmp_path, capsys):
+    cfg, _ = write_run(tmp_path / "old", {1: 0.5, 2: 0.4})
+    path = tmp_path / "old" / "tokenizer.model"
+    content = path.read_bytes()
+    flipped = content[:400] + bytes([content[400] ^ 1]) + content[401:]
+    path.write_bytes({"missing": b"", "empty": b"", "flipped": flipped}[damage])
+    if damage == "missing":
+        path.unlink()
+    (tmp_path / "old/checkpoints/2/tokenizer.model").write_bytes(b"damaged too")
+    said = (
+        f"{path} is {'missing' if damage == 'missing' else 'damaged'}; it is read from {tmp_path}/old/checkpoints/1\n"
+    )
+    assert run_lib.load_model(f"{tmp_path}/old@1")[3].content == content
+    assert capsys.readouterr().err == said
+    resumed = run_lib.plan(cfg, tmp_path / "old")
+    assert resumed.tokenizer.content == content and capsys.readouterr().err == said
 
 
 def test_plan_refuses_configs_that_do_not_fit(tmp_path):
@@ -221,5 +241,6 @@ def test_experts_that_a_loss_does_not_balance_are_refused(tmp_path):
 def test_a_run_without_its_tokenizer_is_refused(tmp_path):
     write_run(tmp_path / "run", {1: 0.1})
     (tmp_path / "run" / "tokenizer.model").unlink()
+    (tmp_path / "run" / "checkpoints/1/tokenizer.model").unlink()  # older versions had none there
     with pytest.raises(ConfigError, match=f"no {tmp_path}/run/tokenizer.model: the checkpoint cannot be used without"):
         run_lib.load_model(str(tmp_path / "run"))

@@ -139,9 +139,20 @@ def test_the_input_pipeline_is_measured(tmp_path):
     assert found["prepared_tokens_per_second"] > 0 and found["ratio_to_copy"] > 0
 
 
+def test_checkpoints_are_measured_beside_orbax_alone(tmp_path):
+    file = tmp_path / "figures.json"
+    status, said = call("--checkpoint", "--megabytes=2", "--rounds=2", f"--json={file}")
+    assert status == 0, said
+    found = json.loads(file.read_text())
+    assert found["megabytes"] == pytest.approx(2, rel=0.1) and found["ratio"].keys() == {"save", "load"}
+    assert 0 < found["own"]["blocked"] <= found["own"]["save"] and found["copy_seconds"] > 0
+    assert "medians of 2 rounds" in said
+    assert "expected a whole number, such as 500" in call("--checkpoint", "--megabytes=2,3")[1]
+
+
 def test_without_config_and_input_there_is_an_error():
     status, said = call()
-    assert status == 1 and "either --config=configs/NAME.py or --input" in said
+    assert status == 1 and "one of --config=configs/NAME.py, --input and --checkpoint" in said
 
 
 def test_the_benchmark_recipe_is_a_gpt2(monkeypatch, one_device):

@@ -211,6 +211,26 @@ def test_a_finished_run_is_not_run_again_and_returns_its_summary(texts, tmp_path
     assert (tmp_path / "config.json").read_bytes() == with_config, "the config that the run had"
 
 
+def test_a_run_resumed_at_its_last_step_writes_its_last_rows_once(texts, tmp_path, capsys):
+    cfg = toys.recipe(texts, train__total_steps=2, generate__prompts=("the run",))
+    whole = train.train(cfg, tmp_path)
+    names = ("metrics.jsonl", "samples.jsonl")
+
+    def rows():
+        lines = [json.loads(line) for name in names for line in (tmp_path / name).read_text().splitlines()]
+        return [(row["step"], row.get("split", row.get("name")), row.get("loss", row.get("text"))) for row in lines]
+
+    before = rows()
+    assert len(before) == len(set(before)) == 6 and (2, "eval", whole["loss"]) in before
+    (tmp_path / "summary.json").unlink()  # killed after all rows, before the summary
+    again = train.train(cfg, tmp_path)
+    assert rows() == before and again["loss"] == whole["loss"]
+    assert "whose evaluation is computed again" in capsys.readouterr().err
+    (tmp_path / "report.html").unlink()  # killed after the summary
+    train.train(cfg, tmp_path)
+    assert (tmp_path / "report.html").exists() and rows() == before
+
+
 def test_fine_tuning_starts_from_a_checkpoint_and_reports_the_loss_of_answers(texts, tmp_path, capsys):
     pretrain = tmp_path / "pretrain"
     train.train(toys.recipe(texts, train__total_steps=3), pretrain)
@@ -241,6 +261,22 @@ def test_divergence_is_reported_with_step_examples_and_last_good_checkpoint(text
     )
     last = json.loads((tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["loss"] is None and last["step"] == 2
+
+
+def test_a_state_that_is_not_finite_ends_the_run_at_its_last_good_checkpoint(texts, tmp_path, monkeypatch):
+    """A moment becomes infinite while the loss is still finite, in step 2."""
+    cfg = toys.recipe(texts, checkpoint__every_steps=1, checkpoint__keep_latest=1, train__total_steps=3)
+    save = checkpoint.Checkpoints.save
+
+    def overflow(self, step, state, *args):
+        if step == 2:
+            state = state._replace(opt_state=jax.tree.map(lambda x: x * np.float32(np.inf), state.opt_state))
+        save(self, step, state, *args)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", overflow)
+    with pytest.raises(train.Diverged, match=r"step 2: 'opt_state/.*last good checkpoint: step 1\. This step was not"):
+        train.train(cfg, tmp_path)
+    assert [saved.step for saved in checkpoint.list_saved(tmp_path)] == [1]
 
 
 def test_the_state_is_saved_when_an_evaluation_fails(texts, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
-"""Measures the speed of training on this machine, also against PyTorch's transformers, or of the input pipeline alone.
+"""Measures the speed of training on this machine, also against PyTorch's transformers, or of a part of it alone.
 
     python tools/bench.py --config=configs/bench/cpu_gpt2.py [--peer=transformers] [--rounds=10] [--seconds=5] \
         [--json=FILE]
     python tools/bench.py --input [--megabytes=100,1000] [--seconds=5] [--json=FILE]
+    python tools/bench.py --checkpoint [--megabytes=500] [--rounds=10] [--json=FILE]
 
 What is timed is the project's own training: its data, batches and compiled step, and the metrics that a run fetches
 after each step; evaluation and checkpoints are left out. The peer (pip install -e '.[peer]') starts from the same
 weights and reads the same batches. The two alternate round by round, and nothing is timed unless their losses agree.
+--input is the input pipeline. --checkpoint saves and loads a state, and alternates with Orbax alone.
 """
 
 import json
@@ -29,28 +31,42 @@ _PEER = flags.DEFINE_enum(
 _ACTIVATION = flags.DEFINE_string(
     "peer_activation", "gelu_new", "GELU of the peer: gelu_new (GPT-2's) or gelu_pytorch_tanh."
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of training.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of training or of checkpoints.", lower_bound=1)
 _SECONDS = flags.DEFINE_float(
     "seconds", 5.0, "Approximate length of a round; with --input, of each measurement.", lower_bound=0.0
 )
 _INPUT = flags.DEFINE_bool("input", False, "Measure only the input pipeline.")
-_MEGABYTES = flags.DEFINE_list("megabytes", ["100", "1000"], "With --input: sizes of the prepared data.")
+_CHECKPOINT = flags.DEFINE_bool("checkpoint", False, "Measure only saving and loading checkpoints.")
+_MEGABYTES = flags.DEFINE_list(
+    "megabytes", None, "With --input: sizes of the prepared data (100,1000). With --checkpoint: of the state (500)."
+)
 _JSON = flags.DEFINE_string("json", "", "Write all figures to this file.")
 
 
 def main(argv: list[str]) -> None:
     """Measures what the flags ask for and prints the figures."""
-    if len(argv) > 1 or (_CONFIG.value is None) == (not _INPUT.value):
-        sys.exit("error: either --config=configs/NAME.py or --input, and all options are --flag=value; see --help")
+    if len(argv) > 1 or [_CONFIG.value is not None, _INPUT.value, _CHECKPOINT.value].count(True) != 1:
+        sys.exit(
+            "error: one of --config=configs/NAME.py, --input and --checkpoint, and all options are --flag=value; see "
+            "--help"
+        )
     command_line.check_output("json", _JSON.value)
-    if not all(re.fullmatch(r"[1-9]\d*", size) for size in _MEGABYTES.value):
-        sys.exit(f"error: --megabytes={','.join(_MEGABYTES.value)}: expected whole numbers, such as 100,1000")
+    given = _MEGABYTES.value or (["500"] if _CHECKPOINT.value else ["100", "1000"])
+    if not all(re.fullmatch(r"[1-9]\d*", size) for size in given) or (_CHECKPOINT.value and len(given) > 1):
+        expected = "a whole number, such as 500" if _CHECKPOINT.value else "whole numbers, such as 100,1000"
+        sys.exit(f"error: --megabytes={','.join(given)}: expected {expected}")
+    megabytes = list(map(int, given))
     with command_line.one_line_errors(), tempfile.TemporaryDirectory() as folder:
         if _INPUT.value:
             from lm.benchmark import input as input_benchmark
 
-            figures = input_benchmark.measure(Path(folder), list(map(int, _MEGABYTES.value)), _SECONDS.value)
+            figures = input_benchmark.measure(Path(folder), megabytes, _SECONDS.value)
             input_benchmark.show(figures)
+        elif _CHECKPOINT.value:
+            from lm.benchmark import checkpoint as checkpoint_benchmark
+
+            figures = checkpoint_benchmark.measure(Path(folder), megabytes[0], _ROUNDS.value)
+            checkpoint_benchmark.show(figures)
         else:
             from lm.tasks import build_config
 

@@ -91,7 +91,7 @@ def attach(run: str, out: Path, base: str) -> None:
     name, expected = base or saved.info["base"]["run"], saved.info["base"]["fingerprints"]
     cfg = tasks.build_saved_config(saved.info["config"])
     planned, _, params = run_lib.init_model(dataclasses.replace(cfg, init_from=name))
-    found = jax.device_get(jax.jit(checkpoint.fingerprints)(params))
+    found = jax.device_get(checkpoint.fingerprints(params))
     if different := [path for path, wanted in expected.items() if int(found[path]) != wanted]:
         raise checkpoint.CheckpointError(
             f"'{name}' is not the base of {saved.path}: '{different[0]}' differs ({len(different)} of {len(expected)} "
@@ -114,15 +114,17 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: 
     from lm import checkpoint, config
     from lm import run as run_lib
     from lm.config import schema
-    from lm.tracking import files
+    from lm.files import write_atomic
 
     out.mkdir(parents=True)
-    if tokenizer:
-        tokenizer.save(out / run_lib.tokenizer_file(cfg))
-    files.write_atomic(out / "config.json", config.to_json(cfg))
+    files = {run_lib.tokenizer_file(cfg): tokenizer.content} if tokenizer else {}
+    for name, content in files.items():
+        write_atomic(out / name, content)
+    write_atomic(out / "config.json", config.to_json(cfg))
     kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
     with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:
-        saves.save(saved.step, {"params": params}, kept | {"config": schema.to_dict(cfg)} | info, saved.metrics)
+        about = kept | {"config": schema.to_dict(cfg)} | info
+        saves.save(saved.step, {"params": params}, about, saved.metrics, files)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
 

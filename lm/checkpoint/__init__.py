@@ -3,6 +3,7 @@
 from lm.checkpoint.store import (
     CheckpointError,
     Checkpoints,
+    Diverged,
     Saved,
     choose,
     fingerprints,
@@ -11,5 +12,7 @@ from lm.checkpoint.store import (
     load,
     named_leaves,
     none_readable,
+    read_file,
+    sweep,
     warn,
 )

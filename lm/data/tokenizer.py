@@ -13,6 +13,7 @@ import numpy as np
 import sentencepiece
 
 from lm.config.schema import ConfigError
+from lm.files import write_atomic
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
@@ -145,11 +146,12 @@ class Tokenizer:
 
     def save(self, path: Any) -> None:
         """Writes the model atomically, to any path that `etils.epath` opens."""
-        from etils import epath
+        write_atomic(path, self.model)
 
-        scratch = epath.Path(f"{path}.tmp")
-        scratch.write_bytes(self.model)
-        scratch.replace(path)
+    @property
+    def content(self) -> bytes:
+        """What `save` writes."""
+        return self.model
 
     @property
     def vocab_size(self) -> int:

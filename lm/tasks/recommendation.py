@@ -17,6 +17,7 @@ from lm.config.schema import ConfigError
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
 from lm.evaluation import scores
+from lm.files import write_atomic
 from lm.losses import ranking
 from lm.tasks.base import TOKEN_LOSS, Task, Vocabulary, check_mask_token, sequence_columns, shifted_columns
 from lm.tasks.language_modelling import predict_tokens
@@ -120,21 +121,17 @@ class ItemVocabulary:
         return {}
 
     @functools.cached_property
-    def _content(self) -> bytes:
+    def content(self) -> bytes:
         return json.dumps({"size": self.size, "items": self.items}).encode()
 
     @functools.cached_property
     def hash(self) -> str:
         """sha256 of the items, their counts and the size, hexadecimal."""
-        return hashlib.sha256(self._content).hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
 
     def save(self, path: Any) -> None:
         """Writes JSON atomically, to any path that `etils.epath` opens."""
-        from etils import epath
-
-        scratch = epath.Path(f"{path}.tmp")
-        scratch.write_bytes(self._content)
-        scratch.replace(path)
+        write_atomic(path, self.content)
 
 
 def train(items: Iterable[str], cfg: TokenizerConfig) -> ItemVocabulary:

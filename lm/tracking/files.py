@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm import files
+
 # File of rows -> the types of the keys that each row has. Rows of metrics.jsonl have metrics beside them.
 COLUMNS: dict[str, dict[str, tuple[type, ...]]] = {
     "metrics.jsonl": {"step": (int,), "split": (str,), "seconds": (int, float)},
@@ -94,17 +96,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises:
       RunFileError: it cannot be written; the old content is still there.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with access(path, "writing"):
-        try:
-            with scratch.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
+        files.write_atomic(path, content)
 
 
 def write_document(path: Path, content: Mapping[str, Any]) -> None:
