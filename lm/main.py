@@ -1,10 +1,11 @@
 """`python -m lm.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v]`: start or resume a run."""
 
+import os
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from lm import command_line
+from lm import command_line, lease, preemption
 from lm.parallel import xla_flags
 
 _CONFIG = command_line.define_recipe()
@@ -36,16 +37,18 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value or _COORDINATOR.value:
             mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
-    except KeyboardInterrupt:
-        sys.exit("stopped before the first step; checkpoints saved earlier are kept")
+    except preemption.Stopped as stopped:  # it has said why
+        sys.exit(stopped.exit_status)
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("lm."):
             raise
         status = getattr(error, "exit_status", 1)
-        print(f"error: {error}" if status == 1 else error, file=sys.stderr)
+        print(error if isinstance(error, preemption.Preempted) else f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, lease.Lost):
+            os._exit(status)  # at once: no thread may go on writing, and no other process is waited for
         sys.exit(status)
 
 
 if __name__ == "__main__":
     command_line.use_huge_pages()
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lm.benchmark import training  # isort: skip  (first: the clock of the time to the first step starts in it)
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 from lm.parallel import xla_flags
@@ -45,11 +45,12 @@ def main(argv: list[str]) -> None:
     command_line.check_output("json", _JSON.value)
     if not all(re.fullmatch(r"[1-9]\d*", size) for size in _MEGABYTES.value):
         sys.exit(f"error: --megabytes={','.join(_MEGABYTES.value)}: expected whole numbers, such as 100,1000")
-    with command_line.one_line_errors(), tempfile.TemporaryDirectory() as folder:
+    with command_line.one_line_errors():
         if _INPUT.value:
             from lm.benchmark import input as input_benchmark
 
-            figures = input_benchmark.measure(Path(folder), list(map(int, _MEGABYTES.value)), _SECONDS.value)
+            with tempfile.TemporaryDirectory() as folder:
+                figures = input_benchmark.measure(Path(folder), list(map(int, _MEGABYTES.value)), _SECONDS.value)
             input_benchmark.show(figures)
         else:
             from lm.tasks import build_config
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> None:
             xla_flags.set_libtpu(cfg.model.embed_dim)
             figures = training.measure(
                 cfg,
-                Path(folder),
                 _ROUNDS.value,
                 _SECONDS.value,
                 peer=bool(_PEER.value),
@@ -71,4 +71,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     command_line.use_huge_pages()
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

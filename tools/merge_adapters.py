@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 
@@ -130,4 +130,4 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: 
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

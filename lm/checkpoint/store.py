@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from lm import lease
 from lm.config import CheckpointConfig
 from lm.evaluation.metrics import gain
 
@@ -112,6 +113,7 @@ class Checkpoints:
         cfg: CheckpointConfig,
         saved: Sequence[Saved] | None = None,
         resumed: int | None = None,
+        check_lease: Callable[[], None] = lambda: None,
     ):
         """
         Args:
@@ -119,6 +121,7 @@ class Checkpoints:
           cfg: which checkpoints to keep.
           saved: what `list_saved` found at the start of the process; None = look now, in all processes together.
           resumed: the step that the run resumes from, as later ones could not be read. None = all of them are good.
+          check_lease: called before a save; raises `lm.lease.Lost` if the folder is another's now.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -140,12 +143,15 @@ class Checkpoints:
         )
         self._fingerprints = jax.jit(fingerprints)
         self._in_flight: tuple[int, Any] | None = None
+        self._check_lease = check_lease
         self.last_good = max(trusted, default=None)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, lease.Lost):
+            return  # a save that has begun is not finished: the folder is another's
         try:
             self._finish()
         except CheckpointError:
@@ -166,7 +172,9 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the previous save failed, or this one cannot start.
+          lm.lease.Lost: the folder is another's now.
         """
+        self._check_lease()
         self._finish()
         prints = jax.device_get(self._fingerprints(state))
         arrays = {

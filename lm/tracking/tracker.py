@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,9 +34,15 @@ class Tracker:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], total_steps: int, start_step: int, enabled: bool, config: MonitorConfig
+        self,
+        workdir: str | os.PathLike[str],
+        total_steps: int,
+        start_step: int,
+        enabled: bool,
+        config: MonitorConfig,
+        check_lease: Callable[[], None] = lambda: None,
     ) -> None:
-        """Opens the files.
+        """Opens the files. `check_lease` is called before each write, and raises if the folder is another's now.
 
         Raises:
           ValueError: `workdir` is a URL; rows are appended to files, which object stores do not support.
@@ -45,6 +51,7 @@ class Tracker:
             raise ValueError(f"run directory {workdir} is a URL; give a local, NFS or mounted (gcsfuse) folder")
         self._workdir, self._total_steps, self._start_step = Path(workdir), total_steps, start_step
         self._enabled, self._config, self._profiling = enabled, config, False
+        self._check_lease = check_lease
         self._seconds = dict.fromkeys((*BUCKETS, "other"), 0.0)
         self._buckets = ["other"]  # the open ones, innermost last; time outside all buckets counts as 'other'
         self._began = self._mark = _now()
@@ -78,6 +85,7 @@ class Tracker:
             return
         values = {name: float(value) for name, value in metrics.items()}
         row = {"step": step, "split": split, "seconds": round(self.seconds(), 3), **values}
+        self._check_lease()
         _append(self._metrics_file, row)
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
@@ -86,6 +94,7 @@ class Tracker:
         """Writes a sample to the console, samples.jsonl and TensorBoard; nothing in `text` is interpreted as markup."""
         if not self._enabled:
             return
+        self._check_lease()
         _append(self._samples_file, {"step": step, "name": name, "text": text})
         indented = "\n".join("    " + line for line in text.splitlines())  # verbatim in Markdown
         self._tensorboard.add_text(name, indented, step)
