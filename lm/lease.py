@@ -15,6 +15,7 @@ then deleted, so that an owner that was only cut off or suspended finds its file
 import contextlib
 import dataclasses
 import datetime
+import errno
 import itertools
 import json
 import os
@@ -211,7 +212,9 @@ def _acquire(folder: Path) -> _Lease:
             # Whoever else created a lease meanwhile, from an older listing of the folder, sees this one too.
             others = {number: text for number, text in leases(folder).items() if folder / f"lease.{number}" != path}
             settled = all(found.get(number) == text for number, text in others.items())
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # how a bucket tells, at the end of writing, that another was faster
+                continue
             path.unlink(missing_ok=True)
             raise
         if not settled:
