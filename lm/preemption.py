@@ -66,7 +66,7 @@ class Interrupt:
     def __exit__(self, *exc_info: object) -> None:
         if self._old:
             for number, handler in self._old.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
             signal.set_wakeup_fd(self._old_wakeup)
             self._sender.close()
 

@@ -338,7 +338,7 @@ work() {{
 def job_set(arguments: list[str], on: Slice, storage: Storage) -> dict[str, Any]:
     """A JobSet (jobset.sigs.k8s.io) with one job for each slice and one pod for each host."""
     host_chips = on.chips // on.hosts
-    container = {
+    container: dict[str, Any] = {
         "name": "train",
         "image": _IMAGE.value,
         "workingDir": "/lm",
