@@ -37,7 +37,7 @@ _FRESH_SECONDS = 6.0  # after a beat the lease is known to be ours for so long, 
 _POLL_SECONDS = 0.2
 _AGREE_SECONDS = 600  # for which the other processes of a run wait for process 0
 
-_NAME = re.compile(r"lease\.(\d{1,9})")
+_NAME = re.compile(r"lease\.(0|[1-9]\d*)")
 _agreements = itertools.count()
 
 Check = Callable[[], None]
@@ -98,7 +98,6 @@ def hold(folder: Path) -> Iterator[Check]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lease = _acquire(folder)
     except OSError as error:
         _remove_empty(made)
@@ -196,13 +195,16 @@ class _Lease:
 def _acquire(folder: Path) -> _Lease:
     """Takes the lease of a folder. Raises Held or OSError."""
     while True:
-        found = leases(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            found = leases(folder)
+        except FileNotFoundError:  # another that had made the folder has removed it
+            continue
         _refuse_living(folder, found)
         path, owner = folder / f"lease.{max(found, default=0) + 1}", _this_process()
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except (FileExistsError, FileNotFoundError):  # another was faster, or has removed the empty folder
-            folder.mkdir(parents=True, exist_ok=True)
             continue
         try:
             try:
@@ -245,9 +247,11 @@ def _refuse_living(folder: Path, found: Mapping[int, bytes]) -> None:
         return
     text = next(iter(far.values()))
     name = str(parse(text) or f"a process that is not known, as lease.{next(iter(far))} is damaged")
-    _say(f"{folder} is held by {name}; taking it over unless it shows signs of life within {DEAD_SECONDS:.0f} s")
-    end = _now() + DEAD_SECONDS
-    while _now() < end:
+    said, began = False, _now()
+    while (waited := _now() - began) < DEAD_SECONDS:
+        if waited > DEAD_SECONDS / 20 and not said:  # one that is just starting shows itself sooner
+            _say(f"{folder} is held by {name}; taken over unless it shows signs of life within {DEAD_SECONDS:.0f} s")
+            said = True
         time.sleep(_POLL_SECONDS)
         now = leases(folder)
         if changed := [text for number, text in now.items() if far.get(number, found.get(number)) != text]:

@@ -295,6 +295,15 @@ def test_a_folder_made_for_a_run_that_writes_nothing_is_removed(tmp_path):
     assert names(tmp_path) == ["old"]
 
 
+def test_a_relative_folder_below_one_that_was_deleted_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="found No such file or directory"):
+        lease.hold(Path("run")).__enter__()
+    monkeypatch.undo()
+
+
 def write(folder: Path, **changes) -> None:
     """A lease of a process of this machine that has ended, but for what is changed."""
     owner = {"token": "t", "host": "h", "machine": lease._machine(), "pid": 4_000_000, "started": "1", "since": "2026"}

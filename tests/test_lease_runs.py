@@ -14,7 +14,7 @@ from tests import tool_modules, toys
 from tests.test_train import ROOT, arrays, command, environment, rows, wait_for_step
 
 launch = tool_modules.load("launch")
-STEPS = 60
+STEPS = 20
 # lm.main on a machine of that name, which waits 3 s for signs of life of others.
 ON_MACHINE = """
 import sys
@@ -30,8 +30,8 @@ def whole(tmp_path_factory):
     """A config, and the folder of its run that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     texts = toys.write_texts(folder / "texts")
-    cfg = toys.recipe(texts, train__total_steps=STEPS, eval__every_steps=20, checkpoint__every_steps=2)
-    subprocess.run(command(cfg, folder / "run"), cwd=ROOT, env=environment(8), check=True, capture_output=True)
+    cfg = toys.recipe(texts, train__total_steps=STEPS, eval__every_steps=10, checkpoint__every_steps=3)
+    subprocess.run(command(cfg, folder / "run"), cwd=ROOT, env=environment(2), check=True, capture_output=True)
     return cfg, folder / "run"
 
 
@@ -40,7 +40,7 @@ def start():
     """Starts processes; kills those that are left at the end."""
     started = []
 
-    def popen(arguments, devices=8):
+    def popen(arguments, devices=2):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), **pipes))
         return started[-1]
@@ -94,14 +94,14 @@ def test_a_run_that_is_stopped_keeps_its_folder_and_goes_on(whole, start, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [3, 8, 20])
+@pytest.mark.parametrize("step", [3, 8, 10])
 def test_a_run_that_was_suspended_while_another_machine_took_over_writes_nothing_more(whole, start, tmp_path, step):
     cfg, unbroken = whole
     first = start(on("a", command(cfg, tmp_path / "run")))
     wait_for_step(first, tmp_path / "run", step)
     first.send_signal(signal.SIGSTOP)
     second = start(on("b", command(cfg, tmp_path / "run")))
-    wait_for_step(second, tmp_path / "run", 40)
+    wait_for_step(second, tmp_path / "run", 14)
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=60)
     assert first.returncode == lease.Lost.exit_status
@@ -115,12 +115,12 @@ def test_a_run_that_was_suspended_while_another_machine_took_over_writes_nothing
 
 
 def pair(cfg, workdir: Path, start) -> list[subprocess.Popen]:
-    """Two processes of one run, four devices each."""
+    """Two processes of one run, a device each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    return [start(command(cfg, workdir, *flags, f"--process_id={i}"), devices=4) for i in range(2)]
+    return [start(command(cfg, workdir, *flags, f"--process_id={i}"), devices=1) for i in range(2)]
 
 
 @pytest.mark.slow
