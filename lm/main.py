@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 
 from absl import flags
 
@@ -16,6 +17,8 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it is not found automatically.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes there are, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, with --coordinator.")
+
+_EXIT_SECONDS = 20.0
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +49,20 @@ def main(argv: list[str]) -> None:
         print(error if isinstance(error, preemption.Preempted) else f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, lease.Lost):
             os._exit(status)  # at once: no thread may go on writing, and no other process is waited for
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            end_soon(status)
         sys.exit(status)
+
+
+def end_soon(status: int) -> None:
+    """Ends the process with `status` after a while, if it does not end by itself before.
+
+    At exit JAX waits minutes for the other processes, which wait for this one in a step if it alone has failed, and
+    then aborts all of them: the status of an error would be that of a lost host, and the run be restarted in vain.
+    """
+    timer = threading.Timer(_EXIT_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":
