@@ -3,7 +3,7 @@
 A command defines its flags with `absl.flags` and ends in
 
     if __name__ == "__main__":
-        app.run(main, flags_parser=command_line.parse)
+        command_line.run(main)
 
 It imports JAX in `main` at the earliest (but for tools/plan.py), so that --help is answered at once. A recipe that
 --config names imports JAX while flags are parsed.
@@ -12,8 +12,9 @@ It imports JAX in `main` at the earliest (but for tools/plan.py), so that --help
 import contextlib
 import logging as std_logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -29,8 +30,21 @@ def define_recipe() -> flags.FlagHolder[config_dict.ConfigDict]:
     return config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py, or configs/NAME.py:argument.")
 
 
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a command: parses the flags, then calls `main` with the program's name and the arguments that are no flags.
+
+    Ctrl-C ends it with one line and status 130, also where what started it has Ctrl-C ignored.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command starts again or resumes", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
 def parse(argv: list[str]) -> list[str]:
-    """Parses the flags, for `absl.app.run(flags_parser=...)`; a misspelt --config.KEY ends in one line, no traceback.
+    """Parses the flags, for `run`; a misspelt --config.KEY ends in one line, no traceback.
 
     Returns:
       The program's name and the arguments that are no flags.

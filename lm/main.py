@@ -1,11 +1,13 @@
 """`python -m lm.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v]`: start or resume a run."""
 
 import errno
+import os
 import sys
+import threading
 
-from absl import app, flags
+from absl import flags
 
-from lm import command_line
+from lm import command_line, lease, preemption
 from lm.parallel import xla_flags
 
 _CONFIG = command_line.define_recipe()
@@ -19,6 +21,7 @@ _PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, wi
 
 # Of the disk, or of who may write to it: not faults of the program. Errors of the run's own files say more.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
+_EXIT_SECONDS = 20.0  # see `end_soon`
 
 
 def main(argv: list[str]) -> None:
@@ -40,17 +43,32 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value or _COORDINATOR.value:
             mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
-    except KeyboardInterrupt:
-        sys.exit("stopped before the first step; checkpoints saved earlier are kept")
+    except preemption.Stopped as stopped:  # it has said why
+        sys.exit(stopped.exit_status)
     except (ValueError, RuntimeError, OSError) as error:
         is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
         if not (is_disk or type(error).__module__.startswith("lm.")):
             raise
         status = getattr(error, "exit_status", 1)
-        print(f"error: {error}" if status == 1 else error, file=sys.stderr)
+        print(error if isinstance(error, preemption.Preempted) else f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, lease.Lost):
+            os._exit(status)  # at once: no thread may go on writing, and no other process is waited for
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            end_soon(status)
         sys.exit(status)
+
+
+def end_soon(status: int) -> None:
+    """Ends the process with `status` after a while, if it does not end by itself before.
+
+    At exit JAX waits minutes for the other processes, which wait for this one in a step if it alone has failed, and
+    then aborts all of them: the status of an error would be that of a lost host, and the run be restarted in vain.
+    """
+    timer = threading.Timer(_EXIT_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":
     command_line.use_huge_pages()
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

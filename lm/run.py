@@ -101,8 +101,8 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
       ConfigError: rules, sizes, tokenizer or checkpoint that do not fit.
       CheckpointError: `init_from` names no checkpoint.
     """
-    if workdir and (":/" in str(workdir) or workdir.is_file()):
-        raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
+    if workdir:
+        check_workdir(workdir)
     # Once a run has a checkpoint of its own it no longer needs the one it was initialised from.
     own = checkpoint.list_saved(workdir) if workdir else []
     init = None
@@ -139,6 +139,12 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     )
 
 
+def check_workdir(workdir: Path) -> None:
+    """Raises ConfigError for a run's folder that is a URL or a file."""
+    if ":/" in str(workdir) or workdir.is_file():
+        raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
+
+
 def predicts_tokens(cfg: Config) -> bool:
     """Whether the model reads rows of tokens, each once, and predicts tokens."""
     task = task_of(cfg)
@@ -146,12 +152,11 @@ def predicts_tokens(cfg: Config) -> bool:
     return task.head(cfg) is None and len(shape) == 1
 
 
-def prepare(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None]) -> Run:
-    """Reads the data and makes the step functions; parameters are made or restored later.
+def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None]) -> Run:
+    """Reads the data and makes the step functions; parameters are made or restored later, and nothing is written.
 
     Args:
       planned: from `plan`.
-      workdir: the run's folder; its tokenizer is written there.
       mesh: the devices.
       note: called with messages for the console.
 
@@ -169,12 +174,8 @@ def prepare(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None
             base.check_fields(task, [*source.train, *source.valid], TASKS)
     planned = planned._replace(tokenizer=tokenizer_for(planned, found, note))
     tokenizer = planned.tokenizer
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
     if tokenizer:
         note(f"tokenizer of {tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")
-        if jax.process_index() == 0:
-            tokenizer.save(workdir / tokenizer_file(cfg))
     prompts = {prompt: sampling.encode_prompt(prompt, tokenizer, cfg) for prompt in cfg.generate.prompts if tokenizer}
     data = input_pipeline.build(cfg, tokenizer, *found, replayed=replay.load(planned.replay, cfg, note))
     _check_same_data(data.fingerprint)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import checkpoint, config, program
+from lm import checkpoint, config, lease, program
 from lm import run as run_lib
 from lm.checkpoint import Checkpoints, Diverged, init_from, resume
 from lm.config import Config, schema
@@ -52,9 +52,18 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
       RunFileError: a file of the run is damaged or cannot be written.
       Diverged: the loss, the gradient or the state became NaN or infinite.
       Preempted: SIGTERM or SIGINT came; the state was saved first.
+      lm.lease.Held, lm.lease.Lost: another process writes into `workdir`, from the start on, or since it took it over.
     """
     workdir = Path(workdir)
+    run_lib.check_workdir(workdir)
+    with Interrupt() as interrupt, lease.hold_for_run(workdir) as check_lease:
+        return start_or_resume(cfg, workdir, accept_changed_data, check_lease, interrupt)
 
+
+def start_or_resume(
+    cfg: Config, workdir: Path, accept_changed_data: bool, check_lease: Callable[[], None], interrupt: Interrupt
+) -> dict[str, Any]:
+    """As `train`, of a folder that this process owns; `check_lease` is called before each write."""
     # The config is checked before data is read or a device is touched.
     planned = run_lib.plan(cfg, workdir)
     cfg = planned.cfg
@@ -75,7 +84,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         raise checkpoint.none_readable(saved)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")
-    run = run_lib.prepare(planned, workdir, mesh, say)
+    run = run_lib.prepare(planned, mesh, say)
 
     with jax.set_mesh(mesh):
         # The state: from this run's newest readable checkpoint, else from `init_from`, else from scratch.
@@ -90,12 +99,15 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
             say(f"already done: step {start:,} of {total_steps:,}; see {summary_path}")
             return done
         if is_primary:
+            check_lease()
+            if run.plan.tokenizer:
+                run.plan.tokenizer.save(workdir / run_lib.tokenizer_file(cfg))
             files.write_atomic(workdir / "config.json", config.to_json(cfg))
         with (
-            Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over) as tracker,
-            Checkpoints(workdir, cfg.checkpoint, saved, start) as checkpoints,
-            Interrupt() as interrupt,
+            Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over, check_lease) as tracker,
+            Checkpoints(workdir, cfg.checkpoint, saved, start, check_lease) as checkpoints,
         ):
+            interrupt.kept = lambda: what_is_kept(checkpoints.last_good)
             summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt)
         if is_primary:
             with tracker.writing():
@@ -140,6 +152,7 @@ def loop(
     steps = range(0) if early_stopping.should_stop(cfg.train) else range(start + 1, last_step + 1)
     batches, place = run_lib.train_batches(run, stream), run_lib.placer(run.mesh, stream.batch_size)
     for step in steps:
+        interrupt.working(f"finishing step {step:,}, then saving")
         tracker.profile(step - 1)
         if not batches.ready():
             step_log.wait()  # while the device is busy nothing waits for input
@@ -151,11 +164,12 @@ def loop(
         checkpoints.poll()
         tracker.saved(checkpoints.last_good)
 
-        is_last, preempted = step == last_step, interrupt.requested(step)
+        is_last = step == last_step
         eval_due = is_last or is_due(step, run.every["eval"])
-        save_due = is_last or preempted or is_due(step, run.every["checkpoint"])
+        save_due = is_last or interrupt.requested(step) or is_due(step, run.every["checkpoint"])
         if not eval_due and not save_due:
             continue
+        interrupt.working(f"finishing the evaluation and save of step {step:,}")
         step_log.flush()  # a state that is not finite is neither evaluated nor saved
         try:
             values = evaluator.validate(state, step) if eval_due else None
@@ -165,15 +179,17 @@ def loop(
         if values:
             early_stopping = early_stopping.update(values, cfg.checkpoint.best_metric, cfg.train)
             is_last |= early_stopping.should_stop(cfg.train)
-        if is_last or save_due or (values and checkpoints.is_best(values)):
+        save_due |= is_last or interrupt.requested(step) or bool(values and checkpoints.is_best(values))
+        if save_due:
             save(step, state, early_stopping, values)
-        if preempted and not is_last:
+        if save_due and interrupt.requested(step) and not is_last:
             wait_for_saves(checkpoints, tracker)
             raise Preempted(
                 f"stopped at step {step:,} of {last_step:,} and saved in {workdir}; run the same command to resume"
             )
         if is_last:
             break
+    interrupt.working("all steps are done, finishing the summary")
     tracker.profile(last_step)
     wait_for_saves(checkpoints, tracker)
     batches.close()
@@ -280,6 +296,13 @@ def save_state(
             "waiting": early_stopping._asdict(),
         }
         checkpoints.save(step, state, info, values, files)
+
+
+def what_is_kept(last_good: int | None) -> str:
+    """What is true of a run that ends now, if its newest complete checkpoint is that of step `last_good`."""
+    if last_good is None:
+        return "no checkpoint is complete, the same command starts from the beginning"
+    return f"the newest complete checkpoint is step {last_good:,}, the same command resumes from there"
 
 
 def wait_for_saves(checkpoints: Checkpoints, tracker: Tracker) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from lm import config, input_pipeline
+from lm import config, input_pipeline, lease
 from lm.config.schema import ConfigError
 from lm.corpus import pipeline, workers
 from lm.data import packing as rows_of
@@ -199,6 +199,34 @@ def test_a_job_interrupted_anywhere_resumes_to_the_same_bytes(corpus, prepared, 
             continue
     assert starts > 10
     assert contents(tmp_path / "out") == contents(prepared[0])
+
+
+def test_a_folder_that_another_process_prepares_is_refused_and_nothing_in_it_is_deleted(corpus, tmp_path):
+    cfg, out = recipe(corpus[0] / "raw"), tmp_path / "out"
+    (out / ".work.1.tmp").mkdir(parents=True)  # which the other is just writing
+    with lease.hold(out), pytest.raises(lease.Held, match=f"{out} is in use by process {os.getpid()} on "):
+        run(cfg, out)
+    assert [path.name for path in out.iterdir()] == [".work.1.tmp"]
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, out, interrupted(after=2))
+    before = contents(out)
+    with lease.hold(out), pytest.raises(lease.Held):
+        run(cfg, out)
+    assert contents(out) == before and "work/info.json" in before
+
+
+def test_a_job_whose_folder_is_taken_over_stops_before_it_finishes(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_FRESH_SECONDS", -1)  # look each time
+    out = tmp_path / "out"
+
+    def displaced(work, units):
+        for unit in units:
+            (out / "lease.1").write_text("another's")
+            yield from workers.in_process(work, [unit])
+
+    with pytest.raises(lease.Lost, match="no longer owns"):
+        run(recipe(corpus[0] / "raw"), out, displaced)
+    assert not (out / "index.json").exists() and (out / "lease.1").read_text() == "another's"
 
 
 def test_several_workers_that_are_killed_resume_to_the_same_bytes(corpus, prepared, tmp_path):

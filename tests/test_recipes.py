@@ -182,7 +182,7 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
     one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
     monkeypatch.setattr(training_benchmark, "matmul_flops", lambda product: 1e12)  # takes seconds
-    training_benchmark.show(training_benchmark.measure(cfg, tmp_path / "bench", rounds=1, seconds=0.0))
+    training_benchmark.show(training_benchmark.measure(cfg, rounds=1, seconds=0.0))
     monkeypatch.setattr(train_compile, "devices", lambda _: jax.devices()[:1])
     whole = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
     assert train_compile.lower_step(whole, topology.parse("v5e:1x1", 1)).tokens > 0

@@ -172,7 +172,7 @@ def test_a_mesh_that_does_not_divide_is_refused_before_data_is_read(changes, siz
     changes = TINY | {"model__num_heads": 4} | changes
     planned = run_lib.plan(toys.recipe(tmp_path / "no_data", **changes), tmp_path / "new")
     with pytest.raises(ConfigError) as error:
-        run_lib.prepare(planned, tmp_path / "new", mesh(**sizes), lambda _: None)
+        run_lib.prepare(planned, mesh(**sizes), lambda _: None)
     assert message in str(error.value)
 
 
@@ -181,11 +181,11 @@ def test_the_state_is_sharded_like_the_parameters_and_durations_become_steps(tmp
     changes = {"data__batch_size": 16, "train__total_steps": 0, "train__total_epochs": 16.0, "eval__every_examples": 40}
     cfg = toys.recipe(data, **TINY | changes | {"optim__lr_rules": (("embed/.*", 0.0), (".*", 1.0))})
     notes = []
-    run = run_lib.prepare(run_lib.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(fsdp=4), notes.append)
+    run = run_lib.prepare(run_lib.plan(cfg, tmp_path / "run"), mesh(fsdp=4), notes.append)
     rows = len(run.data.train)
     assert run.program.total_steps == rows and run.every == {"eval": 3, "checkpoint": 0}
     assert any(f"rows {rows}" in note for note in notes)
-    assert (tmp_path / "run" / "tokenizer.model").exists()
+    assert not (tmp_path / "run").exists(), "nothing is written before the run starts"
     state, optimizer = run.program.abstract_state, run.program.optimizer
     params = param_paths.flatten(state.params)
     for tree in (state.opt_state[1].mu, state.opt_state[1].nu, state.ema):

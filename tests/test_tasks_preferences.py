@@ -342,7 +342,7 @@ LORA = {
 
 def state_of(folder, cfg):
     """The last state that a run saved."""
-    run = run_lib.prepare(run_lib.plan(cfg, folder), folder, make_mesh(cfg.mesh), lambda _: None)
+    run = run_lib.prepare(run_lib.plan(cfg, folder), make_mesh(cfg.mesh), lambda _: None)
     return jax.device_get(checkpoint.load(checkpoint.choose(str(folder)), run.program.abstract_state))
 
 

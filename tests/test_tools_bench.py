@@ -53,7 +53,7 @@ def peer_there():
 
 
 def test_the_real_training_is_measured(cfg, tmp_path, capsys):
-    found = bench.measure(cfg, tmp_path, rounds=3, seconds=0.01)
+    found = bench.measure(cfg, rounds=3, seconds=0.01)
     assert found["tokens_per_step"] == 16 * 32
     assert 0 < found["tokens_per_second_spread"]["min"] <= found["tokens_per_second"]
     assert found["tokens_per_second"] <= found["tokens_per_second_spread"]["max"]
@@ -66,13 +66,13 @@ def test_the_real_training_is_measured(cfg, tmp_path, capsys):
 
 
 def test_the_timed_training_learns(cfg, tmp_path):
-    own = bench.prepare(cfg, tmp_path, keep_start=False)
+    own = bench.prepare(cfg, keep_start=False)
     assert own.start is None
     assert own.advance(20) < own.loss - 0.5
 
 
 def test_the_peer_computes_the_same_steps(cfg, tmp_path, peer_there):
-    found = bench.measure(cfg, tmp_path, rounds=2, seconds=0.01, peer=True)
+    found = bench.measure(cfg, rounds=2, seconds=0.01, peer=True)
     peer = found["peer"]
     for name, tolerance in (("loss_at_start", bench.AGREE_AT_START), ("loss_after_a_step", bench.AGREE_AFTER)):
         assert peer[name]["peer"] == pytest.approx(peer[name]["own"], rel=tolerance)
@@ -93,7 +93,7 @@ def test_a_peer_with_other_weights_is_not_timed(path, cfg, tmp_path, peer_there,
 
     monkeypatch.setattr(transformers_gpt2, "weights", moved)
     with pytest.raises(bench.Disagree, match="does not compute the same: loss"):
-        bench.measure(cfg, tmp_path, rounds=1, seconds=0.01, peer=True)
+        bench.measure(cfg, rounds=1, seconds=0.01, peer=True)
 
 
 def test_a_peer_with_another_learning_rate_is_not_timed(cfg, tmp_path, peer_there, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_peer_with_another_learning_rate_is_not_timed(cfg, tmp_path, peer_ther
 
     monkeypatch.setattr(transformers_gpt2, "make", slower)
     with pytest.raises(bench.Disagree):
-        bench.measure(cfg, tmp_path, rounds=1, seconds=0.01, peer=True)
+        bench.measure(cfg, rounds=1, seconds=0.01, peer=True)
 
 
 def test_a_missing_peer_is_an_error_that_names_the_extra(cfg, monkeypatch):

@@ -7,17 +7,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from lm import preemption
+from lm import lease, preemption
 from tests import tool_modules
 
 launch = tool_modules.load("launch")
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ("--config=configs/tinystories.py", "--workdir=/mnt/runs/a", "--config.data.path=my texts/*.txt")
-SLICE = ("--on=slice", "--name=pod", "--zone=us-west4-a", "--repository=https://example.org/lm.git")
+STORAGE = "--storage=10.0.0.2:/share:/mnt/runs"
+SLICE = ("--on=slice", "--name=pod", "--zone=us-west4-a", "--repository=https://example.org/lm.git", STORAGE)
+GKE = ("--on=gke", "--name=pod", "--image=example.org/lm", STORAGE)
+SKY = ("--on=sky", "--name=job", STORAGE)
 # --go with os.execvp replaced by a function that prints its arguments.
 GO = "import os, sys; os.execvp = lambda *command: print('BECOMES', command); sys.argv[0] = 'launch.py'; "
 GO += "from absl import app; from tools import launch; app.run(launch.main)"
@@ -64,7 +68,7 @@ def test_a_slice_is_created_and_every_host_runs_the_same_quoted_command():
     create = words(script, "create()")
     assert {"--accelerator-type=v5p-32", "--runtime-version=v2-alpha-tpuv5", "--node-id=pod"} <= set(create)
     assert "--spot;" in create and "hosts=4" in words(script, "name=")
-    start = words(script, "(while true")
+    start = words(script, "(for start in")
     assert {"TPU_ACCELERATOR_TYPE=v5p-32", "--distributed", TRAIN[-1]} <= {word.rstrip(";") for word in start}
     assert words(script, "[ -d lm ]")[-3:] == ["clone", "https://example.org/lm.git", "lm"]
     assert "--distributed" not in run(*SLICE, "--accelerator=v5litepod-8")
@@ -76,9 +80,9 @@ def test_several_slices_are_one_queued_resource():
     assert "--distributed" in script and "hosts=2" in words(script, "name=")
 
 
-def test_a_job_set_has_a_pod_for_each_host_and_restarts_only_after_preemption():
+def test_a_job_set_has_a_pod_for_each_host_and_restarts_after_preemption_and_a_lost_host():
     train = (*TRAIN, "--config.mesh.dcn_data=2")
-    script = run("--on=gke", "--name=pod", "--image=example.org/lm", "--slices=2", "--accelerator=v6e-16", train=train)
+    script = run(*GKE, "--slices=2", "--accelerator=v6e-16", "--max_restarts=7", train=train)
     assert "\nkubectl apply -f - <<'END'\n" in script
     (jobs,) = document(script)["spec"]["replicatedJobs"]
     job = jobs["template"]["spec"]
@@ -90,11 +94,67 @@ def test_a_job_set_has_a_pod_for_each_host_and_restarts_only_after_preemption():
     command = ["TPU_ACCELERATOR_TYPE=v6e-16", "python", "-m", "lm.main", "--distributed", *train]
     assert shlex.split(container["command"][2]) == command
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and preemption.Preempted.exit_status in rule["onExitCodes"]["values"]
+    codes = rule["onExitCodes"]
+    assert (rule["action"], codes["operator"]) == ("FailJob", "NotIn")
+    assert codes["values"] == sorted({*codes["values"]}) and len(codes["values"]) <= 255, "as Kubernetes requires"
+    assert {preemption.Preempted.exit_status, 134, 137, 139, 143} <= {*codes["values"]}
+    assert not {1, 2, 126, 127, lease.Held.exit_status, lease.Lost.exit_status} & {*codes["values"]}
+    policy = document(script)["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 7 and policy["rules"][0]["action"] == "FailJobSet"
+
+
+def test_a_job_set_mounts_the_storage():
+    """A bucket with the driver of GKE and its annotation; a path of an NFS server; nothing that the image mounts."""
+
+    def pod(storage):
+        (jobs,) = document(run(*GKE[:-1], f"--storage={storage}"))["spec"]["replicatedJobs"]
+        template = jobs["template"]["spec"]["template"]
+        (container,) = template["spec"]["containers"]
+        return template["metadata"], template["spec"].get("volumes"), container.get("volumeMounts")
+
+    mounts = [{"name": "runs", "mountPath": "/mnt/runs"}]
+    metadata, (volume,), mounted = pod("gs://my-runs:/mnt/runs")
+    assert metadata == {"annotations": {"gke-gcsfuse/volumes": "true"}} and mounted == mounts
+    assert volume["name"] == "runs" and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert volume["csi"]["volumeAttributes"]["bucketName"] == "my-runs"
+    nfs = {"name": "runs", "nfs": {"server": "10.0.0.2", "path": "/share"}}
+    assert pod("10.0.0.2:/share:/mnt/runs") == ({}, [nfs], mounts)
+    assert pod("mounted:/mnt/runs") == ({}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("storage", "expected"),
+    [
+        (
+            "gs://my-runs:/mnt/runs",
+            "mkdir -p F;chown 7 F;gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 my-runs F",
+        ),
+        ("nfs.example.org:/a/b:/mnt/runs", "mkdir -p F;chown 7 F;apt-get;mount -t nfs nfs.example.org:/a/b F"),
+        ("mounted:/mnt/runs", ""),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False], ids=["mounted before", "not mounted"])
+def test_the_storage_is_mounted_once_before_the_run(tmp_path, storage, expected, there):
+    """The real shell line, with fake programs that write down how they are called."""
+    for name in ("mkdir", "chown", "gcsfuse", "mount"):
+        fake(tmp_path, name, f'echo "{name} $*" >> "{tmp_path}/said"')
+    fake(tmp_path, "apt-get", f'echo "apt-get" >> "{tmp_path}/said"')
+    fake(tmp_path, "sudo", '"$@"')
+    fake(tmp_path, "id", "echo 7")
+    fake(tmp_path, "mountpoint", f"exit {int(not there)}")
+    command = launch.mount(launch.storage_of(storage)) + " && echo runs"
+    done = subprocess.run(["bash", "-c", command], env=path_of(tmp_path), capture_output=True, text=True, timeout=60)
+    said = (tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []
+    if there:
+        assert done.stdout == "runs\n" and not said
+    elif expected:
+        assert done.stdout.endswith("runs\n") and said == expected.replace("F", "/mnt/runs").split(";")
+    else:
+        assert done.returncode == 1 and done.stdout == "error: nothing is mounted at /mnt/runs\n"
 
 
 def test_sky_launches_a_task(tmp_path):
-    script = run("--on=sky", "--name=job", "--accelerator=v6e-8", "--spot")
+    script = run(*SKY[:-1], "--storage=gs://my-runs:/mnt/runs", "--accelerator=v6e-8", "--spot")
     fake(tmp_path, "sky", 'echo "$@"; cat "${@: -1}"')
     done = subprocess.run(["bash", "-c", script], env=path_of(tmp_path), capture_output=True, text=True, timeout=60)
     launched, _, task = done.stdout.partition("\n")
@@ -102,15 +162,31 @@ def test_sky_launches_a_task(tmp_path):
     resources = {"accelerators": "tpu-v6e-8", "accelerator_args": {"runtime_version": "v2-alpha-tpuv6e"}}
     assert json.loads(task)["resources"] == resources | {"use_spot": True} and json.loads(task)["workdir"] == str(ROOT)
     assert "TPU_ACCELERATOR_TYPE=v6e-8 python -m lm.main" in json.loads(task)["run"]
+    assert json.loads(task)["file_mounts"] == {"/mnt/runs": {"source": "gs://my-runs", "mode": "MOUNT"}}
+    assert "file_mounts" not in document(run(*SKY))
 
 
-@pytest.mark.parametrize(("statuses", "ends"), [([75, 75, 0], 0), ([75, 1], 1), ([0], 0)])
-def test_only_a_preempted_run_is_restarted(tmp_path, statuses, ends):
-    """The real shell line, with a program in place of the run that exits with the given statuses."""
+@pytest.mark.parametrize(
+    ("statuses", "ends"),
+    [
+        ([75, 75, 0], 0),
+        ([75, 1], 1),
+        ([0], 0),
+        ([134, 137, 143, 0], 0),
+        ([lease.Held.exit_status], lease.Held.exit_status),
+        ([127], 127),
+        ([134] * 5, 134),
+    ],
+)
+def test_a_run_that_was_preempted_or_lost_a_host_is_restarted_and_no_other(tmp_path, monkeypatch, statuses, ends):
+    """The real shell line, with a program in place of the run that exits with the given statuses. Four restarts."""
     assert preemption.Preempted.exit_status == launch.PREEMPTED
+    monkeypatch.setattr(launch, "_MAX_RESTARTS", types.SimpleNamespace(value=4))
+    fake(tmp_path, "sleep", "")
     (tmp_path / "left").write_text("\n".join(map(str, statuses)))
     program = fake(tmp_path, "train", 'cd "$(dirname "$0")"\nn=$(head -1 left); sed -i 1d left; exit $n')
-    done = subprocess.run(["bash", "-c", launch.until_done(str(program))], timeout=60)
+    command = ["bash", "-c", launch.until_done(str(program))]
+    done = subprocess.run(command, env=path_of(tmp_path), timeout=60)
     assert done.returncode == ends and (tmp_path / "left").read_text() == ""
 
 
@@ -135,7 +211,7 @@ def slice_script():
 CLOUD = """cd "$(dirname "$0")"
 case "$4" in
 create) echo create >> said ;;
-delete) echo delete >> said; [ ! -e lost ] || kill $(cat lost); rm -rf worker* lost ;;
+delete) echo delete >> said; [ ! -e lost ] || kill -KILL -- $(cat lost); rm -rf worker* lost ;;
 describe)
     [[ "$*" == *--format* ]] || exit 0
     now=$(head -1 states)
@@ -157,7 +233,7 @@ RUN = """echo "$TPU_ACCELERATOR_TYPE $*"
 cd ../..
 echo >> starts$N
 status=$(cut -d' ' -f$(wc -l < starts$N) statuses)
-[ "$status" != lost ] || { echo $$ >> lost; exec /bin/sleep 60; }
+[ "$status" != lost ] || { echo "-$(cut -d" " -f5 /proc/$$/stat)" >> lost; exec /bin/sleep 60; }
 exit $status
 """
 
@@ -177,9 +253,19 @@ exit $status
         ),
         ("- FAILED ACTIVE", "0", "create delete create delete", 0),
         ("- ACTIVE", "1", "create delete", 1),
-        ("- ACTIVE ACTIVE SUSPENDED SUSPENDED ACTIVE", "134 0", "create delete create delete", 0),
+        ("- ACTIVE ACTIVE SUSPENDED SUSPENDED ACTIVE", "1 0", "create delete create delete", 0),
+        ("- ACTIVE", "134 137 0", "create delete", 0),
     ],
-    ids=["waits", "preempted", "watched again", "suspended", "not created", "error", "error before suspension"],
+    ids=[
+        "waits",
+        "preempted",
+        "watched again",
+        "suspended",
+        "not created",
+        "error",
+        "error before suspension",
+        "lost host",
+    ],
 )
 def test_a_slice_is_watched_until_its_run_has_ended(tmp_path, slice_script, states, statuses, done, ends):
     """The real script and the real commands on the workers, with a fake cloud and a fake run."""
@@ -187,6 +273,7 @@ def test_a_slice_is_watched_until_its_run_has_ended(tmp_path, slice_script, stat
     (tmp_path / "statuses").write_text(statuses)
     fake(tmp_path, "gcloud", CLOUD)
     fake(tmp_path, "sleep", "")
+    fake(tmp_path, "mountpoint", "")
     fake(tmp_path, "git", "mkdir -p $3/.venv/bin; touch $3/.venv/bin/activate")
     fake(tmp_path, "python3", "")
     fake(tmp_path, "python", RUN)
@@ -215,16 +302,16 @@ def test_the_script_is_run_only_with_go():
 @pytest.mark.parametrize(
     ("arguments", "train", "message"),
     [
-        (("--on=slice", "--name=a"), TRAIN, "--on=slice needs --zone and --repository"),
-        (("--on=gke", "--name=a"), TRAIN, "--on=gke needs --image"),
-        (("--on=sky", "--name=a", "--slices=2"), TRAIN, "--on=sky does not use --slices"),
-        (("--on=sky", "--name=a/b"), TRAIN, "--name=a/b: expected a lower-case letter"),
-        (("--on=sky", "--name=My_Run '1'"), TRAIN, "--name=My_Run '1': expected a lower-case letter"),
+        (("--on=slice", "--name=a", STORAGE), TRAIN, "--on=slice needs --zone and --repository"),
+        (("--on=gke", "--name=a", STORAGE), TRAIN, "--on=gke needs --image"),
+        ((*SKY, "--slices=2"), TRAIN, "--on=sky does not use --slices"),
+        ((*SKY, "--name=a/b"), TRAIN, "--name=a/b: expected a lower-case letter"),
+        ((*SKY, "--name=My_Run '1'"), TRAIN, "--name=My_Run '1': expected a lower-case letter"),
         ((*SLICE, "--accelerator=v5e"), TRAIN, "expected KIND-COUNT"),
         ((*SLICE, "--accelerator=v5litepod-0"), TRAIN, "expected one of v5litepod-1, v5litepod-4"),
         ((*SLICE, "--accelerator=v5p-4"), TRAIN, "expected one of v5p-8, v5p-16"),
         (
-            ("--on=gke", "--name=a", "--image=b", "--accelerator=v5litepod-256", "--topology=4x4"),
+            (*GKE, "--accelerator=v5litepod-256", "--topology=4x4"),
             TRAIN,
             "--topology=4x4: expected a topology of 256 chips for --accelerator=v5litepod-256, such as 16x16",
         ),
@@ -233,7 +320,24 @@ def test_the_script_is_run_only_with_go():
         (SLICE, (*TRAIN, "--config.mesh.dcn_dat=2"), "unknown config key in --config.mesh.dcn_dat=2"),
         (SLICE, (*TRAIN, "--config.optim.name=adamx"), "'optim.name' must be one of"),
         (SLICE, (*TRAIN, "go"), "unexpected argument 'go'"),
-        (SLICE, (*TRAIN[:1], "--workdir=gs://a/b"), "--workdir=gs://a/b: expected a folder"),
+        *(
+            (SLICE, (*TRAIN[:1], f"--workdir={wrong}"), f"--workdir={wrong}: expected a folder below /mnt/runs, where")
+            for wrong in ("gs://a/b", "runs/a", "~/runs", "/tmp/a", "/mnt/runs", "/mnt/runs/../a", "/mnt/runs2/a", "")
+        ),
+        *(
+            ((*SKY, f"--storage={wrong}"), TRAIN, f"--storage={wrong}: expected gs://BUCKET:/FOLDER, SERVER:/PATH:")
+            for wrong in (
+                "gs://my-runs",
+                "/mnt/runs",
+                "mounted:runs",
+                "gs://a b:/mnt",
+                "s:/a:/mnt/../x",
+                "mounted:/",
+                "",
+            )
+        ),
+        ((*SKY, "--storage=mounted:/tmp/runs"), TRAIN, "/tmp/runs is the machine's own; mount it elsewhere"),
+        ((*SKY, "--storage=mounted:/home/me/runs"), TRAIN, "/home/me/runs is the machine's own; mount it elsewhere"),
         (SLICE, (*TRAIN, "--config.mesh.tensor=3"), "does not fit 16 devices"),
         ((*SLICE, "--slices=2"), TRAIN, "mesh.dcn_data=1: expected 2, the number of slices"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from lm import checkpoint, param_paths
+from lm import checkpoint, lease, param_paths
 from lm import run as run_lib
 from lm.config import schema
 from tests import test_run, tool_modules, toys
@@ -104,6 +104,8 @@ def test_another_base_is_refused(runs):
 
 def test_an_impossible_command_is_an_error_in_one_line(runs):
     assert "exists already" in call("merge", runs / "tuned", runs / "base")
+    with lease.hold(runs / "held"):
+        assert f"{runs / 'held'} is in use by process " in call("merge", runs / "tuned", runs / "held")
     assert "'adapter.kind' is none: only lora can be merged" in call("merge", runs / "base", runs / "out")
     assert "has no frozen base" in call("extract", runs / "base", runs / "out")
     assert "was not made by 'extract'" in call("attach", runs / "base", runs / "out")

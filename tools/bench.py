@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lm.benchmark import training  # isort: skip  (first: the clock of the time to the first step starts in it)
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 from lm.parallel import xla_flags
@@ -74,7 +74,6 @@ def main(argv: list[str]) -> None:
             xla_flags.set_libtpu(cfg.model.embed_dim)
             figures = training.measure(
                 cfg,
-                Path(folder),
                 _ROUNDS.value,
                 _SECONDS.value,
                 peer=bool(_PEER.value),
@@ -87,4 +86,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     command_line.use_huge_pages()
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

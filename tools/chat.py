@@ -6,7 +6,7 @@ python tools/chat.py --workdir=runs/quickstart/sft [--temperature=0.8] [--top_p=
 import sys
 from collections.abc import Iterator
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 
@@ -98,4 +98,4 @@ def typed_lines() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line, config
 
@@ -418,4 +418,4 @@ def data_url(pixels: Any) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

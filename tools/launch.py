@@ -1,11 +1,12 @@
 """Launches a run on Cloud TPUs: prints the shell script that does it, and with --go runs the script.
 
     python tools/launch.py --on=slice --name=NAME --zone=ZONE --accelerator=v5litepod-16 --repository=URL \
-        -- --config=configs/X.py --workdir=DIR ...
+        --storage=gs://BUCKET:/mnt/runs -- --config=configs/X.py --workdir=/mnt/runs/NAME ...
 
 --on is `slice` (a TPU VM, or all workers of a pod slice, or of several with --slices=N), `gke` (a JobSet) or `sky` (a
 SkyPilot managed job). The arguments after `--` are checked here and passed to lm.main. They must include --config and
---workdir, a folder that all workers can reach. A preempted run is restarted and resumes. See docs/launching.md.
+--workdir, a folder of --storage, which all workers share and which outlives them. A run that was preempted, or that has
+lost one of its hosts, is restarted and resumes. See docs/launching.md.
 """
 
 import dataclasses
@@ -32,13 +33,24 @@ _ZONE = flags.DEFINE_string("zone", "", "slice: zone of the TPU.")
 _REPOSITORY = flags.DEFINE_string("repository", "", "slice: git URL to clone; sky uploads this folder.")
 _IMAGE = flags.DEFINE_string("image", "", "gke: container image with this repository in /lm and lm[tpu] installed.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "gke: topology of the node pool, if not the default of --accelerator.")
+_STORAGE = flags.DEFINE_string(
+    "storage",
+    None,
+    "What to mount on all machines, and where: gs://BUCKET:/FOLDER, SERVER:/PATH:/FOLDER (NFS), or mounted:/FOLDER, "
+    "which the machines mount by themselves.",
+    required=True,
+)
+_MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "How often a run may be restarted.", lower_bound=0)
 _GO = flags.DEFINE_bool("go", False, "Run the script; without this flag it is only printed.")
 
 OPTIONS = {"slice": ("zone", "repository", "slices"), "gke": ("image", "topology", "slices"), "sky": ()}
 REQUIRED = {"slice": ("zone", "repository"), "gke": ("image",), "sky": ()}
 ROOT = Path(__file__).resolve().parents[1]
-PREEMPTED = 75  # exit status of a run that was preempted and has saved a checkpoint
-KILLED = (137, 143)  # exit statuses of a run that was killed before it could save
+# Exit statuses after which a run is restarted: preempted, with everything saved; and ended by a signal, which a lost
+# host gives: 134 (abort) on the hosts that survive, where JAX notices it, 137 or 143 where a host was shut down.
+PREEMPTED = 75
+BY_SIGNAL = range(128, 256)
+RESTARTED = (PREEMPTED, *BY_SIGNAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +80,46 @@ KINDS = {
     "v5p": Kind("v2-alpha-tpuv5", "tpu-v5p-slice", 2, 4, CUBE),
     "v6e": Kind("v2-alpha-tpuv6e", "tpu-v6e-slice", 1, 8, GRID),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """What is mounted on all machines: a bucket, a path of an NFS server, or what they mount by themselves (neither).
+
+    Attributes:
+      folder: where it is mounted.
+    """
+
+    bucket: str
+    server: str
+    path: str
+    folder: str
+
+
+# Folders that a machine takes with it.
+LOCAL = ("/tmp", "/var", "/dev", "/run", "/root", "/home", "/proc", "/sys")
+
+
+def storage_of(text: str) -> Storage:
+    """Example: 'gs://my-runs:/mnt/runs' -> the bucket my-runs, mounted at /mnt/runs.
+
+    Raises:
+      ValueError: it has another form, or the folder is one of the machine's own.
+    """
+    found = re.fullmatch(
+        r"(?:mounted|gs://(?P<bucket>[a-z0-9][a-z0-9._-]+)|(?P<server>[A-Za-z0-9.-]+):(?P<path>/[\w./-]*))"
+        r":(?P<folder>(?:/[\w.-]+)+)",
+        text,
+    )
+    if not found or ".." in text:
+        raise ValueError(
+            f"--storage={text}: expected gs://BUCKET:/FOLDER, SERVER:/PATH:/FOLDER (NFS) or mounted:/FOLDER, such as "
+            "gs://my-runs:/mnt/runs"
+        )
+    storage = Storage(**{name: value or "" for name, value in found.groupdict().items()})
+    if f"/{storage.folder.split('/')[1]}" in LOCAL:
+        raise ValueError(f"--storage={text}: {storage.folder} is the machine's own; mount it elsewhere: /mnt/runs")
+    return storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +174,9 @@ from lm.parallel import mesh as mesh_lib
 
 def check(argv):
     from lm.tasks import build_config  # imports JAX
-    workdir, cfg = flags.FLAGS.workdir, build_config(flags.FLAGS.config)
+    cfg = build_config(flags.FLAGS.config)
     if argv[1:]:
         sys.exit(f"unexpected argument {argv[1]!r}; all options are --flag=value")
-    if ":/" in workdir:
-        sys.exit(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
     if cfg.mesh.dcn_data != slices:
         sys.exit(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {slices}, the number of slices; change it or --slices")
     mesh_lib.mesh_sizes(cfg.mesh, devices)
@@ -135,7 +185,7 @@ app.run(check, flags_parser=command_line.parse)
 """
 
 
-def check(arguments: list[str], on: Slice) -> None:
+def check(arguments: list[str], on: Slice, storage: Storage) -> None:
     """Checks the flags, and that lm.main would accept its arguments.
 
     Raises:
@@ -151,9 +201,12 @@ def check(arguments: list[str], on: Slice) -> None:
     others = {name for names in OPTIONS.values() for name in names} - {*OPTIONS[_ON.value]}
     if unused := sorted(f"--{name}" for name in others if flags.FLAGS[name].present):
         raise ValueError(f"{target} does not use {' and '.join(unused)}: leave it out, or choose another --on")
-    given = {argument.partition("=")[0] for argument in arguments}
+    given = {name: value for name, _, value in (argument.partition("=") for argument in arguments)}
     if missing := [f"{name}=..." for name in ("--config", "--workdir") if name not in given]:
         raise ValueError(f"lm.main needs {' and '.join(missing)}, after ' -- '")
+    workdir, folder = given["--workdir"], storage.folder
+    if not os.path.normpath(workdir).startswith(f"{folder}/"):
+        raise ValueError(f"--workdir={workdir}: expected a folder below {folder}, where --storage is mounted")
     program = f"slices, devices = {_SLICES.value}, {_SLICES.value * on.chips}\n{CHECK}"
     process = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
@@ -179,8 +232,46 @@ def train_command(arguments: list[str], on: Slice) -> str:
 
 
 def until_done(command: str) -> str:
-    """A shell line that restarts the command while it exits as preempted, and exits with any other status."""
-    return f"while true; do {command}; status=$?; [ $status -eq {PREEMPTED} ] || exit $status; done"
+    """A shell line that restarts the command on the statuses of `RESTARTED`, and exits with its last status."""
+    again = f"[ $status -eq {PREEMPTED} ] || [ $status -ge {BY_SIGNAL[0]} ]"
+    return (
+        f"for start in {{0..{_MAX_RESTARTS.value}}}; do {command}; status=$?; {again} || break; sleep 10; done; "
+        "exit $status"
+    )
+
+
+# From https://cloud.google.com/storage/docs/cloud-storage-fuse/install
+INSTALL_GCSFUSE = (
+    "curl -sS https://packages.cloud.google.com/apt/doc/apt-key.gpg | "
+    "sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null && "
+    'echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt '
+    'gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null && '
+    "sudo apt-get update -qq && sudo apt-get install -qq gcsfuse"
+)
+
+
+def mount(storage: Storage) -> str:
+    """A shell command that mounts the storage on this machine, unless it is mounted; fails where it cannot."""
+    folder = storage.folder
+    if storage.bucket:  # without its cache a lease of another machine is seen as it is
+        options = "--implicit-dirs --metadata-cache-ttl-secs=0"
+        how = f"{{ command -v gcsfuse || {{ {INSTALL_GCSFUSE}; }}; }} && gcsfuse {options} {storage.bucket} {folder}"
+    elif storage.server:
+        how = f"sudo apt-get install -qq nfs-common && sudo mount -t nfs {storage.server}:{storage.path} {folder}"
+    else:
+        return f"{{ mountpoint -q {folder} || {{ echo 'error: nothing is mounted at {folder}'; false; }}; }}"
+    made = f'sudo mkdir -p {folder} && sudo chown "$(id -u)" {folder}'
+    return f"{{ mountpoint -q {folder} || {{ {made} && {how}; }}; }}"
+
+
+def volume(storage: Storage) -> dict[str, Any] | None:
+    """The storage as a volume of a pod; None where the image mounts it."""
+    if storage.bucket:
+        options = {"bucketName": storage.bucket, "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0"}
+        return {"name": "runs", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": options}}
+    if storage.server:
+        return {"name": "runs", "nfs": {"server": storage.server, "path": storage.path}}
+    return None
 
 
 WATCH = r"""
@@ -225,7 +316,7 @@ done
 """
 
 
-def on_slice(arguments: list[str], on: Slice) -> str:
+def on_slice(arguments: list[str], on: Slice, storage: Storage) -> str:
     """A script that creates the TPU, runs on all workers, recreates it after preemption, and deletes it at the end."""
     nodes = ["--node-id={}"] if _SLICES.value == 1 else ["--node-prefix={}", f"--node-count={_SLICES.value}"]
     nodes = [flag.format(_NAME.value) for flag in nodes] + (["--spot"] if _SPOT.value else [])
@@ -237,17 +328,17 @@ create() {{ queued create "$name" {kind} {shlex.join(nodes)}; }}
 # Runs on a worker, in its home folder; the last line of the log has the exit status.
 work() {{
     [ -d lm ] || git clone {shlex.quote(_REPOSITORY.value)} lm
-    cd lm && {INSTALL} && . .venv/bin/activate &&
+    {mount(storage)} && cd lm && {INSTALL} && . .venv/bin/activate &&
         ({until_done(train_command(arguments, on))})
     printf '\\nended with status %s\\n' $?
 }}
 {WATCH}"""
 
 
-def job_set(arguments: list[str], on: Slice) -> dict[str, Any]:
+def job_set(arguments: list[str], on: Slice, storage: Storage) -> dict[str, Any]:
     """A JobSet (jobset.sigs.k8s.io) with one job for each slice and one pod for each host."""
     host_chips = on.chips // on.hosts
-    container = {
+    container: dict[str, Any] = {
         "name": "train",
         "image": _IMAGE.value,
         "workingDir": "/lm",
@@ -259,15 +350,19 @@ def job_set(arguments: list[str], on: Slice) -> dict[str, Any]:
         "cloud.google.com/gke-tpu-topology": on.topology,
         **({"cloud.google.com/gke-spot": "true"} if _SPOT.value else {}),
     }
-    pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 300, "nodeSelector": selector}
+    pod: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 300, "nodeSelector": selector}
+    metadata = {"annotations": {"gke-gcsfuse/volumes": "true"}} if storage.bucket else {}
+    if mounted := volume(storage):
+        container["volumeMounts"] = [{"name": mounted["name"], "mountPath": storage.folder}]
+        pod["volumes"] = [mounted]
     job = {
         "parallelism": on.hosts,
         "completions": on.hosts,
         "backoffLimit": 0,
         "podFailurePolicy": {
-            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": [PREEMPTED, *KILLED]}}]
+            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": list(RESTARTED)}}]
         },
-        "template": {"spec": {**pod, "containers": [container]}},
+        "template": {"metadata": metadata, "spec": {**pod, "containers": [container]}},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -277,9 +372,9 @@ def job_set(arguments: list[str], on: Slice) -> dict[str, Any]:
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
         },
         "spec": {
-            # An error of the run fails the JobSet; preemption of a host restarts all jobs.
+            # An error of the run fails the JobSet; a host that is preempted or lost restarts all jobs.
             "failurePolicy": {
-                "maxRestarts": 1_000,
+                "maxRestarts": _MAX_RESTARTS.value,
                 "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [{"name": "slice", "replicas": _SLICES.value, "template": {"spec": job}}],
@@ -287,30 +382,32 @@ def job_set(arguments: list[str], on: Slice) -> dict[str, Any]:
     }
 
 
-def sky_task(arguments: list[str], on: Slice) -> dict[str, Any]:
+def sky_task(arguments: list[str], on: Slice, storage: Storage) -> dict[str, Any]:
     """A SkyPilot task; SkyPilot itself restarts a managed job after preemption."""
+    bucket = {"source": f"gs://{storage.bucket}", "mode": "MOUNT"}
     return {
         "name": _NAME.value,
         "workdir": str(ROOT),
+        **({"file_mounts": {storage.folder: bucket}} if storage.bucket else {}),
         "resources": {
             "accelerators": f"tpu-{_ACCELERATOR.value}",
             "accelerator_args": {"runtime_version": on.kind.runtime},
             "use_spot": _SPOT.value,
         },
         "setup": INSTALL,
-        "run": f". .venv/bin/activate && {until_done(train_command(arguments, on))}",
+        "run": f"{mount(storage)} && . .venv/bin/activate && {{ {until_done(train_command(arguments, on))}; }}",
     }
 
 
-def script(arguments: list[str], on: Slice) -> str:
+def script(arguments: list[str], on: Slice, storage: Storage) -> str:
     """The bash script."""
     match _ON.value:
         case "slice":
-            return on_slice(arguments, on)
+            return on_slice(arguments, on, storage)
         case "gke":
-            return f"kubectl apply -f - <<'END'\n{json.dumps(job_set(arguments, on), indent=2)}\nEND\n"
+            return f"kubectl apply -f - <<'END'\n{json.dumps(job_set(arguments, on, storage), indent=2)}\nEND\n"
         case _:
-            task = json.dumps(sky_task(arguments, on), indent=2)  # JSON is YAML
+            task = json.dumps(sky_task(arguments, on, storage), indent=2)  # JSON is YAML
             launch = f'sky jobs launch --yes --name={_NAME.value} "$file"'
             return f"file=$(mktemp -d)/{_NAME.value}.yaml\ncat > \"$file\" <<'END'\n{task}\nEND\n{launch}\n"
 
@@ -319,10 +416,11 @@ def main(argv: list[str]) -> None:
     """Prints the script, and with --go replaces this process by it."""
     try:
         on = slice_of(_ACCELERATOR.value, _TOPOLOGY.value)
-        check(argv[1:], on)
+        storage = storage_of(_STORAGE.value)
+        check(argv[1:], on, storage)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    text = script(argv[1:], on)
+    text = script(argv[1:], on, storage)
     print(f"#!/usr/bin/env bash\n{text}", end="", flush=True)
     if _GO.value:
         os.execvp("bash", ["bash", "-c", text])

@@ -11,7 +11,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 
@@ -61,4 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 
@@ -28,12 +28,20 @@ def main(argv: list[str]) -> None:
     with command_line.one_line_errors():
         if command not in ("merge", "extract", "attach"):
             raise ConfigError(f"found command '{command}', expected merge, extract or attach")
-        if Path(out).exists():
-            raise ConfigError(f"{out} exists already; name a new folder")
+        check_new(Path(out))
         if command == "attach":
             attach(run, Path(out), _BASE.value)
         else:
             {"merge": merge, "extract": extract}[command](run, Path(out))
+
+
+def check_new(out: Path) -> None:
+    """Raises ConfigError if there is a file or a folder that holds more than a lease."""
+    from lm import lease
+    from lm.config.schema import ConfigError
+
+    if out.is_file() or any(not lease.is_lease(path.name) for path in out.glob("*")):
+        raise ConfigError(f"{out} exists already; name a new folder")
 
 
 def merge(run: str, out: Path) -> None:
@@ -111,23 +119,24 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: 
     """Writes a run folder with one checkpoint: step, position and metrics of `saved`, with other parameters."""
     import jax
 
-    from lm import checkpoint, config
+    from lm import checkpoint, config, lease
     from lm import run as run_lib
     from lm.config import schema
     from lm.files import write_atomic
 
-    out.mkdir(parents=True)
     files = {run_lib.tokenizer_file(cfg): tokenizer.content} if tokenizer else {}
-    for name, content in files.items():
-        write_atomic(out / name, content)
-    write_atomic(out / "config.json", config.to_json(cfg))
     kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
-    with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:
-        about = kept | {"config": schema.to_dict(cfg)} | info
-        saves.save(saved.step, {"params": params}, about, saved.metrics, files)
+    about = kept | {"config": schema.to_dict(cfg)} | info
+    with lease.hold(out) as check_lease:
+        check_new(out)  # another may have written it meanwhile
+        for name, content in files.items():
+            write_atomic(out / name, content)
+        write_atomic(out / "config.json", config.to_json(cfg))
+        with checkpoint.Checkpoints(out, cfg.checkpoint, check_lease=check_lease) as saves:
+            saves.save(saved.step, {"params": params}, about, saved.metrics, files)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

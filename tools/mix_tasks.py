@@ -10,8 +10,6 @@ import importlib
 import json
 from pathlib import Path
 
-from absl import app
-
 from lm import command_line
 
 
@@ -47,4 +45,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

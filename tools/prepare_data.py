@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 from lm.corpus import filters, pipeline, workers
@@ -119,4 +119,4 @@ def show(index: dict[str, Any], seconds: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

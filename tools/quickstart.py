@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 from lm.tracking import files
@@ -100,4 +100,4 @@ def draw(workdir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

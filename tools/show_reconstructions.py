@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 
@@ -119,4 +119,4 @@ def draw(columns: dict[str, np.ndarray], about: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

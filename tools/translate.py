@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 
@@ -89,4 +89,4 @@ def translate(run: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

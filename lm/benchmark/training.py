@@ -53,13 +53,12 @@ class Training(NamedTuple):
 
 
 def measure(
-    cfg: Config, folder: Path, rounds: int, seconds: float, *, peer: bool = False, activation: str = "gelu_new"
+    cfg: Config, rounds: int, seconds: float, *, peer: bool = False, activation: str = "gelu_new"
 ) -> dict[str, Any]:
     """Measures training.
 
     Args:
       cfg: from `lm.config.build`.
-      folder: for the files of the run.
       rounds: number of timed rounds.
       seconds: approximate length of a round of our own training; the peer runs the same number of steps.
       peer: whether to alternate with training in `transformers`.
@@ -77,7 +76,7 @@ def measure(
     if peer:
         cfg = run_lib.plan(cfg, None).cfg
         transformers_gpt2.check(cfg, jax.default_backend())
-    own = prepare(cfg, folder, keep_start=peer)
+    own = prepare(cfg, keep_start=peer)
     cfg, device, devices = own.run.cfg, own.run.mesh.devices.flat[0], own.run.mesh.devices.size
     sides = {"own": own.advance}
     compared: dict[str, Any] = {}
@@ -134,7 +133,7 @@ def measure(
     return figures
 
 
-def prepare(cfg: Config, folder: Path, *, keep_start: bool) -> Training:
+def prepare(cfg: Config, *, keep_start: bool) -> Training:
     """Prepares training as `lm.train` does, up to the end of the first step."""
     import jax
 
@@ -146,7 +145,7 @@ def prepare(cfg: Config, folder: Path, *, keep_start: bool) -> Training:
     times = [_BEGAN, time.perf_counter()]
     planned = run_lib.plan(cfg, None)
     mesh = mesh_lib.make_mesh(planned.cfg.mesh)
-    run = run_lib.prepare(planned, folder, mesh, lambda _: None)
+    run = run_lib.prepare(planned, mesh, lambda _: None)
     times.append(time.perf_counter())
     with jax.set_mesh(mesh):
         shape = program.abstract_batch(run.cfg, mesh, run.cfg.data.batch_size)

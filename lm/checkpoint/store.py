@@ -33,6 +33,7 @@ import numpy as np
 from etils import epath
 
 from lm import files as files_lib
+from lm import lease
 from lm.config import CheckpointConfig
 from lm.evaluation.metrics import gain
 
@@ -176,6 +177,7 @@ class Checkpoints:
         cfg: CheckpointConfig,
         saved: Sequence[Saved] | None = None,
         resumed: int | None = None,
+        check_lease: Callable[[], None] = lambda: None,
     ):
         """
         Args:
@@ -183,6 +185,7 @@ class Checkpoints:
           cfg: which checkpoints to keep.
           saved: what `list_saved` found at the start of the process; None = look now, in all processes together.
           resumed: the step that the run resumes from, as later ones could not be read. None = all of them are good.
+          check_lease: called before a save; raises `lm.lease.Lost` if the folder is another's now.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -207,12 +210,15 @@ class Checkpoints:
         )
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: tuple[int, Future[list[int]]] | None = None
+        self._check_lease = check_lease
         self.last_good = max(trusted, default=None)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, lease.Lost):
+            return  # a save that has begun is not finished: the folder is another's
         try:
             self._finish()
         except CheckpointError:
@@ -243,7 +249,9 @@ class Checkpoints:
         Raises:
           CheckpointError: the previous save failed, or this one cannot start.
           Diverged: a value of the state is not finite. Nothing is saved, nothing is deleted.
+          lm.lease.Lost: the folder is another's now.
         """
+        self._check_lease()
         self._finish()
         leaves, files = named_leaves(state), files or {}
         measured = jax.device_get(_measure(state))
@@ -277,6 +285,7 @@ class Checkpoints:
 
     def _add_files(self) -> None:
         """Called by Orbax, on process 0, when the arrays of a step are written and before it gets its name."""
+        self._check_lease()
         assert self._files is not None
         step, files = self._files
         for name, content in files.items():
@@ -289,6 +298,7 @@ class Checkpoints:
         best = _best_first(kept, self._cfg.best_metric)[: self._cfg.keep_best]
         expired = [each for each in kept if each not in newest and each not in best]
         if jax.process_index() == 0:
+            self._check_lease()
             root = Path(self._manager.directory)
             files_lib.sync_tree(root / str(step))  # Orbax does so for the arrays only
             files_lib.sync(root)
@@ -308,6 +318,8 @@ class Checkpoints:
         self._in_flight = None
         try:
             expired = commit.result()
+        except lease.Lost:
+            raise
         except Exception as error:
             raise self._failed(step, error) from error
         self.last_good = step

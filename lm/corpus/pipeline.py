@@ -1,6 +1,5 @@
 """Prepares raw text as shards: plans a job, runs its stages, and writes the index and data card."""
 
-import fcntl
 import functools
 import json
 import shutil
@@ -12,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from lm import lease
 from lm.config import Config, older, schema
 from lm.config.schema import ConfigError
 from lm.corpus import artifacts, data_card, shard_writer, stages
 from lm.corpus.filters import FILTERS
 from lm.corpus.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
-from lm.corpus.workers import JobError, Runner
+from lm.corpus.workers import Runner
 from lm.data import shards, tokenizer
 from lm.data.example import Columns
 from lm.data.readers import paths, registry
@@ -148,23 +148,25 @@ def run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float]
     Raises:
       ConfigError: the folder is of a job with other settings, or holds other files.
       DataError: see `stages.read`; or no document is left for a part.
-      JobError: another process is running the job, or a worker ended.
+      JobError: a worker ended.
+      lm.lease.Held, lm.lease.Lost: another process is running the job, from the start on, or since it took it over.
     """
     job = planned.job
-    if _is_finished(planned):
-        shutil.rmtree(job.work, ignore_errors=True)
-        return shards.read_index(epath.Path(job.folder))
-    with (job.work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends, however it ends
-        except BlockingIOError:
-            raise JobError(f"--out={job.folder}: another process is preparing it; wait for it, or stop it") from None
-        index = _run(planned, runner, progress)
-    shutil.rmtree(job.work)
-    return index
+    if not _is_finished(planned) or job.work.exists():
+        with lease.hold(job.folder) as check_lease:
+            if not _is_finished(planned):  # nor was it meanwhile
+                _begin(planned)
+                _run(planned, runner, progress, check_lease)
+            shutil.rmtree(job.work, ignore_errors=True)
+    return shards.read_index(epath.Path(job.folder))
 
 
-def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float], None]) -> dict[str, Any]:
+def _run(
+    planned: Plan,
+    runner: Runner,
+    progress: Callable[[str, int, int, float], None],
+    check_lease: Callable[[], None],
+) -> None:
     job = planned.job
     faults: list[Fault] = []
     for stage in _stages(planned.groups):
@@ -174,13 +176,15 @@ def _run(planned: Plan, runner: Runner, progress: Callable[[str, int, int, float
         for done, seconds in enumerate(
             runner(functools.partial(stage.run, job), pending), len(units) - len(pending) + 1
         ):
+            check_lease()
             progress(stage.name, done, len(units), seconds)
         if stage.name == "read":
             faults = _faults(job)
         if stage.name == "measure":
             shard_writer.shard_names(job)  # raises if a part has no document, before the slow stages
     _check_files(planned)
-    return _finish(planned, faults)
+    check_lease()
+    _finish(planned, faults)
 
 
 def _check_files(planned: Plan) -> None:
@@ -219,7 +223,7 @@ def _columns(cfg: Config) -> Columns:
 
 
 def _is_finished(planned: Plan) -> bool:
-    """Whether the folder is complete; creates it if it is new. Raises ConfigError if it is of another job."""
+    """Whether the folder is complete. Raises ConfigError if it is of another job."""
     folder, work = planned.job.folder, planned.job.work
     finished = (folder / shards.INDEX).exists()
     if finished or work.exists():
@@ -236,13 +240,19 @@ def _is_finished(planned: Plan) -> bool:
                 + "\n".join(lines[:20] + ["  ..."] * (len(lines) > 20))
             )
         return finished
-    partial = [path for path in folder.iterdir() if path.name.startswith(_PARTIAL_WORK)] if folder.exists() else []
-    if folder.exists() and len(partial) < len(list(folder.iterdir())):
+    own = (lease.is_lease(path.name) or path.name.startswith(_PARTIAL_WORK) for path in folder.glob("*"))
+    if not all(own):
         raise ConfigError(f"--out={folder} holds other files; expected a new or empty folder")
-    for scratch in partial:
-        shutil.rmtree(scratch)
-    artifacts.write(work, {}, planned.settings)
     return False
+
+
+def _begin(planned: Plan) -> None:
+    """Makes the folder of a new job. Deletes what a kill has left of it."""
+    folder, work = planned.job.folder, planned.job.work
+    for scratch in folder.glob(f"{_PARTIAL_WORK}*"):
+        shutil.rmtree(scratch)
+    if not work.exists():
+        artifacts.write(work, {}, planned.settings)
 
 
 def _settings(work: Path) -> Any:
@@ -264,7 +274,7 @@ def _faults(job: Job) -> list[Fault]:
 # Index and statistics -------------------------------------------------------------------------------------------------
 
 
-def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
+def _finish(planned: Plan, faults: list[Fault]) -> None:
     """Writes removed.jsonl, the data card and, last, the index. Raises DataError if a part is empty."""
     job = planned.job
     names = shard_writer.shard_names(job)
@@ -292,7 +302,6 @@ def _finish(planned: Plan, faults: list[Fault]) -> dict[str, Any]:
     }
     data_card.write(job.folder, index)
     shards.write_index(job.folder, index)
-    return index
 
 
 def _statistics(

@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,6 +119,7 @@ def processes(count: int) -> Iterator[Runner]:
 
 def _serve(pipe: Any) -> None:
     """Main function of a worker: runs units until the pipe is closed, at the latest when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends this process
     _end_with_parent()
     while True:
         try:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class Tracker:
         enabled: bool,
         config: MonitorConfig,
         is_over: bool = False,
+        check_lease: Callable[[], None] = lambda: None,
     ) -> None:
         """Opens the files.
 
@@ -55,6 +56,7 @@ class Tracker:
           enabled: whether this process writes and prints.
           config: what to profile.
           is_over: whether no step is left, so that the evaluation after `start_step` is done again.
+          check_lease: called before each write; raises `lm.lease.Lost` if the folder is another's now.
 
         Raises:
           ValueError: `workdir` is a URL; rows are appended to files, which object stores do not support.
@@ -64,7 +66,7 @@ class Tracker:
             raise ValueError(f"run directory {workdir} is a URL; give a local, NFS or mounted (gcsfuse) folder")
         self._workdir, self._total_steps, self._start_step = Path(workdir), total_steps, start_step
         self._enabled, self._config, self._profiling, self._is_over = enabled, config, False, is_over
-        self._saved_step = start_step or None
+        self._saved_step, self._check_lease = start_step or None, check_lease
         self._seconds = dict.fromkeys((*BUCKETS, "other"), 0.0)
         self._buckets = ["other"]  # the open ones, innermost last; time outside all buckets counts as 'other'
         self._began = self._mark = _now()
@@ -134,7 +136,8 @@ class Tracker:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Adds the last good checkpoint to a RunFileError of its block."""
+        """For a block that writes: checks the lease first, and adds the last good checkpoint to a RunFileError."""
+        self._check_lease()
         try:
             yield
         except RunFileError as error:
