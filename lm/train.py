@@ -70,7 +70,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")
-    run = run_lib.prepare(planned, workdir, mesh, say)
+    run = run_lib.prepare(planned, workdir, mesh, say, readable[-1].info if readable else None)
 
     with jax.set_mesh(mesh):
         # The state: from this run's newest readable checkpoint, else from `init_from`, else from scratch.
