@@ -67,6 +67,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     is_primary = jax.process_index() == 0
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
+        resume.check_tokenizer(readable[-1], planned.tokenizer)
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")

@@ -188,7 +188,7 @@ def planned(cfg: config.Config, topology: topology_lib.Topology, libtpu_flags: s
     if cache and cache.exists() and not _HLO.value:
         try:
             return json.loads(cache.read_text(encoding="utf-8")) | {"from_cache": True}
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             print(f"{cache} is damaged: compiling again", file=sys.stderr)
     try:
         compiled = train_compile.compile_step(lowered)

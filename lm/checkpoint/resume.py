@@ -86,6 +86,19 @@ def refuse_changes(
     )
 
 
+def check_tokenizer(saved: Saved, tokenizer: Any) -> None:
+    """Raises CheckpointError if the run's tokenizer is not the one that its checkpoint was trained with.
+
+    No flag accepts that: the same ids would stand for other text.
+    """
+    was, now = saved.info.get("tokenizer_hash", ""), tokenizer.hash if tokenizer else ""
+    if was and was != now:
+        raise CheckpointError(
+            f"{saved.path} was trained with tokenizer {was[:12]}, but the tokenizer in {saved.path.parent.parent} is "
+            f"{now[:12] or 'missing'}: it was changed or damaged since; put it back"
+        )
+
+
 def _is_among(key: str, names: Sequence[str]) -> bool:
     """Whether a key, or a section that it is in, is one of `names`."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

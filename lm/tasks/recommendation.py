@@ -167,7 +167,7 @@ def load(path: Any) -> ItemVocabulary:
     try:
         content = json.loads(path.read_bytes())
         pairs, size = [(str(item), int(count)) for item, count in content["items"]], int(content["size"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ConfigError(f"'tokenizer.path': {path} is not a vocabulary of items ({error!r})") from None
     if pairs != sorted(dict(pairs).items(), key=lambda one: (-one[1], one[0])) or size < len(pairs) + _FIRST:
         raise ConfigError(f"'tokenizer.path': {path} is damaged: its items are not distinct, in order and within size")
