@@ -6,6 +6,7 @@ from absl import app, flags
 
 from lm import command_line
 from lm.parallel import xla_flags
+from lm.terminal import say, stop
 
 _CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
@@ -20,9 +21,9 @@ _PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, wi
 def main(argv: list[str]) -> None:
     """Starts or resumes the run that the flags name; an expected error becomes one message and an exit status."""
     if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
+        stop(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
-        sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
+        stop("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     try:
         from lm import tasks, train  # import JAX
         from lm.parallel import mesh
@@ -31,18 +32,18 @@ def main(argv: list[str]) -> None:
         xla_flags.set_libtpu(cfg.model.embed_dim)
 
         if _PRINT.value:
-            print(train.describe(cfg, _WORKDIR.value or "."))
+            say(train.describe(cfg, _WORKDIR.value or "."))
             return
         if _DISTRIBUTED.value or _COORDINATOR.value:
             mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
     except KeyboardInterrupt:
-        sys.exit("stopped before the first step; checkpoints saved earlier are kept")
+        stop("stopped before the first step; checkpoints saved earlier are kept")
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("lm."):
             raise
         status = getattr(error, "exit_status", 1)
-        print(f"error: {error}" if status == 1 else error, file=sys.stderr)
+        say(f"error: {error}" if status == 1 else error, file=sys.stderr)
         sys.exit(status)
 
 

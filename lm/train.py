@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import checkpoint, config, program
+from lm import checkpoint, config, program, terminal
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, Checkpoints, init_from, resume
 from lm.config import Config, schema
@@ -65,7 +65,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     # Devices, data, and the step functions.
     saved = checkpoint.list_saved(workdir)
     is_primary = jax.process_index() == 0
-    say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
+    say: Say = terminal.say if is_primary else lambda _: None
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.check_tokenizer(readable[-1], planned.tokenizer)
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)

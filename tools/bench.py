@@ -11,7 +11,6 @@ weights and reads the same batches. The two alternate round by round, and nothin
 
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from absl import app, flags
 
 from lm import command_line
 from lm.parallel import xla_flags
+from lm.terminal import stop
 
 _CONFIG = command_line.define_recipe()
 _PEER = flags.DEFINE_enum(
@@ -41,10 +41,10 @@ _JSON = flags.DEFINE_string("json", "", "Write all figures to this file.")
 def main(argv: list[str]) -> None:
     """Measures what the flags ask for and prints the figures."""
     if len(argv) > 1 or (_CONFIG.value is None) == (not _INPUT.value):
-        sys.exit("error: either --config=configs/NAME.py or --input, and all options are --flag=value; see --help")
+        stop("error: either --config=configs/NAME.py or --input, and all options are --flag=value; see --help")
     command_line.check_output("json", _JSON.value)
     if not all(re.fullmatch(r"[1-9]\d*", size) for size in _MEGABYTES.value):
-        sys.exit(f"error: --megabytes={','.join(_MEGABYTES.value)}: expected whole numbers, such as 100,1000")
+        stop(f"error: --megabytes={','.join(_MEGABYTES.value)}: expected whole numbers, such as 100,1000")
     with command_line.one_line_errors(), tempfile.TemporaryDirectory() as folder:
         if _INPUT.value:
             from lm.benchmark import input as input_benchmark

@@ -16,6 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from lm import command_line
+from lm.terminal import say
 
 _BASE = flags.DEFINE_string("base", "", "attach: the base run, if it was moved.")
 
@@ -126,7 +127,7 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: 
     with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:
         saves.save(saved.step, {"params": params}, kept | {"config": schema.to_dict(cfg)} | info, saved.metrics)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    print(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
+    say(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from etils import epath
 
 from lm.data.example import Rows
 from lm.data.record import DataError
+from lm.terminal import say
 
 FORMAT = 2
 INDEX = "index.json"
@@ -204,7 +205,7 @@ class Table(NamedTuple):
                 hint = "copy the shard again, or prepare it anew; data.max_bad_records=N leaves up to N such rows out"
                 raise DataError(f"{message} ({len(self.damaged)} were left out before it); {hint}")
             self.damaged.add(where)
-            print(f"warning: {message}; left out, {len(self.damaged)} of at most {self.skip}", file=sys.stderr)
+            say(f"warning: {message}; left out, {len(self.damaged)} of at most {self.skip}", file=sys.stderr)
 
 
 class _Shard(NamedTuple):
