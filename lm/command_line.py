@@ -12,14 +12,16 @@ It imports JAX in `main` at the earliest (but for tools/plan.py), so that --help
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from lm.config import older
-from lm.terminal import stop
+from lm.terminal import say, stop
 
 flags.disclaim_key_flags()  # --help lists a flag defined here under the command that asked for it
 
@@ -36,6 +38,7 @@ def parse(argv: list[str]) -> list[str]:
       The program's name and the arguments that are no flags.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax logs every detail of every save at INFO
+    sys.excepthook = _show_traceback
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
@@ -51,6 +54,11 @@ def parse(argv: list[str]) -> list[str]:
         raise SystemExit(1) from None
     except OSError as error:  # the recipe's file does not exist: the last line of the message names it
         stop(f"error: --config: {str(error).strip().splitlines()[-1].strip()}")
+
+
+def _show_traceback(*error: Any) -> None:
+    """Prints the traceback of an unexpected error, whose message may hold text of data."""
+    say("".join(traceback.format_exception(*error)), file=sys.stderr, end="")
 
 
 def arguments(argv: list[str], *names: str) -> list[str]:

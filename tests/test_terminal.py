@@ -1,6 +1,7 @@
 """lm/terminal.py: what is printed cannot control the terminal, and everything is printed by it."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from lm import command_line, terminal
 from lm.data.record import DataError
 from tests.test_structure import ROOT, dotted, parse, python_files
 
+IN_ROOT = os.environ | {"PYTHONPATH": str(ROOT)}
 CONTROLS = "\x1b\x07\x9b\r\x7f\u202e\u2066\u200f\0"
 
 
@@ -47,6 +49,18 @@ def test_an_error_of_a_run_does_not_reach_the_terminal_as_commands(tmp_path):
     assert done.returncode == 1
     assert f"error: data path '{tmp_path}/\\x1b]0;title\\x07\\u202e.txt': no such file" in done.stderr
     assert not set(done.stdout + done.stderr) & set(CONTROLS)
+
+
+def test_the_traceback_of_an_unexpected_error_is_visible_too(tmp_path):
+    script = tmp_path / "tool.py"
+    script.write_text(
+        "from absl import app\nfrom lm import command_line\n\n\n"
+        "def main(argv):\n    raise KeyError('a', 'b') from ValueError('\x1b[2J')\n\n\n"
+        "app.run(main, flags_parser=command_line.parse)\n".replace("\x1b", "\\x1b")
+    )
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, env=IN_ROOT)
+    assert done.returncode == 1 and "ValueError: \\x1b[2J\n" in done.stderr and "KeyError: ('a', 'b')\n" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 # tools/launch.py does not import `lm`, so that it can start runs from a machine without it; it prints its own flags.

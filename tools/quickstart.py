@@ -72,7 +72,7 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
         say(f"> {sample['name']}\n  {sample['text'].strip()}")
     console.print(f"\n{seconds:,.0f} s in all. Each folder has summary.json, metrics.jsonl, report.html, checkpoints/:")
     for path in (pretrained, sft, scratch):
-        console.print(f"  {path}", soft_wrap=True)
+        say(f"  {path}")
 
 
 def draw(workdir: Path) -> Path:
