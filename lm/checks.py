@@ -16,6 +16,11 @@ def fit(cfg: Config) -> None:
       ConfigError: names the two keys, and the supported values.
     """
     task, name = task_of(cfg), cfg.task.name
+    if cfg.data.seq_len < task.least_len:
+        raise ConfigError(
+            f"'data.seq_len' is {cfg.data.seq_len}: rows of task.name={name} would hold no text; expected at least "
+            f"{task.least_len}"
+        )
     task.check(cfg)
     try:
         re.compile(cfg.adapter.targets)

@@ -14,13 +14,16 @@ import logging as std_logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from lm.config import older
+from lm.terminal import say, stop
 
 flags.disclaim_key_flags()  # --help lists a flag defined here under the command that asked for it
 
@@ -39,7 +42,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command starts again or resumes", file=sys.stderr)
+        say("stopped by Ctrl-C; the same command starts again or resumes", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -51,6 +54,7 @@ def parse(argv: list[str]) -> list[str]:
     """
     logging.set_verbosity(logging.WARNING)  # Orbax logs every detail of every save at INFO
     logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
+    sys.excepthook = _show_traceback
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # how ml_collections refuses a key that the config lacks
@@ -58,14 +62,19 @@ def parse(argv: list[str]) -> list[str]:
         for arg in argv:
             given = arg.removeprefix("--config.").partition("=")[0]
             if arg.startswith("--config.") and (now := older.successor(given)):
-                raise SystemExit(f"error: unknown config key in {arg}: set {now} instead") from None
+                stop(f"error: unknown config key in {arg}: set {now} instead")
         key = message.lstrip("'").split("'")[0]
         flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and key in arg), "")
-        raise SystemExit(f"error: unknown config key{flag}: {message}") from None
+        stop(f"error: unknown config key{flag}: {message}")
     except BrokenPipeError:  # the reader of --help has seen enough
         raise SystemExit(1) from None
     except OSError as error:  # the recipe's file does not exist: the last line of the message names it
-        raise SystemExit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}") from None
+        stop(f"error: --config: {str(error).strip().splitlines()[-1].strip()}")
+
+
+def _show_traceback(*error: Any) -> None:
+    """Prints the traceback of an unexpected error, whose message may hold text of data."""
+    say("".join(traceback.format_exception(*error)), file=sys.stderr, end="")
 
 
 def _is_no_traceback_of_orbax(record: std_logging.LogRecord) -> bool:
@@ -87,7 +96,7 @@ def arguments(argv: list[str], *names: str) -> list[str]:
     is_open = bool(names) and names[-1].endswith("...")
     if len(given) < len(names) or (len(given) > len(names) and not is_open):
         expected = " ".join(names) or "none: all options are --flag=value"
-        raise SystemExit(f"error: arguments: found {' '.join(given) or 'none'}, expected {expected}; see --help")
+        stop(f"error: arguments: found {' '.join(given) or 'none'}, expected {expected}; see --help")
     return given
 
 
@@ -99,14 +108,14 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("lm."):
             raise
-        raise SystemExit(f"error: {error}") from None
+        stop(f"error: {error}")
 
 
 def check_output(flag: str, path: str) -> None:
     """Ends the program if the file that a flag names cannot be written, before its content is computed."""
     folder = Path(path).parent
     if path and (Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
-        raise SystemExit(f"error: --{flag}={path}: expected a file in a folder that exists and is writable")
+        stop(f"error: --{flag}={path}: expected a file in a folder that exists and is writable")
 
 
 def use_huge_pages() -> None:

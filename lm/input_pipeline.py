@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import PurePath
 from typing import Any
@@ -92,7 +92,13 @@ def _stages(cfg: DataConfig) -> tuple[tuple[float, tuple[Fraction, ...]], ...]:
     return tuple(stages)
 
 
-def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Found | None = None) -> Data:
+def build(
+    cfg: Config,
+    tokenizer: Tokenizer | None,
+    *found: Found,
+    replayed: Found | None = None,
+    begun: Mapping[str, Any] | None = None,
+) -> Data:
     """Turns all splits of each source (and `replayed`, if `data.replay` is set) into examples and packs them into rows.
 
     Args:
@@ -100,6 +106,8 @@ def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Fou
       tokenizer: the run's tokenizer; None if the task reads no text.
       found: sources from `load`, in its order.
       replayed: training data of the run that `init_from` names.
+      begun: what a checkpoint of this run says of it (`Saved.info`), if the run has begun: its curriculum keeps its
+        length in examples, whatever the batch size is now.
 
     Raises:
       DataError: a split has nothing to train on or evaluate; the message gives the counts.
@@ -124,7 +132,7 @@ def build(cfg: Config, tokenizer: Tokenizer | None, *found: Found, replayed: Fou
         report |= {f"{REPLAY}_{half}": values for half, values in counts.items()}
         content.append([replayed.fingerprint, checksums])
     data = Data(made, _stages(cfg.data), "", report)
-    data = data._replace(easy_first=_easy_first(cfg, data))
+    data = data._replace(easy_first=_easy_first(cfg, data, begun))
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
     unread = schema.fields_that_change(cfg.task, "scores")
     options = {key: value for key, value in schema.to_dict(cfg.task).items() if key not in unread}
@@ -142,14 +150,18 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _easy_first(cfg: Config, data: Data) -> int:
+def _easy_first(cfg: Config, data: Data, begun: Mapping[str, Any] | None) -> int:
     """`Data.easy_first`: number of examples of the first source that the curriculum sorts by length."""
+    if begun and "easy_first" in begun["data"]:
+        return begun["data"]["easy_first"]
     if cfg.data.curriculum == NEVER:
         return 0
     if not any(name.endswith("segment_ids") for name in data.train.stored):
         raise ConfigError(f"'data.curriculum_*' sorts by length, but rows of task.name={cfg.task.name} have none")
-    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
-    examples_in_all = cfg.data.curriculum.to_steps(**size) * cfg.data.batch_size
+    # Checkpoints of older versions do not have the length, but the batch size that it was computed from.
+    batch_size = begun["config"]["data"]["batch_size"] if begun else cfg.data.batch_size
+    size = {"batch_size": batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
+    examples_in_all = cfg.data.curriculum.to_steps("data.curriculum", **size) * batch_size
     return sampler.counts(data.mixture(0), examples_in_all)[0]
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config.schema import ConfigError
+from lm.terminal import say
 
 BEAT_SECONDS = 3.0
 DEAD_SECONDS = 30.0  # a lease that has not changed for so long is dead
@@ -346,7 +347,7 @@ def _reason(error: OSError) -> str:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    say(message, file=sys.stderr)
 
 
 def _nothing() -> None:

@@ -9,6 +9,7 @@ from absl import flags
 
 from lm import command_line, lease, preemption
 from lm.parallel import xla_flags
+from lm.terminal import say, stop
 
 _CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. The same command again resumes the run in it.")
@@ -27,9 +28,9 @@ _EXIT_SECONDS = 20.0  # see `end_soon`
 def main(argv: list[str]) -> None:
     """Starts or resumes the run that the flags name; an expected error becomes one message and an exit status."""
     if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
+        stop(f"error: unexpected argument {argv[1]!r}; all options are --flag=value")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _PRINT.value):
-        sys.exit("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
+        stop("error: --config=configs/NAME.py and --workdir=DIR are needed; --help explains them")
     try:
         from lm import tasks, train  # import JAX
         from lm.parallel import mesh
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
         xla_flags.set_libtpu(cfg.model.embed_dim)
 
         if _PRINT.value:
-            print(train.describe(cfg, _WORKDIR.value or "."))
+            say(train.describe(cfg, _WORKDIR.value or "."))
             return
         if _DISTRIBUTED.value or _COORDINATOR.value:
             mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         if not (is_disk or type(error).__module__.startswith("lm.")):
             raise
         status = getattr(error, "exit_status", 1)
-        print(error if isinstance(error, preemption.Preempted) else f"error: {error}", file=sys.stderr, flush=True)
+        say(error if isinstance(error, preemption.Preempted) else f"error: {error}", file=sys.stderr)
         if isinstance(error, lease.Lost):
             os._exit(status)  # at once: no thread may go on writing, and no other process is waited for
         if _DISTRIBUTED.value or _COORDINATOR.value:

@@ -70,13 +70,13 @@ def make(
       ConfigError, ValueError: as `lm.optim.build`.
     """
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": epoch_examples}
-    total_steps = cfg.train.total.to_steps(**size)
+    total_steps = cfg.train.total.to_steps("train.total", **size)
     optimizer = optim.build(
         cfg.optim,
         abstract_params,
         total_steps=total_steps,
-        warmup_steps=cfg.optim.warmup.to_steps(**size),
-        decay_steps=cfg.optim.decay.to_steps(**size),
+        warmup_steps=cfg.optim.warmup.to_steps("optim.warmup", **size),
+        decay_steps=cfg.optim.decay.to_steps("optim.decay", **size),
         scales=mup.direction_scales(cfg.optim.name, logical_axes, mup.width_ratio(cfg.model)),
     )
     model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))

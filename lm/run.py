@@ -6,8 +6,7 @@ The only place where config becomes objects: which task, model, optimizer and me
 import contextlib
 import dataclasses
 import itertools
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,17 +151,18 @@ def predicts_tokens(cfg: Config) -> bool:
     return task.head(cfg) is None and len(shape) == 1
 
 
-def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None]) -> Run:
+def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None], begun: Mapping[str, Any] | None = None) -> Run:
     """Reads the data and makes the step functions; parameters are made or restored later, and nothing is written.
 
     Args:
       planned: from `plan`.
       mesh: the devices.
       note: called with messages for the console.
+      begun: what the newest checkpoint of this run says of it (`Saved.info`), if there is one.
 
     Raises:
-      ConfigError: the mesh divides neither batch nor model, no evaluation has `checkpoint.best_metric`, or the
-        processes of the run have read different data.
+      ConfigError: the mesh divides neither batch nor model, no evaluation has `checkpoint.best_metric`, a stage of the
+        mixture has no example, or the processes of the run have read different data.
       DataError: as `lm.input_pipeline.load` and `build`.
     """
     cfg, task = planned.cfg, task_of(planned.cfg)
@@ -177,8 +177,10 @@ def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None]) -> Run:
     if tokenizer:
         note(f"tokenizer of {tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")
     prompts = {prompt: sampling.encode_prompt(prompt, tokenizer, cfg) for prompt in cfg.generate.prompts if tokenizer}
-    data = input_pipeline.build(cfg, tokenizer, *found, replayed=replay.load(planned.replay, cfg, note))
+    data = input_pipeline.build(cfg, tokenizer, *found, replayed=replay.load(planned.replay, cfg, note), begun=begun)
     _check_same_data(data.fingerprint)
+    if data.easy_first:
+        note(f"curriculum: short rows first, in the first {data.easy_first:,} examples")
     for name, counts in data.report.items():
         note(f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items()))
 
@@ -191,6 +193,7 @@ def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None]) -> Run:
         anchored=planned.anchored,
         epoch_examples=data.epoch_examples,
     )
+    _check_stages(cfg, data, program.total_steps * cfg.data.batch_size)
     batch = program_lib.abstract_batch(cfg, mesh, program_lib.eval_batch_size(cfg))
     measured, _ = jax.eval_shape(program.eval_step, planned.abstract_params, batch)
     _check_best_metric(cfg, [*measured], task.score_names(cfg))
@@ -201,7 +204,10 @@ def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None]) -> Run:
         program=program,
         data=data,
         prompts=prompts,
-        every={"eval": cfg.eval.every.to_steps(**size), "checkpoint": cfg.checkpoint.every.to_steps(**size)},
+        every={
+            "eval": cfg.eval.every.to_steps("eval.every", **size),
+            "checkpoint": cfg.checkpoint.every.to_steps("checkpoint.every", **size),
+        },
     )
 
 
@@ -218,6 +224,17 @@ def _check_same_data(fingerprint: str) -> None:
             f"processes {different} have other data, or another tokenizer, than process 0: all must read the same "
             "files; check 'data.path' and 'tokenizer.path' on their hosts"
         )
+
+
+def _check_stages(cfg: Config, data: loader.Data, total_examples: int) -> None:
+    """Raises ConfigError if a stage of `data.mixture` is so short that no example of the run is in it."""
+    starts = data.mixture(total_examples).starts
+    for (share, _), start, end in zip(data.stages, starts, (*starts[1:], total_examples), strict=True):
+        if start >= end:
+            raise ConfigError(
+                f"'data.mixture': the stage that begins at {share} of the run has none of its {total_examples:,} "
+                "examples; move it, or train longer"
+            )
 
 
 def _check_best_metric(cfg: Config, measured: Sequence[str], scores: Sequence[str]) -> None:
@@ -312,7 +329,7 @@ def _tokenizer_path(saved: Sequence[checkpoint.Saved], path: Any) -> Any:
             if path.is_file() and path.read_bytes() == content:
                 return path
             found = "is damaged" if path.exists() else "is missing"
-            print(f"{path} {found}; it is read from {each.path}", file=sys.stderr, flush=True)
+            checkpoint.warn(f"{path} {found}; it is read from {each.path}")
             return each.path / path.name
     return path
 

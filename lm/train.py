@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import checkpoint, config, lease, program
+from lm import checkpoint, config, lease, program, terminal
 from lm import run as run_lib
 from lm.checkpoint import Checkpoints, Diverged, init_from, resume
 from lm.config import Config, schema
@@ -71,7 +71,7 @@ def start_or_resume(
     # Devices, data, and the step functions.
     saved = checkpoint.list_saved(workdir)
     is_primary = jax.process_index() == 0
-    say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
+    say: Say = terminal.say if is_primary else lambda _: None
     saved_step.check(workdir, [candidate.step for candidate in saved], say)
     summary_path = workdir / "summary.json"
     if is_primary:
@@ -79,12 +79,13 @@ def start_or_resume(
         if not summary_path.exists():  # a run that is over may be in an archive
             files.require_writable(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
+        resume.check_tokenizer(readable[-1], planned.tokenizer)
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     elif saved:
         raise checkpoint.none_readable(saved)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")
-    run = run_lib.prepare(planned, mesh, say)
+    run = run_lib.prepare(planned, mesh, say, readable[-1].info if readable else None)
 
     with jax.set_mesh(mesh):
         # The state: from this run's newest readable checkpoint, else from `init_from`, else from scratch.

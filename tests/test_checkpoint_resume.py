@@ -44,6 +44,21 @@ def test_other_data_and_another_seed_are_refused_unless_accepted(tmp_path):
     assert "--accept_changed_data" not in str(error.value)
 
 
+def test_another_curriculum_is_refused_and_no_flag_accepts_it(tmp_path):
+    old = Config(data=DataConfig(packing="pad", curriculum=Duration(steps=9)), train=TrainConfig(Duration(steps=90)))
+    for new in (
+        changed(old, "data", curriculum=Duration(steps=18)),
+        changed(old, "data", curriculum=Duration(epochs=1.0)),
+        changed(old, "data", curriculum=schema.NEVER, batch_size=4),
+    ):
+        for accept in (False, True):
+            says = r"(?s)data\.curriculum_steps: 9 -> .*\n.*of a run that has begun cannot change"
+            with pytest.raises(ConfigError, match=says) as error:
+                resume.refuse_changes(old, new, tmp_path, accept)
+            assert "--accept_changed_data" not in str(error.value)
+    resume.refuse_changes(old, changed(old, "data", batch_size=4), tmp_path)
+
+
 def test_what_a_task_says_of_its_data_counts_as_data_and_how_it_is_scored_may_change(tmp_path):
     old = Config(task=toys.task("tagging", labels=("O", "B-x")))
     said = []
@@ -57,6 +72,37 @@ def test_what_a_task_says_of_its_data_counts_as_data_and_how_it_is_scored_may_ch
     with pytest.raises(ConfigError, match=r"task\.mask_rate: 0\.15 -> 0\.3") as error:
         resume.refuse_changes(masked, changed(masked, "task", mask_rate=0.3), tmp_path, accept_data=True)
     assert "--accept_changed_data" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_batch_size_changed_under_a_curriculum_repeats_and_skips_no_draw(tmp_path, monkeypatch):
+    """Three starts with three batch sizes read the rows that one start reads: each example once, with its own row."""
+    texts = toys.write_texts(tmp_path / "texts", documents=30)
+    cfg = toys.recipe(texts, train__total_steps=12, data__packing="pad", data__curriculum_steps=6, eval__at_start=False)
+    drawn: list[tuple[int, bytes]] = []
+    train_batches = run_lib.train_batches
+
+    class Spy:
+        def __init__(self, *args):
+            self.batches = train_batches(*args)
+            self.ready, self.close = self.batches.ready, self.batches.close
+
+        def __next__(self):
+            batch = next(self.batches)
+            drawn.extend(zip(batch["example_index"].tolist(), map(bytes, batch["tokens"]), strict=True))
+            return batch
+
+    monkeypatch.setattr(run_lib, "train_batches", Spy)
+    train.train(dataclasses.replace(cfg, train=TrainConfig(Duration(steps=16))), tmp_path / "whole")
+    whole = drawn.copy()
+    drawn.clear()
+    monkeypatch.setattr(preemption.Interrupt, "requested", lambda _, done: done in (3, 8))
+    for batch_size in (16, 8):
+        with pytest.raises(Preempted):
+            train.train(changed(cfg, "data", batch_size=batch_size), tmp_path / "run")
+    train.train(changed(cfg, "data", batch_size=24), tmp_path / "run")
+    assert [index for index, _ in drawn] == list(range(3 * 16 + 5 * 8 + 4 * 24))
+    assert drawn == whole[: len(drawn)]
 
 
 @pytest.mark.slow

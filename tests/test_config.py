@@ -235,17 +235,31 @@ def test_a_task_of_an_older_version_is_refused_with_its_name_of_today():
     ids=str,
 )
 def test_to_steps_rounds_up(duration, steps):
-    assert duration.to_steps(batch_size=16, seq_len=256, epoch_examples=1000) == steps
+    assert duration.to_steps("train.total", batch_size=16, seq_len=256, epoch_examples=1000) == steps
 
 
 def test_to_steps_does_not_add_a_step_for_a_float_rounding_error():
     # 1.1 * 100 = 110.00000000000001 in floats
-    assert Duration(epochs=1.1).to_steps(batch_size=10, seq_len=1, epoch_examples=100) == 11
+    assert Duration(epochs=1.1).to_steps("x", batch_size=10, seq_len=1, epoch_examples=100) == 11
+
+
+@given(st.sampled_from(schema.UNITS), st.floats(0, 1, exclude_min=True), st.integers(1, 10**9), st.integers(1, 2**30))
+def test_a_duration_that_is_set_is_at_least_a_step_or_refused(unit, share, batch_size, epoch_examples):
+    duration = Duration(**{unit: share if unit == "epochs" else 1})
+    size = {"batch_size": batch_size, "seq_len": 2**20, "epoch_examples": epoch_examples}
+    try:
+        assert duration.to_steps("eval.every", **size) >= 1
+    except ConfigError as error:
+        assert str(error).startswith(f"'eval.every_epochs' is {share}: no example of the {epoch_examples:,} of an")
+        assert unit == "epochs" and share * epoch_examples < 1e-6
+    assert schema.NEVER.to_steps("eval.every", **size) == 0
+    with pytest.raises(ConfigError, match=r"'train.total_epochs' is 1e-09: no example of the 429 of an epoch, and so"):
+        Duration(epochs=1e-9).to_steps("train.total", **size | {"epoch_examples": 429})
 
 
 @given(st.sampled_from(["tokens", "examples"]), st.integers(1, 10**13), st.integers(1, 4096), st.integers(1, 8192))
 def test_to_steps_is_the_fewest_steps_that_reach_the_length(unit, length, batch_size, seq_len):
-    steps = Duration(**{unit: length}).to_steps(batch_size=batch_size, seq_len=seq_len, epoch_examples=1)
+    steps = Duration(**{unit: length}).to_steps("x", batch_size=batch_size, seq_len=seq_len, epoch_examples=1)
     per_step = batch_size * (seq_len if unit == "tokens" else 1)
     assert (steps - 1) * per_step < length <= steps * per_step
 

@@ -224,7 +224,10 @@ def test_an_incomplete_saved_data_set_is_an_error_before_it_is_read(tmp_path):
     for state, says in (
         ("{", "expected the JSON that save_to_disk writes"),
         ("[]", "found list; expected the object"),
+        ("[" * 100_000, "expected the JSON that save_to_disk writes"),
         ('{"_data_files": [3]}', "expected the list '_data_files'"),
+        ('{"_data_files": [{"filename": "../a.arrow"}]}', "file '../a.arrow'; expected the name of a file beside it"),
+        ('{"_data_files": [{"filename": "/etc/passwd"}]}', "file '/etc/passwd'; expected the name of a file beside it"),
         ('{"_data_files": []}', "names no file"),
         ('{"_data_files": [], "_indices_data_files": [3]}', "a selection of the rows .*flatten_indices"),
     ):

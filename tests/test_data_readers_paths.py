@@ -118,6 +118,28 @@ def test_a_fifo_a_socket_or_a_device_is_refused_by_name_and_never_opened(tmp_pat
             registry.load(DataConfig(path=str(given), format=name))
 
 
+@pytest.mark.parametrize(
+    "name", ["text", "jsonl", "parquet", "arrow", "array_record", "images", "interactions", "squad"]
+)
+def test_links_that_lead_in_a_circle_are_one_line_and_folders_are_not_entered_twice(tmp_path, name):
+    suffix = {"text": ".txt", "interactions": ".csv", "images": ".png", "squad": ".json"}.get(name, f".{name}")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / f"a{suffix}").symlink_to(f"b{suffix}")
+    (folder / f"b{suffix}").symlink_to(f"a{suffix}")
+    (tmp_path / "circle").symlink_to("circle")
+    for given in (folder, folder / f"a{suffix}", tmp_path / "circle", tmp_path / "circle" / "below"):
+        with pytest.raises(DataError, match=rf"{given}.*(no such file|symbolic links)"):
+            registry.load(DataConfig(path=str(given), format=name))
+
+
+def test_a_folder_that_holds_a_link_to_itself_is_read_once(tmp_path):
+    write(tmp_path / "data", *(f"{number}.txt" for number in range(9)))
+    (tmp_path / "data" / "itself").symlink_to(tmp_path / "data")
+    found = registry.load(DataConfig(path=str(tmp_path / "data"), format="text"))
+    assert "read 9 records of 9 files" in found.report and "not read: 1 folder (itself/)" in found.report
+
+
 def test_a_side_of_a_parallel_corpus_and_the_labels_of_images_may_be_no_fifo_either(tmp_path):
     write(tmp_path, "a.en", "a-images-idx3-ubyte")
     os.mkfifo(tmp_path / "a.de")

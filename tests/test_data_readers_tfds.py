@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from lm.config import DataConfig
 from lm.config.schema import ConfigError
 from lm.data.readers import registry
+from lm.data.readers import tfds as tfds_reader
 from lm.data.record import DataError
 from tests import small_sets
 from tests.test_data_readers_formats import FEATURES, NAMED, ROWS, contents, everything
@@ -91,9 +92,64 @@ def test_a_set_in_another_format_a_missing_and_a_foreign_shard_are_errors(imdb):
         match=r"in the format tfrecord; expected array_record. Move this folder away. TFDS .*:\n .*\n *python",
     ):
         registry.load(cfg)
-    info.write_text("{")
-    with pytest.raises(DataError, match=r"TFDS set 'imdb_reviews' in "):
-        registry.load(cfg)
+    for damaged in ("{", "[]", "[" * 100_000):
+        info.write_text(damaged)
+        with pytest.raises(DataError, match=rf"{info}: .*; expected the JSON that TFDS writes"):
+            registry.load(cfg)
+
+
+CODE = "raise SystemExit('CODE OF A DATA SET RAN')"
+TEXT = {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}}
+DICT = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+SEQUENCE = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+FOREIGN = {"pythonClassName": "payload.X", "featuresDict": {"features": {}}}
+
+
+def of_features(**features) -> dict:
+    return {"pythonClassName": DICT, "featuresDict": {"features": features}}
+
+
+LEGACY = {"type": DICT, "content": {"text": {"type": "payload.X", "content": {}}}}
+NAMING_CODE = {
+    "at the top": (FOREIGN, {}),
+    "by the proto's own field name": ({"python_class_name": "payload.X", "featuresDict": {"features": {}}}, {}),
+    "nested": (of_features(text=TEXT, a=FOREIGN), {}),
+    "in a list": (of_features(a={"pythonClassName": SEQUENCE, "sequence": {"feature": FOREIGN}}), {}),
+    "in the older form": (LEGACY, {}),
+    "in JSON in JSON": (of_features(a={"pythonClassName": DICT, "jsonFeature": {"json": json.dumps(LEGACY)}}), {}),
+    "in dataset_info.json": (of_features(text=TEXT), {"features": FOREIGN}),
+    "inside TFDS, but no feature": (of_features(a=TEXT | {"pythonClassName": "tensorflow_datasets.testing.X"}), {}),
+}
+
+
+@pytest.mark.parametrize("where", NAMING_CODE)
+def test_code_that_a_description_names_is_not_imported(where, tfds_dir, tmp_path, monkeypatch):
+    """For both ways in: the set's name, as `data.path` gives it, and a shard's folder, as workers get it."""
+    features, more = NAMING_CODE[where]
+    folder = small_sets.write_tfds(tfds_dir, "evil", {"text": tfds.features.Text()}, {"train": [{"text": "a"}]})
+    (folder / "features.json").write_text(json.dumps(features))
+    info = folder / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | more))
+    (tmp_path / "payload.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = rf"{folder}/\w+.json: names the Python class '(payload|tensorflow_datasets.testing).X'; expected one of"
+    with pytest.raises(DataError, match=named):
+        registry.load(DataConfig(format="tfds", path="evil"))
+    with pytest.raises(DataError, match=named):
+        list(tfds_reader.read(tfds_reader.Shard(str(folder), "evil-train.array_record-00000-of-00001", 0, 1, 1), {}))
+
+
+def test_the_classes_of_tfds_itself_are_allowed(tfds_dir):
+    tfds_dir.mkdir(exist_ok=True)
+    classes = [one for one in vars(tfds.features).values() if isinstance(one, type)]
+    names = {f"{one.__module__}.{one.__name__}" for one in classes if issubclass(one, tfds.features.FeatureConnector)}
+    assert {TEXT["pythonClassName"], DICT, SEQUENCE} < names
+    assert [name for name in names if not tfds_reader._OWN_CLASS.fullmatch(name)] == []
+    labels = tfds.features.ClassLabel(num_classes=2)
+    every = {"text": tfds.features.Text(), "many": tfds.features.Sequence({"class": labels})}
+    tfds.features.FeaturesDict(every).save_config(str(tfds_dir))
+    written = set(tfds_reader._class_names(json.loads((tfds_dir / "features.json").read_text())))
+    assert TEXT["pythonClassName"] in written and written < names
 
 
 def test_classes_in_lists_have_names_and_answers_are_objects(tfds_dir):

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -40,7 +43,8 @@ def prepare(folder, rows, sizes):
         for i, (a, b) in enumerate(itertools.pairwise(ends))
     ]
     about = {"length": rows["tokens"].shape[1], "shifted": "targets" in rows}
-    shards.write_index(folder, {"parts": {"train": entries, "valid": []}, "layout": about})
+    settings = {"packing": "best_fit"}
+    shards.write_index(folder, {"parts": {"train": entries, "valid": []}, "layout": about, "settings": settings})
     return entries
 
 
@@ -144,6 +148,105 @@ def test_an_incomplete_folder_is_refused_by_name(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(index)[:40])
     with pytest.raises(DataError, match=r"index\.json: damaged"):
         shards.open_folder(str(tmp_path))
+
+
+def test_a_shard_that_is_truncated_while_it_is_read_is_an_error_and_no_death(tmp_path):
+    """Reading the lost part of a mapped file ends a process by SIGBUS, hence the process of its own."""
+    prepare(tmp_path, pack(), [4, 4])
+    code = f"""
+import numpy as np
+from lm.data import shards
+from lm.data.record import DataError
+table = shards.open_folder({str(tmp_path)!r}).table("train")
+table.take(np.arange(8))
+open("{tmp_path}/train-1.npy", "r+b").truncate(0)
+table.take(np.arange(4))
+try:
+    table.take(np.arange(8))
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(
+        rf"{tmp_path}/train-1\.npy: truncated from [\d,]+ to 0 bytes while it .*; copy .*\n", done.stdout
+    )
+
+
+HOSTILE = {
+    "a parent's file": lambda index, entry: entry.update(name="../outside/train-0"),
+    "an absolute path": lambda index, entry: entry.update(name="/etc/passwd"),
+    "a hidden file": lambda index, entry: entry.update(name=".train-0"),
+    "a name with NUL": lambda index, entry: entry.update(name="train-0\0"),
+    "a name that is none": lambda index, entry: entry.update(name=["train-0"]),
+    "negative rows": lambda index, entry: entry.update(rows=-4),
+    "rows beyond int64": lambda index, entry: entry.update(rows=2**63),
+    "rows of 300 digits": lambda index, entry: entry.update(rows=10**300),
+    "tokens of 300 digits": lambda index, entry: entry.update(tokens=10**300),
+    "half a row": lambda index, entry: entry.update(rows=1.5),
+    "rows as text": lambda index, entry: entry.update(rows="4"),
+    "true for rows": lambda index, entry: entry.update(rows=True),
+    "more rows than bytes": lambda index, entry: entry.update(rows=10**6),
+    "no size": lambda index, entry: entry.pop("bytes_on_disk"),
+    "no sha256": lambda index, entry: entry.update(sha256=None),
+    "a count that a shard lacks": lambda index, entry: index["parts"]["train"][1].pop("documents"),
+    "a shard that is no object": lambda index, entry: index["parts"]["train"].insert(0, "train-0"),
+    "parts as a list": lambda index, entry: index.update(parts=[]),
+    "no valid part": lambda index, entry: index["parts"].pop("valid"),
+    "a length of 0": lambda index, entry: index["layout"].update(length=0),
+    "a negative length": lambda index, entry: index["layout"].update(length=-1),
+    "a length beyond memory": lambda index, entry: index["layout"].update(length=2**40),
+    "a length as text": lambda index, entry: index["layout"].update(length="48"),
+    "a layout of other keys": lambda index, entry: index["layout"].update(mask_documents=False),
+    "no layout": lambda index, entry: index.pop("layout"),
+    "no settings": lambda index, entry: index.pop("settings"),
+    "settings as text": lambda index, entry: index.update(settings="best_fit"),
+    "a tokenizer of a number": lambda index, entry: index.update(tokenizer_hash=7),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_index_made_to_harm_is_refused_by_name(tmp_path, kind):
+    """Its checksum is right: whoever writes an index can compute it."""
+    prepare(tmp_path, pack(), [4, 4])
+    prepare(tmp_path / "outside", pack(), [4, 4])
+    index = {key: x for key, x in json.loads((tmp_path / "index.json").read_text()).items() if key != "sha256"}
+    HOSTILE[kind](index, index["parts"]["train"][0])
+    shards.write_index(tmp_path, index)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/index\.json: damaged \(.*\); prepare the data anew$"):
+        shards.open_folder(str(tmp_path))
+
+
+def test_an_index_of_deep_json_a_link_out_of_the_folder_and_a_loop_of_links_are_refused(tmp_path):
+    folder = tmp_path / "data"
+    prepare(folder, pack(), [4, 4])
+    shard = folder / "train-1.npy"
+    shard.rename(tmp_path / "elsewhere.npy")
+    shard.symlink_to(tmp_path / "elsewhere.npy")
+    with pytest.raises(DataError, match=rf"{shard}: a link to {tmp_path}/elsewhere\.npy, outside of the folder"):
+        shards.open_folder(str(folder))
+    (tmp_path / "linked").symlink_to(folder)  # the folder itself may be a link
+    shard.unlink()
+    (tmp_path / "elsewhere.npy").rename(shard)
+    assert len(shards.open_folder(str(tmp_path / "linked")).table("train")) == 8
+    shard.unlink()
+    shard.symlink_to(shard)
+    with pytest.raises(DataError, match=rf"{shard}: is missing"):
+        shards.open_folder(str(folder))
+    for deep in ("[" * 100_000, '{"a":' * 100_000, '{"format": 2, "parts": ' + "[" * 900 + "]" * 900 + "}"):
+        (folder / "index.json").write_text(deep)
+        with pytest.raises(DataError, match=rf"{folder}/index\.json: damaged"):
+            shards.open_folder(str(folder))
+
+
+def test_a_row_whose_documents_are_longer_than_itself_is_damaged_whatever_its_checksum(tmp_path):
+    prepare(tmp_path, pack(), [4])
+    stored = np.load(tmp_path / "train-0.npy")
+    stored[2, 50] = 60_000  # the length of its first document
+    np.save(tmp_path / "train-0.npy", shards.stamp(stored, 48, "train-0"))
+    table = shards.open_folder(str(tmp_path)).table("train")
+    with pytest.raises(DataError, match=r"train-0\.npy: row 2 is damaged"):
+        table.take(np.arange(4))
 
 
 def test_fingerprint_depends_on_the_rows_and_not_on_the_path(tmp_path):

@@ -1,6 +1,7 @@
 """lm/data/tokenizer.py: nothing is lost, nothing is injected, and the same texts give the same model."""
 
 import io
+import random
 
 import pytest
 import sentencepiece
@@ -176,6 +177,48 @@ def trained_elsewhere(path, **options):
     )
     path.write_bytes(model.getvalue())
     return path
+
+
+def damaged(model, rng):
+    """A model with a few bits, bytes or ranges changed, added, lost or doubled."""
+    content, at, count = bytearray(model), rng.randrange(len(model)), rng.choice([1, 4, 16, 64])
+    match rng.randrange(7):
+        case 0 | 1:
+            for _ in range(count):
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        case 2:
+            content[at : at + count] = bytes(len(content[at : at + count]))
+        case 3:
+            del content[at:]
+        case 4:
+            content[at : at + count] = rng.randbytes(len(content[at : at + count]))
+        case 5:
+            content[at:at] = rng.randbytes(count)
+        case _:
+            del content[at : at + count]
+    return bytes(content)
+
+
+def test_damaged_models_are_refused_in_one_line_or_differ_by_their_hash_and_can_be_used(tmp_path):
+    path, model = tmp_path / "a.model", TOKENIZERS["prose"].model
+    # The last two ended in an UnicodeDecodeError and an IndexError.
+    seeds = [damaged(model, random.Random(seed)) for seed in range(60)]
+    bad_utf8 = model.replace(b"\x0a\x09<|user|>", b"\x0a\x09<|\xff\xfeer|>")
+    no_unknown = model.replace(b"\x0a\x05<unk>", b"\x0a\x05<uuu>").replace(b"<|system|>", b"<|zystem|>")
+    refused = 0
+    for content in (b"", b"\0", b"\n" * 99, model[:-1], bad_utf8, no_unknown, *seeds):
+        path.write_bytes(content)
+        try:
+            loaded = tokenizers.load(path)
+        except ConfigError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        assert (loaded.hash == TOKENIZERS["prose"].hash) == (content == model)
+        loaded.encode_with_offsets(PROSE[0])
+        loaded.may_generate([loaded.eos_id])
+        loaded.decode(range(loaded.vocab_size))
+    assert refused >= 50
 
 
 def test_unsuitable_models_are_refused(tmp_path):

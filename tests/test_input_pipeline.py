@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm import config, input_pipeline
+from lm.checkpoint import resume
 from lm.config import schema
 from lm.data import loader, tokenizer
 from lm.data.readers import registry
@@ -287,6 +288,38 @@ def test_a_curriculum_begins_with_short_rows_and_ends_in_epochs():
         registry.Split(marked("own", 40), marked("held", 5), "", ""),
     )
     assert other.fingerprint != data.fingerprint
+
+
+def curriculum_data(batch_size, begun=None, documents=40, replay=0.0, **data):
+    """Rows under a curriculum of 9 steps, as a run of this batch size has them, begun or not."""
+    length = data or {"curriculum": schema.Duration(steps=9)}
+    cfg = make_config(packing="pad", seq_len=48, batch_size=batch_size, replay=replay, **length)
+    own = registry.Split(marked("own", documents), marked("held", 5), "", "")
+    replayed = registry.Split(marked("other", 23), marked("other held", 5), "", "") if replay else None
+    return cfg, input_pipeline.build(cfg, TOK, own, replayed=replayed, begun=begun)
+
+
+@pytest.mark.parametrize("knows_its_length", [True, False], ids=["this version", "an older version"])
+@pytest.mark.parametrize("replay", [0.0, 0.3])
+def test_a_curriculum_keeps_its_examples_when_the_batch_size_changes(replay, knows_its_length):
+    """So each example of the stream has the row it would have had, and the data counts as the same."""
+    cfg, data = curriculum_data(BATCH, replay=replay)
+    info = {"config": schema.to_dict(cfg), "data": resume.data_info(data, 40, {})}
+    if not knows_its_length:
+        del info["data"]["easy_first"]
+    for batch_size in (BATCH // 2, BATCH, 3 * BATCH):
+        _, again = curriculum_data(batch_size, info, replay=replay)
+        assert (again.easy_first, again.fingerprint) == (data.easy_first, data.fingerprint)
+        assert_equal(take(20, data=again), take(20, data=data))
+    assert curriculum_data(3 * BATCH, replay=replay)[1].easy_first > 2 * data.easy_first
+
+
+def test_a_curriculum_does_not_begin_again_with_accepted_data():
+    """Its length in epochs is one of more examples now, but those that have been drawn stay what they were."""
+    cfg, data = curriculum_data(BATCH, curriculum=schema.Duration(epochs=1.0))
+    info = {"config": schema.to_dict(cfg), "data": resume.data_info(data, 40, {})}
+    _, more = curriculum_data(BATCH, info, documents=400, curriculum=schema.Duration(epochs=1.0))
+    assert more.easy_first == data.easy_first == 40 and more.fingerprint != data.fingerprint
 
 
 def test_replayed_rows_decide_the_fingerprint_and_are_counted():

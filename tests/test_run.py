@@ -56,6 +56,16 @@ def write_run(folder: Path, scores: dict[int, float], **changes):
     return cfg, states
 
 
+def test_a_stage_of_a_mixture_without_an_example_is_refused(tmp_path):
+    paths = [str(toys.write_texts(tmp_path / name, documents=20)) for name in ("web", "books")]
+    for share in (1e-9, 0.9999999):
+        mixture = ((0.0, paths[0], 1.0), (share, paths[1], 1.0))
+        cfg = toys.recipe(tmp_path, data__path="", data__mixture=mixture, train__total_steps=2)
+        where = "0.0" if share < 0.5 else "0.9999999"
+        with pytest.raises(ConfigError, match=rf"'data\.mixture': the stage that begins at {where} .* none of its 32 "):
+            run_lib.prepare(run_lib.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(data=-1), lambda _: None)
+
+
 def test_plan_touches_no_device_and_suggests_a_path_for_a_misspelt_rule(tmp_path):
     script = f"""
 import sys

@@ -36,7 +36,6 @@ def config(name: str = "masked_lm", seq_len: int = 32, extra_ids: int = 1, **opt
     [
         (config(extra_ids=0), "'tokenizer.extra_ids' is 0"),
         (config(mask_rate=0.0), "'task.mask_rate' is 0"),
-        (config("masked_lm_pairs", seq_len=4), "'data.seq_len'"),
     ],
 )
 def test_invalid_configs_are_refused_before_data_is_read(cfg, message):

@@ -133,7 +133,7 @@ def test_a_long_prompt_is_cut_at_the_left_equally_for_all_words():
     assert len({prompt for prompt, _ in cut}) == 1 and whole[0][0].endswith(cut[0][0])
     assert [word for _, word in cut] == [word for _, word in whole]
     assert max(int(ids.sum()) for ids in row["segment_ids"]) == 12
-    with pytest.raises(DataError, match=r"f:0: a word of .* is longer than data\.seq_len=1"):
+    with pytest.raises(DataError, match=r"f:0: the words of .* no room for the text in data\.seq_len=1"):
         make(record, make_config(TEMPLATES[:1], seq_len=1))
 
 

@@ -164,6 +164,10 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, change):
     (tmp_path / "items.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"{tmp_path}/items.json is"):
         recommendation.load(tmp_path / "items.json")
+    for content in ("[" * 100_000, '{"items": [["a", 1e999]], "size": 9}', '{"items": [], "size": 1e999}', "", "7"):
+        (tmp_path / "items.json").write_text(content)
+        with pytest.raises(ConfigError, match=f"{tmp_path}/items.json is not a vocabulary of items"):
+            recommendation.load(tmp_path / "items.json")
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40))

@@ -21,6 +21,7 @@ from lm import checkpoint, config, optim, preemption, train
 from lm.checkpoint import CheckpointError, resume
 from lm.config import schema
 from lm.config.schema import ConfigError
+from lm.data import tokenizer
 from lm.evaluation import evaluate
 from tests import toys
 
@@ -304,6 +305,12 @@ def test_a_changed_config_or_changed_data_is_refused_with_the_differences(texts,
     elsewhere = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(moved)))
     with pytest.raises(ConfigError, match=r"data.path"):
         train.train(elsewhere, tmp_path / "run")
+    other_words = tokenizer.train([f"words of another run, {n}\n" for n in range(90)], 300, 10_000)
+    other_words.save(tmp_path / "run" / "tokenizer.model")
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoints/2 was trained with tokenizer \w+, but the .* {tmp_path}/run"
+    ):
+        train.train(cfg, tmp_path / "run", accept_changed_data=True)
     for file in texts.glob("*.txt"):
         (tmp_path / "texts" / file.name).write_text(file.read_text())
     train.train(elsewhere, tmp_path / "second")
@@ -337,7 +344,6 @@ def test_bits_per_byte_counts_every_held_out_byte_once(texts, tmp_path):
     """An untrained model is nearly uniform: its bits per byte are about log2(vocabulary) x tokens / bytes of files."""
     cfg = toys.recipe(texts, train__total_steps=1, optim__learning_rate=1e-9, eval__batch_size=24)
     summary = train.train(cfg, tmp_path)
-    from lm.data import tokenizer
     from lm.data.readers import registry
 
     valid = [record["text"] for record in registry.load(cfg.data).valid]

@@ -13,7 +13,6 @@ weights and reads the same batches. The two alternate round by round, and nothin
 
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from absl import flags
 
 from lm import command_line
 from lm.parallel import xla_flags
+from lm.terminal import stop
 
 _CONFIG = command_line.define_recipe()
 _PEER = flags.DEFINE_enum(
@@ -46,7 +46,7 @@ _JSON = flags.DEFINE_string("json", "", "Write all figures to this file.")
 def main(argv: list[str]) -> None:
     """Measures what the flags ask for and prints the figures."""
     if len(argv) > 1 or [_CONFIG.value is not None, _INPUT.value, _CHECKPOINT.value].count(True) != 1:
-        sys.exit(
+        stop(
             "error: one of --config=configs/NAME.py, --input and --checkpoint, and all options are --flag=value; see "
             "--help"
         )
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     given = _MEGABYTES.value or (["500"] if _CHECKPOINT.value else ["100", "1000"])
     if not all(re.fullmatch(r"[1-9]\d*", size) for size in given) or (_CHECKPOINT.value and len(given) > 1):
         expected = "a whole number, such as 500" if _CHECKPOINT.value else "whole numbers, such as 100,1000"
-        sys.exit(f"error: --megabytes={','.join(given)}: expected {expected}")
+        stop(f"error: --megabytes={','.join(given)}: expected {expected}")
     megabytes = list(map(int, given))
     with command_line.one_line_errors(), tempfile.TemporaryDirectory() as folder:
         if _INPUT.value:

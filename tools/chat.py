@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from absl import flags
 
 from lm import command_line
+from lm.terminal import say, stop
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; DIR@best or DIR@STEP for another checkpoint.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Answer this and exit, instead of reading from the terminal.")
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> None:
     """Loads the run's newest checkpoint (or the one asked for) and answers until the input ends."""
     command_line.arguments(argv)
     if _WORKDIR.value is None:
-        sys.exit("error: --workdir=DIR is needed; --help explains it")
+        stop("error: --workdir=DIR is needed; --help explains it")
     with command_line.one_line_errors():
         talk(_WORKDIR.value)
 
@@ -39,7 +40,6 @@ def talk(workdir: str) -> None:
     from lm.config import schema
     from lm.decoding import sampling
     from lm.tasks import chat
-    from lm.tracking import tracker
 
     cfg, model, params, tokenizer = run_lib.load_model(workdir)
     given = (_TEMPERATURE, _TOP_K, _TOP_P, _MAX_NEW_TOKENS)
@@ -55,7 +55,7 @@ def talk(workdir: str) -> None:
     key = jax.random.key(_SEED.value)
     is_chat = tasks.task_of(cfg).prompt is chat.CHAT.prompt
     turns: list[chat.Turn] = []
-    print(f"{'chat' if is_chat else 'text continuation'} model, {workdir}; end with Ctrl-D", file=sys.stderr)
+    say(f"{'chat' if is_chat else 'text continuation'} model, {workdir}; end with Ctrl-D", file=sys.stderr)
     for number, line in enumerate([_PROMPT.value] if _PROMPT.value else typed_lines()):
         if is_chat:
             conversation = [*turns, chat.encode({"role": "user", "content": line}, tokenizer, "the question")]
@@ -64,10 +64,10 @@ def talk(workdir: str) -> None:
             except schema.ConfigError as error:
                 if _PROMPT.value:
                     raise
-                print(f"({error}; not asked)", file=sys.stderr)
+                say(f"({error}; not asked)", file=sys.stderr)
                 continue
             if left_out := len(conversation) - len(turns):
-                print(f"(the oldest {left_out} turns of the conversation no longer fit)", file=sys.stderr)
+                say(f"(the oldest {left_out} turns of the conversation no longer fit)", file=sys.stderr)
             ids = chat.prompt_ids(turns, tokenizer)
         else:
             ids = truncate(sampling.encode_prompt(line, tokenizer, cfg), room)
@@ -75,13 +75,13 @@ def talk(workdir: str) -> None:
         answer = tokenizer.decode(generated)
         if is_chat:
             turns.append(chat.encode({"role": "assistant", "content": answer}, tokenizer, "the answer"))
-        print(tracker.visible(answer), flush=True)
+        say(answer)
 
 
 def truncate(ids: list[int], room: int) -> list[int]:
     """The first id (BOS) and the last `room` - 1 ids, where there are more than `room`."""
     if len(ids) > room:
-        print(f"(only the last {room - 1} ids of the text fit)", file=sys.stderr)
+        say(f"(only the last {room - 1} ids of the text fit)", file=sys.stderr)
         return [ids[0], *ids[-(room - 1) :]]
     return ids
 

@@ -33,6 +33,7 @@ from unittest import mock
 from absl import app, flags
 
 from lm import command_line
+from lm.terminal import say, stop
 
 _RUN = flags.DEFINE_string("run", "", "The run to copy, with two steps or more; '' = a tiny one is made.")
 _DAMAGES = flags.DEFINE_integer("damages", 2000, "Number of random damages.", lower_bound=0)
@@ -279,12 +280,12 @@ def main(argv: list[str]) -> None:
         damages = random_damages(run, _DAMAGES.value, rng)
         damages += keys if _KEYS.value < 0 else rng.sample(keys, min(_KEYS.value, len(keys)))
         counts, failures = measure(run, damages, Path(scratch))
-    print(table(counts))
+    say(table(counts))
     for failure in failures[:10]:
-        print(failure)
+        say(failure)
     if failures:
-        sys.exit(f"error: {len(failures)} of {len(damages):,} damages were not dealt with")
-    print(f"{len(damages):,} damages, none of them lost a healthy step or gave a wrong value")
+        stop(f"error: {len(failures)} of {len(damages):,} damages were not dealt with")
+    say(f"{len(damages):,} damages, none of them lost a healthy step or gave a wrong value")
 
 
 def measure(
@@ -315,7 +316,7 @@ def measure(
             shutil.rmtree(folder)
             if (now := time.monotonic()) - told > _SECONDS_BETWEEN_LINES or number == len(damages):
                 left = datetime.timedelta(seconds=round((now - began) / number * (len(damages) - number)))
-                print(f"{number:,} of {len(damages):,} damages, {len(failures)} wrong, ETA {left}", file=sys.stderr)
+                say(f"{number:,} of {len(damages):,} damages, {len(failures)} wrong, ETA {left}", file=sys.stderr)
                 told = now
     return counts, failures
 

@@ -7,7 +7,6 @@ import base64
 import html
 import io
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from lm import command_line, config
+from lm.terminal import say, stop
 
 _CONFIG = command_line.define_recipe()
 _ROWS = flags.DEFINE_integer("rows", 4, "Number of rows.", lower_bound=1)
@@ -76,7 +76,7 @@ class Row(NamedTuple):
 def main(argv: list[str]) -> None:
     """Prints the batch, and writes it as a web page if --html asks for one."""
     if len(argv) > 1 or _CONFIG.value is None:
-        sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
+        stop("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     from lm.tasks import build_config, task_of
 
     with command_line.one_line_errors():
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     print_rows(rows, report, legend)
     if _HTML.value:
         Path(_HTML.value).write_text(to_html(rows, report, legend), encoding="utf-8")
-        print(f"written to {_HTML.value}")
+        say(f"written to {_HTML.value}")
 
 
 def load(cfg: Any) -> tuple[Any, Any]:
@@ -125,7 +125,7 @@ def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict
         stream = itertools.islice(evaluation, example, None)
     found = list(itertools.islice(stream, rows))
     if not found:
-        sys.exit(f"error: --example={example}: an evaluation has only {len(data.valid)} examples; name a smaller index")
+        stop(f"error: --example={example}: an evaluation has only {len(data.valid)} examples; name a smaller index")
     return {key: np.concatenate([row[key] for row in found]) for key in found[0]}
 
 
@@ -328,7 +328,8 @@ def print_rows(rows: list[Row], report: str, legend: str = "") -> None:
         head.append("; roles: ")
         for role, colour in ROLE_COLOURS.items():
             head.append(f"{role or 'none'} ", colour)
-    console.print(Text(report), head, sep="\n")
+    say(report)
+    console.print(head)
     for row in rows:
         console.print(Text(f"\n{title(row)}", "bold underline"))
         for s, segment in enumerate(row.segments):

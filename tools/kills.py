@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from lm import command_line
+from lm.terminal import say, stop
 
 _COUNT = flags.DEFINE_integer("count", 100, "How many kills.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of when to kill.")
@@ -55,16 +56,14 @@ def main(argv: list[str]) -> None:
     """Kills runs as the flags say; prints the counts, or how a run differs and exits with status 1."""
     command_line.arguments(argv)
     if _FOLDER.value and Path(_FOLDER.value).exists() and any(Path(_FOLDER.value).iterdir()):
-        sys.exit(f"error: --folder={_FOLDER.value} is not empty: expected a new folder")
+        stop(f"error: --folder={_FOLDER.value} is not empty: expected a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(_FOLDER.value or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         done = kill_runs(folder, _COUNT.value, _SEED.value)
     inside = done.total() - done["any time"]
-    print(
-        f"{done.total()} kills, {inside} of them at a file operation of a write: all runs ended as the undisturbed one"
-    )
-    print(", ".join(f"{name} {number}" for name, number in sorted(done.items())))
+    say(f"{done.total()} kills, {inside} of them at a file operation of a write: all runs ended as the undisturbed one")
+    say(", ".join(f"{name} {number}" for name, number in sorted(done.items())))
 
 
 def kill_runs(folder: Path, count: int, seed: int) -> Counter[str]:
@@ -92,8 +91,8 @@ def kill_runs(folder: Path, count: int, seed: int) -> Counter[str]:
             if not is_done and kill:
                 kills[kill.kind or "any time"] += 1
         if differs := difference(outcome(folder / name), usual):
-            sys.exit(f"error: {folder / name} ended unlike an undisturbed run after {kills.total()} kills:\n{differs}")
-        print(f"{kills.total()} kills, {run} runs", flush=True)
+            stop(f"error: {folder / name} ended unlike an undisturbed run after {kills.total()} kills:\n{differs}")
+        say(f"{kills.total()} kills, {run} runs")
     return kills
 
 

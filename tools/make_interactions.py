@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from lm import command_line
+from lm.terminal import say
 
 _USERS = flags.DEFINE_integer("users", 2000, "Number of users.", lower_bound=1)
 _ITEMS = flags.DEFINE_integer("items", 500, "Number of items.", lower_bound=1)
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     (out,) = command_line.arguments(argv, "OUT.csv")
     rows = make(_USERS.value, _ITEMS.value, _SEED.value)
     write(Path(out), rows)
-    print(f"{len(rows):,} synthetic interactions of {_USERS.value:,} users written to {out}")
+    say(f"{len(rows):,} synthetic interactions of {_USERS.value:,} users written to {out}")
 
 
 if __name__ == "__main__":

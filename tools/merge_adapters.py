@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from lm import command_line
+from lm.terminal import say
 
 _BASE = flags.DEFINE_string("base", "", "attach: the base run, if it was moved.")
 
@@ -135,7 +136,7 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: 
         with checkpoint.Checkpoints(out, cfg.checkpoint, check_lease=check_lease) as saves:
             saves.save(saved.step, {"params": params}, about, saved.metrics, files)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    print(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
+    say(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
 
 
 if __name__ == "__main__":

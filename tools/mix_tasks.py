@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from lm import command_line
+from lm.terminal import say
 
 
 def mix(out: Path, names: list[str]) -> dict[str, int]:
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     out, *recipes = command_line.arguments(argv, "OUT", "RECIPE...")
     with command_line.one_line_errors():
         counts = mix(Path(out), recipes)
-    print(f"written to {out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    say(f"written to {out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from lm.parallel import xla_flags
 from lm.planner import collectives, hlo, train_compile
 from lm.planner import topology as topology_lib
 from lm.planner.topology import GIB
+from lm.terminal import say, stop, visible
 
 _CONFIG = command_line.define_recipe()
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Slice, such as v5e:4x4 or v5p:2x4x4; '' = TOPOLOGY of the recipe.")
@@ -61,7 +62,7 @@ to and from host memory; hidden = communication and copies that overlap with com
 def main(argv: list[str]) -> None:
     """Prints the plan of a step, or searches; exit status 3 where the step does not fit."""
     if len(argv) > 1 or _CONFIG.value is None:
-        sys.exit("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
+        stop("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
     with command_line.one_line_errors():
         check_flags()
         from lm.tasks import build_config  # imports JAX
@@ -82,8 +83,8 @@ def main(argv: list[str]) -> None:
     if "why" not in result:
         show(result)
     if not result["fits"]:
-        print(f"does not fit: {result.get('why') or exceeded(result)}")
-        print("less memory: model.remat=full, more train.micro_batches, a loss.chunk_len, a finer mesh; see --search")
+        say(f"does not fit: {result.get('why') or exceeded(result)}")
+        say("less memory: model.remat=full, more train.micro_batches, a loss.chunk_len, a finer mesh; see --search")
         sys.exit(3)
 
 
@@ -130,7 +131,7 @@ def progress_every_half_minute(task: str) -> Iterator[None]:
 
     def report() -> None:
         while True:
-            print(f"{task}, {time.monotonic() - began:,.0f} s ...", file=sys.stderr, flush=True)
+            say(f"{task}, {time.monotonic() - began:,.0f} s ...", file=sys.stderr)
             if ended.wait(30):
                 return
 
@@ -176,7 +177,7 @@ def without_missing_start(cfg: config.Config) -> config.Config:
             checkpoint.choose(cfg.init_from)
     except checkpoint.CheckpointError as missing:
         size = cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
-        print(f"{missing}; planned without it, for a vocabulary of tokenizer.vocab_size={size:,}", file=sys.stderr)
+        say(f"{missing}; planned without it, for a vocabulary of tokenizer.vocab_size={size:,}", file=sys.stderr)
         return dataclasses.replace(cfg, init_from="", data=dataclasses.replace(cfg.data, replay=0.0))
     return cfg
 
@@ -188,8 +189,8 @@ def planned(cfg: config.Config, topology: topology_lib.Topology, libtpu_flags: s
     if cache and cache.exists() and not _HLO.value:
         try:
             return json.loads(cache.read_text(encoding="utf-8")) | {"from_cache": True}
-        except ValueError:
-            print(f"{cache} is damaged: compiling again", file=sys.stderr)
+        except (ValueError, TypeError, RecursionError):
+            say(f"{cache} is damaged: compiling again", file=sys.stderr)
     try:
         compiled = train_compile.compile_step(lowered)
         write(_HLO.value, compiled.text)
@@ -299,6 +300,7 @@ def show(result: dict[str, Any]) -> None:
     """Prints the figures as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     title = f"a step of {result['step']} on {result['slices']} x {result['topology']}: {result['chips']} chips"
     table = Table(show_header=False, title=title, caption=LEGEND)
@@ -337,7 +339,7 @@ def show(result: dict[str, Any]) -> None:
         dollars = f", ${result['estimated_dollars']:,.0f}" if "estimated_dollars" in result else ""
         rows["estimated for the tokens"] = f"{result['estimated_hours']:,.1f} h{dollars}"
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(visible(value)))
     Console(width=140).print(table)
 
 

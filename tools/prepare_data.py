@@ -19,6 +19,7 @@ from absl import flags
 
 from lm import command_line
 from lm.corpus import filters, pipeline, workers
+from lm.terminal import say, stop
 
 _CONFIG = command_line.define_recipe()
 _OUT = flags.DEFINE_string("out", "", "Folder to write to. The same command resumes a job that was stopped.")
@@ -47,14 +48,14 @@ _SHARD = flags.DEFINE_float("shard_megabytes", 16.0, "Megabytes of text in a sha
 def main(argv: list[str]) -> None:
     """Prepares the data, with a progress bar for each stage, and prints what was kept."""
     if len(argv) > 1 or _CONFIG.value is None or not _OUT.value:
-        sys.exit("error: --config=configs/NAME.py and --out=FOLDER are needed, as --flag=value; --help explains them")
+        stop("error: --config=configs/NAME.py and --out=FOLDER are needed, as --flag=value; --help explains them")
     try:
         with command_line.one_line_errors():
             index, seconds = prepare()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command resumes it")
+        stop("stopped; the same command resumes it")
     show(index, seconds)
-    print(f"written to {_OUT.value}" if seconds else f"{_OUT.value} was prepared already")
+    say(f"written to {_OUT.value}" if seconds else f"{_OUT.value} was prepared already")
 
 
 def prepare() -> tuple[dict[str, Any], dict[str, float]]:
@@ -71,7 +72,7 @@ def prepare() -> tuple[dict[str, Any], dict[str, float]]:
         shard_bytes=round(_SHARD.value * 2**20),
     )
     if planned.note:
-        print(planned.note, file=sys.stderr)
+        say(planned.note, file=sys.stderr)
     runner = workers.beam(_RUNNER.value, _OPTIONS.value) if _RUNNER.value else workers.processes(_WORKERS.value)
     with runner as run, bars() as (update, seconds):
         return pipeline.run(planned, run, update), seconds
@@ -115,7 +116,7 @@ def show(index: dict[str, Any], seconds: dict[str, float]) -> None:
     Console(width=120).print(table)
     for stage, spent in seconds.items():
         if spent:
-            print(f"{stage}: {spent:.1f} s of CPU, {statistics['bytes'] / 1e6 / spent:,.1f} MB/s of the text read")
+            say(f"{stage}: {spent:.1f} s of CPU, {statistics['bytes'] / 1e6 / spent:,.1f} MB/s of the text read")
 
 
 if __name__ == "__main__":

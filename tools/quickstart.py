@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from lm import command_line
+from lm.terminal import say, stop
 from lm.tracking import files
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the three runs.")
@@ -33,16 +34,16 @@ def main(argv: list[str]) -> None:
     run("quickstart_sft.py:scratch", scratch, f"--config.tokenizer.path={pretrained / 'tokenizer.model'}")
     with command_line.one_line_errors():
         show(pretrained, sft, scratch, time.time() - started)
-        print(f"  {draw(workdir)}")
+        say(f"  {draw(workdir)}")
 
 
 def run(recipe: str, workdir: Path, *overrides: str) -> None:
     """One run of `lm.main`; ends this program if the run fails."""
     command = [sys.executable, "-m", "lm.main", f"--config=configs/{recipe}", f"--workdir={workdir}", *overrides]
-    print("\n$", *command, flush=True)
+    say("\n$", *command)
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status:
-        sys.exit(f"error: {recipe} exited with status {status}; fix the error above and run the same command to resume")
+        stop(f"error: {recipe} exited with status {status}; fix the error above and run the same command to resume")
 
 
 def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
@@ -68,10 +69,10 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
     console.print(f"Fine-tuning from the checkpoint beats the same steps from scratch by {gain:.3f} nats a token.\n")
     last = [sample for sample in files.read_rows(sft / "samples.jsonl") if sample["step"] == tuned["steps"]]
     for sample in last:
-        console.print(f"> {sample['name']}\n  {sample['text'].strip()}", markup=False)
+        say(f"> {sample['name']}\n  {sample['text'].strip()}")
     console.print(f"\n{seconds:,.0f} s in all. Each folder has summary.json, metrics.jsonl, report.html, checkpoints/:")
     for path in (pretrained, sft, scratch):
-        console.print(f"  {path}", soft_wrap=True)
+        say(f"  {path}")
 
 
 def draw(workdir: Path) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 from absl import flags
 
 from lm import command_line
+from lm.terminal import say
 
 _ROWS = flags.DEFINE_integer("rows", 8, "Number of images.", lower_bound=1)
 
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> None:
     run, out = command_line.arguments(argv, "RUN", "OUT.png")
     with command_line.one_line_errors():
         draw(*reconstruct(run, _ROWS.value), out)
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def check(cfg: Any) -> None:

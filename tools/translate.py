@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from lm import command_line
+from lm.terminal import say, stop
 
 _PATH = flags.DEFINE_string("path", None, "Source and reference files, line by line: 'DIR/test.{en,de}.gz'.")
 _BEAMS = flags.DEFINE_integer("beams", 4, "Beam size; 1 = greedy.", lower_bound=1)
@@ -28,9 +29,9 @@ def main(argv: list[str]) -> None:
     """Loads a run's checkpoint (RUN, RUN@best or RUN@STEP) and translates the first side of --path."""
     (run,) = command_line.arguments(argv, "RUN")
     if _PATH.value is None:
-        sys.exit("error: --path='DIR/test.{en,de}.gz' is needed; --help explains it")
+        stop("error: --path='DIR/test.{en,de}.gz' is needed; --help explains it")
     if not math.isfinite(_ALPHA.value):
-        sys.exit(f"error: --alpha={_ALPHA.value}: expected a finite number")
+        stop(f"error: --alpha={_ALPHA.value}: expected a finite number")
     with command_line.one_line_errors():
         translate(run, _PATH.value)
 
@@ -79,13 +80,13 @@ def translate(run: str, path: str) -> None:
         )
         for i, ids in zip(rows, generated, strict=True):
             translations[i] = " ".join(tokenizer.decode(ids).split())
-        print(f"\r{start + len(rows)} of {len(pairs)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        say(f"{start + len(rows)} of {len(pairs)}", end="\r", file=sys.stderr)
+    say(file=sys.stderr)
     out = Path(_OUT.value) if _OUT.value else Path(run.partition("@")[0]) / "translations.txt"
     out.write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
     values = scores.translation(translations, references, bleu_tokenizer)
-    print(f"BLEU {values['bleu']:.2f}  chrF {values['chrf']:.2f}  {len(pairs)} lines, beams {_BEAMS.value}, {out}")
-    print(f"BLEU {signatures['bleu']}\nchrF {signatures['chrf']}")
+    say(f"BLEU {values['bleu']:.2f}  chrF {values['chrf']:.2f}  {len(pairs)} lines, beams {_BEAMS.value}, {out}")
+    say(f"BLEU {signatures['bleu']}\nchrF {signatures['chrf']}")
 
 
 if __name__ == "__main__":

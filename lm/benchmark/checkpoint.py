@@ -20,6 +20,7 @@ import numpy as np
 
 from lm import checkpoint
 from lm.config import CheckpointConfig, Config, schema
+from lm.terminal import say
 
 # Shares of the parameters, as in a model of 40 million: embedding, attention, MLP, norms.
 _SHAPES = {
@@ -171,7 +172,7 @@ def show(figures: dict[str, Any]) -> None:
         )
     table.add_row("ratio of a round", *(f"{figures['ratio'][name]:.2f}" for name in ("save", "load")), "", "", "")
     Console().print(table)
-    print(
+    say(
         f"{figures['megabytes']:,.0f} MB, medians of {figures['rounds']} rounds; copying the state to the host takes "
         f"{figures['copy_seconds']:.3f} s, a save blocks the loop for {figures['blocked_to_copy']:.2f} times that"
     )

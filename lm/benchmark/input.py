@@ -20,6 +20,7 @@ from lm.data import loader, packing, shards, tokenizer
 from lm.data.example import Rows
 from lm.data.readers import registry
 from lm.tasks.registry import TASKS
+from lm.terminal import say
 
 LENGTH, BATCH = 1024, 128
 WEIGHTS = {"web": 0.6, "books": 0.3, "code": 0.1}  # also the share of the bytes of each source
@@ -192,4 +193,4 @@ def show(figures: dict[str, Any]) -> None:
         )
     Console().print(table)
     wall, per_cpu = (figures[f"on_the_fly_tokens_per_{unit}second"] / 1e6 for unit in ("", "cpu_"))
-    print(f"on the fly, {figures['cores']} cores: {wall:.2f} M tokens/s, {per_cpu:.2f} M tokens/CPU s")
+    say(f"on the fly, {figures['cores']} cores: {wall:.2f} M tokens/s, {per_cpu:.2f} M tokens/CPU s")

@@ -43,7 +43,13 @@ def position(saved: Saved) -> Position:
 def data_info(data: Data, example: int, consumed: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What a checkpoint keeps of the data and of the position in it, for `position` and `check_data`."""
     sources = {name: int(used["examples"]) for name, used in consumed.items()}
-    return {"example": example, "sources": sources, "fingerprint": data.fingerprint, "about": data.about}
+    return {
+        "example": example,
+        "sources": sources,
+        "easy_first": data.easy_first,
+        "fingerprint": data.fingerprint,
+        "about": data.about,
+    }
 
 
 def refuse_changes(
@@ -53,14 +59,15 @@ def refuse_changes(
 
     Mesh and batch size may change: no example is lost or repeated. The batch size only where every length is given in
     steps, because schedules count steps. With `accept_data`, `data.*`, the task's keys about data, and the seed may
-    change too.
+    change too, but not the curriculum: another length would run it a second time, or skip rows.
     """
     by_batch = sorted(key for cfg in (old, new) for key in _lengths_by_batch(cfg))
     scoring, about_data = ([f"task.{name}" for name in schema.fields_that_change(new.task, what)] for what in _CHANGES)
     data = (*_DATA, *about_data)
     free = (*config.RESUMABLE, *scoring, *(() if by_batch else _ELASTIC), *(data if accept_data else ()))
     differs = config.diff(old, new)
-    changed = {key: values for key, values in differs.items() if not _is_among(key, free)}
+    is_fixed = {key: key.startswith("data.curriculum_") for key in differs}
+    changed = {key: values for key, values in differs.items() if is_fixed[key] or not _is_among(key, free)}
     if not changed:
         for key, (before, now) in differs.items():
             say(f"changed since the last start: {key} {before!r} -> {now!r}")
@@ -68,13 +75,28 @@ def refuse_changes(
     hints = []
     if by_batch and changed.keys() & {*_ELASTIC}:
         hints.append(f"the batch size may change only if all lengths are in steps, but '{by_batch[0]}' is set; ")
-    if all(_is_among(key, data) for key in changed):
+    if any(is_fixed.values()):
+        hints.append("the curriculum of a run that has begun cannot change, or rows would be repeated or skipped; ")
+    elif all(_is_among(key, data) for key in changed):
         hints.append("to continue with other data or another seed pass --accept_changed_data; otherwise ")
     lines = "\n".join(f"  {key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
     raise ConfigError(
         f"{workdir} holds a run with a different config:\n{lines}\n{''.join(hints)}"
         f"restore the old values, or start a new --workdir (--config.init_from={workdir} starts from its parameters)"
     )
+
+
+def check_tokenizer(saved: Saved, tokenizer: Any) -> None:
+    """Raises CheckpointError if the run's tokenizer is not the one that its checkpoint was trained with.
+
+    No flag accepts that: the same ids would stand for other text.
+    """
+    was, now = saved.info.get("tokenizer_hash", ""), tokenizer.hash if tokenizer else ""
+    if was and was != now:
+        raise CheckpointError(
+            f"{saved.path} was trained with tokenizer {was[:12]}, but the tokenizer in {saved.path.parent.parent} is "
+            f"{now[:12] or 'missing'}: it was changed or damaged since; put it back"
+        )
 
 
 def _is_among(key: str, names: Sequence[str]) -> bool:

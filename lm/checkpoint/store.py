@@ -36,6 +36,7 @@ from lm import files as files_lib
 from lm import lease
 from lm.config import CheckpointConfig
 from lm.evaluation.metrics import gain
+from lm.terminal import say
 
 FORMAT = 1
 _METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's JSON of a step; ours is its value of 'custom_metadata'
@@ -367,7 +368,7 @@ def _delete(step: Path) -> None:
         files_lib.sync(step.parent)
         shutil.rmtree(expired)
     except OSError as error:
-        print(f"{step} could not be deleted: {error}", file=sys.stderr, flush=True)
+        warn(f"{step} could not be deleted: {error}")
 
 
 def _root(workdir: epath.PathLike) -> epath.Path:
@@ -432,7 +433,7 @@ def _read_info(path: epath.Path) -> Saved | None:
 
 def warn(message: str) -> None:
     """Prints a message on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    say(message, file=sys.stderr)
 
 
 def choose(run: str, say: Callable[[str], None] = warn) -> Saved:

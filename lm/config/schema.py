@@ -30,12 +30,24 @@ class Duration:
     examples: int = 0
     epochs: float = 0.0
 
-    def to_steps(self, *, batch_size: int, seq_len: int, epoch_examples: int) -> int:
-        """Rounds up to whole steps. A token is one position of a batch, padding included; an example is one row."""
+    def to_steps(self, key: str, *, batch_size: int, seq_len: int, epoch_examples: int) -> int:
+        """Rounds up to whole steps. A token is one position of a batch, padding included; an example is one row.
+
+        Args:
+          key: of the config, for the message: 'train.total'.
+
+        Raises:
+          ConfigError: a part of an epoch that is no example.
+        """
         if self.steps:
             return self.steps
         # Rounded first: 1.1 epochs of 100 examples are 110.00000000000001 in floats, one step too many.
         examples = self.examples or round(self.epochs * epoch_examples, 6) or self.tokens / seq_len
+        if not examples and self != NEVER:
+            raise ConfigError(
+                f"'{key}_epochs' is {self.epochs}: no example of the {epoch_examples:,} of an epoch, and so no step; "
+                "expected 0, or a longer duration"
+            )
         return math.ceil(examples / batch_size)
 
 

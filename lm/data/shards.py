@@ -22,7 +22,9 @@ were swapped. The index has a checksum of its own.
 import functools
 import hashlib
 import json
+import mmap
 import os
+import re
 import sys
 import zlib
 from collections.abc import Mapping
@@ -34,10 +36,12 @@ from etils import epath
 
 from lm.data.example import Rows
 from lm.data.record import DataError
+from lm.terminal import say
 
 FORMAT = 2
 INDEX = "index.json"
 _OPEN_SHARDS = 256  # each holds a file descriptor
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # of a shard: a file in the folder, whatever the index says
 _HALVES = 2  # cells of a row that hold its checksum
 _ROW = np.uint32(0x9E3779B1)  # odd, so that the 2^32 first rows of a shard all start from different checksums
 
@@ -177,44 +181,60 @@ class Table(NamedTuple):
         """
         shard_B = np.searchsorted(self.starts, row_ids, side="right") - 1
         inside_B = row_ids - self.starts[shard_B]
-        rows_in = np.diff(self.starts).tolist()
-        opened = {shard: _opened(self.paths[shard], rows_in[shard]) for shard in np.unique(shard_B).tolist()}
-        rows = [opened[shard][at] for shard, at in zip(shard_B.tolist(), inside_B.tolist(), strict=True)]
-        if len({shard.shape[1] for shard in opened.values()}) > 1:  # shards of fewer pairs: add pairs of length 0
-            width = max(shard.shape[1] for shard in opened.values())
+        length, rows_in = self.layout.length, np.diff(self.starts).tolist()
+        of = {shard: _opened(self.paths[shard], rows_in[shard], length) for shard in np.unique(shard_B).tolist()}
+        for shard in of.values():
+            shard.check()
+        rows = [of[shard].cells[at] for shard, at in zip(shard_B.tolist(), inside_B.tolist(), strict=True)]
+        if len({shard.cells.shape[1] for shard in of.values()}) > 1:  # shards of fewer pairs: add pairs of length 0
+            width = max(shard.cells.shape[1] for shard in of.values())
             rows = [np.pad(row, (0, width - len(row))) for row in rows]
         cells = np.concatenate(rows).reshape(len(rows), -1)
-        length = self.layout.length
         written = cells[:, length].astype(np.uint32) | cells[:, length + 1].astype(np.uint32) << np.uint32(16)
         seed_B = self.seeds[shard_B] + inside_B.astype(np.uint32) * _ROW
-        for at in np.flatnonzero(written != checksums(cells, length, seed_B)).tolist():
+        too_long_B = cells[:, length + _HALVES :: 2].sum(axis=1, dtype=np.int64) > length  # of a shard made to harm
+        for at in np.flatnonzero(too_long_B | (written != checksums(cells, length, seed_B))).tolist():
             self._damaged(f"{self.paths[shard_B[at]]}: row {inside_B[at]}")
             cells[at] = 0
         return decode(cells, self.layout)
 
     def _damaged(self, where: str) -> None:
-        message = f"{where} is damaged: its checksum is not the one it was written with"
+        message = f"{where} is damaged: its checksum or its documents' lengths are wrong"
         if where not in self.damaged:
             if len(self.damaged) >= self.skip:
                 hint = "copy the shard again, or prepare it anew; data.max_bad_records=N leaves up to N such rows out"
                 raise DataError(f"{message} ({len(self.damaged)} were left out before it); {hint}")
             self.damaged.add(where)
-            print(f"warning: {message}; left out, {len(self.damaged)} of at most {self.skip}", file=sys.stderr)
+            say(f"warning: {message}; left out, {len(self.damaged)} of at most {self.skip}", file=sys.stderr)
+
+
+class _Shard(NamedTuple):
+    """A memory-mapped shard: its path, its rows as stored, [R, W], and the map of the whole file."""
+
+    path: str
+    cells: np.ndarray
+    map: mmap.mmap
+
+    def check(self) -> None:
+        """Raises DataError if the file has lost its end: reading rows that are gone would end the process by SIGBUS."""
+        if (size := self.map.size()) < (was := len(self.map)):
+            raise DataError(f"{self.path}: truncated from {was:,} to {size:,} bytes while it is read; copy it again")
 
 
 @functools.lru_cache(maxsize=_OPEN_SHARDS)
-def _opened(path: str, num_rows: int) -> np.ndarray:
-    """Memory map of a shard, whose header must agree with its size, so that damage cannot shift or hide rows."""
+def _opened(path: str, num_rows: int, length: int) -> _Shard:
+    """Maps a shard, whose header must agree with its size, so that damage cannot shift or hide rows."""
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
         is_whole = stored.ndim == 2 and len(stored) == num_rows and stored.dtype in (np.uint16, np.uint32)
         is_whole = is_whole and stored.offset + stored.nbytes == os.path.getsize(path)
+        is_whole = is_whole and stored.shape[1] >= length + _HALVES + 2 and (stored.shape[1] - length) % 2 == 0
     except Exception as error:  # numpy may raise anything on a damaged header
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}; copy it again") from error
     if not is_whole:
         found = f"{stored.dtype} {stored.shape}"
         raise DataError(f"{path}: its header is damaged: {found} where {num_rows:,} rows are expected; copy it again")
-    return np.asarray(stored)
+    return _Shard(path, np.asarray(stored), stored.base)
 
 
 def decode(cells: np.ndarray, layout: Layout) -> Rows:
@@ -264,7 +284,7 @@ def checksums(cells: np.ndarray, length: int, seed_B: np.ndarray) -> np.ndarray:
     The sum of cell times an odd number of its own, modulo 2^32: a change of a single cell is always detected.
     """
     odd_W = _odd(cells.shape[1], length)
-    return seed_B + np.einsum("bw,w->b", cells.astype(np.uint32), odd_W)
+    return seed_B + np.einsum("bw,w->b", cells, odd_W, dtype=np.uint32, casting="unsafe")
 
 
 def seeds(name: str, row_B: np.ndarray) -> np.ndarray:
@@ -325,13 +345,43 @@ def read_index(folder: epath.Path) -> dict[str, Any]:
     try:
         index = json.loads(file.read_text())
         version, written = index["format"], index.get("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if version != FORMAT:
+            raise DataError(f"{file}: format {version}, this code reads {FORMAT}; prepare the data anew")
+        if written != _sha256({key: value for key, value in index.items() if key != "sha256"}):
+            raise DataError(f"{file}: damaged: it is not what was written; copy it again, or prepare the data anew")
+        _check_index(index)
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: damaged ({type(error).__name__}: {error}); prepare the data anew") from None
-    if version != FORMAT:
-        raise DataError(f"{file}: format {version}, this code reads {FORMAT}; prepare the data anew")
-    if written != _sha256({key: value for key, value in index.items() if key != "sha256"}):
-        raise DataError(f"{file}: damaged: it is not what was written; copy it again, or prepare the data anew")
     return index
+
+
+def _check_index(index: Mapping[str, Any]) -> None:
+    """Raises ValueError, LookupError, TypeError or AttributeError for an index that `write_index` did not make.
+
+    Its checksum tells that it is what somebody wrote, not who that was.
+    """
+
+    def count(entry: Mapping[str, Any], name: str, least: int, most: int) -> int:
+        if type(entry[name]) is not int or not least <= entry[name] <= most:
+            raise ValueError(f"'{name}' is {str(entry[name])[:40]}, expected {least} to {most}")
+        return entry[name]
+
+    length = count(index["layout"], "length", 1, 2**31)
+    if index["layout"].keys() != {"length", "shifted"} or type(index["layout"]["shifted"]) is not bool:
+        raise ValueError(f"'layout' is {str(index['layout'])[:200]}, expected 'length' and 'shifted'")
+    if not isinstance(index["settings"]["packing"], str) or not isinstance(index.get("tokenizer_hash", ""), str):
+        raise TypeError("'packing' and 'tokenizer_hash' must be text")
+    for entries in (index["parts"]["train"], index["parts"]["valid"]):
+        for entry in entries:
+            if not _NAME.fullmatch(entry["name"]):
+                raise ValueError(f"a shard is named {entry['name'][:80]!r}, expected the name of a file in the folder")
+            bytes_on_disk = count(entry, "bytes_on_disk", 1, 2**62)
+            count(entry, "rows", 0, bytes_on_disk // (2 * (length + _HALVES + 2)))
+            for name in (name for name, value in entries[0].items() if isinstance(value, int)):
+                count(entry, name, 0, 2**62)
+            bytes.fromhex(entry["sha256"])
 
 
 def open_folder(path: str) -> Prepared:
@@ -351,5 +401,7 @@ def open_folder(path: str) -> Prepared:
         if size != entry["bytes_on_disk"]:
             found = "is missing" if size is None else f"has {size:,} bytes, expected {entry['bytes_on_disk']:,}"
             raise DataError(f"{file}: {found}; copy it again, or prepare the data anew")
+        if "://" not in path and os.path.dirname(os.path.realpath(file)) != os.path.realpath(folder):
+            raise DataError(f"{file}: a link to {os.path.realpath(file)}, outside of the folder; copy the file itself")
     decisive = {"layout": Layout(**index["layout"]), "rows": [[e["sha256"] for e in s] for s in parts.values()]}
     return Prepared(path, index, hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest())

@@ -273,10 +273,8 @@ def load(path: Any) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(f"'tokenizer.path': no file {path}; give a SentencePiece .model, or '' to train one")
     tokenizer = Tokenizer(path.read_bytes())
-    try:
-        sp = tokenizer._sp
-    except RuntimeError as error:
-        raise ConfigError(f"'tokenizer.path': {path} is not a SentencePiece model") from error
+    _check_readable(tokenizer, path)
+    sp = tokenizer._sp
     missing = [name for name, i in [("pad", sp.pad_id()), ("bos", sp.bos_id()), ("eos", sp.eos_id())] if i < 0]
     missing += [
         symbol
@@ -294,6 +292,24 @@ def load(path: Any) -> Tokenizer:
             "normalization and no dummy prefix, and keep white space"
         )
     return tokenizer
+
+
+def _check_readable(tokenizer: Tokenizer, path: Any) -> None:
+    """Raises ConfigError unless every piece can be read: SentencePiece looks at most of them only when they are used.
+
+    A damaged model that can be read is told from the right one by its hash, where that is known.
+    """
+    try:
+        _ = tokenizer.is_control_V, tokenizer._byte_sizes, tokenizer._inside
+        for token_id in (*range(tokenizer._sp.vocab_size()), *tokenizer.role_ids.values(), tokenizer.end_of_turn_id):
+            tokenizer.piece(token_id)
+        tokenizer.decode(tokenizer.encode(_PROBE))
+    except Exception as error:  # RuntimeError, IndexError, UnicodeDecodeError, protobuf's DecodeError
+        reason = str(error).partition("\n")[0][:200]
+        raise ConfigError(
+            f"'tokenizer.path': {path} is not a SentencePiece model, or is damaged ({type(error).__name__}: {reason}); "
+            "copy it again"
+        ) from error
 
 
 def _sample(texts: list[str], max_bytes: int) -> Iterator[str]:

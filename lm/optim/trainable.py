@@ -72,8 +72,11 @@ def resolve(cfg: OptimConfig, abstract_params: Params, total_steps: int) -> Sele
                     f"'optim.lr_rules' train the layers {learning} of '{path}', which has {len(values)}: only the "
                     f"first ones can be frozen; give layers {learning[0]} to {len(values) - 1} a multiplier above 0"
                 )
-    # Rounded because 0.07 * 100 is 7.000000000000001 in floats, one step too many after ceil.
-    start = {path: tuple(math.ceil(round(s * total_steps, 6)) for s in shares) for path, shares in share.items()}
+
+    def step_of(share: float) -> int:  # rounded because 0.07 * 100 is 7.000000000000001 in floats, a step too many
+        return max(math.ceil(round(share * total_steps, 6)), int(share > 0))
+
+    start = {path: tuple(map(step_of, shares)) for path, shares in share.items()}
     return Selection(trained, frozen_layers, multiplier, decayed, start)
 
 

@@ -3,6 +3,8 @@
 import os
 import sys
 
+from lm.terminal import say
+
 # Smallest weight, in MiB, for XLA's windowed einsum, which splits a matmul into pieces that overlap with their
 # communication. It pays on v5e, whose links are slow; pieces of smaller weights underuse the matrix unit
 # (docs/performance.md).
@@ -48,4 +50,4 @@ def set_libtpu(embed_dim: int) -> None:
         os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, map(str.strip, flags)))
     elif any(map(os.path.exists, TPU_DEVICES)):
         wanted = "set TPU_ACCELERATOR_TYPE to this TPU's type, such as v5litepod-16"
-        print(f"warning: the TPU compiler's flags for this model are not set; {wanted}", file=sys.stderr)
+        say(f"warning: the TPU compiler's flags for this model are not set; {wanted}", file=sys.stderr)

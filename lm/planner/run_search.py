@@ -16,6 +16,7 @@ from lm.planner import search as search_lib
 from lm.planner.candidates import Candidate
 from lm.planner.search import Result
 from lm.planner.topology import GIB, Topology
+from lm.terminal import say, visible
 
 
 class Options(NamedTuple):
@@ -61,7 +62,7 @@ def search(cfg: Config, topology: Topology, usual_flags: str, options: Options) 
     candidates = candidates_lib.search_space(cfg, topology, flag_sets, pinned)
     guesses = [candidates_lib.guess(cfg, model, topology, candidate) for candidate in candidates]
     may_fit = sum(guess.at_least <= topology.chip.hbm_bytes for guess in guesses)
-    print(f"{len(candidates):,} settings, of which {may_fit:,} may fit; compiling up to {options.compiles}", flush=True)
+    say(f"{len(candidates):,} settings, of which {may_fit:,} may fit; compiling up to {options.compiles}")
     durations: list[float] = []
 
     def measure(candidate: Candidate) -> Result:
@@ -73,7 +74,7 @@ def search(cfg: Config, topology: Topology, usual_flags: str, options: Options) 
     def progress(number: int, candidate: Candidate, result: Result) -> None:
         minutes = max(durations) / 60 * (options.compiles - number) / options.workers
         count = f"[{number}/{options.compiles}]"
-        print(f"{count} {format_result(result)}  {candidate}  (at most {minutes:,.0f} min left)", flush=True)
+        say(f"{count} {format_result(result)}  {candidate}  (at most {minutes:,.0f} min left)")
 
     results = search_lib.run(
         candidates,
@@ -87,7 +88,7 @@ def search(cfg: Config, topology: Topology, usual_flags: str, options: Options) 
     recipe = candidates_lib.index_of_config(cfg, candidates)
     if recipe is not None and recipe not in results:
         results[recipe] = measure(candidates[recipe])
-        print(f"the recipe's own setting: {format_result(results[recipe])}  {candidates[recipe]}", flush=True)
+        say(f"the recipe's own setting: {format_result(results[recipe])}  {candidates[recipe]}")
     frontier = search_lib.pareto_frontier(results)
     report(candidates, results, frontier, recipe)
     failed = [result for result in results.values() if result.failed]
@@ -96,7 +97,7 @@ def search(cfg: Config, topology: Topology, usual_flags: str, options: Options) 
             f"no setting fits, and {len(failed)} of {len(results)} could not be compiled; the first: {failed[0].note}"
         )
     if not frontier:
-        print(f"none of {len(results)} settings fits")
+        say(f"none of {len(results)} settings fits")
         return False
     fastest = candidates[frontier[0]]
     winner = Path(options.winner or options.cache / "winner.flags")
@@ -104,7 +105,7 @@ def search(cfg: Config, topology: Topology, usual_flags: str, options: Options) 
     arguments = [f"--config={options.recipe}", *(f"--config.{key}={value}" for key, value in options.overrides.items())]
     environment = "" if fastest.flags == usual_flags else f"LIBTPU_INIT_ARGS={shlex.quote(fastest.flags)} "
     command = shlex.join([*arguments, f"--flagfile={winner}"])
-    print(f"the fastest: {environment}python -m lm.main {command} --workdir=DIR")
+    say(f"the fastest: {environment}python -m lm.main {command} --workdir=DIR")
     if options.plot:
         plot(options.plot, results, frontier, topology)
     return True
@@ -142,13 +143,14 @@ def report(candidates: list[Candidate], results: dict[int, Result], frontier: li
     """Prints all results, fastest first, with a star at the Pareto frontier. `recipe`: index of its own setting."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="estimated step time and peak memory per chip; * = no other setting is faster and smaller")
     for name in ("", "result", "setting"):
         table.add_column(name)
     for index, result in sorted(results.items(), key=lambda item: item[1].ms or float("inf")):
         setting = f"{candidates[index]}{' (the recipe)' if index == recipe else ''}"
-        table.add_row("*" if index in frontier else "", format_result(result), setting)
+        table.add_row("*" if index in frontier else "", Text(visible(format_result(result))), setting)
     Console(width=140).print(table)
 
 

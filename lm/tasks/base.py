@@ -56,6 +56,8 @@ class Task(NamedTuple):
       loss_unit: unit of the loss, and of the nll if there is one.
       legend: one sentence that explains to a person looking at a row what the model learns from it.
       options: dataclass of the keys of `config.task`.
+      least_len: the fewest positions of a row, `data.seq_len`, that hold one token of text, or one item, and the marks
+        at the ends of a row; 0 = the task's rows are not sequences.
       check: config -> None; raises ConfigError if options or other keys contradict each other.
       wanted: config -> the form in which readers return labels and images.
       packing: supported values of `data.packing`.
@@ -97,6 +99,7 @@ class Task(NamedTuple):
     loss_unit: str
     legend: str = "A token is trained when the model learns to predict it from those before it."
     options: type = TaskConfig
+    least_len: int = 2
     check: Callable[[Config], None] = lambda cfg: None
     wanted: Callable[[Config], Wanted] = lambda cfg: Wanted(cfg.task.name)
     packing: tuple[str, ...] = ("pad",)

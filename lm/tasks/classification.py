@@ -37,6 +37,9 @@ class ClassificationOptions:
     r_drop: float = 0.0  # weight of the divergence between two dropout masks (R-Drop, Liang et al. 2021); 0 = off
 
 
+LEAST_LEN = 3  # [CLS] x [SEP]
+
+
 def encode_pair(
     first: str, second: str | None, tokenizer: Tokenizer, seq_len: int, counts: Counter[str]
 ) -> dict[str, np.ndarray]:
@@ -46,7 +49,12 @@ def encode_pair(
 
     Returns:
       tokens and type_ids, int32 [n], n at most seq_len; type_ids are 1 from the second sentence on.
+
+    Raises:
+      ConfigError: a row does not hold a token of each.
     """
+    if seq_len < (least := LEAST_LEN if second is None else LEAST_LEN + 2):
+        raise ConfigError(f"'data.seq_len' is {seq_len}; expected at least {least}, to hold text between its marks")
     a = tokenizer.encode(first)
     b = tokenizer.encode(second) if second is not None else []
     room = seq_len - (2 if second is None else 3)
@@ -161,6 +169,7 @@ CLASSIFICATION = Task(
     loss_unit="nats per example",
     legend="The model learns from each row as a whole.",
     options=ClassificationOptions,
+    least_len=LEAST_LEN,
     check=check_classes,
     wanted=lambda cfg: Wanted(cfg.task.name, "class", cfg.task.labels),
     lacks=lambda rows, cfg: one_label(rows, cfg.task.labels),
@@ -179,6 +188,7 @@ REGRESSION = Task(
     loss=regression_loss,
     loss_unit="squared error per example",
     legend="The model learns from each row as a whole.",
+    least_len=LEAST_LEN,
     wanted=lambda cfg: Wanted(cfg.task.name, "number"),
     lacks=lambda rows, cfg: one_label(rows),
     head=lambda cfg: Head("pooled", 1),

@@ -11,7 +11,6 @@ import numpy as np
 
 from lm import losses
 from lm.config import Config
-from lm.config.schema import ConfigError
 from lm.data import splits
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
@@ -271,13 +270,6 @@ def _columns(cfg: Config) -> Columns:
     return sequence_columns(("tokens",), cfg.data.seq_len)
 
 
-def _check(cfg: Config) -> None:
-    check_mask_token(cfg)
-    least = _PAIR_SPECIALS + 2
-    if cfg.task.name == "masked_lm_pairs" and cfg.data.seq_len < least:
-        raise ConfigError(f"'data.seq_len' ({cfg.data.seq_len}) must be at least {least} for task.name=masked_lm_pairs")
-
-
 MASKED_LM = Task(
     name="masked_lm",
     models=("encoder",),
@@ -290,7 +282,8 @@ MASKED_LM = Task(
     balances_experts=True,
     legend="A token is trained when the model learns to predict the original token, shown with it.",
     options=MaskedLmOptions,
-    check=_check,
+    least_len=3,
+    check=check_mask_token,
     packing=("pad", "best_fit", "concat"),
     transform=mask_tokens,
     batch_columns=shifted_columns,
@@ -303,6 +296,7 @@ MASKED_LM_PAIRS = MASKED_LM._replace(
     columns=_pair_columns,
     loss=masked_pair_loss,
     options=MaskedPairsOptions,
+    least_len=_PAIR_SPECIALS + 2,
     packing=("pad",),
     transform=masked_pairs,
     batch_columns=_pair_batch_columns,

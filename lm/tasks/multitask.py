@@ -18,7 +18,7 @@ from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
 from lm.tasks.base import TEXT_MODELS, Task, check_labels, field_texts, sequence_columns
-from lm.tasks.classification import class_score_names, encode_pair, number_score_names
+from lm.tasks.classification import LEAST_LEN, class_score_names, encode_pair, number_score_names
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 
@@ -198,6 +198,7 @@ MULTITASK = Task(
     loss_unit="nats or squared error per example",
     legend="The model learns from each row as a whole.",
     options=MultitaskOptions,
+    least_len=LEAST_LEN,
     check=_check,
     wanted=lambda cfg: Wanted(cfg.task.name, "mixed", cfg.task.labels),
     lacks=_lacks,

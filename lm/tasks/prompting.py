@@ -120,7 +120,7 @@ def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts
       One example of tokens, targets and loss_weights [C, L], with segment_ids and positions, and the label's index.
 
     Raises:
-      DataError: a label is unknown, a field is missing, or a word alone is longer than a row.
+      DataError: a label is unknown, a field is missing, or a row has no room for the text.
     """
     templates = cfg.task.templates
     number = zlib.crc32(repr([record.get(field) for field in ("text", "text_pair")]).encode()) % len(templates)
@@ -137,8 +137,12 @@ def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts
     columns = {name: np.zeros(shape, dtype) for name, (_, dtype) in _columns(cfg).items() if name != "labels"}
     words = [tokenizer.encode(space + word) for word in template.words]
     room = seq_len - max(map(len, words))  # the same for all words, so that they follow the same prompt
-    if room < 0:
-        raise DataError(f"{record['source']}: a word of {template.words} is longer than data.seq_len={seq_len}")
+    after_text = len(tokenizer.encode(template.before[-1][0].rstrip(" ")))
+    if room <= after_text:
+        raise DataError(
+            f"{record['source']}: the words of {template.words} and the template leave no room for the text in "
+            f"data.seq_len={seq_len}"
+        )
     if len(prompt_ids) > room:
         counts["prompt_cut"] += 1
     for c, word_ids in enumerate(words):

@@ -164,7 +164,7 @@ def load(path: Any) -> ItemVocabulary:
     try:
         content = json.loads(path.read_bytes())
         pairs, size = [(str(item), int(count)) for item, count in content["items"]], int(content["size"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ConfigError(f"'tokenizer.path': {path} is not a vocabulary of items ({error!r})") from None
     if pairs != sorted(dict(pairs).items(), key=lambda one: (-one[1], one[0])) or size < len(pairs) + _FIRST:
         raise ConfigError(f"'tokenizer.path': {path} is damaged: its items are not distinct, in order and within size")
@@ -310,6 +310,7 @@ NEXT_ITEM = Task(
     texts=_items,
     loss=item_loss,
     loss_unit="nats per item",
+    least_len=1,
     balances_experts=True,
     vocabulary=Vocabulary("items.json", train, load),
     lacks=_lacks,
@@ -325,6 +326,7 @@ MASKED_ITEM = NEXT_ITEM._replace(
     loss_unit="nats per hidden item",
     legend="A token is trained when the model learns to predict the original item, shown with it.",
     options=MaskedItemOptions,
+    least_len=2,
     check=check_mask_token,
     transform=mask_items,
     batch_columns=shifted_columns,

@@ -16,7 +16,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
 from lm.losses import contrastive as contrastive_losses
 from lm.tasks.base import TEXT_MODELS, Task, field_texts, views_as_rows
-from lm.tasks.classification import encode_pair
+from lm.tasks.classification import LEAST_LEN, encode_pair
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 
@@ -119,6 +119,7 @@ def _views(name: str, fields: tuple[str, ...]) -> Task:
         loss_unit="nats per example",
         legend="The model learns which views belong together.",
         options=ContrastiveOptions,
+        least_len=LEAST_LEN,
         check=check_contrast,
         lacks=lacks,
         head=projection_head,

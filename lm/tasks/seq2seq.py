@@ -217,6 +217,11 @@ def _check_span_corruption(cfg: Config) -> None:
         )
 
 
+def _check_translation(cfg: Config) -> None:
+    if cfg.data.target_len == 1:
+        raise ConfigError("'data.target_len' is 1: rows would hold no text; expected at least 2")
+
+
 TRANSLATION = Task(
     name="translation",
     models=("encoder_decoder",),
@@ -228,6 +233,7 @@ TRANSLATION = Task(
     loss_unit="nats per token",
     balances_experts=True,
     options=TranslationOptions,
+    check=_check_translation,
     overlong=("truncate", "drop"),
     loss_options=TOKEN_LOSS,
     has_perplexity=True,

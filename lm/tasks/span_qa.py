@@ -12,7 +12,6 @@ import numpy as np
 
 from lm import losses
 from lm.config import Config, schema
-from lm.config.schema import ConfigError
 from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
@@ -71,13 +70,8 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
 
     Counts: question_cut (to half of the room), context_cut (into windows), answer_in_no_window (the answer is longer
     than half a window and no window holds it: all are labelled unanswerable), without_answer (unanswerable questions).
-
-    Raises:
-      ConfigError: `data.seq_len` leaves no room.
     """
     seq_len = cfg.data.seq_len
-    if seq_len < 5:
-        raise ConfigError(f"'data.seq_len' ({seq_len}) must be at least 5 for [CLS] question [SEP] context [SEP]")
     question = tokenizer.encode(record["question"])
     if len(question) > (seq_len - 3) // 2:
         counts["question_cut"] += 1
@@ -245,6 +239,7 @@ SPAN_QA = Task(
     loss_unit="nats per window",
     legend="The model learns where the answer begins and ends; its tokens are marked.",
     options=SpanQaOptions,
+    least_len=5,
     lacks=_lacks,
     head=lambda cfg: Head("token", 2),
     scores=score,

@@ -199,6 +199,7 @@ TAGGING = Task(
     loss_unit="nats per word",
     legend="A token is trained when the model learns its tag, shown with it.",
     options=TaggingOptions,
+    least_len=3,
     check=check_labels,
     lacks=_lacks,
     head=lambda cfg: Head("token", len(cfg.task.labels)),

@@ -7,13 +7,13 @@ import contextlib
 import datetime
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lm.config import MonitorConfig
+from lm.terminal import visible
 from lm.tracking import files, saved_step
 from lm.tracking.files import RunFileError
 from lm.tracking.tensorboard import EventFile
@@ -22,9 +22,6 @@ BUCKETS = ("compile", "input", "step", "eval", "checkpoint")
 PLAIN_LINE_SECONDS = 10.0  # at least so long between two progress lines where the console is a file or a pipe
 
 _now = time.perf_counter
-
-# Control characters except line break and tab, marks that change the direction of text, surrogates.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Tracker:
@@ -279,11 +276,3 @@ class Tracker:
             jax.profiler.stop_trace()
             self.note(f"profile written to {self._workdir / 'profile'}; open it with TensorBoard or xprof")
         self._profiling = wanted
-
-
-def visible(text: str) -> str:
-    """`text` with every character escaped that would control the terminal, except line breaks and tabs.
-
-    Example: ESC [ 2 J, which clears the screen -> '\\x1b[2J'.
-    """
-    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)

@@ -223,7 +223,7 @@ def _function(call: Any, name: str) -> str:
         text = clean(arguments.strip(), f"'{name}.arguments'")
         try:
             json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRecord("malformed JSON", f"'{name}.arguments' is {_shown(text)}; expected JSON") from None
     elif isinstance(arguments, dict | str | None):
         text = _json(arguments or {}, f"'{name}.arguments'")

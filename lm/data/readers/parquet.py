@@ -62,7 +62,10 @@ def _saved_files(folder: epath.Path) -> list[epath.Path]:
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: a selection of the rows of its files; save it again after flatten_indices()")
     try:
-        found = [folder / entry["filename"] for entry in state["_data_files"]]
+        names = [entry["filename"] for entry in state["_data_files"]]
+        if outside := [name for name in names if PurePath(name).name != name]:
+            raise DataError(f"{folder / 'state.json'}: file {outside[0]!r}; expected the name of a file beside it")
+        found = [folder / name for name in names]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{folder / 'state.json'}: {error!r}; expected the list '_data_files' of save_to_disk"
@@ -77,7 +80,7 @@ def _saved_files(folder: epath.Path) -> list[epath.Path]:
 def _json(path: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path}: {error}; expected the JSON that save_to_disk writes") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: found {type(content).__name__}; expected the object that save_to_disk writes")
@@ -186,7 +189,7 @@ def _class_names(schema: Any) -> Names:
     """The class names that a Hugging Face data set keeps in the metadata of the schema."""
     try:
         return _names(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (LookupError, TypeError, ValueError):  # written by something else
+    except (LookupError, TypeError, ValueError, RecursionError):  # written by something else
         return None
 
 

@@ -78,7 +78,7 @@ def load() -> Corpus:
         return corpus._replace(report=f"{corpus.report}\nread from the cache {path}")
     except FileNotFoundError:
         pass
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
         notes.append(f"the cache {path} was damaged and is rebuilt: {type(error).__name__}: {error}")
     corpus, cacheable = build(stdlib)
     if cacheable:
@@ -247,7 +247,7 @@ def cache_path(stdlib: Path) -> Path:
 
 
 def _read_cache(path: Path) -> Corpus:
-    """Raises ValueError, KeyError, TypeError, OSError, EOFError or zlib.error on anything but a whole cache."""
+    """Raises ValueError, KeyError, TypeError, RecursionError, OSError, EOFError or zlib.error on any other file."""
     corpus = Corpus(**json.loads(gzip.decompress(path.read_bytes())))
     found = hashlib.sha256(json.dumps(corpus.parts, sort_keys=True).encode()).hexdigest()
     if found != corpus.sha256:

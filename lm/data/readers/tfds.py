@@ -1,10 +1,15 @@
 """Reads prepared data sets of TensorFlow Datasets by name, from their ArrayRecord files, without TensorFlow.
 
 They are looked up where TFDS stores them: in `TFDS_DATA_DIR`, by default ~/tensorflow_datasets.
+
+The description of a set names a Python class for each feature, and TFDS imports the module of a class that it does not
+know. So the names are checked before TFDS reads a description: loading a data set runs no code of the data set.
 """
 
 import functools
+import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +20,10 @@ from lm.data.readers import array_record, fields, text
 from lm.data.readers import images as image_files
 from lm.data.readers.fields import BadRecord, Names
 from lm.data.record import NOTHING, DataError, Fault, Record, Wanted
+
+# The feature classes of TFDS itself.
+_OWN_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[a-z_]+\.[A-Za-z]+")
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # the last one in descriptions of older versions
 
 
 class Shard(NamedTuple):
@@ -50,7 +59,8 @@ def find(name: str, eval_split: str) -> tuple[list[Shard], list[Shard]]:
 
 def _load(name: str) -> Any:
     """Loads the description of a data set from its files; neither its builder code nor a download is needed."""
-    from tensorflow_datasets.core import read_only_builder, registered
+    from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core.utils import error_utils
 
     data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     code = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()"
@@ -60,18 +70,56 @@ def _load(name: str) -> Any:
         f'    python -c "import tensorflow_datasets as tfds; {code}"'
     )
     try:
-        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except registered.DatasetNotFoundError:
-        found = f"not found in {data_dir} (TFDS_DATA_DIR names another folder)"
-        raise DataError(f"TFDS set '{name}': {found}. {how}") from None
+        with error_utils.record_error_context():  # `_find_builder_dir` needs it
+            folder = read_only_builder._find_builder_dir(name, data_dir=data_dir)
+        builder = folder and _from_folder(str(folder))
+    except DataError:
+        raise
     except Exception as error:  # TFDS raises all kinds of errors for malformed names and damaged descriptions
         raise DataError(f"TFDS set '{name}' in {data_dir}: {type(error).__name__}: {error}") from error
+    if builder is None:
+        found = f"not found in {data_dir} (TFDS_DATA_DIR names another folder)"
+        raise DataError(f"TFDS set '{name}': {found}. {how}")
     if builder.info.file_format.value != "array_record":
         raise DataError(
             f"{builder.data_dir}: TFDS set '{name}' is there in the format {builder.info.file_format.value}; expected "
             f"array_record. Move this folder away. {how}"
         )
     return builder
+
+
+def _from_folder(folder: str) -> Any:
+    """The description in a folder, whose class names are checked before TFDS imports them. Raises DataError."""
+    from tensorflow_datasets.core import read_only_builder
+
+    for name in ("features.json", "dataset_info.json"):
+        file = epath.Path(folder) / name
+        try:
+            content = json.loads(file.read_text())
+            if name == "dataset_info.json":  # its schema has types that are no classes
+                content = content.get("features")
+            classes = sorted(set(_class_names(content)))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise DataError(f"{file}: {type(error).__name__}: {error}; expected the JSON that TFDS writes") from None
+        if foreign := [found for found in classes if not _OWN_CLASS.fullmatch(found)]:
+            raise DataError(
+                f"{file}: names the Python class {foreign[0]!r}; expected one of tensorflow_datasets.core.features, as "
+                "no code of a data set is run"
+            )
+    return read_only_builder.builder_from_directory(folder)
+
+
+def _class_names(value: Any) -> Iterator[str]:
+    """The names of classes in a description, also in the JSON that it holds as strings, as TFDS parses it too."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return  # text
+    if isinstance(value, dict):
+        yield from (value[key] for key in _CLASS_KEYS if isinstance(value.get(key), str))
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _class_names(inner)
 
 
 def _shards(builder: Any, split: str) -> list[Shard]:
@@ -126,9 +174,7 @@ def read(shard: Shard, rename: Mapping[str, str], wanted: Wanted = NOTHING) -> I
 
 @functools.cache
 def _features(folder: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.builder_from_directory(folder).info.features
+    return _from_folder(folder).info.features
 
 
 def _images(features: Any) -> dict[str, Any]:
