@@ -15,9 +15,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import checkpoint, checks, input_pipeline, param_paths, replay
+from lm import checkpoint, checks, config, input_pipeline, param_paths, replay
 from lm import program as program_lib
-from lm.checkpoint import CheckpointError, init_from, resume
+from lm.checkpoint import hf, init_from, resume
 from lm.config import Config, DataConfig, MeshConfig, schema
 from lm.config.schema import ConfigError
 from lm.data import loader
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
       logical_axes: path -> logical axis names.
       selection: which parameters are trained, and how; the steps at which they start wait for the run's length.
       tokenizer: None where the run has yet to train one, or reads no text.
-      init: the checkpoint that `init_from` names, or None.
+      init: the checkpoint or the published model that `init_from` names, or None.
       origin_of: path -> array of that checkpoint, or None = initialised.
       unused: parameters of that checkpoint that this run does not read.
       anchored: path -> whether the state keeps its initial value, for the optimizer or the loss; None = neither asks.
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     logical_axes: dict[str, Any]
     selection: Selection
     tokenizer: Tokenizer | None
-    init: checkpoint.Saved | None
+    init: init_from.Source | None
     origin_of: dict[str, str | None]
     unused: list[str]
     anchored: dict[str, bool] | None
@@ -103,12 +103,8 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
     # Once a run has a checkpoint of its own it no longer needs the one it was initialised from.
     has_begun = workdir and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
-    init = None
-    if cfg.init_from and not has_begun:
-        try:
-            init = checkpoint.choose(cfg.init_from)
-        except CheckpointError as error:
-            raise CheckpointError(f"'init_from' is {cfg.init_from}: {error}") from None
+    init = init_from.choose(cfg.init_from, cfg.model) if cfg.init_from and not has_begun else None
+    cfg = _published_shape(cfg, workdir, init)
     checks.fit(cfg)
     overlong: Any = task_of(cfg).overlong[0] if cfg.data.overlong == "auto" else cfg.data.overlong
     data = dataclasses.replace(cfg.data, overlong=overlong)
@@ -135,6 +131,27 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         anchored=anchored,
         replay=replay.source(cfg, workdir, init),
     )
+
+
+def _published_shape(cfg: Config, workdir: Path | None, init: init_from.Source | None) -> Config:
+    """The config with the model's shape from the published model that `init_from` names; any other as it is.
+
+    Raises:
+      ConfigError: the config sets another shape, or one of its keys contradicts this one.
+    """
+    if not cfg.init_from.startswith(hf.PREFIX):
+        return cfg
+    if isinstance(init, hf.Published):
+        model = init.model
+    else:  # the run has begun, and its own checkpoints have the shape
+        assert workdir is not None
+        readable = [saved for saved in checkpoint.list_saved(workdir) if "unreadable" not in saved.info]
+        if not readable:
+            return cfg
+        model = hf.adopt(cfg.model, build_saved_config(readable[-1].info["config"]).model, workdir)
+    cfg = dataclasses.replace(cfg, model=model)
+    config.check(cfg)
+    return cfg
 
 
 def predicts_tokens(cfg: Config) -> bool:
@@ -251,7 +268,7 @@ def tokenizer_for(
     return dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
 
 
-def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | None) -> Tokenizer | None:
+def _find_tokenizer(cfg: Config, workdir: Path | None, init: init_from.Source | None) -> Tokenizer | None:
     """The run's own tokenizer, else `tokenizer.path`, else that of `init_from`; refuses two that differ.
 
     Args:
@@ -276,13 +293,15 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
         ]
         if missing := [path for path in candidates if not path.exists()]:
             raise ConfigError(f"no {missing[0]}: the prepared data cannot be read without its tokenizer; put it back")
-    if init:
+    if isinstance(init, checkpoint.Saved):
         candidates.append(init.path.parent.parent / vocabulary.file)
     found = {path: vocabulary.load(path) for path in candidates if path.exists()}
+    if isinstance(init, hf.Published) and not found:  # the place for the tokenizer of the folder itself
+        raise ConfigError(f"'init_from' is {cfg.init_from}, whose tokenizer is not read: set 'tokenizer.path'")
     if (init or workdir) and not found:
         raise ConfigError(f"no {candidates[-1]}: the checkpoint cannot be used without its tokenizer; put it back")
     hashes = {str(path): each.hash for path, each in found.items()}
-    if init:
+    if isinstance(init, checkpoint.Saved):
         hashes[str(init.path)] = init.info.get("tokenizer_hash", "")
     if len(set(hashes.values())) > 1:
         listed = "\n".join(f"  {sha[:12]}  {path}" for path, sha in hashes.items())
@@ -434,8 +453,9 @@ def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
     Raises:
       ConfigError, CheckpointError: as `plan`; a damaged checkpoint.
     """
-    own = dataclasses.replace(cfg.tokenizer, path="")  # a copy of it lies in the run's folder
-    planned = plan(dataclasses.replace(cfg, tokenizer=own), None)
+    if not cfg.init_from.startswith(hf.PREFIX):  # a copy of it lies in the run's folder
+        cfg = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
+    planned = plan(cfg, None)
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     replicated = sharding.replicated(mesh)
     abstract = jax.tree.map(

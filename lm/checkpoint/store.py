@@ -45,6 +45,11 @@ class Saved:
     info: dict[str, Any]
     metrics: dict[str, float]
 
+    @property
+    def label(self) -> str:
+        """'RUN@STEP', without the folder that the run is in."""
+        return f"{self.path.parent.parent.name}@{self.step}"
+
 
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
     """Path -> fingerprint of the leaf, uint32 [], independent of its sharding.
