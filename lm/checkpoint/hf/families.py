@@ -90,39 +90,39 @@ class Family(NamedTuple):
     ignored: str = r"(?!)"
 
 
-def of_config(config: Json, path: Path) -> Family:
+def of_config(theirs: Json, path: Path) -> Family:
     """The family of a config.json. Raises CheckpointError for one that is not supported."""
-    name = config.get("model_type")
+    name = theirs.get("model_type")
     if name not in FAMILIES:
         raise CheckpointError(f"{path}: model_type {name!r} is not supported; there are {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
-def model_of(family: Family, config: Json, path: Path) -> ModelConfig:
+def model_of(family: Family, theirs: Json, path: Path) -> ModelConfig:
     """The `model` section of a config.json, resolved.
 
     Args:
       family: of `of_config`.
-      config: the contents of config.json.
+      theirs: the contents of config.json.
       path: its path, for messages.
 
     Raises:
       CheckpointError: a key is missing, of the wrong type, or has a value that the model code does not support.
     """
     for key, value in {**family.expected, "quantization_config": None}.items():
-        if (found := config.get(key, value)) != value:
+        if (found := theirs.get(key, value)) != value:
             raise CheckpointError(f"{path}: {key} is {found!r}; of this family {value!r} is supported")
     values = dict(family.fixed)
     for key, name in family.keys.items():
-        if key not in config and key not in family.defaults:
+        if key not in theirs and key not in family.defaults:
             raise CheckpointError(f"{path}: no {key}; expected it in a {family.model_type}")
-        value = config.get(key, family.defaults.get(key))
+        value = theirs.get(key, family.defaults.get(key))
         values[name] = value = family.defaults.get(key) if value is None else value
         if isinstance(value, int | float) and value < (1 if name in _SIZES else 0):
             raise CheckpointError(f"{path}: {key} is {value!r}; expected at least {int(name in _SIZES)}")
     try:
         model = schema.build_section(ModelConfig, values, "model.")
-        model = schema.build_section(ModelConfig, values | family.more(config, model), "model.")
+        model = schema.build_section(ModelConfig, values | family.more(theirs, model), "model.")
         check_model(model)
         return transformer.resolve(model, vocab_size=1, seq_len=model.max_len)
     except ConfigError as error:
@@ -197,10 +197,10 @@ def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
     return dataclasses.replace(there, **changes)
 
 
-def not_read(family: Family, config: Json) -> list[str]:
+def not_read(family: Family, theirs: Json) -> list[str]:
     """Keys of a config.json of which it is not known what they mean."""
     known = {*family.keys, *family.expected, *_READ, "quantization_config"}
-    return sorted(key for key in config if key not in known and not _HARMLESS.fullmatch(key))
+    return sorted(key for key in theirs if key not in known and not _HARMLESS.fullmatch(key))
 
 
 # Keys that `more` of some family reads.
@@ -217,10 +217,10 @@ _ROPE_ALSO = ("type", "rope_type", "rope_theta", "original_max_position_embeddin
 _MAGNITUDE = ("attention_factor", "mscale", "mscale_all_dim")
 
 
-def _rope_parameters(config: Json) -> Json:
+def _rope_parameters(theirs: Json) -> Json:
     """`rope_parameters`, or what older files have instead of it."""
-    old = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}
-    return dict(config.get("rope_parameters") or old)
+    old = {"rope_theta": theirs.get("rope_theta", 10_000.0), **(theirs.get("rope_scaling") or {})}
+    return dict(theirs.get("rope_parameters") or old)
 
 
 def _rope(given: Json, max_len: int) -> Json:
@@ -289,33 +289,33 @@ def _rope_back(theta: float, scaling: RopeScalingConfig) -> Json:
 # Windows -------------------------------------------------------------------------------------------------------------
 
 
-def _layer_types(config: Json, model: ModelConfig) -> list[str]:
+def _layer_types(theirs: Json, model: ModelConfig) -> list[str]:
     """Kind of attention of each layer."""
-    if given := config.get("layer_types"):
+    if given := theirs.get("layer_types"):
         if len(given) != model.num_layers or not set(given) <= {"full_attention", "sliding_attention"}:
             raise ConfigError(f"layer_types is {given}; expected {model.num_layers} of full_ or sliding_attention")
         return list(given)
-    if not config.get("sliding_window"):
+    if not theirs.get("sliding_window"):
         return ["full_attention"] * model.num_layers
-    if config.get("model_type") in ("qwen2", "qwen3"):
-        first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else model.num_layers
+    if theirs.get("model_type") in ("qwen2", "qwen3"):
+        first = theirs.get("max_window_layers", 28) if theirs.get("use_sliding_window") else model.num_layers
         return ["sliding_attention" if i >= first else "full_attention" for i in range(model.num_layers)]
-    every = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern", 6)}.get(config["model_type"], 0)
+    every = {"gemma2": 2, "gemma3_text": theirs.get("sliding_window_pattern", 6)}.get(theirs["model_type"], 0)
     is_full = [every > 0 and (i + 1) % every == 0 for i in range(model.num_layers)]
     return ["full_attention" if full else "sliding_attention" for full in is_full]
 
 
-def _window(config: Json, model: ModelConfig) -> Json:
+def _window(theirs: Json, model: ModelConfig) -> Json:
     """`sliding_window` and `global_every`.
 
     Raises:
       ConfigError: layers with and without a window do not alternate in a regular way.
     """
-    types = _layer_types(config, model)
+    types = _layer_types(theirs, model)
     full = [i + 1 for i, each in enumerate(types) if each == "full_attention"]
     if len(full) == len(types):
         return {}
-    window = config.get("sliding_window")
+    window = theirs.get("sliding_window")
     if not isinstance(window, int) or window < 1:
         raise ConfigError(f"sliding_window is {window!r}, but layers have a window; expected a number of positions")
     every = full[0] if full else len(types) + 1
@@ -364,8 +364,8 @@ def _llama_tensors(model: ModelConfig) -> list[Tensor]:
     return out
 
 
-def _llama_more(config: Json, model: ModelConfig) -> Json:
-    return _rope(_rope_parameters(config), model.max_len) | _window(config, model)
+def _llama_more(theirs: Json, model: ModelConfig) -> Json:
+    return _rope(_rope_parameters(theirs), model.max_len) | _window(theirs, model)
 
 
 def _llama_back(model: ModelConfig) -> Json:
@@ -446,8 +446,8 @@ _GEMMA_FIXED = {
 }
 
 
-def _gemma2_more(config: Json, model: ModelConfig) -> Json:
-    return _llama_more(config, model) | {"query_scale": float(config.get("query_pre_attn_scalar", 256)) ** -0.5}
+def _gemma2_more(theirs: Json, model: ModelConfig) -> Json:
+    return _llama_more(theirs, model) | {"query_scale": float(theirs.get("query_pre_attn_scalar", 256)) ** -0.5}
 
 
 def _gemma2_back(model: ModelConfig) -> Json:
@@ -463,20 +463,20 @@ def _scalar(model: ModelConfig) -> float:
     return whole if whole**-0.5 == scale else scale**-2
 
 
-def _gemma3_more(config: Json, model: ModelConfig) -> Json:
-    given = config.get("rope_parameters") or {}
-    scaling = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
-    local = given.get("sliding_attention", {"rope_theta": config.get("rope_local_base_freq", 10_000.0)})
+def _gemma3_more(theirs: Json, model: ModelConfig) -> Json:
+    given = theirs.get("rope_parameters") or {}
+    scaling = {"rope_theta": theirs.get("rope_theta", 1e6), **(theirs.get("rope_scaling") or {})}
+    local = given.get("sliding_attention", {"rope_theta": theirs.get("rope_local_base_freq", 10_000.0)})
     if (kind := local.get("rope_type", "default")) != "default":
         raise ConfigError(f"rope_type {kind!r} in layers with a window is not supported")
-    window = _window(config, model)
+    window = _window(theirs, model)
     if window and not window["global_every"]:
         window["global_every"] = model.num_layers + 1
     return {
         **_rope(given.get("full_attention", scaling), model.max_len),
         **window,
         "rope_local_theta": float(local.get("rope_theta", 10_000.0)) if window else 0.0,
-        "query_scale": float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "query_scale": float(theirs.get("query_pre_attn_scalar", 256)) ** -0.5,
     }
 
 
@@ -555,7 +555,7 @@ _GPT2 = Family(
         "add_cross_attention": False,
     },
     fixed={},
-    more=lambda config, model: {},
+    more=lambda theirs, model: {},
     more_back=lambda model: {"bos_token_id": None, "eos_token_id": None},
     tensors=_gpt2_tensors,
     ignored=r".*\.attn\.(bias|masked_bias)",
