@@ -23,7 +23,7 @@ def version() -> str:
     return match[1]
 
 
-HF = ["safetensors>=0.8"]  # published models
+HF = ["gguf>=0.19", "safetensors>=0.8"]  # published models
 PARQUET = ["pyarrow>=25.0,<26"]  # apache-beam needs < 26
 
 setup(

@@ -181,7 +181,7 @@ def test_wrong_tensors_are_refused_by_name(copy):
     rewrite(copy, lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"))
     hf.open_model(copy)
     rewrite(copy, lambda tensors: tensors.update({NORM: np.zeros(17, np.float32)}))
-    assert f"tensor '{NORM}' has shape [17]; config.json needs [16]" in refusal(copy)
+    assert f"tensor '{NORM}' has shape [17]; the sizes in config.json need [16]" in refusal(copy)
     rewrite(copy, lambda tensors: tensors.update({NORM: np.zeros(16, np.int32)}))
     with pytest.raises(CheckpointError, match=rf"tensor '{NORM}' is I32; expected F32, F16 or BF16"):
         params_of(copy)
@@ -216,7 +216,7 @@ def test_only_pickled_weights_are_refused_and_beside_safetensors_not_read(copy):
         ({"num_hidden_layers": "3"}, "'model.num_layers' must be int, got str"),
         ({"num_hidden_layers": -3}, "num_hidden_layers is -3; expected at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"hidden_size": 10**12}, "needs"),
+        ({"hidden_size": 10**12}, "need"),
         ({"num_key_value_heads": 3}, "must be a multiple of 'model.num_kv_heads'"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2, "beta": 1}}, "llama3 with beta"),

@@ -4,7 +4,7 @@
     python -m tools.hf export RUN OUT [--dtype=bfloat16]    OUT = config.json, generation_config.json, safetensors
     python -m tools.hf verify FOLDER [--text=FILE]          logits and hidden states here and in transformers
 
-RUN may be RUN@best or RUN@STEP. A run can also start from a published model directly: --config.init_from=hf:FOLDER.
+FOLDER may be a GGUF file, RUN may be RUN@best or RUN@STEP. A run can also start from a published model directly: --config.init_from=hf:FOLDER.
 `verify` needs torch and transformers: pip install -e '.[hf,peer]'.
 """
 
@@ -192,10 +192,16 @@ def load_both(folder: Path) -> Pair:
         import transformers
     except ImportError:
         sys.exit("error: verify needs torch and transformers: pip install -e '.[hf,peer]'")
+    where, more = place(published.path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        published.path, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+        where, dtype=torch.float32, attn_implementation="eager", **more
     )
     return Pair(theirs.eval(), model, params, model.vocab_size)
+
+
+def place(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder, and the options with which `transformers` reads a model from a path."""
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {"use_safetensors": True})
 
 
 def random_batches(vocab_size: int, positions: int) -> dict[str, tuple[Any, Any]]:
@@ -221,10 +227,13 @@ def _real_text(folder: Path, text: str, positions: int) -> list[list[int]]:
     import transformers
 
     content = Path(text).read_text(encoding="utf-8") if text else f"{argparse.__doc__}\n{json.__doc__}"
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    where, more = place(folder)
+    has_one = any((where / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    if not has_one and "gguf_file" not in more:
         print(f"no tokenizer in {folder}: only random ids are compared")
         return []
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    more.pop("use_safetensors", None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, **more)
     return [tokenizer(content)["input_ids"][:positions]]
 
 
@@ -273,24 +282,28 @@ def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
 
 
 def layer_errors(pair: Pair, tokens: Any, mask: Any) -> list[float]:
-    """Error of the hidden states after each layer, and the final norm, relative to the largest."""
-    import dataclasses
+    """Error of the hidden states after each layer, and the final norm, relative to the largest.
 
+    The layers after it are made to add nothing, by kernels of 0: all are then the same program.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from lm import param_paths
     from lm.models import layers, transformer
 
     batch, model, params = batch_of(tokens, mask), pair.model, pair.params
+    apply = jax.jit(transformer.text_model(model, jnp.float32).apply)
     theirs = _theirs(pair, batch).hidden_states
     norm = layers.Norm(model.norm, model.norm_eps, model.use_bias)
     real, errors = batch["segment_ids"] > 0, []
     for count in range(1, model.num_layers + 1):
-        first = {"layers": jax.tree.map(lambda leaf, n=count: leaf[:n], params["decoder"]["layers"])}
-        part = params | {"decoder": params["decoder"] | first}
-        fns = transformer.text_model(dataclasses.replace(model, num_layers=count), jnp.float32)
-        mine = np.asarray(jax.jit(fns.apply)(part, batch).hidden_BxLxD)[real]
+
+        def first(path: str, leaf: Any, count: int = count) -> Any:
+            return leaf.at[count:].set(0.0) if "/attention/out/" in path or "/mlp/down/" in path else leaf
+
+        mine = np.asarray(apply(param_paths.map_with_path(first, params), batch).hidden_BxLxD)[real]
         their = theirs[count].numpy()
         if count < model.num_layers:  # transformers normalises the last ones only
             their = np.asarray(norm.apply({"params": params["decoder"]["final_norm"]}, jnp.asarray(their)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import param_paths
-from lm.checkpoint.hf import families, files
+from lm.checkpoint.hf import families, files, gguf
 from lm.checkpoint.hf.families import Family, Tensor
 from lm.checkpoint.hf.files import Tensors
 from lm.checkpoint.store import CheckpointError, named_leaves
@@ -43,7 +43,7 @@ class Published:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The folder, or the GGUF file."""
         return self.tensors.path
 
     @property
@@ -73,15 +73,17 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
     """Opens a published model, and checks names and shapes of all its tensors.
 
     Args:
-      path: a folder.
+      path: a folder, or a GGUF file.
       model: the `model` of the run's config; None = as the folder has it.
 
     Raises:
       CheckpointError: the folder is no model of a supported family, or its files are damaged or do not fit config.json.
       ConfigError: the run's config asks for another model.
     """
-    tensors = files.open_folder(Path(path).expanduser())
-    where = tensors.path / files.CONFIG
+    path = Path(path).expanduser()
+    is_gguf = path.suffix == ".gguf"
+    tensors = gguf.open_file(path) if is_gguf else files.open_folder(path)
+    where = path if is_gguf else tensors.path / files.CONFIG
     family = families.of_config(tensors.config, where)
     there = families.model_of(family, tensors.config, where)
     try:
@@ -127,8 +129,8 @@ def _check(
             expected = entry.file_shape(shape)
             if tensors.shapes[name] != expected:
                 raise CheckpointError(
-                    f"{tensors.places[name]} has shape {list(tensors.shapes[name])}; {files.CONFIG} needs "
-                    f"{list(expected)}"
+                    f"{tensors.places[name]} has shape {list(tensors.shapes[name])}; the sizes in {files.CONFIG} "
+                    f"need {list(expected)}"
                 )
             used.add(name)
     if model.tie_embeddings:
