@@ -10,11 +10,11 @@ import pytest
 
 gguf = pytest.importorskip("gguf", reason="needs the extra hf: pip install -e '.[hf]'")
 
-from lm import param_paths
-from lm.checkpoint import CheckpointError, hf
-from lm.checkpoint.hf import gguf as gguf_files
-from lm.config import ModelConfig
-from lm.models import transformer
+from lm import param_paths  # noqa: E402
+from lm.checkpoint import CheckpointError, hf  # noqa: E402
+from lm.checkpoint.hf import gguf as gguf_files  # noqa: E402
+from lm.config import ModelConfig  # noqa: E402
+from lm.models import transformer  # noqa: E402
 
 CFG = transformer.resolve(
     ModelConfig(

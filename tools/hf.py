@@ -4,7 +4,8 @@
     python -m tools.hf export RUN OUT [--dtype=bfloat16]    OUT = config.json, generation_config.json, safetensors
     python -m tools.hf verify FOLDER [--text=FILE]          logits and hidden states here and in transformers
 
-FOLDER may be a GGUF file, RUN may be RUN@best or RUN@STEP. A run can also start from a published model directly: --config.init_from=hf:FOLDER.
+FOLDER may be a GGUF file, RUN may be RUN@best or RUN@STEP. A run can also start from a published model directly, with
+--config.init_from=hf:FOLDER.
 `verify` needs torch and transformers: pip install -e '.[hf,peer]'.
 """
 
