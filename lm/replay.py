@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lm import checkpoint, input_pipeline
-from lm.checkpoint import CheckpointError, Saved
+from lm.checkpoint import CheckpointError, init_from
 from lm.config import Config, DataConfig, older, schema
 from lm.config.schema import ConfigError
 from lm.data.readers.registry import Split
@@ -12,7 +12,7 @@ from lm.data.record import DataError
 from lm.tasks import TASKS, base, build_saved_config, task_of
 
 
-def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig | None:
+def source(cfg: Config, workdir: Path | None, init: init_from.Source | None) -> DataConfig | None:
     """The data to replay, as the earlier run's config describes it; None without `data.replay`.
 
     Args:
@@ -22,12 +22,14 @@ def source(cfg: Config, workdir: Path | None, init: Saved | None) -> DataConfig 
       init: the checkpoint of the earlier run; None if the new run has begun.
 
     Raises:
-      ConfigError: the earlier run was trained on a mixture.
+      ConfigError: the earlier run was trained on a mixture, or is a published model.
       CheckpointError: none of the new run's own checkpoints can be read.
     """
     if not cfg.data.replay:
         return None
     if init:
+        if "config" not in init.info:
+            raise ConfigError(f"'data.replay' draws from a run's data, but {cfg.init_from} is a published model")
         other = build_saved_config(init.info["config"]).data
         if other.mixture:
             raise ConfigError(

@@ -16,9 +16,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import checkpoint, checks, input_pipeline, param_paths, replay
+from lm import checkpoint, checks, config, input_pipeline, lease, param_paths, replay
 from lm import program as program_lib
-from lm.checkpoint import CheckpointError, init_from, resume
+from lm.checkpoint import CheckpointError, hf, init_from, resume
 from lm.config import Config, DataConfig, MeshConfig, schema
 from lm.config.schema import ConfigError
 from lm.data import loader
@@ -26,6 +26,7 @@ from lm.data.readers import registry
 from lm.data.tokenizer import Tokenizer
 from lm.decoding import sampling
 from lm.evaluation import flops, metrics
+from lm.files import write_atomic
 from lm.models import adapters, transformer
 from lm.optim import trainable
 from lm.optim.trainable import Selection
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
       logical_axes: path -> logical axis names.
       selection: which parameters are trained, and how; the steps at which they start wait for the run's length.
       tokenizer: None where the run has yet to train one, or reads no text.
-      init: the checkpoint that `init_from` names, or None.
+      init: the checkpoint or the published model that `init_from` names, or None.
       origin_of: path -> array of that checkpoint, or None = initialised.
       unused: parameters of that checkpoint that this run does not read.
       anchored: path -> whether the state keeps its initial value, for the optimizer or the loss; None = neither asks.
@@ -57,7 +58,7 @@ class Plan(NamedTuple):
     logical_axes: dict[str, Any]
     selection: Selection
     tokenizer: Tokenizer | None
-    init: checkpoint.Saved | None
+    init: init_from.Source | None
     origin_of: dict[str, str | None]
     unused: list[str]
     anchored: dict[str, bool] | None
@@ -104,12 +105,8 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         check_workdir(workdir)
     # Once a run has a checkpoint of its own it no longer needs the one it was initialised from.
     own = checkpoint.list_saved(workdir) if workdir else []
-    init = None
-    if cfg.init_from and not own:
-        try:
-            init = checkpoint.choose(cfg.init_from)
-        except CheckpointError as error:
-            raise CheckpointError(f"'init_from' is {cfg.init_from}: {error}") from None
+    init = init_from.choose(cfg.init_from, cfg.model) if cfg.init_from and not own else None
+    cfg = _published_shape(cfg, own, init)
     checks.fit(cfg)
     overlong: Any = task_of(cfg).overlong[0] if cfg.data.overlong == "auto" else cfg.data.overlong
     data = dataclasses.replace(cfg.data, overlong=overlong)
@@ -142,6 +139,32 @@ def check_workdir(workdir: Path) -> None:
     """Raises ConfigError for a run's folder that is a URL or a file."""
     if ":/" in str(workdir) or workdir.is_file():
         raise ConfigError(f"--workdir={workdir}: expected a folder, local or mounted (NFS, gcsfuse)")
+
+
+def _published_shape(cfg: Config, own: Sequence[checkpoint.Saved], init: init_from.Source | None) -> Config:
+    """The config with the model's shape from the published model that `init_from` names; any other as it is.
+
+    Args:
+      cfg: the run's config.
+      own: the run's own checkpoints; once it has some, they have the shape.
+      init: what `init_from` names; None where the run has begun.
+
+    Raises:
+      ConfigError: the config sets another shape, or one of its keys contradicts this one.
+    """
+    if not cfg.init_from.startswith(hf.PREFIX):
+        return cfg
+    if isinstance(init, hf.Published):
+        model = init.model
+    else:
+        readable = [saved for saved in own if "unreadable" not in saved.info]
+        if not readable:
+            return cfg
+        there = readable[-1]
+        model = hf.adopt(cfg.model, build_saved_config(there.info["config"]).model, there.path)
+    cfg = dataclasses.replace(cfg, model=model)
+    config.check(cfg)
+    return cfg
 
 
 def predicts_tokens(cfg: Config) -> bool:
@@ -271,7 +294,7 @@ def tokenizer_for(
     return dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
 
 
-def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | None) -> Tokenizer | None:
+def _find_tokenizer(cfg: Config, workdir: Path | None, init: init_from.Source | None) -> Tokenizer | None:
     """The run's own tokenizer, else `tokenizer.path`, else that of `init_from`; refuses two that differ.
 
     Args:
@@ -298,13 +321,15 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
         ]
         if missing := [path for path in candidates if not path.exists()]:
             raise ConfigError(f"no {missing[0]}: the prepared data cannot be read without its tokenizer; put it back")
-    if init:
+    if isinstance(init, checkpoint.Saved):
         candidates.append(_tokenizer_path([init], init.path.parent.parent / vocabulary.file))
     found = {path: vocabulary.load(path) for path in candidates if path.exists()}
+    if isinstance(init, hf.Published) and not found:  # the place for the tokenizer of the folder itself
+        raise ConfigError(f"'init_from' is {cfg.init_from}, whose tokenizer is not read: set 'tokenizer.path'")
     if (init or workdir) and not found:
         raise ConfigError(f"no {candidates[-1]}: the checkpoint cannot be used without its tokenizer; put it back")
     hashes = {str(path): each.hash for path, each in found.items()}
-    if init:
+    if isinstance(init, checkpoint.Saved):
         hashes[str(init.path)] = init.info.get("tokenizer_hash", "")
     if len(set(hashes.values())) > 1:
         listed = "\n".join(f"  {sha[:12]}  {path}" for path, sha in hashes.items())
@@ -484,8 +509,9 @@ def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
     Raises:
       ConfigError, CheckpointError: as `plan`; a damaged checkpoint.
     """
-    own = dataclasses.replace(cfg.tokenizer, path="")  # a copy of it lies in the run's folder
-    planned = plan(dataclasses.replace(cfg, tokenizer=own), None)
+    if not cfg.init_from.startswith(hf.PREFIX):  # a copy of it lies in the run's folder
+        cfg = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
+    planned = plan(cfg, None)
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     replicated = sharding.replicated(mesh)
     abstract = jax.tree.map(
@@ -494,3 +520,46 @@ def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
     model = program_lib.make_model(planned.cfg, program_lib.compute_dtype(cfg.model.dtype, mesh))
     params, _ = init_from.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
     return planned, model, params
+
+
+def check_new(out: Path) -> None:
+    """Raises ConfigError for a file, or a folder that holds more than a lease."""
+    if out.is_file() or any(not lease.is_lease(path.name) for path in out.glob("*")):
+        raise ConfigError(f"{out} exists already; name a new folder")
+
+
+def write_checkpoint(
+    out: Path,
+    cfg: Config,
+    params: Any,
+    tokenizer: Tokenizer | None,
+    step: int,
+    info: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+) -> int:
+    """Writes a new run folder with one checkpoint, of parameters alone.
+
+    Args:
+      out: the folder.
+      cfg: the config of the run.
+      params: its parameters.
+      tokenizer: its tokenizer, if it has one.
+      step: of the checkpoint.
+      info: what the checkpoint says beside the config: 'tokenizer_hash', 'data'.
+      metrics: of an evaluation of these parameters.
+
+    Returns:
+      The size of the parameters, in bytes.
+
+    Raises:
+      ConfigError: the folder holds something already.
+    """
+    files = {tokenizer_file(cfg): tokenizer.content} if tokenizer else {}
+    with lease.hold(out) as check_lease:
+        check_new(out)
+        for name, content in files.items():
+            write_atomic(out / name, content)
+        write_atomic(out / "config.json", config.to_json(cfg))
+        with checkpoint.Checkpoints(out, cfg.checkpoint, check_lease=check_lease) as saves:
+            saves.save(step, {"params": params}, {**info, "config": schema.to_dict(cfg)}, metrics, files)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -330,7 +330,8 @@ def restore(
         return state, resume.position(used), dict.fromkeys(trained, f"this run, step {used.step:,}")
     init, origin_of = run.plan.init, run.plan.origin_of
     if init:
-        there = build_saved_config(init.info["config"]).model
+        is_run = isinstance(init, checkpoint.Saved)
+        there = build_saved_config(init.info["config"]).model if is_run else run.cfg.model
         say(init_from.describe(origin_of, run.plan.unused, init, there, run.cfg.model))
     model, abstract_params = run.program.model, run.program.abstract_state.params
     params, origin = init_from.initialize(model, abstract_params, run.cfg.seed, init, origin_of, say)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lm import losses, param_paths
+from lm.config import RopeScalingConfig
 from lm.config.schema import ConfigError
-from lm.models import attention, layers, transformer
+from lm.models import attention, layers, rope, transformer
 from lm.parallel import sharding
 from tests import toys
 
@@ -143,9 +144,10 @@ def test_mask_worked_example():
 
 def test_rope_depends_on_differences_of_positions_only():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    frequency = rope.frequencies(10_000.0, 8, RopeScalingConfig())
 
     def score(query_at, key_at):
-        turned = [layers.rope(x, jnp.full((1, 1), p), 10_000.0) for x, p in ((query, query_at), (key, key_at))]
+        turned = [rope.rotate(x, jnp.full((1, 1), p), frequency) for x, p in ((query, query_at), (key, key_at))]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)

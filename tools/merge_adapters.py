@@ -23,26 +23,18 @@ _BASE = flags.DEFINE_string("base", "", "attach: the base run, if it was moved."
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
+    from lm import run as run_lib
     from lm.config.schema import ConfigError
 
     command, run, out = command_line.arguments(argv, "COMMAND", "RUN", "OUT")
     with command_line.one_line_errors():
         if command not in ("merge", "extract", "attach"):
             raise ConfigError(f"found command '{command}', expected merge, extract or attach")
-        check_new(Path(out))
+        run_lib.check_new(Path(out))
         if command == "attach":
             attach(run, Path(out), _BASE.value)
         else:
             {"merge": merge, "extract": extract}[command](run, Path(out))
-
-
-def check_new(out: Path) -> None:
-    """Raises ConfigError if there is a file or a folder that holds more than a lease."""
-    from lm import lease
-    from lm.config.schema import ConfigError
-
-    if out.is_file() or any(not lease.is_lease(path.name) for path in out.glob("*")):
-        raise ConfigError(f"{out} exists already; name a new folder")
 
 
 def merge(run: str, out: Path) -> None:
@@ -118,24 +110,12 @@ def attach(run: str, out: Path, base: str) -> None:
 
 def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: Any) -> None:
     """Writes a run folder with one checkpoint: step, position and metrics of `saved`, with other parameters."""
-    import jax
-
-    from lm import checkpoint, config, lease
     from lm import run as run_lib
-    from lm.config import schema
-    from lm.files import write_atomic
 
-    files = {run_lib.tokenizer_file(cfg): tokenizer.content} if tokenizer else {}
-    kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
-    about = kept | {"config": schema.to_dict(cfg)} | info
-    with lease.hold(out) as check_lease:
-        check_new(out)  # another may have written it meanwhile
-        for name, content in files.items():
-            write_atomic(out / name, content)
-        write_atomic(out / "config.json", config.to_json(cfg))
-        with checkpoint.Checkpoints(out, cfg.checkpoint, check_lease=check_lease) as saves:
-            saves.save(saved.step, {"params": params}, about, saved.metrics, files)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    kept = {
+        key: value for key, value in saved.info.items() if key not in ("config", "format", "arrays", "files", "base")
+    }
+    size = run_lib.write_checkpoint(out, cfg, params, tokenizer, saved.step, kept | info, saved.metrics)
     say(f"{out}: step {saved.step:,} of {saved.path.parent.parent}, {size / 2**20:,.1f} MiB of parameters")
 
 

@@ -171,10 +171,11 @@ def without_missing_start(cfg: config.Config) -> config.Config:
     The cost of a step is the same as long as the vocabulary is.
     """
     from lm import checkpoint
+    from lm.checkpoint import init_from
 
     try:
         if cfg.init_from:
-            checkpoint.choose(cfg.init_from)
+            init_from.choose(cfg.init_from, cfg.model)
     except checkpoint.CheckpointError as missing:
         size = cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
         say(f"{missing}; planned without it, for a vocabulary of tokenizer.vocab_size={size:,}", file=sys.stderr)

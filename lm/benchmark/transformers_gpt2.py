@@ -38,8 +38,9 @@ def check(cfg: Config, platform: str) -> None:
         "train.micro_batches": cfg.train.micro_batches == 1,
     }
     same = ("kind", "position", "norm", "mlp", "num_experts", "use_bias", "tie_embeddings", "qk_norm", "logit_softcap")
+    more = ("attention_softcap", "sliding_window", "scale_embeddings", "query_scale", "norm_position")
     for section, names in {
-        "model": (*same, "attention_softcap", "sliding_window", "dropout", "neftune_alpha"),
+        "model": (*same, *more, "dropout", "neftune_alpha"),
         "optim": ("decay_rules", "lr_rules", "unfreeze_rules", "l2_sp", "mixout", "ema_decay"),
         "loss": ("z_loss", "label_smoothing"),
         "adapter": ("kind",),

@@ -1,4 +1,5 @@
-"""Initialises a run with the parameters of another. Rules over parameter paths say which are read and from where."""
+"""Initialises a run with the parameters of another, or of a published model. Rules over parameter paths say which are
+read and from where."""
 
 import re
 from collections.abc import Callable
@@ -6,17 +7,36 @@ from collections.abc import Callable
 import jax
 
 from lm import param_paths
-from lm.checkpoint import store
+from lm.checkpoint import hf, store
 from lm.checkpoint.store import CheckpointError, Saved
 from lm.config import ModelConfig, schema
 from lm.config.schema import ConfigError, nearest
 from lm.types import ModelFns, Params
 
 KEEP, REINIT = "keep", "reinit"
+Source = Saved | hf.Published
+
+
+def choose(name: str, model: ModelConfig) -> Source:
+    """What `init_from` names: a run's checkpoint, or with 'hf:FOLDER' a published model.
+
+    Args:
+      name: the value of `init_from`.
+      model: the section of the new run's config, which a published model must not contradict.
+
+    Raises:
+      CheckpointError, ConfigError: as `lm.checkpoint.choose` and `lm.checkpoint.hf.open_model`.
+    """
+    try:
+        if name.startswith(hf.PREFIX):
+            return hf.open_model(name.removeprefix(hf.PREFIX), model)
+        return store.choose(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"'init_from' is {name}: {error}") from None
 
 
 def sources(
-    abstract: Params, rules: tuple[tuple[str, str], ...], saved: Saved
+    abstract: Params, rules: tuple[tuple[str, str], ...], saved: Source
 ) -> tuple[dict[str, str | None], list[str]]:
     """Decides where each parameter comes from, without reading an array.
 
@@ -69,7 +89,7 @@ def initialize(
     model: ModelFns,
     abstract: Params,
     seed: int,
-    saved: Saved | None,
+    saved: Source | None,
     origin_of: dict[str, str | None],
     say: Callable[[str], None] = store.warn,
 ) -> tuple[Params, dict[str, str]]:
@@ -110,7 +130,11 @@ def initialize(
         if shape != like.shape:  # the average is of the last layers only
             wanted[name.replace("ema/", "params/", 1)] = like
     tree = param_paths.unflatten(wanted)
-    used, state = store.first_readable([saved, *saved.fallbacks], lambda each: store.load(each, tree), say)
+    used: Source = saved
+    if isinstance(saved, Saved):
+        used, state = store.first_readable([saved, *saved.fallbacks], lambda each: store.load(each, tree), say)
+    else:
+        state = hf.load(saved, tree)
     read = param_paths.flatten(state)
 
     def value(path: str, name: str) -> jax.Array:
@@ -119,15 +143,14 @@ def initialize(
         whole = param_paths.replace_last(read[name.replace("ema/", "params/", 1)], read[name])
         return jax.device_put(whole, flat[path].sharding)
 
-    run = saved.path.parent.parent.name
     for path, name in names.items():
         kind, old = name.split("/", 1)
-        origin[path] = f"{run}@{used.step}" + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
+        origin[path] = used.label + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
     return param_paths.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
 
 
 def describe(
-    origin_of: dict[str, str | None], unused: list[str], saved: Saved, old: ModelConfig, model: ModelConfig
+    origin_of: dict[str, str | None], unused: list[str], saved: Source, old: ModelConfig, model: ModelConfig
 ) -> str:
     """A report for the console: the parameters that are read, initialised and not used, and other model differences.
 
@@ -141,6 +164,8 @@ def describe(
         lines.append(f"  initialised ({len(fresh)}): {', '.join(fresh)}")
     if unused:
         lines.append(f"  not used ({len(unused)}): {', '.join(unused)}")
+    if isinstance(saved, hf.Published):
+        lines.append(saved.report())
     there = schema.to_dict(old)
     for key, now in schema.to_dict(model).items():
         if there[key] != now:

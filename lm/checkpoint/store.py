@@ -77,6 +77,11 @@ class Saved:
     metrics: dict[str, float]
     fallbacks: tuple["Saved", ...] = ()
 
+    @property
+    def label(self) -> str:
+        """'RUN@STEP', without the folder that the run is in."""
+        return f"{self.path.parent.parent.name}@{self.step}"
+
 
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
     """Path -> fingerprint of the leaf, uint32 [], independent of its sharding.

@@ -17,11 +17,13 @@ from lm.config.sections import (
     MupConfig,
     OptimConfig,
     ProfileConfig,
+    RopeScalingConfig,
     TaskConfig,
     TokenizerConfig,
     TrainConfig,
     build,
     check,
+    check_model,
     diff,
     to_json,
 )

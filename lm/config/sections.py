@@ -124,6 +124,21 @@ class MupConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """How rope's frequencies are changed for rows longer than a model was trained on, see `lm.models.rope`."""
+
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    factor: float = 1.0  # of the length
+    original_len: int = 0  # positions of a row that the model was trained on; linear does not read it
+    low_freq_factor: float = 1.0  # llama3: rotations within original_len below which a frequency is divided by factor
+    high_freq_factor: float = 4.0  # llama3: rotations above which it is kept
+    beta_fast: float = 32.0  # yarn: as high_freq_factor
+    beta_slow: float = 1.0  # yarn: as low_freq_factor
+    truncate: bool = True  # yarn: whether the dimensions of these two are rounded outwards to whole ones
+    magnitude: float = 0.0  # yarn: factor of queries and keys; 0 = 0.1 ln(factor) + 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Pre-norm blocks. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
 
@@ -142,20 +157,28 @@ class ModelConfig:
     # Llama: rope. relative = T5's bias; sincos = fixed sines of row and column, for vit and mae.
     position: Literal["learned", "rope", "relative", "sincos"] = "learned"
     rope_theta: float = 10_000.0
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm
+    rope_local_theta: float = 0.0  # in the layers with a window, without rope_scaling (Gemma 3); 0 = as in the others
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    # rmsnorm; rmsnorm_plus_one multiplies by 1 + scale (Gemma).
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"
     norm_eps: float = 1e-5
+    norm_position: Literal["pre", "both"] = "pre"  # both: a norm before and one after attention and MLP (Gemma 2)
     # Initialisation of the parameters: a scheme of lm.models.initialisers.
     init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
-    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu
+    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"  # swiglu; geglu = gated, with GELU (Gemma)
     num_experts: int = 0  # MLPs of width mlp_dim in a layer; 0 = one MLP without a router
     experts_per_token: int = 0  # experts that each position is routed to
     use_bias: bool = True  # False
+    qkv_bias: bool = False  # biases of query, key and value where use_bias is False (Qwen2)
     tie_embeddings: bool = True
+    scale_embeddings: bool = False  # token embeddings are multiplied by sqrt(embed_dim) (Gemma)
+    query_scale: float = 0.0  # factor of the queries; 0 = 1 / sqrt(head_dim)
     qk_norm: bool = False
     mup: MupConfig = MupConfig()
     logit_softcap: float = 0.0  # 0 = off; else logits = cap * tanh(logits / cap)
     attention_softcap: float = 0.0  # the same, on attention scores
     sliding_window: int = 0  # 0 = off; else a position attends to itself and the window - 1 before it
+    global_every: int = 0  # every n-th layer has no window, the last of each n; 0 = all layers have it
     pool: Literal["first", "mean", "last"] = "first"  # input of a head on a row: [CLS], the mean, the last token
     dropout: float = 0.0
     neftune_alpha: float = 0.0  # uniform noise on the embeddings while training (NEFTune); 0 = off
@@ -164,7 +187,8 @@ class ModelConfig:
     unroll: int = 1  # layers in one iteration of the scan; 0 = all (faster on CPU, slower to compile)
 
 
-def _check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig) -> None:
+    """Raises ConfigError for values of the model that contradict each other."""
     is_vision = model.kind in ("vit", "mae")
     _refuse(
         {
@@ -185,11 +209,46 @@ def _check_model(model: ModelConfig) -> None:
             f"'model.mup' is for models of text; 'model.kind' {model.kind} needs 'model.mup.base_width' to be 0": (
                 not is_vision or not model.mup.base_width
             ),
+            f"'model.global_every' is {model.global_every}, but 'model.sliding_window' is 0": (
+                not model.global_every or model.sliding_window > 0
+            ),
+            f"'model.rope_local_theta' is {model.rope_local_theta}, but 'model.global_every' is 0": (
+                not model.rope_local_theta or model.global_every > 0
+            ),
+            f"'model.query_scale' is {model.query_scale}, but 'model.mup.base_width' sets the scale: set it to 0": (
+                not model.query_scale or not model.mup.base_width
+            ),
+            f"'model.norm_position' is both, which 'model.kind' {model.kind} has no use for; expected pre": (
+                model.norm_position == "pre" or model.kind in ("decoder", "prefix_decoder", "encoder")
+            ),
             f"'model.mup.base_head_dim' is {model.mup.base_head_dim}, but 'model.mup.base_width' is 0": (
                 model.mup.base_width > 0 or not model.mup.base_head_dim
             ),
             f"'model.dtype' is {model.dtype}, which experts do not support: set auto": (
                 model.dtype not in ("int8", "fp8") or not model.num_experts
+            ),
+            f"'model.mlp' is {model.mlp}, which experts do not support: set gelu or swiglu": (
+                model.mlp in ("gelu", "swiglu") or not model.num_experts
+            ),
+        }
+    )
+    _check_rope_scaling(model.rope_scaling)
+
+
+def _check_rope_scaling(scaling: RopeScalingConfig) -> None:
+    name, usual = f"'model.rope_scaling.kind' is {scaling.kind}", RopeScalingConfig()
+    _refuse(
+        {
+            f"{name}, but other keys of 'model.rope_scaling' are set": scaling.kind != "none" or scaling == usual,
+            f"{name}, which needs a 'model.rope_scaling.factor' above 1": scaling.kind == "none" or scaling.factor > 1,
+            f"{name}, which needs 'model.rope_scaling.original_len'": (
+                scaling.kind in ("none", "linear") or scaling.original_len > 0
+            ),
+            "'model.rope_scaling.low_freq_factor' must be below 'high_freq_factor'": (
+                scaling.low_freq_factor < scaling.high_freq_factor
+            ),
+            "'model.rope_scaling.beta_slow' must be below 'beta_fast', and above 0": (
+                0 < scaling.beta_slow < scaling.beta_fast
             ),
         }
     )
@@ -327,7 +386,8 @@ class Config:
     """One run."""
 
     seed: int = 0
-    init_from: str = ""  # RUN, RUN@best or RUN@STEP: parameters and tokenizer to start from; '' = scratch
+    # Parameters and tokenizer to start from: RUN, RUN@best or RUN@STEP; hf:FOLDER = a published model; '' = scratch
+    init_from: str = ""
     init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or another path to read from
     task: Any = TaskConfig()  # the options of the task that task.name selects, see lm.tasks
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -421,7 +481,7 @@ def check(config: Config) -> None:
         if key in _BELOW_ONE and value >= 1:
             raise ConfigError(f"'{key}' must be in [0, 1), got {value}")
     _check_data(config.data)
-    _check_model(config.model)
+    check_model(config.model)
     _check_optim(config.optim)
     _check_generate(config.generate)
     _check_together(config)

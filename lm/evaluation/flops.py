@@ -32,14 +32,18 @@ def train_flops_per_token(
     kv_heads = model.num_kv_heads or heads
     mlp_dim = model.mlp_dim or 4 * width
     attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
-    mlp = width * mlp_dim * (3 if model.mlp == "swiglu" else 2)
+    mlp = width * mlp_dim * (2 if model.mlp == "gelu" else 3)
     if experts := model.num_experts:
         mlp = model.experts_per_token * mlp + width * experts  # the router
     matrices = model.num_layers * (attention + mlp) + width * vocab_size
-    context = float(min(seq_len, model.sliding_window or seq_len))
-    if causal_half and model.kind in ("decoder", "prefix_decoder"):
-        context -= context**2 / (2 * seq_len)
-    return 6.0 * matrices + 12.0 * model.num_layers * heads * head_dim * context
+    without_window = model.num_layers // model.global_every if model.global_every else 0
+    contexts = 0.0  # summed over layers
+    for layers, reach in ((without_window, 0), (model.num_layers - without_window, model.sliding_window)):
+        context = float(min(seq_len, reach or seq_len))
+        if causal_half and model.kind in ("decoder", "prefix_decoder"):
+            context -= context**2 / (2 * seq_len)
+        contexts += layers * context
+    return 6.0 * matrices + 12.0 * contexts * heads * head_dim
 
 
 # FLOP/s of one *JAX device*, dense bfloat16 (no structured sparsity), by the start of `device_kind`; the first match

@@ -107,7 +107,7 @@ class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, computed in float32.
 
     Attributes:
-      kind: 'layernorm' or 'rmsnorm'.
+      kind: 'layernorm', 'rmsnorm', or 'rmsnorm_plus_one', whose scale is stored as its difference from 1.
       eps: added to the variance (or mean square).
       use_bias: LayerNorm only: whether it has a bias.
     """
@@ -123,7 +123,10 @@ class Norm(nn.Module):
         if self.kind == "layernorm":
             y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y *= _row(weight(self, "scale", nn.initializers.ones, (width,), ("norm",)), y)
+        is_difference = self.kind == "rmsnorm_plus_one"
+        init = nn.initializers.zeros if is_difference else nn.initializers.ones
+        scale = weight(self, "scale", init, (width,), ("norm",))
+        y *= _row(1.0 + scale if is_difference else scale, y)
         if self.kind == "layernorm" and self.use_bias:
             y += _row(weight(self, "bias", nn.initializers.zeros, (width,), ("norm",)), y)
         return y.astype(x.dtype)
@@ -153,39 +156,6 @@ def embed_noise(x_BxLxD: jax.Array, segments_BxL: jax.Array, alpha: float, keys_
     real_B = jnp.maximum((segments_BxL > 0).sum(axis=1), 1).astype(jnp.float32)
     size_B = alpha * jax.lax.rsqrt(real_B * x_BxLxD.shape[-1])
     return x_BxLxD + (size_B[:, None, None] * draw(keys_B)).astype(x_BxLxD.dtype)
-
-
-def rope(x_BxLxHxE: jax.Array, positions_BxL: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), of the pairs (i, i + E/2) as in Llama.
-
-    Pair i of a vector at position p is rotated by the angle p * theta^(-2i/E), so that the product of a query and a key
-    depends only on the difference of their positions.
-    """
-    half = x_BxLxHxE.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BxLx1xe = positions_BxL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    # The barrier keeps XLA from fusing the cast to float32 into the matmul before, which doubles its memory traffic.
-    return _rotate(jax.lax.optimization_barrier(x_BxLxHxE), jnp.sin(angle_BxLx1xe), jnp.cos(angle_BxLx1xe))
-
-
-@jax.custom_vjp
-def _rotate(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> jax.Array:
-    """x * cos + swap_halves(x) * (-sin, sin), in float32."""
-    swapped = jnp.roll(x_BxLxHxE, x_BxLxHxE.shape[-1] // 2, axis=-1)
-    cos, sin = (jnp.concatenate(pair, axis=-1) for pair in ((cos_BxLx1xe,) * 2, (-sin_BxLx1xe, sin_BxLx1xe)))
-    return (x_BxLxHxE.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x_BxLxHxE.dtype)
-
-
-def _rotate_fwd(x_BxLxHxE: jax.Array, sin_BxLx1xe: jax.Array, cos_BxLx1xe: jax.Array) -> Any:
-    return _rotate(x_BxLxHxE, sin_BxLx1xe, cos_BxLx1xe), (sin_BxLx1xe, cos_BxLx1xe)
-
-
-def _rotate_bwd(saved: Any, d_BxLxHxE: jax.Array) -> Any:
-    sin_BxLx1xe, cos_BxLx1xe = saved
-    return _rotate(d_BxLxHxE, -sin_BxLx1xe, cos_BxLx1xe), None, None  # a rotation's transpose is its inverse
-
-
-_rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
 RELATIVE_BUCKETS, RELATIVE_MAX_DISTANCE = 32, 128  # as in T5

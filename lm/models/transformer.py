@@ -16,6 +16,7 @@ Shape letters: see `lm.types`.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.config import AdapterConfig, ModelConfig
 from lm.config.schema import ConfigError
-from lm.models import adapters, functional, layers, moe
+from lm.models import adapters, functional, layers, moe, rope
 from lm.models.attention import Mask, attend
 from lm.models.heads import HeadLayer
 from lm.models.initialisers import SMALL, Init, initialiser
@@ -119,6 +120,8 @@ class Embed(nn.Module):
         init = initialiser(cfg, "tied_embedding" if cfg.tie_embeddings else "embedding")
         embedding_VxD = table("embedding", cfg.vocab_size, "vocab", init)
         x_BxLxD = layers.lookup(embedding_VxD, tokens_BxL)
+        if cfg.scale_embeddings:
+            x_BxLxD *= jnp.asarray(math.sqrt(cfg.embed_dim), self.dtype)
         if cfg.position == "learned":
             x_BxLxD += layers.lookup(table("position_embedding", cfg.max_len, "position", SMALL), positions_BxL)
         if cfg.kind == "encoder":
@@ -194,7 +197,10 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); of a decoder with a memory x += cross_attention(norm(x)); x += mlp(norm(x))."""
+    """x += attention(norm(x)); of a decoder with a memory x += cross_attention(norm(x)); x += mlp(norm(x)).
+
+    With model.norm_position=both, x += norm(attention(norm(x))) and x += norm(mlp(norm(x))).
+    """
 
     cfg: ModelConfig
     dtype: Any
@@ -223,13 +229,15 @@ class Block(nn.Module):
             return sharding.gather_positions(layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x_BxLxD))
 
         def residual(name: str, y_BxLxD: jax.Array, dropout_key: int) -> jax.Array:
+            if cfg.norm_position == "both":
+                y_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=f"{name}_post_norm")(y_BxLxD)
             y_BxLxD = sharding.constrain(y_BxLxD, "batch", "residual_length", None)
             y_BxLxD = layers.dropout(y_BxLxD, cfg.dropout, fold(keys_B, dropout_key))
             return adapters.adapt(self.adapter, f"adapter_{name}", y_BxLxD, self.dtype)
 
         attention = Attention(cfg, self.dtype, self.adapter, name="attention")
         normed_BxLxD = norm("attention_norm", x_BxLxD)
-        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, self_kv, fold(keys_B, 2))
+        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, self_kv, fold(keys_B, 2), layer)
         x_BxLxD += residual("attention", y_BxLxD, 0)
 
         if memory is not None:
@@ -257,12 +265,24 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, mask: Mask, positions_BxL: jax.Array, cache_kv: Any, keys_B: jax.Array | None
+        self,
+        x_BxLxD: jax.Array,
+        mask: Mask,
+        positions_BxL: jax.Array,
+        cache_kv: Any,
+        keys_B: jax.Array | None,
+        layer: jax.Array,
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
-        rope_BxL = positions_BxL if cfg.position == "rope" else None
-        query_BxLxHxE = _project_heads(self, "query", cfg.num_heads, x_BxLxD, keys_B, rope_BxL)
-        key_BxSxKxE = _project_heads(self, "key", cfg.num_kv_heads, x_BxLxD, keys_B, rope_BxL)
+        is_global = (layer + 1) % cfg.global_every == 0 if cfg.global_every else None
+        rotate = None
+        if cfg.position == "rope":
+            frequency, magnitude = rope.of_layer(cfg, positions_BxL, mask.query_segments_BxL, is_global)
+            rotate = functools.partial(
+                rope.rotate, positions_BxL=positions_BxL, frequency=frequency, magnitude=magnitude
+            )
+        query_BxLxHxE = _project_heads(self, "query", cfg.num_heads, x_BxLxD, keys_B, rotate)
+        key_BxSxKxE = _project_heads(self, "key", cfg.num_kv_heads, x_BxLxD, keys_B, rotate)
         value_BxSxKxE = _project_heads(self, "value", cfg.num_kv_heads, x_BxLxD, keys_B)
         if cache_kv is not None:
             start: Any = (0, mask.offset, 0, 0)
@@ -270,7 +290,12 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
                 for cached, new in zip(cache_kv, (key_BxSxKxE, value_BxSxKxE), strict=True)
             )
-        y_BxLxHxE = attend(query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, mask, softcap=cfg.attention_softcap)
+        attend_to = functools.partial(attend, query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, softcap=cfg.attention_softcap)
+        if is_global is None:
+            y_BxLxHxE = attend_to(mask)
+        else:  # backends need to know the window when they are compiled
+            whole = dataclasses.replace(mask, window=0)
+            y_BxLxHxE = jax.lax.cond(is_global, lambda: attend_to(whole), lambda: attend_to(mask))
         return _project_out(self, y_BxLxHxE, keys_B), cache_kv
 
 
@@ -301,21 +326,23 @@ def _project_heads(
     heads: int,
     x_BxLxD: jax.Array,
     keys_B: jax.Array | None,
-    rope_BxL: jax.Array | None = None,
+    rotate: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """The query, key or value of each head, [B, L, heads, E]; called in an attention `module`.
 
-    Normalised with `model.qk_norm`, rotated by the positions `rope_BxL` (None = not); queries are scaled already.
+    Normalised with `model.qk_norm`, then rotated where there is a `rotate`; queries are scaled already.
     """
     cfg, axis = module.cfg, "heads" if name == "query" else "kv_heads"
-    y_BxLxHE = _dense(module)(heads * cfg.head_dim, ("embed", axis), name=name)(x_BxLxD, keys_B)
+    dense = _dense(module)(heads * cfg.head_dim, ("embed", axis), name=name, use_bias=cfg.use_bias or cfg.qkv_bias)
+    y_BxLxHE = dense(x_BxLxD, keys_B)
     y_BxLxHE = sharding.constrain(y_BxLxHE, "batch", "length", axis)
     y = y_BxLxHE.reshape(*y_BxLxHE.shape[:2], heads, cfg.head_dim)
     is_normed = cfg.qk_norm and name != "value"
     if is_normed:  # remat keeps the norm's input, which its backward pass reads
-        y = layers.Norm("rmsnorm", cfg.norm_eps, name=f"{name}_norm")(checkpoint_name(y, name))
-    if rope_BxL is not None:
-        y = layers.rope(y, rope_BxL, cfg.rope_theta)
+        kind = "rmsnorm" if cfg.norm == "layernorm" else cfg.norm
+        y = layers.Norm(kind, cfg.norm_eps, name=f"{name}_norm")(checkpoint_name(y, name))
+    if rotate is not None:
+        y = rotate(y)
     if name == "query":  # scaled here and not in `attend`, so that remat keeps what the attention kernel reads
         y *= mup.query_scale(cfg)
     return y if is_normed else checkpoint_name(y, name)
@@ -332,7 +359,8 @@ def _project_out(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) ->
 
 
 class Mlp(nn.Module):
-    """down(gelu(up(x))), GELU in the tanh form of GPT-2, or SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(gelu(up(x))), GELU in the tanh form of GPT-2, or gated: down(silu(gate(x)) * up(x)), called SwiGLU, and
+    GeGLU with GELU in place of SiLU (Shazeer 2020)."""
 
     cfg: ModelConfig
     dtype: Any
@@ -347,7 +375,13 @@ class Mlp(nn.Module):
             y_BxLxF = dense(cfg.mlp_dim, ("embed", "mlp"), name=name)(x_BxLxD, keys_B)
             return checkpoint_name(sharding.constrain(y_BxLxF, "batch", "length", "mlp"), name)
 
-        y_BxLxF = jax.nn.silu(widen("gate")) * widen("up") if cfg.mlp == "swiglu" else jax.nn.gelu(widen("up"))
+        match cfg.mlp:
+            case "swiglu":
+                y_BxLxF = jax.nn.silu(widen("gate")) * widen("up")
+            case "geglu":
+                y_BxLxF = jax.nn.gelu(widen("gate")) * widen("up")
+            case _:
+                y_BxLxF = jax.nn.gelu(widen("up"))
         down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=initialiser(cfg, "residual"), name="down")
         return down(y_BxLxF, keys_B)
 

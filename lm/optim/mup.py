@@ -33,7 +33,9 @@ def width_ratio(cfg: ModelConfig) -> float:
 
 
 def query_scale(cfg: ModelConfig) -> float:
-    """Scale of queries: 1 / sqrt(head width); under muP sqrt(base head width) / head width."""
+    """Scale of queries: `query_scale`, or 1 / sqrt(head width); under muP sqrt(base head width) / head width."""
+    if cfg.query_scale:
+        return cfg.query_scale
     return math.sqrt(cfg.mup.base_head_dim or cfg.head_dim) / cfg.head_dim
 
 

@@ -1,0 +1,8 @@
+"""Published models, in the files of Hugging Face `transformers`: config.json and safetensors.
+
+`families` has one table a family, which reading (`published`) and writing (`export`) both follow. `files` opens a
+folder, which is not trusted.
+"""
+
+from lm.checkpoint.hf.families import FAMILIES, adopt
+from lm.checkpoint.hf.published import PREFIX, Published, load, open_model

@@ -1,0 +1,565 @@
+"""One table a family: keys of config.json <-> `model.*`, and tensors <-> parameters.
+
+Each table is read in both directions: import follows it forwards, export backwards.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm.checkpoint.store import CheckpointError
+from lm.config import ModelConfig, RopeScalingConfig, check_model, schema
+from lm.config.schema import ConfigError
+from lm.models import transformer
+
+Json = dict[str, Any]
+
+# Keys of `model` that training chooses and no folder says.
+FREE = ("init", "dropout", "neftune_alpha", "pool", "dtype", "remat", "unroll")
+_SIZES = ("num_layers", "embed_dim", "num_heads", "vocab_size", "max_len")
+# Keys of config.json that change nothing that is computed here, or repeat another key.
+_HARMLESS = re.compile(
+    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout"
+    r"|.*pdrop|auto_map|id2label|label2id|task_specific_params|summary_.*|n_ctx|max_window_layers|use_sliding_window"
+    r"|layer_types|_?sliding_window_pattern|rope_.*|cache_implementation|output_.*|return_dict|is_llama_config|model_type"
+    r"|transformers\.js_config|torchscript|_attn_implementation.*|problem_type|chunk_size_feed_forward|pretraining_tp"
+)
+
+
+class Tensor(NamedTuple):
+    """A tensor of the files, and the parameter that it holds, or a layer of it, or that holds a part of it.
+
+    Attributes:
+      path: the parameter.
+      name: the tensor; '{}' stands for the number of the layer in a parameter that stacks layers.
+      transposed: whether the tensor is [out, in], as in torch's Linear.
+      part: which part of the tensor's last axis the parameter is, from 0.
+      parts: number of those, of equal size.
+    """
+
+    path: str
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the tensor for a parameter (of one layer) of this shape."""
+        shape = shape[::-1] if self.transposed else shape
+        return (*shape[:-1], shape[-1] * self.parts)
+
+    def file_index(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Slices of the tensor that hold these slices (of one layer) of a parameter of this shape."""
+        ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
+        found = [slice(start, stop) for start, stop, _ in ranges]
+        if self.transposed:
+            found, shape = found[::-1], shape[::-1]
+        offset = self.part * shape[-1]
+        return (*found[:-1], slice(found[-1].start + offset, found[-1].stop + offset))
+
+
+class Family(NamedTuple):
+    """A family of published models.
+
+    Attributes:
+      model_type: `model_type` in config.json.
+      architecture: `architectures` in config.json.
+      prefix: of the names of all tensors but the head's; files of a model without a head lack it.
+      keys: key of config.json -> key of `model`.
+      defaults: key of config.json -> what `transformers` takes if it is absent; keys without one must be there.
+      expected: key of config.json -> the one value that is supported, also the default.
+      fixed: key of `model` -> its value in this family.
+      more: (config.json, model so far) -> further keys of `model`.
+      more_back: model -> further keys of config.json; the inverse of `more`.
+      tensors: model -> the table of its tensors.
+      ignored: regular expression of tensors that hold nothing learned.
+    """
+
+    model_type: str
+    architecture: str
+    prefix: str
+    keys: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    expected: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    more: Callable[[Json, ModelConfig], Json]
+    more_back: Callable[[ModelConfig], Json]
+    tensors: Callable[[ModelConfig], list[Tensor]]
+    ignored: str = r"(?!)"
+
+
+def of_config(theirs: Json, path: Path) -> Family:
+    """The family of a config.json. Raises CheckpointError for one that is not supported."""
+    name = theirs.get("model_type")
+    if name not in FAMILIES:
+        raise CheckpointError(f"{path}: model_type {name!r} is not supported; there are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def model_of(family: Family, theirs: Json, path: Path) -> ModelConfig:
+    """The `model` section of a config.json, resolved.
+
+    Args:
+      family: of `of_config`.
+      theirs: the contents of config.json.
+      path: its path, for messages.
+
+    Raises:
+      CheckpointError: a key is missing, of the wrong type, or has a value that the model code does not support.
+    """
+    for key, value in {**family.expected, "quantization_config": None}.items():
+        if (found := theirs.get(key, value)) != value:
+            raise CheckpointError(f"{path}: {key} is {found!r}; of this family {value!r} is supported")
+    values = dict(family.fixed)
+    for key, name in family.keys.items():
+        if key not in theirs and key not in family.defaults:
+            raise CheckpointError(f"{path}: no {key}; expected it in a {family.model_type}")
+        value = theirs.get(key, family.defaults.get(key))
+        values[name] = value = family.defaults.get(key) if value is None else value
+        if isinstance(value, int | float) and value < (1 if name in _SIZES else 0):
+            raise CheckpointError(f"{path}: {key} is {value!r}; expected at least {int(name in _SIZES)}")
+    try:
+        model = schema.build_section(ModelConfig, values, "model.")
+        model = schema.build_section(ModelConfig, values | family.more(theirs, model), "model.")
+        check_model(model)
+        return transformer.resolve(model, vocab_size=1, seq_len=model.max_len)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} cannot be read as a {family.model_type}: {error!r}") from None
+
+
+def config_of(family: Family, model: ModelConfig) -> Json:
+    """The config.json of a model, which must be of this family's shape: see `of_model`."""
+    values = schema.to_dict(model)
+    own = {key: values[name] for key, name in family.keys.items()}
+    about = {"architectures": [family.architecture], "model_type": family.model_type}
+    return about | own | dict(family.expected) | family.more_back(model)
+
+
+def of_model(model: ModelConfig) -> Family:
+    """The family whose config.json can say all of a model's shape.
+
+    Args:
+      model: resolved.
+
+    Raises:
+      ConfigError: there is none; names the keys that differ from each family.
+    """
+    reasons = []
+    for family in FAMILIES.values():
+        try:
+            back = model_of(family, config_of(family, model), Path("config.json"))
+        except CheckpointError as error:
+            reasons.append(f"  {family.model_type}: {error}")
+            continue
+        differs = differences(model, back)
+        if not differs:
+            return family
+        named = (f"model.{key} is {mine!r}, expected {theirs!r}" for key, (mine, theirs) in differs.items())
+        reasons.append(f"  {family.model_type}: {', '.join(named)}")
+    raise ConfigError("this model is of no published family's shape:\n" + "\n".join(reasons))
+
+
+def differences(model: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value in `model`, value in `other`), of the keys that say what a model computes."""
+    mine, theirs = (dict(schema.flatten(schema.to_dict(each))) for each in (model, other))
+    return {key: (mine[key], theirs[key]) for key in mine if key not in FREE and mine[key] != theirs[key]}
+
+
+def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
+    """`there`, with the keys of `model` that training chooses.
+
+    Args:
+      model: of a config that starts from `where`. A key with its default takes the value from there.
+      there: the published model.
+      where: its place, for messages.
+
+    Raises:
+      ConfigError: a key is set to something else, other than a larger vocabulary.
+    """
+    usual = dict(schema.flatten(schema.to_dict(ModelConfig())))
+    conflicts = {key: pair for key, pair in differences(model, there).items() if pair[0] != usual[key]}
+    changes = {key: getattr(model, key) for key in FREE}
+    if model.vocab_size > there.vocab_size:
+        conflicts.pop("vocab_size", None)
+        changes["vocab_size"] = model.vocab_size
+    if (model.kind, there.kind) == ("prefix_decoder", "decoder"):
+        conflicts.pop("kind", None)
+        changes["kind"] = model.kind
+    if conflicts:
+        lines = "\n".join(
+            f"  model.{key}: {mine!r} here, {theirs!r} there" for key, (mine, theirs) in conflicts.items()
+        )
+        raise ConfigError(f"'init_from': the model of {where} is another one:\n{lines}\nremove these keys")
+    return dataclasses.replace(there, **changes)
+
+
+def not_read(family: Family, theirs: Json) -> list[str]:
+    """Keys of a config.json of which it is not known what they mean."""
+    known = {*family.keys, *family.expected, *_READ, "quantization_config"}
+    return sorted(key for key in theirs if key not in known and not _HARMLESS.fullmatch(key))
+
+
+# Keys that `more` of some family reads.
+_READ = ("sliding_window", "max_position_embeddings", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
+
+# Rope ----------------------------------------------------------------------------------------------------------------
+
+_SCALING = {"factor": "factor"}
+_LLAMA3 = {**_SCALING, "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
+_YARN = {**_SCALING, "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate"}
+# rope_type -> {key in rope_parameters: key of model.rope_scaling}
+_ROPE_KEYS = {"linear": _SCALING, "dynamic": _SCALING, "llama3": _LLAMA3, "yarn": _YARN}
+_ROPE_ALSO = ("type", "rope_type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+_MAGNITUDE = ("attention_factor", "mscale", "mscale_all_dim")
+
+
+def _rope_parameters(theirs: Json) -> Json:
+    """`rope_parameters`, or what older files have instead of it."""
+    old = {"rope_theta": theirs.get("rope_theta", 10_000.0), **(theirs.get("rope_scaling") or {})}
+    return dict(theirs.get("rope_parameters") or old)
+
+
+def _rope(given: Json, max_len: int) -> Json:
+    """`rope_theta` and `rope_scaling` of a rope's parameters.
+
+    Raises:
+      ConfigError: a kind of scaling, or a key of it, that is not supported.
+    """
+    theta = float(given.get("rope_theta", 10_000.0))
+    kind = given.get("rope_type", given.get("type", "default"))
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"partial_rotary_factor is {given['partial_rotary_factor']}; supported is 1.0")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": {}}
+    if kind not in _ROPE_KEYS:
+        raise ConfigError(f"rope_type {kind!r} is not supported; there are default, {', '.join(_ROPE_KEYS)}")
+    keys = _ROPE_KEYS[kind]
+    extra = _MAGNITUDE if kind == "yarn" else ()
+    if unknown := sorted(set(given) - {*keys, *_ROPE_ALSO, *extra, *(("finetuned",) if kind == "yarn" else ())}):
+        raise ConfigError(f"rope_type {kind} with {unknown[0]}, which is not supported")
+    usual = RopeScalingConfig()
+    length = given.get("original_max_position_embeddings") or max_len
+    section: Json = {"kind": kind}
+    for key, name in keys.items():
+        value = given.get(key)
+        if key == "factor" and value is None:
+            value = max_len / length
+        default = getattr(usual, name)
+        section[name] = default if value is None else value if isinstance(default, bool) else float(value)
+    if kind == "dynamic":  # its length is the model's own, whatever else the file says
+        length = max_len
+    if kind != "linear":
+        section["original_len"] = int(length)
+    if kind == "yarn":
+        section["magnitude"] = _yarn_magnitude(given, section["factor"])
+    return {"rope_theta": theta, "rope_scaling": section}
+
+
+def _yarn_magnitude(given: Json, factor: float) -> float:
+    """`attention_factor`, or the quotient of two magnitudes (DeepSeek); 0 = the default."""
+    import math
+
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    mscales = [given.get("mscale"), given.get("mscale_all_dim")]
+    if not all(mscales):
+        return 0.0
+    above, below = (0.1 * scale * math.log(factor) + 1.0 for scale in mscales if scale is not None)
+    return above / below
+
+
+def _rope_back(theta: float, scaling: RopeScalingConfig) -> Json:
+    """`rope_parameters` of a model: the inverse of `_rope`."""
+    if scaling.kind == "none":
+        return {"rope_theta": theta, "rope_type": "default"}
+    own = schema.to_dict(scaling)
+    out: Json = {"rope_theta": theta, "rope_type": scaling.kind}
+    out |= {key: own[name] for key, name in _ROPE_KEYS[scaling.kind].items()}
+    if scaling.kind in ("llama3", "yarn"):
+        out["original_max_position_embeddings"] = scaling.original_len
+    if scaling.magnitude:
+        out["attention_factor"] = scaling.magnitude
+    return out
+
+
+# Windows -------------------------------------------------------------------------------------------------------------
+
+
+def _layer_types(theirs: Json, model: ModelConfig) -> list[str]:
+    """Kind of attention of each layer."""
+    if given := theirs.get("layer_types"):
+        if len(given) != model.num_layers or not set(given) <= {"full_attention", "sliding_attention"}:
+            raise ConfigError(f"layer_types is {given}; expected {model.num_layers} of full_ or sliding_attention")
+        return list(given)
+    if not theirs.get("sliding_window"):
+        return ["full_attention"] * model.num_layers
+    if theirs.get("model_type") in ("qwen2", "qwen3"):
+        first = theirs.get("max_window_layers", 28) if theirs.get("use_sliding_window") else model.num_layers
+        return ["sliding_attention" if i >= first else "full_attention" for i in range(model.num_layers)]
+    every = {"gemma2": 2, "gemma3_text": theirs.get("sliding_window_pattern", 6)}.get(theirs["model_type"], 0)
+    is_full = [every > 0 and (i + 1) % every == 0 for i in range(model.num_layers)]
+    return ["full_attention" if full else "sliding_attention" for full in is_full]
+
+
+def _window(theirs: Json, model: ModelConfig) -> Json:
+    """`sliding_window` and `global_every`.
+
+    Raises:
+      ConfigError: layers with and without a window do not alternate in a regular way.
+    """
+    types = _layer_types(theirs, model)
+    full = [i + 1 for i, each in enumerate(types) if each == "full_attention"]
+    if len(full) == len(types):
+        return {}
+    window = theirs.get("sliding_window")
+    if not isinstance(window, int) or window < 1:
+        raise ConfigError(f"sliding_window is {window!r}, but layers have a window; expected a number of positions")
+    every = full[0] if full else len(types) + 1
+    if full != list(range(every, len(types) + 1, every)):
+        raise ConfigError(f"layers without a window are {full}, from 1; supported is every n-th")
+    return {"sliding_window": window, "global_every": every if full else 0}
+
+
+def _window_back(model: ModelConfig) -> Json:
+    if not model.sliding_window:
+        return {"sliding_window": None}
+    every = model.global_every or model.num_layers + 1
+    kinds = ("sliding_attention", "full_attention")
+    return {
+        "sliding_window": model.sliding_window,
+        "layer_types": [kinds[(layer + 1) % every == 0] for layer in range(model.num_layers)],
+    }
+
+
+# Llama and its relatives ---------------------------------------------------------------------------------------------
+
+
+def _llama_tensors(model: ModelConfig) -> list[Tensor]:
+    block = "decoder/layers"
+    linear = {"attention/query": "self_attn.q_proj", "attention/key": "self_attn.k_proj"}
+    linear |= {"attention/value": "self_attn.v_proj", "attention/out": "self_attn.o_proj"}
+    linear |= {f"mlp/{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if model.norm_position == "both":
+        norms = {
+            **{"attention_norm": "input_layernorm", "attention_post_norm": "post_attention_layernorm"},
+            **{"mlp_norm": "pre_feedforward_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+        }
+    if model.qk_norm:
+        norms |= {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm"}
+    biased = [f"attention/{name}" for name in ("query", "key", "value")] if model.qkv_bias else []
+    out = [
+        Tensor("embed/embedding", "model.embed_tokens.weight"),
+        Tensor("decoder/final_norm/scale", "model.norm.weight"),
+        *(Tensor(f"{block}/{a}/kernel", f"model.layers.{{}}.{b}.weight", True) for a, b in linear.items()),
+        *(Tensor(f"{block}/{a}/bias", f"model.layers.{{}}.{linear[a]}.bias") for a in biased),
+        *(Tensor(f"{block}/{a}/scale", f"model.layers.{{}}.{b}.weight") for a, b in norms.items()),
+    ]
+    if not model.tie_embeddings:
+        out.append(Tensor("lm_head/kernel", "lm_head.weight", True))
+    return out
+
+
+def _llama_more(theirs: Json, model: ModelConfig) -> Json:
+    return _rope(_rope_parameters(theirs), model.max_len) | _window(theirs, model)
+
+
+def _llama_back(model: ModelConfig) -> Json:
+    out: Json = {"rope_parameters": _rope_back(model.rope_theta, model.rope_scaling)}
+    out |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if model.rope_scaling.kind == "dynamic":
+        out["max_position_embeddings"] = model.rope_scaling.original_len
+    return out
+
+
+def _windowed_back(model: ModelConfig) -> Json:
+    return _llama_back(model) | _window_back(model)
+
+
+def _qwen_back(model: ModelConfig) -> Json:
+    return _windowed_back(model) | {"use_sliding_window": model.sliding_window > 0}
+
+
+_LLAMA_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "embed_dim",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_LLAMA_DEFAULTS = {"num_key_value_heads": 0, "head_dim": 0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_LLAMA_FIXED = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "use_bias": False}
+
+_LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    prefix="model.",
+    keys=_LLAMA_KEYS,
+    defaults=_LLAMA_DEFAULTS | {"max_position_embeddings": 2048},
+    expected={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    fixed=_LLAMA_FIXED,
+    more=_llama_more,
+    more_back=_llama_back,
+    tensors=_llama_tensors,
+    ignored=r".*\.rotary_emb\.inv_freq",
+)
+_MISTRAL = _LLAMA._replace(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    expected={"hidden_act": "silu"},
+    more_back=lambda model: _llama_back(model) | {"sliding_window": model.sliding_window or None},
+)
+_QWEN2 = _LLAMA._replace(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    defaults=_LLAMA_DEFAULTS | {"max_position_embeddings": 32_768},
+    expected={"hidden_act": "silu"},
+    fixed=_LLAMA_FIXED | {"qkv_bias": True},
+    more_back=_qwen_back,
+)
+_QWEN3 = _QWEN2._replace(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    defaults={**_QWEN2.defaults, "head_dim": 128},
+    expected={"hidden_act": "silu", "attention_bias": False},
+    fixed=_LLAMA_FIXED | {"qk_norm": True},
+)
+
+# Gemma ---------------------------------------------------------------------------------------------------------------
+
+_GEMMA_FIXED = {
+    "position": "rope",
+    "norm": "rmsnorm_plus_one",
+    "norm_position": "both",
+    "mlp": "geglu",
+    "use_bias": False,
+    "scale_embeddings": True,
+}
+
+
+def _gemma2_more(theirs: Json, model: ModelConfig) -> Json:
+    return _llama_more(theirs, model) | {"query_scale": float(theirs.get("query_pre_attn_scalar", 256)) ** -0.5}
+
+
+def _gemma2_back(model: ModelConfig) -> Json:
+    caps = {"final_logit_softcapping": model.logit_softcap, "attn_logit_softcapping": model.attention_softcap}
+    off = {key: value or None for key, value in caps.items()}
+    return _windowed_back(model) | off | {"query_pre_attn_scalar": _scalar(model)}
+
+
+def _scalar(model: ModelConfig) -> float:
+    """The number whose -0.5th power is the queries' scale."""
+    scale = model.query_scale or model.head_dim**-0.5
+    whole = round(scale**-2)
+    return whole if whole**-0.5 == scale else scale**-2
+
+
+def _gemma3_more(theirs: Json, model: ModelConfig) -> Json:
+    given = theirs.get("rope_parameters") or {}
+    scaling = {"rope_theta": theirs.get("rope_theta", 1e6), **(theirs.get("rope_scaling") or {})}
+    local = given.get("sliding_attention", {"rope_theta": theirs.get("rope_local_base_freq", 10_000.0)})
+    if (kind := local.get("rope_type", "default")) != "default":
+        raise ConfigError(f"rope_type {kind!r} in layers with a window is not supported")
+    window = _window(theirs, model)
+    if window and not window["global_every"]:
+        window["global_every"] = model.num_layers + 1
+    return {
+        **_rope(given.get("full_attention", scaling), model.max_len),
+        **window,
+        "rope_local_theta": float(local.get("rope_theta", 10_000.0)) if window else 0.0,
+        "query_scale": float(theirs.get("query_pre_attn_scalar", 256)) ** -0.5,
+    }
+
+
+def _gemma3_back(model: ModelConfig) -> Json:
+    local = {"rope_theta": model.rope_local_theta or model.rope_theta, "rope_type": "default"}
+    full = _rope_back(model.rope_theta, model.rope_scaling)
+    return _gemma2_back(model) | {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+
+
+_GEMMA2 = _LLAMA._replace(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    keys=_LLAMA_KEYS | {"final_logit_softcapping": "logit_softcap", "attn_logit_softcapping": "attention_softcap"},
+    defaults={
+        **{"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 8192},
+        **{"final_logit_softcapping": 0.0, "attn_logit_softcapping": 0.0},
+    },
+    expected={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+    fixed=_GEMMA_FIXED,
+    more=_gemma2_more,
+    more_back=_gemma2_back,
+)
+_GEMMA3 = _GEMMA2._replace(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    defaults={**_GEMMA2.defaults, "max_position_embeddings": 131_072},
+    expected={**_GEMMA2.expected, "use_bidirectional_attention": False},
+    fixed=_GEMMA_FIXED | {"qk_norm": True},
+    more=_gemma3_more,
+    more_back=_gemma3_back,
+)
+
+# GPT-2 ---------------------------------------------------------------------------------------------------------------
+
+
+def _gpt2_tensors(model: ModelConfig) -> list[Tensor]:
+    block, layer = "decoder/layers", "transformer.h.{}"
+    linear = {"attention/out": "attn.c_proj", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}
+    norms = {f"{block}/attention_norm": f"{layer}.ln_1", f"{block}/mlp_norm": f"{layer}.ln_2"}
+    norms["decoder/final_norm"] = "transformer.ln_f"
+    out = [
+        Tensor("embed/embedding", "transformer.wte.weight"),
+        Tensor("embed/position_embedding", "transformer.wpe.weight"),
+    ]
+    for ours, theirs in (("kernel", "weight"), ("bias", "bias")):  # Conv1D: [in, out] as here, but q, k, v in one
+        out += [Tensor(f"{block}/{a}/{ours}", f"{layer}.{b}.{theirs}") for a, b in linear.items()]
+        for part, name in enumerate(("query", "key", "value")):
+            out.append(Tensor(f"{block}/attention/{name}/{ours}", f"{layer}.attn.c_attn.{theirs}", False, part, 3))
+    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+        out += [Tensor(f"{a}/{ours}", f"{b}.{theirs}") for a, b in norms.items()]
+    if not model.tie_embeddings:
+        out.append(Tensor("lm_head/kernel", "lm_head.weight", True))
+    return out
+
+
+_GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    prefix="transformer.",
+    keys={
+        "n_layer": "num_layers",
+        "n_embd": "embed_dim",
+        "n_head": "num_heads",
+        "n_inner": "mlp_dim",
+        "n_positions": "max_len",
+        "vocab_size": "vocab_size",
+        "layer_norm_epsilon": "norm_eps",
+        "tie_word_embeddings": "tie_embeddings",
+    },
+    defaults={"n_inner": 0, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    expected={
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+    },
+    fixed={},
+    more=lambda theirs, model: {},
+    more_back=lambda model: {"bos_token_id": None, "eos_token_id": None},
+    tensors=_gpt2_tensors,
+    ignored=r".*\.attn\.(bias|masked_bias)",
+)
+
+# By model_type; export takes the first that fits.
+FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3)}

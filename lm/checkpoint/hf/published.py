@@ -1,0 +1,199 @@
+"""A published model as something that a run can start from: its shape, and its parameters read to where they belong."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import param_paths
+from lm.checkpoint.hf import families, files, gguf
+from lm.checkpoint.hf.families import Family, Tensor
+from lm.checkpoint.hf.files import Tensors
+from lm.checkpoint.store import CheckpointError, named_leaves
+from lm.config import ModelConfig
+from lm.models import transformer
+
+PREFIX = "hf:"  # of `init_from`
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published model whose files were checked against the table of its family; no tensor is read yet.
+
+    Attributes:
+      tensors: the files.
+      family: the family.
+      model: its shape, resolved; with more rows of vocabulary than the files have, if the run asked for them.
+      vocab_size: rows of vocabulary in the files.
+      table: parameter -> its entry in the family's table, with the names that these files use.
+      shapes: parameter -> shape.
+    """
+
+    tensors: Tensors
+    family: Family
+    model: ModelConfig
+    vocab_size: int
+    table: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file."""
+        return self.tensors.path
+
+    @property
+    def label(self) -> str:
+        """Its name in the parameter table."""
+        return f"{PREFIX}{self.path.name}"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The parameters it has, in the form of `lm.checkpoint.Saved`."""
+        return {"arrays": {f"params/{path}": {"shape": list(self.shapes[path])} for path in self.table}}
+
+    def report(self) -> str:
+        """What the shape of a run's model is, as read from config.json, for the console."""
+        usual = families.differences(self.model, ModelConfig())
+        taken = ", ".join(f"{key}={mine!r}" for key, (mine, _) in usual.items())
+        lines = [f"  model.* from {self.path / files.CONFIG}, a {self.family.model_type}: {taken}; others: defaults"]
+        if unknown := families.not_read(self.family, self.tensors.config):
+            lines.append(f"  keys of it that are not read: {', '.join(unknown)}")
+        if self.model.vocab_size > self.vocab_size:
+            more = self.model.vocab_size - self.vocab_size
+            lines.append(f"  {more:,} rows of vocabulary more than the files have: each the mean of those")
+        return "\n".join(lines)
+
+
+def open_model(path: Any, model: ModelConfig | None = None) -> Published:
+    """Opens a published model, and checks names and shapes of all its tensors.
+
+    Args:
+      path: a folder, or a GGUF file.
+      model: the `model` of the run's config; None = as the folder has it.
+
+    Raises:
+      CheckpointError: the folder is no model of a supported family, or its files are damaged or do not fit config.json.
+      ConfigError: the run's config asks for another model.
+    """
+    path = Path(path).expanduser()
+    is_gguf = path.suffix == ".gguf"
+    tensors = gguf.open_file(path) if is_gguf else files.open_folder(path)
+    where = path if is_gguf else tensors.path / files.CONFIG
+    family = families.of_config(tensors.config, where)
+    there = families.model_of(family, tensors.config, where)
+    try:
+        shapes, axes = _parameters(there)
+    except (TypeError, ValueError, ArithmeticError) as error:  # sizes that fit no array
+        raise CheckpointError(f"{where}: {error}") from None
+    table = _check(tensors, family, there, shapes)
+    wanted = there if model is None else families.adopt(model, there, tensors.path)
+    if wanted.vocab_size > there.vocab_size:
+        grown = {path: size for path, size in _parameters(wanted)[0].items() if "vocab" in axes[path]}
+        shapes = shapes | grown
+    return Published(tensors, family, wanted, there.vocab_size, table, shapes)
+
+
+def _parameters(model: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Parameter -> shape, and -> logical axes."""
+    fns = transformer.text_model(model, jnp.float32)
+    abstract = jax.eval_shape(fns.init, jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = {path: leaf.shape for path, leaf in param_paths.flatten(abstract).items()}
+    return shapes, param_paths.flatten(fns.logical_axes())
+
+
+def _check(
+    tensors: Tensors, family: Family, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The family's table with the names of these files; without the parameters that the files lack.
+
+    Raises:
+      CheckpointError: a tensor that no parameter takes, or one of another shape.
+    """
+    table = {entry.path: entry for entry in family.tensors(model)}
+    assert table.keys() == shapes.keys(), sorted(table.keys() ^ shapes.keys())
+    found = {name for name in tensors.shapes if not re.fullmatch(family.ignored, name)}
+    if not any(name.startswith(family.prefix) for name in found):  # saved without a head
+        table = {path: entry._replace(name=entry.name.removeprefix(family.prefix)) for path, entry in table.items()}
+    used, missing = set(), set()
+    for path, entry in table.items():
+        shape = shapes[path][1:] if "{}" in entry.name else shapes[path]
+        for name in _names(entry, shapes[path]):
+            if name not in found:
+                missing.add(path)
+                break
+            expected = entry.file_shape(shape)
+            if tensors.shapes[name] != expected:
+                raise CheckpointError(
+                    f"{tensors.places[name]} has shape {list(tensors.shapes[name])}; the sizes in {files.CONFIG} "
+                    f"need {list(expected)}"
+                )
+            used.add(name)
+    if model.tie_embeddings:
+        used.add("lm_head.weight")  # the same as the embedding
+    partly = {name for path in missing for name in _names(table[path], shapes[path])}
+    if unexpected := sorted(found - used - partly):
+        raise CheckpointError(
+            f"{tensors.places[unexpected[0]]} is no tensor of a {family.model_type} as {files.CONFIG} describes it "
+            f"({len(unexpected)} such tensors)"
+        )
+    return {path: entry for path, entry in table.items() if path not in missing}
+
+
+def _names(entry: Tensor, shape: tuple[int, ...]) -> Any:
+    """The tensors of a parameter, in the order of its layers."""
+    return (entry.name.format(layer) for layer in range(shape[0])) if "{}" in entry.name else iter([entry.name])
+
+
+def load(published: Published, abstract: Any) -> Any:
+    """Reads parameters, each device only its own slices.
+
+    Args:
+      published: from `open_model`.
+      abstract: {'params': parameters}, a nested dict of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+      CheckpointError: a tensor has a dtype that is not read.
+    """
+
+    def one(name: str, leaf: Any) -> jax.Array:
+        path = name.removeprefix("params/")
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, functools.partial(_slice, published, path))
+
+    return param_paths.unflatten({name: one(name, leaf) for name, leaf in named_leaves(abstract).items()})
+
+
+def _slice(published: Published, path: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of a parameter, float32."""
+    shape, entry = published.shapes[path], published.table[path]
+    whole = tuple(slice(*each.indices(size)[:2]) for each, size in zip(index, shape, strict=True))
+    out = np.empty([each.stop - each.start for each in whole], np.float32)
+    if "{}" not in entry.name:
+        _fill(published, entry, entry.name, whole, shape, out)
+        return out
+    for row, layer in enumerate(range(whole[0].start, whole[0].stop)):
+        _fill(published, entry, entry.name.format(layer), whole[1:], shape[1:], out[row])
+    return out
+
+
+def _fill(
+    published: Published, entry: Tensor, name: str, index: tuple[slice, ...], shape: tuple[int, ...], out: np.ndarray
+) -> None:
+    """Reads slices of one tensor into `out`; rows of vocabulary beyond the file's become the mean of the file's."""
+    size = entry.file_shape(shape)
+    there = published.tensors.shapes[name]
+    at = entry.file_index(index, shape)
+    if there == size:
+        values = published.tensors.read(name, at)
+        out[...] = values.T if entry.transposed else values
+        return
+    values = out.T if entry.transposed else out  # [vocabulary, width] in the files
+    known = max(0, min(at[0].stop, there[0]) - at[0].start)
+    if known:
+        values[:known] = published.tensors.read(name, (slice(at[0].start, at[0].start + known), *at[1:]))
+    if known < len(values):
+        values[known:] = published.tensors.read(name, (slice(0, there[0]), *at[1:])).astype(np.float32).mean(axis=0)

@@ -1,0 +1,290 @@
+"""lm/checkpoint/hf: published models compute here what they compute in transformers, and come out as they went in."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="needs the extra hf: pip install -e '.[hf]'")
+torch = pytest.importorskip("torch", reason="needs the extra peer: pip install -e '.[peer]'")
+transformers = pytest.importorskip("transformers", reason="needs the extra peer: pip install -e '.[peer]'")
+
+from lm import losses, param_paths  # noqa: E402
+from lm.checkpoint import hf  # noqa: E402
+from lm.checkpoint.hf import export  # noqa: E402
+from lm.config import Config, GenerateConfig  # noqa: E402
+from lm.decoding import sampling  # noqa: E402
+from lm.models import transformer  # noqa: E402
+from tests import tool_modules  # noqa: E402
+
+torch.set_num_threads(1)
+VOCAB, LONG = 99, 8192
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+SIZES |= dict(vocab_size=VOCAB, max_position_embeddings=LONG)
+GPT2 = dict(n_layer=2, n_embd=32, n_head=4, n_positions=256, vocab_size=VOCAB, bos_token_id=1, eos_token_id=1)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+def rope(**parameters: Any) -> dict[str, Any]:
+    return SIZES | {"rope_parameters": {"rope_theta": 10_000.0, **parameters}}
+
+
+# A name for each family, then one for each of its variations.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", GPT2),
+    "llama": ("llama", SIZES),
+    "mistral": ("mistral", SIZES | dict(sliding_window=7, head_dim=16)),
+    "qwen2": ("qwen2", SIZES | dict(tie_word_embeddings=True)),
+    "qwen3": ("qwen3", SIZES | dict(head_dim=16)),
+    "gemma2": ("gemma2", SIZES | dict(num_hidden_layers=3, head_dim=16, sliding_window=7, query_pre_attn_scalar=24)),
+    "gemma3": ("gemma3_text", SIZES | dict(num_hidden_layers=7, head_dim=16, sliding_window=7)),
+}
+FAMILIES = list(CONFIGS)
+CONFIGS |= {
+    "gpt2 untied, narrow MLP": ("gpt2", GPT2 | dict(tie_word_embeddings=False, n_inner=40)),
+    "llama tied": ("llama", SIZES | dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
+    "mistral without window": ("mistral", SIZES | dict(sliding_window=None)),
+    "qwen3 windows": ("qwen3", SIZES | dict(sliding_window=5, use_sliding_window=True, max_window_layers=0)),
+    "gemma3 all windows": ("gemma3_text", SIZES | dict(head_dim=16, sliding_window=7)),
+    "linear": ("llama", rope(rope_type="linear", factor=4.0)),
+    "llama3": ("llama", rope(**LLAMA3, original_max_position_embeddings=1024)),
+    "yarn": ("llama", rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048)),
+    "yarn mscale": (
+        "qwen2",
+        rope(rope_type="yarn", factor=2.0, mscale=0.8, mscale_all_dim=0.5, beta_fast=16.0)
+        | {"max_position_embeddings": LONG},
+    ),
+    "dynamic": ("llama", rope(rope_type="dynamic", factor=4.0) | {"max_position_embeddings": 512}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """name -> the folder of a tiny random model that transformers has saved."""
+    root = tmp_path_factory.mktemp("published")
+
+    @functools.cache
+    def saved(name: str) -> Path:
+        theirs(name).save_pretrained(root / name)
+        return root / name
+
+    return saved
+
+
+@functools.cache
+def theirs(name: str) -> Any:
+    """The model in transformers, with all parameters moved, so that each one matters."""
+    kind, values = CONFIGS[name]
+    torch.manual_seed(0)
+    cfg = transformers.AutoConfig.for_model(kind, **values)
+    model = transformers.AutoModelForCausalLM.from_config(cfg, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def read(path: Path) -> tuple[Any, Any, Any]:
+    """(model config, functions, parameters) of a folder, on one device."""
+    published = hf.open_model(path)
+    fns = transformer.text_model(published.model, jnp.float32)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(fns.init, jax.eval_shape(lambda: jax.random.key(0)))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+    return published.model, fns, hf.load(published, {"params": abstract})["params"]
+
+
+def logits_here(cfg: Any, fns: Any, params: Any, batch: Any) -> jax.Array:
+    out = fns.apply(params, batch)
+    return losses.logits(out.hidden_BxLxD, out.unembed_DxV, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
+
+
+def logits_there(model: Any, tokens: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    ids, mask, positions = (torch.from_numpy(np.asarray(x)).long() for x in (tokens, mask, positions))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.numpy()
+
+
+def assert_equal(mine: np.ndarray, theirs: np.ndarray) -> None:
+    """Logits [n, V] within 1e-5 of the largest; KL divergence at most 1e-9 at every position."""
+    mine, theirs = mine.astype(np.float64), theirs.astype(np.float64)
+    assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    log_p, log_q = (np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True))) for x in (theirs, mine))
+    assert (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).max() <= 1e-9
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(name, folder):
+    """Padded on the left and on the right, at the last positions of the family, and packed as unpacked.
+
+    The last positions are where a rope of another layout, or frequencies one bit off, differ.
+    """
+    cfg, fns, params = read(folder(name))
+    rng, length = np.random.default_rng(0), 48
+    tokens = rng.integers(0, VOCAB, (4, length)).astype(np.int32)
+    mask = np.ones_like(tokens)
+    mask[0, :13], mask[1, -17:] = 0, 0
+    positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
+    last = min(cfg.max_len, LONG) if name != "dynamic" else 1500
+    positions[3] = np.arange(last - length, last)
+    apply = jax.jit(functools.partial(logits_here, cfg, fns))
+    mine = np.asarray(apply(params, {"tokens": tokens, "segment_ids": mask, "positions": positions}))
+    for row in range(4):  # one by one: with dynamic scaling, rows of a batch change each other in transformers
+        if name == "dynamic":  # transformers keeps the frequencies of the longest row so far
+            theirs(name).model.rotary_emb.__init__(theirs(name).config)
+        wanted = logits_there(theirs(name), tokens[row : row + 1], mask[row : row + 1], positions[row : row + 1])
+        assert_equal(mine[row][mask[row] > 0], wanted[0][mask[row] > 0])
+
+    packed = {
+        "tokens": np.concatenate([tokens[2, :20], tokens[3, :28]])[None],
+        "segment_ids": np.repeat([[1, 2]], [20, 28], axis=1).astype(np.int32),
+        "positions": np.concatenate([np.arange(20), positions[3, :28]]).astype(np.int32)[None],
+    }
+    both = np.asarray(apply(params, packed))[0]
+    assert_equal(both[:20], mine[2, :20])
+    if name != "dynamic":  # whose frequencies depend on the whole length
+        assert_equal(both[20:], mine[3, :28])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_generation_is_that_of_transformers(name, folder):
+    """64 ids after prompts of different lengths, from the cache."""
+    cfg, fns, params = read(folder(name))
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4]]
+    words = SimpleNamespace(eos_id=1, may_generate=lambda ends, symbols: np.ones(VOCAB, bool))
+    config = Config(model=cfg, generate=GenerateConfig(max_new_tokens=64, temperature=0.0))
+    mine = sampling.generate(fns, params, prompts, jax.random.key(0), config, words)
+    for prompt, ids in zip(prompts, mine, strict=True):
+        out = theirs(name).generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=1, pad_token_id=1
+        )
+        assert ids == [i for i in out[0, len(prompt) :].tolist() if i != 1] and ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_transformers(name, folder, tmp_path):
+    """Of the mean cross-entropy of the next ids; exported as parameters are, so that they have their names."""
+    cfg, fns, params = read(folder(name))
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 24)).astype(np.int32)
+    mask = np.ones_like(tokens)
+    positions = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+
+    def loss(params: Any) -> jax.Array:
+        batch = {"tokens": tokens, "segment_ids": mask, "positions": positions}
+        chances = jax.nn.log_softmax(logits_here(cfg, fns, params, batch)[:, :-1])
+        return -jnp.take_along_axis(chances, tokens[:, 1:, None], axis=-1).mean()
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    model = theirs(name)
+    model.zero_grad()
+    ids = torch.from_numpy(tokens).long()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    export.export(tmp_path / "gradients", cfg, gradients, vocab_size=VOCAB)
+    mine = tensors_of(tmp_path / "gradients")
+    wanted = {key: each.grad.numpy() for key, each in model.named_parameters() if key in mine}
+    assert mine.keys() == wanted.keys()
+    for key, want in wanted.items():
+        np.testing.assert_allclose(mine[key], want, rtol=0, atol=1e-4 * np.abs(want).max(), err_msg=key)
+    model.zero_grad()
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return {key: each for file in path.glob("*.safetensors") for key, each in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_export_writes_the_bytes_that_were_read(name, folder, tmp_path):
+    """The tensors of transformers, byte for byte; the files of a second export are those of the first."""
+    cfg, _, params = read(folder(name))
+    export.export(tmp_path / "one", cfg, params, vocab_size=VOCAB)
+    first, there = tensors_of(tmp_path / "one"), tensors_of(folder(name))
+    there.pop("lm_head.weight", None) if cfg.tie_embeddings else None
+    assert first.keys() == there.keys()
+    for key in first:
+        assert first[key].tobytes() == there[key].tobytes() and first[key].shape == there[key].shape, key
+    again, _, params = read(tmp_path / "one")
+    assert again == cfg
+    export.export(tmp_path / "two", again, params, vocab_size=VOCAB)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_computes_the_same_from_an_export(name, folder, tmp_path):
+    """Its own config.json and ours give the same model."""
+    cfg, _, params = read(folder(name))
+    export.export(tmp_path / "out", cfg, params, vocab_size=VOCAB)
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    )
+    if name != "mistral without window":  # which is a Llama
+        assert type(back) is type(theirs(name))
+    tokens = np.arange(60, dtype=np.int32)[None] % VOCAB
+    positions = np.arange(60, dtype=np.int32)[None] + (cfg.max_len - 60 if name != "dynamic" else 0)
+    ones = np.ones_like(tokens)
+    for model in (back, theirs(name)):
+        model.eval()
+    same = [logits_there(model, tokens, ones, positions) for model in (back, theirs(name))]
+    np.testing.assert_array_equal(*same)
+
+
+def test_verify_says_equal_or_names_the_layer(folder, capsys, monkeypatch):
+    tool_modules.call("hf", "verify", folder("llama"), "--positions=64")
+    assert "equal: logits within 1e-05" in capsys.readouterr().out
+
+    def spoil(published: Any, abstract: Any) -> Any:
+        flat = param_paths.flatten(whole(published, abstract))
+        down = "params/decoder/layers/mlp/down/kernel"
+        return param_paths.unflatten(flat | {down: flat[down].at[1].multiply(1.001)})
+
+    whole = hf.load
+    monkeypatch.setattr(hf, "load", spoil)
+    with pytest.raises(SystemExit, match="computes something else here"):
+        tool_modules.call("hf", "verify", folder("llama"), "--positions=64")
+    lines = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "after layer" in line]
+    assert float(lines[0]) < 1e-5 < float(lines[1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_files_of_16_bits_are_read_as_they_are(dtype, folder, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder("qwen2"), dtype=getattr(torch, dtype))
+    model.save_pretrained(tmp_path / dtype)
+    _, _, params = read(tmp_path / dtype)
+    want = model.state_dict()["model.layers.1.mlp.down_proj.weight"].float().numpy().T
+    np.testing.assert_array_equal(params["decoder"]["layers"]["mlp"]["down"]["kernel"][1], want)
+
+
+def test_a_model_in_shards_and_one_without_its_head_are_read(folder, tmp_path):
+    theirs("qwen2").save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    theirs("qwen2").model.save_pretrained(tmp_path / "base")
+    whole = param_paths.flatten(read(folder("qwen2"))[2])
+    for name in ("shards", "base"):
+        flat = param_paths.flatten(read(tmp_path / name)[2])
+        assert flat.keys() == whole.keys() and all(np.array_equal(flat[path], whole[path]) for path in flat)
+
+
+def test_config_of_older_versions_is_read(folder):
+    """rope_theta and rope_scaling at the top, as transformers 4 wrote them; no layer_types."""
+    config = json.loads((folder("llama3") / "config.json").read_text())
+    new = hf.families.model_of(hf.FAMILIES["llama"], config, Path("c"))
+    parameters = config.pop("rope_parameters")
+    config |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    assert hf.families.model_of(hf.FAMILIES["llama"], config, Path("c")) == new
+    gemma = json.loads((folder("gemma3") / "config.json").read_text())
+    new = hf.families.model_of(hf.FAMILIES["gemma3_text"], gemma, Path("c"))
+    del gemma["layer_types"]
+    full, local = (gemma["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+    del gemma["rope_parameters"]
+    gemma |= {"rope_theta": full["rope_theta"], "rope_local_base_freq": local["rope_theta"]}
+    assert hf.families.model_of(hf.FAMILIES["gemma3_text"], gemma, Path("c")) == new
+    assert dataclasses.replace(new, sliding_window=0) != new

@@ -1,0 +1,394 @@
+"""Folders of published models that are damaged, forged or of another shape; runs that start from one."""
+
+import dataclasses
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="needs the extra hf: pip install -e '.[hf]'")
+
+from safetensors.numpy import load_file, save_file
+
+from lm import checkpoint, param_paths, train
+from lm import run as run_lib
+from lm.checkpoint import CheckpointError, hf
+from lm.checkpoint.hf import export
+from lm.config import ModelConfig
+from lm.config.schema import ConfigError
+from lm.data import tokenizer
+from lm.models import transformer
+from lm.parallel import mesh as mesh_lib
+from tests import tool_modules, toys
+
+MODEL = ModelConfig(
+    num_layers=3,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=24,
+    vocab_size=300,
+    max_len=64,
+    position="rope",
+    norm="rmsnorm",
+    mlp="swiglu",
+    use_bias=False,
+    tie_embeddings=False,
+)
+
+
+def random_params(cfg: ModelConfig) -> Any:
+    shapes = jax.eval_shape(transformer.text_model(cfg, np.float32).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
+    """(a folder of a Llama in two shards, its parameters by path)."""
+    cfg = transformer.resolve(MODEL, vocab_size=300, seq_len=64)
+    params, folder = random_params(cfg), tmp_path_factory.mktemp("hf") / "tiny-llama"
+    export.export(folder, cfg, params, vocab_size=300, shard_bytes=40_000)
+    return folder, param_paths.flatten(params)
+
+
+@pytest.fixture
+def copy(published, tmp_path) -> Path:
+    return shutil.copytree(published[0], tmp_path / "copy")
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        hf.open_model(folder)
+    return str(error.value)
+
+
+def shard(folder: Path, holds: str) -> Path:
+    """The file that holds a tensor."""
+    return folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][holds]
+
+
+def change(folder: Path, name: str, **values: Any) -> None:
+    """Sets keys of a JSON file; None removes one."""
+    content = json.loads((folder / name).read_text()) | values
+    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+
+
+def test_truncated_file_is_refused_by_name(copy):
+    file = shard(copy, EMBEDDING)
+    file.write_bytes(file.read_bytes()[:-10])
+    assert re.search(rf"{file.name} is no safetensors file, or damaged: .*; download it again", refusal(copy))
+    file.write_bytes(b"")
+    assert file.name in refusal(copy)
+
+
+def test_every_bit_of_a_header_matters(copy):
+    """A header with a flipped bit is refused, or says the same: no tensor is read from another place or as another."""
+    file = shard(copy, NORM)
+    whole = file.read_bytes()
+    size = struct.unpack("<Q", whole[:8])[0]
+    names = sorted(load_file(file))
+    said = {name: load_file(file)[name].tobytes() for name in names}
+    rng = np.random.default_rng(0)
+    for bit in rng.choice(8 * (8 + size), 150, replace=False):
+        bytes_ = bytearray(whole)
+        bytes_[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bytes_)
+        try:
+            opened = hf.open_model(copy)
+        except CheckpointError as error:
+            assert str(copy) in str(error)
+            continue
+        for name in names:  # the flip was in the metadata, or in white space
+            shape = opened.tensors.shapes[name]
+            assert opened.tensors.read(name, tuple(slice(0, n) for n in shape)).tobytes() == said[name]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({NORM: {"dtype": "F32", "shape": [16], "data_offsets": [0, 1 << 40]}}, "damaged"),
+        ({NORM: {"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 64]}}, "damaged"),
+        ({NORM: {"dtype": "F32", "shape": [16], "data_offsets": [64, 0]}}, "damaged"),
+        ({NORM: {"dtype": "PICKLE", "shape": [16], "data_offsets": [0, 64]}}, "damaged"),
+        ([], "damaged"),
+    ],
+)
+def test_forged_header_is_refused(header, message, copy):
+    text = json.dumps(header).encode()
+    for file in copy.glob("*.safetensors*"):
+        file.unlink()
+    (copy / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    assert message in refusal(copy) and "model.safetensors" in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "https://x/y.safetensors"])
+def test_index_that_names_no_file_of_the_folder_is_refused(name, copy):
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    index["weight_map"][NORM] = name
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"names the file {name!r}; expected" in refusal(copy)
+
+
+def test_link_out_of_the_folder_is_refused_and_a_hub_cache_is_read(copy, published, tmp_path):
+    file = shard(copy, NORM)
+    file.unlink()
+    file.symlink_to(shard(published[0], NORM))
+    assert "is a link to" in refusal(copy) and file.name in refusal(copy)
+
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "123").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("123")
+    for each in published[0].iterdir():
+        shutil.copy(each, cache / "blobs" / each.name)
+        (cache / "snapshots" / "123" / each.name).symlink_to(Path("../../blobs") / each.name)
+    assert hf.open_model(cache).path == cache / "snapshots" / "123"
+
+
+def test_index_and_file_that_disagree_are_refused(copy):
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    other = next(name for name in set(index["weight_map"].values()) if name != index["weight_map"][NORM])
+    index["weight_map"][NORM] = other
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"tensor '{NORM}' is in the file but not in the index" in refusal(copy) or "not in the file" in refusal(copy)
+    (copy / other).unlink()
+    assert "which model.safetensors.index.json lists" in refusal(copy)
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """One file with all tensors after `change`."""
+    tensors = {name: each for file in folder.glob("*.safetensors") for name, each in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_wrong_tensors_are_refused_by_name(copy):
+    rewrite(copy, lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": np.zeros((24, 16), np.float32)}))
+    assert re.search(r"model\.safetensors, tensor 'model\.layers\.3\..*' is no tensor of a llama", refusal(copy))
+    rewrite(copy, lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"))
+    hf.open_model(copy)
+    rewrite(copy, lambda tensors: tensors.update({NORM: np.zeros(17, np.float32)}))
+    assert f"tensor '{NORM}' has shape [17]; the sizes in config.json need [16]" in refusal(copy)
+    rewrite(copy, lambda tensors: tensors.update({NORM: np.zeros(16, np.int32)}))
+    with pytest.raises(CheckpointError, match=rf"tensor '{NORM}' is I32; expected F32, F16 or BF16"):
+        params_of(copy)
+
+
+def params_of(folder: Path) -> Any:
+    opened = hf.open_model(folder)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        f"params/{path}": jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
+        for path, shape in opened.shapes.items()
+    }
+    return hf.load(opened, param_paths.unflatten(wanted))["params"]
+
+
+def test_only_pickled_weights_are_refused_and_beside_safetensors_not_read(copy):
+    (copy / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    hf.open_model(copy)
+    for file in copy.glob("*.safetensors*"):
+        file.unlink()
+    assert "found pytorch_model.bin, which are not read: loading them may execute code" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; there are gpt2, llama"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; of this family 'silu' is supported"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_hidden_layers": None}, "no num_hidden_layers"),
+        ({"num_hidden_layers": "3"}, "'model.num_layers' must be int, got str"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3; expected at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": 10**12}, "need"),
+        ({"num_key_value_heads": 3}, "must be a multiple of 'model.num_kv_heads'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2, "beta": 1}}, "llama3 with beta"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": [1]}, "cannot be read as a llama"),
+    ],
+)
+def test_config_that_asks_for_something_else_is_refused(values, message, copy):
+    change(copy, "config.json", **values)
+    assert message in refusal(copy) and "config.json" in refusal(copy)
+
+
+def test_config_that_is_no_json_is_refused(copy):
+    (copy / "config.json").write_text("[" * 100_000)
+    assert "config.json is no JSON" in refusal(copy)
+    (copy / "config.json").unlink()
+    assert "config.json" in refusal(copy)
+    assert "no folder" in refusal(copy / "absent")
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    """A tokenizer of 296 ids, fewer than the model has rows."""
+    folder = tmp_path_factory.mktemp("words")
+    texts = [path.read_text() for path in toys.write_texts(folder / "texts").iterdir()]
+    tokenizer.train(texts, 296, 10**6).save(folder / "tokenizer.model")
+    return folder / "tokenizer.model"
+
+
+def recipe(folder: Path, words: Path, tmp_path: Path, **changes: Any) -> Any:
+    """A run from a published model, whose `model` section is untouched."""
+    cfg = toys.recipe(toys.write_texts(tmp_path / "texts"), init_from=f"hf:{folder}", tokenizer__path=str(words))
+    cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(ModelConfig(), **changes),
+        train=dataclasses.replace(cfg.train, total=dataclasses.replace(cfg.train.total, steps=2)),
+    )
+    return cfg
+
+
+def test_run_takes_the_shape_and_the_parameters_and_resumes_without_the_folder(published, words, tmp_path, capsys):
+    folder, _ = published
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    cfg = recipe(copy, words, tmp_path)
+    train.train(cfg, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "num_layers=3" in said and "vocab_size=300" in said and "position='rope'" in said
+    assert "parameters read" in said and "hf:copy" in said
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+    assert (saved["num_layers"], saved["embed_dim"], saved["vocab_size"]) == (3, 16, 300)
+
+    shutil.rmtree(copy)
+    longer = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, total=type(cfg.train.total)(steps=2)))
+    train.train(longer, tmp_path / "run")
+    assert "already done" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"'init_from' is hf:.*no folder"):
+        train.train(cfg, tmp_path / "other")
+
+
+def test_first_state_is_the_published_one(published, words, tmp_path):
+    _, _, params = run_lib.init_model(recipe(published[0], words, tmp_path))
+    flat = param_paths.flatten(params)
+    assert flat.keys() == published[1].keys()
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(leaf, published[1][path], err_msg=path)
+
+
+def test_keys_that_contradict_the_folder_are_all_named(published, words, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        run_lib.plan(recipe(published[0], words, tmp_path, num_layers=2, norm_eps=1e-3), None)
+    text = str(error.value)
+    assert "model.num_layers: 2 here, 3 there" in text and "model.norm_eps: 0.001 here, 1e-05 there" in text
+    run_lib.plan(recipe(published[0], words, tmp_path, num_layers=3, dropout=0.3, remat="full"), None)
+
+
+def test_rows_of_vocabulary_beyond_the_files_are_the_mean_of_theirs(published, words, tmp_path):
+    planned, _, params = run_lib.init_model(recipe(published[0], words, tmp_path, vocab_size=384))
+    table, head = np.asarray(params["embed"]["embedding"]), np.asarray(params["lm_head"]["kernel"])
+    old = published[1]["embed/embedding"]
+    np.testing.assert_array_equal(table[:300], old)
+    np.testing.assert_allclose(table[300:], np.tile(old.mean(axis=0), (84, 1)), atol=1e-6)
+    np.testing.assert_array_equal(head[:, :300], published[1]["lm_head/kernel"])
+    assert "84 rows of vocabulary more than the files have" in planned.init.report()
+
+
+def test_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(published, tmp_path):
+    texts = [path.read_text() for path in toys.write_texts(tmp_path / "t").iterdir()]
+    big = tokenizer.train([*texts, "".join(map(chr, range(300, 400)))], 420, 10**6)
+    big.save(tmp_path / "big.model")
+    with pytest.raises(ConfigError, match=r"'model.vocab_size' \(300\) is less than the tokenizer's 420 ids"):
+        run_lib.plan(recipe(published[0], tmp_path / "big.model", tmp_path), None)
+
+
+def test_folder_without_a_tensor_needs_a_rule(copy, words, tmp_path):
+    rewrite(copy, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ConfigError, match=r"no parameter 'lm_head/kernel'.*add the rule"):
+        run_lib.plan(recipe(copy, words, tmp_path), None)
+    rules = (("lm_head/.*", "reinit"), (".*", "keep"))
+    planned = run_lib.plan(dataclasses.replace(recipe(copy, words, tmp_path), init_rules=rules), None)
+    assert planned.origin_of["lm_head/kernel"] is None
+
+
+def test_replay_needs_the_data_of_a_run(published, words, tmp_path):
+    cfg = recipe(published[0], words, tmp_path)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.1))
+    with pytest.raises(ConfigError, match=r"'data.replay' draws from a run's data, but hf:.* is a published model"):
+        run_lib.plan(cfg, None)
+
+
+def test_each_device_reads_its_own_slices(published, monkeypatch):
+    """fsdp=8: the same parameters; no read is larger than a device's part of a tensor."""
+    opened = hf.open_model(published[0])
+    mesh = mesh_lib.make_mesh(dataclasses.replace(run_lib.MeshConfig(), fsdp=8))
+    axes = param_paths.flatten(transformer.text_model(opened.model, np.float32).logical_axes())
+    from lm.parallel import sharding
+
+    wanted, sizes = {}, []
+    for path, shape in opened.shapes.items():
+        where = jax.NamedSharding(mesh, sharding.spec(axes[path]))
+        wanted[f"params/{path}"] = jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        values = opened.tensors.read(name, index)
+        sizes.append((name, values.size))
+        return values
+
+    spied = dataclasses.replace(opened, tensors=dataclasses.replace(opened.tensors, read=read))
+    params = param_paths.flatten(hf.load(spied, param_paths.unflatten(wanted))["params"])
+    for path, leaf in params.items():
+        np.testing.assert_array_equal(leaf, published[1][path], err_msg=path)
+    kernels = [size for name, size in sizes if name.endswith("up_proj.weight")]
+    assert set(kernels) == {24 * 16 // 8}
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_import_then_export_gives_the_same_tensors(published, words, tmp_path):
+    folder, params = published
+    tool_modules.call("hf", "import", folder, tmp_path / "run", f"--tokenizer={words}")
+    cfg, _, read, _ = run_lib.load_model(str(tmp_path / "run"))
+    assert cfg.model.num_layers == 3 and checkpoint.choose(str(tmp_path / "run")).step == 0
+    for path, leaf in param_paths.flatten(read).items():
+        np.testing.assert_array_equal(leaf, params[path])
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out")
+    mine = {name: each for file in (tmp_path / "out").glob("*.safetensors") for name, each in load_file(file).items()}
+    there = {name: each for file in folder.glob("*.safetensors") for name, each in load_file(file).items()}
+    assert mine.keys() == there.keys() and all(mine[name].tobytes() == there[name].tobytes() for name in there)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["bos_token_id"] == 1 and config["eos_token_id"] == 2
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+def test_export_of_an_own_run_cuts_the_rows_that_round_its_vocabulary(tmp_path):
+    llama = dict(position="rope", norm="rmsnorm", mlp="swiglu", use_bias=False, max_len=32)
+    changes = {f"model__{key}": value for key, value in llama.items()}
+    cfg = toys.recipe(toys.write_texts(tmp_path / "texts"), train__total_steps=1, optim__warmup_steps=0, **changes)
+    train.train(cfg, tmp_path / "run")
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out", "--dtype=bfloat16")
+    opened = hf.open_model(tmp_path / "out")
+    assert opened.model.vocab_size == 300 and opened.family.model_type == "llama" and opened.model.tie_embeddings
+    tables = run_lib.load_model(str(tmp_path / "run"))[2]["embed"]["embedding"]
+    assert tables.shape[0] == 384
+    got = params_of(tmp_path / "out")["embed"]["embedding"]
+    np.testing.assert_array_equal(got, np.asarray(tables[:300].astype("bfloat16").astype("float32")))
+
+
+def test_model_of_no_family_is_not_exported(tmp_path):
+    cfg = transformer.resolve(dataclasses.replace(MODEL, logit_softcap=3.0), vocab_size=300, seq_len=64)
+    with pytest.raises(ConfigError, match=r"no published family's shape:(.|\n)*llama: model.logit_softcap is 3.0"):
+        export.export(tmp_path / "out", cfg, random_params(cfg), vocab_size=300)
+    assert not (tmp_path / "out").exists()
