@@ -23,6 +23,7 @@ def version() -> str:
     return match[1]
 
 
+HF = ["jinja2>=3.1", "safetensors>=0.8", "tokenizers>=0.23"]
 PARQUET = ["pyarrow>=25.0,<26"]  # apache-beam needs < 26
 
 setup(
@@ -66,6 +67,7 @@ setup(
         "quantization": ["qwix>=0.1.8"],  # model.dtype int8 and fp8
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
+        "hf": HF,  # tokenizers and chat templates of published models
         "peer": ["torch>=2.13", "transformers>=5.24"],  # lm/benchmark/transformers_gpt2.py
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
         "beam": ["apache-beam>=2.77"],
@@ -73,6 +75,7 @@ setup(
         "test": [
             *SCORES,
             *PARQUET,
+            *HF,
             "hypothesis>=6.170",
             "import-linter>=2.17",
             "mypy>=2.4.1,<2.5",

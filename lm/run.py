@@ -171,8 +171,10 @@ def prepare(planned: Plan, workdir: Path, mesh: Mesh, note: Callable[[str], None
         workdir.mkdir(parents=True, exist_ok=True)
     if tokenizer:
         note(f"tokenizer of {tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")
+        if change := tokenizer.changes_text:
+            note(f"the tokenizer changes text, of which it counts the bytes in bits_per_byte: {change}")
         if jax.process_index() == 0:
-            tokenizer.save(workdir / tokenizer_file(cfg))
+            tokenizer.save(workdir / tokenizer.file)
     prompts = {prompt: sampling.encode_prompt(prompt, tokenizer, cfg) for prompt in cfg.generate.prompts if tokenizer}
     data = input_pipeline.build(cfg, tokenizer, *found, replayed=replay.load(planned.replay, cfg, note))
     _check_same_data(data.fingerprint)
@@ -248,7 +250,9 @@ def tokenizer_for(
     note(f"training a tokenizer of {cfg.vocab_size:,} ids")
     records = itertools.chain.from_iterable(split.train for split in found if isinstance(split, registry.Split))
     texts = itertools.chain.from_iterable(map(task.texts, records))
-    return dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
+    trained = dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
+    task.check_tokenizer(planned.cfg, trained)
+    return trained
 
 
 def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | None) -> Tokenizer | None:
@@ -264,20 +268,21 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
       ConfigError: naming both files, or the run whose tokenizer is missing.
     """
     vocabulary = task_of(cfg).vocabulary
-    candidates: list[Any] = [workdir / vocabulary.file] if workdir else []
+    candidates: list[Any] = [vocabulary.find(workdir)] if workdir else []
     if cfg.tokenizer.path:
         candidates.append(epath.Path(cfg.tokenizer.path))
         if not candidates[-1].exists():
-            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a {vocabulary.file} of a run")
+            expected = "the file or folder of a tokenizer, such as RUN/tokenizer.model"
+            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected {expected}")
     if cfg.data.format == "prepared":
         candidates += [
-            epath.Path(source.path).expanduser() / vocabulary.file
+            vocabulary.find(epath.Path(source.path).expanduser())
             for source in input_pipeline.by_source(cfg.data).values()
         ]
         if missing := [path for path in candidates if not path.exists()]:
             raise ConfigError(f"no {missing[0]}: the prepared data cannot be read without its tokenizer; put it back")
     if init:
-        candidates.append(init.path.parent.parent / vocabulary.file)
+        candidates.append(vocabulary.find(init.path.parent.parent))
     found = {path: vocabulary.load(path) for path in candidates if path.exists()}
     if (init or workdir) and not found:
         raise ConfigError(f"no {candidates[-1]}: the checkpoint cannot be used without its tokenizer; put it back")
@@ -291,7 +296,26 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: checkpoint.Saved | 
             "use one of them everywhere"
         )
     chosen = next(iter(found.values()), None)
-    return chosen and dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
+    if chosen is None:
+        return None
+    if cfg.tokenizer.chat_template and not workdir:  # a run that has begun keeps its own copy
+        chosen = _with_chat_template(chosen, epath.Path(cfg.tokenizer.chat_template))
+    chosen = dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
+    task_of(cfg).check_tokenizer(cfg, chosen)
+    return chosen
+
+
+def _with_chat_template(tokenizer: Any, path: Any) -> Any:
+    """The tokenizer with the chat template of a file. Raises ConfigError if that cannot be."""
+    if not hasattr(tokenizer, "with_chat_template"):
+        raise ConfigError(
+            f"'tokenizer.chat_template' is {path}, but a tokenizer that this project trained writes turns with its own "
+            "symbols; set it to ''"
+        )
+    try:
+        return tokenizer.with_chat_template(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'tokenizer.chat_template': {path} cannot be read: {error}; give a .jinja file") from None
 
 
 def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
@@ -386,11 +410,6 @@ def eval_rows(run: Run, part: loader.Part) -> tuple[np.ndarray, Any]:
     return loader.eval_row_ids(part, **limits), batches
 
 
-def tokenizer_file(cfg: Config) -> str:
-    """The file name of a tokenizer in a run's folder."""
-    return task_of(cfg).vocabulary.file
-
-
 def flops_per_token(run: Run) -> dict[str, float | None]:
     """Model FLOPs of training on a token, with attention counted in full ('mfu') or as its causal half ('mfu_causal').
 
@@ -434,7 +453,7 @@ def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
     Raises:
       ConfigError, CheckpointError: as `plan`; a damaged checkpoint.
     """
-    own = dataclasses.replace(cfg.tokenizer, path="")  # a copy of it lies in the run's folder
+    own = dataclasses.replace(cfg.tokenizer, path="", chat_template="")  # copies of both lie in the run's folder
     planned = plan(dataclasses.replace(cfg, tokenizer=own), None)
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     replicated = sharding.replicated(mesh)

@@ -114,13 +114,12 @@ def write(out: Path, saved: Any, cfg: Any, params: Any, tokenizer: Any, **info: 
     import jax
 
     from lm import checkpoint, config
-    from lm import run as run_lib
     from lm.config import schema
     from lm.tracking import tracker
 
     out.mkdir(parents=True)
     if tokenizer:
-        tokenizer.save(out / run_lib.tokenizer_file(cfg))
+        tokenizer.save(out / tokenizer.file)
     tracker.write_atomic(out / "config.json", config.to_json(cfg))
     kept = {key: value for key, value in saved.info.items() if key not in ("format", "arrays", "base")}
     with checkpoint.Checkpoints(out, cfg.checkpoint) as saves:
