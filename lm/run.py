@@ -46,6 +46,7 @@ class Plan(NamedTuple):
       tokenizer: None where the run has yet to train one, or reads no text.
       init: the checkpoint that `init_from` names, or None.
       origin_of: path -> array of that checkpoint, or None = initialised.
+      words: its tables of ids, which may have another number of rows.
       unused: parameters of that checkpoint that this run does not read.
       anchored: path -> whether the state keeps its initial value, for the optimizer or the loss; None = neither asks.
       replay: the data that `data.replay` draws from, or None.
@@ -58,6 +59,7 @@ class Plan(NamedTuple):
     tokenizer: Tokenizer | None
     init: checkpoint.Saved | None
     origin_of: dict[str, str | None]
+    words: init_from.Tables
     unused: list[str]
     anchored: dict[str, bool] | None
     replay: DataConfig | None
@@ -122,15 +124,21 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     adapters.check(cfg.adapter, param_paths.flatten(abstract))
     selection = trainable.resolve(cfg.optim, abstract, total_steps=1)  # its length waits for the data's size
     anchored = _anchored(cfg, abstract)
-    origin_of, unused = init_from.sources(abstract, cfg.init_rules, init) if init else ({}, [])
+    logical_axes = param_paths.flatten(model.logical_axes())
+    words = init_from.NO_TABLES
+    if init and found:
+        there = build_saved_config(init.info["config"]).tokenizer
+        words = init_from.tables(logical_axes, vocab_size - cfg.tokenizer.extra_ids + there.extra_ids, vocab_size)
+    origin_of, unused = init_from.sources(abstract, cfg.init_rules, init, words) if init else ({}, [])
     return Plan(
         cfg=cfg,
         abstract_params=abstract,
-        logical_axes=param_paths.flatten(model.logical_axes()),
+        logical_axes=logical_axes,
         selection=selection,
         tokenizer=found,
         init=init,
         origin_of=origin_of,
+        words=words,
         unused=unused,
         anchored=anchored,
         replay=replay.source(cfg, workdir, init),
@@ -461,5 +469,5 @@ def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), planned.abstract_params
     )
     model = program_lib.make_model(planned.cfg, program_lib.compute_dtype(cfg.model.dtype, mesh))
-    params, _ = init_from.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
+    params, _ = init_from.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of, planned.words)
     return planned, model, params

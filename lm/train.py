@@ -304,7 +304,7 @@ def restore(
         there = build_saved_config(init.info["config"]).model
         say(init_from.describe(origin_of, run.plan.unused, init, there, run.cfg.model))
     model, abstract_params = run.program.model, run.program.abstract_state.params
-    params, origin = init_from.initialize(model, abstract_params, run.cfg.seed, init, origin_of)
+    params, origin = init_from.initialize(model, abstract_params, run.cfg.seed, init, origin_of, run.plan.words)
     state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(params)
     return state, resume.START, origin
 

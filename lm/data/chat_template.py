@@ -302,7 +302,7 @@ def compiled(source: str) -> Any:
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             node.body.insert(0, spend())
         for node in tree.find_all(nodes.Concat):
-            call = nodes.Call(nodes.EnvironmentAttribute("concat"), list(node.nodes), [], None, None)
+            call = nodes.Call(nodes.EnvironmentAttribute("join_as_text"), list(node.nodes), [], None, None)
             node.nodes = [call]
         tree.set_environment(environment)
         tree.set_lineno(1)  # of the nodes that are new
@@ -397,7 +397,7 @@ def _environment() -> Any:
         def spend(self) -> str:
             return _budget.get().spend()
 
-        def concat(self, *parts: Any) -> str:
+        def join_as_text(self, *parts: Any) -> str:
             made = "".join(map(str, parts))
             _check_size(len(made))
             return made
