@@ -1,12 +1,11 @@
 """Chat templates as published models have them, each with the places that the model writes marked and without."""
 
-_ANSWER = "message['content']"
-
-# name -> (the template, in which <G> and </G> stand for the marks; the text that ends a turn; whether it has a system)
+# name -> the template, in which <G> and </G> stand for the marks.
 _STYLES = {
     "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' "
-        "%}<G>{{ message['content'] + '<|im_end|>' }}</G>{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message['role'] == 'assistant' %}<G>{{ message['content'] + '<|im_end|>' }}</G>"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "smollm2": (

@@ -1,4 +1,4 @@
-"""lm/data/chat_template.py: renderings of transformers, what the model writes in them, and what a template may not do."""
+"""lm/data/chat_template.py: the renderings of transformers, what the model writes, and what a template may not do."""
 
 import json
 import time

@@ -49,7 +49,7 @@ def test_ids_and_offsets_are_those_of_transformers(both):
     @given(text=any_text)
     @example(text=TRAPS)
     def check(text):
-        # transformers encodes the SentencePiece kinds by other code, which ranges differently over what has no character
+        # transformers encodes the SentencePiece kinds by other code, which gives other ranges to what has no character
         # of its own, and puts no space before a text that begins with one, as SentencePiece itself does.
         if kind == "llama":
             text = text.lstrip(" \u2581")
@@ -169,7 +169,7 @@ def test_the_mask_and_the_sentinels_are_the_files_own_or_extra_ids():
     bpe = published.make("byte_bpe", extra_ids=3)
     assert bpe.mask_id == bpe.vocab_size - 3 and bpe.sentinel_ids.tolist() == [bpe.mask_id + 1, bpe.mask_id + 2]
     assert bpe.is_control_V[-3:].all() and bpe.decode([bpe.mask_id]) == "" and bpe.piece(bpe.mask_id) == "<|mask|>"
-    with pytest.raises(ConfigError, match="has none: set 'tokenizer.extra_ids' to at least 1"):
+    with pytest.raises(ConfigError, match=r"has none: set 'tokenizer.extra_ids' to at least 1"):
         _ = published.make("byte_bpe").mask_id
     t5 = published.make("t5")
     assert t5.piece(int(t5.sentinel_ids[0])) == "<extra_id_0>" and t5.sentinel_ids[0] == t5.vocab_size - 1
@@ -180,7 +180,7 @@ def test_generation_may_use_text_and_named_symbols_only():
     allowed_V = tok.may_generate([tok.eos_id], ["sentinels"])
     assert allowed_V[tok.encode(PROSE[0])].all() and allowed_V[tok.eos_id] and allowed_V[tok.vocab_size - 1]
     assert not allowed_V[tok.mask_id] and allowed_V.sum() == (~tok.is_control_V).sum() + 2
-    with pytest.raises(ConfigError, match="'generate.symbols' has mask"):
+    with pytest.raises(ConfigError, match=r"'generate.symbols' has mask"):
         published.make("byte_bpe").may_generate([0], ["mask"])
 
 
@@ -238,7 +238,7 @@ def test_damaged_files_are_refused_by_name(content, tmp_path):
     with pytest.raises(ConfigError, match=f"'tokenizer.path': {tmp_path}.* cannot be read"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match="has no tokenizer; expected one of tokenizer.json, tokenizer.model"):
+    with pytest.raises(ConfigError, match=r"has no tokenizer; expected one of tokenizer.json, tokenizer.model"):
         tokenizer.load(tmp_path)
 
 

@@ -32,7 +32,7 @@ class Tables(NamedTuple):
     new: int
 
     def resized(self, path: str, there: tuple[int, ...], here: tuple[int, ...]) -> bool:
-        """Whether rows of a table are added, begin anew, or are left out; arrays of other shapes than that do not fit."""
+        """Whether rows of a table are added, begin anew, or are left out; other differences of shapes do not fit."""
         axis = self.axes.get(path)
         if axis is None or len(there) != len(here):
             return False

@@ -220,7 +220,7 @@ def _check_sentinels(number: int, cfg: Config) -> None:
     if number < sizes.spans:
         raise ConfigError(
             f"'tokenizer.extra_ids' is {extra}, but rows of data.seq_len={cfg.data.seq_len} have up to {sizes.spans} "
-            f"hidden spans: it must be at least {extra + sizes.spans - number}, a sentinel for each and the mask"
+            f"hidden spans: it must be at least {sizes.spans + 1}, a sentinel for each and the mask"
         )
 
 
