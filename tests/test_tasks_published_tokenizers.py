@@ -1,22 +1,32 @@
-"""Rows of every task with the tokenizers of published models: byte-level BPE, WordPiece, SentencePiece as Llama's, T5's."""
+"""Rows of every task, and runs, with the tokenizers of published models."""
 
 import dataclasses
+import io
 import itertools
 import json
+import shutil
+import sys
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lm import input_pipeline
-from lm.config import Config, DataConfig, TokenizerConfig
+from lm import checkpoint, input_pipeline, train
+from lm import run as run_lib
+from lm.config import Config, DataConfig, MeshConfig, TokenizerConfig
 from lm.config.schema import ConfigError
+from lm.corpus import pipeline, workers
+from lm.data import shards, tokenizer
 from lm.data.record import DataError
 from lm.data.tokenizer_protocol import target_bytes
+from lm.decoding import sampling
+from lm.parallel import mesh as mesh_lib
+from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, chat, masked_lm, seq2seq, span_qa
-from tests import chat_templates, published, toys
+from tests import chat_templates, published, tool_modules, toys
 from tests.published import KINDS
 
 TRAPS = ("\ufeffthe cat\r\n", "\U0001f600 sat \U0001f600", "na\u00efve e\u0301 x", "isn't it so", "a\u200bb c", "x")
@@ -370,3 +380,136 @@ def test_a_tokenizer_without_roles_or_template_cannot_write_chats():
     for kind in ("word_piece", "llama"):
         with pytest.raises(ConfigError, match=r"task.name=chat .* no chat template: set 'tokenizer.chat_template'"):
             TASKS["chat"].check_tokenizer(Config(task=toys.task("chat")), published.make(kind))
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory):
+    """A chat model of two steps on a published tokenizer with another chat template: (folder, config)."""
+    folder = tmp_path_factory.mktemp("chat_run")
+    files = published.folder("byte_bpe", folder / "published")
+    (folder / "short.jinja").write_text(SHORT)
+    cfg = toys.recipe(
+        toys.write_chats(folder / "chats.jsonl"),
+        train__total_steps=2,
+        model__num_layers=1,
+        data__seq_len=64,
+        eval__at_start=False,
+        tokenizer__path=str(files),
+        tokenizer__chat_template=str(folder / "short.jinja"),
+        generate__prompts=("What is 2 and 2?",),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh_lib, "make_mesh", lambda *_: make_mesh(MeshConfig(), jax.devices()[:1]))
+        train.train(cfg, folder / "run")
+    return folder, cfg
+
+
+SHORT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+
+
+def test_a_run_keeps_the_files_and_the_template_it_was_given(chat_run):
+    folder, cfg = chat_run
+    kept = {path.name: path.read_bytes() for path in (folder / "run" / "tokenizer").iterdir()}
+    given = {path.name: path.read_bytes() for path in (folder / "published").iterdir()}
+    assert kept == given | {"chat_template.jinja": SHORT.encode()}
+    shutil.move(folder / "short.jinja", folder / "moved.jinja")  # a run that has begun needs neither
+    shutil.move(folder / "published", folder / "moved")
+    try:
+        loaded_cfg, _, _, tok = run_lib.load_model(str(folder / "run"))
+        assert loaded_cfg == dataclasses.replace(cfg, model=loaded_cfg.model, data=loaded_cfg.data)
+        assert tok.chat_template == SHORT and tok.hash == published.make("byte_bpe").hash
+        assert tok.decode(chat.prompt_ids(say(("user", "hi")), tok)) == "user:hiassistant:"
+        saved = checkpoint.choose(str(folder / "run"))
+        assert saved.info["tokenizer_hash"] == tok.hash
+    finally:
+        shutil.move(folder / "moved.jinja", folder / "short.jinja")
+        shutil.move(folder / "moved", folder / "published")
+
+
+def test_the_tool_answers_by_the_template(chat_run, monkeypatch, capsys):
+    folder, _ = chat_run
+    asked = []
+    monkeypatch.setattr(
+        sampling,
+        "generate",
+        lambda model, params, prompts, key, cfg, tok: asked.append(prompts[0]) or [tok.encode("Hm.")],
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nso?\n"))
+    tool_modules.call("chat", f"--workdir={folder / 'run'}", "--max_new_tokens=4")
+    assert capsys.readouterr().out == "Hm.\nHm.\n"
+    tok = published.make("byte_bpe").with_chat_template(SHORT)
+    first = say(("user", "hi"))
+    assert asked == [
+        chat.prompt_ids(some, tok) for some in (first, [*first, *say(("assistant", "Hm."), ("user", "so?"))])
+    ]
+
+
+def test_another_tokenizer_is_refused_and_another_template_changes_the_data(chat_run, tmp_path):
+    folder, cfg = chat_run
+    other = dataclasses.replace(cfg.tokenizer, path=str(published.folder("llama", tmp_path / "llama")))
+    with pytest.raises(ConfigError, match="the tokenizers differ"):
+        run_lib.plan(dataclasses.replace(cfg, tokenizer=other), folder / "run")
+    plain = run_lib.plan(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, chat_template="")), None)
+    short = run_lib.plan(cfg, None)
+    assert plain.tokenizer.chat_template == published.CHATML != short.tokenizer.chat_template == SHORT
+    assert input_pipeline._hash_of(plain.tokenizer) != input_pipeline._hash_of(short.tokenizer)
+    assert input_pipeline._hash_of(published.make("llama")) == published.make("llama").hash
+
+
+def test_a_run_that_adds_ids_starts_from_one_without_them(chat_run):
+    folder, cfg = chat_run
+    more = dataclasses.replace(
+        cfg,
+        init_from=str(folder / "run"),
+        tokenizer=TokenizerConfig(extra_ids=2),
+        task=toys.task("causal_lm"),
+    )
+    planned = run_lib.plan(more, None)
+    assert (planned.words.old, planned.words.new) == (400, 402) and planned.tokenizer.vocab_size == 402
+    assert planned.tokenizer.chat_template == SHORT  # the run's own
+    again = run_lib.plan(dataclasses.replace(more, tokenizer=TokenizerConfig()), None)
+    assert (again.words.old, again.words.new) == (400, 400)
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_is_kept_and_a_smaller_one_refused(tmp_path):
+    path = str(published.folder("byte_bpe", tmp_path))
+    cfg = toys.recipe(tmp_path / "no_data", tokenizer__path=path, model__vocab_size=512)
+    planned = run_lib.plan(cfg, None)
+    assert (planned.cfg.model.vocab_size, planned.tokenizer.vocab_size) == (512, 400)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=399))
+    with pytest.raises(ConfigError, match=r"'model.vocab_size' \(399\) is less than the tokenizer's 400 ids"):
+        run_lib.plan(cfg, None)
+
+
+def test_a_template_for_a_tokenizer_of_this_project_is_refused(tmp_path):
+    tokenizer.train(published.PROSE, 320, 10_000).save(tmp_path / "own.model")
+    (tmp_path / "t.jinja").write_text(SHORT)
+    names = {"tokenizer__path": str(tmp_path / "own.model"), "tokenizer__chat_template": str(tmp_path / "t.jinja")}
+    with pytest.raises(ConfigError, match=r"'tokenizer.chat_template' is .*t.jinja, but a tokenizer that this project"):
+        run_lib.plan(toys.recipe(tmp_path / "chats.jsonl", **names), None)
+    names["tokenizer__path"] = str(published.folder("byte_bpe", tmp_path / "published"))
+    names["tokenizer__chat_template"] = str(tmp_path / "gone.jinja")
+    with pytest.raises(ConfigError, match=r"'tokenizer.chat_template': .*gone.jinja cannot be read"):
+        run_lib.plan(toys.recipe(tmp_path / "chats.jsonl", **names), None)
+
+
+def test_data_is_prepared_with_a_published_tokenizer(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"The cat sat on the mat, number {i}, and said {i * i} times so.")
+    path = str(published.folder("byte_bpe", tmp_path / "published"))
+    cfg = toys.recipe(tmp_path / "text", tokenizer__path=path, data__eval_fraction=0.2)
+    pipeline.run(pipeline.plan(cfg, tmp_path / "out", near=0.0), workers.in_process, lambda *_: None)
+    data = dataclasses.replace(cfg.data, format="prepared", path=str(tmp_path / "out"), eval_fraction=0.02)
+    planned = run_lib.plan(dataclasses.replace(cfg, data=data, tokenizer=TokenizerConfig()), None)
+    assert planned.tokenizer == published.make("byte_bpe")
+    table = shards.open_folder(str(tmp_path / "out")).table("train")
+    rows = table.take(np.arange(len(table)))
+    text = planned.tokenizer.decode(rows["tokens"].reshape(-1)[:60])
+    assert "The cat sat on the mat, number" in text
