@@ -107,7 +107,7 @@ class Published:
             pairs = [line for line in merges if line.strip() and not line.startswith("#version")]
             vocabulary = json.loads(files["vocab.json"])
             specials = [text for text in said.specials.values() if text in vocabulary] or ["<|endoftext|>"]
-            prefix = bool(said.config.get("add_prefix_space", False))
+            prefix = bool(said.options.get("add_prefix_space", False))
             return _Json(_byte_level(vocabulary, pairs, specials, "gpt-2", prefix), said.added)
         return _SentencePiece(next(files[name] for (name, *_) in _ENGINES if name in files), said)
 
@@ -362,7 +362,7 @@ class _Said(NamedTuple):
     """What a folder's JSON files say beside the vocabulary.
 
     Attributes:
-      config: tokenizer_config.json.
+      options: the keys of tokenizer_config.json.
       specials: role -> text of the special token.
       added: text of an added token -> its id.
       is_special: texts of the added tokens that are control symbols.
@@ -370,7 +370,7 @@ class _Said(NamedTuple):
       source: the file that names the special tokens, for messages.
     """
 
-    config: dict[str, Any]
+    options: dict[str, Any]
     specials: dict[str, str]
     added: dict[str, int]
     is_special: frozenset[str]
@@ -387,10 +387,10 @@ def _read_config(files: Mapping[str, bytes]) -> _Said:
             raise ConfigError(f"'tokenizer.path': {name} is not JSON: {error}") from None
         if not isinstance(parsed[name], dict):
             raise ConfigError(f"'tokenizer.path': {name} is a {type(parsed[name]).__name__}; expected an object")
-    config, mapped, extra = parsed.values()
+    options, mapped, extra = parsed.values()
     specials: dict[str, str] = {}
     source = _BESIDE[0]
-    for name, place in ((_BESIDE[0], config), (_BESIDE[1], mapped)):
+    for name, place in ((_BESIDE[0], options), (_BESIDE[1], mapped)):
         for role in _ROLES:
             value = place.get(role)
             text = value.get("content") if isinstance(value, dict) else value
@@ -398,17 +398,17 @@ def _read_config(files: Mapping[str, bytes]) -> _Said:
                 specials[role], source = text, name
     added = {str(text): int(i) for text, i in extra.items()}
     is_special = set(specials.values())
-    for i, token in (config.get("added_tokens_decoder") or {}).items():
+    for i, token in (options.get("added_tokens_decoder") or {}).items():
         added[token["content"]] = int(i)
         if token.get("special"):
             is_special.add(token["content"])
-    for token in config.get("additional_special_tokens") or []:
+    for token in options.get("additional_special_tokens") or []:
         is_special.add(token["content"] if isinstance(token, dict) else token)
-    templates = config.get("chat_template") or ""
+    templates = options.get("chat_template") or ""
     if isinstance(templates, list):  # several, by name
         named = {each["name"]: each["template"] for each in templates}
         templates = named.get("default", "")
-    return _Said(config, specials, added, frozenset(is_special), templates, source)
+    return _Said(options, specials, added, frozenset(is_special), templates, source)
 
 
 def _joined(parts: Iterable[tuple[int, Encoded]]) -> Encoded:
@@ -444,8 +444,8 @@ class _Json:
             self._of[reads_controls] = one
         self.names = {i: name for name, i in one.get_vocab(with_added_tokens=True).items()}
         tokens = one.get_added_tokens_decoder()
-        model = spec["model"]
-        unknown = model.get("unk_token") if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+        own = spec["model"]
+        unknown = own.get("unk_token") if own.get("unk_id") is None else own["vocab"][own["unk_id"]][0]
         self.unknown = next((i for i, name in self.names.items() if name == unknown), -1)
         spell = _speller(spec)
         self.spelled: list[bytes | None] = [None] * (1 + max(self.names))
@@ -508,9 +508,9 @@ def _word_pieces(vocabulary: str, said: _Said) -> str:
     ids = {line.rstrip("\r\n"): i for i, line in enumerate(vocabulary.rstrip("\n").split("\n"))}
     made = Tokenizer(models.WordPiece(ids, unk_token=said.specials.get("unk_token", "[UNK]")))
     made.normalizer = normalizers.BertNormalizer(
-        lowercase=bool(said.config.get("do_lower_case", True)),
-        strip_accents=said.config.get("strip_accents"),
-        handle_chinese_chars=bool(said.config.get("tokenize_chinese_chars", True)),
+        lowercase=bool(said.options.get("do_lower_case", True)),
+        strip_accents=said.options.get("strip_accents"),
+        handle_chinese_chars=bool(said.options.get("tokenize_chinese_chars", True)),
     )
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
@@ -552,7 +552,7 @@ class _SentencePiece:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
-        kind = said.config.get("tokenizer_class", "")
+        kind = said.options.get("tokenizer_class", "")
         if kind and not _SAME_IDS.fullmatch(kind):
             raise ConfigError(
                 f"'tokenizer.path': tokenizer_config.json has tokenizer_class {kind}, whose ids may differ from those "
@@ -564,8 +564,8 @@ class _SentencePiece:
         self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         sp, size = self._sp, self._sp.vocab_size()
         added = dict(said.added)
-        if kind.startswith("T5") or "extra_ids" in said.config:
-            number = int(said.config.get("extra_ids", 100))
+        if kind.startswith("T5") or "extra_ids" in said.options:
+            number = int(said.options.get("extra_ids", 100))
             for n in range(number):
                 added.setdefault(f"<extra_id_{n}>", size + number - 1 - n)
         added = {text: i for text, i in added.items() if i >= size or sp.id_to_piece(i) != text}
