@@ -256,3 +256,81 @@ def test_a_file_alone_is_read_with_the_usual_names_of_special_tokens(tmp_path):
     tok = tokenizer.load(tmp_path / "mine.json")
     assert [tok.piece(i) for i in (tok.bos_id, tok.eos_id, tok.mask_id)] == ["[CLS]", "[SEP]", "[MASK]"]
     assert json.loads(dict(tok.files)["tokenizer.json"])
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path, model, tokens, kinds, **fields):
+    """A GGUF file with a tokenizer and nothing else."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def gguf_of(kind, path, **fields):
+    """The GGUF file that a folder's tokenizer would be converted to."""
+    tok = published.make(kind)
+    names = [tok._engine.names[i] for i in range(tok.vocab_size)]
+    ids = {f"{role}_token_id": getattr(tok, f"{role}_id") for role in ("bos", "eos", "pad")}
+    if kind == "byte_bpe":
+        kinds = [3 if tok.is_control_V[i] else 1 for i in range(tok.vocab_size)]
+        merges = [" ".join(pair) for pair in json.loads(dict(tok.files)["tokenizer.json"])["model"]["merges"]]
+        fields = {"token_merges": merges, "tokenizer_pre": "gpt-2", "chat_template": tok.chat_template} | ids | fields
+        return write_gguf(path, "gpt2", names, kinds, **fields)
+    sp = tok._engine._sp
+    kinds = [
+        2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in range(sp.vocab_size())
+    ]
+    scores = [sp.get_score(i) for i in range(sp.vocab_size())]
+    fields = {"token_scores": scores, "unk_token_id": sp.unk_id()} | ids | fields
+    return write_gguf(path, "llama", names, kinds, **fields)
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "llama"])
+def test_the_tokenizer_of_a_gguf_file_is_that_of_the_folder(kind, tmp_path):
+    tok = tokenizer.load(gguf_of(kind, tmp_path / "model.gguf"))
+    want = published.make(kind)
+    for text in (*PROSE[:9], *MARKS, TRAPS):
+        assert tok.encode_with_offsets(text) == want.encode_with_offsets(text)
+        assert tok.encode_rendered(text) == want.encode_rendered(text)
+    same = ("bos_id", "eos_id", "pad_id", "chat_template", "control_names", "vocab_size", "added_space")
+    assert [getattr(tok, name) for name in same] == [getattr(want, name) for name in same]
+    tok.save(tmp_path / "tokenizer")
+    assert tokenizer.load(tmp_path / "tokenizer") == tok
+
+
+def test_gguf_files_that_cut_text_in_another_way_or_are_damaged_are_refused(tmp_path):
+    other = gguf_of("byte_bpe", tmp_path / "other.gguf", tokenizer_pre="exotic")
+    with pytest.raises(ConfigError, match=r"cuts text as 'exotic'; expected one of default, gpt-2, smollm"):
+        tokenizer.load(other)
+    content = other.read_bytes()
+    for name, damaged in (("cut", content[: len(content) // 2]), ("empty", b""), ("noise", b"x" * 99)):
+        (tmp_path / f"{name}.gguf").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=f"'tokenizer.path': {tmp_path}/{name}.gguf is no GGUF file"):
+            tokenizer.load(tmp_path / f"{name}.gguf")
+
+
+@pytest.mark.parametrize("kind", ["llama-bpe", "qwen2", "smollm"])
+def test_the_ways_of_cutting_text_are_those_of_transformers_models(kind):
+    """The numbers in one, three or all digits, contractions, and spaces before words and line breaks."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from lm.data import published_tokenizer
+
+    letters = [published_tokenizer._byte_alphabet()[byte] for byte in range(256)]
+    made = published_tokenizer._byte_level({letter: i for i, letter in enumerate(letters)}, [], [], kind)
+    cut = tokenizers.Tokenizer.from_str(made).pre_tokenizer.pre_tokenize_str("It'S 12345\n\n  so")
+    want = {
+        "llama-bpe": ["It", "'S", "\u0120", "123", "45", "\u010a\u010a", "\u0120", "\u0120so"],
+        "qwen2": ["It", "'S", "\u0120", "1", "2", "3", "4", "5", "\u010a\u010a", "\u0120", "\u0120so"],
+        "smollm": ["It", "'", "S", "\u0120", "1", "2", "3", "4", "5", "\u010a\u010a\u0120", "\u0120so"],
+    }
+    assert [piece for piece, _ in cut] == want[kind]
