@@ -23,7 +23,7 @@ def version() -> str:
     return match[1]
 
 
-HF = ["gguf>=0.19", "safetensors>=0.8"]  # published models
+HF = ["gguf>=0.19", "jinja2>=3.1", "safetensors>=0.8", "tokenizers>=0.23"]  # published models
 PARQUET = ["pyarrow>=25.0,<26"]  # apache-beam needs < 26
 
 setup(

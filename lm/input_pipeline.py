@@ -28,6 +28,7 @@ from lm.data.readers.registry import Split
 from lm.data.record import NOTHING, DataError, Record, Wanted
 from lm.data.shards import Prepared
 from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer_protocol import target_bytes
 from lm.tasks import Task, columns_of_batch, task_of
 
 # Keys of DataConfig that affect how records are turned into rows.
@@ -138,12 +139,19 @@ def build(
     options = {key: value for key, value in schema.to_dict(cfg.task).items() if key not in unread}
     settings |= {"task": options, "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     settings |= {"easy_first": data.easy_first}
-    parts = [content, tokenizer.hash if tokenizer else "", settings]
+    parts = [content, _hash_of(tokenizer), settings]
     about: dict[str, str | int] = {"tokenizer": _sha256(parts[1])[:12], "settings": _sha256(settings)[:12]}
     for (name, source), each in zip(made.items(), content, strict=True):
         prefix = f"{name}: " if name else ""
         about |= {f"{prefix}content": _sha256(each)[:12], f"{prefix}training rows": len(source.train)}
     return data._replace(fingerprint=_sha256(parts), about=about)
+
+
+def _hash_of(tokenizer: Tokenizer | None) -> str:
+    """Of all that decides the rows: the tokenizer, with its chat template if it has one."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return tokenizer.hash if tokenizer else ""
+    return _sha256([tokenizer.hash, tokenizer.chat_template])
 
 
 def _sha256(value: Any) -> str:
@@ -255,7 +263,8 @@ def _packed(
     if "targets" in rows and tokenizer:
         is_target = rows["loss_weights"] > 0
         report["targets"] = int(np.count_nonzero(is_target))
-        report["bytes"] = int(tokenizer.token_bytes()[rows["targets"][is_target]].sum())
+        pairs = (rows[name][is_target] for name in ("tokens", "targets"))
+        report["bytes"] = int(target_bytes(tokenizer, tokenizer.token_bytes(), *pairs).sum())
     if not report.get("targets", report["rows"]):
         found = ", ".join(f"{key} {value:,}" for key, value in counts.items()) or "no documents"
         keys = "data.path" if name == "train" else "data.eval_path, data.eval_fraction"
@@ -289,7 +298,7 @@ def _prepared(found: Prepared, half: str, cfg: Config, tokenizer: Tokenizer | No
     if tokenizer and (was := found.about.get("tokenizer_hash", tokenizer.hash)) != tokenizer.hash:
         raise ConfigError(
             f"{found.path}: its rows were made with tokenizer {was[:12]}, but this run has {tokenizer.hash[:12]}, in "
-            "which the ids mean other text; restore the folder's tokenizer.model"
+            "which the ids mean other text; restore the folder's tokenizer"
         )
     if (length := stored["tokens"][0][0]) != table.layout.length:
         raise ConfigError(

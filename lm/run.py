@@ -3,7 +3,6 @@
 The only place where config becomes objects: which task, model, optimizer and mesh a run has is decided here, by values.
 """
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +47,7 @@ class Plan(NamedTuple):
       tokenizer: None where the run has yet to train one, or reads no text.
       init: the checkpoint or the published model that `init_from` names, or None.
       origin_of: path -> array of that checkpoint, or None = initialised.
+      words: its tables of ids, which may have another number of rows.
       unused: parameters of that checkpoint that this run does not read.
       anchored: path -> whether the state keeps its initial value, for the optimizer or the loss; None = neither asks.
       replay: the data that `data.replay` draws from, or None.
@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     tokenizer: Tokenizer | None
     init: init_from.Source | None
     origin_of: dict[str, str | None]
+    words: init_from.Tables
     unused: list[str]
     anchored: dict[str, bool] | None
     replay: DataConfig | None
@@ -112,6 +113,8 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     data = dataclasses.replace(cfg.data, overlong=overlong)
     found = _find_tokenizer(cfg, workdir if own else None, init) if task_of(cfg).texts else None
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
+    if isinstance(init, hf.Published) and vocab_size > cfg.model.vocab_size:  # by `tokenizer.extra_ids`
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     longest = max(cfg.data.seq_len, cfg.data.target_len)
     resolved = transformer.resolve(cfg.model, vocab_size=vocab_size, seq_len=longest)
     cfg = dataclasses.replace(cfg, model=resolved, data=data)
@@ -120,15 +123,23 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     adapters.check(cfg.adapter, param_paths.flatten(abstract))
     selection = trainable.resolve(cfg.optim, abstract, total_steps=1)  # its length waits for the data's size
     anchored = _anchored(cfg, abstract)
-    origin_of, unused = init_from.sources(abstract, cfg.init_rules, init) if init else ({}, [])
+    logical_axes = param_paths.flatten(model.logical_axes())
+    words = init_from.NO_TABLES
+    if isinstance(init, hf.Published):
+        words = init_from.tables(logical_axes, init.vocab_size, cfg.model.vocab_size)
+    elif init and found:
+        there = build_saved_config(init.info["config"]).tokenizer
+        words = init_from.tables(logical_axes, vocab_size - cfg.tokenizer.extra_ids + there.extra_ids, vocab_size)
+    origin_of, unused = init_from.sources(abstract, cfg.init_rules, init, words) if init else ({}, [])
     return Plan(
         cfg=cfg,
         abstract_params=abstract,
-        logical_axes=param_paths.flatten(model.logical_axes()),
+        logical_axes=logical_axes,
         selection=selection,
         tokenizer=found,
         init=init,
         origin_of=origin_of,
+        words=words,
         unused=unused,
         anchored=anchored,
         replay=replay.source(cfg, workdir, init),
@@ -199,6 +210,8 @@ def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None], begun: Mappi
     tokenizer = planned.tokenizer
     if tokenizer:
         note(f"tokenizer of {tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")
+        if change := tokenizer.changes_text:
+            note(f"the tokenizer changes text, of which it counts the bytes in bits_per_byte: {change}")
     prompts = {prompt: sampling.encode_prompt(prompt, tokenizer, cfg) for prompt in cfg.generate.prompts if tokenizer}
     data = input_pipeline.build(cfg, tokenizer, *found, replayed=replay.load(planned.replay, cfg, note), begun=begun)
     _check_same_data(data.fingerprint)
@@ -291,7 +304,9 @@ def tokenizer_for(
     note(f"training a tokenizer of {cfg.vocab_size:,} ids")
     records = itertools.chain.from_iterable(split.train for split in found if isinstance(split, registry.Split))
     texts = itertools.chain.from_iterable(map(task.texts, records))
-    return dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
+    trained = dataclasses.replace(task.vocabulary.train(texts, cfg), extra_ids=cfg.extra_ids)
+    task.check_tokenizer(planned.cfg, trained)
+    return trained
 
 
 def _find_tokenizer(cfg: Config, workdir: Path | None, init: init_from.Source | None) -> Tokenizer | None:
@@ -307,25 +322,26 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: init_from.Source | 
       ConfigError: naming both files, or the run whose tokenizer is missing.
     """
     vocabulary = task_of(cfg).vocabulary
-    candidates: list[Any] = (
-        [_tokenizer_path(checkpoint.list_saved(workdir), workdir / vocabulary.file)] if workdir else []
-    )
+    candidates: list[Any] = []
+    if workdir:
+        candidates.append(_tokenizer_path(checkpoint.list_saved(workdir), workdir, vocabulary.find))
     if cfg.tokenizer.path:
         candidates.append(epath.Path(cfg.tokenizer.path))
         if not candidates[-1].exists():
-            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected a {vocabulary.file} of a run")
+            expected = "the file or folder of a tokenizer, such as RUN/tokenizer.model"
+            raise ConfigError(f"'tokenizer.path': no file {cfg.tokenizer.path}; expected {expected}")
     if cfg.data.format == "prepared":
         candidates += [
-            epath.Path(source.path).expanduser() / vocabulary.file
+            vocabulary.find(epath.Path(source.path).expanduser())
             for source in input_pipeline.by_source(cfg.data).values()
         ]
         if missing := [path for path in candidates if not path.exists()]:
             raise ConfigError(f"no {missing[0]}: the prepared data cannot be read without its tokenizer; put it back")
     if isinstance(init, checkpoint.Saved):
-        candidates.append(_tokenizer_path([init], init.path.parent.parent / vocabulary.file))
+        candidates.append(_tokenizer_path([init], init.path.parent.parent, vocabulary.find))
+    elif init and not candidates:
+        candidates.append(epath.Path(init.path))
     found = {path: vocabulary.load(path) for path in candidates if path.exists()}
-    if isinstance(init, hf.Published) and not found:  # the place for the tokenizer of the folder itself
-        raise ConfigError(f"'init_from' is {cfg.init_from}, whose tokenizer is not read: set 'tokenizer.path'")
     if (init or workdir) and not found:
         raise ConfigError(f"no {candidates[-1]}: the checkpoint cannot be used without its tokenizer; put it back")
     hashes = {str(path): each.hash for path, each in found.items()}
@@ -338,25 +354,53 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: init_from.Source | 
             "use one of them everywhere"
         )
     chosen = next(iter(found.values()), None)
-    return chosen and dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
+    if chosen is None:
+        return None
+    if cfg.tokenizer.chat_template and not workdir:  # a run that has begun keeps its own copy
+        chosen = _with_chat_template(chosen, epath.Path(cfg.tokenizer.chat_template))
+    chosen = dataclasses.replace(chosen, extra_ids=cfg.tokenizer.extra_ids)
+    task_of(cfg).check_tokenizer(cfg, chosen)
+    return chosen
 
 
-def _tokenizer_path(saved: Sequence[checkpoint.Saved], path: Any) -> Any:
-    """Where to read a run's tokenizer: its file or, if that is missing or damaged, the newest checkpoint that has it.
+def _with_chat_template(tokenizer: Any, path: Any) -> Any:
+    """The tokenizer with the chat template of a file. Raises ConfigError if that cannot be."""
+    if not hasattr(tokenizer, "with_chat_template"):
+        raise ConfigError(
+            f"'tokenizer.chat_template' is {path}, but a tokenizer that this project trained writes turns with its own "
+            "symbols; set it to ''"
+        )
+    try:
+        return tokenizer.with_chat_template(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'tokenizer.chat_template': {path} cannot be read: {error}; give a .jinja file") from None
+
+
+def _tokenizer_path(saved: Sequence[checkpoint.Saved], workdir: Any, find: Callable[[Any], Any]) -> Any:
+    """Where to read a run's tokenizer: its folder or, if a file is missing or damaged, the newest checkpoint with it.
 
     Args:
       saved: checkpoints of the run, ascending; those of older versions have no tokenizer, and are no help.
-      path: the file in the run's folder.
+      workdir: the run's folder.
+      find: of `lm.tasks.base.Vocabulary`.
     """
     for each in reversed(saved):
-        with contextlib.suppress(CheckpointError):
-            content = checkpoint.read_file(each, path.name)
-            if path.is_file() and path.read_bytes() == content:
-                return path
-            found = "is damaged" if path.exists() else "is missing"
-            checkpoint.warn(f"{path} {found}; it is read from {each.path}")
-            return each.path / path.name
-    return path
+        names = each.info.get("files", {})
+        try:
+            contents = {name: checkpoint.read_file(each, name) for name in names}
+        except CheckpointError:
+            continue
+        wrong = [name for name in names if not _has_content(workdir / name, contents[name])]
+        if wrong:
+            found = "is damaged" if (workdir / wrong[0]).exists() else "is missing"
+            checkpoint.warn(f"{workdir / wrong[0]} {found}; it is read from {each.path}")
+        if names:
+            return find(each.path if wrong else workdir)
+    return find(workdir)
+
+
+def _has_content(path: Any, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def _anchored(cfg: Config, abstract_params: Any) -> dict[str, bool] | None:
@@ -451,11 +495,6 @@ def eval_rows(run: Run, part: loader.Part) -> tuple[np.ndarray, Any]:
     return loader.eval_row_ids(part, **limits), batches
 
 
-def tokenizer_file(cfg: Config) -> str:
-    """The file name of a tokenizer in a run's folder."""
-    return task_of(cfg).vocabulary.file
-
-
 def flops_per_token(run: Run) -> dict[str, float | None]:
     """Model FLOPs of training on a token, with attention counted in full ('mfu') or as its causal half ('mfu_causal').
 
@@ -509,16 +548,16 @@ def init_model(cfg: Config) -> tuple[Plan, ModelFns, Any]:
     Raises:
       ConfigError, CheckpointError: as `plan`; a damaged checkpoint.
     """
-    if not cfg.init_from.startswith(hf.PREFIX):  # a copy of it lies in the run's folder
-        cfg = dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path=""))
-    planned = plan(cfg, None)
+    # Copies of both lie in a run's folder; a published model's folder may have neither.
+    own: dict[str, Any] = {} if cfg.init_from.startswith(hf.PREFIX) else {"path": "", "chat_template": ""}
+    planned = plan(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, **own)), None)
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     replicated = sharding.replicated(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), planned.abstract_params
     )
     model = program_lib.make_model(planned.cfg, program_lib.compute_dtype(cfg.model.dtype, mesh))
-    params, _ = init_from.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of)
+    params, _ = init_from.initialize(model, abstract, cfg.seed, planned.init, planned.origin_of, planned.words)
     return planned, model, params
 
 
@@ -554,11 +593,11 @@ def write_checkpoint(
     Raises:
       ConfigError: the folder holds something already.
     """
-    files = {tokenizer_file(cfg): tokenizer.content} if tokenizer else {}
+    files = tokenizer.saved_files if tokenizer else {}
     with lease.hold(out) as check_lease:
         check_new(out)
-        for name, content in files.items():
-            write_atomic(out / name, content)
+        if tokenizer:
+            tokenizer.save(out / tokenizer.file)
         write_atomic(out / "config.json", config.to_json(cfg))
         with checkpoint.Checkpoints(out, cfg.checkpoint, check_lease=check_lease) as saves:
             saves.save(step, {"params": params}, {**info, "config": schema.to_dict(cfg)}, metrics, files)

@@ -102,7 +102,7 @@ def start_or_resume(
         if is_primary:
             check_lease()
             if run.plan.tokenizer:
-                run.plan.tokenizer.save(workdir / run_lib.tokenizer_file(cfg))
+                run.plan.tokenizer.save(workdir / run.plan.tokenizer.file)
             files.write_atomic(workdir / "config.json", config.to_json(cfg))
         with (
             Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over, check_lease) as tracker,
@@ -286,7 +286,7 @@ def save_state(
 ) -> None:
     """Starts saving a checkpoint, with the metrics of an evaluation of the same state, or None."""
     tokenizer, replay = run.plan.tokenizer, run.plan.replay
-    files = {run_lib.tokenizer_file(run.cfg): tokenizer.content} if tokenizer else {}
+    files = tokenizer.saved_files if tokenizer else {}
     with tracker.bucket("checkpoint"):
         tracker.sync()
         info: dict[str, Any] = {
@@ -334,7 +334,8 @@ def restore(
         there = build_saved_config(init.info["config"]).model if is_run else run.cfg.model
         say(init_from.describe(origin_of, run.plan.unused, init, there, run.cfg.model))
     model, abstract_params = run.program.model, run.program.abstract_state.params
-    params, origin = init_from.initialize(model, abstract_params, run.cfg.seed, init, origin_of, say)
+    seed, words = run.cfg.seed, run.plan.words
+    params, origin = init_from.initialize(model, abstract_params, seed, init, origin_of, words, say)
     state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(params)
     return state, resume.START, origin
 

@@ -179,7 +179,7 @@ def test_nothing_but_parameters_is_read(tmp_path):
         state_shardings=jax.tree.leaves(abstract)[0].sharding,
     )
     origin_of, unused = init_from.sources(abstract, ((".*", "keep"),), saved)
-    plan = SimpleNamespace(init=saved, origin_of=origin_of, unused=unused)
+    plan = SimpleNamespace(init=saved, origin_of=origin_of, unused=unused, words=init_from.NO_TABLES)
     said = []
     state, position, _ = train.restore(SimpleNamespace(program=program, plan=plan, cfg=cfg), [], said.append)
     assert (int(state.step), int(state.skipped), position.example) == (0, 0, 0)
@@ -215,3 +215,56 @@ def test_fine_tuning_with_another_tokenizer_is_refused_before_data_is_read(tmp_p
     words["other"].save(files[1])
     with pytest.raises(ConfigError, match=f"{words['old'].hash[:12]}  {tmp_path}/old/checkpoints/1"):
         run_lib.plan(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, path="")), tmp_path / "new")
+
+
+# Other numbers of ids -------------------------------------------------------------------------------------------------
+
+
+def tables_of(cfg, old, new):
+    axes = param_paths.flatten(model_of(cfg)[0].logical_axes())
+    return init_from.tables(axes, old, new)
+
+
+@pytest.mark.parametrize("rows", [toys.VOCAB - 3, toys.VOCAB, toys.VOCAB + 40])
+@pytest.mark.parametrize("tie", [True, False])
+def test_new_ids_begin_as_the_mean_of_the_others_and_the_table_says_so(tmp_path, rows, tie):
+    cfg = dataclasses.replace(SMALL, tie_embeddings=tie, vocab_size=toys.VOCAB)
+    old = random_like(model_of(cfg)[1], 0)
+    saved = save(tmp_path, old)
+    trained, ids = toys.VOCAB - 5, toys.VOCAB - 4  # padding rows at the end, of which one becomes an id
+    there = dataclasses.replace(cfg, vocab_size=rows)
+    model = transformer.text_model(transformer.resolve(there, vocab_size=rows, seq_len=8), jnp.float32)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract)
+    words = tables_of(cfg, trained, ids)
+    assert len(words.axes) == (1 if tie else 2)
+    origin_of, _ = init_from.sources(abstract, ((".*", "keep"),), saved, words)
+    params, origin = init_from.initialize(model, abstract, SEED, saved, origin_of, words)
+    flat, before = param_paths.flatten(params), param_paths.flatten(old)
+    for path, value in flat.items():
+        if path not in words.axes:
+            np.testing.assert_array_equal(value, before[path])
+            continue
+        axis = words.axes[path]
+        value, was = (np.moveaxis(np.asarray(x), axis, 0) for x in (value, before[path]))
+        np.testing.assert_array_equal(value[:trained], was[:trained])
+        np.testing.assert_allclose(value[trained:], np.tile(was[:trained].mean(0), (rows - trained, 1)), rtol=1e-6)
+        assert origin[path].endswith(f", rows {trained} to {rows} their mean")
+
+
+def test_without_new_ids_every_row_is_read_as_it_is(tmp_path):
+    old = random_like(model_of()[1], 0)
+    saved, (model, abstract) = save(tmp_path, old), model_of()
+    words = tables_of(SMALL, toys.VOCAB, toys.VOCAB)
+    origin_of, _ = init_from.sources(abstract, ((".*", "keep"),), saved, words)
+    params, origin = init_from.initialize(model, abstract, SEED, saved, origin_of, words)
+    jax.tree.map(np.testing.assert_array_equal, params, old)
+    assert not any("mean" in text for text in origin.values())
+
+
+def test_only_tables_of_ids_may_have_another_size(tmp_path):
+    saved = save(tmp_path, random_like(model_of()[1], 0))
+    wider = model_of(dataclasses.replace(SMALL, embed_dim=16))[1]
+    with pytest.raises(ConfigError, match="has shape"):
+        init_from.sources(wider, ((".*", "keep"),), saved, tables_of(SMALL, 3, toys.VOCAB))

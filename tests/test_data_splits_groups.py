@@ -38,7 +38,7 @@ def test_identities_are_unique_and_those_of_different_records_do_not_depend_on_o
 @pytest.fixture(scope="module")
 def words():
     trained = tokenizer.train([text for story in STORIES for text in story], 300, 10_000)
-    return tokenizer.Tokenizer(trained.model, extra_ids=1)
+    return tokenizer.SentencePiece(trained.model, extra_ids=1)
 
 
 def pairs_config(path, **changes):

@@ -184,7 +184,7 @@ def test_data_without_a_target_is_refused_with_its_counts(half):
 
 
 def test_fingerprint_changes_with_everything_that_decides_the_stream():
-    other_tokenizer = tokenizer.Tokenizer(TOK.model)
+    other_tokenizer = tokenizer.SentencePiece(TOK.model)
     other_tokenizer.__dict__["hash"] = "another tokenizer that gives the same ids"
     changed = [
         input_pipeline.build(make_config(), other_tokenizer, make_split()),

@@ -135,7 +135,8 @@ def test_plan_refuses_configs_that_do_not_fit(tmp_path):
 
     old = str(tmp_path / "old")
     gone = refusal(tokenizer__path="gone.model")
-    assert gone == "'tokenizer.path': no file gone.model; expected a tokenizer.model of a run"
+    expected = "the file or folder of a tokenizer, such as RUN/tokenizer.model"
+    assert gone == f"'tokenizer.path': no file gone.model; expected {expected}"
     assert (
         refusal(init_from=old, model__vocab_size=128) == "'model.vocab_size' (128) is less than the tokenizer's 285 ids"
     )

@@ -269,18 +269,18 @@ def test_a_row_is_the_system_turns_and_a_suffix_that_begins_with_a_request(turns
 def test_a_prompt_equals_the_start_of_its_conversation():
     turns = ("system", "say"), ("user", "hello"), ("assistant", "two")
     (row,), _ = run(*turns)
-    encoded = [chat.encode(message, TOK, "prompt") for message in conversation(*turns[:2])]
-    prompt = chat.prompt_ids(encoded, TOK)
+    messages = conversation(*turns[:2])
+    prompt = chat.prompt_ids(messages, TOK)
     assert row.tokens[: len(prompt)].tolist() == prompt and prompt[-1] == ASSISTANT
     assert row.loss_weights[len(prompt) - 1] == 1 and not row.loss_weights[: len(prompt) - 1].any()
-    assert TASKS["chat"].prompt("hello", TOK) == chat.prompt_ids(encoded[1:], TOK)
+    assert TASKS["chat"].prompt("hello", TOK) == chat.prompt_ids(messages[1:], TOK)
 
 
 def test_a_long_prompt_loses_its_oldest_turns_whole():
     turns = [("system", "say"), ("user", "hello"), ("assistant", LONG), ("user", "two")]
-    encoded = [chat.encode(message, TOK, "prompt") for message in conversation(*turns)]
+    messages = conversation(*turns)
     room = len(ids_of(turns[0], turns[3])) + 2
-    assert chat.recent_prompt(encoded, TOK, room) == [encoded[0], encoded[3]]
-    assert chat.recent_prompt(encoded, TOK, 1000) == encoded
+    assert chat.recent_prompt(messages, TOK, room) == [messages[0], messages[3]]
+    assert chat.recent_prompt(messages, TOK, 1000) == messages
     with pytest.raises(ConfigError, match=f"the question has {room} ids with its marks, .* room for {room - 1}"):
-        chat.recent_prompt(encoded, TOK, room - 1)
+        chat.recent_prompt(messages, TOK, room - 1)

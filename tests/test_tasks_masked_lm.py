@@ -206,7 +206,7 @@ SENTENCES = ["The dog ran.", "Was it red?", "Not at all!\n", "A cat sat", " on t
 @pytest.fixture(scope="module")
 def words():
     trained = tokenizer.train([" ".join(SENTENCES)] * 3, 300, 10_000)
-    return tokenizer.Tokenizer(trained.model, extra_ids=1)
+    return tokenizer.SentencePiece(trained.model, extra_ids=1)
 
 
 def settings(**changes):

@@ -52,7 +52,7 @@ def make(seq_len=96, prompt=(ASK,), chosen=(GOOD,), rejected=(BAD,), overlong="d
 
 
 def ids_of(*messages):
-    return [TOK.bos_id, *chat.token_ids([chat.encode(message, TOK, "") for message in messages])]
+    return chat.tokens_of(messages, TOK, "").ids
 
 
 def assert_view(row, view, whole, trained):

@@ -21,7 +21,7 @@ PAIRS = [("a dog", "ein hund"), ("a cat", "eine katze"), ("a dog and a cat", "ei
 @pytest.fixture(scope="module")
 def words():
     trained = tokenizer.train([" ".join(WORDS)] * 3, 290, 10_000)
-    return tokenizer.Tokenizer(trained.model, extra_ids=20)
+    return tokenizer.SentencePiece(trained.model, extra_ids=20)
 
 
 def settings(**changes):

@@ -100,7 +100,7 @@ def test_an_unknown_tag_is_refused_with_the_record_named():
 
 
 def test_two_words_in_one_token_are_refused(monkeypatch):
-    monkeypatch.setattr(tokenizer.Tokenizer, "encode_with_offsets", lambda self, text: ([9], [(0, len(text))]))
+    monkeypatch.setattr(tokenizer.SentencePiece, "encode_with_offsets", lambda self, text: ([9], [(0, len(text))]))
     with pytest.raises(DataError, match="file:7: the words 'a' and 'b' begin in one token"):
         tagging.tagged_words(record(["a", "b"], ["O", "O"]), TOKENIZER, config(), Counter())
 

@@ -54,11 +54,11 @@ def talk(workdir: str) -> None:
         )
     key = jax.random.key(_SEED.value)
     is_chat = tasks.task_of(cfg).prompt is chat.CHAT.prompt
-    turns: list[chat.Turn] = []
+    turns: list[chat.Message] = []
     say(f"{'chat' if is_chat else 'text continuation'} model, {workdir}; end with Ctrl-D", file=sys.stderr)
     for number, line in enumerate([_PROMPT.value] if _PROMPT.value else typed_lines()):
         if is_chat:
-            conversation = [*turns, chat.encode({"role": "user", "content": line}, tokenizer, "the question")]
+            conversation = [*turns, {"role": "user", "content": line}]
             try:
                 turns = chat.recent_prompt(conversation, tokenizer, room)
             except schema.ConfigError as error:
@@ -74,7 +74,7 @@ def talk(workdir: str) -> None:
         generated = sampling.generate(model, params, [ids], jax.random.fold_in(key, number), cfg, tokenizer)[0]
         answer = tokenizer.decode(generated)
         if is_chat:
-            turns.append(chat.encode({"role": "assistant", "content": answer}, tokenizer, "the answer"))
+            turns.append({"role": "assistant", "content": answer})
         say(answer)
 
 

@@ -96,7 +96,8 @@ def export_run(run: str, out: Path, dtype: str) -> None:
     export.export(out, model, params, vocab_size=rows, dtype=jnp.dtype(dtype), about=ids)
     if tokenizer:
         (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(out / run_lib.tokenizer_file(cfg))
+        for name, content in tokenizer.saved_files.items():
+            (out / Path(name).name).write_bytes(content)
     say(f"{out}: {rows:,} of {model.vocab_size:,} rows of vocabulary, {dtype}")
 
 

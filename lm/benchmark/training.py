@@ -152,7 +152,12 @@ def prepare(cfg: Config, *, keep_start: bool) -> Training:
         train_step = run.program.train_step.lower(run.program.abstract_state, shape).compile()
         times.append(time.perf_counter())
         params, _ = init_from.initialize(
-            run.program.model, run.program.abstract_state.params, run.cfg.seed, planned.init, planned.origin_of
+            run.program.model,
+            run.program.abstract_state.params,
+            run.cfg.seed,
+            planned.init,
+            planned.origin_of,
+            planned.words,
         )
         start = jax.device_get(params) if keep_start else None
         state = jax.jit(run.program.init_state, out_shardings=run.program.state_shardings)(params)

@@ -1,10 +1,13 @@
 """Initialises a run with the parameters of another, or of a published model. Rules over parameter paths say which are
 read and from where."""
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lm import param_paths
 from lm.checkpoint import hf, store
@@ -35,8 +38,49 @@ def choose(name: str, model: ModelConfig) -> Source:
         raise CheckpointError(f"'init_from' is {name}: {error}") from None
 
 
+class Tables(NamedTuple):
+    """The parameters that have a row for each id, and the ids of the checkpoint's tokenizer and of this run's.
+
+    Attributes:
+      axes: path -> the axis of its ids.
+      old: number of ids that the checkpoint was trained with.
+      new: number of ids now, of which the first `old` stand for the same text.
+    """
+
+    axes: dict[str, int]
+    old: int
+    new: int
+
+    def resized(self, path: str, there: tuple[int, ...], here: tuple[int, ...]) -> bool:
+        """Whether rows of a table are added, begin anew, or are left out; other differences of shapes do not fit."""
+        axis = self.axes.get(path)
+        if axis is None or len(there) != len(here):
+            return False
+        others_agree = there[:axis] + there[axis + 1 :] == here[:axis] + here[axis + 1 :]
+        return others_agree and (there != here or self.new > self.old)
+
+
+NO_TABLES = Tables({}, 0, 0)
+
+
+def tables(logical_axes: Mapping[str, tuple[Any, ...]], old: int, new: int) -> Tables:
+    """`Tables` of a model whose logical axes these are."""
+    return Tables({path: axes.index("vocab") for path, axes in logical_axes.items() if "vocab" in axes}, old, new)
+
+
+def resize(table: jax.Array, axis: int, rows: int, old: int) -> jax.Array:
+    """A table with `rows` rows along `axis`: its first `old`, as far as they are used, then their mean repeated.
+
+    Rows that begin as the mean are about as likely to be predicted as an average id, and so change the model's other
+    predictions little (Hewitt 2021, 'Initializing new word embeddings for pretrained language models').
+    """
+    kept = jax.lax.slice_in_dim(table, 0, min(old, rows), axis=axis)
+    shape = (*table.shape[:axis], rows - kept.shape[axis], *table.shape[axis + 1 :])
+    return jnp.concatenate([kept, jnp.broadcast_to(kept.mean(axis, keepdims=True), shape)], axis)
+
+
 def sources(
-    abstract: Params, rules: tuple[tuple[str, str], ...], saved: Source
+    abstract: Params, rules: tuple[tuple[str, str], ...], saved: Source, words: Tables = NO_TABLES
 ) -> tuple[dict[str, str | None], list[str]]:
     """Decides where each parameter comes from, without reading an array.
 
@@ -46,6 +90,7 @@ def sources(
         anything else is the old path to read, in which \\1 stands for the regex's first group. Example, an encoder from
         a decoder: (r'encoder/(.*)', r'decoder/\\1').
       saved: the checkpoint.
+      words: the tables that may have another number of rows there.
 
     Returns:
       (new path -> name of the array in the checkpoint, or None = initialised; old parameters that are not used). An
@@ -74,9 +119,10 @@ def sources(
                 f"'init_from': {saved.path} has no parameter '{old}' for '{path}'{nearest(old, olds)}; add the rule "
                 f"('{path}', '{REINIT}') or ('{path}', OLD_PATH) to 'init_rules'"
             )
-        if tuple(known[whole]["shape"]) != flat[path].shape:
+        there = tuple(known[whole]["shape"])
+        if there != flat[path].shape and not words.resized(path, there, flat[path].shape):
             raise ConfigError(
-                f"'init_from': '{path}' has shape {flat[path].shape}, {saved.path} has {tuple(known[whole]['shape'])}; "
+                f"'init_from': '{path}' has shape {flat[path].shape}, {saved.path} has {there}; "
                 f"make the models agree or add the rule ('{path}', '{REINIT}') to 'init_rules'"
             )
         out[path] = f"ema/{old}" if f"ema/{old}" in known else whole
@@ -91,6 +137,7 @@ def initialize(
     seed: int,
     saved: Source | None,
     origin_of: dict[str, str | None],
+    words: Tables = NO_TABLES,
     say: Callable[[str], None] = store.warn,
 ) -> tuple[Params, dict[str, str]]:
     """Reads the parameters that come from a checkpoint, or from one of its fallbacks, and initialises the others.
@@ -101,6 +148,7 @@ def initialize(
       seed: of the initialiser.
       saved: the checkpoint; None = all parameters are initialised.
       origin_of: as `sources` returns it; ignored without a checkpoint.
+      words: the tables whose rows are added or left out, see `resize`.
       say: called with a line for each checkpoint that was passed over.
 
     Returns:
@@ -126,8 +174,9 @@ def initialize(
     known, wanted = saved.info["arrays"], {}
     for path, name in names.items():
         shape, like = tuple(known[name]["shape"]), flat[path]
-        wanted[name] = jax.ShapeDtypeStruct(shape, like.dtype, sharding=like.sharding)
-        if shape != like.shape:  # the average is of the last layers only
+        is_resized = words.resized(path, shape, like.shape)
+        wanted[name] = jax.ShapeDtypeStruct(shape, like.dtype, sharding=_fitting(like.sharding, shape))
+        if shape != like.shape and not is_resized:  # the average is of the last layers only
             wanted[name.replace("ema/", "params/", 1)] = like
     tree = param_paths.unflatten(wanted)
     used: Source = saved
@@ -138,6 +187,10 @@ def initialize(
     read = param_paths.flatten(state)
 
     def value(path: str, name: str) -> jax.Array:
+        like = flat[path]
+        if words.resized(path, read[name].shape, like.shape):
+            options: dict[str, Any] = {"axis": (axis := words.axes[path]), "rows": like.shape[axis], "old": words.old}
+            return jax.jit(functools.partial(resize, **options), out_shardings=like.sharding)(read[name])
         if read[name].shape == flat[path].shape:
             return read[name]
         whole = param_paths.replace_last(read[name.replace("ema/", "params/", 1)], read[name])
@@ -146,7 +199,18 @@ def initialize(
     for path, name in names.items():
         kind, old = name.split("/", 1)
         origin[path] = used.label + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
+        if words.resized(path, tuple(known[name]["shape"]), flat[path].shape):
+            origin[path] += f", rows {words.old:,} to {flat[path].shape[words.axes[path]]:,} their mean"
     return param_paths.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
+
+
+def _fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
+    """The sharding, or none of the axes where it does not divide the shape."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return jax.sharding.NamedSharding(sharding.mesh, jax.P())
+    return sharding
 
 
 def describe(

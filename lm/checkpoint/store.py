@@ -250,7 +250,7 @@ class Checkpoints:
           state: pytree of arrays.
           info: JSON: config, tokenizer hash, position in the data.
           metrics: of an evaluation of the same state, or None.
-          files: name -> content of further files, for `read_file`: the tokenizer.
+          files: path below the checkpoint -> content of further files, for `read_file`: the tokenizer's.
 
         Raises:
           CheckpointError: the previous save failed, or this one cannot start.
@@ -295,7 +295,9 @@ class Checkpoints:
         assert self._files is not None
         step, files = self._files
         for name, content in files.items():
-            Path(self._manager.directory, f"{step}{_SCRATCH}", name).write_bytes(content)
+            path = Path(self._manager.directory, f"{step}{_SCRATCH}", name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
 
     def _commit(self, step: int, response: Any, kept: Mapping[int, Mapping[str, float]]) -> list[int]:
         """Waits until a step is on disk, and then deletes those that need not be kept. Returns them."""

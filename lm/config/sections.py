@@ -30,11 +30,16 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """The SentencePiece model that turns text into ids."""
+    """The tokenizer, which turns text into ids."""
 
-    path: str = ""  # a .model file; '' = that of init_from's run, or else train one on the training text
+    # A .model, tokenizer.json, vocab.txt or .gguf file, or a folder with one, such as a published model's; '' = that of
+    # init_from's run, or else train one on the training text.
+    path: str = ""
     vocab_size: int = 8192  # number of ids, when training a model
-    extra_ids: int = 0  # ids after those of the model: the mask (the first one) and the sentinels of span corruption
+    extra_ids: int = (
+        0  # ids after those of the files: the mask, where they have none, then sentinels of span corruption
+    )
+    chat_template: str = ""  # a .jinja file that replaces the chat template of a published tokenizer
     train_bytes: int = 10_000_000  # at most this much text is read to train a model
 
 

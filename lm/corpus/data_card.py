@@ -53,7 +53,7 @@ def text(index: Mapping[str, Any]) -> str:
         f"space, which changed {statistics['normalised']:,} documents. `removed.jsonl` lists the dropped records.",
         "## Rows",
         _table(("part", "shards", "rows", "tokens", "fill"), parts),
-        f"Tokenizer: `tokenizer.model`, sha256 {index['tokenizer_hash']}.",
+        f"Tokenizer: in this folder, sha256 {index['tokenizer_hash']}.",
         "![Tokens of a document](lengths.png)",
         "## Decontamination: evaluation files",
         "\n".join(f"- `{name}`" for name in settings["evaluation"]) or "None.",

@@ -96,7 +96,9 @@ def plan(
     if cfg.data.mixture:
         raise ConfigError("'data.mixture' names several sources; prepare each by itself, with its 'data.path'")
     if cfg.init_from and not cfg.tokenizer.path:
-        raise ConfigError("'init_from' is set, whose tokenizer must be used: set tokenizer.path=RUN/tokenizer.model")
+        raise ConfigError(
+            "'init_from' is set, whose tokenizer must be used: set tokenizer.path=RUN/tokenizer.model, or RUN/tokenizer"
+        )
     given_tokenizer = tokenizer.load(cfg.tokenizer.path) if cfg.tokenizer.path else None
     units = registry.find(cfg.data)
     evaluation_files = [file for path in evaluation for file in paths.find_files(path, ("",))]
@@ -118,7 +120,10 @@ def plan(
         "packing": cfg.data.packing,
         "task": {"name": cfg.task.name, "row_length": _columns(cfg)["tokens"][0][0]},
         "data": {name: getattr(cfg.data, name) for name in _DATA_KEYS},
-        "tokenizer": {**schema.to_dict(cfg.tokenizer), "hash": given_tokenizer.hash if given_tokenizer else ""},
+        "tokenizer": {
+            **{key: value for key, value in schema.to_dict(cfg.tokenizer).items() if key != "chat_template"},
+            "hash": given_tokenizer.hash if given_tokenizer else "",
+        },
         "prepare": {"ngram": ngram, "filters": job.filters, "near": near, "shard_bytes": shard_bytes},
         "evaluation": {str(file): _state(file) for file in evaluation_files},
         "files": {str(unit): _state(unit) for unit in (*units.valid, *units.train)},
@@ -208,7 +213,7 @@ def _stages(groups: list[tuple[int, list[registry.Unit]]]) -> tuple[Stage, ...]:
         Stage("match", stages.match_ranges, stages.match, below("match")),
         Stage(
             "tokenizer",
-            lambda job: ["tokenizer.model"],
+            shard_writer.tokenizer_names,
             shard_writer.make_tokenizer,
             lambda job, name: job.folder / name,
         ),
@@ -296,7 +301,7 @@ def _finish(planned: Plan, faults: list[Fault]) -> None:
     index = {
         "parts": parts,
         "layout": {"length": columns["tokens"][0][0], "shifted": "targets" in columns},
-        "tokenizer_hash": tokenizer.load(job.folder / "tokenizer.model").hash,
+        "tokenizer_hash": tokenizer.load(tokenizer.find(job.folder)).hash,
         "settings": planned.settings,
         "statistics": statistics,
     }

@@ -132,11 +132,16 @@ def _add_block(
         found.kept.append((int(key_D[row]), int(rest_D[row]), text))
 
 
+def tokenizer_names(job: Job) -> list[str]:
+    """The name of the tokenizer in the folder."""
+    return [tokenizer.load(job.cfg.tokenizer.path).file if job.cfg.tokenizer.path else tokenizer.FILES[0]]
+
+
 def make_tokenizer(job: Job, name: str) -> None:
     """Writes the tokenizer of the recipe, or one trained on a sample of documents chosen by their hashes."""
     cfg = job.cfg.tokenizer
     if cfg.path:
-        vocabulary = tokenizer.load(cfg.path)
+        vocabulary: tokenizer.Tokenizer = tokenizer.load(cfg.path)
     else:
         sample = documents(job, "train", 0, max(1, _bytes_of_part(job, "train") // cfg.train_bytes))
         vocabulary = tokenizer.train((text for _, _, text in sample.kept), cfg.vocab_size, cfg.train_bytes)
@@ -147,9 +152,8 @@ def write(job: Job, name: str) -> None:
     """Tokenizes and packs one shard."""
     part, number, _, count = name.split("-")
     found = documents(job, part, int(number), int(count))
-    vocabulary = dataclasses.replace(
-        tokenizer.load(job.folder / "tokenizer.model"), extra_ids=job.cfg.tokenizer.extra_ids
-    )
+    saved: Any = tokenizer.load(tokenizer.find(job.folder))
+    vocabulary = dataclasses.replace(saved, extra_ids=job.cfg.tokenizer.extra_ids)
     from lm import input_pipeline, tasks  # import JAX, see `lm.corpus.pipeline`
 
     task, counts, lengths = tasks.task_of(job.cfg), Counter[str](), np.zeros(LENGTH_BINS, np.int64)

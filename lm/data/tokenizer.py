@@ -1,4 +1,6 @@
-"""Lossless SentencePiece BPE: any Unicode text round-trips, and no text can produce a control symbol."""
+"""The tokenizer of this project: lossless SentencePiece BPE. Any Unicode text round-trips, and no text can produce a
+control symbol. `load` also reads the tokenizers of published models, see `lm.data.published_tokenizer`.
+"""
 
 import dataclasses
 import functools
@@ -7,13 +9,17 @@ import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import sentencepiece
 
 from lm.config.schema import ConfigError
+from lm.data import published_tokenizer, tokenizer_protocol
+from lm.data.tokenizer_protocol import FILES, Tokenizer
 from lm.files import write_atomic
+
+__all__ = ["END_OF_TURN", "FILES", "ROLES", "SentencePiece", "Tokenizer", "find", "load", "train"]
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
@@ -30,8 +36,8 @@ _PROBE = f" a  b\r\n\t\u2460\ufb01e\u0301\u00c5\u65e5{_SPACE}<s>{END_OF_TURN} "
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
-    """Text to ids and back. Make one with `train` or `load`.
+class SentencePiece:
+    """A `Tokenizer` that this project trained. Make one with `train` or `load`.
 
     Attributes:
       model: the serialized SentencePiece model.
@@ -40,6 +46,12 @@ class Tokenizer:
 
     model: bytes = dataclasses.field(repr=False)
     extra_ids: int = 0
+    # The same for every tokenizer of this kind, see `Tokenizer`.
+    file: ClassVar[str] = FILES[0]
+    chat_template: ClassVar[str] = ""
+    added_space: ClassVar[int] = 0
+    changes_text: ClassVar[str] = ""
+    may_generate = tokenizer_protocol.may_generate
 
     @functools.cached_property
     def _sp(self) -> Any:
@@ -149,13 +161,20 @@ class Tokenizer:
         write_atomic(path, self.model)
 
     @property
-    def content(self) -> bytes:
-        """What `save` writes."""
-        return self.model
+    def saved_files(self) -> dict[str, bytes]:
+        return {self.file: self.model}
 
     @property
     def vocab_size(self) -> int:
         return self._sp.vocab_size() + self.extra_ids
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Raises ValueError: turns are written with `role_ids`, not with a template."""
+        raise ValueError("a tokenizer of this project has no chat template")
+
+    @property
+    def has_mask(self) -> bool:
+        return self.extra_ids > 0
 
     @property
     def mask_id(self) -> int:
@@ -175,30 +194,6 @@ class Tokenizer:
         sp = self._sp
         own = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(sp.vocab_size())]
         return np.array([*own, *[True] * self.extra_ids])
-
-    def may_generate(self, ends: Iterable[int], symbols: Iterable[str] = ()) -> np.ndarray:
-        """bool [vocab_size]: ids that a model may generate: all that stand for text, bytes included, and those below.
-
-        Args:
-          ends: ids that end the generation.
-          symbols: control symbols to allow as well, see `lm.config.GenerateConfig`.
-
-        Raises:
-          ConfigError: 'mask' or 'sentinels' without `extra_ids`.
-        """
-        allowed_V = ~self.is_control_V
-        allowed_V[list(ends)] = True
-        ids_of: dict[str, list[int]] = {
-            "sentinels": self.sentinel_ids.tolist(),
-            "mask": [self.mask_id] if self.extra_ids else [],
-            "roles": list(self.role_ids.values()),
-            "bos": [self.bos_id],
-        }
-        for symbol in symbols:
-            if not ids_of[symbol]:
-                raise ConfigError(f"'generate.symbols' has {symbol}, but there is none: raise 'tokenizer.extra_ids'")
-            allowed_V[ids_of[symbol]] = True
-        return allowed_V
 
     @property
     def pad_id(self) -> int:
@@ -227,7 +222,7 @@ class Tokenizer:
         return hashlib.sha256(self.model).hexdigest()
 
 
-def train(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, max_bytes: int) -> SentencePiece:
     """Trains BPE with exactly `vocab_size` ids on at most `max_bytes` of the texts. The same texts give the same model.
 
     If there is more text, a sample is taken with a fixed shuffle, so that all of a sorted corpus is represented.
@@ -258,43 +253,46 @@ def train(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise ConfigError(_explain(str(error), vocab_size)) from error
-    return Tokenizer(model.getvalue())
+    return SentencePiece(model.getvalue())
 
 
 def load(path: Any) -> Tokenizer:
-    """Reads a model that `Tokenizer.save` wrote, from any path that `etils.epath` opens.
+    """Reads a tokenizer: one of this project, or of a published model.
+
+    Args:
+      path: a .model, tokenizer.json, vocab.txt or .gguf file, or a folder with such a file (see
+        `published_tokenizer.load`); any path that `etils.epath` opens.
 
     Raises:
-      ConfigError: the file is missing or not a SentencePiece model; the model lacks a control symbol or loses text.
+      ConfigError: there is no such file, or it cannot be used.
     """
     from etils import epath
 
     path = epath.Path(path)
-    if not path.is_file():
-        raise ConfigError(f"'tokenizer.path': no file {path}; give a SentencePiece .model, or '' to train one")
-    tokenizer = Tokenizer(path.read_bytes())
-    _check_readable(tokenizer, path)
-    sp = tokenizer._sp
-    missing = [name for name, i in [("pad", sp.pad_id()), ("bos", sp.bos_id()), ("eos", sp.eos_id())] if i < 0]
-    missing += [
-        symbol
-        for symbol in (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)
-        if not sp.is_control(sp.piece_to_id(symbol))
-    ]
-    if missing:
+    if not path.exists():
         raise ConfigError(
-            f"'tokenizer.path': {path} has no control symbol {', '.join(missing)}; use a model this project trained"
+            f"'tokenizer.path': no file {path}; give a .model, tokenizer.json, vocab.txt or .gguf file, a folder with "
+            "one, or '' to train a tokenizer"
         )
+    own = path / FILES[0] if path.is_dir() and not (path / "tokenizer.json").exists() else path
+    if own.suffix in (".json", ".txt", ".gguf") or not own.is_file():
+        return published_tokenizer.load(path)
+    tokenizer = SentencePiece(own.read_bytes())
+    _check_readable(tokenizer, own)
+    sp = tokenizer._sp
+    symbols = [sp.piece_to_id(symbol) for symbol in (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)]
+    if min(sp.pad_id(), sp.bos_id(), sp.eos_id()) < 0 or not all(map(sp.is_control, symbols)):
+        return published_tokenizer.load(path)
     back = tokenizer.decode(tokenizer.encode(_PROBE))
     if back != _PROBE:
         raise ConfigError(
-            f"'tokenizer.path': {path} loses text: {_PROBE!r} comes back as {back!r}; it must have byte fallback, no "
-            "normalization and no dummy prefix, and keep white space"
+            f"'tokenizer.path': {own} has the control symbols of this project, but loses text: {_PROBE!r} comes back "
+            f"as {back!r}; it must have byte fallback, no normalization and no dummy prefix, and keep white space"
         )
     return tokenizer
 
 
-def _check_readable(tokenizer: Tokenizer, path: Any) -> None:
+def _check_readable(tokenizer: SentencePiece, path: Any) -> None:
     """Raises ConfigError unless every piece can be read: SentencePiece looks at most of them only when they are used.
 
     A damaged model that can be read is told from the right one by its hash, where that is known.
@@ -310,6 +308,11 @@ def _check_readable(tokenizer: Tokenizer, path: Any) -> None:
             f"'tokenizer.path': {path} is not a SentencePiece model, or is damaged ({type(error).__name__}: {reason}); "
             "copy it again"
         ) from error
+
+
+def find(folder: Any) -> Any:
+    """The tokenizer in the folder of a run or of prepared data, whether or not it exists: a path for `load`."""
+    return next((folder / file for file in FILES if (folder / file).exists()), folder / FILES[0])
 
 
 def _sample(texts: list[str], max_bytes: int) -> Iterator[str]:

@@ -76,6 +76,7 @@ class FakeTokenizer:
     """Stands in for a tokenizer that is not trained yet: the cost of a step depends on its size only."""
 
     eos_id = 2
+    added_space = 0
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -22,21 +22,21 @@ TOKEN_LOSS = ("z_loss", "label_smoothing", "chunk_len")  # keys of LossConfig th
 
 
 class Vocabulary(NamedTuple):
-    """How a task's tokenizer, or the vocabulary in its place, is trained, saved and loaded.
+    """How a task's tokenizer, or the vocabulary in its place, is found, trained and loaded.
 
     Attributes:
-      file: name of its file in a run's folder.
+      find: folder of a run or of prepared data -> the path of what is loaded from it, whether or not it exists.
       train: (output of `Task.texts` over the training records, config) -> a `Tokenizer` or an object like it.
       load: path -> the same object, read from its file.
     """
 
-    file: str
+    find: Callable[[Any], Any]
     train: Callable[[Iterable[str], TokenizerConfig], Any]
     load: Callable[[Any], Any]
 
 
 SENTENCEPIECE = Vocabulary(
-    "tokenizer.model",
+    sentencepiece.find,
     lambda texts, cfg: sentencepiece.train(texts, cfg.vocab_size, cfg.train_bytes),
     sentencepiece.load,
 )
@@ -66,7 +66,8 @@ class Task(NamedTuple):
       batch_columns: config -> the columns after `transform`; None = the same as `columns`.
       draws_other: `transform` also gets the columns of a random other row, named 'other_...'.
       augments: `transform` applies `data.augment` itself; the input pipeline must not.
-      vocabulary: how the tokenizer is trained, saved and loaded.
+      vocabulary: how the tokenizer is trained and loaded.
+      check_tokenizer: (config, tokenizer) -> None; raises ConfigError if the tokenizer lacks what the task needs.
       held_out: (training records, held-out records, config) -> held-out records, with what they need from the training
         records added, such as few-shot examples.
       lacks: (packed rows of a split, config) -> a sentence that says what the task needs and the rows lack (a second
@@ -109,6 +110,7 @@ class Task(NamedTuple):
     draws_other: bool = False
     augments: bool = False
     vocabulary: Vocabulary = SENTENCEPIECE
+    check_tokenizer: Callable[[Config, Any], None] = lambda cfg, tokenizer: None
     held_out: Callable[[Sequence[Record], Sequence[Record], Config], list[Record]] | None = None
     lacks: Callable[[Rows, Config], str] | None = None
     head: Callable[[Config], Head | None] = lambda cfg: None
@@ -213,12 +215,29 @@ def one_label(rows: Rows, names: Sequence[str] = ()) -> str:
 
 
 def check_mask_token(cfg: Config) -> None:
-    """Raises ConfigError unless `task.mask_rate` is in (0, 1) and the tokenizer has a mask."""
+    """Raises ConfigError unless `task.mask_rate` is in (0, 1) and a tokenizer that this run trains will have a mask.
+
+    Of a tokenizer that there is already, `has_mask_token` is asked.
+    """
     check_mask_rate(cfg)
-    if cfg.tokenizer.extra_ids < 1:
+    if cfg.tokenizer.extra_ids < 1 and trains_tokenizer(cfg):
         raise ConfigError(
             f"'tokenizer.extra_ids' is {cfg.tokenizer.extra_ids}, but task.name={cfg.task.name} needs 1, the mask"
         )
+
+
+def has_mask_token(cfg: Config, tokenizer: Any) -> None:
+    """For `Task.check_tokenizer`: raises ConfigError if the tokenizer has no mask."""
+    if not tokenizer.has_mask:
+        raise ConfigError(
+            f"'tokenizer.extra_ids' is {cfg.tokenizer.extra_ids}, but task.name={cfg.task.name} needs a mask, which "
+            "the tokenizer's files lack: set it to at least 1"
+        )
+
+
+def trains_tokenizer(cfg: Config) -> bool:
+    """Whether a new run of this config trains its tokenizer, so that all ids beside those of text are `extra_ids`."""
+    return not (cfg.tokenizer.path or cfg.init_from or cfg.data.format == "prepared")
 
 
 def check_mask_rate(cfg: Config) -> None:

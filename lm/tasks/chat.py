@@ -1,12 +1,15 @@
 """Conversations to rows: which tokens are trained on, and which turns of a conversation longer than a row are kept."""
 
+import bisect
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.config import Config
 from lm.config.schema import ConfigError
+from lm.data import chat_template
 from lm.data.example import Example
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
@@ -19,27 +22,28 @@ from lm.tasks.base import (
 from lm.tasks.language_modelling import next_token_loss
 
 _REQUEST_ROLES = ("system", "user")
+Message = Mapping[str, Any]
 
 
-class Turn(NamedTuple):
-    """One message.
+class Tokens(NamedTuple):
+    """A conversation as ids.
 
     Attributes:
-      role: system, user, assistant or tool.
-      ids: the role's symbol, the content, the end of the turn.
-      trained: whether its content and its end are trained on.
+      ids: of all its turns, and what begins it.
+      trained: whether each id is trained on; of a prompt, none is.
+      starts: index of the first id that is trained on, for each message that is.
     """
 
-    role: str
     ids: list[int]
-    trained: bool
+    trained: list[bool]
+    starts: list[int]
 
 
 def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """BOS, then for each turn: role symbol, content, end of turn. Assistant content and its end of turn are trained on,
-    unless the message has "weight": 0. Turns after the last trained one are left out.
+    """The conversation as `tokens_of` writes it, up to the last trained token.
 
-    Worked, <u> <a> role symbols and . the end of turn, for user 'hi', assistant 'yo':
+    Worked, with a tokenizer of this project: BOS, then for each turn: role symbol, content, end of turn. <u> <a> are
+    role symbols and . the end of turn, for user 'hi', assistant 'yo':
 
         tokens   BOS <u> hi  .  <a> yo
         targets  <u> hi  .  <a> yo  .
@@ -49,38 +53,54 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     were removed, see `recent_turns`), answer_cut (the last request and its answers are longer than a row; the end was
     cut), chats_truncated (data.overlong=truncate: the end was cut), dropped_long_prompt (the prompt leaves no room for
     the answer), dropped_overlong (data.overlong=drop). Counts of turns: answers_dropped (trained turns that are in no
-    row, though others of their chat are).
+    row, though others of their chat are), answers_as_context (the chat template renders them differently once something
+    follows them, so that they cannot be trained on; others of their chat are).
 
     Raises:
-      DataError: a role is unknown.
+      DataError: a role is unknown; the chat template cannot be used for this conversation.
     """
-    turns = [encode(message, tokenizer, str(record["source"])) for message in record["messages"]]
-    turns = turns[: 1 + max((i for i, turn in enumerate(turns) if turn.trained), default=-1)]
-    room = cfg.data.seq_len  # BOS is only an input, the last id only a target
-    kept = turns
-    if size(turns) > room and cfg.data.overlong == "drop":
+    messages, source, room = up_to_the_last_trained(record["messages"]), str(record["source"]), cfg.data.seq_len
+    whole = kept = tokens_of(messages, tokenizer, source)
+    left = messages
+    if size(whole) > room and cfg.data.overlong == "drop":
         counts["dropped_overlong"] += 1
         return []
-    if cfg.data.overlong != "truncate":
-        kept = recent_turns(turns, room)
-    ids = [tokenizer.bos_id, *token_ids(kept)][: 1 + room]
-    trained = [False, *trained_mask(kept)][: 1 + room]
-    if turns and not any(trained):
+    if size(whole) > room and cfg.data.overlong != "truncate":
+        left = recent_turns(messages, lambda some: size(tokens_of(some, tokenizer, source)), room)
+        kept = tokens_of(left, tokenizer, source)
+    ids, trained = kept.ids[: 1 + room], kept.trained[: 1 + room]
+    if messages and not any(trained):
         counts["dropped_long_prompt"] += 1
         return []
-    starts = itertools.accumulate((len(turn.ids) for turn in kept), initial=0)
-    seen = sum(turn.trained and start + 1 < room for turn, start in zip(kept, starts, strict=False))
+    seen = sum(start <= room for start in kept.starts)
+    as_context = sum(map(is_trained, left)) - len(kept.starts)
     found = {
-        "chats_shortened": len(kept) < len(turns),
+        "chats_shortened": len(left) < len(messages),
         "chats_truncated" if cfg.data.overlong == "truncate" else "answer_cut": size(kept) > room,
-        "answers_dropped": sum(turn.trained for turn in turns) - seen,
+        "answers_dropped": sum(map(is_trained, messages)) - as_context - seen,
+        "answers_as_context": as_context,
     }
     counts.update({name: int(number) for name, number in found.items() if number})
     return [Example(shifted(ids, trained))]
 
 
-def recent_turns(turns: Sequence[Turn], room: int) -> list[Turn]:
-    """The turns of a conversation that are kept when at most `room` ids fit: whole turns, and all of them if they fit.
+def is_trained(message: Message) -> bool:
+    """Whether a message is trained on."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def up_to_the_last_trained(messages: Sequence[Message]) -> list[Message]:
+    """The messages without those after the last one that is trained on; none if there is no such message."""
+    return list(messages[: 1 + max((i for i, message in enumerate(messages) if is_trained(message)), default=-1)])
+
+
+def size(tokens: Tokens) -> int:
+    """Positions of a row that a conversation takes: the first id is only an input, the last only a target."""
+    return len(tokens.ids) - 1
+
+
+def recent_turns(messages: Sequence[Message], size: Callable[[Sequence[Message]], int], room: int) -> list[Message]:
+    """The messages of a conversation that are kept when it may have a `size` of `room`: all of them if they fit.
 
     The oldest turns are removed first; the system turns at the start stay. The rest begins with a request, which is a
     user turn with the user and system turns directly before it, so that no answer and no tool result loses its
@@ -89,81 +109,182 @@ def recent_turns(turns: Sequence[Turn], room: int) -> list[Turn]:
     Worked, with turns of 3 ids and room 10: system, user, assistant, user, assistant -> system, user, assistant (the
     last two).
     """
-    if size(turns) <= room:
-        return list(turns)
-    first = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    system, starts = list(turns[:first]), _requests(turns, first) or [first]
-    fitting = (start for start in starts if size(system) + size(turns[start:]) <= room)
-    return [*system, *turns[next(fitting, starts[-1]) :]]
+    if size(messages) <= room:
+        return list(messages)
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    starts = _requests(messages, first) or [first]
+    kept = [[*messages[:first], *messages[start:]] for start in starts]
+    return kept[min(bisect.bisect_left(kept, True, key=lambda some: size(some) <= room), len(kept) - 1)]
 
 
-def _requests(turns: Sequence[Turn], first: int) -> list[int]:
-    """Indices of the turns at which requests begin, from turn `first` on."""
+def _requests(messages: Sequence[Message], first: int) -> list[int]:
+    """Indices of the messages at which requests begin, from message `first` on."""
     starts: list[int] = []
     begin = first
-    for i, turn in enumerate(turns[first:], first):
-        if turn.role not in _REQUEST_ROLES:
+    for i, message in enumerate(messages[first:], first):
+        if message["role"] not in _REQUEST_ROLES:
             begin = i + 1
-        elif turn.role == "user" and (not starts or starts[-1] != begin):
+        elif message["role"] == "user" and (not starts or starts[-1] != begin):
             starts.append(begin)
     return starts
 
 
-def encode(message: Mapping[str, Any], tokenizer: Tokenizer, source: str) -> Turn:
-    """Encodes one message of a record. A tool result is written as in Qwen and Hermes: in a user turn, between
-    `<tool_response>` and `</tool_response>`, so that it needs no role symbol of its own.
+# Conversations as ids -------------------------------------------------------------------------------------------------
+
+
+def tokens_of(messages: Sequence[Message], tokenizer: Tokenizer, source: str, *, is_prompt: bool = False) -> Tokens:
+    """Encodes messages: by the tokenizer's chat template if it has one, else with its role symbols.
+
+    The assistant's contents and the ends of its turns are trained on, unless the message has "weight": 0. Contents
+    cannot begin or end a turn, whatever they say.
+
+    Args:
+      messages: role and content each, as readers make them.
+      tokenizer: of the run.
+      source: place of the record, for messages.
+      is_prompt: end with what begins an answer, for generation.
 
     Raises:
-      DataError: the role is unknown; the message names `source`.
+      DataError: a role is unknown; the template fails, trains on nothing, or on what the model does not write.
     """
-    role, content = message["role"], message["content"]
-    if role not in (*ROLES, "tool"):
-        raise DataError(f"{source}: unknown role {role!r}, expected one of {', '.join((*ROLES, 'tool'))}")
-    if role == "tool":
-        content = f"<tool_response>\n{content}\n</tool_response>"
-    symbol = tokenizer.role_ids["user" if role == "tool" else role]
-    ids = [symbol, *tokenizer.encode(content), tokenizer.end_of_turn_id]
-    return Turn(role, ids, role == "assistant" and message.get("weight", 1) != 0)
+    for message in messages:
+        if message["role"] not in (*ROLES, "tool"):
+            expected = ", ".join((*ROLES, "tool"))
+            raise DataError(f"{source}: unknown role {message['role']!r}, expected one of {expected}")
+    if not tokenizer.chat_template or not messages:
+        return _with_role_symbols(messages, tokenizer, is_prompt)
+    try:
+        return _by_template(messages, tokenizer, is_prompt)
+    except chat_template.TemplateError as error:
+        raise DataError(f"{source}: the chat template cannot be used: {error}") from None
 
 
-def prompt_ids(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation as a prompt for the assistant: as in `chat`, then the assistant's role symbol."""
-    return [tokenizer.bos_id, *token_ids(turns), tokenizer.role_ids["assistant"]]
+def _with_role_symbols(messages: Sequence[Message], tokenizer: Tokenizer, is_prompt: bool) -> Tokens:
+    """A tool result is written as in Qwen and Hermes: in a user turn, between `<tool_response>` and `</tool_response>`,
+    so that it needs no role symbol of its own."""
+    ids, trained, starts = [tokenizer.bos_id], [False], []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+        turn = [tokenizer.role_ids[role], *tokenizer.encode(content), tokenizer.end_of_turn_id]
+        if is_trained(message):
+            starts.append(len(ids) + 1)
+        ids += turn
+        trained += [False, *[is_trained(message)] * (len(turn) - 1)]  # role symbols never are, because they are given
+    if is_prompt:
+        ids.append(tokenizer.role_ids["assistant"])
+    return Tokens(ids, trained, starts)
 
 
-def recent_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> list[Turn]:
-    """The turns that `recent_turns` keeps for a prompt (see `prompt_ids`) of at most `room` ids.
+def _by_template(messages: Sequence[Message], tokenizer: Any, is_prompt: bool) -> Tokens:
+    """Raises TemplateError."""
+    found, ids, offsets = _rendered(messages, tokenizer, is_prompt)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    wanted = [place for message, place in zip(answers, found.answers, strict=not is_prompt) if is_trained(message)]
+    trained, starts = [False] * len(ids), []
+    begins = [start for start, _ in offsets]
+    for start, end in filter(None, wanted):
+        if any(start < last and first < end for first, last in found.requests):
+            raise chat_template.TemplateError(f"it trains on a message that is no answer. {_shown(found.text)}")
+        first, last = bisect.bisect_left(begins, start), bisect.bisect_left(begins, end)
+        if first < last:
+            trained[first:last] = [True] * (last - first)
+            starts.append(first)
+    if is_prompt:
+        return Tokens(ids, trained, [])
+    if wanted and not starts:
+        raise chat_template.TemplateError(f"it shows no place that the model writes. {_shown(found.text)}")
+    end = 1 + max((i for i, is_one in enumerate(trained) if is_one), default=len(ids) - 1)
+    return Tokens(ids[:end], trained[:end], starts)
+
+
+def _rendered(
+    messages: Sequence[Message], tokenizer: Any, is_prompt: bool = False
+) -> tuple[chat_template.Rendered, list[int], list[tuple[int, int]]]:
+    """(the rendering, its ids, the characters of each)."""
+    specials, names = tokenizer.special_tokens(), tokenizer.control_names
+    found = chat_template.render(tokenizer.chat_template, messages, specials, names, is_prompt=is_prompt)
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    places = [0, *found.breaks, len(found.text)]
+    for at, end in itertools.pairwise(places):
+        part_ids, part_offsets = tokenizer.encode_rendered(found.text[at:end])
+        ids += part_ids
+        offsets += [(at + first, at + last) for first, last in part_offsets]
+    return found, ids, offsets
+
+
+def _shown(text: str) -> str:
+    return f"The conversation is rendered as:\n{text[:2000]}{'...' if len(text) > 2000 else ''}"
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a conversation as a prompt for the assistant: as in `chat`, then what begins its turn."""
+    return tokens_of(messages, tokenizer, "the conversation", is_prompt=True).ids
+
+
+def recent_prompt(messages: Sequence[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
+    """The messages that `recent_turns` keeps for a prompt (see `prompt_ids`) of at most `room` ids.
 
     Raises:
       ConfigError: the last request alone is longer than `room`.
     """
-    kept = recent_turns(turns, room - 2)
+    kept = recent_turns(messages, lambda some: len(prompt_ids(some, tokenizer)), room)
     if (length := len(prompt_ids(kept, tokenizer))) > room:
         raise ConfigError(f"the question has {length} ids with its marks, but there is room for {room}")
     return kept
 
 
 def _chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    return prompt_ids([encode({"role": "user", "content": text}, tokenizer, "prompt")], tokenizer)
+    return prompt_ids([{"role": "user", "content": text}], tokenizer)
+
+
+def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end an answer: EOS, and the end of a turn."""
+    if not tokenizer.chat_template:
+        return tokenizer.eos_id, tokenizer.end_of_turn_id
+    return tuple(dict.fromkeys((tokenizer.eos_id, *_ends_by_template(tokenizer))))
+
+
+_PROBE = ({"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."})
+
+
+@functools.lru_cache(maxsize=8)
+def _ends_by_template(tokenizer: Any) -> tuple[int, ...]:
+    """The control symbol that the chat template writes after an answer; () = it writes none.
+
+    Raises:
+      ConfigError: a conversation of two messages cannot be rendered or trained on.
+    """
+    try:
+        _by_template(_PROBE, tokenizer, is_prompt=False)
+        found, ids, offsets = _rendered(_PROBE, tokenizer)
+    except chat_template.TemplateError as error:
+        raise ConfigError(
+            f"the tokenizer's chat template ('tokenizer.chat_template') cannot be used: {error}"
+        ) from None
+    answered = found.text.rfind(_PROBE[1]["content"])
+    controls = (i for i, (start, _) in zip(ids, offsets, strict=True) if start > answered and tokenizer.is_control_V[i])
+    return tuple(controls)[:1]
+
+
+def check_tokenizer(cfg: Config, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError unless the tokenizer can write conversations."""
+    if tokenizer.chat_template:
+        ends(tokenizer)
+    elif not tokenizer.role_ids:
+        raise ConfigError(
+            f"task.name={cfg.task.name} writes conversations, but the tokenizer has no chat template: set "
+            "'tokenizer.chat_template' to a .jinja file"
+        )
 
 
 def _texts(record: Record) -> Iterator[str]:
     return (message["content"] for message in record["messages"])
-
-
-def size(turns: Sequence[Turn]) -> int:
-    """Number of ids in the turns."""
-    return sum(len(turn.ids) for turn in turns)
-
-
-def token_ids(turns: Sequence[Turn]) -> list[int]:
-    """The ids of the turns, one after the other."""
-    return [i for turn in turns for i in turn.ids]
-
-
-def trained_mask(turns: Sequence[Turn]) -> list[bool]:
-    """Whether each id is trained on; role symbols never are, because they are given."""
-    return [trained for turn in turns for trained in (False, *[turn.trained] * (len(turn.ids) - 1))]
 
 
 CHAT = Task(
@@ -180,7 +301,8 @@ CHAT = Task(
     packing=("pad", "best_fit"),
     loss_options=TOKEN_LOSS,
     has_perplexity=True,
+    check_tokenizer=check_tokenizer,
     prompt=_chat_prompt,
-    ends=lambda tokenizer: (tokenizer.eos_id, tokenizer.end_of_turn_id),
+    ends=ends,
     overlong=("drop_turns", "truncate", "drop"),
 )

@@ -13,6 +13,7 @@ from lm.config import Config
 from lm.data.example import Columns, Example, Row
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer_protocol import target_bytes
 from lm.evaluation import metrics
 from lm.tasks.base import TOKEN_LOSS, Task, field_texts, shifted_columns
 from lm.types import Apply, Batch, LossFn, LossTerms, ModelOutput, Params
@@ -70,7 +71,8 @@ def next_token_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         terms = predict_tokens(apply(params, batch, rng=rng), batch, cfg, tokenizer)
-        bytes_BxL = jnp.where(batch["loss_weights"] > 0, bytes_of_id_V[batch["targets"]], 0.0)
+        bytes_BxL = target_bytes(tokenizer, bytes_of_id_V, batch["tokens"], batch["targets"])
+        bytes_BxL = jnp.where(batch["loss_weights"] > 0, bytes_BxL, 0.0)
         likelihood = metrics.nll_metrics(*terms.metrics["nll"], jnp.sum(bytes_BxL))
         return terms._replace(metrics=terms.metrics | likelihood)
 

@@ -15,7 +15,16 @@ from lm.data import splits
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.base import TOKEN_LOSS, Task, check_mask_token, field_texts, sequence_columns, shifted_columns, whole_row
+from lm.tasks.base import (
+    TOKEN_LOSS,
+    Task,
+    check_mask_token,
+    field_texts,
+    has_mask_token,
+    sequence_columns,
+    shifted_columns,
+    whole_row,
+)
 from lm.tasks.language_modelling import predict_tokens, unshifted_documents
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 
@@ -286,6 +295,7 @@ MASKED_LM = Task(
     check=check_mask_token,
     packing=("pad", "best_fit", "concat"),
     transform=mask_tokens,
+    check_tokenizer=has_mask_token,
     batch_columns=shifted_columns,
     loss_options=TOKEN_LOSS,
     has_perplexity=True,

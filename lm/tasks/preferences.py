@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from lm.data.example import Columns, Example
 from lm.data.record import Record, Wanted
 from lm.data.tokenizer import Tokenizer
 from lm.tasks.base import Task, shifted, shifted_columns, views_as_rows
-from lm.tasks.chat import CHAT, Turn, encode, recent_turns, size, token_ids, trained_mask
+from lm.tasks.chat import CHAT, Message, Tokens, recent_turns, size, tokens_of, up_to_the_last_trained
 from lm.tasks.language_modelling import log_likelihood
 from lm.types import Apply, Batch, LossFnWithStart, LossTerms, Params
 
@@ -64,22 +64,27 @@ def answer_pair(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
       One example of tokens, targets, loss_weights, segment_ids and positions [2, L], the chosen answer first.
 
     Raises:
-      DataError: a role is unknown.
+      DataError: a role is unknown; the chat template cannot be used for this conversation.
     """
-    prompt, *answers = ([encode(message, tokenizer, str(record["source"])) for message in record[f]] for f in FIELDS)
-    prompt = [turn._replace(trained=False) for turn in prompt]
-    answers = [_up_to_the_last_trained(answer) for answer in answers]
+    prompt: list[Message] = [{**message, "weight": 0} for message in record["prompt"]]
+    answers = [up_to_the_last_trained(record[field]) for field in ANSWERS]
+    room = cfg.data.seq_len
+
+    def pair(some: Sequence[Message]) -> list[Tokens]:
+        return [tokens_of([*some, *answer], tokenizer, str(record["source"])) for answer in answers]
+
+    both = pair(prompt)
     if not all(answers):
         counts["dropped_no_target"] += 1
         return []
-    room = cfg.data.seq_len  # BOS is only an input, the last id only a target
-    longest = max(map(size, answers))
-    is_long = size(prompt) + longest > room
-    if is_long and cfg.data.overlong == "drop":
+    if max(map(size, both)) > room and cfg.data.overlong == "drop":
         counts["dropped_overlong"] += 1
         return []
-    kept = prompt if cfg.data.overlong == "truncate" else recent_turns(prompt, room - longest)
-    views = [_view([*kept, *answer], tokenizer, room) for answer in answers]
+    kept = prompt
+    if max(map(size, both)) > room and cfg.data.overlong != "truncate":
+        kept = recent_turns(prompt, lambda some: max(map(size, pair(some))), room)
+        both = pair(kept)
+    views = [_view(tokens, room) for tokens in both]
     if not all(view["loss_weights"].any() for view in views):
         counts["dropped_long_prompt"] += 1
         return []
@@ -88,20 +93,15 @@ def answer_pair(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
         return []
     found = {
         "prompts_shortened": len(kept) < len(prompt),
-        "pairs_truncated" if cfg.data.overlong == "truncate" else "answers_cut": size(kept) + longest > room,
+        "pairs_truncated" if cfg.data.overlong == "truncate" else "answers_cut": max(map(size, both)) > room,
     }
     counts.update({name: 1 for name, is_so in found.items() if is_so})
     return [Example({name: np.stack([view[name] for view in views]) for name in views[0]})]
 
 
-def _up_to_the_last_trained(turns: list[Turn]) -> list[Turn]:
-    return turns[: 1 + max((i for i, turn in enumerate(turns) if turn.trained), default=-1)]
-
-
-def _view(turns: list[Turn], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+def _view(tokens: Tokens, length: int) -> dict[str, np.ndarray]:
     """Columns of one conversation, [length], cut at the end if it is longer."""
-    ids, trained = [tokenizer.bos_id, *token_ids(turns)], [False, *trained_mask(turns)]
-    columns = shifted(ids[: 1 + length], trained[: 1 + length])
+    columns = shifted(tokens.ids[: 1 + length], tokens.trained[: 1 + length])
     used = len(columns["tokens"])
     columns |= {"segment_ids": np.ones(used, np.int32), "positions": np.arange(used, dtype=np.int32)}
     return {name: np.pad(column, (0, length - used)) for name, column in columns.items()}
@@ -165,5 +165,6 @@ PREFERENCES = Task(
     needs_start=True,
     view_names=lambda cfg: ANSWERS,
     prompt=CHAT.prompt,
+    check_tokenizer=CHAT.check_tokenizer,
     ends=CHAT.ends,
 )

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,11 @@ class ItemVocabulary:
     items: tuple[tuple[str, int], ...] = dataclasses.field(repr=False)
     size: int
     extra_ids: int = 0
+    file: ClassVar[str] = "items.json"  # in a run's folder
+    # As of a `lm.data.tokenizer.Tokenizer`; items have no text.
+    chat_template: ClassVar[str] = ""
+    added_space: ClassVar[int] = 0
+    changes_text: ClassVar[str] = ""
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
@@ -128,6 +133,11 @@ class ItemVocabulary:
     def hash(self) -> str:
         """sha256 of the items, their counts and the size, hexadecimal."""
         return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def saved_files(self) -> dict[str, bytes]:
+        """As of a `lm.data.tokenizer.Tokenizer`."""
+        return {self.file: self.content}
 
     def save(self, path: Any) -> None:
         """Writes JSON atomically, to any path that `etils.epath` opens."""
@@ -312,7 +322,7 @@ NEXT_ITEM = Task(
     loss_unit="nats per item",
     least_len=1,
     balances_experts=True,
-    vocabulary=Vocabulary("items.json", train, load),
+    vocabulary=Vocabulary(lambda folder: folder / ItemVocabulary.file, train, load),
     lacks=_lacks,
     scores=rank_scores,
     score_names=rank_score_names,

@@ -18,6 +18,7 @@ from lm.tasks.base import (
     field_texts,
     sequence_columns,
     shifted,
+    trains_tokenizer,
     whole_row,
 )
 from lm.tasks.language_modelling import next_token_loss
@@ -201,15 +202,12 @@ def _composition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray
 
 def _check_span_corruption(cfg: Config) -> None:
     check_mask_rate(cfg)
-    extra, seq_len = cfg.tokenizer.extra_ids, cfg.data.seq_len
+    seq_len = cfg.data.seq_len
     if cfg.task.mean_span_length < 1:
         raise ConfigError(f"'task.mean_span_length' must be at least 1, got {cfg.task.mean_span_length}")
     sizes = span_sizes(raw_len(cfg), cfg)
-    if extra - 1 < sizes.spans:
-        raise ConfigError(
-            f"'tokenizer.extra_ids' is {extra}, but rows of data.seq_len={seq_len} have up to {sizes.spans} hidden "
-            f"spans: it must be at least {sizes.spans + 1}, a sentinel for each and the mask"
-        )
+    if trains_tokenizer(cfg):
+        _check_sentinels(cfg.tokenizer.extra_ids - 1, cfg)
     if target_len(cfg) < sizes.targets:
         raise ConfigError(
             f"'data.target_len' is {target_len(cfg)}, but the hidden spans of rows of data.seq_len={seq_len} take "
@@ -220,6 +218,15 @@ def _check_span_corruption(cfg: Config) -> None:
 def _check_translation(cfg: Config) -> None:
     if cfg.data.target_len == 1:
         raise ConfigError("'data.target_len' is 1: rows would hold no text; expected at least 2")
+
+
+def _check_sentinels(number: int, cfg: Config) -> None:
+    sizes, extra = span_sizes(raw_len(cfg), cfg), cfg.tokenizer.extra_ids
+    if number < sizes.spans:
+        raise ConfigError(
+            f"'tokenizer.extra_ids' is {extra}, but rows of data.seq_len={cfg.data.seq_len} have up to {sizes.spans} "
+            f"hidden spans: it must be at least {sizes.spans + 1}, a sentinel for each and the mask"
+        )
 
 
 TRANSLATION = Task(
@@ -251,6 +258,7 @@ SPAN_CORRUPTION = Task(
     balances_experts=True,
     options=SpanCorruptionOptions,
     check=_check_span_corruption,
+    check_tokenizer=lambda cfg, tokenizer: _check_sentinels(len(tokenizer.sentinel_ids), cfg),
     packing=("pad", "concat"),
     transform=span_corruption,
     batch_columns=columns,

@@ -69,7 +69,8 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
         labels  0 0                       3 4                       0 0
 
     Counts: question_cut (to half of the room), context_cut (into windows), answer_in_no_window (the answer is longer
-    than half a window and no window holds it: all are labelled unanswerable), without_answer (unanswerable questions).
+    than half a window and no window holds it, or the tokenizer removes it: all windows are labelled unanswerable),
+    without_answer (unanswerable questions).
     """
     seq_len = cfg.data.seq_len
     question = tokenizer.encode(record["question"])
@@ -78,7 +79,7 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
         question = question[: (seq_len - 3) // 2]
     prefix = [tokenizer.bos_id, *question, tokenizer.eos_id]
     ids, offsets = tokenizer.encode_with_offsets(record["context"])
-    offsets_Nx2 = np.array(offsets, np.int32)
+    offsets_Nx2 = np.array(offsets, np.int32).reshape(-1, 2)
     has_answer = bool(record["answers"])
     first, last = _tokens_of(record["answers"][0], offsets_Nx2) if has_answer else (-1, -1)
 
@@ -90,7 +91,7 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     for start in range(0, max(1, len(ids) - room + stride), stride):
         inside = ids[start : start + room]
         to_row = len(prefix) - start
-        holds_answer = start <= first and last < start + len(inside)
+        holds_answer = start <= first <= last < start + len(inside)
         columns = {
             "tokens": np.array([*prefix, *inside, tokenizer.eos_id], np.int32),
             "type_ids": np.array([0] * len(prefix) + [1] * (len(inside) + 1), np.int32),

@@ -44,8 +44,9 @@ def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
         labels     -1   1    -1   2 2  -1   -1 -1
 
     Longer than seq_len: split before words, so that each word is in one part (counted as 'sentence_cut'). The end of a
-    word longer than a whole row is cut ('word_cut'). Entity tags are kept as they are; violations of their scheme are
-    counted, see `entity_tags.faults`.
+    word longer than a whole row is cut ('word_cut'). A word that the tokenizer removes, such as a control character,
+    has no place for its tag and is left out ('words_without_token'). Entity tags are kept as they are; violations of
+    their scheme are counted, see `entity_tags.faults`.
 
     Raises:
       DataError: a tag is not in `task.labels`, or two words begin in one token.
@@ -60,16 +61,20 @@ def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
     ids, offsets = tokenizer.encode_with_offsets(text)
     size_W = np.array([len(word) for word in words])
     place_W = np.cumsum(size_W + 1) - size_W - 1
-    starts, ends = np.array(offsets).T
+    starts, ends = np.array(offsets, int).reshape(-1, 2).T
     token_W = np.searchsorted(ends, place_W, side="right")  # the first token with a character of the word
     end_W = np.searchsorted(starts, place_W + size_W, side="left")  # one past the last
+    if not (has_token_W := token_W < end_W).all():
+        counts["words_without_token"] += int(np.count_nonzero(~has_token_W))
+        words = list(itertools.compress(words, has_token_W))
+        label_W, token_W, end_W = (of_words[has_token_W] for of_words in (label_W, token_W, end_W))
     if (clash := np.flatnonzero(np.diff(token_W) == 0)).size:
         both = " and ".join(map(repr, words[clash[0] : clash[0] + 2]))
         raise DataError(f"{record['source']}: the words {both} begin in one token, which can have one tag only")
 
     examples, first = [], 0
     while first < len(words):
-        start = token_W[first]
+        start = token_W[first] if first else 0  # with the space that a tokenizer puts before a text
         behind = max(first + 1, int(np.searchsorted(end_W, start + room, side="right")))
         end = min(end_W[behind - 1], start + room)
         if end < end_W[behind - 1]:

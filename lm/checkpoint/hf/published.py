@@ -28,7 +28,8 @@ class Published:
     Attributes:
       tensors: the files.
       family: the family.
-      model: its shape, resolved; with more rows of vocabulary than the files have, if the run asked for them.
+      model: the shape of the run's model, resolved; with more rows of vocabulary than the files have, if it asks for
+        them.
       vocab_size: rows of vocabulary in the files.
       table: parameter -> its entry in the family's table, with the names that these files use.
       shapes: parameter -> shape.
@@ -63,9 +64,6 @@ class Published:
         lines = [f"  model.* from {self.path / files.CONFIG}, a {self.family.model_type}: {taken}; others: defaults"]
         if unknown := families.not_read(self.family, self.tensors.config):
             lines.append(f"  keys of it that are not read: {', '.join(unknown)}")
-        if self.model.vocab_size > self.vocab_size:
-            more = self.model.vocab_size - self.vocab_size
-            lines.append(f"  {more:,} rows of vocabulary more than the files have: each the mean of those")
         return "\n".join(lines)
 
 
@@ -87,23 +85,19 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
     family = families.of_config(tensors.config, where)
     there = families.model_of(family, tensors.config, where)
     try:
-        shapes, axes = _parameters(there)
+        shapes = _parameters(there)
     except (TypeError, ValueError, ArithmeticError) as error:  # sizes that fit no array
         raise CheckpointError(f"{where}: {error}") from None
     table = _check(tensors, family, there, shapes)
     wanted = there if model is None else families.adopt(model, there, tensors.path)
-    if wanted.vocab_size > there.vocab_size:
-        grown = {path: size for path, size in _parameters(wanted)[0].items() if "vocab" in axes[path]}
-        shapes = shapes | grown
     return Published(tensors, family, wanted, there.vocab_size, table, shapes)
 
 
-def _parameters(model: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """Parameter -> shape, and -> logical axes."""
+def _parameters(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape."""
     fns = transformer.text_model(model, jnp.float32)
     abstract = jax.eval_shape(fns.init, jax.eval_shape(lambda: jax.random.key(0)))
-    shapes = {path: leaf.shape for path, leaf in param_paths.flatten(abstract).items()}
-    return shapes, param_paths.flatten(fns.logical_axes())
+    return {path: leaf.shape for path, leaf in param_paths.flatten(abstract).items()}
 
 
 def _check(
@@ -183,17 +177,6 @@ def _slice(published: Published, path: str, index: tuple[slice, ...]) -> np.ndar
 def _fill(
     published: Published, entry: Tensor, name: str, index: tuple[slice, ...], shape: tuple[int, ...], out: np.ndarray
 ) -> None:
-    """Reads slices of one tensor into `out`; rows of vocabulary beyond the file's become the mean of the file's."""
-    size = entry.file_shape(shape)
-    there = published.tensors.shapes[name]
-    at = entry.file_index(index, shape)
-    if there == size:
-        values = published.tensors.read(name, at)
-        out[...] = values.T if entry.transposed else values
-        return
-    values = out.T if entry.transposed else out  # [vocabulary, width] in the files
-    known = max(0, min(at[0].stop, there[0]) - at[0].start)
-    if known:
-        values[:known] = published.tensors.read(name, (slice(at[0].start, at[0].start + known), *at[1:]))
-    if known < len(values):
-        values[known:] = published.tensors.read(name, (slice(0, there[0]), *at[1:])).astype(np.float32).mean(axis=0)
+    """Reads slices of one tensor into `out`."""
+    values = published.tensors.read(name, entry.file_index(index, shape))
+    out[...] = values.T if entry.transposed else values

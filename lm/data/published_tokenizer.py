@@ -1,0 +1,697 @@
+"""Tokenizers of published models: tokenizer.json, SentencePiece models, vocab.json with merges.txt, vocab.txt, GGUF.
+
+The files are read as data: nothing in them is executed. What differs between the kinds is in an `_Engine`; what a
+folder's JSON files say about special tokens and chats is common to all.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from lm.config.schema import ConfigError
+from lm.data import tokenizer_protocol
+from lm.data.tokenizer_protocol import FILES
+from lm.files import write_atomic
+
+_SPACE = "\u2581"  # how SentencePiece writes a space, and `piece` shows one
+# What decides the ids, best first: the first of these whose files are all there is read.
+_ENGINES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_TEMPLATE = "chat_template.jinja"
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Where no JSON file names the special tokens: names that they have in published vocabularies.
+_USUAL = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
+    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
+    "unk_token": ("<unk>", "[UNK]"),
+    "pad_token": ("<pad>", "[PAD]"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+# Classes of transformers whose ids are those of the SentencePiece model. Others, such as XLM-R's, shift them.
+_SAME_IDS = re.compile(r"(Llama|CodeLlama|T5|Gemma|Albert|PreTrained)Tokenizer(Fast)?|TokenizersBackend")
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_PROBE = f"a  b\r\n\t\u2460\ufb01e\u0301\u00c5 \u65e5 {_SPACE}\U0001f600 \ufeffX x"
+_SPLITS = {  # regular expressions of byte-level BPE beyond GPT-2's, by the name that GGUF files have for them
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+class Encoded(NamedTuple):
+    """Ids of a text, and the character range [start, end) of the text for each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class _Engine(Protocol):
+    """Encodes and decodes with the files of one kind.
+
+    Attributes:
+      spelled: id -> the bytes of text that it stands for; None for control symbols and ids that nothing has.
+      names: id -> its name in the vocabulary.
+      unknown: the id of what the vocabulary cannot spell; -1 = there is none.
+    """
+
+    spelled: list[bytes | None]
+    names: dict[int, str]
+    unknown: int
+
+    def encode(self, text: str, reads_controls: bool, is_start: bool) -> Encoded:
+        """The ids of a text, in which the names of control symbols are text unless `reads_controls`; with `is_start`
+        false no space is put before it, if the kind allows that."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids below the number of `spelled`, without control symbols."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """The tokenizer of a published model, a `lm.data.tokenizer.Tokenizer`. Make one with `load`.
+
+    Attributes:
+      files: (name, content) of each file that is kept, byte for byte.
+      extra_ids: ids after those of the files: the mask where the files name none, then sentinels where they have none.
+    """
+
+    files: tuple[tuple[str, bytes], ...] = dataclasses.field(repr=False)
+    extra_ids: int = 0
+    file = FILES[1]
+    may_generate = tokenizer_protocol.may_generate
+
+    @functools.cached_property
+    def _engine(self) -> _Engine:
+        files, said = dict(self.files), self._said
+        if "tokenizer.json" in files:
+            return _Json(files["tokenizer.json"].decode(), said.added)
+        if "vocab.txt" in files:
+            return _Json(_word_pieces(files["vocab.txt"].decode(), said), said.added)
+        if "vocab.json" in files:
+            merges = files["merges.txt"].decode().split("\n")
+            pairs = [line for line in merges if line.strip() and not line.startswith("#version")]
+            vocabulary = json.loads(files["vocab.json"])
+            specials = [text for text in said.specials.values() if text in vocabulary] or ["<|endoftext|>"]
+            prefix = bool(said.options.get("add_prefix_space", False))
+            return _Json(_byte_level(vocabulary, pairs, specials, "gpt-2", prefix), said.added)
+        return _SentencePiece(next(files[name] for (name, *_) in _ENGINES if name in files), said)
+
+    @functools.cached_property
+    def _said(self) -> "_Said":
+        return _read_config(dict(self.files))
+
+    @functools.cached_property
+    def _id_of(self) -> dict[str, int]:
+        return {name: i for i, name in self._engine.names.items()}
+
+    # Special ids ------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _special(self) -> dict[str, int]:
+        """Role of a special token, as `tokenizer_config.json` names it -> its id."""
+        id_of, found = self._id_of, {}
+        for role in _ROLES:
+            given = self._said.specials.get(role)
+            if given is not None and given not in id_of:
+                raise ConfigError(
+                    f"'tokenizer.path': {self._said.source} names the {role} {given!r}, which the vocabulary of "
+                    f"{len(id_of):,} lacks; expected files of one tokenizer"
+                )
+            usual = [] if self._said.specials else [name for name in _USUAL[role] if name in id_of]
+            if name := given or next(iter(usual), None):
+                found[role] = id_of[name]
+        if not {"eos_token", "sep_token"} & set(found):
+            raise ConfigError(
+                f"'tokenizer.path': {self.files[0][0]}: no token that ends a text is known; name one beside it in "
+                'tokenizer_config.json: {"eos_token": "..."}'
+            )
+        return found
+
+    def _first(self, *roles: str) -> int:
+        return next(self._special[role] for role in roles if role in self._special)
+
+    @property
+    def bos_id(self) -> int:
+        """[CLS], else BOS, else, as the start of T5's decoder, the padding, else EOS."""
+        return self._first("cls_token", "bos_token", "pad_token", "eos_token", "sep_token")
+
+    @property
+    def eos_id(self) -> int:
+        return self._first(*(("sep_token",) if "cls_token" in self._special else ()), "eos_token", "sep_token")
+
+    @property
+    def pad_id(self) -> int:
+        return self._first("pad_token", "eos_token", "sep_token")
+
+    @property
+    def has_mask(self) -> bool:
+        return "mask_token" in self._special or self.extra_ids > 0
+
+    @property
+    def mask_id(self) -> int:
+        if not self.has_mask:
+            raise ConfigError(
+                "this task hides tokens behind a mask, and this tokenizer has none: set 'tokenizer.extra_ids' to at "
+                "least 1"
+            )
+        return self._special.get("mask_token", self._size)
+
+    @functools.cached_property
+    def sentinel_ids(self) -> np.ndarray:
+        own = {int(match[1]): i for i, name in self._engine.names.items() if (match := _SENTINEL.fullmatch(name))}
+        if own:
+            return np.array([own[number] for number in sorted(own)], np.int32)
+        return np.arange(self._size + ("mask_token" not in self._special), self.vocab_size, dtype=np.int32)
+
+    @property
+    def role_ids(self) -> dict[str, int]:
+        """Empty: the chat template writes the turns."""
+        return {}
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """As `eos_id`: the end of a turn is what the chat template makes of it, see `lm.tasks.chat`."""
+        return self.eos_id
+
+    @functools.cached_property
+    def is_control_V(self) -> np.ndarray:
+        spelled = self._engine.spelled
+        return np.array([*(text is None for text in spelled), *[True] * self.extra_ids])
+
+    @property
+    def _size(self) -> int:
+        return len(self._engine.spelled)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size + self.extra_ids
+
+    # Text -------------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens, whatever the text says."""
+        return self.encode_with_offsets(text)[0]
+
+    def ids(self, text: str) -> Iterator[int]:
+        """The ids of `encode`."""
+        return iter(self.encode(text))
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and the character range [start, end) of `text` for each, as `transformers` gives it."""
+        return self._encode_text(text, is_start=True)
+
+    def _encode_text(self, text: str, is_start: bool) -> Encoded:
+        found = self._engine.encode(text, reads_controls=False, is_start=is_start)
+        if self._forbidden.isdisjoint(found.ids):
+            return found
+        # A vocabulary may hold the name of a control symbol as a piece: cut the text inside that name.
+        at = next(start for i, (start, _) in zip(*found, strict=True) if i in self._forbidden) + 1
+        return _joined([(0, self._encode_text(text[:at], is_start)), (at, self._encode_text(text[at:], False))])
+
+    @functools.cached_property
+    def _forbidden(self) -> frozenset[int]:
+        return frozenset(i for i, text in enumerate(self._engine.spelled) if text is None and i != self._engine.unknown)
+
+    @functools.cached_property
+    def control_names(self) -> tuple[str, ...]:
+        """The control symbols as a rendered template spells them, longest first."""
+        names = {self._engine.names.get(i, "") for i in self._forbidden} - {""}
+        return tuple(sorted(names, key=lambda name: (-len(name), name)))
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_with_offsets`, but the name of a control symbol becomes its id."""
+        return self._engine.encode(text, reads_controls=True, is_start=True)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._engine.decode([int(i) for i in ids if i < self._size])
+
+    def piece(self, token_id: int) -> str:
+        """One id for display: its text with U+2581 for spaces, its bytes as <0xC3> where they are no text, or its name
+        if it is a control symbol."""
+        extra = int(token_id) - self._size
+        if extra >= 0:
+            return f"<|extra_{extra}|>" if extra or "mask_token" in self._special else "<|mask|>"
+        text = self._engine.spelled[int(token_id)]
+        if text is None:
+            return self._engine.names.get(int(token_id), f"<|unused_{int(token_id)}|>")
+        try:
+            return text.decode().replace(" ", _SPACE)
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in text)
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = [len(text or b"") for text in self._engine.spelled]
+        return np.array([*sizes, *[0] * self.extra_ids], np.int32)
+
+    @functools.cached_property
+    def added_space(self) -> int:
+        """1 if `encode` puts a space before a text, as SentencePiece's dummy prefix does."""
+        return int(self.token_bytes()[self.encode("a")].sum()) - 1
+
+    @functools.cached_property
+    def changes_text(self) -> str:
+        back = self.decode(self.encode(_PROBE))
+        return "" if back == _PROBE else f"{_PROBE!r} comes back as {back!r}"
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source: chat_template.jinja, else that of tokenizer_config.json; '' = none."""
+        files = dict(self.files)
+        return files[_TEMPLATE].decode() if _TEMPLATE in files else self._said.chat_template
+
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens that a template may name: 'bos_token', 'eos_token', ... -> text."""
+        return {role: self._engine.names[i] for role, i in self._special.items()}
+
+    def with_chat_template(self, source: str) -> "Published":
+        """The same tokenizer with another chat template."""
+        kept = tuple((name, content) for name, content in self.files if name != _TEMPLATE)
+        return dataclasses.replace(self, files=(*kept, (_TEMPLATE, source.encode())))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of the vocabulary's files and the special tokens, not of the chat template."""
+        names = [*itertools.chain.from_iterable(_ENGINES)]
+        vocabulary = [[name, hashlib.sha256(content).hexdigest()] for name, content in self.files if name in names]
+        return hashlib.sha256(json.dumps([vocabulary, sorted(self._special.items())]).encode()).hexdigest()
+
+    @property
+    def saved_files(self) -> dict[str, bytes]:
+        return {f"{self.file}/{name}": content for name, content in self.files}
+
+    def save(self, path: Any) -> None:
+        """Writes the files into the folder `path`, which `transformers` reads too; a new folder appears complete."""
+        from etils import epath
+
+        folder = epath.Path(path)
+        into = folder if folder.exists() else epath.Path(f"{path}.tmp")
+        into.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files:
+            write_atomic(into / name, content)
+        if into != folder:
+            into.rename(folder)
+
+    def check(self) -> "Published":
+        """Raises ConfigError if the files contradict each other or cannot be read. Returns the tokenizer."""
+        id_of = self._id_of
+        for name, i in self._said.added.items():
+            if id_of.get(name) != i:
+                found = f"has it as {id_of[name]}" if name in id_of else "lacks it"
+                raise ConfigError(
+                    f"'tokenizer.path': {self._said.source} gives {name!r} the id {i}, but {self.files[0][0]} {found}; "
+                    "expected files of one tokenizer"
+                )
+        assert self._special is not None  # raises ConfigError for special tokens that are missing
+        return self
+
+
+def load(path: Any) -> Published:
+    """Reads the tokenizer of a published model.
+
+    Args:
+      path: an `epath.Path` of a folder with one of tokenizer.json, tokenizer.model, spiece.model, vocab.json and
+        merges.txt, vocab.txt (the first of these that is there); of such a file, with other files of its folder; or of
+        a .gguf file.
+
+    Raises:
+      ConfigError: no such file, a damaged one, or files that contradict each other.
+    """
+    if path.suffix == ".gguf":
+        return Published(_gguf_files(path)).check()
+    if path.is_dir():
+        folder, named = path, dict[str, Any]()
+        kinds = [kind for kind in _ENGINES if all((path / name).is_file() for name in kind)]
+        if not kinds:
+            known = ", ".join(" and ".join(kind) for kind in _ENGINES)
+            raise ConfigError(f"'tokenizer.path': {path} has no tokenizer; expected one of {known} in it")
+        names = kinds[0]
+    else:
+        folder = path.parent
+        standard = {".json": "tokenizer.json", ".txt": "vocab.txt"}.get(path.suffix, "tokenizer.model")
+        names = next((kind for kind in _ENGINES if path.name in kind), (standard,))
+        named = {standard: path} if path.name not in names else {}
+    files = [(name, named.get(name, folder / name)) for name in (*names, *_BESIDE)]
+    kept = tuple((name, file.read_bytes()) for name, file in files if file.exists())
+    try:
+        return Published(kept).check()
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"'tokenizer.path': {path} needs {error.name}: pip install -e '.[hf]'") from None
+    except Exception as error:  # the libraries raise all kinds
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ConfigError(f"'tokenizer.path': {path} cannot be read ({reason}); expected a tokenizer's file") from None
+
+
+class _Said(NamedTuple):
+    """What a folder's JSON files say beside the vocabulary.
+
+    Attributes:
+      options: the keys of tokenizer_config.json.
+      specials: role -> text of the special token.
+      added: text of an added token -> its id.
+      is_special: texts of the added tokens that are control symbols.
+      chat_template: of tokenizer_config.json.
+      source: the file that names the special tokens, for messages.
+    """
+
+    options: dict[str, Any]
+    specials: dict[str, str]
+    added: dict[str, int]
+    is_special: frozenset[str]
+    chat_template: str
+    source: str
+
+
+def _read_config(files: Mapping[str, bytes]) -> _Said:
+    parsed: dict[str, dict[str, Any]] = {}
+    for name in _BESIDE[:3]:
+        try:
+            parsed[name] = json.loads(files.get(name, b"{}"))
+        except ValueError as error:
+            raise ConfigError(f"'tokenizer.path': {name} is not JSON: {error}") from None
+        if not isinstance(parsed[name], dict):
+            raise ConfigError(f"'tokenizer.path': {name} is a {type(parsed[name]).__name__}; expected an object")
+    options, mapped, extra = parsed.values()
+    specials: dict[str, str] = {}
+    source = _BESIDE[0]
+    for name, place in ((_BESIDE[0], options), (_BESIDE[1], mapped)):
+        for role in _ROLES:
+            value = place.get(role)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str) and role not in specials:
+                specials[role], source = text, name
+    added = {str(text): int(i) for text, i in extra.items()}
+    is_special = set(specials.values())
+    for i, token in (options.get("added_tokens_decoder") or {}).items():
+        added[token["content"]] = int(i)
+        if token.get("special"):
+            is_special.add(token["content"])
+    for token in options.get("additional_special_tokens") or []:
+        is_special.add(token["content"] if isinstance(token, dict) else token)
+    templates = options.get("chat_template") or ""
+    if isinstance(templates, list):  # several, by name
+        named = {each["name"]: each["template"] for each in templates}
+        templates = named.get("default", "")
+    return _Said(options, specials, added, frozenset(is_special), templates, source)
+
+
+def _joined(parts: Iterable[tuple[int, Encoded]]) -> Encoded:
+    """Encoded parts of a text, each with the place at which it begins, as one."""
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for at, part in parts:
+        ids += part.ids
+        offsets += [(at + start, at + end) for start, end in part.offsets]
+    return Encoded(ids, offsets)
+
+
+# tokenizer.json -------------------------------------------------------------------------------------------------------
+
+
+class _Json:
+    """tokenizer.json, by the library `tokenizers`."""
+
+    def __init__(self, content: str, added: Mapping[str, int]) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        spec = json.loads(content)
+        self._of: dict[bool, Any] = {}
+        for reads_controls in (False, True):
+            one = Tokenizer.from_str(content)
+            # Files may ask for rows of a fixed length, and would then cut texts in silence.
+            one.no_truncation()
+            one.no_padding()
+            # Tokens that only tokenizer_config.json has, as transformers adds them: in the order of their ids.
+            missing = sorted((i, text) for text, i in added.items() if one.token_to_id(text) is None)
+            one.add_special_tokens([AddedToken(text, normalized=False) for _, text in missing])
+            one.encode_special_tokens = not reads_controls
+            self._of[reads_controls] = one
+        self.names = {i: name for name, i in one.get_vocab(with_added_tokens=True).items()}
+        tokens = one.get_added_tokens_decoder()
+        own = spec["model"]
+        unknown = own.get("unk_token") if own.get("unk_id") is None else own["vocab"][own["unk_id"]][0]
+        self.unknown = next((i for i, name in self.names.items() if name == unknown), -1)
+        spell = _speller(spec)
+        self.spelled: list[bytes | None] = [None] * (1 + max(self.names))
+        for i, name in self.names.items():
+            if i in tokens:
+                self.spelled[i] = None if tokens[i].special else name.encode()
+            elif i != self.unknown:
+                self.spelled[i] = spell(name)
+
+    def encode(self, text: str, reads_controls: bool, is_start: bool) -> Encoded:
+        del is_start  # the library has no such choice
+        found = self._of[reads_controls].encode(text, add_special_tokens=False)
+        return Encoded(found.ids, found.offsets)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._of[True].decode(ids, skip_special_tokens=True)
+
+
+def _speller(spec: Mapping[str, Any]) -> Any:
+    """name of a token -> the bytes of text that it stands for, by the kind of a tokenizer.json."""
+    kinds = {*_types(spec.get("pre_tokenizer")), *_types(spec.get("decoder"))}
+    if "ByteLevel" in kinds:
+        byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+        return lambda name: bytes(byte_of[c] for c in name) if all(c in byte_of for c in name) else name.encode()
+    if spec["model"].get("type") == "WordPiece" or "WordPiece" in kinds:
+        mark = spec["model"].get("continuing_subword_prefix") or "##"
+        return lambda name: name.removeprefix(mark).encode() if name.startswith(mark) else f" {name}".encode()
+    falls_back = bool(spec["model"].get("byte_fallback"))
+    return lambda name: _spell_sentencepiece(name, falls_back)
+
+
+def _spell_sentencepiece(name: str, falls_back: bool) -> bytes:
+    if falls_back and re.fullmatch("<0x[0-9A-F]{2}>", name):
+        return bytes([int(name[3:5], 16)])
+    return name.replace(_SPACE, " ").encode()
+
+
+def _types(part: Any) -> Iterator[str]:
+    """The values of all keys 'type' inside a part of tokenizer.json."""
+    if isinstance(part, dict):
+        if isinstance(part.get("type"), str):
+            yield part["type"]
+        part = list(part.values())
+    if isinstance(part, list):
+        yield from itertools.chain.from_iterable(map(_types, part))
+
+
+@functools.cache
+def _byte_alphabet() -> dict[int, str]:
+    """byte -> the visible character that stands for it in byte-level BPE (GPT-2's encoder.py)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def _word_pieces(vocabulary: str, said: _Said) -> str:
+    """The tokenizer.json of BERT's vocab.txt, with the options of tokenizer_config.json."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    ids = {line.rstrip("\r\n"): i for i, line in enumerate(vocabulary.rstrip("\n").split("\n"))}
+    made = Tokenizer(models.WordPiece(ids, unk_token=said.specials.get("unk_token", "[UNK]")))
+    made.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(said.options.get("do_lower_case", True)),
+        strip_accents=said.options.get("strip_accents"),
+        handle_chinese_chars=bool(said.options.get("tokenize_chinese_chars", True)),
+    )
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    specials = said.specials.values() or [name for names in _USUAL.values() for name in names]
+    made.add_special_tokens([name for name in specials if name in ids])
+    return str(made.to_str())
+
+
+def _byte_level(
+    vocabulary: Mapping[str, int], merges: Sequence[str], specials: Sequence[str], kind: str, prefix: bool = False
+) -> str:
+    """The tokenizer.json of a byte-level BPE. `kind`: how text is cut before merging, as GGUF files name it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pairs = [tuple(line.split(" ")) for line in merges]
+    made = Tokenizer(models.BPE(dict(vocabulary), pairs, ignore_merges=kind == "llama-bpe"))
+    if kind in _SPLITS:
+        cut = pre_tokenizers.Split(Regex(_SPLITS[kind]), "isolated")
+        steps = [cut, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
+    else:
+        steps = [pre_tokenizers.ByteLevel(add_prefix_space=prefix)]
+    if kind == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if kind == "qwen2":
+        made.normalizer = normalizers.NFC()
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([name for name in specials if name in vocabulary])
+    return str(made.to_str())
+
+
+# SentencePiece --------------------------------------------------------------------------------------------------------
+
+
+class _SentencePiece:
+    """A SentencePiece model, with the tokens that tokenizer_config.json adds to it."""
+
+    def __init__(self, model: bytes, said: _Said) -> None:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        kind = said.options.get("tokenizer_class", "")
+        if kind and not _SAME_IDS.fullmatch(kind):
+            raise ConfigError(
+                f"'tokenizer.path': tokenizer_config.json has tokenizer_class {kind}, whose ids may differ from those "
+                "of the SentencePiece model; give its tokenizer.json"
+            )
+        self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        proto: Any = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+        proto.normalizer_spec.add_dummy_prefix = False
+        self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        sp, size = self._sp, self._sp.vocab_size()
+        added = dict(said.added)
+        if kind.startswith("T5") or "extra_ids" in said.options:
+            number = int(said.options.get("extra_ids", 100))
+            for n in range(number):
+                added.setdefault(f"<extra_id_{n}>", size + number - 1 - n)
+        added = {text: i for text, i in added.items() if i >= size or sp.id_to_piece(i) != text}
+        if taken := [text for text, i in added.items() if i < size]:
+            raise ConfigError(
+                f"'tokenizer.path': the JSON files give {taken[0]!r} the id {added[taken[0]]}, which is "
+                f"{sp.id_to_piece(added[taken[0]])!r} in the model; expected files of one tokenizer"
+            )
+        self.names = {i: sp.id_to_piece(i) for i in range(size)} | {i: text for text, i in added.items()}
+        self.unknown = sp.unk_id()
+        self.spelled: list[bytes | None] = [None] * (1 + max(self.names))
+        for i in range(size):
+            if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
+                self.spelled[i] = _spell_sentencepiece(sp.id_to_piece(i), sp.is_byte(i))
+        for text, i in added.items():
+            is_control = text in said.is_special or _SENTINEL.fullmatch(text)
+            self.spelled[i] = None if is_control else text.encode()
+        controls = {text: i for i, text in self.names.items() if self.spelled[i] is None and i != self.unknown}
+        plain = {text: i for text, i in added.items() if text not in controls}
+        self._cut_at = {False: plain, True: plain | controls}
+
+    def encode(self, text: str, reads_controls: bool, is_start: bool) -> Encoded:
+        marks = self._cut_at[reads_controls]
+        parts, at = [], 0
+        for part in _pattern(tuple(marks)).split(text) if marks else [text]:
+            if part in marks:
+                parts.append((at, Encoded([marks[part]], [(0, len(part))])))
+            elif part:
+                parts.append((at, self._encode_part(part, is_start and at == 0)))
+            at += len(part)
+        return _joined(parts)
+
+    def _encode_part(self, text: str, is_start: bool) -> Encoded:
+        found = (self._sp if is_start else self._inner).encode(text, return_type="offset_mapping")
+        # Of the bytes of one character only the last has the character's range.
+        ranges = [
+            (start, start + 1) if start == end and self._sp.is_byte(i) else (start, end)
+            for i, (start, end) in zip(found["ids"], found["offsets"], strict=True)
+        ]
+        return Encoded(list(found["ids"]), ranges)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        size, parts = self._sp.vocab_size(), []
+        for is_own, group in itertools.groupby(ids, lambda i: i < size):
+            some = list(group)
+            texts = (self.spelled[i] or b"" for i in some)
+            parts.append(self._sp.decode(some) if is_own else b"".join(texts).decode())
+        return "".join(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+
+_GGUF_NORMAL, _GGUF_CONTROL, _GGUF_USER = 1, 3, 4  # token types; the numbers are SentencePiece's
+
+
+def _gguf_files(path: Any) -> tuple[tuple[str, bytes], ...]:
+    """The tokenizer in the header of a GGUF file, as the files of a folder."""
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError(f"'tokenizer.path': {path} needs gguf: pip install gguf") from None
+    try:
+        fields = {
+            name: field.contents()
+            for name, field in gguf.GGUFReader(str(path)).fields.items()
+            if name.startswith("tokenizer.")
+        }
+    except Exception as error:  # of a damaged file, of all kinds
+        raise ConfigError(f"'tokenizer.path': {path} is no GGUF file: {type(error).__name__}: {error}") from None
+    model, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens") or []
+    kinds = fields.get("tokenizer.ggml.token_type") or [_GGUF_NORMAL] * len(tokens)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if i is not None:
+            config[f"{role}_token"] = tokens[i]
+    if template := fields.get("tokenizer.chat_template"):
+        config["chat_template"] = template
+    beside = (_BESIDE[0], json.dumps(config, ensure_ascii=False).encode())
+    if model == "gpt2":
+        cut = fields.get("tokenizer.ggml.pre", "default")
+        known = {"default": "gpt-2", "gpt-2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe"}
+        known |= {name: name for name in _SPLITS}
+        if cut not in known:
+            raise ConfigError(
+                f"'tokenizer.path': {path} cuts text as '{cut}'; expected one of {', '.join(known)}, or give the "
+                "model's tokenizer.json"
+            )
+        specials = [text for text, kind in zip(tokens, kinds, strict=True) if kind == _GGUF_CONTROL]
+        vocabulary = {text: i for i, text in enumerate(tokens)}
+        made = json.loads(_byte_level(vocabulary, fields["tokenizer.ggml.merges"], specials, known[cut]))
+        user = [text for text, kind in zip(tokens, kinds, strict=True) if kind == _GGUF_USER]
+        made["added_tokens"] += [
+            {"id": vocabulary[text], "content": text, "special": False, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for text in user
+        ]
+        made["added_tokens"].sort(key=lambda token: token["id"])
+        return (("tokenizer.json", json.dumps(made, ensure_ascii=False).encode()), beside)
+    if model == "llama":
+        return (("tokenizer.model", _sentencepiece_of(fields, tokens, kinds)), beside)
+    raise ConfigError(f"'tokenizer.path': {path} has a tokenizer of kind {model!r}; expected gpt2 or llama")
+
+
+def _sentencepiece_of(fields: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> bytes:
+    """The SentencePiece model of a GGUF file of kind 'llama', from its pieces, scores and types."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    for text, score, kind in zip(tokens, fields["tokenizer.ggml.scores"], kinds, strict=True):
+        proto.pieces.add(piece=text, score=score, type=kind)
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = 6 in kinds
+    proto.trainer_spec.vocab_size = len(tokens)
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        setattr(proto.trainer_spec, f"{role}_id", fields.get(f"tokenizer.ggml.{name}_token_id", -1))
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return bytes(proto.SerializeToString())
