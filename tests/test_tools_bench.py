@@ -144,7 +144,12 @@ def test_checkpoints_are_measured_beside_orbax_alone(tmp_path):
     status, said = call("--checkpoint", "--megabytes=2", "--rounds=2", f"--json={file}")
     assert status == 0, said
     found = json.loads(file.read_text())
-    assert found["megabytes"] == pytest.approx(2, rel=0.1) and found["ratio"].keys() == {"save", "load"}
+    assert found["megabytes"] == pytest.approx(2, rel=0.1) and found["ratio"].keys() == {
+        "save",
+        "load",
+        "save_cpu",
+        "load_cpu",
+    }
     assert 0 < found["own"]["blocked"] <= found["own"]["save"] and found["copy_seconds"] > 0
     assert "medians of 2 rounds" in said
     assert "expected a whole number, such as 500" in call("--checkpoint", "--megabytes=2,3")[1]

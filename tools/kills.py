@@ -34,6 +34,7 @@ _COUNT = flags.DEFINE_integer("count", 100, "How many kills.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of when to kill.")
 _FOLDER = flags.DEFINE_string("folder", "", "Where the runs go; an empty folder, which is kept. '' = a temporary one.")
 
+STEPS = 4  # of a run, each with a save
 KINDS = ("checkpoint", "commit", "retention", "metrics", "tokenizer", "config", "summary", "report")
 _TIMING = ("seconds", "tokens_per_second", "tokens_per_second_a_device", "input_bound", "mfu", "mfu_causal")
 
@@ -99,10 +100,11 @@ def kill_runs(folder: Path, count: int, seed: int) -> Counter[str]:
 def draw(rng: random.Random, operations: Counter[str], usual_seconds: float) -> Kill:
     """When to kill the next process."""
     if rng.random() < 1 / 3:
-        return Kill("", 0, rng.uniform(0.2, 1.0) * usual_seconds)
+        return Kill("", 0, rng.uniform(0, 0.7) * usual_seconds)
     kind = rng.choice(KINDS)
-    # The metrics are rewritten only where a run is resumed; how often depends on where it stopped.
-    number = rng.randint(1, max(operations[kind], 4))
+    # Of the operations of two saves, or of all; a resumed run, which rewinds the metrics, has at least three of those.
+    usual = max(operations[kind], 3)
+    number = rng.randint(1, usual if usual <= STEPS else usual // (STEPS // 2))
     return Kill(kind, number, rng.choice([0.0, rng.uniform(0, 0.01)]))
 
 
@@ -150,9 +152,9 @@ def _train(folder: Path, name: str, kill: Kill | None) -> None:
     c.data.format, c.data.path, c.data.eval_fraction = "text", str(folder / "texts"), 0.2
     c.tokenizer.vocab_size, c.data.seq_len, c.data.batch_size = 300, 16, 8
     c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.mlp_dim = 1, 8, 1, 16
-    c.model.dropout, c.optim.ema_decay, c.optim.warmup_steps, c.train.total_steps = 0.1, 0.9, 1, 8
-    c.checkpoint.every_steps, c.checkpoint.keep_latest, c.checkpoint.keep_best = 1, 2, 1
-    c.eval.every_steps, c.monitor.log_every_steps = 4, 1
+    c.model.dropout, c.optim.ema_decay, c.optim.warmup_steps, c.train.total_steps = 0.1, 0.9, 1, STEPS
+    c.checkpoint.every_steps, c.checkpoint.keep_latest, c.checkpoint.keep_best = 1, 1, 1
+    c.eval.every_steps, c.monitor.log_every_steps = 2, 1
     with _dying(folder / name, kill) as operations:
         train.train(build_config(c), folder / name)
     (folder / f"{name}.operations").write_text(json.dumps(operations), encoding="utf-8")

@@ -31,7 +31,7 @@ _SHAPES = {
     "down": (8, 2048, 512),
     "norm": (17, 512),
 }
-FIGURES = ("save", "load", "blocked", "save_peak_megabytes", "load_peak_megabytes")
+FIGURES = ("save", "load", "blocked", "save_cpu", "load_cpu", "save_peak_megabytes", "load_peak_megabytes")
 
 
 def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, Any]:
         **{side: {name: median(one[name] for one in found[side]) for name in FIGURES} for side in sides},
         "ratio": {
             name: median(a[name] / b[name] for a, b in zip(found["own"], found["orbax"], strict=True))
-            for name in ("save", "load")
+            for name in ("save", "load", "save_cpu", "load_cpu")
         },
         "copy_seconds": median(copies),
         "blocked_to_copy": median(a["blocked"] / copy for a, copy in zip(found["own"], copies, strict=True)),
@@ -110,25 +110,26 @@ def orbax(folder: Path, state: Any, abstract: Any) -> dict[str, float]:
 
 
 def timed_save(start: Callable[[], Any], wait: Callable[[], Any]) -> dict[str, float]:
-    """'save' = seconds until all is on disk, 'blocked' = until `start` returns."""
-    before, began = reset_peak(), time.perf_counter()
+    """'save' = seconds until it is on disk, 'blocked' = until `start` returns, 'save_cpu' = CPU time of all threads."""
+    before, began, cpu = reset_peak(), time.perf_counter(), time.process_time()
     start()
     blocked = time.perf_counter() - began
     wait()
     return {
         "save": time.perf_counter() - began,
         "blocked": blocked,
+        "save_cpu": time.process_time() - cpu,
         "save_peak_megabytes": peak_megabytes() - before,
     }
 
 
 def timed_load(load: Callable[[], Any]) -> dict[str, float]:
-    """'load' = seconds until all arrays are there."""
-    before, began = reset_peak(), time.perf_counter()
+    """'load' = seconds until all arrays are there, 'load_cpu' = CPU time of all threads."""
+    before, began, cpu = reset_peak(), time.perf_counter(), time.process_time()
     state = jax.block_until_ready(load())
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     del state
-    return {"load": seconds, "load_peak_megabytes": peak_megabytes() - before}
+    return {"load": seconds, "load_cpu": cpu, "load_peak_megabytes": peak_megabytes() - before}
 
 
 def copy_seconds(state: Any) -> float:
@@ -161,16 +162,15 @@ def show(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("checkpoint", "save", "load", "loop blocked", "peak memory, save", "peak memory, load")
-    for side in ("own", "orbax"):
-        row = figures[side]
-        table.add_row(
-            {"own": "lm.checkpoint", "orbax": "Orbax alone"}[side],
-            *(f"{row[name]:.2f} s" for name in ("save", "load")),
-            f"{row['blocked']:.3f} s",
-            *(f"+{row[name]:,.0f} MB" for name in ("save_peak_megabytes", "load_peak_megabytes")),
-        )
-    table.add_row("ratio of a round", *(f"{figures['ratio'][name]:.2f}" for name in ("save", "load")), "", "", "")
+    table = Table("", "lm.checkpoint", "Orbax alone", "ratio of a round")
+    lines = {"save": "save", "load": "load", "save_cpu": "save, CPU time", "load_cpu": "load, CPU time"}
+    for name, text in lines.items():
+        own, orbax = (f"{figures[side][name]:.2f} s" for side in ("own", "orbax"))
+        table.add_row(text, own, orbax, f"{figures['ratio'][name]:.2f}")
+    table.add_row("loop blocked", *(f"{figures[side]['blocked']:.3f} s" for side in ("own", "orbax")), "")
+    for name in ("save", "load"):
+        peaks = (f"+{figures[side][f'{name}_peak_megabytes']:,.0f} MB" for side in ("own", "orbax"))
+        table.add_row(f"peak memory, {name}", *peaks, "")
     Console().print(table)
     say(
         f"{figures['megabytes']:,.0f} MB, medians of {figures['rounds']} rounds; copying the state to the host takes "
