@@ -1,5 +1,6 @@
 """lm/command_line.py and the command lines of all tools."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -70,6 +71,16 @@ def test_errors_of_the_project_are_one_line_and_others_keep_their_traceback():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
+def test_tracebacks_that_orbax_logs_are_left_out_as_the_save_raises_the_error():
+    def is_logged(path, exc_info):
+        record = logging.LogRecord("absl", logging.ERROR, path, 1, "message", None, exc_info)
+        return command_line._is_no_traceback_of_orbax(record)
+
+    error = (OSError, OSError("full"), None)
+    assert not is_logged("/site-packages/orbax/checkpoint/future.py", error)
+    assert is_logged("/site-packages/orbax/checkpoint/future.py", None) and is_logged("/lm/train.py", error)
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [
