@@ -342,7 +342,7 @@ def _augment(
     return augment.AUGMENTATIONS[name].change(row, rng, strength, tokenizer, cfg)
 
 
-def progress(records: Iterable[Record], what: str, total: int, done: int = 0) -> Iterator[Record]:
+def progress(records: Iterable[Any], what: str, total: int, done: int = 0) -> Iterator[Any]:
     """Yields the records, and shows a progress bar with the time that is left after `_QUIET_SECONDS`.
 
     Args:

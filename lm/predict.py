@@ -144,8 +144,8 @@ class LoadedModel:
 
     @functools.cached_property
     def steps(self) -> dict[str, Any]:
-        """Name of a function of rows -> that function, jitted."""
-        return {name: jax.jit(make(self)) for name, make in _STEPS.items()}
+        """Name of a function of rows -> that function, jitted; of those that were used."""
+        return {}
 
     @functools.cached_property
     def everywhere(self) -> "State":
@@ -246,7 +246,7 @@ def predictions(
         for some in _chunks(records, _BATCHES_AT_ONCE * loaded.batch_size):
             translated = _translated(loaded, [record["text"] for record in some], beams)
             for record, text in zip(some, translated, strict=True):
-                yield _asked(record, first) | {"prediction": text}
+                yield {"number": first} | asked(record) | {"prediction": text}
                 first += 1
         return
     name = "predict" if predictor else "measure"
@@ -259,22 +259,18 @@ def predictions(
         else:
             said = _measured(outputs, cfg)
         kept = {key: count for key, count in counts.items() if count and key not in _NOT_COUNTED}
-        yield _asked(record, first) | said | ({"counts": kept} if kept else {})
+        yield {"number": first} | asked(record) | said | ({"counts": kept} if kept else {})
         first += 1
 
 
-def _asked(record: Record, number: int) -> dict[str, Any]:
-    fields_of_it = {
+def asked(record: Record) -> dict[str, Any]:
+    """What a prediction says of its record: 'source', 'identity' and the fields ('record'), without images."""
+    shown = {
         key: value
         for key, value in record.items()
         if key not in (*splits.NOT_CONTENT, "shots") and not isinstance(value, np.ndarray | bytes)
     }
-    return {
-        "number": number,
-        "source": str(record["source"]),
-        "identity": identity(record),
-        "record": fields_of_it,
-    }
+    return {"source": str(record["source"]), "identity": identity(record), "record": shown}
 
 
 def identity(record: Record) -> str:
@@ -297,6 +293,11 @@ def sums_of(outputs: Outputs) -> metrics.Sums:
         name: tuple(float(outputs[kind + name].astype(np.float64).sum()) for kind in (_SUM, _WEIGHT))  # type: ignore
         for name in names
     }
+
+
+def is_sum(name: str) -> bool:
+    """Whether an output of the step 'measure' is of `sums_of`, and none of the task's loss."""
+    return name.startswith((_SUM, _WEIGHT))
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -408,6 +409,8 @@ def _outputs(
     batches = loader.eval_batches(part, batch_size=size, local_rows=np.arange(size), max_tokens=0, seq_len=1)
     # Without a mesh, the layout of all arrays follows from that of the rows.
     context = jax.set_mesh(loaded.mesh) if loaded.mesh.size == 1 else contextlib.nullcontext()
+    if name not in loaded.steps:
+        loaded.steps[name] = jax.jit(_STEPS[name](loaded))
     run_step = loaded.steps[name]
     with context:
         place = run_lib.placer(loaded.mesh, size)
