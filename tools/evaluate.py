@@ -1,6 +1,6 @@
 """Scores a trained run on a test set: the task's metrics with intervals, tables of classes, the worst examples.
 
-    python -m tools.evaluate --run=runs/sst2@best --path=test.tsv [--compare=runs/other@best]
+    python tools/evaluate.py --run=runs/sst2@best --path=test.tsv [--compare=runs/other@best]
 
 The scores are computed as in training. Prints a report, and writes scores.json, scores.txt and predictions.jsonl.
 docs/use.md explains each figure.
@@ -37,12 +37,12 @@ def main(argv: list[str]) -> None:
 
 def evaluate(run: str, path: str) -> None:
     """Prints and writes the scores."""
-    from lm import predict, test_scores
+    from lm import predict, scoring
 
     changes = command_line.data_changes(_FORMAT.value, _RENAME.value, _SPLIT.value)
     models = [predict.load(name, batch_size=_BATCH_SIZE.value) for name in (run, _COMPARE.value) if name]
     found = [
-        test_scores.evaluate(
+        scoring.evaluate(
             model,
             predict.data_at(model.config, path, **changes),
             resamples=_RESAMPLES.value,
@@ -52,11 +52,11 @@ def evaluate(run: str, path: str) -> None:
         )
         for model in models
     ]
-    comparison = test_scores.compare(*found) if len(found) == 2 else None
+    comparison = scoring.compare(*found) if len(found) == 2 else None
     folder, _, step = models[0].name.rpartition("@")
     name = Path(path.rstrip("/")).name.replace("{", "").replace("}", "").replace("*", "all")
     out = Path(_OUT.value) if _OUT.value else Path(folder) / "evaluations" / f"{name}@{step}"
-    test_scores.write(found[0], out, comparison)
+    scoring.write(found[0], out, comparison)
     print((out / "scores.txt").read_text(encoding="utf-8"), end="")
     print(f"\nwritten: {out}/scores.json, scores.txt" + (", predictions.jsonl" if found[0].predictions else ""))
 

@@ -1,6 +1,6 @@
 """Predicts every record of a file with a trained run: classes, numbers, tags, answers, translations, items, ...
 
-    python -m tools.predict --run=runs/sst2@best --path=new.jsonl --out=predictions.jsonl
+    python tools/predict.py --run=runs/sst2@best --path=new.jsonl --out=predictions.jsonl
 
 One line a record, in the order of the file: what was asked, and 'prediction' with its probabilities or scores; a name
 in .parquet makes a table. What is to be predicted may be missing in the file. The same command goes on after it was

@@ -41,7 +41,7 @@ def interval(values_S: np.ndarray) -> tuple[float, float]:
 
 
 def mcnemar(first_E: np.ndarray, second_E: np.ndarray) -> dict[str, float]:
-    """The exact test of McNemar (1947) of two models that are right equally often, by the examples on which they differ.
+    """McNemar's exact test (1947) that two models are right equally often, by the examples on which they differ.
 
     Args:
       first_E, second_E: bool, whether each model is right.

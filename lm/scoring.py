@@ -32,7 +32,7 @@ _TEXT_SHOWN = 100  # characters of an example that is printed
 
 
 @dataclasses.dataclass(frozen=True)
-class TestScores:
+class Scores:
     """What a run scores on a test set of E examples: the records that make a row.
 
     Attributes:
@@ -70,7 +70,7 @@ def evaluate(
     seed: int = 0,
     beams: int = 4,
     note: Callable[[str], None] = lambda _: None,
-) -> TestScores:
+) -> Scores:
     """Scores a run on all records of a file.
 
     Args:
@@ -123,7 +123,7 @@ def evaluate(
         confidence = np.array([max(one["probabilities"].values()) for one in predictions])
         calibrated = uncertainty.calibration(confidence, right)
     losses_E = np.array([own["loss"][0] / own["loss"][1] if own["loss"][1] else math.nan for own in sums])
-    return TestScores(
+    return Scores(
         loaded=loaded,
         data=data,
         values=scorer(whole),
@@ -196,7 +196,7 @@ def _classes(cfg: Config, outputs: Outputs) -> dict[str, tuple[np.ndarray, np.nd
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-def as_json(found: TestScores) -> dict[str, Any]:
+def as_json(found: Scores) -> dict[str, Any]:
     """All of it but the predictions, as JSON; an interval is [low, high]."""
     cfg, task = found.loaded.config, task_of(found.loaded.config)
     return {
@@ -218,19 +218,19 @@ def as_json(found: TestScores) -> dict[str, Any]:
     }
 
 
-def worst(found: TestScores) -> list[int]:
+def worst(found: Scores) -> list[int]:
     """The examples by falling loss."""
     return np.argsort(-found.losses_E, kind="stable").tolist()
 
 
-def _example(found: TestScores, at: int) -> dict[str, Any]:
+def _example(found: Scores, at: int) -> dict[str, Any]:
     record = found.records[at]
     asked = predict.asked(record)
     said = next((one for one in found.predictions if one["source"] == asked["source"]), {})
     return {"loss": float(found.losses_E[at])} | asked | {"prediction": said.get("prediction")}
 
 
-def in_words(found: TestScores) -> str:
+def in_words(found: Scores) -> str:
     """A report for a person to read."""
     content = as_json(found)
     lines = [f"{content['run']} on {content['data']}: {content['records']:,} records"]
@@ -270,7 +270,7 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return ["  ".join([row[0].ljust(widths[0]), *cells]).rstrip() for row, cells in zip(rows, right, strict=True)]
 
 
-def compare(first: TestScores, second: TestScores) -> dict[str, Any]:
+def compare(first: Scores, second: Scores) -> dict[str, Any]:
     """Differences, first minus second, on the same records: of each metric with its interval by a paired bootstrap, and
     McNemar's test of the classes.
 
@@ -315,7 +315,7 @@ def comparison_in_words(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(found: TestScores, folder: Path, comparison: dict[str, Any] | None = None) -> None:
+def write(found: Scores, folder: Path, comparison: dict[str, Any] | None = None) -> None:
     """Writes scores.json, scores.txt and, if there are predictions, predictions.jsonl to a folder."""
     from lm.tracking.tracker import write_atomic
 
