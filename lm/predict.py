@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -273,6 +274,20 @@ def asked(record: Record) -> dict[str, Any]:
     return {"source": str(record["source"]), "identity": identity(record), "record": shown}
 
 
+def as_line(said: Any) -> str:
+    """A line of JSON; numbers that are not finite, which JSON does not have, become null."""
+    return json.dumps(finite(said), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The value with None in the place of NaN and infinite numbers."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def identity(record: Record) -> str:
     """A hash of a record's content, by which a prediction is matched with its record."""
     return splits.digest({key: value for key, value in record.items() if key != "shots"})[:12].hex()
@@ -498,7 +513,7 @@ def write_predictions(
         shown = input_pipeline.progress(records, "predicting", total, done)
         for said in predictions(loaded, shown, first=done, beams=beams):
             _count(said, counts)
-            file.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
+            file.write(as_line(said).encode())
             if (said["number"] + 1) % (_BATCHES_AT_ONCE * loaded.batch_size) == 0:
                 file.flush()
         file.flush()

@@ -321,9 +321,8 @@ def write(found: Scores, folder: Path, comparison: dict[str, Any] | None = None)
 
     folder.mkdir(parents=True, exist_ok=True)
     content = as_json(found) | ({"comparison": comparison} if comparison else {})
-    write_atomic(folder / "scores.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder / "scores.json", json.dumps(predict.finite(content), indent=1, ensure_ascii=False) + "\n")
     text = in_words(found) + (f"\n\n{comparison_in_words(comparison)}" if comparison else "")
     write_atomic(folder / "scores.txt", text + "\n")
     if found.predictions:
-        lines = [json.dumps(one, ensure_ascii=False) for one in found.predictions]
-        write_atomic(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        write_atomic(folder / "predictions.jsonl", "".join(map(predict.as_line, found.predictions)))
