@@ -98,9 +98,9 @@ class LoadedModel:
         """
         values = schema.to_dict(self.config)
         cfg = build_config(values | {"generate": values["generate"] | changes}) if changes else self.config
-        if task_of(cfg).answers_with_text:
-            return _translated(dataclasses.replace(self, config=cfg), texts, beams)
         prompts = [sampling.encode_prompt(text, self.tokenizer, cfg) for text in texts]
+        if task_of(cfg).answers_with_text:
+            return _translated(dataclasses.replace(self, config=cfg), prompts, beams)
 
         def of(chosen: list[int]) -> list[list[int]]:
             key = jax.random.fold_in(jax.random.key(seed), chosen[0])
@@ -245,9 +245,11 @@ def predictions(
     cfg, task, predictor = loaded.config, task_of(loaded.config), task_of(loaded.config).predictor
     if task.answers_with_text:
         for some in _chunks(records, _BATCHES_AT_ONCE * loaded.batch_size):
-            translated = _translated(loaded, [record["text"] for record in some], beams)
-            for record, text in zip(some, translated, strict=True):
-                yield {"number": first} | asked(record) | {"prediction": text}
+            base.check_fields(task, some, TASKS, base.unread(task))
+            sources = [_source(record["text"], loaded) for record in some]
+            translated = _translated(loaded, [ids for ids, _ in sources], beams)
+            for record, text, (_, counts) in zip(some, translated, sources, strict=True):
+                yield {"number": first} | asked(record) | {"prediction": text} | ({"counts": counts} if counts else {})
                 first += 1
         return
     name = "predict" if predictor else "measure"
@@ -652,10 +654,19 @@ _STEPS = {"predict": _predict_step, "measure": _measure_step, "logits": _logits_
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 
-def _translated(loaded: LoadedModel, texts: Sequence[str], beams: int) -> list[str]:
+def _source(text: str, loaded: LoadedModel) -> tuple[list[int], dict[str, int]]:
+    """The ids of a text to translate, and what was cut: with learned positions, what they have no room for."""
+    cfg, prompt = loaded.config, task_of(loaded.config).prompt
+    assert prompt is not None
+    ids = prompt(text, loaded.tokenizer)
+    if cfg.model.position != "learned" or len(ids) <= cfg.model.max_len:
+        return ids, {}
+    return [*ids[: cfg.model.max_len - 1], loaded.tokenizer.eos_id], {"source_cut": 1}
+
+
+def _translated(loaded: LoadedModel, prompts: Sequence[Sequence[int]], beams: int) -> list[str]:
     """The translation of each text by beam search, on one line each."""
     cfg, tokenizer = loaded.config, loaded.tokenizer
-    prompts = [sampling.encode_prompt(text, tokenizer, cfg) for text in texts]
 
     def of(chosen: list[int]) -> list[list[int]]:
         some = [prompts[i] for i in chosen]

@@ -153,3 +153,13 @@ def test_the_tool_prints_a_report_and_writes_its_figures(scored, tmp_path, capsy
     assert losses == sorted(losses, reverse=True)
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == COUNT
     assert Path(tmp_path / "out" / "scores.txt").read_text() in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["next_item", "masked_item"])
+def test_the_hit_rate_is_the_share_of_targets_among_the_predicted_items(task, scored):
+    _, _, found = scored(task)
+    hits = [one["record"]["target"] in one["prediction"] for one in found.predictions]
+    assert found.values["hr_at_10"] == pytest.approx(np.mean(hits)) and 0 < np.mean(hits) < 1
+    first = [one["record"]["target"] == one["prediction"][0] for one in found.predictions]
+    assert found.values["accuracy"] == pytest.approx(np.mean(first))
