@@ -7,9 +7,10 @@
 These names are the Python interface. `import lm` imports nothing else; JAX is imported when one of them is used.
 """
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers take it for true; even `typing` would take longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from lm.predict import LoadedModel as LoadedModel
     from lm.predict import load as load
 
@@ -17,7 +18,7 @@ __version__ = "0.1.0"
 _IN_PREDICT = ("LoadedModel", "load")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     import importlib
 
     if name in _IN_PREDICT:

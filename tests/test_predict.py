@@ -52,7 +52,7 @@ def close(one, other):
     return one == pytest.approx(other, rel=1e-4, abs=1e-4) if isinstance(one, float) else one == other
 
 
-QUICK = ("causal_lm", "classification", "span_qa")
+QUICK = ("causal_lm", "classification")
 
 
 @pytest.mark.parametrize(

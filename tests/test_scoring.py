@@ -36,18 +36,18 @@ def scored(tmp_path_factory):
     return make
 
 
-def test_scores_are_those_that_training_reported(tmp_path):
+@pytest.mark.parametrize("task", ["classification", pytest.param("causal_lm", marks=pytest.mark.slow)])
+def test_scores_are_those_that_training_reported(task, tmp_path):
     """The same records, as validation of the run and as a test set."""
-    for task, packing in (("causal_lm", "pad"), ("classification", "pad")):
-        held_out = used_runs.KINDS[task].write(tmp_path / task / "held_out", 1, COUNT)
-        run = used_runs.make(task, tmp_path / task, data__eval_path=str(held_out), data__packing=packing)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        reported = [line for line in lines if line["split"] == "eval"][-1]
-        loaded = lm.load(str(run), devices=jax.devices()[:1])
-        found = scoring.evaluate(loaded, predict.data_at(loaded.config, str(held_out)), resamples=2)
-        for name, value in found.values.items():
-            assert value == pytest.approx(reported[name], rel=1e-5, abs=1e-6), name
-        assert {"loss", "nll", "accuracy"} <= found.values.keys()
+    held_out = used_runs.KINDS[task].write(tmp_path / "held_out", 1, COUNT)
+    run = used_runs.make(task, tmp_path, data__eval_path=str(held_out), data__packing="pad")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    reported = [line for line in lines if line["split"] == "eval"][-1]
+    loaded = lm.load(str(run), devices=jax.devices()[:1])
+    found = scoring.evaluate(loaded, predict.data_at(loaded.config, str(held_out)), resamples=2)
+    for name, value in found.values.items():
+        assert value == pytest.approx(reported[name], rel=1e-5, abs=1e-6), name
+    assert {"loss", "nll", "accuracy"} <= found.values.keys()
 
 
 def test_figures_of_a_classifier_equal_scikit_learn_on_its_predictions(scored):
@@ -82,16 +82,27 @@ def test_figures_of_a_tagger_equal_seqeval_on_its_predictions(scored):
     assert sum(map(sum, found.tables[""]["confusion"])) == sum(map(len, right))
 
 
-def test_figures_of_span_questions_equal_the_squad_script_on_the_predictions(scored):
-    _, _, found = scored("span_qa")
-    assert found.counts["context_cut"] > 0
+@pytest.mark.slow
+def test_figures_of_span_questions_equal_the_squad_script_on_the_predictions(scored, tmp_path):
+    """Of a third of the questions the answer is what the model says, of a third a word of it."""
+    loaded, data, first = scored("span_qa")
+    assert first.counts["context_cut"] > 0
+    asked = []
+    for number, one in enumerate(first.predictions):
+        record, said = one["record"], one["prediction"]
+        assert record["context"][one["start"] : one["end"]] == said
+        texts = [said, said.split()[0]]
+        answers = [{"text": texts[number % 3], "answer_start": one["start"]}] if number % 3 < 2 else record["answers"]
+        qas = [{"id": record["id"], "question": record["question"], "answers": answers}]
+        asked.append({"context": record["context"], "qas": qas})
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": asked}]}))
+    found = scoring.evaluate(loaded, predict.data_at(loaded.config, str(path)), resamples=20)
     pairs = [(one["prediction"], [a["text"] for a in one["record"]["answers"]]) for one in found.predictions]
-    exact = [max(normalize_answer(said) == normalize_answer(text) for text in texts) for said, texts in pairs]
-    overlap = [max(f1_score(said, text) for text in texts) for said, texts in pairs]
-    assert found.values["exact_match"] == pytest.approx(np.mean(exact))
-    assert found.values["f1"] == pytest.approx(np.mean(overlap)) and np.mean(overlap) > 0
-    for one in found.predictions:
-        assert one["record"]["context"][one["start"] : one["end"]] == one["prediction"]
+    exact = np.mean([max(normalize_answer(said) == normalize_answer(text) for text in texts) for said, texts in pairs])
+    overlap = np.mean([max(f1_score(said, text) for text in texts) for said, texts in pairs])
+    assert found.values["exact_match"] == pytest.approx(exact) and found.values["f1"] == pytest.approx(overlap)
+    assert 0.3 < exact <= overlap
 
 
 @pytest.mark.slow
