@@ -85,7 +85,7 @@ def test_figures_of_a_tagger_equal_seqeval_on_its_predictions(scored):
 @pytest.mark.slow
 def test_figures_of_span_questions_equal_the_squad_script_on_the_predictions(scored, tmp_path):
     """Of a third of the questions the answer is what the model says, of a third a word of it."""
-    loaded, data, first = scored("span_qa")
+    loaded, _, first = scored("span_qa")
     assert first.counts["context_cut"] > 0
     asked = []
     for number, one in enumerate(first.predictions):

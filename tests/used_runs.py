@@ -136,7 +136,13 @@ class Kind:
 
 ENCODER = {"model__kind": "encoder", "data__packing": "pad"}
 DOCUMENTS = {"data__separator": "\n"}
-IMAGES = {"model__kind": "vit", "data__packing": "pad", "model__patch_size": 4, "task__image_shape": (8, 8, 3)}
+IMAGES = {
+    "model__kind": "vit",
+    "model__position": "sincos",
+    "data__packing": "pad",
+    "model__patch_size": 4,
+    "task__image_shape": (8, 8, 3),
+}
 CONLL = {"task__labels": TAGS, "data__rename": (("1", "token"), ("2", "tag"))}
 MASKED = ENCODER | {"tokenizer__extra_ids": 1, "task__mask_rate": 0.3}
 ITEMS = {"tokenizer__vocab_size": 20, "data__packing": "pad"}

@@ -187,7 +187,7 @@ def found_spans(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, 
     """
     tags = word_tags(outputs, meta, record, cfg, tokenizer)["prediction"]
     tag_of = entity_tags.read(cfg.task.labels, _scheme(cfg))
-    matches = _words_of(record)[1]
+    matches = _WORD.finditer(record["text"])
     spans: list[dict[str, Any]] = []
     before = entity_tags.OUTSIDE
     for match, label in zip(matches, tags, strict=True):
