@@ -453,21 +453,24 @@ def data_at(cfg: Config, path: str, **changes: Any) -> DataConfig:
     Args:
       cfg: of the run.
       path: what is read.
-      **changes: 'format', and other keys of `data`. The run's `rename` and `separator` belong to its own format.
+      **changes: 'format', and other keys of `data`. The run's `rename`, `separator` and `encoding` are of its own
+        format.
 
     Raises:
       ConfigError: the run's format is not one of files of records, and `changes` names none; an unknown format.
     """
     values = schema.to_dict(cfg.data) | {"max_records": 0, "max_bad_records": 0, "eval_path": "", "replay": 0.0}
     if changes.get("format", cfg.data.format) != cfg.data.format:
-        values |= {"rename": (), "separator": ""}
+        values |= {"rename": (), "separator": "", "encoding": DataConfig.encoding}
     whole = schema.to_dict(cfg) | {"data": values | {"mixture": (), "path": path} | changes}
-    data = build_config(whole | {"init_from": ""}).data
+    data = build_config(whole).data
     if data.format not in (*registry.FORMATS, "interactions"):
         raise ConfigError(
             f"the run's 'data.format' is {data.format}, in which no file can be given; set --format to one of "
             f"{', '.join(registry.FORMATS)}"
         )
+    if data.eval_path and data.format != "tfds":
+        raise ConfigError(f"--split={data.eval_path} is of --format=tfds; with {data.format}, --path names the file")
     return data
 
 
