@@ -125,6 +125,13 @@ def write_texts(folder: Path, seed: int, count: int) -> Path:
     return write_lines(folder / "documents.txt", [f"{sentence(rng, 12)}. {sentence(rng, 40)}." for _ in range(count)])
 
 
+def write_short_sentences(folder: Path, seed: int, count: int) -> Path:
+    """Documents of one line each, of four sentences, of which two fit in a row."""
+    rng = np.random.default_rng(seed)
+    documents = [" ".join(f"{sentence(rng, 4)}." for _ in range(4)) for _ in range(count)]
+    return write_lines(folder / "documents.txt", documents)
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """How the data of a task is written, (folder, seed, records) -> path, its format, and keys of the config."""
@@ -145,6 +152,7 @@ IMAGES = {
 }
 CONLL = {"task__labels": TAGS, "data__rename": (("1", "token"), ("2", "tag"))}
 MASKED = ENCODER | {"tokenizer__extra_ids": 1, "task__mask_rate": 0.3}
+PADDED_WITH_SENTINELS = {"data__packing": "pad", "tokenizer__extra_ids": 20}
 ITEMS = {"tokenizer__vocab_size": 20, "data__packing": "pad"}
 TEMPLATE = {"task__labels": ("neg", "pos"), "task__templates": ("{text} It is {label:bad|good}.",)}
 TRIPLE = _jsonl(lambda rng: {"text": sentence(rng), "text_pair": sentence(rng), "negative": sentence(rng)})
@@ -154,11 +162,11 @@ KINDS: dict[str, Kind] = {
     "chat": Kind(_jsonl(_chat)),
     "preferences": Kind(_jsonl(_preference), changes={"data__packing": "pad"}),
     "masked_lm": Kind(write_texts, "text", DOCUMENTS | MASKED),
-    "masked_lm_pairs": Kind(write_texts, "text", DOCUMENTS | MASKED),
+    "masked_lm_pairs": Kind(write_short_sentences, "text", DOCUMENTS | MASKED),
     "span_corruption": Kind(
         write_texts,
         "text",
-        DOCUMENTS | {"model__kind": "encoder_decoder", "model__position": "relative", "tokenizer__extra_ids": 20},
+        DOCUMENTS | {"model__kind": "encoder_decoder", "model__position": "relative"} | PADDED_WITH_SENTINELS,
     ),
     "translation": Kind(
         write_parallel,
