@@ -580,17 +580,21 @@ def _write_table(lines: Path, out: Path) -> None:
     """Writes JSON Lines as Parquet: first the types of all columns are found, then the rows are written in groups."""
     import pyarrow
 
-    def groups() -> Iterator[list[Any]]:
+    def groups() -> Iterator[list[dict[str, Any]]]:
         with lines.open("rb") as file:
             for some in _chunks(file, _TABLE_ROWS):
-                yield [json.loads(line) for line in some]
+                rows = [json.loads(line) for line in some]
+                yield [{name: None if value == {} else value for name, value in row.items()} for row in rows]
 
-    schemas = [pyarrow.Table.from_pylist(some).schema for some in groups()]
-    whole = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    def types(rows: list[dict[str, Any]]) -> Any:
+        names = dict.fromkeys(name for row in rows for name in row)  # pyarrow itself looks at the first row alone
+        return pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
+
+    whole = pyarrow.unify_schemas([types(rows) for rows in groups()], promote_options="permissive")
     scratch = out.with_name(f"{out.name}.tmp")
     with _parquet().ParquetWriter(scratch, whole) as writer:
-        for some in groups():
-            writer.write_table(pyarrow.Table.from_pylist(some, schema=whole))
+        for rows in groups():
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=whole))
     scratch.replace(out)
 
 

@@ -248,7 +248,9 @@ def test_a_table_has_the_same_predictions(classifier, written, tmp_path):
     predict.write_predictions(classifier, data, tmp_path / "out.parquet")
     rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
     said = [json.loads(line) for line in whole.splitlines()]
-    assert [{key: row[key] for key in one} for row, one in zip(rows, said, strict=True)] == said
+    assert 0 < sum("counts" in one for one in said) < len(said)
+    for row, one in zip(rows, said, strict=True):
+        assert {key: value for key, value in row.items() if value is not None} == one
     assert [path.name for path in tmp_path.glob("out*")] == ["out.parquet"]
 
 
@@ -281,6 +283,7 @@ def test_train_is_a_function_of_a_recipe_and_a_folder(monkeypatch):
     given = []
     monkeypatch.setattr(lm.train, "train", lambda cfg, workdir: given.append((cfg, workdir)))
     recipe = default_config("causal_lm")
+    recipe.train.total_steps = 1
     lm.train(recipe, "runs/a")
     lm.train(build_config(recipe), "runs/a")
     assert given == [(build_config(recipe), "runs/a")] * 2
