@@ -118,6 +118,15 @@ def check_output(flag: str, path: str) -> None:
         stop(f"error: --{flag}={path}: expected a file in a folder that exists and is writable")
 
 
+def data_changes(data_format: str, rename: list[str], split: str) -> dict[str, Any]:
+    """Keys of `data` from the flags --format, --rename=FIELD:EXPECTED,... and --split of tools that read a file."""
+    pairs = [tuple(pair.split(":")) for pair in rename]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise SystemExit(f"error: --rename={','.join(rename)}: expected FIELD:EXPECTED, such as 1:token,2:tag")
+    given = {"format": data_format, "rename": tuple(pairs), "eval_path": split}
+    return {key: value for key, value in given.items() if value}
+
+
 def use_huge_pages() -> None:
     """Re-executes the program, on Linux, with malloc backed by pages of 2 MiB. Call it once, before JAX is imported.
 

@@ -252,8 +252,8 @@ def _packed(
 ) -> tuple[Part, dict[str, int], dict[str, float]]:
     """Packs records into rows in memory: (part, checksum of each column, counts for the report)."""
     task, counts = task_of(cfg), Counter[str]()
-    progress = _progress(records, f"packing {name} rows")
-    made = make_examples(task, progress, tokenizer, cfg, counts, os.cpu_count() or 1)
+    shown = progress(records, f"packing {name} rows", len(records))
+    made = make_examples(task, shown, tokenizer, cfg, counts, os.cpu_count() or 1)
     stored = task.columns(cfg)
     rows, meta = packing.pack(made, stored, cfg.data)
     report: dict[str, float] = {**counts, "rows": len(next(iter(rows.values())))}
@@ -363,16 +363,23 @@ def _augment(
     return augment.AUGMENTATIONS[name].change(row, rng, strength, tokenizer, cfg)
 
 
-def _progress(records: Sequence[Record], what: str) -> Iterator[Record]:
-    """Yields the records, and shows a progress bar after `_QUIET_SECONDS`."""
+def progress(records: Iterable[Any], what: str, total: int, done: int = 0) -> Iterator[Any]:
+    """Yields the records, and shows a progress bar with the time that is left after `_QUIET_SECONDS`.
+
+    Args:
+      records: what is yielded.
+      what: title of the bar.
+      total: number of records, those that were done before included.
+      done: those that were done before.
+    """
     start, bar = time.monotonic(), None
     try:
-        for done, record in enumerate(records):
+        for number, record in enumerate(records, done + 1):
             yield record
             if bar is None and time.monotonic() - start > _QUIET_SECONDS:
-                bar = _start_bar(what, len(records))
+                bar = _start_bar(what, total)
             if bar is not None:
-                bar.update(bar.task_ids[0], completed=done + 1)
+                bar.update(bar.task_ids[0], completed=number)
     finally:
         if bar is not None:
             bar.stop()

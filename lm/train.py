@@ -6,7 +6,9 @@ resumes the run: parameters, position in the data and metrics continue as if it 
 
 import functools
 import math
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from lm.optim.trainable import Selection
 from lm.parallel import mesh as mesh_lib
 from lm.preemption import Interrupt, Preempted
 from lm.run import Plan, Run, Stream
-from lm.tasks import build_saved_config, task_of
+from lm.tasks import build_config, build_saved_config, task_of
 from lm.tracking import files, report, saved_step
 from lm.tracking.files import RunFileError
 from lm.tracking.throughput import Throughput
@@ -418,3 +420,14 @@ def describe(cfg: Config, workdir: str | Path) -> str:
     origin = {path: name or "initialised" for path, name in planned.origin_of.items()}
     origin = origin or dict.fromkeys(planned.logical_axes, "initialised")
     return config.to_json(planned.cfg) + "\n" + parameter_table(planned, planned.selection, origin)
+
+
+class _Callable(types.ModuleType):
+    """This module, as the function `lm.train(config, workdir)` of the Python interface."""
+
+    def __call__(self, config: Config | Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+        """`train`; the config may be that of a recipe, a `ConfigDict`."""
+        return train(config if isinstance(config, Config) else build_config(config), workdir)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -17,8 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lm import config, train
-from lm import run as run_lib
+from lm import config, predict, train
 from lm.config import MeshConfig, schema
 from lm.data import tokenizer
 from lm.data.readers import fields
@@ -148,8 +147,10 @@ def test_the_python_of_the_readme_runs(monkeypatch, capsys):
     words = tokenizer.train(["once upon a time there was a cat. " * 20], 300, 100_000)
     cfg = config.Config(model=transformer.resolve(toys.GPT2, vocab_size=words.vocab_size, seq_len=128))
     model = registry.MODELS["decoder"](cfg, None, jax.numpy.float32)
-    loaded = cfg, model, model.init(jax.random.key(0)), words
-    monkeypatch.setattr(run_lib, "load_model", lambda name: loaded)
+    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = model.init(jax.random.key(0))
+    loaded = predict.LoadedModel("runs/tinystories@8", "", cfg, model, params, None, words, 1, one_device)
+    monkeypatch.setattr(predict, "load", lambda name: loaded)
     exec(code, {})
     assert capsys.readouterr().out.strip()
 

@@ -305,3 +305,22 @@ def test_all_words_of_bc5cdr_are_tagged(shared_data):
             assert all(map(str.startswith, found["words"], words))
     assert cut == counts["word_cut"] < 200
     assert counts["tag_continues_nothing"] == 0 and counts["sentence_cut"] > 1000
+
+
+@given(st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"]), min_size=1, max_size=8))
+def test_predicted_spans_are_the_entities_that_seqeval_reads_from_the_predicted_tags(tags):
+    seqeval = pytest.importorskip("seqeval.metrics.sequence_labeling")
+    labels = ("O", "B-X", "I-X", "B-Y", "I-Y")
+    cfg = Config(task=tagging.ENTITIES.options(name="entities", labels=labels))
+    words = [f"w{i}" for i in range(len(tags))]
+    text = " ".join(words)
+    logits = np.eye(len(labels), dtype=np.float32)[[labels.index(tag) for tag in tags]]
+    places = np.arange(1, len(tags) + 1)
+    head = np.concatenate([np.zeros((1, len(labels)), np.float32), logits])[None]
+    said = tagging.found_spans({"head": head}, [places], {"text": text}, cfg, None)
+    assert said["tags"] == tags
+    expected = [
+        {"label": kind, "text": " ".join(words[first : last + 1])} for kind, first, last in seqeval.get_entities(tags)
+    ]
+    assert [{key: span[key] for key in ("label", "text")} for span in said["prediction"]] == expected
+    assert all(text[span["start"] : span["end"]] == span["text"] for span in said["prediction"])

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from absl import app, flags
+from absl import flags
 
 from lm import command_line
 from lm.terminal import say, stop
@@ -354,4 +354,4 @@ def make_run(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

@@ -26,8 +26,9 @@ def number(label: str) -> float:
 def checked(record: Record | Fault | NotRead, wanted: Wanted) -> Record | Fault | NotRead:
     """Returns the record with its label as text, or a fault if the task cannot use the label.
 
-    If the task reads no label, a label that is not text is dropped. A boolean stands for the entry of `task.labels`
-    that is spelled like it in any case, so that true in JSON and True in a table are the same class. A class missing
+    If the task reads no label, a label that is not text is dropped; if a record may lack one, a missing value is too. A
+    boolean stands for the entry of `task.labels` that is spelled like it in any case, so that true in JSON and True in
+    a table are the same class. A class missing
     from `task.labels` passes, unless it is a boolean or a spelling of a missing value: it means that `task.labels` is
     wrong, and the task refuses that. Faults and `NotRead` are returned as they are.
 
@@ -38,6 +39,9 @@ def checked(record: Record | Fault | NotRead, wanted: Wanted) -> Record | Fault 
     if isinstance(record, Fault | NotRead) or not {"label", "text", "image"} & set(record):
         return record
     label = record.get("label")
+    if "label" in wanted.may_lack:  # to be predicted; one that is given is only passed on
+        rest = {key: value for key, value in record.items() if key != "label"}
+        return rest if label is None else record | {"label": str(label)}
     if not wanted.label:
         return record if isinstance(label, str) else {key: value for key, value in record.items() if key != "label"}
     if label is None:

@@ -35,6 +35,7 @@ class Wanted(NamedTuple):
       image_shape: height, width, channels of images.
       fields: an object that matches several forms of `lm.data.readers.fields.FORMS` is read as the first of them that
         has these fields, or, if none has, as the first of them.
+      may_lack: fields that a record may lack because they are to be predicted: 'label', 'tags', 'answers', ...
     """
 
     task: str = ""
@@ -42,6 +43,7 @@ class Wanted(NamedTuple):
     classes: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] = (32, 32, 3)
     fields: tuple[str, ...] = ()
+    may_lack: tuple[str, ...] = ()
 
 
 NOTHING = Wanted()  # for records that are read without a task

@@ -5,7 +5,7 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -216,6 +216,30 @@ def translation(predictions: Sequence[str], references: Sequence[str], tokenizer
         return {"bleu": 0.0, "chrf": 0.0}
     both = list(predictions), [list(references)]
     return {"bleu": float(bleu.corpus_score(*both).score), "chrf": float(chrf.corpus_score(*both).score)}
+
+
+def translation_scorer(
+    predictions: Sequence[str], references: Sequence[str], tokenizer: str = "13a"
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """A function: chosen sentences, int64 [n] -> `translation` of these, from counts that are made once.
+
+    Raises:
+      ConfigError: as `translation`; or sacrebleu has changed so that the counts no longer give its corpus scores.
+    """
+    named = dict(zip(("bleu", "chrf"), _translation_metrics(tokenizer), strict=True))
+    counts_of = {
+        name: np.array(metric._extract_corpus_statistics(list(predictions), [list(references)]))
+        for name, metric in named.items()
+    }
+
+    def score(chosen: np.ndarray) -> dict[str, float]:
+        sums = {name: counts[chosen].sum(axis=0).tolist() for name, counts in counts_of.items()}
+        return {name: float(metric._compute_score_from_stats(sums[name]).score) for name, metric in named.items()}
+
+    whole, expected = score(np.arange(len(predictions))), translation(predictions, references, tokenizer)
+    if any(abs(whole[name] - expected[name]) > 1e-9 for name in named):
+        raise ConfigError(f"sacrebleu's counts give {whole}, its corpus scores are {expected}: install another version")
+    return score
 
 
 def translation_signatures(tokenizer: str = "13a") -> dict[str, str]:

@@ -15,7 +15,7 @@ from lm.data import tokenizer as sentencepiece
 from lm.data.example import Columns, Example, Row, Rows
 from lm.data.record import DataError, Record, Wanted
 from lm.evaluation import metrics
-from lm.types import Apply, Batch, Head, LossFn, LossFnWithStart, Outputs
+from lm.types import Apply, Batch, Head, LossFn, LossFnWithStart, Outputs, Params
 
 TEXT_MODELS = ("decoder", "prefix_decoder", "encoder")
 TOKEN_LOSS = ("z_loss", "label_smoothing", "chunk_len")  # keys of LossConfig that the token cross-entropy reads
@@ -40,6 +40,29 @@ SENTENCEPIECE = Vocabulary(
     lambda texts, cfg: sentencepiece.train(texts, cfg.vocab_size, cfg.train_bytes),
     sentencepiece.load,
 )
+
+
+class Predictor(NamedTuple):
+    """How a trained model predicts a record, without knowing what is right. Rows are not packed.
+
+    Attributes:
+      unread: fields of `Task.fields` that it does not read: a record to predict may lack them.
+      examples: (record, tokenizer, config, counts) -> its rows, as the model gets them: no random transform follows.
+      columns: config -> {name: (shape, dtype)} of the rows.
+      outputs: (apply, config, tokenizer) -> (params, batch) -> name -> [B, ...], for each row.
+      prediction: (outputs of the rows of one record, at least one, `Example.meta` of each row, record, config,
+        tokenizer) -> 'prediction' and what else is to be said, as JSON.
+    """
+
+    unread: tuple[str, ...]
+    examples: Callable[[Record, Any, Config, Counter[str]], list[Example]]
+    columns: Callable[[Config], Columns]
+    outputs: Callable[[Apply, Config, Any], Callable[[Params, Batch], dict[str, jax.Array]]]
+    prediction: Callable[[Outputs, list[Any], Record, Config, Any], dict[str, Any]]
+
+
+# Chosen examples, int64 [n], -> the scores of these; an example that is chosen twice counts twice.
+Scorer = Callable[[np.ndarray], dict[str, float]]
 
 
 class Task(NamedTuple):
@@ -75,6 +98,12 @@ class Task(NamedTuple):
       head: config -> the output layer that the task needs; None = the model predicts tokens.
       scores: (outputs, meta of the rows, config) -> metrics computed over all held-out rows at once.
       score_names: config -> names of those metrics.
+      scorer: (outputs, meta, config) -> (number of examples, `Scorer` whose scores of all of them are those of
+        `scores`), for examples of several rows; None = every row is an example.
+      predictor: how a record is predicted; None = by the text that answers it (`answers_with_text`), else by the loss
+        of its rows, such as the log-likelihood of a text.
+      answers_with_text: field that the task's generated text is to equal, such as the target of a translation; '' =
+        none.
       loss_options: keys of `LossConfig` that the loss reads.
       balances_experts: the loss includes that of the router, without which experts are not trained evenly.
       predicts_every_position: the loss reads the logits of every position of a packed row.
@@ -116,6 +145,9 @@ class Task(NamedTuple):
     head: Callable[[Config], Head | None] = lambda cfg: None
     scores: Callable[[Outputs, list[Any], Config], dict[str, float]] | None = None
     score_names: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
+    scorer: Callable[[Outputs, list[Any], Config], tuple[int, Scorer]] | None = None
+    predictor: Predictor | None = None
+    answers_with_text: str = ""
     loss_options: tuple[str, ...] = ()
     balances_experts: bool = False
     predicts_every_position: bool = False
@@ -249,16 +281,44 @@ def check_mask_rate(cfg: Config) -> None:
         )
 
 
-def check_fields(task: Task, records: Iterable[Record], known: Mapping[str, Task]) -> None:
+def check_fields(
+    task: Task, records: Iterable[Record], known: Mapping[str, Task], may_lack: tuple[str, ...] = ()
+) -> None:
     """Raises ConfigError if the task cannot read a record; names the record and the tasks that can read it."""
     for record in records:
-        if missing := [name for name in task.fields if name not in record]:
+        if missing := [name for name in task.fields if name not in record and name not in may_lack]:
             fits = [name for name, other in known.items() if all(field in record for field in other.fields)]
             others = f"set task.name={' or '.join(fits)}, or give other data" if fits else "give other data"
             raise ConfigError(
                 f"{record['source']}: 'task.name' is {task.name}, which reads '{missing[0]}', but the record has "
                 f"{', '.join(sorted(set(record) - {*splits.NOT_CONTENT}))}; {others}"
             )
+
+
+# Predictions ----------------------------------------------------------------------------------------------------------
+
+
+def unread(task: Task) -> tuple[str, ...]:
+    """Fields of `Task.fields` that a record to predict may lack."""
+    return task.predictor.unread if task.predictor else tuple(filter(None, [task.answers_with_text]))
+
+
+def head_outputs(apply: Apply, cfg: Config, tokenizer: Any) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """For `Predictor.outputs`: 'head', the output of the model's head."""
+    del cfg, tokenizer
+    return lambda params, batch: {"head": apply(params, batch).head}
+
+
+def probabilities(logits_C: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    """The most likely label as 'prediction', and the 'probabilities' of all of them.
+
+    Args:
+      logits_C: float32, of each label.
+      labels: their names.
+    """
+    exp_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
+    shares = dict(zip(labels, (exp_C / exp_C.sum()).tolist(), strict=True))
+    return {"prediction": labels[int(logits_C.argmax())], "probabilities": shares}
 
 
 # Views of a row -------------------------------------------------------------------------------------------------------

@@ -17,11 +17,14 @@ from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
 from lm.tasks.base import (
     TEXT_MODELS,
+    Predictor,
     Task,
     check_labels,
     field_texts,
+    head_outputs,
     label_index,
     one_label,
+    probabilities,
     sequence_columns,
     two_views,
 )
@@ -72,10 +75,15 @@ def encode_pair(
     return {"tokens": np.array(ids, np.int32), "type_ids": np.array(types, np.int32)}
 
 
+def sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """A sentence or a pair, without a label."""
+    return [Example(encode_pair(record["text"], record.get("text_pair"), tokenizer, cfg.data.seq_len, counts))]
+
+
 def labelled_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """A sentence or a pair with the index of its label."""
-    columns = encode_pair(record["text"], record.get("text_pair"), tokenizer, cfg.data.seq_len, counts)
-    return [Example(columns | {"labels": np.array(label_index(record["label"], record, cfg), np.int32)})]
+    (example,) = sentences(record, tokenizer, cfg, counts)
+    return [Example(example.columns | {"labels": np.array(label_index(record["label"], record, cfg), np.int32)})]
 
 
 def scored_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
@@ -83,12 +91,27 @@ def scored_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: 
     score = labels.number(record["label"])
     if np.isnan(score):
         raise DataError(f"{record['source']}: found the label {record['label']!r}; expected a finite number")
-    columns = encode_pair(record["text"], record.get("text_pair"), tokenizer, cfg.data.seq_len, counts)
-    return [Example(columns | {"labels": np.array(score, np.float32)})]
+    (example,) = sentences(record, tokenizer, cfg, counts)
+    return [Example(example.columns | {"labels": np.array(score, np.float32)})]
+
+
+def sentence_columns(cfg: Config) -> Columns:
+    """Columns of a sentence or a pair, without a label."""
+    return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len)
 
 
 def _columns(cfg: Config, label: type) -> Columns:
-    return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"labels": ((), label)}
+    return sentence_columns(cfg) | {"labels": ((), label)}
+
+
+def likely_label(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    """The label with the largest logit, and the probabilities of all labels."""
+    del meta, record, tokenizer
+    return probabilities(outputs["head"][0], cfg.task.labels)
+
+
+def _number(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    return {"prediction": float(outputs["head"][0, 0])}
 
 
 def classification_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
@@ -176,6 +199,7 @@ CLASSIFICATION = Task(
     head=lambda cfg: Head("pooled", len(cfg.task.labels)),
     scores=class_scores,
     score_names=class_score_names,
+    predictor=Predictor(("label",), sentences, sentence_columns, head_outputs, likely_label),
     loss_options=("label_smoothing",),
 )
 REGRESSION = Task(
@@ -194,4 +218,5 @@ REGRESSION = Task(
     head=lambda cfg: Head("pooled", 1),
     scores=number_scores,
     score_names=number_score_names,
+    predictor=Predictor(("label",), sentences, sentence_columns, head_outputs, _number),
 )

@@ -14,11 +14,19 @@ from lm.data import augment
 from lm.data.example import Columns, Example, Row
 from lm.data.record import Record, Wanted
 from lm.models import vision
-from lm.tasks.base import Task, check_mask_rate, label_index, one_label
-from lm.tasks.classification import check_classes, class_score_names, class_scores, classification_loss
+from lm.tasks.base import Predictor, Task, check_mask_rate, head_outputs, label_index, one_label
+from lm.tasks.classification import (
+    check_classes,
+    class_score_names,
+    class_scores,
+    classification_loss,
+    likely_label,
+)
 from lm.tasks.sentence_embeddings import (
     check_contrast,
     contrastive_loss,
+    embedding,
+    embedding_outputs,
     projection_head,
     view_score_names,
     view_scores,
@@ -177,6 +185,7 @@ IMAGE_CLASSIFICATION = Task(
     head=lambda cfg: Head("pooled", len(cfg.task.labels)),
     scores=class_scores,
     score_names=class_score_names,
+    predictor=Predictor(("label",), image, _image_columns, head_outputs, likely_label),
     loss_options=("label_smoothing",),
 )
 MASKED_AUTOENCODING = Task(
@@ -216,5 +225,6 @@ CONTRASTIVE_IMAGES = Task(
     head=projection_head,
     scores=view_scores,
     score_names=view_score_names,
+    predictor=Predictor((), image, _image_columns, embedding_outputs, embedding),
     couples_rows=True,
 )

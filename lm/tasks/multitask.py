@@ -17,8 +17,24 @@ from lm.data.labels import number
 from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
-from lm.tasks.base import TEXT_MODELS, Task, check_labels, field_texts, sequence_columns
-from lm.tasks.classification import LEAST_LEN, class_score_names, encode_pair, number_score_names
+from lm.tasks.base import (
+    TEXT_MODELS,
+    Predictor,
+    Task,
+    check_labels,
+    field_texts,
+    head_outputs,
+    probabilities,
+    sequence_columns,
+)
+from lm.tasks.classification import (
+    LEAST_LEN,
+    class_score_names,
+    encode_pair,
+    number_score_names,
+    sentence_columns,
+    sentences,
+)
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 
@@ -165,6 +181,19 @@ def part_score_names(cfg: Config) -> tuple[str, ...]:
     return (*own, "mean_score")
 
 
+def _of_each_task(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    """What each of the tasks says of the sentence: name -> class or number; name -> probabilities of the classes."""
+    said, shares = {}, {}
+    for part in parts(cfg.task.labels):
+        own_C = outputs["head"][0, part.first : part.first + max(1, len(part.classes))]
+        if part.classes:
+            found = probabilities(own_C, part.classes)
+            said[part.name], shares[part.name] = found["prediction"], found["probabilities"]
+        else:
+            said[part.name] = float(own_C[0])
+    return {"prediction": said, "probabilities": shares}
+
+
 def _columns(cfg: Config) -> Columns:
     columns = sequence_columns(("tokens", "type_ids"), cfg.data.seq_len)
     return columns | {"labels": ((), np.float32), "part": ((), np.int32)}
@@ -205,6 +234,7 @@ MULTITASK = Task(
     head=lambda cfg: Head("pooled", sum(len(part.classes) or 1 for part in parts(cfg.task.labels))),
     scores=part_scores,
     score_names=part_score_names,
+    predictor=Predictor(("label",), sentences, sentence_columns, head_outputs, _of_each_task),
     loss_options=("label_smoothing",),
     unit_of=_unit,
 )

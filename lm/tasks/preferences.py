@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ from lm.config.schema import ConfigError
 from lm.data.example import Columns, Example
 from lm.data.record import Record, Wanted
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.base import Task, shifted, shifted_columns, views_as_rows
+from lm.tasks.base import Predictor, Task, shifted, shifted_columns, views_as_rows
 from lm.tasks.chat import CHAT, Message, Tokens, recent_turns, size, tokens_of, up_to_the_last_trained
 from lm.tasks.language_modelling import log_likelihood
-from lm.types import Apply, Batch, LossFnWithStart, LossTerms, Params
+from lm.types import Apply, Batch, LossFnWithStart, LossTerms, Outputs, Params
 
 ANSWERS = ("chosen", "rejected")  # in the order of a row's views
 FIELDS = ("prompt", *ANSWERS)
@@ -148,6 +148,22 @@ def preference_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFnWithStar
     return loss_fn
 
 
+def answer_likelihoods(apply: Apply, cfg: Config, tokenizer: Any) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """'log_likelihood', float32 [B, 2]: of each answer, summed over its tokens, under the trained model alone."""
+
+    def outputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        rows = views_as_rows(batch, len(ANSWERS))
+        return {"log_likelihood": log_likelihood(apply(params, rows), rows, cfg, tokenizer).reshape(-1, len(ANSWERS))}
+
+    return outputs
+
+
+def _likelier(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    first, second = map(float, outputs["log_likelihood"][0])
+    said = ANSWERS[int(second > first)]
+    return {"prediction": said, "log_likelihood": dict(zip(ANSWERS, (first, second), strict=True))}
+
+
 PREFERENCES = Task(
     name="preferences",
     models=("decoder",),
@@ -166,5 +182,6 @@ PREFERENCES = Task(
     view_names=lambda cfg: ANSWERS,
     prompt=CHAT.prompt,
     check_tokenizer=CHAT.check_tokenizer,
+    predictor=Predictor((), answer_pair, _columns, answer_likelihoods, _likelier),
     ends=CHAT.ends,
 )

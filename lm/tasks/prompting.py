@@ -10,7 +10,7 @@ import itertools
 import string
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +22,8 @@ from lm.config.schema import ConfigError, nearest
 from lm.data.example import Columns, Example
 from lm.data.record import DataError, Record, Wanted
 from lm.data.tokenizer import Tokenizer
-from lm.tasks.base import Task, check_labels, field_texts, label_index, one_label, views_as_rows
-from lm.tasks.classification import class_score_names, class_scores
+from lm.tasks.base import Predictor, Task, check_labels, field_texts, label_index, one_label, views_as_rows
+from lm.tasks.classification import class_score_names, class_scores, likely_label
 from lm.tasks.language_modelling import log_likelihood
 from lm.types import Apply, Batch, LossFn, LossTerms, Params
 
@@ -110,6 +110,12 @@ def with_shots(train: Sequence[Record], held_out: Sequence[Record], cfg: Config)
 
 
 def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The rows of `prompts` with the index of the label. Raises DataError for an unknown label, and as `prompts`."""
+    (example,) = prompts(record, tokenizer, cfg, counts)
+    return [Example(example.columns | {"labels": np.array(label_index(record["label"], record, cfg), np.int32)})]
+
+
+def prompts(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """The filled-in template once for each label; only the tokens of the label's word count for the loss.
 
     Each is BOS, the shots of a held-out record, the prompt, the word. A space before the word belongs to the word.
@@ -117,10 +123,10 @@ def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts
     which its shots use too.
 
     Returns:
-      One example of tokens, targets and loss_weights [C, L], with segment_ids and positions, and the label's index.
+      One example of tokens, targets and loss_weights [C, L], with segment_ids and positions.
 
     Raises:
-      DataError: a label is unknown, a field is missing, or a row has no room for the text.
+      DataError: the label of a shot is unknown, a field is missing, or a row has no room for the text.
     """
     templates = cfg.task.templates
     number = zlib.crc32(repr([record.get(field) for field in ("text", "text_pair")]).encode()) % len(templates)
@@ -134,7 +140,7 @@ def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts
     space = prompt[len(stem) :]
     prompt_ids, seq_len = tokenizer.encode(stem), cfg.data.seq_len
     shape = (len(cfg.task.labels), seq_len)
-    columns = {name: np.zeros(shape, dtype) for name, (_, dtype) in _columns(cfg).items() if name != "labels"}
+    columns = {name: np.zeros(shape, dtype) for name, (_, dtype) in _prompt_columns(cfg).items()}
     words = [tokenizer.encode(space + word) for word in template.words]
     room = seq_len - max(map(len, words))  # the same for all words, so that they follow the same prompt
     after_text = len(tokenizer.encode(template.before[-1][0].rstrip(" ")))
@@ -151,7 +157,7 @@ def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts
         columns["tokens"][c, :n], columns["targets"][c, :n] = ids[:-1], ids[1:]
         columns["loss_weights"][c, n - len(word_ids) : n] = 1.0
         columns["segment_ids"][c, :n], columns["positions"][c, :n] = 1, np.arange(n)
-    return [Example(columns | {"labels": np.array(label_index(record["label"], record, cfg), np.int32)})]
+    return [Example(columns)]
 
 
 def _prompt(record: Record, template: Template) -> str:
@@ -166,9 +172,24 @@ def _digest(record: Record) -> bytes:
 
 
 def _columns(cfg: Config) -> Columns:
+    return _prompt_columns(cfg) | {"labels": ((), np.int32)}
+
+
+def _prompt_columns(cfg: Config) -> Columns:
     shape = (len(cfg.task.labels), cfg.data.seq_len)
     of_label: dict[str, Any] = {name: (shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    return of_label | {"loss_weights": (shape, np.float32), "labels": ((), np.int32)}
+    return of_label | {"loss_weights": (shape, np.float32)}
+
+
+def label_likelihoods(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Batch], Any]:
+    """'head', float32 [B, C]: the log-likelihood of each label's word after the prompt."""
+
+    def outputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        classes = batch["tokens"].shape[1]
+        rows = views_as_rows(batch, classes)
+        return {"head": log_likelihood(apply(params, rows), rows, cfg, tokenizer).reshape(-1, classes)}
+
+    return outputs
 
 
 def verbalizer_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
@@ -203,6 +224,7 @@ PROMPTING = Task(
     lacks=lambda rows, cfg: one_label(rows, cfg.task.labels),
     scores=class_scores,
     score_names=class_score_names,
+    predictor=Predictor(("label",), prompts, _prompt_columns, label_likelihoods, likely_label),
     view_names=lambda cfg: cfg.task.labels,
     loss_options=("label_smoothing",),
 )

@@ -5,13 +5,14 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import losses
 from lm.config import Config, TokenizerConfig
 from lm.config.schema import ConfigError
 from lm.data.example import Columns, Example, Row, Rows
@@ -19,7 +20,15 @@ from lm.data.record import Record
 from lm.evaluation import scores
 from lm.files import write_atomic
 from lm.losses import ranking
-from lm.tasks.base import TOKEN_LOSS, Task, Vocabulary, check_mask_token, sequence_columns, shifted_columns
+from lm.tasks.base import (
+    TOKEN_LOSS,
+    Predictor,
+    Task,
+    Vocabulary,
+    check_mask_token,
+    sequence_columns,
+    shifted_columns,
+)
 from lm.tasks.language_modelling import predict_tokens
 from lm.types import Apply, Batch, LossFn, LossTerms, Outputs, Params
 
@@ -27,6 +36,7 @@ _PAD, _BOS, _UNSEEN, _FIRST = 0, 1, 2, 3
 # Share of the training rows of `masked_item` that hide only the last item, as evaluation does. The authors' code makes
 # eleven samples of each user: ten with random masks and one with the last item masked (BERT4Rec, section 3.6).
 _LAST_ALONE = 1 / 11
+_RANKED = 10  # items of a prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +271,53 @@ def _popularity(record: Record, vocabulary: ItemVocabulary) -> int | None:
     return vocabulary.popularity_rank(record["target"]) if "target" in record else None
 
 
+def history(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The row of `next_items` for a held-out user, without the target; the last position predicts it."""
+    ids = _ids({"items": record["items"]}, vocabulary, counts)
+    return [_row([vocabulary.bos_id, *ids], cfg, counts)]
+
+
+def history_and_mask(record: Record, vocabulary: ItemVocabulary, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The row of `hidden_items` for a held-out user, with the mask in the place of the target."""
+    ids = _ids({"items": record["items"]}, vocabulary, counts)
+    return [_row([*ids, vocabulary.mask_id], cfg, counts)]
+
+
+def _row(ids: list[int], cfg: Config, counts: Counter[str]) -> Example:
+    return Example({"tokens": np.array(_newest(ids, cfg.data.seq_len, counts), np.int32)})
+
+
+def _history_columns(cfg: Config) -> Columns:
+    return sequence_columns(("tokens",), cfg.data.seq_len)
+
+
+def best_items(apply: Apply, cfg: Config, vocabulary: Any) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """'ids' int32 and 'scores' float32 [B, 10]: the items with the largest logits at the last position, best first."""
+    is_item_V = jnp.asarray(~vocabulary.is_control_V)
+    count = min(_RANKED, int((~vocabulary.is_control_V).sum()))
+
+    def outputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        out = apply(params, batch)
+        is_last_BxL = jnp.arange(batch["tokens"].shape[1])[None] == batch["segment_ids"].sum(axis=1)[:, None] - 1
+        last_BxD = jnp.where(is_last_BxL[..., None], out.hidden_BxLxD, 0).sum(axis=1)
+        logits_BxV = losses.logits(
+            last_BxD, out.unembed_DxV, vocab_size=vocabulary.vocab_size, softcap=cfg.model.logit_softcap
+        )[:, : vocabulary.vocab_size]
+        scores_BxK, ids_BxK = jax.lax.top_k(jnp.where(is_item_V[None], logits_BxV, losses.MASKED_LOGIT), count)
+        return {"ids": ids_BxK, "scores": scores_BxK}
+
+    return outputs
+
+
+def ranked_items(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, vocabulary: Any) -> dict[str, Any]:
+    """The best items, best first, and their logits. Items of the history are ranked too."""
+    del meta, record, cfg
+    return {
+        "prediction": [vocabulary.piece(i) for i in outputs["ids"][0]],
+        "scores": [float(value) for value in outputs["scores"][0]],
+    }
+
+
 def _items(record: Record) -> Iterator[str]:
     return iter(record["items"])
 
@@ -326,6 +383,7 @@ NEXT_ITEM = Task(
     lacks=_lacks,
     scores=rank_scores,
     score_names=rank_score_names,
+    predictor=Predictor(("target",), history, _history_columns, best_items, ranked_items),
     loss_options=TOKEN_LOSS,
 )
 MASKED_ITEM = NEXT_ITEM._replace(
@@ -339,5 +397,6 @@ MASKED_ITEM = NEXT_ITEM._replace(
     least_len=2,
     check=check_mask_token,
     transform=mask_items,
+    predictor=Predictor(("target",), history_and_mask, _history_columns, best_items, ranked_items),
     batch_columns=shifted_columns,
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -15,7 +16,8 @@ from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
 from lm.losses import contrastive as contrastive_losses
-from lm.tasks.base import TEXT_MODELS, Task, field_texts, views_as_rows
+from lm.models import heads
+from lm.tasks.base import TEXT_MODELS, Predictor, Task, field_texts, sequence_columns, views_as_rows
 from lm.tasks.classification import LEAST_LEN, encode_pair
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
@@ -61,6 +63,37 @@ def view_scores(outputs: Outputs, meta: list[Any], cfg: Config) -> dict[str, flo
 def view_score_names(cfg: Config) -> tuple[str, ...]:
     """The names of `view_scores`."""
     return ("alignment", "uniformity")
+
+
+def embedding_outputs(apply: Apply, cfg: Config, tokenizer: Any) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """'embedding', float32 [B, D]: the last hidden states, pooled as `model.pool` says.
+
+    The projection head is left out: it is for training only (Chen et al. 2020, section 4.2).
+    """
+    del tokenizer
+
+    def outputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        hidden_BxLxD = apply(params, batch).hidden_BxLxD.astype(jnp.float32)
+        segments_BxL = batch["segment_ids"] if "tokens" in batch else jnp.ones(hidden_BxLxD.shape[:2], jnp.int32)
+        return {"embedding": heads.pool(hidden_BxLxD, segments_BxL, cfg.model.pool)}
+
+    return outputs
+
+
+def embedding(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    """The vector of a record."""
+    del meta, record, cfg, tokenizer
+    return {"prediction": [float(value) for value in outputs["embedding"][0]]}
+
+
+def one_sentence(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """[CLS] text [SEP], which is embedded."""
+    return [Example({"tokens": encode_pair(record["text"], None, tokenizer, cfg.data.seq_len, counts)["tokens"]})]
+
+
+def one_sentence_columns(cfg: Config) -> Columns:
+    """Columns of `one_sentence`."""
+    return sequence_columns(("tokens",), cfg.data.seq_len)
 
 
 def projection_head(cfg: Config) -> Head:
@@ -125,6 +158,7 @@ def _views(name: str, fields: tuple[str, ...]) -> Task:
         head=projection_head,
         scores=view_scores,
         score_names=view_score_names,
+        predictor=Predictor(fields[1:], one_sentence, one_sentence_columns, embedding_outputs, embedding),
         couples_rows=True,
     )
 

@@ -245,6 +245,7 @@ TRANSLATION = Task(
     loss_options=TOKEN_LOSS,
     has_perplexity=True,
     prompt=source_ids,
+    answers_with_text="target",
 )
 SPAN_CORRUPTION = Task(
     name="span_corruption",

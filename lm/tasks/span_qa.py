@@ -4,6 +4,7 @@ or there is none."""
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,8 @@ from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
-from lm.tasks.base import Task, field_texts, sequence_columns
-from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
+from lm.tasks.base import Predictor, Scorer, Task, field_texts, sequence_columns
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 MAX_ANSWER_TOKENS = 30  # as BERT's run_squad.py
 
@@ -80,13 +81,14 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     prefix = [tokenizer.bos_id, *question, tokenizer.eos_id]
     ids, offsets = tokenizer.encode_with_offsets(record["context"])
     offsets_Nx2 = np.array(offsets, np.int32).reshape(-1, 2)
-    has_answer = bool(record["answers"])
-    first, last = _tokens_of(record["answers"][0], offsets_Nx2) if has_answer else (-1, -1)
+    answers = record.get("answers", [])  # a question to predict may lack them, see `unanswered_windows`
+    has_answer = bool(answers)
+    first, last = _tokens_of(answers[0], offsets_Nx2) if has_answer else (-1, -1)
 
     room = seq_len - len(prefix) - 1
     stride = max(1, room // 2)
     of_record = record["identity"], record["question"], record["context"]
-    texts = [answer["text"] for answer in record["answers"]]
+    texts = [answer["text"] for answer in answers]
     examples = []
     for start in range(0, max(1, len(ids) - room + stride), stride):
         inside = ids[start : start + room]
@@ -107,6 +109,47 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     elif not any(example.columns["labels"].any() for example in examples):
         counts["answer_in_no_window"] += 1
     return examples
+
+
+def unanswered_windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The rows of `windows` without labels."""
+    cut = Counter[str]()
+    question = {name: value for name, value in record.items() if name != "answers"}
+    made = windows(question, tokenizer, cfg, cut)
+    counts.update({name: cut[name] for name in ("question_cut", "context_cut") if cut[name]})
+    return [
+        Example({name: x for name, x in example.columns.items() if name != "labels"}, example.meta) for example in made
+    ]
+
+
+def span_outputs(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """'span_logits', as from `span_loss`."""
+    del cfg
+
+    def outputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        allowed_BxL = _may_be_answer(batch, tokenizer)
+        return {"span_logits": jnp.where(allowed_BxL[..., None], apply(params, batch).head, losses.MASKED_LOGIT)}
+
+    return outputs
+
+
+def best_span(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    """The best text and its place in the context; 'has_answer' says whether it is better than none, see `score`."""
+    ((_, answers),) = best_answers(outputs["span_logits"], meta, count=1)
+    null = float(outputs["span_logits"][:, 0].astype(np.float64).sum(axis=-1).min())
+    if not answers:
+        return {"prediction": "", "no_answer_score": null, "has_answer": False}
+    best = answers[0]
+    has_answer = null - best.score <= cfg.task.null_threshold
+    said = {"prediction": best.text, "start": best.start, "end": best.end, "score": best.score}
+    return said | {"no_answer_score": null, "has_answer": has_answer}
+
+
+def _may_be_answer(batch: Batch, tokenizer: Tokenizer) -> jax.Array:
+    """bool [B, L]: the positions of the context, and [CLS]."""
+    is_context_BxL = (batch["type_ids"] == 1) & (batch["tokens"] != tokenizer.eos_id)
+    is_first_BxL = jax.lax.broadcasted_iota(jnp.int32, is_context_BxL.shape, 1) == 0
+    return is_context_BxL | is_first_BxL
 
 
 def _tokens_of(answer: dict[str, Any], offsets_Nx2: np.ndarray) -> tuple[int, int]:
@@ -167,31 +210,43 @@ def _answers_in(logits_Lx2: np.ndarray, window: Window, count: int) -> list[Answ
 
 
 def score(outputs: dict[str, np.ndarray], meta: list[Window], cfg: Config) -> dict[str, float]:
-    """`scores.answers` of the best answer to each question; outputs 'span_logits', float32 [R, L, 2].
-
-    If a held-out question is unanswerable, `scores.answers_or_none`, as in BERT's run_squad.py with
-    version_2_with_negative: the no-answer score is that of [CLS] as a span, the lowest over the question's windows.
-    Otherwise every question gets an answer, as in SQuAD v1.1.
+    """`question_scorer` of all questions.
 
     Raises:
       DataError: `checkpoint.best_metric` needs held-out questions of a kind that there are none of.
     """
-    best = best_answers(outputs["span_logits"], meta, count=1)
-    said = [answers[0].text if answers else "" for _, answers in best]
-    accepted = [window.answers for window, _ in best]
-    if all(accepted):
-        found = scores.answers(said, accepted)
-    else:
-        null_R = outputs["span_logits"][:, 0].astype(np.float64).sum(axis=-1)
-        null_Q = np.array([np.min(null_R[rows]) for rows in _questions(meta)])
-        margins_Q = null_Q - [answers[0].score if answers else -np.inf for _, answers in best]
-        margins_Q = np.where(np.isnan(margins_Q), np.inf, margins_Q)  # the model has diverged
-        found = scores.answers_or_none(said, accepted, margins_Q, cfg.task.null_threshold)
+    number, of_questions = question_scorer(outputs, meta, cfg)
+    found = of_questions(np.arange(number))
     wanted = cfg.checkpoint.best_metric
     if wanted in score_names(cfg) and wanted not in found and not (cfg.data.mixture or cfg.data.replay):
         kind = "answerable" if wanted.startswith("HasAns") else "unanswerable"
         raise DataError(f"'checkpoint.best_metric' is {wanted}, but no held-out question is {kind}; set another metric")
     return found
+
+
+def question_scorer(outputs: dict[str, np.ndarray], meta: list[Window], cfg: Config) -> tuple[int, Scorer]:
+    """`scores.answers` of the best answer to each question; outputs 'span_logits', float32 [R, L, 2].
+
+    If a held-out question is unanswerable, `scores.answers_or_none`, as in BERT's run_squad.py with
+    version_2_with_negative: the no-answer score is that of [CLS] as a span, the lowest over the question's windows.
+    Otherwise every question gets an answer, as in SQuAD v1.1.
+    """
+    best = best_answers(outputs["span_logits"], meta, count=1)
+    said = [answers[0].text if answers else "" for _, answers in best]
+    accepted = [window.answers for window, _ in best]
+    null_R = outputs["span_logits"][:, 0].astype(np.float64).sum(axis=-1)
+    null_Q = np.array([np.min(null_R[rows]) for rows in _questions(meta)])
+    margins_Q = null_Q - [answers[0].score if answers else -np.inf for _, answers in best]
+    margins_Q = np.where(np.isnan(margins_Q), np.inf, margins_Q)  # the model has diverged
+    all_have_one = all(accepted)
+
+    def of_questions(chosen: np.ndarray) -> dict[str, float]:
+        both = [said[i] for i in chosen], [accepted[i] for i in chosen]
+        if all_have_one:
+            return scores.answers(*both)
+        return scores.answers_or_none(*both, margins_Q[chosen], cfg.task.null_threshold)
+
+    return len(best), of_questions
 
 
 _OF_ANSWERS_OR_NONE = (
@@ -206,8 +261,12 @@ def score_names(cfg: Config) -> tuple[str, ...]:
     return ("exact_match", "f1", *_OF_ANSWERS_OR_NONE)
 
 
+def _window_columns(cfg: Config) -> Columns:
+    return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len)
+
+
 def _columns(cfg: Config) -> Columns:
-    return sequence_columns(("tokens", "type_ids"), cfg.data.seq_len) | {"labels": ((2,), np.int32)}
+    return _window_columns(cfg) | {"labels": ((2,), np.int32)}
 
 
 def _lacks(rows: Rows, cfg: Config) -> str:
@@ -220,10 +279,8 @@ def span_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         logits_BxLx2 = apply(params, batch, rng=rng).head
-        is_context_BxL = (batch["type_ids"] == 1) & (batch["tokens"] != tokenizer.eos_id)
-        is_first_BxL = jax.lax.broadcasted_iota(jnp.int32, is_context_BxL.shape, 1) == 0
         return losses.span_cross_entropy(
-            logits_BxLx2, batch["labels"], is_context_BxL | is_first_BxL, batch["row_weights"]
+            logits_BxLx2, batch["labels"], _may_be_answer(batch, tokenizer), batch["row_weights"]
         )
 
     return loss_fn
@@ -245,4 +302,6 @@ SPAN_QA = Task(
     head=lambda cfg: Head("token", 2),
     scores=score,
     score_names=score_names,
+    scorer=question_scorer,
+    predictor=Predictor(("answers",), unanswered_windows, _window_columns, span_outputs, best_span),
 )

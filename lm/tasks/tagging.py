@@ -5,7 +5,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,17 @@ from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import entity_tags, scores
-from lm.tasks.base import Task, check_labels, field_texts, label_index, sequence_columns
-from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
+from lm.tasks.base import (
+    Predictor,
+    Scorer,
+    Task,
+    check_labels,
+    field_texts,
+    head_outputs,
+    label_index,
+    sequence_columns,
+)
+from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 _WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters and digits, or one other character
 
@@ -32,6 +41,20 @@ class TaggingOptions:
     # The scheme of entity tags, see lm.evaluation.entity_tags; auto = inferred from the letters of the labels, and IOB1
     # or IOB2 from the held-out tags; none = only words are scored.
     entity_scheme: Literal["auto", "none", "IOB1", "IOB2", "IOBES", "BILOU"] = schema.scoring_only("auto")
+
+
+class Part(NamedTuple):
+    """The words of a sentence that are in one row.
+
+    Attributes:
+      tokens: int32 [n], with [CLS] and [SEP].
+      places_W: int64, the position at which each of the words begins.
+      words_W: int64, their indices in the sentence.
+    """
+
+    tokens: np.ndarray
+    places_W: np.ndarray
+    words_W: np.ndarray
 
 
 def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
@@ -51,42 +74,60 @@ def tagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
     Raises:
       DataError: a tag is not in `task.labels`, or two words begin in one token.
     """
-    words, room = record["words"], cfg.data.seq_len - 2
     label_W = np.array([label_index(tag, record, cfg) for tag in record["tags"]], np.int32)
     if tag_of := entity_tags.read(cfg.task.labels, _scheme(cfg)):
         schemes = entity_tags.strict_schemes(tag_of.values(), _scheme(cfg))
         found = entity_tags.faults([tag_of[tag] for tag in record["tags"]], schemes)
         counts.update({name: number for name, number in found.items() if number})
-    text = " ".join(words)
+    examples = []
+    for part in sentence_parts(record, tokenizer, cfg, counts):
+        label_L = np.full(cfg.data.seq_len, -1, np.int32)
+        label_L[part.places_W] = label_W[part.words_W]
+        examples.append(Example({"tokens": part.tokens, "labels": label_L}, (record["identity"], _joined(record))))
+    return examples
+
+
+def untagged_words(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The rows of `tagged_words` without labels; their meta says where which words begin."""
+    parts = sentence_parts(record, tokenizer, cfg, counts)
+    return [Example({"tokens": part.tokens}, (part.places_W, part.words_W)) for part in parts]
+
+
+def _joined(record: Record) -> str:
+    return " ".join(record["words"])
+
+
+def sentence_parts(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Part]:
+    """Splits the words of a sentence into rows, see `tagged_words`."""
+    words, room = record["words"], cfg.data.seq_len - 2
+    text = _joined(record)
     ids, offsets = tokenizer.encode_with_offsets(text)
     size_W = np.array([len(word) for word in words])
     place_W = np.cumsum(size_W + 1) - size_W - 1
     starts, ends = np.array(offsets, int).reshape(-1, 2).T
     token_W = np.searchsorted(ends, place_W, side="right")  # the first token with a character of the word
     end_W = np.searchsorted(starts, place_W + size_W, side="left")  # one past the last
-    if not (has_token_W := token_W < end_W).all():
-        counts["words_without_token"] += int(np.count_nonzero(~has_token_W))
-        words = list(itertools.compress(words, has_token_W))
-        label_W, token_W, end_W = (of_words[has_token_W] for of_words in (label_W, token_W, end_W))
+    word_W = np.flatnonzero(token_W < end_W)
+    if lost := len(words) - len(word_W):
+        counts["words_without_token"] += lost
+    token_W, end_W = token_W[word_W], end_W[word_W]
     if (clash := np.flatnonzero(np.diff(token_W) == 0)).size:
-        both = " and ".join(map(repr, words[clash[0] : clash[0] + 2]))
+        both = " and ".join(repr(words[i]) for i in word_W[clash[0] : clash[0] + 2])
         raise DataError(f"{record['source']}: the words {both} begin in one token, which can have one tag only")
 
-    examples, first = [], 0
-    while first < len(words):
+    parts, first = list[Part](), 0
+    while first < len(word_W):
         start = token_W[first] if first else 0  # with the space that a tokenizer puts before a text
         behind = max(first + 1, int(np.searchsorted(end_W, start + room, side="right")))
         end = min(end_W[behind - 1], start + room)
         if end < end_W[behind - 1]:
             counts["word_cut"] += 1
-        label_L = np.full(cfg.data.seq_len, -1, np.int32)
-        label_L[1 + token_W[first:behind] - start] = label_W[first:behind]
         tokens = np.array([tokenizer.bos_id, *ids[start:end], tokenizer.eos_id], np.int32)
-        examples.append(Example({"tokens": tokens, "labels": label_L}, (record["identity"], text)))
+        parts.append(Part(tokens, 1 + token_W[first:behind] - start, word_W[first:behind]))
         first = behind
-    if len(examples) > 1:
+    if len(parts) > 1:
         counts["sentence_cut"] += 1
-    return examples
+    return parts
 
 
 def entity_spans(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
@@ -99,7 +140,7 @@ def entity_spans(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
     Raises:
       DataError: as `tagged_words`, for the tags 'B-label' and 'I-label'.
     """
-    matches = list(_WORD.finditer(record["text"]))
+    words, matches = _words_of(record)
     if not matches:
         counts["dropped_empty"] += 1
         return []
@@ -115,9 +156,59 @@ def entity_spans(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Coun
         if len(covered) > len(record["text"][entity["start"] : entity["end"]].strip()):
             counts["entity_grown"] += 1
         tags[first:last] = [f"B-{entity['label']}", *[f"I-{entity['label']}"] * (last - first - 1)]
-    words = [match.group() for match in matches]
+    return tagged_words(words | {"tags": tags}, tokenizer, cfg, counts)
+
+
+def text_without_spans(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
+    """The rows of `entity_spans` without labels, as `untagged_words`."""
+    words, matches = _words_of(record)
+    if not matches:
+        counts["dropped_empty"] += 1
+        return []
+    return untagged_words(words, tokenizer, cfg, counts)
+
+
+def _words_of(record: Record) -> tuple[Record, list[re.Match[str]]]:
+    """The words of a text as a record, and where they are."""
+    matches = list(_WORD.finditer(record["text"]))
     place = {key: record[key] for key in ("source", "identity")}
-    return tagged_words({"words": words, "tags": tags, **place}, tokenizer, cfg, counts)
+    return {"words": [match.group() for match in matches], **place}, matches
+
+
+def word_tags(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    """The most likely tag of each word, and its probability; None for a word that the tokenizer removes."""
+    del tokenizer
+    number = len(record["words"]) if "words" in record else len(_words_of(record)[1])
+    tags: list[str | None] = [None] * number
+    probabilities: list[float | None] = [None] * number
+    for row_LxC, (places_W, words_W) in zip(outputs["head"], meta, strict=True):
+        logits_WxC = row_LxC[places_W].astype(np.float64)
+        exp_WxC = np.exp(logits_WxC - logits_WxC.max(axis=1, keepdims=True))
+        shares_W = exp_WxC.max(axis=1) / exp_WxC.sum(axis=1)
+        for word, label, share in zip(words_W, logits_WxC.argmax(axis=1), shares_W, strict=True):
+            tags[word], probabilities[word] = cfg.task.labels[label], float(share)
+    return {"prediction": tags, "probabilities": probabilities}
+
+
+def found_spans(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    """The entities of a text as character spans, and the 'tags' of its words that they are read from.
+
+    They are read as by conlleval: an I- tag that continues no entity of its type begins one.
+    """
+    tags = word_tags(outputs, meta, record, cfg, tokenizer)["prediction"]
+    tag_of = entity_tags.read(cfg.task.labels, _scheme(cfg))
+    matches = _WORD.finditer(record["text"])
+    spans: list[dict[str, Any]] = []
+    before = entity_tags.OUTSIDE
+    for match, label in zip(matches, tags, strict=True):
+        tag = tag_of.get(label, entity_tags.OUTSIDE)
+        if tag[0] in "IE" and before[0] in "BI" and tag[1:] == before[1:]:
+            spans[-1]["end"] = match.end()
+        elif tag != entity_tags.OUTSIDE:
+            spans.append({"start": match.start(), "end": match.end(), "label": tag.partition("-")[2]})
+        before = tag
+    said = [span | {"text": record["text"][span["start"] : span["end"]]} for span in spans]
+    return {"prediction": said, "tags": tags}
 
 
 def _scheme(cfg: Config) -> str:
@@ -136,6 +227,12 @@ def score_names(cfg: Config) -> tuple[str, ...]:
 
 
 def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[str, float]:
+    """`sentence_scorer` of all sentences."""
+    number, of_sentences = sentence_scorer(outputs, meta, cfg)
+    return of_sentences(np.arange(number))
+
+
+def sentence_scorer(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> tuple[int, Scorer]:
     """'token_accuracy' over words and, if the labels are entity tags, `scores.entities` and `scores.strict_entities`.
 
     Args:
@@ -144,23 +241,34 @@ def score(outputs: dict[str, np.ndarray], meta: list[Any], cfg: Config) -> dict[
       cfg: `task` is read.
     """
     is_word_RxL = outputs["label"] >= 0
-    found = {"token_accuracy": scores.accuracy(*(outputs[name][is_word_RxL] for name in ("label", "prediction")))}
-    tag_of = entity_tags.read(cfg.task.labels, _scheme(cfg))
-    if not tag_of:
-        return found
-    tags = [tag_of[label] for label in cfg.task.labels]
-    expected: list[list[str]] = []
-    predicted: list[list[str]] = []
+    expected: list[np.ndarray] = []
+    predicted: list[np.ndarray] = []
     rows = zip(meta, is_word_RxL, outputs["label"], outputs["prediction"], strict=True)
     # Only adjacent rows are joined: two sources of a mixture may hold the same sentence.
     for _, of_sentence in itertools.groupby(rows, key=lambda row: row[0][0]):
         parts = list(of_sentence)
         for sentences, side in ((expected, 2), (predicted, 3)):
-            sentences.append([tags[i] for part in parts for i in part[side][part[1]]])
-    found |= scores.entities(expected, predicted)
-    if schemes := entity_tags.strict_schemes(tags, _scheme(cfg)):
-        found |= scores.strict_entities(expected, predicted, entity_tags.tell(schemes, expected))
-    return found
+            sentences.append(np.concatenate([part[side][part[1]] for part in parts]))
+    tag_of = entity_tags.read(cfg.task.labels, _scheme(cfg))
+    tags = [tag_of[label] for label in cfg.task.labels] if tag_of else []
+    as_tags = [[[tags[i] for i in sentence] for sentence in side] for side in (expected, predicted) if tags]
+    schemes = entity_tags.strict_schemes(tags, _scheme(cfg)) if tags else ()
+    scheme = entity_tags.tell(schemes, as_tags[0]) if schemes else ""
+
+    def of_sentences(chosen: np.ndarray) -> dict[str, float]:
+        both = [np.concatenate([side[i] for i in chosen] or [np.zeros(0)]) for side in (expected, predicted)]
+        found = {"token_accuracy": scores.accuracy(*both)}
+        if tags:
+            expected_tags, predicted_tags = ([side[i] for i in chosen] for side in as_tags)
+            found |= scores.entities(expected_tags, predicted_tags)
+            found |= scores.strict_entities(expected_tags, predicted_tags, scheme) if scheme else {}
+        return found
+
+    return len(expected), of_sentences
+
+
+def _word_columns(cfg: Config) -> Columns:
+    return sequence_columns(("tokens",), cfg.data.seq_len)
 
 
 def _columns(cfg: Config) -> Columns:
@@ -168,7 +276,7 @@ def _columns(cfg: Config) -> Columns:
 
 
 def _word_texts(record: Record) -> Iterator[str]:
-    yield " ".join(record["words"])
+    yield _joined(record)
 
 
 def _lacks(rows: Rows, cfg: Config) -> str:
@@ -210,8 +318,14 @@ TAGGING = Task(
     head=lambda cfg: Head("token", len(cfg.task.labels)),
     scores=score,
     score_names=score_names,
+    scorer=sentence_scorer,
+    predictor=Predictor(("tags",), untagged_words, _word_columns, head_outputs, word_tags),
     loss_options=("label_smoothing",),
 )
 ENTITIES = TAGGING._replace(
-    name="entities", fields=("text", "entities"), examples=entity_spans, texts=field_texts("text")
+    name="entities",
+    fields=("text", "entities"),
+    examples=entity_spans,
+    texts=field_texts("text"),
+    predictor=Predictor(("entities",), text_without_spans, _word_columns, head_outputs, found_spans),
 )

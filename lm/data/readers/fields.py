@@ -50,20 +50,20 @@ def normalise(value: Any, rename: Mapping[str, str], wanted: Wanted = NOTHING) -
       value: the parsed object.
       rename: name of a field in the object -> field of a record. Other fields keep their names; fields of no form are
         ignored. Any record may have a 'group': records of one group stay on the same side of a split.
-      wanted: forms that have its `fields` are tried before the others.
+      wanted: forms that have its `fields` are tried before the others; fields in its `may_lack` are not required.
     """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a JSON object")
-    renamed = _renamed(value, rename)
+    renamed = _renamed(value, rename, wanted)
     record = FORMS[_form(renamed, wanted)](renamed)
     if renamed.get("group") is not None:
         record["group"] = _label(renamed["group"], "group")
     return record
 
 
-def columns(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
+def columns(names: Sequence[str], rename: Mapping[str, str], wanted: Wanted = NOTHING) -> list[str]:
     """The columns of a table that `normalise` reads. Raises BadRecord if they make no record."""
-    _form(_renamed(dict.fromkeys(names), rename))
+    _form(_renamed(dict.fromkeys(names), rename, wanted), wanted)
     read = {*_OPTIONAL, *(field for form in FORMS for field in form)}
     found = [name for name in names if name in rename or name in read]
     if twice := [name for name in found if found.count(name) > 1]:
@@ -71,7 +71,8 @@ def columns(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _renamed(value: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(value: Mapping[str, Any], rename: Mapping[str, str], wanted: Wanted) -> dict[str, Any]:
+    rename = {old: new for old, new in rename.items() if old in value or new not in wanted.may_lack}
     for old, new in rename.items():
         if old not in value:
             hint = nearest(old, list(value))
@@ -83,7 +84,7 @@ def _renamed(value: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, A
 def _form(value: Mapping[str, Any], wanted: Wanted = NOTHING) -> tuple[str, ...]:
     preferred = [fields for fields in FORMS if wanted.fields and all(field in fields for field in wanted.fields)]
     for fields in (*preferred, *FORMS):
-        if all(field in value for field in fields):
+        if all(field in value or field in wanted.may_lack for field in fields):
             return fields
     raise BadRecord("missing field", f"{_found(value)}; expected {_EXPECTED}")
 
@@ -375,18 +376,24 @@ def _messages(value: dict[str, Any], field: str, role: str, is_whole: bool = Fal
     return [{"role": _TRANSCRIPT[mark], "content": content.strip()} for mark, content in turns]
 
 
-def question(value: Any) -> dict[str, Any]:
+def question(value: Any, wanted: Wanted = NOTHING) -> dict[str, Any]:
     """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord.
+
+    Without "answers" where `wanted.may_lack` allows that and the object has none.
 
     No answers means that the context does not answer the question (SQuAD 2.0); `is_impossible`, if given, must agree.
     `plausible_answers` are wrong answers and are not read.
     """
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"found {_shown(value)}; expected a question, an object")
-    if missing := [field for field in ("question", "context", "answers") if field not in value]:
+    needed = [field for field in ("question", "context", "answers") if field not in wanted.may_lack]
+    if missing := [field for field in needed if field not in value]:
         raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
-    raw, answers = value["context"], []
-    record = {"question": string(value, "question"), "context": string(value, "context")}
+    raw, answers = value["context"], list[dict[str, Any]]()
+    record = {"id": str(value["id"])} if "id" in value else {}
+    record |= {"question": string(value, "question"), "context": string(value, "context")}
+    if "answers" not in value:
+        return record
     for name, answer in _objects(_as_objects(value, "answers"), "answers", ("text", "answer_start"), least=0):
         text, start = string(answer, "text", f"{name}.text"), _moved(answer, "answer_start", raw, name)
         if record["context"][start : start + len(text)] != text:
@@ -397,12 +404,14 @@ def question(value: Any) -> dict[str, Any]:
     if is_impossible is not None and is_impossible is not (not answers):
         found = f"'is_impossible' is {_shown(is_impossible)}, and there are {len(answers)} answers"
         raise BadRecord("contradicting answers", f"{found}; expected true for none and false for at least one")
-    return {**({"id": str(value["id"])} if "id" in value else {}), **record, "answers": answers}
+    return {**record, "answers": answers}
 
 
 def _entities(value: dict[str, Any]) -> dict[str, Any]:
     raw, entities = value["text"], []
     text = string(value, "text")
+    if "entities" not in value:
+        return {"text": text}
     for name, entity in _objects(value, "entities", ("start", "end", "label"), least=0):
         start, end = (_moved(entity, field, raw, name) for field in ("start", "end"))
         if start >= end:
@@ -413,10 +422,12 @@ def _entities(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tagged_words(value: dict[str, Any]) -> dict[str, Any]:
-    for field in ("words", "tags"):
+    for field in (field for field in ("words", "tags") if field in value):
         if not isinstance(value[field], list) or not value[field]:
             raise BadRecord("wrong type", f"'{field}' is {_shown(value[field])}; expected a list of at least one")
     words = [string({"word": word}, "word", f"words[{i}]") for i, word in enumerate(value["words"])]
+    if "tags" not in value:
+        return {"words": words}
     tags = [_label(tag, f"tags[{i}]") for i, tag in enumerate(value["tags"])]
     if len(words) != len(tags):
         raise BadRecord("wrong length", f"found {len(words)} words and {len(tags)} tags; expected one tag a word")
@@ -456,14 +467,15 @@ def _image(value: dict[str, Any]) -> dict[str, Any]:
     return {"image": content} | ({"label": _one_label(value["label"])} if "label" in value else {})
 
 
-# Required fields of a kind of record -> how it is converted. The first kind whose fields an object has is used.
+# Required fields of a kind of record, but for those in `Wanted.may_lack` -> how it is converted. The first kind whose
+# fields an object has is used.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("messages",): functools.partial(_conversation, field="messages"),
     ("conversations",): functools.partial(_conversation, field="conversations"),
     ("conversation",): functools.partial(_conversation, field="conversation"),
     ("prompt", "response"): _prompt,
     ("instruction", "output"): _instruction,
-    ("question", "context", "answers"): question,
+    ("question", "context", "answers"): functools.partial(question, wanted=Wanted(may_lack=("answers",))),
     ("words", "tags"): _tagged_words,
     ("text", "entities"): _entities,
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', if present

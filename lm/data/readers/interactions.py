@@ -58,6 +58,21 @@ def _number(text: str) -> Any:
     return None
 
 
+def _by_user(rows: Iterable[Record]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """(user, items, their sources) of each user, by time (ties: by row)."""
+    chosen: dict[str, list[tuple[Any, str, str]]] = {}
+    for row in rows:
+        chosen.setdefault(row["user"], []).append((row["time"], row["item"], row["source"]))
+    for user, found in chosen.items():
+        _, items, places = zip(*sorted(found, key=lambda one: one[0]), strict=True)
+        yield user, items, places
+
+
+def histories(rows: Iterable[Record]) -> list[Record]:
+    """{"items": [...], "user": ...} of each user, of all items; rows as for `leave_one_out`."""
+    return [{"items": list(items), "user": user, "source": places[0]} for user, items, places in _by_user(rows)]
+
+
 def leave_one_out(rows: Iterable[Record]) -> Sequences:
     """Sorts each user's items by time (ties: by row) and holds out the last two.
 
@@ -73,16 +88,12 @@ def leave_one_out(rows: Iterable[Record]) -> Sequences:
     Args:
       rows: rows of all files, from `read_interactions`.
     """
-    chosen: dict[str, list[tuple[Any, str, str]]] = {}
-    for row in rows:
-        chosen.setdefault(row["user"], []).append((row["time"], row["item"], row["source"]))
     train, valid, test = list[Record](), list[Record](), list[Record]()
     short: list[int] = []
-    for user, found in chosen.items():
-        if len(found) < MIN_ITEMS:
-            short.append(len(found))
+    for user, items, places in _by_user(rows):
+        if len(items) < MIN_ITEMS:
+            short.append(len(items))
             continue
-        _, items, places = zip(*sorted(found, key=lambda one: one[0]), strict=True)
         train.append({"items": list(items[:-2]), "user": user, "source": places[0]})
         for held_out, last in ((valid, -2), (test, -1)):
             target = {"target": items[last], "source": places[last]}

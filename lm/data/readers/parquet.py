@@ -102,7 +102,7 @@ def read_parquet(path: epath.Path, rename: Mapping[str, str], wanted: Wanted = N
         from pyarrow import parquet
 
         table = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
-        names = _columns(table.schema_arrow, path, rename)
+        names = _columns(table.schema_arrow, path, rename, wanted)
         batches = table.iter_batches(_ROWS_AT_ONCE, columns=names, use_threads=False)
         parse = functools.partial(_record, names=_class_names(table.schema_arrow), rename=rename, wanted=wanted)
         yield from _rows(batches, parse, path, table.metadata.num_rows)
@@ -114,7 +114,7 @@ def read_arrow(path: epath.Path, rename: Mapping[str, str], wanted: Wanted = NOT
         import pyarrow
 
         stream = pyarrow.ipc.open_stream(file)
-        names = _columns(stream.schema, path, rename)
+        names = _columns(stream.schema, path, rename, wanted)
         batches = (_checked(batch).select(names) for batch in stream)
         parse = functools.partial(_record, names=_class_names(stream.schema), rename=rename, wanted=wanted)
         yield from _rows(batches, parse, path, None)
@@ -150,9 +150,9 @@ def _reading(path: epath.Path, kind: str) -> Iterator[None]:
         raise DataError(f"{path}: damaged or no {kind} file{place} ({reason}); expected a whole one") from error
 
 
-def _columns(schema: Any, path: epath.Path, rename: Mapping[str, str]) -> list[str]:
+def _columns(schema: Any, path: epath.Path, rename: Mapping[str, str], wanted: Wanted) -> list[str]:
     try:
-        return fields.columns(schema.names, rename)
+        return fields.columns(schema.names, rename, wanted)
     except BadRecord as error:
         raise DataError(f"{path}: {error.args[0]}: {error.args[1]}") from None
 

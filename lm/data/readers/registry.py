@@ -120,6 +120,47 @@ def read(unit: Unit, cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Reco
     return (labels.checked(item, wanted) for item in FORMATS[cfg.format].read(unit, cfg, wanted))
 
 
+def stream(cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Record]:
+    """Reads every record that `data.path` names, in order, one at a time: none is held out, none left out.
+
+    Where `wanted.may_lack` has the field that is to be predicted: `parallel` may name one side alone, whose lines are
+    the texts, and each user of `interactions` is a record of all its items. With all fields, a record of `interactions`
+    is a user with the last item as target.
+
+    Args:
+      cfg: `path` names what is read; with format tfds, `eval_path` the split.
+      wanted: what the task wants.
+
+    Raises:
+      DataError: a file cannot be read, a record is bad, or a folder holds several splits.
+      ConfigError: a key is set that this format does not read, or a format that has no path.
+    """
+    if cfg.format == "interactions":
+        yield from _histories(cfg) if "target" in wanted.may_lack else _interactions(cfg).test
+        return
+    if cfg.format not in FORMATS:
+        raise ConfigError(f"data.format={cfg.format} names no file of records; give one of {', '.join(FORMATS)}")
+    _check(cfg)
+    one_side = cfg.format == "parallel" and "target" in wanted.may_lack and "{" not in cfg.path
+    if one_side:
+        readings = [tables.read_lines(path, _opening(cfg)) for path in files.find_files(cfg.path, ("",))]
+        yield from _good_records(readings, cfg, [], [])
+        return
+    units = FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
+    if cfg.format == "tfds" and not cfg.eval_path:
+        raise ConfigError(f"data set {cfg.path} of TFDS: name its split, such as test")
+    if units.notes and not cfg.eval_path:
+        raise DataError(f"data path '{cfg.path}': {units.notes[0]}; name one of them by its folder or a glob")
+    yield from _good_records((read(unit, cfg, wanted) for unit in units.valid or units.train), cfg, [], [])
+
+
+def _histories(cfg: DataConfig) -> list[Record]:
+    """A record for each user of `interactions`: all items, by time, in the order in which the users first occur."""
+    _check(cfg)
+    rows = (interactions.read_interactions(path, _rename(cfg), _opening(cfg)) for path in _interaction_files(cfg))
+    return interactions.histories(_good_records(rows, cfg, [], []))
+
+
 def parallel_records(path: str) -> list[Record]:
     """All pairs of a parallel corpus such as 'DIR/test.{en,de}.gz', in order. Raises DataError at the first fault."""
     readings = [tables.read_parallel(*pair) for pair in files.file_pairs(path, ("",))]
@@ -212,10 +253,14 @@ FORMATS: dict[str, Format] = {
     "table": Format(_named(".tsv", ".csv"), **_text_with_fields(tables.read_table)),
     "conll": Format(
         _named(".conll", ".conllu", ".iob", ".tsv"),
-        lambda path, cfg, _: tables.read_conll(path, _rename(cfg), _opening(cfg)),
+        lambda path, cfg, wanted: tables.read_conll(path, _rename(cfg), _opening(cfg), wanted),
         reads=("rename", "encoding"),
     ),
-    "squad": Format(_named(".json"), lambda path, cfg, _: tables.read_squad(path, _opening(cfg)), reads=("encoding",)),
+    "squad": Format(
+        _named(".json"),
+        lambda path, cfg, wanted: tables.read_squad(path, _opening(cfg), wanted),
+        reads=("encoding",),
+    ),
     "parallel": Format(
         _named("", find_splits=_pairs),
         lambda pair, cfg, _: tables.read_parallel(pair.source, pair.target, _opening(cfg)),
@@ -244,13 +289,7 @@ def _interactions(cfg: DataConfig) -> Split:
     """Leave-one-out: each user's second-last item validates and the last one tests, as in SASRec and BERT4Rec."""
     _check(cfg)
     rename, faults = _rename(cfg), list[Fault]()
-    found_splits = files.find_splits(cfg.path, (".csv", ".tsv"))
-    if len(found_splits) > 1:
-        raise DataError(
-            f"data path '{cfg.path}': holds the splits {', '.join(map(repr, found_splits))}, but interactions are "
-            "split by time for each user; name the files to read by a glob"
-        )
-    (paths,) = found_splits.values()
+    paths = _interaction_files(cfg)
     rows = (interactions.read_interactions(path, rename, _opening(cfg)) for path in paths)
     found = interactions.leave_one_out(_good_records(rows, cfg, faults, []))
     report = [
@@ -263,6 +302,17 @@ def _interactions(cfg: DataConfig) -> Split:
     if faults:
         report.append(_describe(faults))
     return Split(found.train, found.valid, "", "\n".join(report), found.test)
+
+
+def _interaction_files(cfg: DataConfig) -> list[epath.Path]:
+    found_splits = files.find_splits(cfg.path, (".csv", ".tsv"))
+    if len(found_splits) > 1:
+        raise DataError(
+            f"data path '{cfg.path}': holds the splits {', '.join(map(repr, found_splits))}, but interactions are "
+            "split by time for each user; name the files to read by a glob"
+        )
+    (paths,) = found_splits.values()
+    return paths
 
 
 # Formats with a split of their own, which are not read unit by unit.

@@ -49,7 +49,7 @@ def read_table(
         cells = split(first[1])
         has_header = not rename or not all(map(str.isdecimal, rename))
         names = cells if has_header else [str(i + 1) for i in range(len(cells))]
-        read = [(names.index(name), name) for name in fields.columns(names, rename)]
+        read = [(names.index(name), name) for name in fields.columns(names, rename, wanted)]
     except BadRecord as error:
         raise DataError(f"{path}:{first[0]}: {error.args[0]}: {error.args[1]}") from None
 
@@ -105,7 +105,9 @@ def _quoted_rows(numbered: Iterable[tuple[int, bytes]], path: epath.Path) -> Ite
         raise DataError(f"{path}:{start}: a quote opens a field here that the file never closes")
 
 
-def read_conll(path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS) -> Iterator[Record | Fault]:
+def read_conll(
+    path: epath.Path, rename: Mapping[str, str], opening: Opening = AS_IS, wanted: Wanted = NOTHING
+) -> Iterator[Record | Fault]:
     """Reads sentences of a CoNLL file: one word per line, an empty line after each sentence.
 
     Columns are separated by tabs if the line of the first word has one, else by white space. Skipped are -DOCSTART-
@@ -116,14 +118,17 @@ def read_conll(path: epath.Path, rename: Mapping[str, str], opening: Opening = A
       path: its name may end in .gz or .zst.
       rename: {number of a column, counted from 1: 'token', number of a column: 'tag'}.
       opening: options for opening the file.
+      wanted: where its `may_lack` has 'tags', the column of tags may be missing.
 
     Yields:
-      {"words": [str], "tags": [str]}, with the line of the first word as its source.
+      {"words": [str], "tags": [str]}, with the line of the first word as its source; no "tags" without their column.
 
     Raises:
       ConfigError: `rename` is not of that form.
     """
-    if sorted(rename.values()) != ["tag", "token"] or not all(map(str.isdecimal, rename)) or "0" in rename:
+    may_lack_tags = "tags" in wanted.may_lack
+    is_known = sorted(rename.values()) in (["tag", "token"], *[["token"]] * may_lack_tags)
+    if not is_known or not all(map(str.isdecimal, rename)) or "0" in rename:
         example = "(('1', 'token'), ('2', 'tag'))"
         raise ConfigError(f"'data.rename' is {tuple(rename.items())}; data.format=conll expects such as {example}")
     places = {field: int(number) - 1 for number, field in rename.items()}
@@ -144,6 +149,8 @@ def read_conll(path: epath.Path, rename: Mapping[str, str], opening: Opening = A
         if not width:
             separator = b"\t" if b"\t" in line else None
             width = len(line.split(separator))
+            if may_lack_tags and places.get("tag", 0) >= width:
+                del places["tag"]
         cells = line.split(separator)
         if places["token"] == 0 or not _NOT_A_WORD.fullmatch(cells[0]):
             sentence.append((number, cells))
@@ -167,11 +174,16 @@ def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int, en
         if len(cells) != width or max(places.values()) >= width:
             expected = f"{width} as above" if max(places.values()) < width else f"column {max(places.values()) + 1} too"
             raise BadRecord("wrong number of columns", f"found {len(cells)}; expected {expected}")
-    words, tags = ([decode(cells[places[field]], encoding) for cells in rows] for field in ("token", "tag"))
-    return fields.normalise({"words": words, "tags": tags}, {})
+    columns = {"words": "token", "tags": "tag"}
+    found = {
+        name: [decode(cells[places[field]], encoding) for cells in rows]
+        for name, field in columns.items()
+        if field in places
+    }
+    return fields.normalise(found, {}, Wanted(may_lack=("tags",)) if "tags" not in found else NOTHING)
 
 
-def read_squad(path: epath.Path, opening: Opening = AS_IS) -> Iterator[Record | Fault]:
+def read_squad(path: epath.Path, opening: Opening = AS_IS, wanted: Wanted = NOTHING) -> Iterator[Record | Fault]:
     """Reads a file in the format of SQuAD v1.1 or v2.0 (Rajpurkar et al. 2016, 2018), one record for each question.
 
     Yields:
@@ -193,14 +205,14 @@ def read_squad(path: epath.Path, opening: Opening = AS_IS) -> Iterator[Record | 
             place = f"data[{i}].paragraphs[{j}]"
             for k, asked in enumerate(_list(paragraph, "qas", f"{path}:{place}")):
                 empty = False
-                yield _question(paragraph, asked, path, f"{place}.qas[{k}]")
+                yield _question(paragraph, asked, path, f"{place}.qas[{k}]", wanted)
     if empty:
         yield empty_file(path)
 
 
-def _question(paragraph: Any, asked: Any, path: epath.Path, place: str) -> Record | Fault:
+def _question(paragraph: Any, asked: Any, path: epath.Path, place: str, wanted: Wanted) -> Record | Fault:
     try:
-        record = fields.question({**paragraph, **asked} if isinstance(asked, dict) else asked)
+        record = fields.question({**paragraph, **asked} if isinstance(asked, dict) else asked, wanted)
         return {**record, "source": f"{path}:{place}"}
     except BadRecord as error:
         return Fault(error.args[0], f"{path}:{place}", error.args[1])
@@ -237,6 +249,15 @@ def read_parallel(source: epath.Path, target: epath.Path, opening: Opening = AS_
         yield question | {"target": answer["text"], "messages": messages}
     if not number:
         yield empty_file(source)
+
+
+def read_lines(path: epath.Path, opening: Opening = AS_IS) -> Iterator[Record | Fault]:
+    """Reads one side of a parallel corpus, to be translated: each line is a `text`."""
+    number = 0
+    for number, line in enumerate(_whole_lines(path, opening), 1):
+        yield to_record(functools.partial(_side, encoding=opening.encoding), line, path, number)
+    if not number:
+        yield empty_file(path)
 
 
 def _whole_lines(path: epath.Path, opening: Opening) -> Iterator[bytes]:

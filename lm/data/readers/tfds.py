@@ -154,7 +154,7 @@ def read(shard: Shard, rename: Mapping[str, str], wanted: Wanted = NOTHING) -> I
     """
     features = _features(shard.folder)
     try:
-        fields.columns(list(features), rename)
+        fields.columns(list(features), rename, wanted)
     except BadRecord as error:
         raise DataError(f"{shard.folder}/features.json: {error.args[0]}: {error.args[1]}") from None
     names, images = _names(features), _images(features)

@@ -1,0 +1,335 @@
+"""Predictions of trained runs: every record once, in order, whatever the size of a batch and the number of devices."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lm
+from lm import predict
+from lm.config import Config, DataConfig, schema
+from lm.config.schema import ConfigError
+from lm.data.readers import registry
+from lm.data.record import DataError, Wanted
+from lm.tasks import TASKS, base, build_config, default_config
+from tests import tool_modules, used_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNT = 21
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """Task -> its run, trained once."""
+    made: dict[str, Path] = {}
+
+    def make(task: str) -> Path:
+        if task not in made:
+            made[task] = used_runs.make(task, tmp_path_factory.mktemp(task))
+        return made[task]
+
+    return make
+
+
+def new_records(task: str, folder: Path, cfg, to_predict: bool = True) -> list:
+    path = used_runs.KINDS[task].write(folder / "new", 1, COUNT)
+    wanted = predict.wanted_to_predict(cfg) if to_predict else TASKS[task].wanted(cfg)
+    return list(registry.stream(predict.data_at(cfg, str(path)), wanted))
+
+
+def close(one, other):
+    """Equal but for the rounding of floats."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return one == pytest.approx(other, rel=1e-4, abs=1e-4) if isinstance(one, float) else one == other
+
+
+QUICK = ("causal_lm", "classification")
+
+
+@pytest.mark.parametrize(
+    "task", [task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in TASKS]
+)
+def test_each_record_is_predicted_once_alike_on_one_and_on_eight_devices(task, run_of, tmp_path):
+    alone = lm.load(str(run_of(task)), batch_size=3, devices=jax.devices()[:1])
+    spread = lm.load(str(run_of(task)), batch_size=16)
+    assert (alone.mesh.size, spread.mesh.size) == (1, 8)
+    records = new_records(task, tmp_path, alone.config)
+    said = list(predict.predictions(alone, records))
+    assert [one["number"] for one in said] == list(range(COUNT))
+    assert [one["source"] for one in said] == [record["source"] for record in records]
+    assert all(one["prediction"] is not None for one in said)
+    json.dumps(said, allow_nan=False)
+    for one, other in zip(said, predict.predictions(spread, records), strict=True):
+        assert close(one, other), (one, other)
+
+
+def moved(loaded: predict.LoadedModel) -> predict.LoadedModel:
+    """With parameters far from their start, so that predictions differ between records."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32), loaded.params)
+    return dataclasses.replace(loaded, params=params)
+
+
+@pytest.fixture(scope="module")
+def classifier(run_of):
+    return moved(lm.load(str(run_of("classification")), batch_size=4, devices=jax.devices()[:1]))
+
+
+def without(said: dict, *fields: str) -> dict:
+    """A prediction without what it says of the answer, and the identity, which the answer is part of."""
+    record = {key: value for key, value in said["record"].items() if key not in fields}
+    return said | {"record": record, "identity": "", "source": ""}
+
+
+# Records to predict -------------------------------------------------------------------------------------------------
+
+UNANSWERED = {
+    "classification": (
+        "jsonl",
+        (),
+        '{"text": "a b"}\n{"text": "c", "label": null}\n',
+        [{"text": "a b"}, {"text": "c"}],
+    ),
+    "regression": ("table", (), "id,text\n1,a b\n2,c\n", [{"text": "a b"}, {"text": "c"}]),
+    "entities": ("jsonl", (), '{"text": "a b"}\n', [{"text": "a b"}]),
+    "tagging": ("conll", (("1", "token"), ("2", "tag")), "a\nb\n\nc\n", [{"words": ["a", "b"]}, {"words": ["c"]}]),
+    "span_qa": ("jsonl", (), '{"question": "q", "context": "c"}\n', [{"question": "q", "context": "c"}]),
+    "translation": ("parallel", (), "a b\nc\n", [{"text": "a b"}, {"text": "c"}]),
+    "next_item": (
+        *("interactions", (), "user,item,time\nu,a,2\nv,c,1\nu,b,1\n"),
+        [{"items": ["b", "a"], "user": "u"}, {"items": ["c"], "user": "v"}],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", UNANSWERED)
+def test_what_is_to_be_predicted_may_be_missing_only_where_it_is_predicted(task, tmp_path):
+    form, rename, content, expected = UNANSWERED[task]
+    path = tmp_path / ("new.csv" if form in ("table", "interactions") else "new.jsonl")
+    path.write_text(content)
+    data = DataConfig(format=form, path=str(path), rename=rename)
+    options = {"labels": ("x", "y")} if "labels" in schema.keys(TASKS[task].options) else {}
+    cfg = Config(task=TASKS[task].options(name=task, **options))
+    found = list(registry.stream(data, predict.wanted_to_predict(cfg)))
+    assert [{key: value for key, value in one.items() if key != "source"} for one in found] == expected
+    if task != "next_item":  # whose last item is the answer
+        with pytest.raises((DataError, ConfigError)):
+            base.check_fields(TASKS[task], registry.stream(data, TASKS[task].wanted(cfg)), TASKS)
+
+
+def test_squad_without_answers(tmp_path):
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q"}]}]}]}))
+    data, wanted = DataConfig(format="squad", path=str(path)), Wanted(may_lack=("answers",))
+    (record,) = registry.stream(data, wanted)
+    assert {key: record[key] for key in record if key != "source"} == {"id": "1", "question": "q", "context": "c"}
+    with pytest.raises(DataError, match="expected 'answers'"):
+        list(registry.stream(data, Wanted()))
+
+
+def test_a_label_changes_no_prediction(classifier, tmp_path):
+    labelled = new_records("classification", tmp_path, classifier.config)
+    bare = [{key: value for key, value in record.items() if key != "label"} for record in labelled]
+    said, other = ([without(one, "label") for one in classifier.predict(records)] for records in (labelled, bare))
+    assert said == other and len({one["prediction"] for one in said}) == 2
+
+
+def test_a_record_that_makes_no_row_is_a_prediction_too(run_of):
+    loaded = lm.load(str(run_of("causal_lm")), batch_size=2, devices=jax.devices()[:1])
+    records = [{"text": text, "source": f"f:{i}"} for i, text in enumerate(["alpha", "", "beta gamma", ""])]
+    said = list(predict.predictions(loaded, records))
+    assert [one["prediction"] is None for one in said] == [False, True, False, True]
+    assert said[1]["counts"] == {"dropped_empty": 1}
+
+
+def test_records_are_taken_a_few_batches_at_a_time(classifier):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield {"text": f"alpha {taken}", "source": ""}
+
+    said = predict.predictions(classifier, endless())
+    for _ in range(50):
+        next(said)
+    assert taken <= 50 + 4 * classifier.batch_size
+
+
+def test_a_folder_of_several_splits_is_refused(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="name one of them"):
+        list(registry.stream(DataConfig(format="jsonl", path=str(tmp_path)), Wanted()))
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def written(classifier, tmp_path):
+    """(data, predictions of it in one go)."""
+    path = used_runs.KINDS["classification"].write(tmp_path / "new", 1, 2 * COUNT)
+    data = predict.data_at(classifier.config, str(path))
+    predict.write_predictions(classifier, data, tmp_path / "whole.jsonl")
+    return data, (tmp_path / "whole.jsonl").read_bytes()
+
+
+def stop_after(monkeypatch, count: int) -> None:
+    """`predict.predictions` stops behind this many."""
+    predictions = predict.predictions
+
+    def some(*args, **more):
+        for number, one in enumerate(predictions(*args, **more)):
+            if number == count:
+                raise Stopped
+            yield one
+
+    monkeypatch.setattr(predict, "predictions", some)
+
+
+def test_a_stopped_tool_goes_on_where_it_was(classifier, written, tmp_path, monkeypatch):
+    data, whole = written
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    for stop in (17, 9):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, stop)
+            predict.write_predictions(classifier, data, out)
+        part.write_bytes(part.read_bytes()[:-5])  # the last line was not finished
+    assert not out.exists() and whole.startswith(part.read_bytes())
+    assert part.read_bytes().count(b"\n") == 24
+    computed = []
+    predictions = predict.predictions
+    monkeypatch.setattr(
+        predict, "predictions", lambda *args, **more: (computed.append(1) or one for one in predictions(*args, **more))
+    )
+    counts = predict.write_predictions(classifier, data, out)
+    assert len(computed) == 2 * COUNT - 24 and counts["records"] == 2 * COUNT
+    # The rows that are computed together are others.
+    said, other = ([json.loads(line) for line in content.splitlines()] for content in (out.read_bytes(), whole))
+    assert close(said, other)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.jsonl"]
+    with pytest.raises(ConfigError, match="there already"):
+        predict.write_predictions(classifier, data, out)
+
+
+def test_a_part_of_other_records_or_another_model_is_refused(classifier, written, tmp_path, monkeypatch):
+    data, _ = written
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 9)
+        predict.write_predictions(classifier, data, out)
+    with pytest.raises(ConfigError, match="another model, file or option"):
+        predict.write_predictions(dataclasses.replace(classifier, fingerprint="other"), data, out)
+    path = Path(data.path)
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line}\n" for line in [*lines[1:], lines[0]]))
+    with pytest.raises(ConfigError, match=r"out.jsonl.part:1: not the prediction of record 0"):
+        predict.write_predictions(classifier, data, out)
+
+
+def test_a_table_has_the_same_predictions(classifier, written, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data, whole = written
+    predict.write_predictions(classifier, data, tmp_path / "out.parquet")
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    said = [json.loads(line) for line in whole.splitlines()]
+    assert 0 < sum("counts" in one for one in said) < len(said)
+    for row, one in zip(rows, said, strict=True):
+        assert {key: value for key, value in row.items() if value is not None} == one
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.parquet"]
+
+
+def test_the_tool_predicts_in_the_order_of_the_file(run_of, tmp_path, capsys):
+    path = used_runs.KINDS["classification"].write(tmp_path, 1, COUNT)
+    out = tmp_path / "said.jsonl"
+    tool_modules.call("predict", f"--run={run_of('classification')}", f"--path={path}", f"--out={out}")
+    assert f"{COUNT} predictions by" in capsys.readouterr().out
+    said = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["record"] for one in said] == [json.loads(line) for line in path.read_text().splitlines()]
+    with pytest.raises(SystemExit, match="--run=RUN, --path=FILE and --out=FILE"):
+        tool_modules.call("predict", f"--run={run_of('classification')}")
+    with pytest.raises(SystemExit, match=r"error: .*expected FIELD:EXPECTED"):
+        tool_modules.call("predict", "--run=a", "--path=b", f"--out={tmp_path}/c", "--rename=x")
+
+
+# Python -------------------------------------------------------------------------------------------------------------
+
+
+def test_import_lm_is_light_and_names_the_interface():
+    code = "import lm, sys; assert not {'jax', 'numpy', 'absl'} & set(sys.modules); print(*dir(lm))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"load", "train", "LoadedModel", "__version__"} <= set(done.stdout.split())
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        lm.lode  # noqa: B018
+
+
+def test_train_is_a_function_of_a_recipe_and_a_folder(monkeypatch):
+    given = []
+    monkeypatch.setattr(lm.train, "train", lambda cfg, workdir: given.append((cfg, workdir)))
+    recipe = default_config("causal_lm")
+    recipe.train.total_steps = 1
+    lm.train(recipe, "runs/a")
+    lm.train(build_config(recipe), "runs/a")
+    assert given == [(build_config(recipe), "runs/a")] * 2
+
+
+def test_texts_logits_and_embeddings_of_a_language_model(run_of):
+    loaded = lm.load(str(run_of("causal_lm")), batch_size=2, devices=jax.devices()[:1])
+    texts = ["alpha beta", "the", "gamma is not model"]
+    greedy = loaded.generate(texts, temperature=0.0, max_new_tokens=4)
+    assert greedy == [loaded.generate([text], temperature=0.0, max_new_tokens=4)[0] for text in texts]
+    for text, logits_LxV in zip(texts, loaded.logits(texts), strict=True):
+        ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(text)]
+        row = {"tokens": ids, "segment_ids": [1] * len(ids), "positions": list(range(len(ids)))}
+        batch = {key: jax.numpy.asarray([value], "int32") for key, value in row.items()}
+        out = loaded.model.apply(loaded.params, batch)
+        expected = np.asarray(out.hidden_BxLxD[0] @ out.unembed_DxV)[:, : loaded.tokenizer.vocab_size]
+        np.testing.assert_allclose(logits_LxV, expected, rtol=1e-4, atol=1e-4)
+        (said,) = loaded.predict([text])
+        log_probs = expected - np.log(np.exp(expected).sum(axis=1, keepdims=True))
+        targets = [*ids[1:], loaded.tokenizer.eos_id]
+        assert said["prediction"] == pytest.approx(log_probs[np.arange(len(ids)), targets].mean(), rel=1e-4)
+    embedded = loaded.embed(texts)
+    assert embedded.shape == (3, loaded.config.model.embed_dim)
+    np.testing.assert_allclose(loaded.embed(texts[1:2])[0], embedded[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_has_logits_of_classes_and_generates_nothing(classifier):
+    said = classifier.predict(["alpha pos", {"text": "neg beta", "label": "neg"}])
+    for one, logits_C in zip(said, classifier.logits(["alpha pos", "neg beta"]), strict=True):
+        shares = np.exp(logits_C - logits_C.max())
+        assert list(one["probabilities"].values()) == pytest.approx((shares / shares.sum()).tolist(), rel=1e-5)
+    assert classifier.embed(["alpha"]).shape == (1, classifier.config.model.embed_dim)
+    with pytest.raises(ConfigError, match="does not generate text"):
+        classifier.generate(["alpha"])
+    with pytest.raises(DataError, match="record 1: wrong type"):
+        classifier.predict([{"text": "a"}, {"text": 3}])
+
+
+def test_a_resumed_run_predicts_the_same(run_of, tmp_path):
+    settings = {"checkpoint__every_steps": 1, "checkpoint__keep_latest": 5}
+    run = used_runs.make("classification", tmp_path, **settings)
+    texts = ["alpha pos", "neg beta", "the run is"]
+    at = {step: lm.load(f"{run}@{step}", devices=jax.devices()[:1]).predict(texts) for step in (2, 3)}
+    assert at[2] != at[3]
+    shutil.rmtree(run / "checkpoints" / "3")
+    (run / "summary.json").unlink()
+    used_runs.make("classification", tmp_path, **settings)  # goes on from step 2
+    for step, said in at.items():
+        assert lm.load(f"{run}@{step}", devices=jax.devices()[:1]).predict(texts) == said
