@@ -92,6 +92,18 @@ def test_of_many_that_take_over_at_once_one_holds(tmp_path, processes):
     assert names(tmp_path) == ["rows"]
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_lease_that_an_old_listing_hides_is_seen(tmp_path, monkeypatch, number):
+    """As caches of network disks do: of the same number, by exclusive creation; of another, after it."""
+    write(tmp_path, pid=os.getpid(), started=lease._stat(os.getpid())[1])
+    (tmp_path / "lease.1").rename(tmp_path / f"lease.{number}")
+    before, real, old = (tmp_path / f"lease.{number}").read_bytes(), lease.leases, [{}]
+    monkeypatch.setattr(lease, "leases", lambda folder: old.pop() if old else real(folder))
+    with pytest.raises(lease.Held, match=f"in use by process {os.getpid()} on h"), lease.hold(tmp_path):
+        pass
+    assert names(tmp_path) == [f"lease.{number}"] and (tmp_path / f"lease.{number}").read_bytes() == before
+
+
 @pytest.mark.parametrize("machine", ["", "another host"])
 def test_a_second_start_is_refused_at_once_with_who_holds_it_and_since_when(tmp_path, processes, machine):
     processes.append(holder(tmp_path, machine))
