@@ -19,8 +19,9 @@ transformers = pytest.importorskip("transformers", reason="needs the extra peer:
 from lm import losses, param_paths  # noqa: E402
 from lm.checkpoint import hf  # noqa: E402
 from lm.checkpoint.hf import export  # noqa: E402
-from lm.config import Config, GenerateConfig  # noqa: E402
+from lm.config import Config, GenerateConfig, ModelConfig, schema  # noqa: E402
 from lm.decoding import sampling  # noqa: E402
+from lm.models import rope as rope_lib  # noqa: E402
 from lm.models import transformer  # noqa: E402
 from tests import tool_modules  # noqa: E402
 
@@ -122,10 +123,7 @@ def assert_equal(mine: np.ndarray, theirs: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name, folder):
-    """Padded on the left and on the right, at the last positions of the family, and packed as unpacked.
-
-    The last positions are where a rope of another layout, or frequencies one bit off, differ.
-    """
+    """Padded on the left and on the right, from the first to the last positions of the family, packed as unpacked."""
     cfg, fns, params = read(folder(name))
     rng, length = np.random.default_rng(0), 48
     tokens = rng.integers(0, VOCAB, (4, length)).astype(np.int32)
@@ -133,7 +131,7 @@ def test_logits_are_those_of_transformers(name, folder):
     mask[0, :13], mask[1, -17:] = 0, 0
     positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
     last = min(cfg.max_len, LONG) if name != "dynamic" else 1500
-    positions[3] = np.arange(last - length, last)
+    positions[3] = [*range(8), *range(last - length + 8, last)]
     apply = jax.jit(functools.partial(logits_here, cfg, fns))
     mine = np.asarray(apply(params, {"tokens": tokens, "segment_ids": mask, "positions": positions}))
     for row in range(4):  # one by one: with dynamic scaling, rows of a batch change each other in transformers
@@ -151,6 +149,25 @@ def test_logits_are_those_of_transformers(name, folder):
     assert_equal(both[:20], mine[2, :20])
     if name != "dynamic":  # whose frequencies depend on the whole length
         assert_equal(both[20:], mine[3, :28])
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 100_000.0, 500_000.0, 1_000_000.0])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_frequencies_are_those_of_transformers_up_to_the_last_bits(kind, theta):
+    """torch's own powers are one bit off the nearest float32 in places; Llama 3's mean makes up to four of it."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    more = {"default": {}, "linear": dict(factor=8.0), "llama3": LLAMA3, "yarn": dict(factor=4.0)}[kind]
+    parameters = {"rope_theta": theta, "rope_type": kind, **more}
+    if kind in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = 8192
+    sizes = SIZES | dict(head_dim=128, max_position_embeddings=8192 * 4)
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**sizes, rope_parameters=parameters))
+    given = hf.families._rope(parameters, 8192 * 4)
+    section = schema.build_section(ModelConfig, given, "model.").rope_scaling
+    mine = rope_lib.frequencies(theta, 128, section)
+    np.testing.assert_array_max_ulp(mine, theirs.inv_freq.numpy(), 4)
+    assert rope_lib.attention_magnitude(section) == theirs.attention_scaling
 
 
 @pytest.mark.parametrize("name", FAMILIES)

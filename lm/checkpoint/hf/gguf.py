@@ -65,8 +65,8 @@ def open_file(path: Path) -> Tensors:
     found = {_name(tensor.name): tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in found.items()}
     places = {name: f"{path}, tensor '{tensor.name}'" for name, tensor in found.items()}
-    config = _config(kind, values, shapes)
-    heads = {"q_proj": config.get("num_attention_heads"), "k_proj": config.get("num_key_value_heads")}
+    about = _config(kind, values, shapes)
+    heads = {"q_proj": about.get("num_attention_heads"), "k_proj": about.get("num_key_value_heads")}
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = found[name]
@@ -82,7 +82,7 @@ def open_file(path: Path) -> Tensors:
         part: np.ndarray = out[:, *index[1:]] if len(index) > 1 else out[index]
         return part
 
-    return Tensors(path, config, shapes, places, read)
+    return Tensors(path, about, shapes, places, read)
 
 
 def _name(name: str) -> str:
