@@ -69,7 +69,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     say: Say = functools.partial(print, flush=True) if is_primary else lambda _: None
     saved_step.check(workdir, [candidate.step for candidate in saved], say)
     summary_path = workdir / "summary.json"
-    if is_primary and not summary_path.exists():  # a run that is over may be in an archive
+    if is_primary:
         files.require_writable(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
