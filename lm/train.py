@@ -78,8 +78,7 @@ def start_or_resume(
     summary_path = workdir / "summary.json"
     if is_primary:
         checkpoint.sweep(workdir, say)
-        if not summary_path.exists():  # a run that is over may be in an archive
-            files.require_writable(workdir)
+        files.require_writable(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.check_tokenizer(readable[-1], planned.tokenizer)
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)

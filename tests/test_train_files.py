@@ -167,5 +167,3 @@ def test_a_read_only_folder_is_refused_before_data_is_read_and_gone_on_with_when
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     train.train(recipe, run)
     assert figures(run) == figures(whole)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert train.train(recipe, run)["steps"] == 6, "a run that is over needs no writing"
