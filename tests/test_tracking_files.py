@@ -259,3 +259,14 @@ def test_a_folder_where_nothing_can_be_written_is_named(tmp_path):
         files.require_writable(tmp_path / "file" / "run")
     with pytest.raises(RunFileError, match=r"writing to /proc/run failed: "):
         files.require_writable(type(tmp_path)("/proc/run"))
+
+
+@pytest.mark.parametrize(("name", "other"), [("metrics.jsonl", "samples.jsonl"), ("samples.jsonl", "metrics.jsonl")])
+def test_intact_rows_of_another_file_are_refused_by_number(tmp_path, name, other):
+    path = write(tmp_path, name)
+    path.write_bytes(path.read_bytes() + write(tmp_path, other, [ROWS[other][0]]).read_bytes())
+    number = len(ROWS[name]) + 1
+    with pytest.raises(RunFileError, match=rf"{name}:{number}: expected"):
+        list(files.read_rows(path))
+    with pytest.raises(RunFileError, match=rf"{name}:{number}: expected"):
+        files.rewind(path, 100)

@@ -189,12 +189,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
       RunFileError: another line is damaged; names file and line.
     """
-    lines = _lines(path)
+    lines, columns = _lines(path), COLUMNS[path.name].keys()
     while batch := list(itertools.islice(lines, 1000)):
         last = batch.pop() if not batch[-1][1].endswith(b"\n") else None
+        rows = []
         if all(_intact(line) for _, line in batch):  # parsing many at once is faster
             rows = json.loads(b"[" + b",".join(line for _, line in batch) + b"]")
-        else:
+        if not rows or not all(row.keys() >= columns for row in rows):  # an intact row may be of another file
             rows = [_row(path, number, line) for number, line in batch]
         if last and (row := _torn_row(path, *last)):
             rows.append(row)
@@ -291,7 +292,7 @@ def kept_rows(path: Path, start_step: int, is_over: bool = False) -> Kept:
         is_whole = line.endswith(b"\n")
         is_torn |= not is_whole
         known = _FIRST_KEYS.match(line) if _intact(line) else None
-        if known:
+        if known and bool(known[2]) == ("split" in COLUMNS[path.name]):
             step, split = int(known[1]), known[2] or b""
         else:
             row = _row(path, number, line) if is_whole else _torn_row(path, number, line)
