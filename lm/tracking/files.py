@@ -189,13 +189,15 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
       RunFileError: another line is damaged; names file and line.
     """
-    lines, columns = _lines(path), COLUMNS[path.name].keys()
+    lines = _lines(path)
     while batch := list(itertools.islice(lines, 1000)):
         last = batch.pop() if not batch[-1][1].endswith(b"\n") else None
         rows = []
         if all(_intact(line) for _, line in batch):  # parsing many at once is faster
             rows = json.loads(b"[" + b",".join(line for _, line in batch) + b"]")
-        if not rows or not all(row.keys() >= columns for row in rows):  # an intact row may be of another file
+        if not rows or not all(
+            row.keys() >= COLUMNS[path.name].keys() for row in rows
+        ):  # an intact row may be of another file
             rows = [_row(path, number, line) for number, line in batch]
         if last and (row := _torn_row(path, *last)):
             rows.append(row)
