@@ -304,7 +304,7 @@ def what_is_kept(last_good: int | None) -> str:
     """What is true of a run that ends now, if its newest complete checkpoint is that of step `last_good`."""
     if last_good is None:
         return "no checkpoint is complete, the same command starts from the beginning"
-    return f"the newest complete checkpoint is step {last_good:,}, the same command resumes from there"
+    return f"step {last_good:,} is saved, the same command resumes from there, or from a save that was just completed"
 
 
 def wait_for_saves(checkpoints: Checkpoints, tracker: Tracker) -> None:
