@@ -122,7 +122,7 @@ def data_changes(data_format: str, rename: list[str], split: str) -> dict[str, A
     """Keys of `data` from the flags --format, --rename=FIELD:EXPECTED,... and --split of tools that read a file."""
     pairs = [tuple(pair.split(":")) for pair in rename]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise SystemExit(f"error: --rename={','.join(rename)}: expected FIELD:EXPECTED, such as 1:token,2:tag")
+        stop(f"error: --rename={','.join(rename)}: expected FIELD:EXPECTED, such as 1:token,2:tag")
     given = {"format": data_format, "rename": tuple(pairs), "eval_path": split}
     return {key: value for key, value in given.items() if value}
 

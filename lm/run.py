@@ -392,8 +392,8 @@ def _tokenizer_path(saved: Sequence[checkpoint.Saved], workdir: Any, find: Calla
             continue
         wrong = [name for name in names if not _has_content(workdir / name, contents[name])]
         if wrong:
-            found = "is damaged" if (workdir / wrong[0]).exists() else "is missing"
-            checkpoint.warn(f"{workdir / wrong[0]} {found}; it is read from {each.path}")
+            found = f"not the one saved with step {each.step}" if (workdir / wrong[0]).exists() else "missing"
+            checkpoint.warn(f"{workdir / wrong[0]} is {found}; it is read from {each.path}")
         if names:
             return find(each.path if wrong else workdir)
     return find(workdir)

@@ -302,15 +302,16 @@ def test_rows_of_vocabulary_beyond_the_files_are_the_mean_of_theirs(published, w
     np.testing.assert_array_equal(table[:300], old)
     np.testing.assert_allclose(table[300:], np.tile(old.mean(axis=0), (84, 1)), atol=1e-6)
     np.testing.assert_array_equal(head[:, :300], published[1]["lm_head/kernel"])
-    assert "84 rows of vocabulary more than the files have" in planned.init.report()
+    assert planned.words == ({"embed/embedding": 0, "lm_head/kernel": 1}, 300, 384)
 
 
-def test_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(published, tmp_path):
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_adds_rows(published, tmp_path):
     texts = [path.read_text() for path in toys.write_texts(tmp_path / "t").iterdir()]
     big = tokenizer.train([*texts, "".join(map(chr, range(300, 400)))], 420, 10**6)
     big.save(tmp_path / "big.model")
-    with pytest.raises(ConfigError, match=r"'model.vocab_size' \(300\) is less than the tokenizer's 420 ids"):
-        run_lib.plan(recipe(published[0], tmp_path / "big.model", tmp_path), None)
+    planned, _, params = run_lib.init_model(recipe(published[0], tmp_path / "big.model", tmp_path))
+    assert planned.cfg.model.vocab_size == 420
+    assert (np.ptp(np.asarray(params["embed"]["embedding"])[300:], axis=0) == 0).all()
 
 
 def test_folder_without_a_tensor_needs_a_rule(copy, words, tmp_path):

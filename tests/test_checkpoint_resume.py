@@ -212,10 +212,12 @@ def test_the_config_is_compared_with_the_newest_readable_checkpoint(tmp_path, mo
     monkeypatch.setattr(train.mesh_lib, "make_mesh", stop)
     cfg = toys.recipe(tmp_path / "no_data", tokenizer__vocab_size=300)
     resolved = run_lib.plan(cfg, tmp_path).cfg
-    tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000).save(tmp_path / "tokenizer.model")
+    words = tokenizer.train(["alpha beta gamma delta " * 50], 285, 10_000)
+    words.save(tmp_path / "tokenizer.model")
+    about = info() | {"config": schema.to_dict(resolved), "tokenizer_hash": words.hash}
     with checkpoint.Checkpoints(tmp_path, resolved.checkpoint) as saves:
         for number in (1, 2):
-            saves.save(number, small()[0], info() | {"config": schema.to_dict(resolved)}, None)
+            saves.save(number, small()[0], about, None)
     (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
     with pytest.raises(Reached):
         train.train(cfg, tmp_path)

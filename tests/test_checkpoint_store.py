@@ -258,7 +258,7 @@ def test_a_file_that_cannot_be_written_fails_the_save(tmp_path):
         checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1)) as saves,
     ):
         saves.save(1, small()[0], info(), None)
-        saves.save(2, small()[0], info(), None, {"no_such_folder/tokenizer.model": b"words"})
+        saves.save(2, small()[0], info(), None, {"tokenizer": b"words", "tokenizer/vocab.txt": b"no folder"})
     assert steps(tmp_path) == [1]
 
 

@@ -24,6 +24,7 @@ WORDS = SimpleNamespace(
     eos_id=STOPS[0],
     end_of_turn_id=STOPS[1],
     bos_id=7,
+    chat_template="",
     may_generate=lambda ends, symbols: np.isin(np.arange(VOCAB), [*GOING_ON, *ends]),
 )
 PROMPTS = ((9,), (5, 11, 4), (30, 2, 9, 41, 17, 8), (3,), (8, 8), (40, 3, 21, 7), *((n, n + 1) for n in range(10, 40)))

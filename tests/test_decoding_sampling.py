@@ -33,7 +33,8 @@ def words_of(*stops, forbidden=()):
         return ~np.isin(np.arange(toys.VOCAB), [i for i in (*stops, *forbidden) if i not in ends])
 
     eos, end_of_turn = stops if len(stops) > 1 else (*stops, -2)
-    return SimpleNamespace(vocab_size=toys.VOCAB, eos_id=eos, end_of_turn_id=end_of_turn, may_generate=may_generate)
+    ids = {"eos_id": eos, "end_of_turn_id": end_of_turn}
+    return SimpleNamespace(vocab_size=toys.VOCAB, **ids, may_generate=may_generate, chat_template="")
 
 
 NEVER = words_of(-1)  # its ids never stop
@@ -355,7 +356,11 @@ def test_rows_are_filtered_independently():
 
 def test_prompts_are_encoded_in_the_form_of_the_task():
     words = SimpleNamespace(
-        bos_id=1, encode=lambda text: [ord(c) for c in text], role_ids={"user": 4, "assistant": 5}, end_of_turn_id=6
+        chat_template="",
+        bos_id=1,
+        encode=lambda text: [ord(c) for c in text],
+        role_ids={"user": 4, "assistant": 5},
+        end_of_turn_id=6,
     )
     text = Config(model=model_of("gpt2")[0], generate=GenerateConfig(max_new_tokens=MAX_LEN - 3))
     chat = dataclasses.replace(text, task=toys.task("chat"), generate=GenerateConfig(max_new_tokens=NEW))

@@ -51,8 +51,8 @@ def write_run(folder: Path, scores: dict[int, float], **changes):
         for number, score in scores.items():
             rng = np.random.default_rng(number)
             states[number] = jax.tree.map(lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
-            files = {"tokenizer.model": words.content}
-            saves.save(number, {"params": states[number]}, info, {cfg.checkpoint.best_metric: score}, files)
+            metrics = {cfg.checkpoint.best_metric: score}
+            saves.save(number, {"params": states[number]}, info, metrics, words.saved_files)
     return cfg, states
 
 
@@ -63,7 +63,7 @@ def test_a_stage_of_a_mixture_without_an_example_is_refused(tmp_path):
         cfg = toys.recipe(tmp_path, data__path="", data__mixture=mixture, train__total_steps=2)
         where = "0.0" if share < 0.5 else "0.9999999"
         with pytest.raises(ConfigError, match=rf"'data\.mixture': the stage that begins at {where} .* none of its 32 "):
-            run_lib.prepare(run_lib.plan(cfg, tmp_path / "run"), tmp_path / "run", mesh(data=-1), lambda _: None)
+            run_lib.prepare(run_lib.plan(cfg, tmp_path / "run"), mesh(data=-1), lambda _: None)
 
 
 def test_plan_touches_no_device_and_suggests_a_path_for_a_misspelt_rule(tmp_path):
@@ -116,13 +116,12 @@ def test_a_lost_or_damaged_tokenizer_is_read_from_the_newest_checkpoint_that_has
     if damage == "missing":
         path.unlink()
     (tmp_path / "old/checkpoints/2/tokenizer.model").write_bytes(b"damaged too")
-    said = (
-        f"{path} is {'missing' if damage == 'missing' else 'damaged'}; it is read from {tmp_path}/old/checkpoints/1\n"
-    )
-    assert run_lib.load_model(f"{tmp_path}/old@1")[3].content == content
+    found = "missing" if damage == "missing" else "not the one saved with step 1"
+    said = f"{path} is {found}; it is read from {tmp_path}/old/checkpoints/1\n"
+    assert run_lib.load_model(f"{tmp_path}/old@1")[3].model == content
     assert capsys.readouterr().err == said
     resumed = run_lib.plan(cfg, tmp_path / "old")
-    assert resumed.tokenizer.content == content and capsys.readouterr().err == said
+    assert resumed.tokenizer.model == content and capsys.readouterr().err == said
 
 
 def test_plan_refuses_configs_that_do_not_fit(tmp_path):

@@ -317,7 +317,8 @@ def test_predicted_spans_are_the_entities_that_seqeval_reads_from_the_predicted_
     logits = np.eye(len(labels), dtype=np.float32)[[labels.index(tag) for tag in tags]]
     places = np.arange(1, len(tags) + 1)
     head = np.concatenate([np.zeros((1, len(labels)), np.float32), logits])[None]
-    said = tagging.found_spans({"head": head}, [places], {"text": text}, cfg, None)
+    record = {"text": text, "source": "f:1", "identity": "0"}
+    said = tagging.found_spans({"head": head}, [(places, places - 1)], record, cfg, None)
     assert said["tags"] == tags
     expected = [
         {"label": kind, "text": " ".join(words[first : last + 1])} for kind, first, last in seqeval.get_entities(tags)

@@ -1,8 +1,8 @@
 """Reads and writes published models, and compares them with `transformers`.
 
-    python -m tools.hf import FOLDER OUT --tokenizer=FILE   OUT = a run folder that tools/chat.py and init_from read
-    python -m tools.hf export RUN OUT [--dtype=bfloat16]    OUT = config.json, generation_config.json, safetensors
-    python -m tools.hf verify FOLDER [--text=FILE]          logits and hidden states here and in transformers
+    python tools/hf.py import FOLDER OUT [--tokenizer=FILE]  OUT = a run folder that tools/chat.py and init_from read
+    python tools/hf.py export RUN OUT [--dtype=bfloat16]     OUT = config.json, generation_config.json, safetensors
+    python tools/hf.py verify FOLDER [--text=FILE]           logits and hidden states here and in transformers
 
 FOLDER may be a GGUF file, RUN may be RUN@best or RUN@STEP. A run can also start from a published model directly, with
 --config.init_from=hf:FOLDER.
@@ -18,7 +18,7 @@ from absl import flags
 from lm import command_line
 from lm.terminal import say, stop
 
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "import: the tokenizer, a .model file.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "import: the tokenizer, a file or folder; '' = that of FOLDER.")
 _TASK = flags.DEFINE_string("task", "causal_lm", "import: task.name of the run.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.")
 _TEXT = flags.DEFINE_string("text", "", "verify: a file of text; '' = docstrings of Python's library.")

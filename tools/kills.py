@@ -130,7 +130,7 @@ def _start(context: Any, folder: Path, name: str, kill: Kill | None) -> bool:
     process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
         last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise SystemExit(f"error: {folder / name} ended with status {process.exitcode}; its log {log} ends in\n{last}")
+        stop(f"error: {folder / name} ended with status {process.exitcode}; its log {log} ends in\n{last}")
     return process.exitcode == 0
 
 

@@ -59,7 +59,9 @@ def chat(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]
     Raises:
       DataError: a role is unknown; the chat template cannot be used for this conversation.
     """
-    messages, source, room = up_to_the_last_trained(record["messages"]), str(record["source"]), cfg.data.seq_len
+    source, room = str(record["source"]), cfg.data.seq_len
+    _check_roles(record["messages"], source)
+    messages = up_to_the_last_trained(record["messages"])
     whole = kept = tokens_of(messages, tokenizer, source)
     left = messages
     if size(whole) > room and cfg.data.overlong == "drop":
@@ -147,16 +149,20 @@ def tokens_of(messages: Sequence[Message], tokenizer: Tokenizer, source: str, *,
     Raises:
       DataError: a role is unknown; the template fails, trains on nothing, or on what the model does not write.
     """
-    for message in messages:
-        if message["role"] not in (*ROLES, "tool"):
-            expected = ", ".join((*ROLES, "tool"))
-            raise DataError(f"{source}: unknown role {message['role']!r}, expected one of {expected}")
+    _check_roles(messages, source)
     if not tokenizer.chat_template or not messages:
         return _with_role_symbols(messages, tokenizer, is_prompt)
     try:
         return _by_template(messages, tokenizer, is_prompt)
     except chat_template.TemplateError as error:
         raise DataError(f"{source}: the chat template cannot be used: {error}") from None
+
+
+def _check_roles(messages: Sequence[Message], source: str) -> None:
+    for message in messages:
+        if message["role"] not in (*ROLES, "tool"):
+            expected = ", ".join((*ROLES, "tool"))
+            raise DataError(f"{source}: unknown role {message['role']!r}, expected one of {expected}")
 
 
 def _with_role_symbols(messages: Sequence[Message], tokenizer: Tokenizer, is_prompt: bool) -> Tokens:
