@@ -131,6 +131,7 @@ def test_a_recipe_computes_on_the_mesh_2x2x2_what_it_does_on_one_device(recipe, 
 TAKES = {
     "chat": {
         *(
+            "chat_lora",
             "continue_pubmedqa",
             "gpt2_tinystories",
             "dpo_instructions",

@@ -528,7 +528,7 @@ def _byte_level(
     """The tokenizer.json of a byte-level BPE. `kind`: how text is cut before merging, as GGUF files name it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pairs = [tuple(line.split(" ")) for line in merges]
+    pairs: Any = [tuple(line.split(" ")) for line in merges]  # of two pieces each
     made = Tokenizer(models.BPE(dict(vocabulary), pairs, ignore_merges=kind == "llama-bpe"))
     if kind in _SPLITS:
         cut = pre_tokenizers.Split(Regex(_SPLITS[kind]), "isolated")
