@@ -172,5 +172,3 @@ def test_the_hit_rate_is_the_share_of_targets_among_the_predicted_items(task, sc
     _, _, found = scored(task)
     hits = [one["record"]["target"] in one["prediction"] for one in found.predictions]
     assert found.values["hr_at_10"] == pytest.approx(np.mean(hits)) and 0 < np.mean(hits) < 1
-    first = [one["record"]["target"] == one["prediction"][0] for one in found.predictions]
-    assert found.values["accuracy"] == pytest.approx(np.mean(first))

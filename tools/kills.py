@@ -36,7 +36,7 @@ _FOLDER = flags.DEFINE_string("folder", "", "Where the runs go; an empty folder,
 
 STEPS = 4  # of a run, each with a save
 KINDS = ("checkpoint", "commit", "retention", "metrics", "tokenizer", "config", "summary", "report")
-_TIMING = ("seconds", "tokens_per_second", "tokens_per_second_a_device", "input_bound", "mfu", "mfu_causal")
+_TIMING = ("crc32", "seconds", "tokens_per_second", "tokens_per_second_a_device", "input_bound", "mfu", "mfu_causal")
 
 
 class Kill(NamedTuple):
