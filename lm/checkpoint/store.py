@@ -341,6 +341,8 @@ class Checkpoints:
             if self.last_good is not None
             else "there is no earlier one"
         )
+        if not self._manager.directory.exists():
+            return CheckpointError(f"saving {path} failed: the folder was deleted or moved")
         return CheckpointError(f"saving {path} failed: {_reason(error)}; {last}. Free disk space and start again.")
 
     def wait(self) -> None:

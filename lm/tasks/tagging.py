@@ -178,7 +178,7 @@ def _words_of(record: Record) -> tuple[Record, list[re.Match[str]]]:
 def word_tags(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:
     """The most likely tag of each word, and its probability; None for a word that the tokenizer removes."""
     del tokenizer
-    number = len(record["words"]) if "words" in record else len(_words_of(record)[1])
+    number = len(record["words"] if "words" in record else _WORD.findall(record["text"]))
     tags: list[str | None] = [None] * number
     probabilities: list[float | None] = [None] * number
     for row_LxC, (places_W, words_W) in zip(outputs["head"], meta, strict=True):
