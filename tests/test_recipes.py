@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from lm import checkpoint, config, input_pipeline
+from lm import config, input_pipeline
 from lm import run as run_lib
 from lm.benchmark import training as training_benchmark
 from lm.checkpoint import init_from
@@ -92,7 +92,7 @@ def figures(
     which are `params` where they are given."""
     planned = run_lib.plan(cfg, None)
     mesh = make_mesh(mesh_cfg, jax.devices()[: 8 if params else 1])
-    run = run_lib.prepare(planned, workdir, mesh, lambda _: None)
+    run = run_lib.prepare(planned, mesh, lambda _: None)
     with jax.set_mesh(mesh):
         if params is None:
             params, _ = init_from.initialize(run.program.model, run.program.abstract_state.params, cfg.seed, None, {})
@@ -196,7 +196,7 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
 
     run = started(cfg)
     monkeypatch.setattr(run_lib, "load_model", lambda name: run)
-    monkeypatch.setattr(checkpoint, "choose", lambda name: SimpleNamespace(step=0, info={}))
+    monkeypatch.setattr(run_lib, "load_checkpoint", lambda name: (SimpleNamespace(step=0, info={}), run))
     out, sides = tmp_path / "out.png", "../shared/data/multi30k/test_2016_flickr.{en,de}.gz"
     for tool, *arguments in (
         ("chat", "--workdir=run", "--prompt=so", "--max_new_tokens=2"),

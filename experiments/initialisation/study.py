@@ -211,7 +211,7 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
     with tempfile.TemporaryDirectory() as folder:
         planned = run_lib.plan(cfg, None)
         mesh = mesh_lib.make_mesh(cfg.mesh, jax.devices()[:1])
-        prepared = run_lib.prepare(planned, Path(folder), mesh, lambda _: None)
+        prepared = run_lib.prepare(planned, mesh, lambda _: None)
     cfg = prepared.cfg
     row_ids, held_out = run_lib.eval_rows(prepared, prepared.data.valid)
     held_out = list(held_out)
