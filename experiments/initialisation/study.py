@@ -18,7 +18,6 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -208,10 +207,8 @@ def trials(recipe: Any) -> Callable[[str, float, int], float]:
     from lm.evaluation import evaluate, metrics
 
     cfg = build_config(recipe)
-    with tempfile.TemporaryDirectory() as folder:
-        planned = run_lib.plan(cfg, None)
-        mesh = mesh_lib.make_mesh(cfg.mesh, jax.devices()[:1])
-        prepared = run_lib.prepare(planned, mesh, lambda _: None)
+    mesh = mesh_lib.make_mesh(cfg.mesh, jax.devices()[:1])
+    prepared = run_lib.prepare(run_lib.plan(cfg, None), mesh, lambda _: None)
     cfg = prepared.cfg
     row_ids, held_out = run_lib.eval_rows(prepared, prepared.data.valid)
     held_out = list(held_out)

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,8 +69,7 @@ def prepare() -> Callable[[str], tuple[Callable[[], float], Callable[[], float]]
     planned = run_lib.plan(cfg, None)
     transformers_gpt2.check(planned.cfg, jax.default_backend())
     mesh = mesh_lib.make_mesh(planned.cfg.mesh, jax.devices()[:1])
-    with tempfile.TemporaryDirectory() as folder:
-        run = run_lib.prepare(planned, mesh, lambda _: None)
+    run = run_lib.prepare(planned, mesh, lambda _: None)
     row_ids, held_out = run_lib.eval_rows(run, run.data.valid)
     held_out = list(held_out)
     params, _ = init_from.initialize(run.program.model, run.program.abstract_state.params, run.cfg.seed, None, {})
