@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from lm.files import write_atomic
 from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
 from lm.tasks import TASKS, base, build_config, columns_of_batch, sentence_embeddings, task_of
+from lm.tracking.files import finite
 from lm.types import Batch, ModelFns, Outputs, Params
 
 _BATCHES_AT_ONCE = 4  # of records, whose rows are made and computed together
@@ -176,9 +176,8 @@ def load(name: str, *, batch_size: int = 0, devices: Sequence[Any] | None = None
     Raises:
       CheckpointError: no such checkpoint, or a damaged one.
     """
-    saved = checkpoint.choose(name)
+    saved, (cfg, model, params, tokenizer) = run_lib.load_checkpoint(name)
     whole = f"{saved.path.parent.parent}@{saved.step}"
-    cfg, model, params, tokenizer = run_lib.load_model(whole)
     mesh = mesh_lib.make_mesh(MeshConfig(), list(devices) if devices else None)
     rows = batch_size or program.eval_batch_size(cfg)
     start = _start(saved, params) if task_of(cfg).needs_start else None
@@ -279,15 +278,6 @@ def asked(record: Record) -> dict[str, Any]:
 def as_line(said: Any) -> str:
     """A line of JSON; numbers that are not finite, which JSON does not have, become null."""
     return json.dumps(finite(said), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """The value with None in the place of NaN and infinite numbers."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def identity(record: Record) -> str:

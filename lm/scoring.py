@@ -20,9 +20,11 @@ from lm.data import splits
 from lm.data.readers import paths, registry
 from lm.data.record import DataError, Record
 from lm.evaluation import metrics, scores, uncertainty
+from lm.files import write_atomic
 from lm.predict import LoadedModel
 from lm.tasks import base, multitask, task_of
 from lm.tasks.base import Scorer
+from lm.tracking.files import finite
 from lm.types import Outputs
 
 _WORST = 20  # examples in the JSON
@@ -45,6 +47,7 @@ class Scores:
       right_E: whether the class of each example is right; None if examples have no class.
       calibration: see `uncertainty.calibration`; None if examples have no class.
       records: the examples.
+      numbers: of each example, the number of its record in the file.
       predictions: of all records, see `predict.predictions`; empty for tasks whose predictions are their losses.
       counts: of records, and of what was cut.
     """
@@ -58,6 +61,7 @@ class Scores:
     right_E: np.ndarray | None
     calibration: dict[str, Any] | None
     records: list[Record]
+    numbers: list[int]
     predictions: list[dict[str, Any]]
     counts: Counter[str]
 
@@ -90,16 +94,17 @@ def evaluate(
     splits.identify(records)
     note(f"{len(records):,} records in {data.path}")
     shown = input_pipeline.progress(records, "scoring", len(records))
-    kept, sums, outputs, meta, counts = [], list[metrics.Sums](), list[Outputs](), list[Any](), Counter[str]()
-    for record, examples, found, own in predict.measured(loaded, shown):
+    numbers, sums, outputs, meta, counts = list[int](), list[metrics.Sums](), list[Outputs](), [], Counter[str]()
+    for number, (_, examples, found, own) in enumerate(predict.measured(loaded, shown)):
         counts.update(own)
         if examples:
-            kept.append(record)
+            numbers.append(number)
             sums.append(predict.sums_of(found))
             outputs.append({name: x for name, x in found.items() if not predict.is_sum(name)})
             meta += [example.meta for example in examples]
-    if not kept:
+    if not numbers:
         raise DataError(f"data path '{data.path}': no record makes a row ({dict(counts)}); expected at least one")
+    kept = [records[number] for number in numbers]
     counts["without_row"] = len(records) - len(kept)
     joined = {name: np.concatenate([own[name] for own in outputs]) for name in outputs[0]}
 
@@ -118,9 +123,10 @@ def evaluate(
         for name, (labels, said, names) in _classes(cfg, joined).items()
     }
     right, calibrated = None, None
-    if "" in tables and predictions and isinstance(predictions[0].get("probabilities"), dict):
-        right = np.array([one["prediction"] == one["record"]["label"] for one in predictions])
-        confidence = np.array([max(one["probabilities"].values()) for one in predictions])
+    said = [predictions[number] for number in numbers] if predictions else []
+    if "" in tables and said and isinstance(said[0].get("probabilities"), dict):
+        right = np.array([one["prediction"] == one["record"]["label"] for one in said])
+        confidence = np.array([max(one["probabilities"].values()) for one in said])
         calibrated = uncertainty.calibration(confidence, right)
     losses_E = np.array([own["loss"][0] / own["loss"][1] if own["loss"][1] else math.nan for own in sums])
     return Scores(
@@ -133,6 +139,7 @@ def evaluate(
         right_E=right,
         calibration=calibrated,
         records=kept,
+        numbers=numbers,
         predictions=predictions,
         counts=counts,
     )
@@ -224,10 +231,8 @@ def worst(found: Scores) -> list[int]:
 
 
 def _example(found: Scores, at: int) -> dict[str, Any]:
-    record = found.records[at]
-    asked = predict.asked(record)
-    said = next((one for one in found.predictions if one["source"] == asked["source"]), {})
-    return {"loss": float(found.losses_E[at])} | asked | {"prediction": said.get("prediction")}
+    said = found.predictions[found.numbers[at]]["prediction"] if found.predictions else None
+    return {"loss": float(found.losses_E[at])} | predict.asked(found.records[at]) | {"prediction": said}
 
 
 def in_words(found: Scores) -> str:
@@ -317,11 +322,9 @@ def comparison_in_words(found: dict[str, Any]) -> str:
 
 def write(found: Scores, folder: Path, comparison: dict[str, Any] | None = None) -> None:
     """Writes scores.json, scores.txt and, if there are predictions, predictions.jsonl to a folder."""
-    from lm.files import write_atomic
-
     folder.mkdir(parents=True, exist_ok=True)
     content = as_json(found) | ({"comparison": comparison} if comparison else {})
-    write_atomic(folder / "scores.json", json.dumps(predict.finite(content), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder / "scores.json", json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
     text = in_words(found) + (f"\n\n{comparison_in_words(comparison)}" if comparison else "")
     write_atomic(folder / "scores.txt", text + "\n")
     if found.predictions:

@@ -67,6 +67,19 @@ def test_figures_of_a_classifier_equal_scikit_learn_on_its_predictions(scored):
     assert scoring.as_json(found)["metrics"]["accuracy"]["interval"] == [low, high] and low < high
 
 
+def test_an_example_is_shown_with_its_own_prediction_also_where_places_are_shared(scored, tmp_path, monkeypatch):
+    loaded, _, first = scored("classification")
+    path = tmp_path / "one_line.json"  # all records of it stand in line 1
+    path.write_text(json.dumps([one["record"] for one in first.predictions]))
+    found = scoring.evaluate(loaded, predict.data_at(loaded.config, str(path), format="jsonl"), resamples=2)
+    assert len({one["source"] for one in found.predictions}) == 1
+    said = {one["identity"]: one["prediction"] for one in found.predictions}
+    monkeypatch.setattr(scoring, "_WORST", COUNT)
+    worst = scoring.as_json(found)["worst"]
+    assert [one["prediction"] for one in worst] == [said[one["identity"]] for one in worst]
+    assert len({one["prediction"] for one in worst}) == 2
+
+
 def test_figures_of_a_tagger_equal_seqeval_on_its_predictions(scored):
     seqeval = pytest.importorskip("seqeval.metrics")
     _, _, found = scored("tagging")
