@@ -1,7 +1,7 @@
 """A trained run in use: predictions for records, in their order; generated texts, logits and embeddings.
 
 Rows are spread over the devices, each of which holds all parameters; the number of devices and the size of a batch
-change no prediction.
+change no prediction. Sampled texts (temperature above 0) depend on the size of a batch.
 """
 
 import contextlib
@@ -151,8 +151,7 @@ class LoadedModel:
     @functools.cached_property
     def everywhere(self) -> "State":
         """The parameters and their start, on every device."""
-        state = {"params": self.params, "start": self.start}
-        return state if self.mesh.size == 1 else jax.device_put(state, sharding.replicated(self.mesh))
+        return jax.device_put({"params": self.params, "start": self.start}, sharding.replicated(self.mesh))
 
     @functools.cached_property
     def shots(self) -> Sequence[Record]:
@@ -370,7 +369,7 @@ def _computed(
     rows = _rows_for(name, cfg)
     for some in _chunks(records, _BATCHES_AT_ONCE * loaded.batch_size):
         base.check_fields(task, some, TASKS, rows.may_lack)
-        if task.held_out and cfg.task.shots:
+        if task.held_out and cfg.task.shots and name != "embed":
             some = task.held_out(loaded.shots, some, cfg)
         counts = [Counter[str]() for _ in some]
         made = [
@@ -480,7 +479,7 @@ def write_predictions(
       note: called with messages for the console.
 
     Returns:
-      'records'; 'without_row', those that have no prediction; and the counts of records that were cut.
+      'records'; 'without_prediction', those whose prediction is None; and the counts of records that were cut.
 
     Raises:
       DataError: a record is bad; found before anything is computed.
@@ -493,6 +492,8 @@ def write_predictions(
         _parquet()
     wanted = wanted_to_predict(loaded.config)
     total = sum(1 for _ in _readable(loaded, data, wanted))
+    if not total:
+        raise DataError(f"data path '{data.path}': no record; expected at least one")
     note(f"{total:,} records in {data.path}")
     about = {"model": loaded.name, "checkpoint": loaded.fingerprint, "beams": beams, "data": schema.to_dict(data)}
     about = json.loads(json.dumps(about))
@@ -506,7 +507,7 @@ def write_predictions(
         if done:
             note(f"{done:,} of them are in {part}: going on behind them")
         shown = input_pipeline.progress(records, "predicting", total, done)
-        for said in predictions(loaded, shown, first=done, beams=beams):
+        for said in map(finite, predictions(loaded, shown, first=done, beams=beams)):
             _count(said, counts)
             file.write(as_line(said).encode())
             if (said["number"] + 1) % (_BATCHES_AT_ONCE * loaded.batch_size) == 0:
@@ -531,7 +532,7 @@ def _readable(loaded: LoadedModel, data: DataConfig, wanted: Wanted) -> Iterator
 
 def _count(said: dict[str, Any], counts: Counter[str]) -> None:
     counts.update(said.get("counts", {}))
-    counts["without_row"] += said["prediction"] is None
+    counts["without_prediction"] += said["prediction"] is None
 
 
 def _verify(file: Any, records: Iterator[Record], path: Path, counts: Counter[str]) -> int:
@@ -573,8 +574,7 @@ def _write_table(lines: Path, out: Path) -> None:
     def groups() -> Iterator[list[dict[str, Any]]]:
         with lines.open("rb") as file:
             for some in _chunks(file, _TABLE_ROWS):
-                rows = [json.loads(line) for line in some]
-                yield [{name: None if value == {} else value for name, value in row.items()} for row in rows]
+                yield [_without_empty(json.loads(line)) for line in some]
 
     def types(rows: list[dict[str, Any]]) -> Any:
         names = dict.fromkeys(name for row in rows for name in row)  # pyarrow itself looks at the first row alone
@@ -586,6 +586,13 @@ def _write_table(lines: Path, out: Path) -> None:
         for rows in groups():
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=whole))
     scratch.replace(out)
+
+
+def _without_empty(value: Any) -> Any:
+    """The value with None in the place of objects without a key, which Parquet does not have."""
+    if isinstance(value, dict):
+        return {key: _without_empty(item) for key, item in value.items()} or None
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value
 
 
 # Functions of rows: LoadedModel -> (params, batch) -> ({}, name -> [B, ...]) ---------------

@@ -24,12 +24,13 @@ from lm.files import write_atomic
 from lm.predict import LoadedModel
 from lm.tasks import base, multitask, task_of
 from lm.tasks.base import Scorer
-from lm.tracking.files import finite
+from lm.tracking.files import access, finite
 from lm.types import Outputs
 
 _WORST = 20  # examples in the JSON
 _WORST_SHOWN = 5
 _WIDEST = 12  # classes of a confusion matrix that is printed
+_INTERVAL = f"{100 * uncertainty.LEVEL:.0f} % interval"
 _TEXT_SHOWN = 100  # characters of an example that is printed
 
 
@@ -93,6 +94,12 @@ def evaluate(
     records = list(registry.stream(data, task.wanted(cfg)))
     splits.identify(records)
     note(f"{len(records):,} records in {data.path}")
+    if task.draws_other:
+        raise ConfigError(
+            f"task.name={task.name} draws a random other record beside each one, which a test set of single records "
+            "does not do; its scores are those of the run's own evaluations"
+        )
+    bleu_tokenizer = _bleu_tokenizer(cfg, data, records) if task.answers_with_text else ""
     shown = input_pipeline.progress(records, "scoring", len(records))
     numbers, sums, outputs, meta, counts = list[int](), list[metrics.Sums](), list[Outputs](), [], Counter[str]()
     for number, (_, examples, found, own) in enumerate(predict.measured(loaded, shown)):
@@ -112,20 +119,22 @@ def evaluate(
     if task.predictor or task.answers_with_text:
         shown = input_pipeline.progress(records, "predicting", len(records))
         predictions = list(predict.predictions(loaded, shown, beams=beams))
-    scorer = _scorer(cfg, data, sums, joined, meta, kept, predictions)
+    said = [predictions[number] for number in numbers] if predictions else []
+    scorer = _scorer(cfg, sums, joined, meta, kept, said, bleu_tokenizer)
     whole = np.arange(len(kept))
     samples: dict[str, np.ndarray] = {}
     if not task.couples_rows:
         draws = input_pipeline.progress(range(resamples), "resampling", resamples)
         samples = uncertainty.resampled(scorer, len(kept), draws, seed)
+    classes = _classes(cfg, joined)
     tables = {
-        name: {"labels": list(names)} | uncertainty.class_table(labels, said, names)
-        for name, (labels, said, names) in _classes(cfg, joined).items()
+        name: {"labels": list(names)} | uncertainty.class_table(labels, predicted, names)
+        for name, (labels, predicted, names) in classes.items()
     }
     right, calibrated = None, None
-    said = [predictions[number] for number in numbers] if predictions else []
-    if "" in tables and said and isinstance(said[0].get("probabilities"), dict):
-        right = np.array([one["prediction"] == one["record"]["label"] for one in said])
+    if "" in classes and said and isinstance(said[0].get("probabilities"), dict):
+        labels, predicted, _ = classes[""]
+        right = labels == predicted
         confidence = np.array([max(one["probabilities"].values()) for one in said])
         calibrated = uncertainty.calibration(confidence, right)
     losses_E = np.array([own["loss"][0] / own["loss"][1] if own["loss"][1] else math.nan for own in sums])
@@ -145,14 +154,22 @@ def evaluate(
     )
 
 
+def _bleu_tokenizer(cfg: Config, data: DataConfig, records: list[Record]) -> str:
+    """The tokenizer of BLEU; raises ConfigError now, and not after the translation, if scores cannot be computed."""
+    references = [record[task_of(cfg).answers_with_text] for record in records]
+    tokenizer = scores.bleu_tokenizer(cfg.task.bleu_tokenizer, paths.target_side(data.path), references)
+    scores.translation_signatures(tokenizer)
+    return tokenizer
+
+
 def _scorer(
     cfg: Config,
-    data: DataConfig,
     sums: list[metrics.Sums],
     outputs: Outputs,
     meta: list[Any],
     records: list[Record],
-    predictions: list[dict[str, Any]],
+    said: list[dict[str, Any]],
+    bleu_tokenizer: str,
 ) -> Scorer:
     """Chosen examples -> all metrics over these, as an evaluation during training reports them."""
     task = task_of(cfg)
@@ -163,12 +180,14 @@ def _scorer(
         number, of_task = task.scorer(outputs, meta, cfg)
     elif task.scores:
         number, of_task = len(meta), _of_rows(cfg, outputs, meta)
-    assert number == len(records), "an example of the scores is not a record"
+    if number != len(records):
+        raise DataError(
+            f"task.name={task.name} scores {number:,} examples of {len(records):,} records: expected the same"
+        )
     of_texts = None
     if field := task.answers_with_text:
         references = [record[field] for record in records]
-        tokenizer = scores.bleu_tokenizer(cfg.task.bleu_tokenizer, paths.target_side(data.path), references)
-        of_texts = scores.translation_scorer([one["prediction"] for one in predictions], references, tokenizer)
+        of_texts = scores.translation_scorer([one["prediction"] for one in said], references, bleu_tokenizer)
 
     def score(chosen: np.ndarray) -> dict[str, float]:
         totals = {name: tuple(pairs_Ex2[chosen].sum(axis=0)) for name, pairs_Ex2 in pair_of.items()}
@@ -187,7 +206,7 @@ def _of_rows(cfg: Config, outputs: Outputs, meta: list[Any]) -> Scorer:
 
 def _classes(cfg: Config, outputs: Outputs) -> dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
     """Name of a task ('' = the run's own) -> right classes, predicted classes and their names, of rows or words."""
-    if not {"label", "prediction"} <= set(outputs) or "labels" not in dir(cfg.task):
+    if not {"label", "prediction"} <= set(outputs) or not hasattr(cfg.task, "labels"):
         return {}
     labels, said = outputs["label"], outputs["prediction"]
     if "part" in outputs:
@@ -241,7 +260,7 @@ def in_words(found: Scores) -> str:
     lines = [f"{content['run']} on {content['data']}: {content['records']:,} records"]
     if others := {name: n for name, n in content["counts"].items() if name not in ("documents", "examples")}:
         lines.append("counted: " + ", ".join(f"{name} {count:,}" for name, count in others.items()))
-    rows = [["metric", "value", "95 % interval", "unit"]]
+    rows = [["metric", "value", _INTERVAL, "unit"]]
     for name, about in content["metrics"].items():
         between = " to ".join(f"{edge:.4f}" for edge in about.get("interval", ()))
         rows.append([name, f"{about['value']:.4f}", between, about["unit"]])
@@ -307,7 +326,7 @@ def compare(first: Scores, second: Scores) -> dict[str, Any]:
 
 def comparison_in_words(found: dict[str, Any]) -> str:
     """A comparison for a person to read."""
-    rows = [["difference", "value", "95 % interval", ""]]
+    rows = [["difference", "value", _INTERVAL, ""]]
     for name, about in found["differences"].items():
         low, high = about["interval"]
         rows.append([name, f"{about['value']:+.4f}", f"{low:+.4f} to {high:+.4f}", "" if low <= 0 <= high else "*"])
@@ -320,9 +339,16 @@ def comparison_in_words(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_folder(folder: Path) -> None:
+    """Makes the folder of the results. Raises ConfigError if that fails, or if there are results in it already."""
+    if (folder / "scores.json").exists():
+        raise ConfigError(f"{folder} has the scores of an earlier evaluation: remove it, or give another --out")
+    with access(folder, "writing to"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write(found: Scores, folder: Path, comparison: dict[str, Any] | None = None) -> None:
-    """Writes scores.json, scores.txt and, if there are predictions, predictions.jsonl to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes scores.json, scores.txt and, if there are predictions, predictions.jsonl to a folder (`check_folder`)."""
     content = as_json(found) | ({"comparison": comparison} if comparison else {})
     write_atomic(folder / "scores.json", json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
     text = in_words(found) + (f"\n\n{comparison_in_words(comparison)}" if comparison else "")

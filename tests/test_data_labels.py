@@ -157,3 +157,12 @@ def test_a_bad_tag_or_entity_is_a_fault_of_its_record(tmp_path, tag):
 
 def test_labels_are_checked_for_exactly_the_tasks_that_read_them():
     assert {name for name, task in TASKS.items() if "label" in task.fields} == {n for n in TASKS if wanted(n).label}
+
+
+@pytest.mark.parametrize("label", [None, "", " ", float("nan"), "null", "N/A"])
+def test_an_empty_cell_is_no_label_where_it_is_to_be_predicted(label):
+    record = {"text": "a", "label": label, "source": "f:1"}
+    wanted = Wanted(task="classification", label="class", classes=("yes", "no"), may_lack=("label",))
+    assert labels.checked(record, wanted) == {"text": "a", "source": "f:1"}
+    named = labels.checked(record | {"label": "null"}, wanted._replace(classes=("null", "no")))
+    assert named == {"text": "a", "label": "null", "source": "f:1"}

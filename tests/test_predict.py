@@ -143,6 +143,13 @@ def test_a_label_changes_no_prediction(classifier, tmp_path):
     assert said == other and len({one["prediction"] for one in said}) == 2
 
 
+def test_a_model_predicts_on_the_device_that_is_named(run_of):
+    second = lm.load(str(run_of("classification")), batch_size=4, devices=jax.devices()[1:2])
+    assert {device for leaf in jax.tree.leaves(second.everywhere) for device in leaf.devices()} == {jax.devices()[1]}
+    first = lm.load(str(run_of("classification")), batch_size=4, devices=jax.devices()[:1])
+    assert close(second.predict(["alpha beta"]), first.predict(["alpha beta"]))
+
+
 def test_a_record_that_makes_no_row_is_a_prediction_too(run_of):
     loaded = lm.load(str(run_of("causal_lm")), batch_size=2, devices=jax.devices()[:1])
     records = [{"text": text, "source": f"f:{i}"} for i, text in enumerate(["alpha", "", "beta gamma", ""])]

@@ -118,6 +118,36 @@ def test_figures_of_span_questions_equal_the_squad_script_on_the_predictions(sco
     assert 0.3 < exact <= overlap
 
 
+def test_a_run_that_draws_other_records_beside_each_one_is_not_scored(tmp_path):
+    loaded = lm.load(str(used_runs.make("masked_lm_pairs", tmp_path)), devices=jax.devices()[:1])
+    path = used_runs.KINDS["masked_lm_pairs"].write(tmp_path / "new", 1, COUNT)
+    with pytest.raises(ConfigError, match="draws a random other record"):
+        scoring.evaluate(loaded, predict.data_at(loaded.config, str(path)), resamples=2)
+
+
+def test_results_do_not_replace_those_of_an_earlier_evaluation(tmp_path):
+    scoring.check_folder(tmp_path / "new")
+    (tmp_path / "new" / "scores.json").write_text("{}")
+    with pytest.raises(ConfigError, match="has the scores of an earlier evaluation"):
+        scoring.check_folder(tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_translations_are_compared_with_their_own_references_where_a_pair_is_dropped(scored, tmp_path):
+    loaded, _, first = scored("translation")
+    pairs = [(one["record"]["text"], one["prediction"] or "x") for one in first.predictions[:8]]
+    long = " ".join(text for text, _ in pairs * 20)
+    for number, name in enumerate(("new.en", "new.de")):
+        (tmp_path / name).write_text("".join(pair[number] + "\n" for pair in [(long, long), *pairs]))
+    data = predict.data_at(loaded.config, f"{tmp_path}/new.{{en,de}}")
+    cfg = dataclasses.replace(loaded.config, data=dataclasses.replace(loaded.config.data, overlong="drop"))
+    found = scoring.evaluate(dataclasses.replace(loaded, config=cfg), data, resamples=2)
+    assert len(found.records) == len(pairs) and len(found.predictions) == len(pairs) + 1
+    said = [one["prediction"] for one in found.predictions[1:]]
+    assert len({*said}) > 4 and said == [target for _, target in pairs]
+    assert found.values["chrf"] == pytest.approx(100.0)
+
+
 @pytest.mark.slow
 def test_figures_of_a_translator_equal_sacrebleu_on_its_predictions(scored):
     sacrebleu = pytest.importorskip("sacrebleu")

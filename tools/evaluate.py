@@ -42,6 +42,8 @@ def evaluate(run: str, path: str) -> None:
 
     changes = command_line.data_changes(_FORMAT.value, _RENAME.value, _SPLIT.value)
     models = [predict.load(name, batch_size=_BATCH_SIZE.value) for name in (run, _COMPARE.value) if name]
+    out = Path(_OUT.value) if _OUT.value else default_folder(models[0].name, path)
+    scoring.check_folder(out)
     found = [
         scoring.evaluate(
             model,
@@ -54,12 +56,16 @@ def evaluate(run: str, path: str) -> None:
         for model in models
     ]
     comparison = scoring.compare(*found) if len(found) == 2 else None
-    folder, _, step = models[0].name.rpartition("@")
-    name = Path(path.rstrip("/")).name.replace("{", "").replace("}", "").replace("*", "all")
-    out = Path(_OUT.value) if _OUT.value else Path(folder) / "evaluations" / f"{name}@{step}"
     scoring.write(found[0], out, comparison)
     say((out / "scores.txt").read_text(encoding="utf-8"), end="")
     say(f"\nwritten: {out}/scores.json, scores.txt" + (", predictions.jsonl" if found[0].predictions else ""))
+
+
+def default_folder(model: str, path: str) -> Path:
+    """RUN/evaluations/NAME@STEP for the model RUN@STEP; NAME is of the file, and of the split of a data set."""
+    folder, _, step = model.rpartition("@")
+    name = Path(path.rstrip("/")).name.replace("{", "").replace("}", "").replace("*", "all")
+    return Path(folder) / "evaluations" / f"{'-'.join(filter(None, (name, _SPLIT.value)))}@{step}"
 
 
 if __name__ == "__main__":

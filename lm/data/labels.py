@@ -28,9 +28,9 @@ def checked(record: Record | Fault | NotRead, wanted: Wanted) -> Record | Fault 
 
     If the task reads no label, a label that is not text is dropped; if a record may lack one, a missing value is too. A
     boolean stands for the entry of `task.labels` that is spelled like it in any case, so that true in JSON and True in
-    a table are the same class. A class missing
-    from `task.labels` passes, unless it is a boolean or a spelling of a missing value: it means that `task.labels` is
-    wrong, and the task refuses that. Faults and `NotRead` are returned as they are.
+    a table are the same class. A class missing from `task.labels` passes, unless it is a boolean or a spelling of a
+    missing value: it means that `task.labels` is wrong, and the task refuses that. Faults and `NotRead` are returned as
+    they are.
 
     Args:
       record: its 'label', if present, is a text, a boolean, or None for a missing value.
@@ -40,8 +40,9 @@ def checked(record: Record | Fault | NotRead, wanted: Wanted) -> Record | Fault 
         return record
     label = record.get("label")
     if "label" in wanted.may_lack:  # to be predicted; one that is given is only passed on
+        is_missing = str(label).strip().lower() in ("", *_NULLS) and str(label) not in wanted.classes
         rest = {key: value for key, value in record.items() if key != "label"}
-        return rest if label is None else record | {"label": str(label)}
+        return rest if is_missing else record | {"label": str(label)}
     if not wanted.label:
         return record if isinstance(label, str) else {key: value for key, value in record.items() if key != "label"}
     if label is None:

@@ -226,6 +226,8 @@ def translation_scorer(
     Raises:
       ConfigError: as `translation`; or sacrebleu has changed so that the counts no longer give its corpus scores.
     """
+    if len(predictions) != len(references):  # sacrebleu takes as many as the shorter list has
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     named = dict(zip(("bleu", "chrf"), _translation_metrics(tokenizer), strict=True))
     counts_of = {
         name: np.array(metric._extract_corpus_statistics(list(predictions), [list(references)]))
