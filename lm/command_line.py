@@ -42,7 +42,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:
-        say("stopped by Ctrl-C; the same command starts again or resumes", file=sys.stderr)
+        say("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -79,7 +79,7 @@ def _show_traceback(*error: Any) -> None:
 
 def _is_no_traceback_of_orbax(record: std_logging.LogRecord) -> bool:
     """Whether to log a record: each of Orbax's threads logs a traceback of an error that the save then raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
 
 
 def arguments(argv: list[str], *names: str) -> list[str]:

@@ -130,11 +130,12 @@ def hold_for_run(workdir: Path) -> Iterator[Check]:
             try:
                 check = stack.enter_context(hold(workdir))
             except (Held, ConfigError) as error:
-                client.key_value_set(key, str(error))
+                client.key_value_set(key, f"{type(error).__name__} {error}")
                 raise
             client.key_value_set(key, "")
         elif refusal := client.blocking_key_value_get(key, _AGREE_SECONDS * 1000):
-            raise Held(refusal)
+            name, _, message = refusal.partition(" ")
+            raise Held(message) if name == Held.__name__ else ConfigError(message)
         else:
             check = _nothing
         yield check

@@ -45,27 +45,28 @@ def main(argv: list[str]) -> None:
             mesh.initialize_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(cfg, _WORKDIR.value or "", _ACCEPT.value)
     except preemption.Stopped as stopped:  # it has said why
+        end_soon(stopped.exit_status, preemption.UNWIND_SECONDS)
         sys.exit(stopped.exit_status)
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
+        status = getattr(error, "exit_status", 1)
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            end_soon(status, _EXIT_SECONDS)
         is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
         if not (is_disk or type(error).__module__.startswith("lm.")):
             raise
-        status = getattr(error, "exit_status", 1)
         say(error if isinstance(error, preemption.Preempted) else f"error: {error}", file=sys.stderr)
         if isinstance(error, lease.Lost):
             os._exit(status)  # at once: no thread may go on writing, and no other process is waited for
-        if _DISTRIBUTED.value or _COORDINATOR.value:
-            end_soon(status)
         sys.exit(status)
 
 
-def end_soon(status: int) -> None:
-    """Ends the process with `status` after a while, if it does not end by itself before.
+def end_soon(status: int, seconds: float) -> None:
+    """Ends the process with `status` after some seconds, if it does not end by itself before.
 
     At exit JAX waits minutes for the other processes, which wait for this one in a step if it alone has failed, and
     then aborts all of them: the status of an error would be that of a lost host, and the run be restarted in vain.
     """
-    timer = threading.Timer(_EXIT_SECONDS, os._exit, [status])
+    timer = threading.Timer(seconds, os._exit, [status])
     timer.daemon = True
     timer.start()
 

@@ -4,11 +4,10 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-_UNWIND_SECONDS = 3.0  # for which an interrupted start may clean up before it is ended
+UNWIND_SECONDS = 3.0  # for which an interrupted start may clean up before it is ended
 
 
 class Preempted(RuntimeError):
@@ -44,10 +43,11 @@ class Interrupt:
     kept: Callable[[], str]
 
     def __init__(self) -> None:
-        self.kept = lambda: "no step was done"
+        self.kept = lambda: "nothing was changed"
         self._doing, self._asked, self._presses = "", False, 0
         self._answer = (0, False)  # of JAX's preemption service: step, whether to stop after it
         self._old: dict[int, Any] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is not threading.main_thread():
@@ -64,6 +64,7 @@ class Interrupt:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
         if self._old:
             for number, handler in self._old.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
@@ -113,13 +114,12 @@ class Interrupt:
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         _say(f"{name}: stopping; {self.kept()}")
-        threading.Thread(target=_end, args=(_status(number),), daemon=True).start()
+        threading.Thread(target=self._end, args=(_status(number),), daemon=True).start()
 
-
-def _end(status: int) -> None:
-    """Ends the process where the main thread does not, such as in a long compilation."""
-    time.sleep(_UNWIND_SECONDS)
-    os._exit(status)
+    def _end(self, status: int) -> None:
+        """Ends the process where the main thread does not leave the run, such as in a long compilation."""
+        if not self._over.wait(UNWIND_SECONDS):
+            os._exit(status)
 
 
 def _status(number: int) -> int:

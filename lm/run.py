@@ -339,7 +339,7 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: init_from.Source | 
             raise ConfigError(f"no {missing[0]}: the prepared data cannot be read without its tokenizer; put it back")
     if isinstance(init, checkpoint.Saved):
         candidates.append(_tokenizer_path([init], init.path.parent.parent, vocabulary.find))
-    elif init and not candidates:
+    elif init and not cfg.tokenizer.path:
         candidates.append(epath.Path(init.path))
     found = {path: vocabulary.load(path) for path in candidates if path.exists()}
     if (init or workdir) and not found:

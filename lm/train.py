@@ -78,7 +78,6 @@ def start_or_resume(
     summary_path = workdir / "summary.json"
     if is_primary:
         checkpoint.sweep(workdir, say)
-        files.require_writable(workdir)
     if readable := [candidate for candidate in saved if "unreadable" not in candidate.info]:
         resume.check_tokenizer(readable[-1], planned.tokenizer)
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
@@ -112,8 +111,8 @@ def start_or_resume(
             interrupt.kept = lambda: what_is_kept(checkpoints.last_good)
             summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt)
         if is_primary:
+            summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
             with tracker.writing():
-                summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
                 if cfg.train.early_stopping.patience:  # with early stopping the run stands for its best checkpoint
                     best = {k: value for k, value in evaluations["best"].items() if k in summary and k != "seconds"}
                     summary |= best
@@ -287,7 +286,6 @@ def save_state(
 ) -> None:
     """Starts saving a checkpoint, with the metrics of an evaluation of the same state, or None."""
     tokenizer, replay = run.plan.tokenizer, run.plan.replay
-    files = tokenizer.saved_files if tokenizer else {}
     with tracker.bucket("checkpoint"):
         tracker.sync()
         info: dict[str, Any] = {
@@ -297,7 +295,7 @@ def save_state(
             "replay": schema.to_dict(replay) if replay else None,
             "waiting": early_stopping._asdict(),
         }
-        checkpoints.save(step, state, info, values, files)
+        checkpoints.save(step, state, info, values, tokenizer.saved_files if tokenizer else {})
 
 
 def what_is_kept(last_good: int | None) -> str:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import checkpoint, optim, param_paths, step
-from lm.checkpoint import CheckpointError
+from lm.checkpoint import CheckpointError, store
 from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig, schema
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
@@ -252,6 +252,16 @@ def test_files_are_saved_with_a_step_and_checked_when_read(tmp_path):
     assert_same(checkpoint.load(saved, small()[1]), small()[0])
 
 
+def test_the_reason_of_a_failure_is_not_what_it_replaced():
+    try:
+        try:
+            raise ValueError("an attempt")
+        except ValueError:
+            raise OSError("disk full") from None
+    except OSError as error:
+        assert store._reason(error) == "OSError: disk full"
+
+
 def test_a_file_that_cannot_be_written_fails_the_save(tmp_path):
     with (
         pytest.raises(CheckpointError, match=r"saving .*/checkpoints/2 failed.*last good checkpoint is step 1"),
@@ -363,7 +373,8 @@ def test_a_full_disk_is_reported_at_the_next_call_and_the_last_good_step_is_kept
     rng = np.random.default_rng(0)
     large = {"a": jnp.asarray(rng.normal(size=100_000), jnp.float32)}
     message = (
-        r"saving .*/checkpoints/2 failed: .*; the last good checkpoint is step 1\. Free disk space and start again\."
+        r"saving .*/checkpoints/2 failed: .*; the last good checkpoint is step 1\. Remove the cause, for example by freeing "
+        r"disk space, and start again\."
     )
     with (
         pytest.raises(CheckpointError, match=message),

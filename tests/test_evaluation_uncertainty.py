@@ -57,7 +57,7 @@ def test_mcnemar_is_the_binomial_test_of_the_differing_examples(pairs):
 
 
 def test_calibration_worked():
-    """Two bins: 0.60 and 0.62 in (9/15, 10/15], of which one is right; 1.0 in the last one, right."""
+    """Two bins: 0.61 and 0.63 in (9/15, 10/15], of which one is right; 1.0 in the last one, right."""
     found = uncertainty.calibration(np.array([0.61, 0.63, 1.0]), np.array([True, False, True]))
     assert found["ece"] == pytest.approx(2 / 3 * 0.12)
     assert [(one["count"], one["accuracy"]) for one in found["bins"]] == [(2, 0.5), (1, 1.0)]

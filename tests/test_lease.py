@@ -14,9 +14,10 @@ from lm import lease
 from lm.config.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-# Holds a folder, and appends a line each 10 ms for so long as it may; `machine` stands for another host.
+# Holds a folder, and appends a line each 10 ms for so long as it may; `machine` stands for another host. While there is
+# a file 'suspend' in the folder, it suspends itself before it looks at its lease.
 OWNER = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from lm import lease
 folder, machine, seconds, beat, dead = Path(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:6])
@@ -25,12 +26,14 @@ if machine:
     lease._machine = lambda: machine
 try:
     with lease.hold(folder) as check:
-        print("holds", flush=True)
-        end = time.monotonic() + seconds
+        end, told = time.monotonic() + seconds, False
         while time.monotonic() < end:
+            if (folder / "suspend").exists():
+                os.kill(os.getpid(), signal.SIGSTOP)
             check()
             with (folder / "rows").open("a") as file:
                 file.write(machine + "\\n")
+            told = told or not print("holds", flush=True)
             time.sleep(0.01)
 except (lease.Held, lease.Lost) as error:
     print(type(error).__name__, error, flush=True)
@@ -174,9 +177,9 @@ def test_the_waits_of_a_real_run_fit_a_minute():
 def test_an_owner_that_was_suspended_finds_its_lease_taken_and_writes_nothing(tmp_path, processes):
     """As with a virtual machine or a network that is away for a while: processes of two machines."""
     processes += [holder(tmp_path, "a")]
-    while not (tmp_path / "rows").exists():
-        time.sleep(0.01)
-    processes[0].send_signal(signal.SIGSTOP)
+    (tmp_path / "suspend").touch()
+    os.waitid(os.P_PID, processes[0].pid, os.WSTOPPED)
+    (tmp_path / "suspend").unlink()
     processes.append(holder(tmp_path, "b"))
     before = (tmp_path / "rows").read_text().count("a")
     processes[0].send_signal(signal.SIGCONT)

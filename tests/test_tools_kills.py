@@ -20,6 +20,8 @@ kills = tool_modules.load("kills")
         ("os.remove", "checkpoints/1.deleted/state/_METADATA", "retention"),
         ("open", ".metrics.jsonl.host-12.tmp", "metrics"),
         ("os.rename", "summary.json", "summary"),
+        ("open", ".saved.json.host-12.tmp", "saved step"),
+        ("open", "lease.1", "lease"),
         ("open", "tensorboard/events", ""),
         ("open", "../elsewhere", ""),
     ],

@@ -251,16 +251,6 @@ def test_a_row_for_a_file_that_was_deleted_or_replaced_is_an_error(tmp_path):
     assert list(files.read_rows(folder / "metrics.jsonl")) == ROWS["metrics.jsonl"]
 
 
-def test_a_folder_where_nothing_can_be_written_is_named(tmp_path):
-    files.require_writable(tmp_path / "new" / "run")
-    assert os.listdir(tmp_path / "new" / "run") == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFileError, match=r"writing to .*/file/run failed: Not a directory; a file stands where"):
-        files.require_writable(tmp_path / "file" / "run")
-    with pytest.raises(RunFileError, match=r"writing to /proc/run failed: "):
-        files.require_writable(type(tmp_path)("/proc/run"))
-
-
 @pytest.mark.parametrize(("name", "other"), [("metrics.jsonl", "samples.jsonl"), ("samples.jsonl", "metrics.jsonl")])
 def test_intact_rows_of_another_file_are_refused_by_number(tmp_path, name, other):
     path = write(tmp_path, name)

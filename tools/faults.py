@@ -6,7 +6,8 @@ A damage is a bit flipped, a range set to zero, a file cut off, deleted, or exch
 all files of the run; then every key of every JSON file is renamed, removed, given another value or one nested too
 deeply. Without --run a tiny run is made first. After each damage the readers of `readers` must give the values of a
 step exactly as they were saved, must not pass over a step that no damage touched, and must say which steps they passed
-over. A damage of a file of the whole run, such as its tokenizer, may also be refused with one message.
+over. A damage of a file of the whole run, such as its tokenizer, may also be refused with one message. Of the report
+only tracebacks are seen: config.json has no checksum, and the page shows what stands there.
 
 Exits with status 1 if any reader ends in a traceback, gives wrong values, misses a healthy step, or is silent.
 """

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from lm import command_line
+from lm import command_line, lease
 from lm.terminal import say, stop
 
 _COUNT = flags.DEFINE_integer("count", 100, "How many kills.", lower_bound=1)
@@ -35,7 +35,18 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of when to kill.")
 _FOLDER = flags.DEFINE_string("folder", "", "Where the runs go; an empty folder, which is kept. '' = a temporary one.")
 
 STEPS = 4  # of a run, each with a save
-KINDS = ("checkpoint", "commit", "retention", "metrics", "tokenizer", "config", "summary", "report")
+KINDS = (
+    "checkpoint",
+    "commit",
+    "retention",
+    "metrics",
+    "tokenizer",
+    "config",
+    "summary",
+    "report",
+    "saved step",
+    "lease",
+)
 _TIMING = ("crc32", "seconds", "tokens_per_second", "tokens_per_second_a_device", "input_bound", "mfu", "mfu_causal")
 
 
@@ -211,8 +222,10 @@ def kind_of(event: str, path: str, workdir: Path) -> str:
         if rest[0].endswith(".deleted"):
             return "retention"
         return "commit" if event == "os.rename" and len(rest) == 1 else "checkpoint"
+    if lease.is_lease(first):
+        return "lease"
     names = {"metrics.jsonl": "metrics", "samples.jsonl": "metrics", "tokenizer.model": "tokenizer"}
-    names |= {"config.json": "config", "summary.json": "summary", "report.html": "report"}
+    names |= {"config.json": "config", "summary.json": "summary", "report.html": "report", "saved.json": "saved step"}
     return next((kind for name, kind in names.items() if first == name or first.startswith(f".{name}.")), "")
 
 

@@ -49,7 +49,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Exit statuses after which a run is restarted: preempted, with everything saved; and ended by a signal, which a lost
 # host gives: 134 (abort) on the hosts that survive, where JAX notices it, 137 or 143 where a host was shut down.
 PREEMPTED = 75
-BY_SIGNAL = range(128, 256)
+BY_CTRL_C = 130
+BY_SIGNAL = [status for status in range(128, 256) if status != BY_CTRL_C]
 RESTARTED = (PREEMPTED, *BY_SIGNAL)
 
 
@@ -211,9 +212,8 @@ def check(arguments: list[str], on: Slice, storage: Storage) -> None:
     process = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
         lines = [line for line in process.stderr.splitlines() if line and not line.startswith("Pass --help")]
-        raise ValueError(
-            f"after ' -- ': {re.sub('^(error|FATAL Flags parsing error|[a-zA-Z_.]+Error): ', '', lines[-1])}"
-        )
+        said = lines[-1] if lines else f"the check of lm.main's arguments ended with status {process.returncode}"
+        raise ValueError(f"after ' -- ': {re.sub('^(error|FATAL Flags parsing error|[a-zA-Z_.]+Error): ', '', said)}")
 
 
 # The Python of TPU VM images is too old; uv installs a newer one.
@@ -233,13 +233,16 @@ def train_command(arguments: list[str], on: Slice) -> str:
 
 def until_done(command: str) -> str:
     """A shell line that restarts the command on the statuses of `RESTARTED`, and exits with its last status."""
-    again = f"[ $status -eq {PREEMPTED} ] || [ $status -ge {BY_SIGNAL[0]} ]"
+    by_signal = f"[ $status -ge {BY_SIGNAL[0]} ] && [ $status -ne {BY_CTRL_C} ]"
+    again = f"[ $status -eq {PREEMPTED} ] || {{ {by_signal}; }}"
     return (
         f"for start in {{0..{_MAX_RESTARTS.value}}}; do {command}; status=$?; {again} || break; sleep 10; done; "
         "exit $status"
     )
 
 
+# gcsfuse renames a folder in a bucket without a hierarchical namespace file by file, and refuses more files than this.
+_RENAMED_FILES = 100_000
 # From https://cloud.google.com/storage/docs/cloud-storage-fuse/install
 INSTALL_GCSFUSE = (
     "curl -sS https://packages.cloud.google.com/apt/doc/apt-key.gpg | "
@@ -253,8 +256,8 @@ INSTALL_GCSFUSE = (
 def mount(storage: Storage) -> str:
     """A shell command that mounts the storage on this machine, unless it is mounted; fails where it cannot."""
     folder = storage.folder
-    if storage.bucket:  # without its cache a lease of another machine is seen as it is
-        options = "--implicit-dirs --metadata-cache-ttl-secs=0"
+    if storage.bucket:  # without its cache a lease of another machine is seen as it is; a save renames a folder
+        options = f"--implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit={_RENAMED_FILES}"
         how = f"{{ command -v gcsfuse || {{ {INSTALL_GCSFUSE}; }}; }} && gcsfuse {options} {storage.bucket} {folder}"
     elif storage.server:
         how = f"sudo apt-get install -qq nfs-common && sudo mount -t nfs {storage.server}:{storage.path} {folder}"
@@ -267,7 +270,8 @@ def mount(storage: Storage) -> str:
 def volume(storage: Storage) -> dict[str, Any] | None:
     """The storage as a volume of a pod; None where the image mounts it."""
     if storage.bucket:
-        options = {"bucketName": storage.bucket, "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0"}
+        how = f"implicit-dirs,metadata-cache:ttl-secs:0,file-system:rename-dir-limit:{_RENAMED_FILES}"
+        options = {"bucketName": storage.bucket, "mountOptions": how}
         return {"name": "runs", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": options}}
     if storage.server:
         return {"name": "runs", "nfs": {"server": storage.server, "path": storage.path}}
@@ -384,11 +388,9 @@ def job_set(arguments: list[str], on: Slice, storage: Storage) -> dict[str, Any]
 
 def sky_task(arguments: list[str], on: Slice, storage: Storage) -> dict[str, Any]:
     """A SkyPilot task; SkyPilot itself restarts a managed job after preemption."""
-    bucket = {"source": f"gs://{storage.bucket}", "mode": "MOUNT"}
     return {
         "name": _NAME.value,
         "workdir": str(ROOT),
-        **({"file_mounts": {storage.folder: bucket}} if storage.bucket else {}),
         "resources": {
             "accelerators": f"tpu-{_ACCELERATOR.value}",
             "accelerator_args": {"runtime_version": on.kind.runtime},

@@ -200,7 +200,10 @@ def initialize(
         kind, old = name.split("/", 1)
         origin[path] = used.label + (" ema" if kind == "ema" else "") + (f" {old}" if old != path else "")
         if words.resized(path, tuple(known[name]["shape"]), flat[path].shape):
-            origin[path] += f", rows {words.old:,} to {flat[path].shape[words.axes[path]]:,} their mean"
+            rows = flat[path].shape[words.axes[path]]
+            origin[path] += (
+                f", rows {words.old:,} to {rows:,} their mean" if rows > words.old else f", first {rows:,} rows"
+            )
     return param_paths.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
 
 

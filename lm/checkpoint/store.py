@@ -310,8 +310,7 @@ class Checkpoints:
             root = Path(self._manager.directory)
             files_lib.sync_tree(root / str(step))  # Orbax does so for the arrays only
             files_lib.sync(root)
-            for each in expired:
-                _delete(root / str(each))
+            expired = [each for each in expired if _delete(root / str(each))]
         return expired
 
     def poll(self) -> None:
@@ -343,7 +342,10 @@ class Checkpoints:
         )
         if not self._manager.directory.exists():
             return CheckpointError(f"saving {path} failed: the folder was deleted or moved")
-        return CheckpointError(f"saving {path} failed: {_reason(error)}; {last}. Free disk space and start again.")
+        return CheckpointError(
+            f"saving {path} failed: {_reason(error)}; {last}. Remove the cause, for example by freeing disk space, and "
+            "start again."
+        )
 
     def wait(self) -> None:
         """Waits until all saves are on disk; raises CheckpointError if one failed."""
@@ -369,8 +371,9 @@ def sweep(workdir: Path, say: Callable[[str], None] = lambda _: None) -> None:
         say(f"removed what a killed process left in {workdir}: {', '.join(removed)}")
 
 
-def _delete(step: Path) -> None:
-    """Deletes a step. A step that cannot be deleted is no reason to end the run; `sweep` tries again."""
+def _delete(step: Path) -> bool:
+    """Deletes a step, and returns whether it no longer stands under its name. One that cannot be deleted is no reason
+    to end the run: it is tried again after the next save, or by `sweep`."""
     expired = step.with_name(step.name + _EXPIRED)
     try:
         step.rename(expired)
@@ -378,6 +381,7 @@ def _delete(step: Path) -> None:
         shutil.rmtree(expired)
     except OSError as error:
         warn(f"{step} could not be deleted: {error}")
+    return not step.exists()
 
 
 def _root(workdir: epath.PathLike) -> epath.Path:
@@ -682,7 +686,7 @@ def _reason(error: BaseException) -> str:
 
     Of a long message both ends are kept: TensorStore names the file first and says what happened last.
     """
-    while cause := error.__cause__ or error.__context__:
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 400 else f'{text[:200]} ... {text[-200:]}'}"

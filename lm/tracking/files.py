@@ -126,17 +126,6 @@ def read_document(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_writable(workdir: Path) -> None:
-    """Makes the folder of a run. Raises RunFileError if no file can be written there."""
-    scratch = workdir / f".writable.{os.getpid()}.tmp"
-    with access(workdir, "writing to"):
-        workdir.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_bytes(b"\n")
-        finally:
-            scratch.unlink(missing_ok=True)
-
-
 class RowFile:
     """A file of rows that a run appends to. A row is handed to the operating system before `append` returns."""
 

@@ -45,7 +45,7 @@ def check(workdir: Path, steps: Sequence[int], say: Callable[[str], None]) -> No
     if not steps:
         return _refuse_lost_work(workdir, recorded, damage)
     if damage:
-        say(f"{damage}; it is written again with the next checkpoint")
+        say(f"{damage}; it is written again")
     if recorded is not None and recorded > max(steps):
         say(f"{workdir}/checkpoints has lost step {recorded:,}, which was complete; the newest is {max(steps):,}")
     for name in files.COLUMNS:

@@ -230,7 +230,8 @@ class Tracker:
         from rich.console import Console
 
         self._console = Console(stderr=True)
-        files.require_writable(self._workdir)
+        with files.access(self._workdir, "writing to"):
+            self._workdir.mkdir(parents=True, exist_ok=True)
         paths = [self._workdir / name for name in files.COLUMNS]
         if self._start_step and not paths[0].exists():
             self.note(f"{paths[0]} is missing: its rows up to step {self._start_step:,} are lost")
