@@ -373,8 +373,8 @@ def test_a_full_disk_is_reported_at_the_next_call_and_the_last_good_step_is_kept
     rng = np.random.default_rng(0)
     large = {"a": jnp.asarray(rng.normal(size=100_000), jnp.float32)}
     message = (
-        r"saving .*/checkpoints/2 failed: .*; the last good checkpoint is step 1\. Remove the cause, for example by freeing "
-        r"disk space, and start again\."
+        r"saving .*/checkpoints/2 failed: .*; the last good checkpoint is step 1\. Remove the cause, for example by "
+        r"freeing disk space, and start again\."
     )
     with (
         pytest.raises(CheckpointError, match=message),
