@@ -352,6 +352,10 @@ def summarise(
     params = run.program.abstract_state.params
     trained = trainable.trained_part(run.program.optimizer.selection, params)
     answer = {"answer_loss": values["nll"]} if cfg.task.name == "chat" else {}
+    speed: dict[str, Any] = {}
+    if tokens_per_second := throughput.overall(step):  # 0 where only the end of a run was done again
+        speed = {"tokens_per_second": tokens_per_second, "input_bound": throughput.overall_input_bound()}
+        speed |= throughput.utilisation(tokens_per_second)
     return {
         **values,
         **answer,
@@ -359,14 +363,12 @@ def summarise(
         "skipped_steps": int(state.skipped),
         "tokens": stream.consumed_by(step) * cfg.data.seq_len,
         "seconds": tracker.seconds(),
-        "tokens_per_second": throughput.overall(step),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(trained)),
         "devices": run.mesh.devices.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": tracker.goodput(),
-        "input_bound": throughput.overall_input_bound(),
-        **throughput.utilisation(throughput.overall(step)),
+        **speed,
         **({"sources": run_lib.consumed(run, stream, step)} if len(run.data.sources) > 1 else {}),
     }
 
