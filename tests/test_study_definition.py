@@ -1,12 +1,14 @@
 """Axes combine to trials; a trial's config, name and hash; mistakes are refused before anything runs."""
 
+import re
+
 import pytest
 from scipy import stats
 
 from lm import study as study_lib
 from lm.config import ConfigError
 from lm.study import definition
-from tests.study_runs import RECIPE, make_study
+from tests.study_runs import RECIPE, ROOT, make_study
 
 
 def test_product_is_every_combination_the_last_axis_fastest():
@@ -140,3 +142,12 @@ def test_arms_may_have_recipes_of_their_own():
     fine = RECIPE.replace("pretrain", "sft") + ":scratch"
     plain, tuned = make_study([{"arm": "plain"}, {"arm": "tuned", "recipe": fine}]).trials
     assert plain.config.task.name == "causal_lm" and tuned.config.task.name == "chat"
+
+
+def test_the_studies_that_are_written_for_it_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(study_lib.load(write(tmp_path / "example", example)).trials) == 10
+    quick = study_lib.load(ROOT / "experiments" / "quick")
+    assert quick.arms == ["gelu", "swiglu"] and len(quick.runs) == 10

@@ -113,7 +113,7 @@ def _claim_line(result: ClaimResult) -> str:
     found = compared.difference
     line = (
         f"difference {found.mean:+.4g} ({found.low:+.4g} to {found.high:+.4g}), {found.test} test, {seeds} seeds, "
-        f"p = {_p(compared.p)}"
+        f"p {_p(compared.p)}"
     )
     return line + (f"; detectable {compared.detectable:.4g}" if result.verdict == "undecided" else "")
 
@@ -278,9 +278,7 @@ def page(analysis: Analysis) -> str:
         body.append(f"<p class=sub>{html.escape(_caption(table).replace('`', ''))}</p>")
         if any(row.values for row in table.rows):
             body.append(picture(draw(table, analysis)))
-    overrides = {trial.arm: trial.override for trial in reversed(study.trials)}
-    differ = [_overrides(arm, overrides[arm]) for arm in study.arms]
-    body += ["<h2>Arms</h2>", _html_table(("arm", "differs from the recipe by"), differ)]
+    body += ["<h2>Arms</h2>", _html_table(("arm", "differs from the recipe by"), _overrides(analysis))]
     trials = ["<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in _trial_rows(analysis)]
     body += ["<h2>Trials</h2>", _html_table(("arm", "seed", "hash", "state", "commits", ""), trials)]
     if analysis.remarks:
@@ -303,9 +301,19 @@ def _html_row(row: Row, decimals: int) -> str:
     return "<tr>" + "".join(f"<td class='{verdict if i == 7 else ''}'>{cell}" for i, cell in enumerate(cells))
 
 
-def _overrides(arm: str, override: dict[str, Any]) -> str:
-    shown = {key: value for key, value in override.items() if key not in ("arm", "seed")}
-    return f"<tr><td>{html.escape(arm)}<td>{html.escape(in_words(shown))}"
+def _overrides(analysis: Analysis) -> list[str]:
+    """What all trials have in common, then what each arm has beside it."""
+    trials = analysis.study.trials
+    common = {
+        key: value
+        for key, value in trials[0].override.items()
+        if all(each.override.get(key) == value for each in trials)
+    }
+    shown = {"all": {"recipe": trials[0].recipe, **common}} if common else {}
+    for trial in trials:
+        own = {key: value for key, value in trial.override.items() if key not in ("arm", "seed", *common)}
+        shown.setdefault(trial.arm, own)
+    return [f"<tr><td>{html.escape(arm)}<td>{html.escape(in_words(each))}" for arm, each in shown.items()]
 
 
 def draw(table: TableResult, analysis: Analysis) -> Any:
