@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent import futures
 
 import pytest
 
@@ -105,8 +106,86 @@ def test_one_that_another_process_runs_is_left_to_it(tmp_path, quick):
         runs.write_record(tmp_path / study.trials[0].hash, study.trials[0], "abc123")
         assert [each.state for each in run_all(study, tmp_path).values()] == ["running", "done"]
     assert starts(tmp_path, study) == [0, 1]
-    quick |= {0: lease.Held.exit_status}  # it was faster
+    quick |= {0: lease.Held.exit_status}  # another was faster
     assert "is run by another process" in (run_all(study, tmp_path) and SAID[1])
+
+
+HOLDS = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from lm import lease
+    from lm.tracking import files
+    folder = Path(sys.argv[1])
+    try:
+        with lease.hold(folder):
+            if (folder / "summary.json").exists():
+                sys.exit()
+            if int(folder.name, 16) % 2 and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+            with (folder / "finished.txt").open("a") as file:
+                file.write("x")
+            files.write_document(folder / "summary.json", {"loss": 1.0, "seconds": 2.0})
+    except lease.Held:
+        sys.exit(lease.Held.exit_status)
+"""
+
+
+SWEEPS = """
+    import os, sys
+    from pathlib import Path
+    from lm.study import seeds, sweep
+    from tests.study_runs import make_study
+    sweep.command = lambda folder: [sys.executable, "-c", sys.argv[2], str(folder)]
+    study, ended = make_study(seeds(12)), {}
+    for _ in range(30):
+        if not ended or any(each.state != "done" for each in ended.values()):
+            how = {"environment": os.environ, "commit": "abc123", "retry_failed": False, "say": print}
+            ended = sweep.run_all(study, sweep.select(study, []), Path(sys.argv[1]), **how)
+"""
+
+
+def test_several_sweeps_at_once_finish_each_trial_once_though_runs_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tool_modules.ROOT))
+    command = [sys.executable, "-c", textwrap.dedent(SWEEPS), str(tmp_path), textwrap.dedent(HOLDS)]
+    sweeps = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [each.communicate()[0] for each in sweeps]
+    assert [each.returncode for each in sweeps] == [0] * 3 and "was killed by SIGKILL" in "".join(said)
+    study = make_study(seeds(12))
+    outcomes, remarks = runs.find(study, tmp_path)
+    assert [each.state for each in outcomes.values()] == ["done"] * 12 and not remarks
+    assert [(tmp_path / key / "finished.txt").read_text() for key in study.runs] == ["x"] * 12
+
+
+def test_a_sweep_that_is_stopped_stops_its_run_and_waits_for_it(tmp_path, monkeypatch):
+    script = """
+        import signal, sys, time
+        from pathlib import Path
+        folder = Path(sys.argv[1])
+        def stop(*_):
+            time.sleep(0.2)
+            (folder / "saved").touch()
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, stop)
+        (folder / "ready").touch()
+        time.sleep(60)
+    """
+    script = textwrap.dedent(script)
+    monkeypatch.setattr(sweep, "command", lambda folder: [sys.executable, "-c", script, str(folder)])
+    study = make_study(seeds(2))
+    folder = tmp_path / study.trials[0].hash
+
+    def press_ctrl_c():
+        while not (folder / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with futures.ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        pool.submit(press_ctrl_c)
+        run_all(study, tmp_path)
+    assert (folder / "saved").exists()
+    assert [each.state for each in runs.find(study, tmp_path)[0].values()] == ["interrupted", "missing"]
 
 
 def test_a_damaged_run_is_neither_run_nor_taken_for_done(tmp_path, quick):

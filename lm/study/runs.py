@@ -70,6 +70,8 @@ def write_record(folder: Path, trial: Trial, commit: str) -> None:
     """Writes trial.json; the commits of earlier starts stay. Raises RunFileError."""
     path = folder / RECORD
     earlier = read_record(path).commits if path.exists() else ()
+    if commit in earlier:
+        return
     content = {
         "arm": trial.arm,
         "hash": trial.hash,
@@ -113,7 +115,7 @@ def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
                 Outcome(folder, "damaged", f"{what}; move the folder away, or set the key in the study", {})
             )
         else:
-            found.setdefault(record.hash, []).append(_outcome(folder, record))
+            found.setdefault(record.hash, []).append(look(folder, record.commits))
     outcomes = {}
     for name in study.runs:
         outcomes[name], remark = _one_of(found.get(name, []), root / name)
@@ -121,20 +123,18 @@ def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
     return outcomes, remarks
 
 
-def _outcome(folder: Path, record: Record) -> Outcome:
-    """The state of a run that has a record."""
+def look(folder: Path, commits: tuple[str, ...] = ()) -> Outcome:
+    """The state of a run that has a record, whose commits are given."""
     try:
         if summary := files.read_document(folder / "summary.json"):
-            return Outcome(folder, "done", summary=summary, commits=record.commits)
+            return Outcome(folder, "done", summary=summary, commits=commits)
         if lease.in_use(folder):
-            return Outcome(folder, "running", commits=record.commits)
+            return Outcome(folder, "running", commits=commits)
         if failure := files.read_document(folder / FAILURE):
-            return Outcome(folder, "failed", str(failure.get("error")), commits=record.commits)
+            return Outcome(folder, "failed", str(failure.get("error")), commits=commits)
     except RunFileError as error:
-        return Outcome(
-            folder, "damaged", f"{error}; delete that file, and the sweep makes it again", {}, record.commits
-        )
-    return Outcome(folder, "interrupted", commits=record.commits)
+        return Outcome(folder, "damaged", f"{error}; delete that file, and the sweep makes it again", {}, commits)
+    return Outcome(folder, "interrupted", commits=commits)
 
 
 def _one_of(copies: list[Outcome], folder: Path) -> tuple[Outcome, list[str]]:

@@ -154,8 +154,11 @@ def run_all(
     outcomes, _ = runs.find(study, root)
     todo, pace = to_run(trials, outcomes, retry_failed), Pace.of(trials, outcomes)
     for number, trial in enumerate(todo, 1):
-        folder = outcomes[trial.hash].folder
-        verb = "resumes" if outcomes[trial.hash].state == "interrupted" else "starts"
+        folder, before = outcomes[trial.hash].folder, outcomes[trial.hash].state
+        if (now := runs.look(folder).state) != before and now in ("done", "running", "failed"):
+            say(f"[{number}/{len(todo)}] {trial}: {now}, by another process")
+            continue
+        verb = "resumes" if (folder / runs.RECORD).exists() else "starts"
         say(f"[{number}/{len(todo)}] {trial}: {verb} in {folder}; {pace.in_words(todo[number - 1 :])}")
         began = time.monotonic()
         how = run_one(trial, folder, environment, commit)
