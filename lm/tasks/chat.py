@@ -4,12 +4,13 @@ import bisect
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.data import chat_template
+from lm.data.chat_template import Message
 from lm.data.example import Example
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
@@ -22,7 +23,6 @@ from lm.tasks.base import (
 from lm.tasks.language_modelling import next_token_loss
 
 _REQUEST_ROLES = ("system", "user")
-Message = Mapping[str, Any]
 
 
 class Tokens(NamedTuple):
@@ -180,6 +180,7 @@ def _with_role_symbols(messages: Sequence[Message], tokenizer: Tokenizer, is_pro
         trained += [False, *[is_trained(message)] * (len(turn) - 1)]  # role symbols never are, because they are given
     if is_prompt:
         ids.append(tokenizer.role_ids["assistant"])
+        return Tokens(ids, [False] * len(ids), [])
     return Tokens(ids, trained, starts)
 
 
@@ -215,7 +216,7 @@ def _rendered(
     offsets: list[tuple[int, int]] = []
     places = [0, *found.breaks, len(found.text)]
     for at, end in itertools.pairwise(places):
-        part_ids, part_offsets = tokenizer.encode_rendered(found.text[at:end])
+        part_ids, part_offsets = tokenizer.encode_rendered(found.text[at:end], is_start=at == 0)
         ids += part_ids
         offsets += [(at + first, at + last) for first, last in part_offsets]
     return found, ids, offsets
