@@ -491,7 +491,7 @@ def write_predictions(
     if is_table := out.suffix == ".parquet":
         _parquet()
     wanted = wanted_to_predict(loaded.config)
-    total = sum(1 for _ in _readable(loaded, data, wanted))
+    total = sum(1 for _ in _readable(loaded, data, wanted, note))
     if not total:
         raise DataError(f"data path '{data.path}': no record; expected at least one")
     note(f"{total:,} records in {data.path}")
@@ -523,9 +523,11 @@ def write_predictions(
     return counts
 
 
-def _readable(loaded: LoadedModel, data: DataConfig, wanted: Wanted) -> Iterator[Record]:
+def _readable(
+    loaded: LoadedModel, data: DataConfig, wanted: Wanted, note: Callable[[str], None] = lambda _: None
+) -> Iterator[Record]:
     task = task_of(loaded.config)
-    for record in registry.stream(data, wanted):
+    for record in registry.stream(data, wanted, note):
         base.check_fields(task, [record], TASKS, wanted.may_lack)
         yield record
 
