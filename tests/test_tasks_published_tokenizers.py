@@ -339,6 +339,11 @@ def test_messages_of_weight_0_are_context_with_a_template_too():
             "{% endfor %}",
             "trains on a message that is no answer",
         ),
+        (  # marks in a content change its length
+            "{% for m in messages %}{{ m.content|length }}{{ m.content }}"
+            "{% if m.role == 'assistant' %}{{ messages[0].content }}{% endif %}{% endfor %}",
+            "trains on a message that is no answer",
+        ),
         ("{{ messages.__class__ }}", "reads the attribute '__class__' of a list"),
         ("{% for %}", "line 1"),
         ("{{ raise_exception('never') }}", "refuses the conversation: never"),

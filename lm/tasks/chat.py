@@ -187,19 +187,22 @@ def _with_role_symbols(messages: Sequence[Message], tokenizer: Tokenizer, is_pro
 def _by_template(messages: Sequence[Message], tokenizer: Any, is_prompt: bool) -> Tokens:
     """Raises TemplateError."""
     found, ids, offsets = _rendered(messages, tokenizer, is_prompt)
+    trained, starts = [False] * len(ids), list[int]()
+    if is_prompt:
+        return Tokens(ids, trained, starts)
     answers = [message for message in messages if message["role"] == "assistant"]
-    wanted = [place for message, place in zip(answers, found.answers, strict=not is_prompt) if is_trained(message)]
-    trained, starts = [False] * len(ids), []
+    told = zip(answers, found.answers, found.has_request, strict=True)
+    wanted = [(place, has_request) for message, place, has_request in told if is_trained(message)]
     begins = [start for start, _ in offsets]
-    for start, end in filter(None, wanted):
-        if any(start < last and first < end for first, last in found.requests):
+    for place, has_request in wanted:
+        if place is None:
+            continue
+        if has_request:
             raise chat_template.TemplateError(f"it trains on a message that is no answer. {_shown(found.text)}")
-        first, last = bisect.bisect_left(begins, start), bisect.bisect_left(begins, end)
+        first, last = (bisect.bisect_left(begins, at) for at in place)
         if first < last:
             trained[first:last] = [True] * (last - first)
             starts.append(first)
-    if is_prompt:
-        return Tokens(ids, trained, [])
     if wanted and not starts:
         raise chat_template.TemplateError(f"it shows no place that the model writes. {_shown(found.text)}")
     end = 1 + max((i for i, is_one in enumerate(trained) if is_one), default=len(ids) - 1)
