@@ -152,6 +152,20 @@ def test_a_model_predicts_on_the_device_that_is_named(run_of):
     assert close(second.predict(["alpha beta"]), first.predict(["alpha beta"]))
 
 
+def test_examples_for_prompts_are_chosen_once(tmp_path, monkeypatch):
+    loaded = lm.load(str(used_runs.make("prompting", tmp_path, task__shots=2)), batch_size=1, devices=jax.devices()[:1])
+    records, chosen, shots = new_records("prompting", tmp_path, loaded.config), [], TASKS["prompting"].held_out
+    task = TASKS["prompting"]._replace(held_out=lambda *given: chosen.append(shots(*given)) or chosen[-1])
+    monkeypatch.setitem(TASKS, "prompting", task)
+    made, rows_of = [], task.predictor.examples
+    predictor = task.predictor._replace(examples=lambda record, *more: made.append(record) or rows_of(record, *more))
+    monkeypatch.setitem(TASKS, "prompting", task._replace(predictor=predictor))
+    said = loaded.predict(records)
+    assert len(said) == len(records) > 2 * predict._BATCHES_AT_ONCE and len(chosen) == 1
+    assert len(chosen[0]["shots"]) == 2 and all(record["shots"] == chosen[0]["shots"] for record in made)
+    assert not any("shots" in one["record"] for one in said)
+
+
 def test_a_record_that_makes_no_row_is_a_prediction_too(run_of):
     loaded = lm.load(str(run_of("causal_lm")), batch_size=2, devices=jax.devices()[:1])
     records = [{"text": text, "source": f"f:{i}"} for i, text in enumerate(["alpha", "", "beta gamma", ""])]
