@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -16,15 +15,13 @@ from hypothesis import strategies as st
 
 from lm import checkpoint, input_pipeline, train
 from lm import run as run_lib
-from lm.config import Config, DataConfig, MeshConfig, TokenizerConfig
+from lm.config import Config, DataConfig, TokenizerConfig
 from lm.config.schema import ConfigError
 from lm.corpus import pipeline, workers
 from lm.data import shards, tokenizer
 from lm.data.record import DataError
 from lm.data.tokenizer_protocol import target_bytes
 from lm.decoding import sampling
-from lm.parallel import mesh as mesh_lib
-from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, chat, masked_lm, seq2seq, span_qa
 from tests import chat_templates, published, tool_modules, toys
 from tests.published import KINDS
@@ -450,7 +447,7 @@ def chat_run(tmp_path_factory):
         generate__prompts=("What is 2 and 2?",),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh_lib, "make_mesh", lambda *_: make_mesh(MeshConfig(), jax.devices()[:1]))
+        toys.use_one_device(patch)
         train.train(cfg, folder / "run")
     return folder, cfg
 
