@@ -224,7 +224,12 @@ def given_records(loaded: LoadedModel, records: Iterable[Mapping[str, Any] | str
 
 
 def predictions(
-    loaded: LoadedModel, records: Iterable[Record], *, first: int = 0, beams: int = 4
+    loaded: LoadedModel,
+    records: Iterable[Record],
+    *,
+    first: int = 0,
+    beams: int = 4,
+    alpha: float = beam_search.ALPHA,
 ) -> Iterator[dict[str, Any]]:
     """Yields a prediction for each record, in their order, holding a few batches of records at a time.
 
@@ -237,6 +242,7 @@ def predictions(
       records: as `registry.stream` yields them.
       first: number of the first of them.
       beams: of translations.
+      alpha: length penalty of translations, see `lm.decoding.beam_search.search`.
 
     Raises:
       ConfigError: a record lacks a field that the task reads.
@@ -246,7 +252,7 @@ def predictions(
     if task.answers_with_text:
         for some in _groups(loaded, records, base.unread(task)):
             sources = [_source(record["text"], loaded) for record in some]
-            translated = _translated(loaded, [ids for ids, _ in sources], beams)
+            translated = _translated(loaded, [ids for ids, _ in sources], beams, alpha)
             for record, text, (_, counts) in zip(some, translated, sources, strict=True):
                 yield {"number": first} | asked(record) | {"prediction": text} | ({"counts": counts} if counts else {})
                 first += 1
@@ -664,14 +670,17 @@ def _source(text: str, loaded: LoadedModel) -> tuple[list[int], dict[str, int]]:
     return [*ids[: cfg.model.max_len - 1], loaded.tokenizer.eos_id], {"source_cut": 1}
 
 
-def _translated(loaded: LoadedModel, prompts: Sequence[Sequence[int]], beams: int) -> list[str]:
+def _translated(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], beams: int, alpha: float = beam_search.ALPHA
+) -> list[str]:
     """The translation of each text by beam search, on one line each."""
     cfg, tokenizer = loaded.config, loaded.tokenizer
 
     def of(chosen: list[int]) -> list[list[int]]:
         some = [prompts[i] for i in chosen]
+        rows = loaded.batch_size
         return beam_search.search(
-            loaded.model, loaded.params, some, cfg, tokenizer, beams=beams, rows_multiple=loaded.batch_size
+            loaded.model, loaded.params, some, cfg, tokenizer, beams=beams, alpha=alpha, rows_multiple=rows
         )
 
     return [" ".join(text.split()) for text in _decoded(loaded, prompts, of)]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import sys
 from hashlib import sha256
@@ -419,8 +420,6 @@ def test_saving_leaves_no_file_of_another_tokenizer(tmp_path):
     ],
 )
 def test_files_that_contradict_each_other_are_refused(kind, change, message, tmp_path):
-    import re
-
     folder = published.folder(kind, tmp_path, **change)
     with pytest.raises(ConfigError, match=re.escape(message)):
         tokenizer.load(folder)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -347,8 +348,6 @@ def test_messages_of_weight_0_are_context_with_a_template_too():
     ],
 )
 def test_templates_that_train_on_nothing_or_on_requests_are_refused_with_their_rendering(source, message):
-    import re
-
     tok = with_template(source)
     with pytest.raises(ConfigError) as error:
         TASKS["chat"].check_tokenizer(Config(task=toys.task("chat")), tok)
