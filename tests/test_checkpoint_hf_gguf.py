@@ -15,6 +15,7 @@ from lm.checkpoint import CheckpointError, hf  # noqa: E402
 from lm.checkpoint.hf import gguf as gguf_files  # noqa: E402
 from lm.config import ModelConfig  # noqa: E402
 from lm.models import transformer  # noqa: E402
+from tests.test_checkpoint_hf_files import params_of  # noqa: E402
 
 CFG = transformer.resolve(
     ModelConfig(
@@ -93,16 +94,6 @@ def name_of(name: str, layer: int | None) -> str:
     return f"blk.{layer}.{LAYER_TO_GGUF[kind]}.{what}"
 
 
-def params_of(path: Path) -> dict[str, Any]:
-    opened = hf.open_model(path)
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-        f"params/{name}": jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
-        for name, shape in opened.shapes.items()
-    }
-    return param_paths.flatten(hf.load(opened, param_paths.unflatten(wanted))["params"])
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_every_tensor_is_read_as_the_library_dequantises_it(kind, tmp_path):
     """Pairs of rope that lie side by side in the file lie half a head apart here."""
@@ -110,7 +101,7 @@ def test_every_tensor_is_read_as_the_library_dequantises_it(kind, tmp_path):
     opened = hf.open_model(tmp_path / "a.gguf")
     assert dataclasses.replace(opened.model, norm_eps=CFG.norm_eps) == CFG
     assert np.float32(opened.model.norm_eps) == np.float32(CFG.norm_eps)
-    got = params_of(tmp_path / "a.gguf")
+    got = param_paths.flatten(params_of(tmp_path / "a.gguf"))
     assert got.keys() == expected.keys()
     for path, leaf in got.items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
@@ -121,7 +112,7 @@ def test_tied_head_and_norms_and_biases_of_qwen(tmp_path):
     qwen3 = dataclasses.replace(CFG, qk_norm=True)
     for arch, cfg in (("qwen2", qwen2), ("qwen3", qwen3)):
         expected = write(tmp_path / f"{arch}.gguf", cfg, Kind.F32, arch)
-        got = params_of(tmp_path / f"{arch}.gguf")
+        got = param_paths.flatten(params_of(tmp_path / f"{arch}.gguf"))
         assert got.keys() == expected.keys()
         for path, leaf in got.items():
             np.testing.assert_array_equal(leaf, expected[path], err_msg=path)

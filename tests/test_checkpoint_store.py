@@ -23,6 +23,7 @@ from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig, schema
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
 from lm.types import TrainState
+from tests import toys
 
 # What Orbax leaves behind when it fails at a damaged file or a full disk.
 may_stop_orbax = pytest.mark.filterwarnings(
@@ -289,7 +290,7 @@ def test_flipped_bits_never_give_wrong_values(tmp_path):
         path = rng.choice(data if number % 2 else files)
         content = path.read_bytes()
         bit = rng.randrange(8 * len(content))
-        path.write_bytes(flip(content, bit))
+        path.write_bytes(toys.flip(content, bit))
         try:
             found = checkpoint.list_saved(tmp_path / "run")[-1]
             got = checkpoint.load(found, abstract)
@@ -301,12 +302,6 @@ def test_flipped_bits_never_give_wrong_values(tmp_path):
         path.write_bytes(content)
     assert refused > 20
     assert_same(checkpoint.load(checkpoint.choose(str(tmp_path / "run")), abstract), state)
-
-
-def flip(content: bytes, bit: int) -> bytes:
-    out = bytearray(content)
-    out[bit // 8] ^= 1 << bit % 8
-    return bytes(out)
 
 
 @pytest.mark.parametrize("damage", ["delete", "empty", "half"])

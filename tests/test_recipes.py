@@ -21,7 +21,6 @@ from lm.corpus import pipeline as prepare
 from lm.data import tokenizer
 from lm.decoding import sampling
 from lm.evaluation import evaluate, metrics
-from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.planner import topology, train_compile
 from lm.tasks import build_config, default_config, task_of
@@ -182,8 +181,7 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
         assert "example 0: " in capsys.readouterr().out
         inspect_batch.to_html(rows, "")
 
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+    toys.use_one_device(monkeypatch)
     monkeypatch.setattr(training_benchmark, "matmul_flops", lambda product: 1e12)  # takes seconds
     training_benchmark.show(training_benchmark.measure(cfg, rounds=1, seconds=0.0))
     monkeypatch.setattr(train_compile, "devices", lambda _: jax.devices()[:1])

@@ -15,6 +15,7 @@ from lm.decoding import sampling
 from lm.parallel import sharding
 from lm.types import Batch, ModelFns, Params
 
+ALPHA = 0.6  # length penalty of Wu et al. 2016
 _NONE = losses.MASKED_LOGIT  # score of an empty slot
 
 
@@ -26,7 +27,7 @@ def search(
     tokenizer: Tokenizer,
     *,
     beams: int,
-    alpha: float = 0.6,
+    alpha: float = ALPHA,
     rows_multiple: int = 1,
 ) -> list[list[int]]:
     """Finds a likely continuation of each prompt by beam search.

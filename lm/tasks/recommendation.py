@@ -26,6 +26,7 @@ from lm.tasks.base import (
     Task,
     Vocabulary,
     check_mask_token,
+    has_mask_token,
     sequence_columns,
     shifted_columns,
 )
@@ -122,6 +123,11 @@ class ItemVocabulary:
     @property
     def unseen_id(self) -> int:
         return _UNSEEN
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether `mask_id` exists."""
+        return self.extra_ids > 0
 
     @property
     def mask_id(self) -> int:
@@ -396,6 +402,7 @@ MASKED_ITEM = NEXT_ITEM._replace(
     options=MaskedItemOptions,
     least_len=2,
     check=check_mask_token,
+    check_tokenizer=has_mask_token,
     transform=mask_items,
     predictor=Predictor(("target",), history_and_mask, _history_columns, best_items, ranked_items),
     batch_columns=shifted_columns,
