@@ -133,7 +133,7 @@ class RopeScalingConfig:
     """How rope's frequencies are changed for rows longer than a model was trained on, see `lm.models.rope`."""
 
     kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
-    factor: float = 1.0  # of the length
+    factor: float = 0.0  # of the length, at least 1; none has no factor
     original_len: int = 0  # positions of a row that the model was trained on; linear does not read it
     low_freq_factor: float = 1.0  # llama3: rotations within original_len below which a frequency is divided by factor
     high_freq_factor: float = 4.0  # llama3: rotations above which it is kept
@@ -141,6 +141,16 @@ class RopeScalingConfig:
     beta_slow: float = 1.0  # yarn: as low_freq_factor
     truncate: bool = True  # yarn: whether the dimensions of these two are rounded outwards to whole ones
     magnitude: float = 0.0  # yarn: factor of queries and keys; 0 = 0.1 ln(factor) + 1
+
+
+# Kind of scaling -> the keys of `RopeScalingConfig` that it reads.
+ROPE_SCALING_KEYS = {
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_len"),
+    "llama3": ("factor", "original_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_len", "beta_fast", "beta_slow", "truncate", "magnitude"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +230,21 @@ def check_model(model: ModelConfig) -> None:
             f"'model.rope_local_theta' is {model.rope_local_theta}, but 'model.global_every' is 0": (
                 not model.rope_local_theta or model.global_every > 0
             ),
+            f"'model.position' is {model.position}, which does not read 'model.rope_scaling': set rope": (
+                model.position == "rope" or model.rope_scaling.kind == "none"
+            ),
+            f"'model.position' is {model.position}, which does not read 'model.rope_local_theta': set rope": (
+                model.position == "rope" or not model.rope_local_theta
+            ),
+            f"'model.sliding_window' is {model.sliding_window}, but 'model.kind' {model.kind} has no windows: set 0": (
+                not is_vision or not model.sliding_window
+            ),
+            f"'model.scale_embeddings' is for models of text; 'model.kind' {model.kind} needs it to be False": (
+                not is_vision or not model.scale_embeddings
+            ),
+            "'model.qkv_bias' is set, but 'model.use_bias' adds these biases already: set one of them to False": (
+                not model.qkv_bias or not model.use_bias
+            ),
             f"'model.query_scale' is {model.query_scale}, but 'model.mup.base_width' sets the scale: set it to 0": (
                 not model.query_scale or not model.mup.base_width
             ),
@@ -241,13 +266,20 @@ def check_model(model: ModelConfig) -> None:
 
 
 def _check_rope_scaling(scaling: RopeScalingConfig) -> None:
-    name, usual = f"'model.rope_scaling.kind' is {scaling.kind}", RopeScalingConfig()
+    name, read = f"'model.rope_scaling.kind' is {scaling.kind}", ROPE_SCALING_KEYS[scaling.kind]
+    usual, own = to_dict(RopeScalingConfig()), to_dict(scaling)
     _refuse(
         {
-            f"{name}, but other keys of 'model.rope_scaling' are set": scaling.kind != "none" or scaling == usual,
-            f"{name}, which needs a 'model.rope_scaling.factor' above 1": scaling.kind == "none" or scaling.factor > 1,
+            f"{name}, which does not read 'model.rope_scaling.{key}': leave it at {usual[key]}": own[key] == usual[key]
+            for key in own
+            if key not in ("kind", *read)
+        }
+        | {
+            f"{name}, which needs a 'model.rope_scaling.factor' of at least 1": (
+                "factor" not in read or scaling.factor >= 1
+            ),
             f"{name}, which needs 'model.rope_scaling.original_len'": (
-                scaling.kind in ("none", "linear") or scaling.original_len > 0
+                "original_len" not in read or scaling.original_len > 0
             ),
             "'model.rope_scaling.low_freq_factor' must be below 'high_freq_factor'": (
                 scaling.low_freq_factor < scaling.high_freq_factor
