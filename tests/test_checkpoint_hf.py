@@ -17,13 +17,13 @@ torch = pytest.importorskip("torch", reason="needs the extra peer: pip install -
 transformers = pytest.importorskip("transformers", reason="needs the extra peer: pip install -e '.[peer]'")
 
 from lm import losses, param_paths  # noqa: E402
-from lm.checkpoint import hf  # noqa: E402
+from lm.checkpoint import CheckpointError, hf  # noqa: E402
 from lm.checkpoint.hf import export  # noqa: E402
 from lm.config import Config, GenerateConfig, ModelConfig, schema  # noqa: E402
 from lm.decoding import sampling  # noqa: E402
 from lm.models import rope as rope_lib  # noqa: E402
 from lm.models import transformer  # noqa: E402
-from tests import tool_modules  # noqa: E402
+from tests import published, tool_modules  # noqa: E402
 
 torch.set_num_threads(1)
 VOCAB, LONG = 99, 8192
@@ -52,6 +52,7 @@ CONFIGS |= {
     "gpt2 untied, narrow MLP": ("gpt2", GPT2 | dict(tie_word_embeddings=False, n_inner=40)),
     "llama tied": ("llama", SIZES | dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
     "mistral without window": ("mistral", SIZES | dict(sliding_window=None)),
+    "gemma2 without windows": ("gemma2", SIZES | dict(head_dim=16, layer_types=["full_attention"] * 2)),
     "qwen3 windows": ("qwen3", SIZES | dict(sliding_window=5, use_sliding_window=True, max_window_layers=0)),
     "gemma3 all windows": ("gemma3_text", SIZES | dict(head_dim=16, sliding_window=7)),
     "linear": ("llama", rope(rope_type="linear", factor=4.0)),
@@ -64,6 +65,8 @@ CONFIGS |= {
     ),
     "dynamic": ("llama", rope(rope_type="dynamic", factor=4.0) | {"max_position_embeddings": 512}),
 }
+
+ONLY_GENERATED = {"dynamic, short": ("llama", rope(rope_type="dynamic", factor=4.0) | {"max_position_embeddings": 6})}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def folder(tmp_path_factory):
 @functools.cache
 def theirs(name: str) -> Any:
     """The model in transformers, with all parameters moved, so that each one matters."""
-    kind, values = CONFIGS[name]
+    kind, values = (CONFIGS | ONLY_GENERATED)[name]
     torch.manual_seed(0)
     cfg = transformers.AutoConfig.for_model(kind, **values)
     model = transformers.AutoModelForCausalLM.from_config(cfg, attn_implementation="eager").float().eval()
@@ -94,12 +97,12 @@ def theirs(name: str) -> Any:
 
 def read(path: Path) -> tuple[Any, Any, Any]:
     """(model config, functions, parameters) of a folder, on one device."""
-    published = hf.open_model(path)
-    fns = transformer.text_model(published.model, jnp.float32)
+    opened = hf.open_model(path)
+    fns = transformer.text_model(opened.model, jnp.float32)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(fns.init, jax.eval_shape(lambda: jax.random.key(0)))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
-    return published.model, fns, hf.load(published, {"params": abstract})["params"]
+    return opened.model, fns, hf.load(opened, {"params": abstract})["params"]
 
 
 def logits_here(cfg: Any, fns: Any, params: Any, batch: Any) -> jax.Array:
@@ -170,15 +173,17 @@ def test_frequencies_are_those_of_transformers_up_to_the_last_bits(kind, theta):
     assert rope_lib.attention_magnitude(section) == theirs.attention_scaling
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "dynamic, short"])
 def test_greedy_generation_is_that_of_transformers(name, folder):
-    """64 ids after prompts of different lengths, from the cache."""
+    """64 ids after prompts of different lengths, from the cache; with dynamic scaling beyond the original length."""
     cfg, fns, params = read(folder(name))
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4]]
     words = SimpleNamespace(eos_id=1, may_generate=lambda ends, symbols: np.ones(VOCAB, bool))
     config = Config(model=cfg, generate=GenerateConfig(max_new_tokens=64, temperature=0.0))
     mine = sampling.generate(fns, params, prompts, jax.random.key(0), config, words)
     for prompt, ids in zip(prompts, mine, strict=True):
+        if name == "dynamic, short":  # transformers keeps the frequencies of the longest row so far
+            theirs(name).model.rotary_emb.__init__(theirs(name).config)
         out = theirs(name).generate(
             torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=1, pad_token_id=1
         )
@@ -254,12 +259,54 @@ def test_transformers_computes_the_same_from_an_export(name, folder, tmp_path):
     np.testing.assert_array_equal(*same)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_that_are_absent_or_null_mean_what_transformers_takes(name, folder):
+    config = json.loads((folder(name) / "config.json").read_text())
+    family, make = hf.FAMILIES[config["model_type"]], type(theirs(name).config)
+    required = family.keys.keys() - family.defaults.keys()
+
+    def outcome(given: dict[str, Any]) -> Any:
+        try:
+            return hf.families.model_of(family, given, Path("c"))
+        except CheckpointError as error:
+            return str(error)
+
+    for key in sorted(config.keys() - required - {"model_type", "architectures", "dtype", "transformers_version"}):
+        less = {other: value for other, value in config.items() if other != key}
+        assert outcome(less) == outcome(make.from_dict(less).to_dict()), key
+        try:
+            whole = make.from_dict(less | {key: None}).to_dict()
+        except Exception:
+            continue
+        assert outcome(less | {key: None}) == outcome(whole), f"{key}: null"
+
+
+def test_llama_has_no_windows_and_mistral_has_them_in_all_layers(folder):
+    """As in transformers, whatever `layer_types` says."""
+    types = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
+    for name, window in (("llama", 0), ("mistral", 5)):
+        config = json.loads((folder(name) / "config.json").read_text()) | types
+        model = hf.families.model_of(hf.FAMILIES[name], config, Path("c"))
+        assert (model.sliding_window, model.global_every) == (window, 0)
+    assert "sliding_window" in hf.families.not_read(hf.FAMILIES["llama"], config)
+
+
+def test_verify_reads_the_text_with_the_tokenizer_of_a_hub_cache(tmp_path, capsys):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "123"
+    published.folder("byte_bpe", snapshot)
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": 420})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(snapshot)
+    tool_modules.call("hf", "verify", tmp_path / "models--a--b", "--positions=32")
+    said = capsys.readouterr().out
+    assert "real text" in said and "no tokenizer" not in said
+
+
 def test_verify_says_equal_or_names_the_layer(folder, capsys, monkeypatch):
     tool_modules.call("hf", "verify", folder("llama"), "--positions=64")
     assert "equal: logits within 1e-05" in capsys.readouterr().out
 
-    def spoil(published: Any, abstract: Any) -> Any:
-        flat = param_paths.flatten(whole(published, abstract))
+    def spoil(opened: Any, abstract: Any) -> Any:
+        flat = param_paths.flatten(whole(opened, abstract))
         down = "params/decoder/layers/mlp/down/kernel"
         return param_paths.unflatten(flat | {down: flat[down].at[1].multiply(1.001)})
 

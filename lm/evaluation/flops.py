@@ -6,14 +6,15 @@ from lm.config import ModelConfig
 def train_flops_per_token(
     model: ModelConfig, seq_len: int, vocab_size: int, *, causal_half: bool = False
 ) -> float | None:
-    """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
+    """Model FLOPs of a forward and backward pass for one position: 6 N + 12 H E context, summed over layers.
 
     N is the number of parameters in matrices that a token is multiplied with: those of the blocks (only the experts it
     is routed to) and the output projection, tied or not, but not the embedding, which is a look-up. Norms and biases,
     below 0.1%, are left out. The second term is the attention scores and the weighted sum of the values. There are two
     conventions: attention counted in full (PaLM, arXiv:2204.02311, appendix B), and its causal half, as MaxText counts
-    since 2025. The context is seq_len, or the sliding window if that is shorter; its causal half is the mean number of
-    keys that a position attends to, taken as context - context^2 / (2 seq_len), which is seq_len / 2 without a window.
+    since 2025. The context is seq_len, or in a layer with a sliding window the window if that is shorter; its causal
+    half is the mean number of keys that a position attends to, taken as context - context^2 / (2 seq_len), which is
+    seq_len / 2 without a window.
     Recomputation (remat) does not count, and frozen parameters count as trained ones.
 
     Args:

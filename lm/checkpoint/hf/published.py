@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from lm.config import ModelConfig
 from lm.models import transformer
 
 PREFIX = "hf:"  # of `init_from`
+_HEAD = "lm_head.weight"
+_ROWS = 4096  # of the head that are compared at once with the embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Published:
         """What the shape of a run's model is, as read from config.json, for the console."""
         usual = families.differences(self.model, ModelConfig())
         taken = ", ".join(f"{key}={mine!r}" for key, (mine, _) in usual.items())
-        lines = [f"  model.* from {self.path / files.CONFIG}, a {self.family.model_type}: {taken}; others: defaults"]
+        lines = [f"  model.* from {self.tensors.config_path}, a {self.family.model_type}: {taken}; others: defaults"]
         if unknown := families.not_read(self.family, self.tensors.config):
             lines.append(f"  keys of it that are not read: {', '.join(unknown)}")
         return "\n".join(lines)
@@ -79,9 +82,8 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
       ConfigError: the run's config asks for another model.
     """
     path = Path(path).expanduser()
-    is_gguf = path.suffix == ".gguf"
-    tensors = gguf.open_file(path) if is_gguf else files.open_folder(path)
-    where = path if is_gguf else tensors.path / files.CONFIG
+    tensors = gguf.open_file(path) if path.suffix == ".gguf" else files.open_folder(path)
+    where = tensors.config_path
     family = families.of_config(tensors.config, where)
     there = families.model_of(family, tensors.config, where)
     try:
@@ -106,7 +108,8 @@ def _check(
     """The family's table with the names of these files; without the parameters that the files lack.
 
     Raises:
-      CheckpointError: a tensor that no parameter takes, or one of another shape.
+      CheckpointError: a tensor that no parameter takes, one of another shape, some layers' tensors of a parameter are
+        missing, or a head differs from the embedding to which it is tied.
     """
     table = {entry.path: entry for entry in family.tensors(model)}
     assert table.keys() == shapes.keys(), sorted(table.keys() ^ shapes.keys())
@@ -116,26 +119,51 @@ def _check(
     used, missing = set(), set()
     for path, entry in table.items():
         shape = shapes[path][1:] if "{}" in entry.name else shapes[path]
-        for name in _names(entry, shapes[path]):
-            if name not in found:
-                missing.add(path)
-                break
+        # One more than there are is enough to find one that is absent, however many config.json asks for.
+        names = list(itertools.islice(_names(entry, shapes[path]), len(found) + 1))
+        absent = [name for name in names if name not in found]
+        if len(absent) == len(names):
+            missing.add(path)
+            continue
+        if absent:
+            raise CheckpointError(
+                f"{tensors.path} has no tensor '{absent[0]}', which a {family.model_type} of {shapes[path][0]} "
+                "layers has; download it again"
+            )
+        for name in names:
             expected = entry.file_shape(shape)
             if tensors.shapes[name] != expected:
                 raise CheckpointError(
-                    f"{tensors.places[name]} has shape {list(tensors.shapes[name])}; the sizes in {files.CONFIG} "
-                    f"need {list(expected)}"
+                    f"{tensors.places[name]} has shape {list(tensors.shapes[name])}; the sizes in "
+                    f"{tensors.config_path.name} need {list(expected)}"
                 )
             used.add(name)
-    if model.tie_embeddings:
-        used.add("lm_head.weight")  # the same as the embedding
-    partly = {name for path in missing for name in _names(table[path], shapes[path])}
-    if unexpected := sorted(found - used - partly):
+    embedding = table["embed/embedding"].name
+    if model.tie_embeddings and {_HEAD, embedding} <= found:
+        _check_tied(tensors, embedding)
+        used.add(_HEAD)
+    if unexpected := sorted(found - used):
         raise CheckpointError(
-            f"{tensors.places[unexpected[0]]} is no tensor of a {family.model_type} as {files.CONFIG} describes it "
-            f"({len(unexpected)} such tensors)"
+            f"{tensors.places[unexpected[0]]} is no tensor of a {family.model_type} as "
+            f"{tensors.config_path.name} describes it ({len(unexpected)} such tensors)"
         )
     return {path: entry for path, entry in table.items() if path not in missing}
+
+
+def _check_tied(tensors: Tensors, embedding: str) -> None:
+    """Raises CheckpointError for a head that is not the embedding, to which config.json ties it."""
+    rows, columns = shape = tensors.shapes[embedding]
+
+    def same(start: int) -> bool:
+        part = (slice(start, min(start + _ROWS, rows)), slice(0, columns))
+        head, table = (tensors.read(name, part).astype(np.float32) for name in (_HEAD, embedding))
+        return np.array_equal(head, table, equal_nan=True)
+
+    if tensors.shapes[_HEAD] != shape or not all(map(same, range(0, rows, _ROWS))):
+        raise CheckpointError(
+            f"{tensors.places[_HEAD]} differs from '{embedding}', to which {tensors.config_path} ties it; set its "
+            "tie_word_embeddings to false"
+        )
 
 
 def _names(entry: Tensor, shape: tuple[int, ...]) -> Any:
