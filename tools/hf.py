@@ -62,7 +62,8 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str) -> None:
     planned, _, params = run_lib.init_model(tasks.build_config(source))
     assert planned.init is not None
     say(init_from.describe(planned.origin_of, planned.unused, planned.init, planned.cfg.model, planned.cfg.model))
-    info = {"tokenizer_hash": planned.tokenizer.hash if planned.tokenizer else "", "data": {"example": 0}}
+    about = {"tokenizer_hash": planned.tokenizer.hash if planned.tokenizer else "", "data": {"example": 0}}
+    info = about | {"published_vocab": planned.published_vocab}
     size = run_lib.write_checkpoint(out, planned.cfg, params, planned.tokenizer, 0, info)
     say(f"{out}: {size / 2**20:,.1f} MiB of parameters")
 
@@ -73,18 +74,17 @@ def export_run(run: str, out: Path, dtype: str) -> None:
 
     from lm import run as run_lib
     from lm import tasks
-    from lm.checkpoint import hf
     from lm.checkpoint.hf import export
     from lm.models import adapters
 
-    cfg, _, params, tokenizer = run_lib.load_model(run)
+    saved, (cfg, _, params, tokenizer) = run_lib.load_checkpoint(run)
     if cfg.adapter.kind == "lora":
         params = adapters.merge(params, cfg.adapter)
     model = cfg.model
-    # Our own vocabulary is rounded up to a multiple; a published one keeps its size.
-    is_published = cfg.init_from.startswith(hf.PREFIX) or not tokenizer
-    rows = model.vocab_size if is_published else tokenizer.vocab_size
+    # Rows after the tokenizer's ids were never trained, unless they came from a published model.
+    rows = max(tokenizer.vocab_size if tokenizer else 0, saved.info.get("published_vocab", 0)) or model.vocab_size
     ids: dict[str, Any] = {}
+    others: dict[str, bytes] = {}
     if tokenizer:
         ends = tasks.task_of(cfg).ends(tokenizer)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -93,11 +93,9 @@ def export_run(run: str, out: Path, dtype: str) -> None:
         if generate.temperature:
             sampled = {"temperature": generate.temperature, "top_p": generate.top_p, "top_k": generate.top_k}
             generation |= {"do_sample": True} | sampled
-    export.export(out, model, params, vocab_size=rows, dtype=jnp.dtype(dtype), about=ids)
-    if tokenizer:
-        (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        for name, content in tokenizer.saved_files.items():
-            (out / Path(name).name).write_bytes(content)
+        others = {Path(name).name: content for name, content in tokenizer.saved_files.items()}
+        others["generation_config.json"] = f"{json.dumps(generation, indent=2)}\n".encode()
+    export.export(out, model, params, vocab_size=rows, dtype=jnp.dtype(dtype), about=ids, others=others)
     say(f"{out}: {rows:,} of {model.vocab_size:,} rows of vocabulary, {dtype}")
 
 
@@ -127,7 +125,7 @@ def verify(folder: Path, text: str, positions: int) -> None:
 
     pair = load_both(folder)
     batches = random_batches(pair.vocab_size, min(positions, pair.model.max_len))
-    if ids := _real_text(folder, text, min(positions, pair.model.max_len)):
+    if ids := _real_text(pair.path, text, min(positions, pair.model.max_len)):
         batches["real text"] = (ids, [[1] * len(ids[0])])
     say(f"{'batch':<28}{'logits':>10}{'hidden':>10}{'KL, nats':>12}")
     worst = []
@@ -150,12 +148,14 @@ class Pair(NamedTuple):
     """A published model in both implementations, float32.
 
     Attributes:
+      path: its folder with config.json, or the GGUF file.
       theirs: of `transformers`.
       model: its shape here.
       params: its parameters here.
       vocab_size: its ids.
     """
 
+    path: Path
     theirs: Any
     model: Any
     params: Any
@@ -185,7 +185,7 @@ def load_both(folder: Path) -> Pair:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         where, dtype=torch.float32, attn_implementation="eager", **more
     )
-    return Pair(theirs.eval(), model, params, model.vocab_size)
+    return Pair(published.path, theirs.eval(), model, params, model.vocab_size)
 
 
 def place(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -209,17 +209,17 @@ def random_batches(vocab_size: int, positions: int) -> dict[str, tuple[Any, Any]
     }
 
 
-def _real_text(folder: Path, text: str, positions: int) -> list[list[int]]:
+def _real_text(path: Path, text: str, positions: int) -> list[list[int]]:
     """Ids of one row of text by the folder's tokenizer; empty, with a note, if it has none."""
     import argparse
 
     import transformers
 
     content = Path(text).read_text(encoding="utf-8") if text else f"{argparse.__doc__}\n{json.__doc__}"
-    where, more = place(folder)
+    where, more = place(path)
     has_one = any((where / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if not has_one and "gguf_file" not in more:
-        say(f"no tokenizer in {folder}: only random ids are compared")
+        say(f"no tokenizer in {path}: only random ids are compared")
         return []
     more.pop("use_safetensors", None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, **more)
