@@ -30,6 +30,7 @@ VOCAB, LONG = 99, 8192
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
 SIZES |= dict(vocab_size=VOCAB, max_position_embeddings=LONG)
 GPT2 = dict(n_layer=2, n_embd=32, n_head=4, n_positions=256, vocab_size=VOCAB, bos_token_id=1, eos_token_id=1)
+BERT = SIZES | dict(max_position_embeddings=128)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
@@ -46,9 +47,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", SIZES | dict(head_dim=16)),
     "gemma2": ("gemma2", SIZES | dict(num_hidden_layers=3, head_dim=16, sliding_window=7, query_pre_attn_scalar=24)),
     "gemma3": ("gemma3_text", SIZES | dict(num_hidden_layers=7, head_dim=16, sliding_window=7)),
+    "bert": ("bert", BERT),
 }
 FAMILIES = list(CONFIGS)
+GENERATING = [name for name in FAMILIES if name != "bert"]
 CONFIGS |= {
+    "bert, tanh GELU": ("bert", BERT | dict(hidden_act="gelu_new")),
     "gpt2 untied, narrow MLP": ("gpt2", GPT2 | dict(tie_word_embeddings=False, n_inner=40)),
     "llama tied": ("llama", SIZES | dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
     "mistral without window": ("mistral", SIZES | dict(sliding_window=None)),
@@ -82,13 +86,17 @@ def folder(tmp_path_factory):
     return saved
 
 
+def auto(kind: str) -> Any:
+    return transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
+
+
 @functools.cache
 def theirs(name: str) -> Any:
     """The model in transformers, with all parameters moved, so that each one matters."""
     kind, values = (CONFIGS | ONLY_GENERATED)[name]
     torch.manual_seed(0)
     cfg = transformers.AutoConfig.for_model(kind, **values)
-    model = transformers.AutoModelForCausalLM.from_config(cfg, attn_implementation="eager").float().eval()
+    model = auto(kind).from_config(cfg, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -107,7 +115,7 @@ def read(path: Path) -> tuple[Any, Any, Any]:
 
 def logits_here(cfg: Any, fns: Any, params: Any, batch: Any) -> jax.Array:
     out = fns.apply(params, batch)
-    return losses.logits(out.hidden_BxLxD, out.unembed_DxV, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
+    return losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
 
 
 def logits_there(model: Any, tokens: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -149,9 +157,10 @@ def test_logits_are_those_of_transformers(name, folder):
         "positions": np.concatenate([np.arange(20), positions[3, :28]]).astype(np.int32)[None],
     }
     both = np.asarray(apply(params, packed))[0]
-    assert_equal(both[:20], mine[2, :20])
-    if name != "dynamic":  # whose frequencies depend on the whole length
-        assert_equal(both[20:], mine[3, :28])
+    mask[2, 20:], mask[3, 28:] = 0, 0
+    alone = np.asarray(apply(params, {"tokens": tokens, "segment_ids": mask, "positions": positions}))
+    assert_equal(both[:20], alone[2, :20])
+    assert_equal(both[20:], alone[3, :28])
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 100_000.0, 500_000.0, 1_000_000.0])
@@ -173,7 +182,7 @@ def test_frequencies_are_those_of_transformers_up_to_the_last_bits(kind, theta):
     assert rope_lib.attention_magnitude(section) == theirs.attention_scaling
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "dynamic, short"])
+@pytest.mark.parametrize("name", [*GENERATING, "dynamic, short"])
 def test_greedy_generation_is_that_of_transformers(name, folder):
     """64 ids after prompts of different lengths, from the cache; with dynamic scaling beyond the original length."""
     cfg, fns, params = read(folder(name))
@@ -192,7 +201,7 @@ def test_greedy_generation_is_that_of_transformers(name, folder):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_transformers(name, folder, tmp_path):
-    """Of the mean cross-entropy of the next ids; exported as parameters are, so that they have their names."""
+    """Of the mean cross-entropy of the next ids, of BERT of the same ids; exported, so that they have the same names."""
     cfg, fns, params = read(folder(name))
     tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 24)).astype(np.int32)
     mask = np.ones_like(tokens)
@@ -200,8 +209,9 @@ def test_gradients_are_those_of_transformers(name, folder, tmp_path):
 
     def loss(params: Any) -> jax.Array:
         batch = {"tokens": tokens, "segment_ids": mask, "positions": positions}
-        chances = jax.nn.log_softmax(logits_here(cfg, fns, params, batch)[:, :-1])
-        return -jnp.take_along_axis(chances, tokens[:, 1:, None], axis=-1).mean()
+        chances = jax.nn.log_softmax(logits_here(cfg, fns, params, batch))
+        chances, targets = (chances, tokens) if name == "bert" else (chances[:, :-1], tokens[:, 1:])
+        return -jnp.take_along_axis(chances, targets[..., None], axis=-1).mean()
 
     gradients = jax.jit(jax.grad(loss))(params)
     model = theirs(name)
@@ -213,7 +223,11 @@ def test_gradients_are_those_of_transformers(name, folder, tmp_path):
     wanted = {key: each.grad.numpy() for key, each in model.named_parameters() if key in mine}
     assert mine.keys() == wanted.keys()
     for key, want in wanted.items():
-        np.testing.assert_allclose(mine[key], want, rtol=0, atol=1e-4 * np.abs(want).max(), err_msg=key)
+        largest = np.abs(want).max()
+        if key.endswith("self.key.bias"):  # which changes nothing but by rounding: softmax does not see it
+            assert largest < 1e-8
+            largest = 1e-4
+        np.testing.assert_allclose(mine[key], want, rtol=0, atol=1e-4 * largest, err_msg=key)
     model.zero_grad()
 
 
@@ -229,7 +243,9 @@ def test_export_writes_the_bytes_that_were_read(name, folder, tmp_path):
     cfg, _, params = read(folder(name))
     export.export(tmp_path / "one", cfg, params, vocab_size=VOCAB)
     first, there = tensors_of(tmp_path / "one"), tensors_of(folder(name))
-    there.pop("lm_head.weight", None) if cfg.tie_embeddings else None
+    for each in ("lm_head.weight", "cls.predictions.decoder.weight") if cfg.tie_embeddings else ():
+        there.pop(each, None)
+    there.pop("cls.predictions.decoder.bias", None)
     assert first.keys() == there.keys()
     for key in first:
         assert first[key].tobytes() == there[key].tobytes() and first[key].shape == there[key].shape, key
@@ -245,7 +261,7 @@ def test_transformers_computes_the_same_from_an_export(name, folder, tmp_path):
     """Its own config.json and ours give the same model."""
     cfg, _, params = read(folder(name))
     export.export(tmp_path / "out", cfg, params, vocab_size=VOCAB)
-    back = transformers.AutoModelForCausalLM.from_pretrained(
+    back = auto(CONFIGS[name][0]).from_pretrained(
         tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
     )
     if name != "mistral without window":  # which is a Llama

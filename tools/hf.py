@@ -250,7 +250,7 @@ def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
     def apply(params: Any, batch: Any) -> Any:
         out = transformer.text_model(model, jnp.float32).apply(params, batch)
         size = {"vocab_size": pair.vocab_size, "softcap": model.logit_softcap}
-        return losses.logits(out.hidden_BxLxD, out.unembed_DxV, **size), out.hidden_BxLxD
+        return losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, **size), out.hidden_BxLxD
 
     logits, hidden = (np.asarray(x, np.float64) for x in apply(pair.params, batch))
     out = _theirs(pair, batch)

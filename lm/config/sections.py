@@ -155,7 +155,7 @@ ROPE_SCALING_KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Pre-norm blocks. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
+    """Blocks of attention and an MLP. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
 
     kind: Literal["decoder", "prefix_decoder", "encoder", "encoder_decoder", "vit", "mae"] = "decoder"
     num_layers: int = 4  # in an encoder-decoder, of the encoder
@@ -177,15 +177,21 @@ class ModelConfig:
     # rmsnorm; rmsnorm_plus_one multiplies by 1 + scale (Gemma).
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"
     norm_eps: float = 1e-5
-    norm_position: Literal["pre", "both"] = "pre"  # both: a norm before and one after attention and MLP (Gemma 2)
+    # Of attention and MLP; post: after the residual addition (BERT); both: before, and before the addition (Gemma 2).
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    embed_norm: bool = False  # the sum of the embeddings is normalised (BERT)
     # Initialisation of the parameters: a scheme of lm.models.initialisers.
     init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
-    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"  # swiglu; geglu = gated, with GELU (Gemma)
+    # swiglu; gelu = in its tanh form; gelu_exact = by the error function (BERT); geglu = gated, with gelu (Gemma).
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
     num_experts: int = 0  # MLPs of width mlp_dim in a layer; 0 = one MLP without a router
     experts_per_token: int = 0  # experts that each position is routed to
     use_bias: bool = True  # False
     qkv_bias: bool = False  # biases of query, key and value where use_bias is False (Qwen2)
     tie_embeddings: bool = True
+    lm_transform: bool = (
+        False  # before the output projection a dense layer, GELU and a norm; its logits have biases (BERT)
+    )
     scale_embeddings: bool = False  # token embeddings are multiplied by sqrt(embed_dim) (Gemma)
     query_scale: float = 0.0  # factor of the queries; 0 = 1 / sqrt(head_dim)
     qk_norm: bool = False
@@ -204,7 +210,7 @@ class ModelConfig:
 
 def check_model(model: ModelConfig) -> None:
     """Raises ConfigError for values of the model that contradict each other."""
-    is_vision = model.kind in ("vit", "mae")
+    is_vision, is_stack = model.kind in ("vit", "mae"), model.kind in ("decoder", "prefix_decoder", "encoder")
     _refuse(
         {
             f"'model.num_heads' ({model.num_heads}) must be a multiple of 'model.num_kv_heads' "
@@ -248,8 +254,14 @@ def check_model(model: ModelConfig) -> None:
             f"'model.query_scale' is {model.query_scale}, but 'model.mup.base_width' sets the scale: set it to 0": (
                 not model.query_scale or not model.mup.base_width
             ),
-            f"'model.norm_position' is both, which 'model.kind' {model.kind} has no use for; expected pre": (
-                model.norm_position == "pre" or model.kind in ("decoder", "prefix_decoder", "encoder")
+            f"'model.norm_position' is {model.norm_position}, but 'model.kind' {model.kind} supports pre only": (
+                model.norm_position == "pre" or is_stack
+            ),
+            f"'model.lm_transform' is set, but 'model.kind' {model.kind} does not support it": (
+                not model.lm_transform or is_stack
+            ),
+            f"'model.embed_norm' is for models of text; 'model.kind' {model.kind} needs it to be False": (
+                not is_vision or not model.embed_norm
             ),
             f"'model.mup.base_head_dim' is {model.mup.base_head_dim}, but 'model.mup.base_width' is 0": (
                 model.mup.base_width > 0 or not model.mup.base_head_dim

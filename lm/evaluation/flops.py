@@ -33,10 +33,10 @@ def train_flops_per_token(
     kv_heads = model.num_kv_heads or heads
     mlp_dim = model.mlp_dim or 4 * width
     attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
-    mlp = width * mlp_dim * (2 if model.mlp == "gelu" else 3)
+    mlp = width * mlp_dim * (2 if model.mlp in ("gelu", "gelu_exact") else 3)
     if experts := model.num_experts:
         mlp = model.experts_per_token * mlp + width * experts  # the router
-    matrices = model.num_layers * (attention + mlp) + width * vocab_size
+    matrices = model.num_layers * (attention + mlp) + width * (vocab_size + width * model.lm_transform)
     without_window = model.num_layers // model.global_every if model.global_every else 0
     contexts = 0.0  # summed over layers
     for layers, reach in ((without_window, 0), (model.num_layers - without_window, model.sliding_window)):

@@ -13,8 +13,10 @@ from lm.checkpoint.hf import families, files
 from lm.checkpoint.hf.families import Tensor
 from lm.checkpoint.store import CheckpointError
 from lm.config import ModelConfig
-from lm.types import Params
+from lm.config.schema import ConfigError
+from lm.types import Head, Params
 
+_OF_VOCABULARY = ("embed/embedding", "lm_head/kernel", "lm_transform/output_bias")
 SHARD_BYTES = 5 << 30  # of one file, as `transformers` has it
 
 
@@ -25,6 +27,7 @@ def export(
     *,
     vocab_size: int,
     dtype: Any = np.float32,
+    head: Head | None = None,
     about: Mapping[str, Any] = {},
     others: Mapping[str, bytes] = {},
     shard_bytes: int = SHARD_BYTES,
@@ -37,12 +40,13 @@ def export(
       params: the parameters.
       vocab_size: rows of vocabulary to write; those after them, which only round the size up, are left out.
       dtype: of the tensors.
+      head: the head of the model's task; None = the model predicts tokens.
       about: further keys of config.json, such as `bos_token_id`.
       others: name -> contents of further files, such as the tokenizer's.
       shard_bytes: size of a file at most, unless one tensor is larger.
 
     Raises:
-      ConfigError: the model is of no family's shape.
+      ConfigError: the model is of no family's shape, or its family has no place for the head.
       CheckpointError: the parameters are not those of this model.
     """
     from safetensors.numpy import save_file
@@ -50,10 +54,17 @@ def export(
     family = families.of_model(model)
     flat = param_paths.flatten(params)
     table = {entry.path: entry for entry in family.tensors(model)}
+    architecture = family.architecture
+    if head is not None:
+        if not (found := family.heads(head, model)):
+            raise ConfigError(f"the files of a {family.model_type} have no place for this task's head ({head.kind})")
+        architecture, more = found
+        table = {path: entry for path, entry in table.items() if head.keeps_unembed or not path.startswith("lm_")}
+        table |= {entry.path: entry for entry in more}
     if left := sorted(flat.keys() - table.keys()):
         raise CheckpointError(
-            f"parameter '{left[0]}' ({len(left)} such) is none of a {family.model_type}: a run with a task head or "
-            "bottleneck adapters cannot be exported"
+            f"parameter '{left[0]}' ({len(left)} such) is none of a {family.model_type}: a run with bottleneck "
+            "adapters cannot be exported"
         )
     if missing := sorted(table.keys() - flat.keys()):
         raise CheckpointError(f"no parameter '{missing[0]}', which a {family.model_type} has")
@@ -83,6 +94,7 @@ def export(
     for name, content in others.items():
         (folder / name).write_bytes(content)
     config = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
+    config["architectures"] = [architecture]
     (folder / files.CONFIG).write_text(json.dumps(config | dict(about), indent=2) + "\n", encoding="utf-8")
 
 
@@ -90,7 +102,7 @@ def _part(leaf: jax.Array, entry: Tensor, layer: int | None, rows: int) -> np.nd
     """The values that a parameter, or a layer of it, gives to a tensor; of the vocabulary's tables the first `rows`."""
     value = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
     value = value.T if entry.transposed else value
-    return value[:rows] if entry.path in ("embed/embedding", "lm_head/kernel") else value
+    return value[:rows] if entry.path in _OF_VOCABULARY else value
 
 
 def _size(leaf: jax.Array, layer: int | None) -> int:

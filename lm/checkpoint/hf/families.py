@@ -14,6 +14,7 @@ from lm.config import ModelConfig, RopeScalingConfig, check_model, schema
 from lm.config.schema import ConfigError
 from lm.config.sections import ROPE_SCALING_KEYS
 from lm.models import transformer
+from lm.types import Head
 
 Json = dict[str, Any]
 
@@ -24,8 +25,8 @@ _SIZES = ("num_layers", "embed_dim", "num_heads", "vocab_size", "max_len")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner", "final_logit_softcapping", "attn_logit_softcapping")
 # Keys of config.json that change nothing that is computed here, or repeat another key.
 _HARMLESS = re.compile(
-    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout"
-    r"|.*pdrop|auto_map|id2label|label2id|task_specific_params|summary_.*|n_ctx|max_window_layers|use_sliding_window"
+    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout(_prob)?"
+    r"|.*pdrop|auto_map|id2label|label2id|num_labels|task_specific_params|summary_.*|n_ctx|max_window_layers|use_sliding_window"
     r"|layer_types|_?sliding_window_pattern|rope_.*|cache_implementation|output_.*|return_dict|is_llama_config|model_type"
     r"|transformers\.js_config|torchscript|_attn_implementation.*|problem_type|chunk_size_feed_forward|pretraining_tp"
 )
@@ -79,6 +80,10 @@ class Family(NamedTuple):
       more_back: model -> further keys of config.json; the inverse of `more`.
       tensors: model -> the table of its tensors.
       ignored: regular expression of tensors that hold nothing learned.
+      repeats: tensor -> the parameter whose values some files store in it once more.
+      older: part of a tensor's name -> what older files have in its place.
+      heads: (head of a task, model) -> (`architectures` with it, its tensors); None = a head has no place in the files.
+      optional: tensors of heads, of which files may have some; earlier ones go before later ones of the same parameter.
     """
 
     model_type: str
@@ -92,6 +97,10 @@ class Family(NamedTuple):
     more_back: Callable[[ModelConfig], Json]
     tensors: Callable[[ModelConfig], list[Tensor]]
     ignored: str = r"(?!)"
+    repeats: Mapping[str, str] = {}
+    older: Mapping[str, str] = {}
+    heads: Callable[[Head, ModelConfig], tuple[str, list[Tensor]] | None] = lambda head, model: None
+    optional: tuple[Tensor, ...] = ()
 
 
 def of_config(theirs: Json, path: Path) -> Family:
@@ -419,6 +428,7 @@ _LLAMA_DEFAULTS = {
 }
 _LLAMA_FIXED = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "use_bias": False}
 
+_TIED = {"lm_head.weight": "embed/embedding"}
 _LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -431,6 +441,7 @@ _LLAMA = Family(
     more_back=_llama_back,
     tensors=_llama_tensors,
     ignored=r".*\.rotary_emb\.inv_freq",
+    repeats=_TIED,
 )
 _MISTRAL = _LLAMA._replace(
     model_type="mistral",
@@ -607,7 +618,94 @@ _GPT2 = Family(
     more_back=lambda model: {"bos_token_id": None, "eos_token_id": None},
     tensors=_gpt2_tensors,
     ignored=r".*\.attn\.(bias|masked_bias)",
+    repeats=_TIED,
+)
+
+# BERT ----------------------------------------------------------------------------------------------------------------
+
+_BERT_MLP = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+
+
+def _bert_tensors(model: ModelConfig) -> list[Tensor]:
+    block, layer = "encoder/layers", "bert.encoder.layer.{}"
+    linear = {f"{block}/attention/{name}": f"{layer}.attention.self.{name}" for name in ("query", "key", "value")}
+    linear |= {f"{block}/attention/out": f"{layer}.attention.output.dense"}
+    linear |= {f"{block}/mlp/up": f"{layer}.intermediate.dense", f"{block}/mlp/down": f"{layer}.output.dense"}
+    linear["lm_transform/dense"] = "cls.predictions.transform.dense"
+    norms = {f"{block}/attention_norm": f"{layer}.attention.output", f"{block}/mlp_norm": f"{layer}.output"}
+    norms |= {"embed/norm": "bert.embeddings", "lm_transform/norm": "cls.predictions.transform"}
+    tables = {"embedding": "word", "position_embedding": "position", "type_embedding": "token_type"}
+    out = [Tensor(f"embed/{a}", f"bert.embeddings.{b}_embeddings.weight") for a, b in tables.items()]
+    out += [tensor for path, name in linear.items() for tensor in _dense(path, name)]
+    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+        out += [Tensor(f"{path}/{ours}", f"{name}.LayerNorm.{theirs}") for path, name in norms.items()]
+    return [*out, Tensor("lm_transform/output_bias", "cls.predictions.bias")]
+
+
+def _dense(path: str, name: str) -> list[Tensor]:
+    return [Tensor(f"{path}/kernel", f"{name}.weight", True), Tensor(f"{path}/bias", f"{name}.bias")]
+
+
+_BERT_POOLER = _dense("head/pooler", "bert.pooler.dense")
+_BERT_CLASSIFIER = _dense("head/classifier", "classifier")
+_BERT_PAIRS = _dense("head/classifier", "cls.seq_relationship")
+
+
+def _bert_heads(head: Head, model: ModelConfig) -> tuple[str, list[Tensor]] | None:
+    if head.kind == "token":
+        return "BertForTokenClassification", _BERT_CLASSIFIER
+    if head.kind == "projection" or model.pool != "first":
+        return None
+    if head.keeps_unembed:
+        return "BertForPreTraining", _BERT_POOLER + _BERT_PAIRS
+    return "BertForSequenceClassification", _BERT_POOLER + _BERT_CLASSIFIER
+
+
+def _bert_more(theirs: Json, model: ModelConfig) -> Json:
+    if (activation := theirs["hidden_act"]) not in _BERT_MLP:
+        raise ConfigError(f"hidden_act is {activation!r}; supported are {', '.join(_BERT_MLP)}")
+    return {"mlp": _BERT_MLP[activation]}
+
+
+def _bert_back(model: ModelConfig) -> Json:
+    activation = {ours: theirs for theirs, ours in reversed(_BERT_MLP.items())}.get(model.mlp)
+    return {"hidden_act": activation, "bos_token_id": None, "eos_token_id": None}
+
+
+_BERT = Family(
+    model_type="bert",
+    architecture="BertForMaskedLM",
+    prefix="bert.",
+    keys={
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "embed_dim",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "mlp_dim",
+        "max_position_embeddings": "max_len",
+        "vocab_size": "vocab_size",
+        "layer_norm_eps": "norm_eps",
+    },
+    defaults={
+        **{"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        **{"max_position_embeddings": 512, "vocab_size": 30522, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+    },
+    expected={
+        **{"type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": False},
+        **{"add_cross_attention": False, "tie_word_embeddings": True},
+    },
+    fixed={"kind": "encoder", "norm_position": "post", "embed_norm": True, "lm_transform": True},
+    more=_bert_more,
+    more_back=_bert_back,
+    tensors=_bert_tensors,
+    ignored=r"(bert\.)?embeddings\.position_ids",
+    repeats={
+        "cls.predictions.decoder.weight": "embed/embedding",
+        "cls.predictions.decoder.bias": "lm_transform/output_bias",
+    },
+    older={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    heads=_bert_heads,
+    optional=(*_BERT_POOLER, *_BERT_CLASSIFIER, *_BERT_PAIRS),
 )
 
 # By model_type; export takes the first that fits.
-FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3)}
+FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT)}

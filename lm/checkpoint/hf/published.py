@@ -20,8 +20,7 @@ from lm.config import ModelConfig
 from lm.models import transformer
 
 PREFIX = "hf:"  # of `init_from`
-_HEAD = "lm_head.weight"
-_ROWS = 4096  # of the head that are compared at once with the embedding
+_ROWS = 4096  # of two tensors that are compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,7 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
         shapes = _parameters(there)
     except (TypeError, ValueError, ArithmeticError) as error:  # sizes that fit no array
         raise CheckpointError(f"{where}: {error}") from None
-    table = _check(tensors, family, there, shapes)
+    table, shapes = _check(tensors, family, there, shapes)
     wanted = there if model is None else families.adopt(model, there, tensors.path)
     return Published(tensors, family, wanted, there.vocab_size, table, shapes)
 
@@ -104,18 +103,26 @@ def _parameters(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _check(
     tensors: Tensors, family: Family, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """The family's table with the names of these files; without the parameters that the files lack.
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The family's table with the names of these files, and the shapes of its parameters; without the parameters that
+    the files lack, with those of a task's head that they have.
 
     Raises:
       CheckpointError: a tensor that no parameter takes, one of another shape, some layers' tensors of a parameter are
-        missing, or a head differs from the embedding to which it is tied.
+        missing, or a tensor differs from the one that it repeats, such as a head from the embedding it is tied to.
     """
     table = {entry.path: entry for entry in family.tensors(model)}
     assert table.keys() == shapes.keys(), sorted(table.keys() ^ shapes.keys())
     found = {name for name in tensors.shapes if not re.fullmatch(family.ignored, name)}
-    if not any(name.startswith(family.prefix) for name in found):  # saved without a head
-        table = {path: entry._replace(name=entry.name.removeprefix(family.prefix)) for path, entry in table.items()}
+    for entry in family.optional:
+        if entry.path not in table and _named(entry, family, found).name in found:
+            table[entry.path] = entry
+    table = {path: _named(entry, family, found) for path, entry in table.items()}
+    shapes = shapes | {
+        path: tensors.shapes[entry.name][:: -1 if entry.transposed else 1]
+        for path, entry in table.items()
+        if path not in shapes
+    }
     used, missing = set(), set()
     for path, entry in table.items():
         shape = shapes[path][1:] if "{}" in entry.name else shapes[path]
@@ -138,30 +145,41 @@ def _check(
                     f"{tensors.config_path.name} need {list(expected)}"
                 )
             used.add(name)
-    embedding = table["embed/embedding"].name
-    if model.tie_embeddings and {_HEAD, embedding} <= found:
-        _check_tied(tensors, embedding)
-        used.add(_HEAD)
+    for name, path in family.repeats.items():
+        if name in found - used and path in table.keys() - missing:
+            _check_repeated(tensors, name, table[path].name)
+            used.add(name)
     if unexpected := sorted(found - used):
         raise CheckpointError(
             f"{tensors.places[unexpected[0]]} is no tensor of a {family.model_type} as "
             f"{tensors.config_path.name} describes it ({len(unexpected)} such tensors)"
         )
-    return {path: entry for path, entry in table.items() if path not in missing}
+    return {path: entry for path, entry in table.items() if path not in missing}, shapes
 
 
-def _check_tied(tensors: Tensors, embedding: str) -> None:
-    """Raises CheckpointError for a head that is not the embedding, to which config.json ties it."""
-    rows, columns = shape = tensors.shapes[embedding]
+def _named(entry: Tensor, family: Family, found: set[str]) -> Tensor:
+    """The entry with the name that its tensor has in files with the tensors `found`."""
+    name = entry.name
+    if not any(each.startswith(family.prefix) for each in found):  # saved without a head
+        name = name.removeprefix(family.prefix)
+    for now, before in family.older.items():
+        if not any(now in each for each in found):
+            name = name.replace(now, before)
+    return entry._replace(name=name)
+
+
+def _check_repeated(tensors: Tensors, name: str, first: str) -> None:
+    """Raises CheckpointError for a tensor that is not that of the name `first`, to which config.json ties it."""
+    rows, *others = shape = tensors.shapes[first]
 
     def same(start: int) -> bool:
-        part = (slice(start, min(start + _ROWS, rows)), slice(0, columns))
-        head, table = (tensors.read(name, part).astype(np.float32) for name in (_HEAD, embedding))
-        return np.array_equal(head, table, equal_nan=True)
+        part = (slice(start, min(start + _ROWS, rows)), *(slice(0, size) for size in others))
+        one, two = (tensors.read(each, part).astype(np.float32) for each in (name, first))
+        return np.array_equal(one, two, equal_nan=True)
 
-    if tensors.shapes[_HEAD] != shape or not all(map(same, range(0, rows, _ROWS))):
+    if tensors.shapes[name] != shape or not all(map(same, range(0, rows, _ROWS))):
         raise CheckpointError(
-            f"{tensors.places[_HEAD]} differs from '{embedding}', to which {tensors.config_path} ties it; set its "
+            f"{tensors.places[name]} differs from '{first}', to which {tensors.config_path} ties it; set its "
             "tie_word_embeddings to false"
         )
 
