@@ -23,6 +23,8 @@ from lm.config import Config, GenerateConfig, ModelConfig, schema  # noqa: E402
 from lm.decoding import sampling  # noqa: E402
 from lm.models import rope as rope_lib  # noqa: E402
 from lm.models import transformer  # noqa: E402
+from lm.tasks import sentence_embeddings  # noqa: E402
+from lm.types import Head  # noqa: E402
 from tests import published, tool_modules  # noqa: E402
 
 torch.set_num_threads(1)
@@ -201,7 +203,7 @@ def test_greedy_generation_is_that_of_transformers(name, folder):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_transformers(name, folder, tmp_path):
-    """Of the mean cross-entropy of the next ids, of BERT of the same ids; exported, so that they have the same names."""
+    """Of the mean cross-entropy of the next ids, of BERT of the same ids; exported, so that they have its names."""
     cfg, fns, params = read(folder(name))
     tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 24)).astype(np.int32)
     mask = np.ones_like(tokens)
@@ -261,9 +263,7 @@ def test_transformers_computes_the_same_from_an_export(name, folder, tmp_path):
     """Its own config.json and ours give the same model."""
     cfg, _, params = read(folder(name))
     export.export(tmp_path / "out", cfg, params, vocab_size=VOCAB)
-    back = auto(CONFIGS[name][0]).from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
-    )
+    back = auto(CONFIGS[name][0]).from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     if name != "mistral without window":  # which is a Llama
         assert type(back) is type(theirs(name))
     tokens = np.arange(60, dtype=np.int32)[None] % VOCAB
@@ -334,6 +334,23 @@ def test_verify_says_equal_or_names_the_layer(folder, capsys, monkeypatch):
     assert float(lines[0]) < 1e-5 < float(lines[1])
 
 
+def test_verify_compares_a_bert_by_layer_too(folder, capsys, monkeypatch):
+    tool_modules.call("hf", "verify", folder("bert"), "--positions=64")
+    assert "equal: logits within 1e-05" in capsys.readouterr().out
+
+    def spoil(opened: Any, abstract: Any) -> Any:
+        flat = param_paths.flatten(whole(opened, abstract))
+        down = "params/encoder/layers/mlp/down/kernel"
+        return param_paths.unflatten(flat | {down: flat[down].at[1].multiply(1.01)})
+
+    whole = hf.load
+    monkeypatch.setattr(hf, "load", spoil)
+    with pytest.raises(SystemExit, match="computes something else here"):
+        tool_modules.call("hf", "verify", folder("bert"), "--positions=64")
+    lines = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "after layer" in line]
+    assert float(lines[0]) < 1e-5 < float(lines[1])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_files_of_16_bits_are_read_as_they_are(dtype, folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder("qwen2"), dtype=getattr(torch, dtype))
@@ -368,3 +385,163 @@ def test_config_of_older_versions_is_read(folder):
     gemma |= {"rope_theta": full["rope_theta"], "rope_local_base_freq": local["rope_theta"]}
     assert hf.families.model_of(hf.FAMILIES["gemma3_text"], gemma, Path("c")) == new
     assert dataclasses.replace(new, sliding_window=0) != new
+
+
+# BERT ----------------------------------------------------------------------------------------------------------------
+
+
+def bert(auto: Any, **values: Any) -> Any:
+    """A tiny model of transformers with all parameters moved."""
+    torch.manual_seed(0)
+    model = auto(transformers.BertConfig(**BERT, **values)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def sentences() -> dict[str, np.ndarray]:
+    """Rows of two sentences; padded on the left, on the right, and not at all."""
+    tokens = np.random.default_rng(3).integers(0, VOCAB, (3, 24)).astype(np.int32)
+    mask = np.ones_like(tokens)
+    mask[0, :7], mask[1, -5:] = 0, 0
+    positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
+    types = np.repeat([[0, 1]], [14, 10], axis=1).astype(np.int32)
+    return {"tokens": tokens, "segment_ids": mask, "positions": positions, "type_ids": np.repeat(types, 3, axis=0)}
+
+
+def bert_there(model: Any, batch: dict[str, np.ndarray]) -> Any:
+    tokens, mask, positions, types = (torch.from_numpy(batch[key]).long() for key in sentences())
+    with torch.no_grad():
+        return model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            token_type_ids=types,
+            output_hidden_states=True,
+        )
+
+
+def params_here(opened: hf.Published, model: Any) -> Any:
+    """The parameters of `model` from the files."""
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+    return hf.load(opened, {"params": abstract})["params"]
+
+
+@pytest.mark.parametrize(
+    ("auto", "head", "pool"),
+    [
+        (transformers.BertForMaskedLM, None, "first"),
+        (transformers.BertForSequenceClassification, Head("pooled", 3), "first"),
+        (transformers.BertForTokenClassification, Head("token", 3), "first"),
+        (transformers.BertForPreTraining, Head("pooled", 2, keeps_unembed=True), "first"),
+    ],
+)
+def test_bert_and_its_heads_are_those_of_transformers_and_exported_as_they_were(auto, head, pool, tmp_path):
+    theirs = bert(auto, num_labels=3) if head and head.size == 3 else bert(auto)
+    theirs.save_pretrained(tmp_path / "there")
+    opened, batch = hf.open_model(tmp_path / "there"), sentences()
+    cfg = dataclasses.replace(opened.model, pool=pool)
+    model = transformer.text_model(cfg, jnp.float32, head)
+    params = params_here(opened, model)
+    whole = batch | {"segment_ids": np.ones_like(batch["tokens"])}
+    for given in (batch, whole):
+        if head and head.kind == "pooled" and given is batch:  # [CLS] is the first position
+            given = {key: value[1:] for key, value in batch.items()}
+        mine, want = jax.jit(model.apply)(params, given), bert_there(theirs, given)
+        real = given["segment_ids"] > 0
+        hidden = want.hidden_states[-1].numpy()[real]
+        assert np.abs(np.asarray(mine.hidden_BxLxD)[real] - hidden).max() <= 1e-5 * np.abs(hidden).max()
+        if head is None or head.keeps_unembed:
+            logits = losses.logits(mine.pre_logits_BxLxD, mine.unembed_DxV, vocab_size=VOCAB)
+            want_logits = getattr(want, "prediction_logits", None) if head else want.logits
+            assert_equal(np.asarray(logits)[real], want_logits.numpy()[real])
+        if head:
+            their_head = (want.seq_relationship_logits if head.keeps_unembed else want.logits).numpy()
+            where = real if head.kind == "token" else slice(None)
+            assert_equal(np.asarray(mine.head)[where], their_head[where])
+
+    more = {"id2label": {i: f"LABEL_{i}" for i in range(3)}} if head and head.size == 3 else {}
+    export.export(tmp_path / "out", cfg, params, vocab_size=VOCAB, head=head, about=more)
+    first, there = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "there")
+    there = {key: value for key, value in there.items() if not key.startswith("cls.predictions.decoder")}
+    assert {key: value.tobytes() for key, value in first.items()} == {key: v.tobytes() for key, v in there.items()}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [auto.__name__]
+    back, kept = auto.from_pretrained(tmp_path / "out").eval(), auto.from_pretrained(tmp_path / "there").eval()
+    for one, two in zip(bert_there(back, whole).to_tuple(), bert_there(kept, whole).to_tuple(), strict=True):
+        np.testing.assert_array_equal(*(x[-1].numpy() if isinstance(x, tuple) else x.numpy() for x in (one, two)))
+    again = hf.open_model(tmp_path / "out")
+    assert again.model == opened.model
+    export.export(tmp_path / "two", cfg, params_here(again, model), vocab_size=VOCAB, head=head, about=more)
+    for file in (tmp_path / "out").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_an_encoder_for_sentences_has_the_embeddings_of_mean_pooling(tmp_path, capsys):
+    """As all-MiniLM: tensors without a prefix, a pooler that is not used, nothing that predicts ids."""
+    theirs = bert(transformers.BertModel)
+    theirs.save_pretrained(tmp_path / "there")
+    opened, batch = hf.open_model(tmp_path / "there"), sentences()
+    cfg = dataclasses.replace(opened.model, pool="mean")
+    model = transformer.text_model(cfg, jnp.float32, Head("projection", 4))
+    kept = {path: path for path in opened.table if path.startswith(("embed", "encoder"))}
+    assert opened.table.keys() - kept.keys() == {"head/pooler/kernel", "head/pooler/bias"}
+    fresh = jax.jit(model.init)(jax.random.key(0))
+    flat = param_paths.flatten(fresh)
+    abstract = {path: jax.ShapeDtypeStruct(flat[path].shape, np.float32, sharding=flat[path].sharding) for path in kept}
+    read = hf.load(opened, {"params": param_paths.unflatten(abstract)})["params"]
+    params = param_paths.unflatten(flat | param_paths.flatten(read))
+    outputs = sentence_embeddings.embedding_outputs(model.apply, Config(model=cfg), None)
+    hidden, mask = bert_there(theirs, batch).last_hidden_state.numpy(), batch["segment_ids"][..., None]
+    want = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
+    mine = np.asarray(outputs(params, batch)["embedding"])
+    assert np.abs(mine - want).max() <= 1e-5 * np.abs(want).max()
+    export.export(
+        tmp_path / "out",
+        cfg,
+        {name: params[name] for name in ("embed", "encoder")},
+        vocab_size=VOCAB,
+        head=Head("projection", 4),
+    )
+    back = transformers.BertModel.from_pretrained(tmp_path / "out").eval()
+    np.testing.assert_array_equal(bert_there(back, batch).last_hidden_state.numpy(), hidden)
+    tool_modules.call("hf", "verify", tmp_path / "there", "--positions=64")
+    assert "equal: hidden states within" in capsys.readouterr().out
+
+
+def test_older_names_and_repeated_tensors_of_bert_are_read(tmp_path):
+    from safetensors.numpy import save_file
+
+    theirs = bert(transformers.BertForMaskedLM)
+    theirs.save_pretrained(tmp_path)
+    _, _, wanted = read(tmp_path)
+    tensors = tensors_of(tmp_path)
+    embedding = tensors["bert.embeddings.word_embeddings.weight"]
+    tensors["cls.predictions.decoder.weight"] = embedding
+    tensors["bert.embeddings.position_ids"] = np.arange(128)[None]
+    older = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(older, tmp_path / "model.safetensors")
+    _, _, params = read(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    older["cls.predictions.decoder.bias"] = 1 + older["cls.predictions.bias"]
+    save_file(older, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"'cls\.predictions\.decoder\.bias' differs from 'cls\.predictions\.bias'"
+    ):
+        hf.open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tie_word_embeddings", False), ("type_vocab_size", 3), ("hidden_act", "relu"), ("is_decoder", True)],
+)
+def test_a_bert_that_computes_something_else_is_refused(key, value, folder, tmp_path):
+    config = json.loads((folder("bert") / "config.json").read_text()) | {key: value}
+    with pytest.raises(CheckpointError, match=f"{key} is {value!r}"):
+        hf.families.model_of(hf.FAMILIES["bert"], config, Path("config.json"))

@@ -27,6 +27,7 @@ from lm.data import tokenizer
 from lm.models import transformer
 from lm.parallel import mesh as mesh_lib
 from lm.tasks import build_config
+from lm.types import Head
 from tests import published as published_tokenizers
 from tests import tool_modules, toys
 
@@ -518,8 +519,10 @@ def test_a_run_with_a_head_is_not_exported(tmp_path):
     cfg = transformer.resolve(MODEL, vocab_size=300, seq_len=64)
     params = random_params(cfg) | {"head": {"kernel": np.zeros((16, 2), np.float32)}}
     del params["lm_head"]
-    with pytest.raises(CheckpointError, match=r"'head/kernel'.*with a task head or bottleneck adapters cannot be"):
+    with pytest.raises(CheckpointError, match=r"'head/kernel'.*with this head, or with bottleneck adapters, cannot"):
         export.export(tmp_path / "out", cfg, params, vocab_size=300)
+    with pytest.raises(ConfigError, match=r"files of a llama have no place for this task's head \(pooled\)"):
+        export.export(tmp_path / "out", cfg, params, vocab_size=300, head=Head("pooled", 2))
     del params["head"]
     with pytest.raises(CheckpointError, match="no parameter 'lm_head/kernel', which a llama has"):
         export.export(tmp_path / "out", cfg, params, vocab_size=300)
@@ -552,4 +555,82 @@ def test_model_of_no_family_is_not_exported(tmp_path):
     cfg = transformer.resolve(dataclasses.replace(MODEL, logit_softcap=3.0), vocab_size=300, seq_len=64)
     with pytest.raises(ConfigError, match=r"no published family's shape:(.|\n)*llama: model.logit_softcap is 3.0"):
         export.export(tmp_path / "out", cfg, random_params(cfg), vocab_size=300)
+    assert not (tmp_path / "out").exists()
+
+
+BERT = dataclasses.replace(
+    ModelConfig(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24, vocab_size=210, max_len=64, norm_eps=1e-12),
+    kind="encoder",
+    norm_position="post",
+    embed_norm=True,
+    lm_transform=True,
+    mlp="gelu_exact",
+)
+
+
+@pytest.mark.slow
+def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(tmp_path):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    export.export(tmp_path / "bert", cfg, random_params(cfg), vocab_size=210)
+    published_tokenizers.folder("wordpiece", tmp_path / "bert")
+    texts = toys.write_texts(tmp_path / "texts")
+    first = toys.recipe(texts, task__name="masked_lm", init_from=f"hf:{tmp_path / 'bert'}", train__total_steps=2)
+    first = dataclasses.replace(first, model=ModelConfig(init="bert"))
+    train.train(first, tmp_path / "a")
+    tool_modules.call("hf", "export", tmp_path / "a", tmp_path / "a-out")
+    before, after = (
+        param_paths.flatten(params_of(tmp_path / "bert")),
+        param_paths.flatten(params_of(tmp_path / "a-out")),
+    )
+    assert before.keys() == after.keys() and hf.open_model(tmp_path / "a-out").model.vocab_size == 210
+    assert all(np.any(before[path] != after[path]) for path in before), "every parameter is trained"
+
+    rows = [{"text": path.read_text(), "label": ("odd", "even")[i % 2]} for i, path in enumerate(texts.iterdir())]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rules = (("head/.*", "reinit"), (".*", "keep"))
+    options = {
+        "task__name": "classification",
+        "task__labels": ("odd", "even"),
+        "data__format": "jsonl",
+        "data__packing": "pad",
+    }
+    second = toys.recipe(texts, **options, init_from=f"hf:{tmp_path / 'a-out'}", init_rules=rules, train__total_steps=1)
+    data = dataclasses.replace(second.data, path=str(tmp_path / "rows.jsonl"))
+    second = dataclasses.replace(second, data=data, model=ModelConfig(init="bert"))
+    train.train(second, tmp_path / "b")
+    tool_modules.call("hf", "export", tmp_path / "b", tmp_path / "b-out")
+    config = json.loads((tmp_path / "b-out" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "odd", "1": "even"}
+    there = load_file(tmp_path / "b-out" / "model.safetensors")
+    assert there["classifier.weight"].shape == (2, 16) and "bert.pooler.dense.bias" in there
+    assert not any(name.startswith("cls.") for name in there)
+
+    again = dataclasses.replace(second, init_from=f"hf:{tmp_path / 'b-out'}", init_rules=((".*", "keep"),))
+    planned, _, params = run_lib.init_model(again)
+    assert not planned.unused
+    np.testing.assert_array_equal(params["head"]["classifier"]["kernel"].T, there["classifier.weight"])
+
+
+def test_a_sentence_encoder_is_imported_and_exported_without_what_predicts_ids(tmp_path, capsys):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    params = random_params(cfg)
+    encoder = {name: params[name] for name in ("embed", "encoder")}
+    export.export(tmp_path / "bert", cfg, encoder, vocab_size=210, head=Head("projection", 8))
+    published_tokenizers.folder("wordpiece", tmp_path / "bert")
+    tool_modules.call("hf", "import", tmp_path / "bert", tmp_path / "run", "--task=contrastive_pairs", "--pool=mean")
+    assert "initialised (4): head/hidden/bias" in capsys.readouterr().out
+    assert run_lib.load_model(str(tmp_path / "run"))[0].model.pool == "mean"
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out")
+    assert "the projection head, which is for training only, is left out" in capsys.readouterr().out
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("bert", "out"))
+    assert {name: x.tobytes() for name, x in first.items()} == {name: x.tobytes() for name, x in second.items()}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+def test_a_head_that_the_files_of_no_family_have_is_refused(tmp_path):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    cfg = dataclasses.replace(cfg, pool="mean")
+    with pytest.raises(ConfigError, match="files of a bert have no place for this task's head"):
+        export.export(tmp_path / "out", cfg, random_params(cfg), vocab_size=210, head=Head("pooled", 2))
     assert not (tmp_path / "out").exists()

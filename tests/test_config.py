@@ -181,6 +181,18 @@ REFUSED = {
         {"model": {"kind": "vit", "position": "sincos", "scale_embeddings": True}},
         r"'model\.scale_embeddings' is for models of text; 'model\.kind' vit",
     ),
+    "post-norm of an encoder-decoder": (
+        {"model": {"kind": "encoder_decoder", "norm_position": "post"}},
+        r"'model\.norm_position' is post, but 'model\.kind' encoder_decoder supports pre only",
+    ),
+    "transform of a vision transformer": (
+        {"model": {"kind": "vit", "position": "sincos", "lm_transform": True}},
+        r"'model\.lm_transform' is set, but 'model\.kind' vit does not support it",
+    ),
+    "embedding norm of a vision transformer": (
+        {"model": {"kind": "vit", "position": "sincos", "embed_norm": True}},
+        r"'model\.embed_norm' is for models of text; 'model\.kind' vit",
+    ),
     "biases twice": ({"model": {"qkv_bias": True}}, r"'model\.qkv_bias' is set, but 'model\.use_bias'"),
     "decay without wsd": ({"optim": {"decay_steps": 5}}, r"'optim\.decay_\*' is read by schedule wsd only.*cosine"),
 }

@@ -63,8 +63,8 @@ def export(
         table |= {entry.path: entry for entry in more}
     if left := sorted(flat.keys() - table.keys()):
         raise CheckpointError(
-            f"parameter '{left[0]}' ({len(left)} such) is none of a {family.model_type}: a run with bottleneck "
-            "adapters cannot be exported"
+            f"parameter '{left[0]}' ({len(left)} such) is none of a {family.model_type}: a run with this head, or with "
+            "bottleneck adapters, cannot be exported"
         )
     if missing := sorted(table.keys() - flat.keys()):
         raise CheckpointError(f"no parameter '{missing[0]}', which a {family.model_type} has")

@@ -28,7 +28,7 @@ _HARMLESS = re.compile(
     r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout(_prob)?"
     r"|.*pdrop|auto_map|id2label|label2id|num_labels|task_specific_params|summary_.*|n_ctx|max_window_layers|use_sliding_window"
     r"|layer_types|_?sliding_window_pattern|rope_.*|cache_implementation|output_.*|return_dict|is_llama_config|model_type"
-    r"|transformers\.js_config|torchscript|_attn_implementation.*|problem_type|chunk_size_feed_forward|pretraining_tp"
+    r"|transformers\.js_config|torchscript|_attn_implementation.*|problem_type|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp"
 )
 
 
@@ -654,7 +654,9 @@ _BERT_PAIRS = _dense("head/classifier", "cls.seq_relationship")
 def _bert_heads(head: Head, model: ModelConfig) -> tuple[str, list[Tensor]] | None:
     if head.kind == "token":
         return "BertForTokenClassification", _BERT_CLASSIFIER
-    if head.kind == "projection" or model.pool != "first":
+    if head.kind == "projection":  # for training only
+        return "BertModel", []
+    if model.pool != "first":
         return None
     if head.keeps_unembed:
         return "BertForPreTraining", _BERT_POOLER + _BERT_PAIRS
