@@ -423,11 +423,17 @@ def bert_there(model: Any, batch: dict[str, np.ndarray]) -> Any:
 
 
 def params_here(opened: hf.Published, model: Any) -> Any:
-    """The parameters of `model` from the files."""
+    """The parameters of `model` from the files; in files of pre-training, the classifier is that of next sentences."""
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
-    return hf.load(opened, {"params": abstract})["params"]
+    classifier = "next_sentence" if "next_sentence/bias" in opened.table else "head/classifier"
+    flat = param_paths.flatten(shapes)
+    wanted = {path.replace("head/classifier", classifier): leaf for path, leaf in flat.items()}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), wanted)
+    read = param_paths.flatten(hf.load(opened, {"params": param_paths.unflatten(abstract)})["params"])
+    return param_paths.unflatten(
+        {path.replace("next_sentence", "head/classifier"): leaf for path, leaf in read.items()}
+    )
 
 
 @pytest.mark.parametrize(

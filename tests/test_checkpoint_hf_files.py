@@ -612,6 +612,27 @@ def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(tmp_pat
     np.testing.assert_array_equal(params["head"]["classifier"]["kernel"].T, there["classifier.weight"])
 
 
+def test_the_classifier_of_next_sentences_is_read_by_a_rule_only(tmp_path):
+    """A task of two classes does not take it for its own."""
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    shapes = {"pooler": {"kernel": (16, 16), "bias": (16,)}, "classifier": {"kernel": (16, 2), "bias": (2,)}}
+    heads = {name: {key: np.ones(shape, np.float32) for key, shape in each.items()} for name, each in shapes.items()}
+    params = random_params(cfg) | {"head": heads}
+    export.export(tmp_path / "bert", cfg, params, vocab_size=210, head=Head("pooled", 2, keeps_unembed=True))
+    published_tokenizers.folder("wordpiece", tmp_path / "bert")
+
+    def plan(task: str, rules: Any = ((".*", "keep"),), **options: Any) -> Any:
+        made = toys.recipe(tmp_path, task__name=task, init_rules=rules, data__packing="pad", **options)
+        made = dataclasses.replace(made, init_from=f"hf:{tmp_path / 'bert'}", model=ModelConfig())
+        return run_lib.plan(made, None)
+
+    with pytest.raises(ConfigError, match="no parameter 'head/classifier/bias' for"):
+        plan("classification", task__labels=("a", "b"))
+    rules = (("head/classifier/(.*)", r"next_sentence/\1"), (".*", "keep"))
+    planned = plan("masked_lm_pairs", rules)
+    assert planned.origin_of["head/classifier/kernel"] == "params/next_sentence/kernel" and not planned.unused
+
+
 def test_a_sentence_encoder_is_imported_and_exported_without_what_predicts_ids(tmp_path, capsys):
     cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
     params = random_params(cfg)

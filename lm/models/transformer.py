@@ -1,14 +1,15 @@
 """Decoder and encoder of text, top to bottom: embedding, N blocks, final norm, output projection.
 
-GPT-2, Llama and BERT are the same modules with other values of `ModelConfig`. One block is
+GPT-2, Llama and BERT are the same modules with other values of `ModelConfig`. One block is, unless its norms
+are elsewhere,
 
     x += attention(norm(x))
     x += mlp(norm(x))
 
 Parameters are 'embed/...', 'decoder/layers/...' (causal) or 'encoder/layers/...' (bidirectional), 'decoder/final_norm',
-'lm_head/...' or 'head/...'. Those of the layers are stacked [N, ...], whether the layers run as a scan or unrolled, so
-that a checkpoint of one is a checkpoint of the other. `lm.models.encoder_decoder` and `lm.models.vision` are made of
-the same blocks.
+'lm_transform/...', 'lm_head/...' or 'head/...'. Those of the layers are stacked [N, ...], whether the layers run as a
+scan or unrolled, so that a checkpoint of one is a checkpoint of the other. `lm.models.encoder_decoder` and
+`lm.models.vision` are made of the same blocks.
 
 Shape letters: see `lm.types`.
 """

@@ -83,7 +83,7 @@ class Family(NamedTuple):
       repeats: tensor -> the parameter whose values some files store in it once more.
       older: part of a tensor's name -> what older files have in its place.
       heads: (head of a task, model) -> (`architectures` with it, its tensors); None = a head has no place in the files.
-      optional: tensors of heads, of which files may have some; earlier ones go before later ones of the same parameter.
+      optional: tensors of heads, of which files may have some.
     """
 
     model_type: str
@@ -648,7 +648,7 @@ def _dense(path: str, name: str) -> list[Tensor]:
 
 _BERT_POOLER = _dense("head/pooler", "bert.pooler.dense")
 _BERT_CLASSIFIER = _dense("head/classifier", "classifier")
-_BERT_PAIRS = _dense("head/classifier", "cls.seq_relationship")
+_NEXT_SENTENCE = "cls.seq_relationship"
 
 
 def _bert_heads(head: Head, model: ModelConfig) -> tuple[str, list[Tensor]] | None:
@@ -659,7 +659,7 @@ def _bert_heads(head: Head, model: ModelConfig) -> tuple[str, list[Tensor]] | No
     if model.pool != "first":
         return None
     if head.keeps_unembed:
-        return "BertForPreTraining", _BERT_POOLER + _BERT_PAIRS
+        return "BertForPreTraining", _BERT_POOLER + _dense("head/classifier", _NEXT_SENTENCE)
     return "BertForSequenceClassification", _BERT_POOLER + _BERT_CLASSIFIER
 
 
@@ -706,7 +706,8 @@ _BERT = Family(
     },
     older={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
     heads=_bert_heads,
-    optional=(*_BERT_POOLER, *_BERT_CLASSIFIER, *_BERT_PAIRS),
+    # The last under a name of its own, so that no other task of two classes takes it for its classifier.
+    optional=(*_BERT_POOLER, *_BERT_CLASSIFIER, *_dense("next_sentence", _NEXT_SENTENCE)),
 )
 
 # By model_type; export takes the first that fits.

@@ -115,7 +115,7 @@ def _check(
     assert table.keys() == shapes.keys(), sorted(table.keys() ^ shapes.keys())
     found = {name for name in tensors.shapes if not re.fullmatch(family.ignored, name)}
     for entry in family.optional:
-        if entry.path not in table and _named(entry, family, found).name in found:
+        if _named(entry, family, found).name in found:
             table[entry.path] = entry
     table = {path: _named(entry, family, found) for path, entry in table.items()}
     shapes = shapes | {
