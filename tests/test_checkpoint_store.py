@@ -449,6 +449,16 @@ def test_the_folder_of_an_interrupted_save_is_ignored_and_removed(tmp_path):
     assert_same(checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1]), small(2)[0])
 
 
+def test_steps_that_a_killed_process_had_still_to_delete_go_when_the_run_resumes_and_not_before(tmp_path):
+    save(tmp_path, {1: 0.1, 2: 0.5, 3: 0.4, 4: 0.3}, keep_latest=9)
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1)):
+        assert steps(tmp_path) == [1, 2, 3, 4], "nothing was loaded: all may be needed"
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1), resumed=3):
+        assert steps(tmp_path) == [1, 3, 4], "4 could not be read: it neither counts nor goes"
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1), resumed=4):
+        assert steps(tmp_path) == [1, 4]
+
+
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
 def test_a_damaged_step_is_saved_again_and_does_not_count_among_those_kept(file, tmp_path):
     """Steps 2 and 4, of which 4 is damaged; the run resumes from 2 and saves every step, keeping one."""
