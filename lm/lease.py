@@ -262,6 +262,15 @@ def _refuse_living(folder: Path, found: Mapping[int, bytes]) -> None:
             return  # released
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process owns the folder, as far as its files tell at once: one of another machine may be dead."""
+    try:
+        owners = [parse(text) for text in leases(folder).values()]
+    except FileNotFoundError:
+        return False
+    return any(owner is None or owner.machine != _machine() or _state(owner) != "gone" for owner in owners)
+
+
 def leases(folder: Path) -> dict[int, bytes]:
     """Number -> content of each lease in a folder; more than one only while or after one was taken over."""
     out = {}

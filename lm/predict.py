@@ -629,7 +629,7 @@ def _logits_step(loaded: LoadedModel) -> RowStep:
             return {}, {"logits": out.head, "real": real_BxL}
         size = tokenizer.vocab_size
         logits_BxLxV = losses.logits(
-            out.hidden_BxLxD, out.unembed_DxV, vocab_size=size, softcap=cfg.model.logit_softcap
+            out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=size, softcap=cfg.model.logit_softcap
         )
         return {}, {"logits": logits_BxLxV[..., :size], "real": real_BxL}
 

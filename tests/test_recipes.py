@@ -136,6 +136,7 @@ TAKES = {
             "dpo_instructions",
             "gsm8k_sft",
             "multi30k_translation",
+            "quickstart_chat",
             "quickstart_pretrain",
             "quickstart_sft",
         ),
@@ -144,7 +145,7 @@ TAKES = {
     "translate": {"multi30k_translation"},
     "show_reconstructions": {"mae_cifar10"},
 }
-WITH_LORA = {"chat_lora"}  # whose runs tools/merge_adapters.py takes
+WITH_LORA = {"chat_lora", "quickstart_chat"}  # whose runs tools/merge_adapters.py takes
 CHECKS = {"chat": sampling.check_kind, "translate": translate.check, "show_reconstructions": show_reconstructions.check}
 
 

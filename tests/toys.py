@@ -50,6 +50,14 @@ ENCODER_DECODERS = {
     "rope": dataclasses.replace(T5, position="rope"),
     "learned": dataclasses.replace(GPT2, kind="encoder_decoder", decoder_layers=1),
 }
+BERT = dataclasses.replace(
+    GPT2,
+    kind="encoder",
+    norm_position="post",
+    embed_norm=True,
+    lm_transform=True,
+    mlp="gelu_exact",
+)
 PREFIX = dataclasses.replace(LLAMA, kind="prefix_decoder", sliding_window=0)
 
 

@@ -78,7 +78,7 @@ def _search(
 
     def next_log_probs(batch: Any, cache: Any) -> tuple[jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
-        logits_xV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=vocab_size, softcap=softcap)
+        logits_xV = losses.logits(out.pre_logits_BxLxD[:, -1], out.unembed_DxV, vocab_size=vocab_size, softcap=softcap)
         # Masked after the softmax, so that the score of a text is its log-probability under the model.
         return sampling.mask_ids(jax.nn.log_softmax(logits_xV[:, :vocab_size]), allowed_V), out.cache
 

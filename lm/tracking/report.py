@@ -265,12 +265,17 @@ def draw_curves(drawn: Curves, about: Callable[[str], metrics.About] = metrics.a
 def _curves(drawn: Curves, about: Callable[[str], metrics.About]) -> str:
     if not drawn.last:
         return "<p class=none>No rows in metrics.jsonl yet.</p>"
+    return picture(draw_curves(drawn, about))
+
+
+def picture(figure: Any) -> str:
+    """A matplotlib figure as HTML that needs no other file."""
     import matplotlib
 
     buffer = io.StringIO()
     # With a fixed salt and without a date, the same rows give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "lm", "svg.fonttype": "path"}):
-        draw_curves(drawn, about).savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return f"<div class=card>{svg[svg.index('<svg') :]}</div>"
 

@@ -1,0 +1,238 @@
+"""From the runs of a study to its tables and the verdicts on its claims.
+
+Arms whose trials have the same seeds are compared in pairs, others by Welch's test. P values are corrected by Holm's
+method over each table, and over the claims.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lm.config import flatten, schema
+from lm.evaluation import metrics
+from lm.study import runs
+from lm.study.definition import Claim, Study, Table
+from lm.study.runs import Outcome
+from lm.study.statistics import ALPHA, Difference, Mean, detectable, difference, holm, mean_over_seeds
+from lm.tracking import files
+from lm.tracking.files import RunFileError
+
+Verdict = Literal["better", "worse", "undecided"]
+Evaluations = list[dict[str, Any]]  # the rows of metrics.jsonl with split 'eval', ascending steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """An arm compared with another.
+
+    Attributes:
+      other: the other arm.
+      difference: arm minus other; None where fewer than two seeds can be compared.
+      seeds: how many values of the arm and of the other were compared.
+      p: corrected; 1 where there is no test.
+      detectable: the smallest difference that these seeds find with a probability of 0.8; NaN = no test.
+      verdict: on the arm.
+      why: there is no test.
+    """
+
+    other: str
+    difference: Difference | None
+    seeds: tuple[int, int]
+    p: float
+    detectable: float
+    verdict: Verdict
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An arm in a table.
+
+    Attributes:
+      values: seed -> value.
+      lacking: seed -> why it has no value.
+      mean: of the values; None where there is none.
+      comparison: with its baseline; None for the baseline itself.
+      is_best: it is better than each other arm of the table, corrected over all pairs.
+    """
+
+    arm: str
+    values: Mapping[int, float]
+    lacking: Mapping[int, str]
+    mean: Mean | None
+    comparison: Comparison | None
+    is_best: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TableResult:
+    """A table with its figures; `error` says why it has none."""
+
+    title: str
+    metric: str
+    less_is_better: bool
+    tests: int
+    rows: tuple[Row, ...] = ()
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClaimResult:
+    """A claim and what the data say of it."""
+
+    claim: Claim
+    verdict: Literal["reproduced", "contradicted", "undecided"]
+    comparison: Comparison
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """All that a report shows.
+
+    Attributes:
+      outcomes: hash -> run of the trial.
+      remarks: runs that are left out, and why.
+      evaluations: hash -> of the runs that are done.
+    """
+
+    study: Study
+    outcomes: Mapping[str, Outcome]
+    remarks: Sequence[str]
+    evaluations: Mapping[str, Evaluations]
+    tables: tuple[TableResult, ...]
+    claims: tuple[ClaimResult, ...]
+
+    @property
+    def errors(self) -> list[str]:
+        """What is wrong beyond trials that are missing or have failed."""
+        damaged = [
+            f"{self.study.runs[key]}: {each.why}" for key, each in self.outcomes.items() if each.state == "damaged"
+        ]
+        wrong = [each.error for each in self.tables] + [each.error for each in self.claims]
+        return [*damaged, *dict.fromkeys(filter(None, wrong))]
+
+
+Values = Callable[[str, str], tuple[dict[int, float], dict[int, str]]]  # arm, metric -> values, lacking, by seed
+
+
+def analyse(study: Study, root: Path) -> Analysis:
+    """Reads the runs of a study, and computes its tables and claims. What is damaged is left out, and named."""
+    outcomes, remarks = runs.find(study, root)
+    evaluations = {}
+    for key, outcome in outcomes.items():
+        if outcome.state == "done":
+            try:
+                rows = files.read_rows(outcome.folder / "metrics.jsonl")
+                evaluations[key] = [row for row in rows if row["split"] == "eval"]
+            except RunFileError as error:
+                outcomes[key] = dataclasses.replace(outcome, state="damaged", why=str(error), summary={})
+    summaries = {key: dict(flatten(outcome.summary)) for key, outcome in outcomes.items()}
+    known = sorted({name for each in summaries.values() for name, value in each.items() if _is_number(value)})
+
+    def values_of(arm: str, metric: str) -> tuple[dict[int, float], dict[int, str]]:
+        values, lacking = dict[int, float](), dict[int, str]()
+        for trial in (trial for trial in study.trials if trial.arm == arm):
+            value = summaries[trial.hash].get(metric)
+            if isinstance(value, int | float) and _is_number(value):
+                values[trial.seed] = float(value)
+            elif outcomes[trial.hash].state != "done":
+                lacking[trial.seed] = outcomes[trial.hash].state
+            else:
+                is_lost = metric in summaries[trial.hash].get("not_finite", ())
+                lacking[trial.seed] = "not finite" if is_lost else "no such metric"
+        return values, lacking
+
+    return Analysis(
+        study,
+        outcomes,
+        remarks,
+        evaluations,
+        tuple(tabulate(table, study.arms, values_of, known) for table in study.tables),
+        judge(study.claims, values_of, known),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _unknown(metric: str, known: Sequence[str]) -> str:
+    """Why no value of a metric can be shown; '' where some run has one, or none is done."""
+    if metric in known or not known:
+        return ""
+    return f"no run has a metric '{metric}'{schema.nearest(metric, known)}; there are {', '.join(known)}"
+
+
+def tabulate(table: Table, all_arms: Sequence[str], values_of: Values, known: Sequence[str]) -> TableResult:
+    """The figures of a table."""
+    about = metrics.about(table.metric.rpartition(".")[2])
+    title = table.title or about.title
+    if error := _unknown(table.metric, known):
+        return TableResult(title, table.metric, about.less_is_better, 0, error=f"table '{title}': {error}")
+    arms = table.arms or tuple(all_arms)
+    pairs = [(arm, other, table.metric) for arm in arms if (other := table.baseline_of(arm))]
+    compared = {pair[0]: found for pair, found in zip(pairs, compare(pairs, values_of), strict=True)}
+    best = _best(arms, table.metric, values_of)
+    rows = []
+    for arm in arms:
+        values, lacking = values_of(arm, table.metric)
+        mean = mean_over_seeds(np.array(list(values.values()))) if values else None
+        rows.append(Row(arm, values, lacking, mean, compared.get(arm), arm == best))
+    return TableResult(title, table.metric, about.less_is_better, len(pairs), tuple(rows))
+
+
+def _best(arms: Sequence[str], metric: str, values_of: Values) -> str:
+    """The arm that is better than each other; "" = none. All pairs are tested, as the data choose it."""
+    pairs = [(first, second, metric) for first, second in itertools.combinations(arms, 2)]
+    wins = dict.fromkeys(arms, 0)
+    for (first, second, _), comparison in zip(pairs, compare(pairs, values_of), strict=True):
+        wins[first] += comparison.verdict == "better"
+        wins[second] += comparison.verdict == "worse"
+    return next((arm for arm in arms if arms[1:] and wins[arm] == len(arms) - 1), "")
+
+
+def judge(claims: Sequence[Claim], values_of: Values, known: Sequence[str]) -> tuple[ClaimResult, ...]:
+    """The verdicts on claims, corrected over all of them."""
+    verdicts: dict[Verdict, Any] = {"better": "reproduced", "worse": "contradicted", "undecided": "undecided"}
+    comparisons = compare([(claim.first, claim.second, claim.metric) for claim in claims], values_of)
+    out = []
+    for claim, comparison in zip(claims, comparisons, strict=True):
+        error = _unknown(claim.metric, known)
+        out.append(ClaimResult(claim, verdicts[comparison.verdict], comparison, error and f"claim '{claim}': {error}"))
+    return tuple(out)
+
+
+def compare(family: Sequence[tuple[str, str, str]], values_of: Values) -> list[Comparison]:
+    """Compares (arm, other arm, metric) of a family of tests, whose p values are corrected together."""
+    tested = [_test(arm, other, metric, values_of) for arm, other, metric in family]
+    corrected = holm(np.array([each[0].p if each[0] else np.nan for each in tested], np.float64))
+    out = []
+    for (_, other, metric), (found, seeds, why), p in zip(family, tested, corrected.tolist(), strict=True):
+        verdict: Verdict = "undecided"
+        if found and p < ALPHA:
+            verdict = "better" if metrics.gain(metric.rpartition(".")[2], float(found.mean)) > 0 else "worse"
+        smallest = detectable(float(found.se), float(found.df), len(family)) if found else math.nan
+        out.append(Comparison(other, found, seeds, p, smallest, verdict, why))
+    return out
+
+
+def _test(arm: str, other: str, metric: str, values_of: Values) -> tuple[Difference | None, tuple[int, int], str]:
+    """The difference of two arms, not corrected; how many values of each it is of; and why there is no test."""
+    (first, first_lacks), (second, second_lacks) = values_of(arm, metric), values_of(other, metric)
+    # As the study was planned, not as it went: a failed run does not choose the test.
+    is_paired = {*first, *first_lacks} == {*second, *second_lacks}
+    if is_paired:
+        both = sorted(first.keys() & second.keys())
+        first, second = ({seed: each[seed] for seed in both} for each in (first, second))
+    seeds = len(first), len(second)
+    if min(seeds) < 2:
+        return None, seeds, f"{min(seeds)} {'seed' if min(seeds) == 1 else 'seeds'}"
+    values = np.array(list(first.values())), np.array(list(second.values()))
+    found = difference(*values, "paired" if is_paired else "Welch")
+    return found, seeds, "" if np.isfinite(found.p) else "no spread over seeds"

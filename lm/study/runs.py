@@ -1,0 +1,177 @@
+"""Run directories as the only database of a study: which trials are done, failed or missing is read from them alone.
+
+A trial is the run in ROOT/HASH. Beside the files of every run it has `trial.json`, written before it starts: its arm,
+override, config and hash, and the commits at which it was started; `log.txt`, what the run printed; and, where it
+ended with an error, `failure.json`.
+"""
+
+import dataclasses
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lm import config as config_lib
+from lm import lease
+from lm.config import Config, flatten, schema
+from lm.config.schema import ConfigError
+from lm.study.definition import Study, Trial
+from lm.tasks import build_saved_config
+from lm.tracking import files
+from lm.tracking.files import RunFileError
+
+RECORD, FAILURE, LOG = "trial.json", "failure.json", "log.txt"
+State = Literal["done", "running", "interrupted", "failed", "damaged", "missing"]
+
+# Parts of the keys of summary.json that differ between two equal runs.
+_ABOUT_SPEED = ("seconds", "tokens_per_second", "input_bound", "mfu", "goodput", "versions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What trial.json says: the arm, the hash and the config that the run was started with, and at which commits."""
+
+    arm: str
+    hash: str
+    config: Config
+    commits: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is known of a trial's run.
+
+    Attributes:
+      folder: of the run; it need not exist.
+      state: 'interrupted' has begun and can be resumed; 'damaged' has files that cannot be trusted.
+      why: of a failed or damaged one.
+      summary: of a run that is done.
+      commits: at which it was started.
+    """
+
+    folder: Path
+    state: State
+    why: str = ""
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    commits: tuple[str, ...] = ()
+
+
+def read_record(path: Path) -> Record:
+    """Reads a trial.json of this or an older version. Raises RunFileError."""
+    content = files.read_document(path)
+    try:
+        config = build_saved_config(content["config"])
+        return Record(str(content["arm"]), str(content["hash"]), config, tuple(map(str, content["commits"])))
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunFileError(f"{path} is no record of a trial: {type(error).__name__} {error}") from None
+
+
+def write_record(folder: Path, trial: Trial, commit: str) -> None:
+    """Writes trial.json; the commits of earlier starts stay. Raises RunFileError."""
+    path = folder / RECORD
+    earlier = read_record(path).commits if path.exists() else ()
+    if commit in earlier:
+        return
+    content = {
+        "arm": trial.arm,
+        "hash": trial.hash,
+        "recipe": trial.recipe,
+        "override": trial.override,
+        "commits": list(dict.fromkeys((*earlier, commit))),
+        "config": schema.to_dict(trial.config),
+    }
+    files.write_document(path, content)
+
+
+def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
+    """Reads the run directories of a study.
+
+    Returns:
+      Hash of each trial -> what is known of its run, and remarks: runs of trials that the study no longer has, copies,
+      folders that cannot be read.
+    """
+    found: dict[str, list[Outcome]] = {}
+    remarks = []
+    for path in sorted(root.glob(f"*/{RECORD}")):
+        folder = path.parent
+        try:
+            record = read_record(path)
+        except RunFileError as error:
+            if folder.name not in study.runs:
+                remarks.append(f"{error}; its run is left out")
+                continue
+            found.setdefault(folder.name, []).append(Outcome(folder, "damaged", f"{error}; delete {path}"))
+            continue
+        trial = study.runs.get(record.hash)
+        if trial is None:
+            remarks.append(
+                f"{folder} is a run of '{record.arm}', seed {record.config.seed}, with a config that the study no "
+                "longer has; it is left out. Delete it, or bring the trial back"
+            )
+        elif changes := config_lib.diff(record.config, trial.config):
+            key, (old, new) = next(iter(changes.items()))
+            what = f"its config has {key}={old}, the trial {key}={new}: the default has changed since"
+            found.setdefault(record.hash, []).append(
+                Outcome(folder, "damaged", f"{what}; move the folder away, or set the key in the study", {})
+            )
+        else:
+            found.setdefault(record.hash, []).append(look(folder, record.commits))
+    outcomes = {}
+    for name in study.runs:
+        outcomes[name], remark = _one_of(found.get(name, []), root / name)
+        remarks += remark
+    return outcomes, remarks
+
+
+def look(folder: Path, commits: tuple[str, ...] = ()) -> Outcome:
+    """The state of a run that has a record, whose commits are given."""
+    try:
+        if summary := files.read_document(folder / "summary.json"):
+            return Outcome(folder, "done", summary=summary, commits=commits)
+        if lease.in_use(folder):
+            return Outcome(folder, "running", commits=commits)
+        if failure := files.read_document(folder / FAILURE):
+            return Outcome(folder, "failed", str(failure.get("error")), commits=commits)
+    except RunFileError as error:
+        return Outcome(folder, "damaged", f"{error}; delete that file, and the sweep makes it again", {}, commits)
+    return Outcome(folder, "interrupted", commits=commits)
+
+
+def _one_of(copies: list[Outcome], folder: Path) -> tuple[Outcome, list[str]]:
+    """The outcome of a trial that may have several folders, as after runs of two machines were put together."""
+    if not copies:
+        return Outcome(folder, "missing"), []
+    done = [each for each in copies if each.state == "done"]
+    for other in done[1:]:
+        first_figures, other_figures = (results(each.summary) for each in (done[0], other))
+        differ = [key for key in first_figures | other_figures if first_figures.get(key) != other_figures.get(key)]
+        if differ:
+            key = differ[0]
+            why = (
+                f"two runs of one config differ: {key} is {first_figures.get(key)} in {done[0].folder} and "
+                f"{other_figures.get(key)} in {other.folder}; find out why, and delete the wrong one"
+            )
+            return Outcome(done[0].folder, "damaged", why), []
+    chosen = (done or sorted(copies, key=lambda each: each.folder != folder))[0]
+    others = [str(each.folder) for each in copies if each is not chosen]
+    return chosen, [f"{chosen.folder} is used; {', '.join(others)} has the same config"] if others else []
+
+
+def results(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a summary that two runs of one config share: all but those about speed."""
+    return {
+        key: value
+        for key, value in flatten(summary)
+        if not any(part.startswith(_ABOUT_SPEED) for part in key.split("."))
+    }
+
+
+def commit_of(folder: Path) -> str:
+    """The git commit of a folder, with '+' where files differ from it; '' where there is none."""
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

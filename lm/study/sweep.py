@@ -1,0 +1,222 @@
+"""Runs the trials of a study on this machine, one process after another.
+
+A trial that is done is not run again, and one that was killed resumes. One that ends with an error is listed and does
+not stop the others. The same command can run several times at once: the lease of a run's folder gives each trial one
+owner, and whoever finds a trial taken goes on with the next.
+"""
+
+import dataclasses
+import fnmatch
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lm import lease, preemption, run
+from lm.config import Config
+from lm.config.schema import ConfigError
+from lm.evaluation import flops
+from lm.study import recorded, runs
+from lm.study.definition import Study, Trial, hash_of
+from lm.study.runs import Outcome
+from lm.tracking import files
+
+Say = Callable[[str], None]
+
+_ELSEWHERE = (lease.Held.exit_status, lease.Lost.exit_status)
+_STOPPED = (preemption.Preempted.exit_status, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def select(study: Study, patterns: Sequence[str]) -> list[Trial]:
+    """The trials to run, one for each run: those of which one pattern fits the arm, 'ARM, seed N', or the hash.
+
+    Args:
+      patterns: with * and ?; none = all trials.
+
+    Raises:
+      ConfigError: no trial fits a pattern.
+    """
+    trials = list(study.runs.values())
+    for pattern in patterns:
+        if not any(_fits(trial, pattern) for trial in study.trials):
+            raise ConfigError(f"--only={pattern}: no trial fits; arms are {'; '.join(study.arms)}")
+    wanted = {trial.hash for trial in study.trials if any(_fits(trial, pattern) for pattern in patterns)}
+    return [trial for trial in trials if trial.hash in wanted or not patterns]
+
+
+def _fits(trial: Trial, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (trial.arm, str(trial), trial.hash))
+
+
+def train_flops(config: Config) -> float | None:
+    """Model FLOPs of a run; None where they are not known before its data is read, or for this kind of model.
+
+    Raises:
+      ConfigError, CheckpointError: as `lm.run.plan`, which checks the config as the run's start does.
+    """
+    cfg = run.plan(config, None).cfg
+    total = cfg.train.total
+    if total.epochs or not run.predicts_tokens(cfg):
+        return None
+    size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": 0}
+    a_token = flops.train_flops_per_token(cfg.model, cfg.data.seq_len, cfg.model.vocab_size)
+    tokens = total.to_steps("train.total", **size) * cfg.data.batch_size * cfg.data.seq_len
+    return None if a_token is None else a_token * tokens
+
+
+def plan(trials: Iterable[Trial]) -> dict[str, float | None]:
+    """Hash -> FLOPs of each trial, all of them checked. Those that differ only in their seed are planned once.
+
+    Raises:
+      ConfigError: a trial cannot run; names it.
+    """
+    known: dict[str, float | None] = {}
+    out = {}
+    for trial in trials:
+        key = hash_of(dataclasses.replace(trial.config, seed=0))
+        if key not in known:
+            try:
+                known[key] = train_flops(trial.config)
+            except (ValueError, RuntimeError) as error:
+                if not type(error).__module__.startswith("lm."):
+                    raise
+                raise ConfigError(f"{trial}: {error}") from None
+        out[trial.hash] = known[key]
+    return out
+
+
+class Pace:
+    """How long trials take: seconds of those that were measured, by arm."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+
+    @classmethod
+    def of(cls, trials: Iterable[Trial], outcomes: Mapping[str, Outcome]) -> "Pace":
+        """That of the trials that are done."""
+        pace = cls()
+        for trial in trials:
+            if isinstance(seconds := outcomes[trial.hash].summary.get("seconds"), int | float):
+                pace.add(trial, seconds)
+        return pace
+
+    def add(self, trial: Trial, seconds: float) -> None:
+        """Takes the seconds of a run."""
+        self._seconds.setdefault(trial.arm, []).append(seconds)
+
+    def estimate(self, trials: Iterable[Trial]) -> float | None:
+        """Seconds that trials will take: the mean of their arm, or of all where none of it was measured; None = ?"""
+        every = [value for values in self._seconds.values() for value in values]
+        if not every:
+            return None
+        each = (self._seconds.get(trial.arm, every) for trial in trials)
+        return sum(sum(values) / len(values) for values in each)
+
+    def in_words(self, trials: Sequence[Trial]) -> str:
+        """'3 left, about 0:01:10'."""
+        seconds = self.estimate(trials)
+        return f"{len(trials)} left" + ("" if seconds is None else f", about {duration(seconds)}")
+
+
+def duration(seconds: float) -> str:
+    """'H:MM:SS'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def run_all(
+    study: Study,
+    trials: Sequence[Trial],
+    root: Path,
+    *,
+    environment: Mapping[str, str],
+    commit: str,
+    retry_failed: bool,
+    say: Say,
+) -> dict[str, Outcome]:
+    """Runs those of `trials` that are not done.
+
+    Args:
+      study: that they are of.
+      trials: from `select`.
+      root: the folder of the runs.
+      environment: of the processes.
+      commit: of the code, for the records.
+      retry_failed: also run those that failed.
+      say: progress.
+
+    Returns:
+      Hash -> outcome of each of `trials`, as it is at the end.
+    """
+    outcomes, _ = runs.find(study, root)
+    todo, pace = to_run(trials, outcomes, retry_failed), Pace.of(trials, outcomes)
+    for number, trial in enumerate(todo, 1):
+        folder, before = outcomes[trial.hash].folder, outcomes[trial.hash].state
+        if (now := runs.look(folder).state) != before and now in ("done", "running", "failed"):
+            say(f"[{number}/{len(todo)}] {trial}: {now}, by another process")
+            continue
+        verb = "resumes" if (folder / runs.RECORD).exists() else "starts"
+        say(f"[{number}/{len(todo)}] {trial}: {verb} in {folder}; {pace.in_words(todo[number - 1 :])}")
+        began = time.monotonic()
+        how = run_one(trial, folder, environment, commit)
+        if how == "done":
+            pace.add(trial, time.monotonic() - began)
+        say(f"[{number}/{len(todo)}] {trial}: {how} after {duration(time.monotonic() - began)}")
+    outcomes, _ = runs.find(study, root)
+    return {trial.hash: outcomes[trial.hash] for trial in trials}
+
+
+def to_run(trials: Iterable[Trial], outcomes: Mapping[str, Outcome], retry_failed: bool) -> list[Trial]:
+    """Those of the trials that a sweep starts or resumes."""
+    states = ("missing", "interrupted", "running", *(["failed"] if retry_failed else []))
+    return [trial for trial in trials if outcomes[trial.hash].state in states]
+
+
+def run_one(trial: Trial, folder: Path, environment: Mapping[str, str], commit: str) -> str:
+    """Runs a trial in a process of its own and waits for it; returns how it ended, in words.
+
+    Raises:
+      KeyboardInterrupt, SystemExit: this process was asked to stop; the run has been asked to, and has ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if lease.in_use(folder):
+        return "is run by another process"
+    runs.write_record(folder, trial, commit)
+    (folder / runs.FAILURE).unlink(missing_ok=True)
+    with (folder / runs.LOG).open("ab") as log:
+        process = subprocess.Popen(command(folder), stdout=log, stderr=log, env=dict(environment))
+        try:
+            status = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)  # it saves, and stops
+            process.wait()
+            raise
+    if status == 0:
+        return "done"
+    if status in _ELSEWHERE:
+        return "is run by another process"
+    if status < 0 or status in _STOPPED:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else "was stopped"
+        return f"{how}; the same command resumes it"
+    error = last_error(folder / runs.LOG) or f"status {status}"
+    files.write_document(folder / runs.FAILURE, {"error": error, "status": status, "commit": commit})
+    return f"failed: {error}"
+
+
+def command(folder: Path) -> list[str]:
+    """What starts or resumes the recorded trial of a folder."""
+    recipe = f"{recorded.__file__}:{folder / runs.RECORD}"
+    return [sys.executable, "-m", "lm.main", f"--config={recipe}", f"--workdir={folder}"]
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that begins with 'error: ', without that, or else its last line, as of a traceback."""
+    with log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
+        lines = file.read().decode(errors="replace").split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1]
