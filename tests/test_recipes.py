@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from lm import config, input_pipeline
+from lm import config, input_pipeline, predict
 from lm import run as run_lib
 from lm.benchmark import training as training_benchmark
 from lm.checkpoint import init_from
@@ -196,7 +196,8 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
 
     run = started(cfg)
     monkeypatch.setattr(run_lib, "load_model", lambda name: run)
-    saved = SimpleNamespace(step=0, info={}, metrics={}, path=Path("run/checkpoints/0"))
+    saved = SimpleNamespace(step=0, info={"arrays": {}}, metrics={}, path=Path("run/checkpoints/0"))
+    monkeypatch.setattr(predict, "_start", lambda *_: None)
     monkeypatch.setattr(run_lib, "load_checkpoint", lambda name: (saved, run))
     out, sides = tmp_path / "out.png", "../shared/data/multi30k/test_2016_flickr.{en,de}.gz"
     for tool, *arguments in (
