@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lm import config as config_lib
 from lm.config import Config, schema
 from lm.config.schema import ConfigError, Duration, keys
-from lm.tasks import TASKS, build_config, default_config, task_config
+from lm.tasks import TASKS, build_config, build_saved_config, default_config, task_config
 
 RUNNABLE = {"train": {"total_steps": 10}}
 KEYS = [*(key for key in keys(Config) if key != "task"), "task.name"]  # for a task without options
@@ -364,3 +364,12 @@ def test_a_config_is_frozen():
 def test_nearest_suggests_nothing_when_nothing_is_close():
     assert schema.nearest("seed", ["sead", "x"]) == " (did you mean 'sead'?)"
     assert schema.nearest("seed", ["zzz"]) == ""
+
+
+def test_a_saved_config_without_rope_scaling_is_read_whatever_its_unused_factor_was():
+    """The default of `rope_scaling.factor` was 1."""
+    saved = json.loads(json.dumps(schema.to_dict(build())))
+    saved["model"]["rope_scaling"]["factor"] = 1.0
+    assert build_saved_config(saved) == build()
+    saved["model"] |= {"position": "rope", "rope_scaling": saved["model"]["rope_scaling"] | {"kind": "linear"}}
+    assert build_saved_config(saved).model.rope_scaling.factor == 1.0
