@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 OBJECTIVES = EXPERIMENTS / "objectives"
@@ -18,6 +19,20 @@ def study():
 
 def test_table_is_that_of_the_figures(study):
     assert study["results"](3) == (OBJECTIVES / "results.md").read_text(encoding="utf-8")
+
+
+def test_differences_are_tested_in_pairs_and_corrected_over_the_lines_of_a_task(study):
+    kept = json.loads((OBJECTIVES / "results.json").read_text(encoding="utf-8"))
+    p = {}
+    for arm in ("mlm", "clm"):
+        other = "scratch" if arm == "mlm" else "clm,scratch"
+        values = [[kept[f"sst2 sst2:{each} {seed}"]["accuracy"] for seed in range(3)] for each in (arm, other)]
+        p[arm] = stats.ttest_rel(*values).pvalue
+    found = study["comparisons"]("sst2", 3)
+    assert p["clm"] < p["mlm"] and found.keys() == p.keys()
+    assert (found["clm"][2], found["mlm"][2]) == (f"{2 * p['clm']:.3f}", f"{p['mlm']:.3f}")
+    assert (found["clm"][3], found["mlm"][3]) == ("better", "undecided")
+    assert study["comparisons"]("mlm", 3) == {} and set(study["comparisons"]("translation", 3)) == {"pretrained"}
 
 
 def test_every_figure_is_of_a_config_as_it_is(study):

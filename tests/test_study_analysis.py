@@ -221,11 +221,11 @@ def test_the_best_is_bold_only_where_it_beats_each_other_arm(tmp_path):
 
 
 def test_names_of_arms_are_escaped(tmp_path):
-    odd = "50%_<b>|&"
+    odd = "50%_<b>|&$\\q$"
     study = make_study(product(arms({odd: {}, "b": {"model.mlp_dim": 8}}), seeds(3)), tables=(Table("accuracy", "b"),))
     found = of(study, tmp_path, lambda trial: {"accuracy": 0.1 * trial.seed + (trial.arm == odd) * 0.01 * trial.seed})
-    assert r"50\%\_$<$b$>$|\&" in report.latex(found)
-    assert "50%_<b>\\|&" in report.markdown(found) and "<b>|" not in report.page(found)
+    assert r"50\%\_$<$b$>$|\&\$\textbackslash{}q\$" in report.latex(found)
+    assert "50%_<b>\\|&$\\q$" in report.markdown(found) and "<b>|" not in report.page(found)
 
 
 def test_all_files_are_written_and_the_page_needs_no_other(tmp_path):

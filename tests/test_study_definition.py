@@ -41,7 +41,7 @@ def test_two_axes_that_set_one_key_are_refused():
 def test_values_of_a_key_depend_on_neither_the_other_keys_nor_the_number_of_trials():
     space = {"lr": stats.loguniform(1e-4, 1e-2), "name": ["x", "y"], "n": stats.randint(1, 9)}
     five = study_lib.sample(5, space)
-    assert study_lib.sample(9, {"lr": space["lr"]})[:5] == [{"lr": each["lr"]} for each in five]
+    assert study_lib.sample(9, {"n": space["n"]})[:5] == [{"n": each["n"]} for each in five]
     assert study_lib.sample(5, space) == five != study_lib.sample(5, space, seed=1)
     assert {type(each["lr"]) for each in five} == {float} and {type(each["n"]) for each in five} == {int}
     assert all(1e-4 <= each["lr"] <= 1e-2 and 1 <= each["n"] < 9 for each in study_lib.sample(200, space))

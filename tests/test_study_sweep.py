@@ -110,6 +110,19 @@ def test_one_that_another_process_runs_is_left_to_it(tmp_path, quick):
     assert "is run by another process" in (run_all(study, tmp_path) and SAID[1])
 
 
+def test_one_that_another_process_has_finished_meanwhile_is_not_started(tmp_path, quick, monkeypatch):
+    study = make_study(seeds(2))
+    one = sweep.run_one
+
+    def run_one(trial, *rest):
+        write_run(tmp_path, study.trials[1], {"loss": 9.0})
+        return one(trial, *rest)
+
+    monkeypatch.setattr(sweep, "run_one", run_one)
+    assert [each.state for each in run_all(study, tmp_path).values()] == ["done"] * 2
+    assert starts(tmp_path, study) == [1, 0] and SAID[-1] == "[2/2] all, seed 1: done, by another process"
+
+
 HOLDS = """
     import os, signal, sys, time
     from pathlib import Path
@@ -212,7 +225,10 @@ def test_progress_says_how_many_are_left_and_how_long_they_take(tmp_path, quick)
 def test_the_pace_of_an_arm_is_its_own():
     study = make_study(product([{"arm": "a"}, {"arm": "b", "model.mlp_dim": 8}], seeds(2)))
     pace = sweep.Pace()
-    assert pace.estimate(study.trials) is None and pace.in_words(study.trials) == "4 left"
+    assert (
+        pace.estimate(study.trials) is None
+        and pace.in_words(study.trials) == "4 left, the first will tell how long they take"
+    )
     pace.add(study.trials[0], 10.0)
     assert pace.estimate(study.trials) == 40.0
     pace.add(study.trials[2], 100.0)

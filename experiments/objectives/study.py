@@ -25,8 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results.json"
 
-SPREAD = "the two standard deviations added"
-
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
@@ -79,9 +77,7 @@ REVIEWS = FEW | {"train.total_epochs": 4.0, "eval.max_tokens": 128_000}
 FEWER = {"data.max_records": 2_000, "eval.every_epochs": 0.0}
 SHORTER = {"train.total_steps": 100, "eval.every_steps": 0}
 NO_PAIRS = "low either way: this model has read single texts only, and too few to judge what two mean together."
-NO_GRAMMAR = (
-    "near 0 either way, within the spread: a million parameters do not judge grammar after one pass of reviews."
-)
+NO_GRAMMAR = "near 0 either way: a million parameters do not judge grammar after one pass of reviews."
 INTERACTIONS = ("runs/interactions.csv", "tools/make_interactions.py")
 ROWS: dict[str, Row] = {
     "mlm": once("MLM on reviews", "nll", "reviews_mlm"),
@@ -92,7 +88,7 @@ ROWS: dict[str, Row] = {
         "accuracy",
         arms("sst2", "mlm,full", "mlm,last2", "mlm,lora", "mlm,adapters", "mlm,head"),
         FEW,
-        note="'beyond' compares with the head alone.",
+        note="compared with the head alone.",
     ),
     "mae": once("MAE on CIFAR-10", "loss", "mae_cifar10"),
     "simclr": once("SimCLR on CIFAR-10", "accuracy", "simclr_cifar10"),
@@ -114,7 +110,7 @@ ROWS: dict[str, Row] = {
         "accuracy",
         arms("imdb", *SENTENCES[:2]),
         REVIEWS,
-        note="from MLM within the spread: the encoder from scratch is as good here, a guess is that single words tell.",
+        note="the encoder from scratch is good here; a guess is that single words tell.",
     ),
     "imdb_clm": Row("IMDB, 500 labels", "accuracy", arms("imdb", *SENTENCES[2:]), REVIEWS),
     "stsb": Row("STS-B, 2,000 pairs", "pearson", arms("stsb", "mlm", "scratch"), FEWER, note=NO_PAIRS),
@@ -308,23 +304,27 @@ def results(seeds: int) -> str:
         "# Every objective and task: results",
         "",
         f"Written by `python experiments/objectives/study.py`; mean and standard deviation over {seeds} seeds. "
-        "'beyond' = the difference to the baseline (the row's last line, or 'scratch' of the same kind), and whether "
-        f"it is more than {SPREAD}. Minutes are of all runs of the line, on the machine that ran it.",
+        "The difference is to the baseline (the row's last line, or 'scratch' of the same kind), with its 95 % t "
+        "interval; p is of the t test paired by seed, corrected by Holm over the lines of a task. Better or worse: p < "
+        ".05; 'detectable' is the difference that the test would find with a probability of 80 %, given the spread "
+        "measured. Minutes are of all runs of the line, on the machine that ran it.",
         "",
-        "| task | how | metric | before | score | beyond | trained parameters | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | how | metric | before | score | difference | 95 % interval | p | verdict | detectable "
+        "| trained parameters | minutes |",
+        "|" + "---|" * 12,
     ]
     for name, row in ROWS.items():
-        lines += [line(name, row, arm, seeds) for arm in row.arms]
+        compared = comparisons(name, seeds)
+        lines += [line(name, row, arm, seeds, compared.get(arm.name, [""] * 5)) for arm in row.arms]
     lines += ["", *(f"- {row.title}: {row.note}" for row in ROWS.values() if row.note)]
     return "\n".join(lines) + "\n"
 
 
-def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
-    """The table's line for an arm."""
+def line(name: str, row: Row, arm: Arm, seeds: int, compared: list[str]) -> str:
+    """The table's line for an arm; `compared` are its cells of `comparisons`."""
     done = summaries(name, arm, seeds)
     if not done:
-        return f"| {row.title} | {arm.name} | {row.metric} | | not run | | | |"
+        return f"| {row.title} | {arm.name} | {row.metric} | | not run | | | | | | | |"
     values = [summary[row.metric] for summary in done]
     score = f"{statistics.mean(values):.3f}"
     if len(values) > 1:
@@ -333,27 +333,44 @@ def line(name: str, row: Row, arm: Arm, seeds: int) -> str:
     shown = f"{statistics.mean(before):.3f}" if all(value is not None for value in before) else ""
     minutes = sum(summary["seconds"] for summary in done) / 60
     trained = f"{done[0]['trained_parameters']:,}"
-    compared = beyond(name, arm, seeds)
     missing = "" if row.once or len(done) == seeds else f" ({len(done)} of {seeds} seeds)"
     return (
-        f"| {row.title} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {compared} "
+        f"| {row.title} | {arm.name} | {row.metric} | {shown} | {score}{missing} | {' | '.join(compared)} "
         f"| {trained} | {minutes:.1f} |"
     )
 
 
-def beyond(name: str, arm: Arm, seeds: int) -> str:
-    """Whether an arm differs from its baseline by more than the spread: 'yes' (better or worse), 'no', or ''."""
-    row = ROWS[name]
+def baseline(row: Row, arm: Arm) -> Arm | None:
+    """The arm that another is compared with: from scratch and of the same kind, else the row's last; None = no one."""
     by_argument = {other.argument: other for other in row.arms}
-    baseline = by_argument.get(f"{arm.argument},scratch") or by_argument.get("scratch") or row.arms[-1]
-    if baseline == arm or "scratch" in arm.argument or row.once:
-        return ""
-    mine, theirs = ([s[row.metric] for s in summaries(name, a, seeds)] for a in (arm, baseline))
-    if min(len(mine), len(theirs)) < 2:
-        return ""
-    difference = statistics.mean(mine) - statistics.mean(theirs)
-    spread = statistics.stdev(mine) + statistics.stdev(theirs)
-    return f"{difference:+.3f} {'yes' if abs(difference) > spread else 'no'}"
+    other = by_argument.get(f"{arm.argument},scratch") or by_argument.get("scratch") or row.arms[-1]
+    return None if other == arm or "scratch" in arm.argument or row.once else other
+
+
+def comparisons(name: str, seeds: int) -> dict[str, list[str]]:
+    """Name of each arm that has a baseline -> its last cells: difference, interval, p, verdict, detectable."""
+    from lm.study import analysis, report
+
+    row = ROWS[name]
+    pairs = [(arm.name, other.name, row.metric) for arm in row.arms if (other := baseline(row, arm))]
+    values = {
+        arm.name: {seed: figures[row.metric] for seed in range(seeds) if (figures := found(name, arm, seed))}
+        for arm in row.arms
+    }
+
+    def values_of(arm: str, metric: str) -> tuple[dict[int, float], dict[int, str]]:
+        return values[arm], {seed: "not run" for seed in range(seeds) if seed not in values[arm]}
+
+    out = {}
+    for (arm, _, _), compared in zip(pairs, analysis.compare(pairs, values_of), strict=True):
+        difference = compared.difference
+        if difference is None or compared.why:
+            out[arm] = ["", "", "", f"undecided: {compared.why}", ""]
+            continue
+        interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
+        p, detectable = report.p_value(compared.p), f"{compared.detectable:.3f}"
+        out[arm] = [f"{difference.mean:+.3f}", interval, p, compared.verdict, detectable]
+    return out
 
 
 if __name__ == "__main__":

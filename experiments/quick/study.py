@@ -13,10 +13,10 @@ SMALL: Override = {
     "model.num_layers": 2,
     "model.embed_dim": 96,
     "model.num_heads": 2,
-    "train.total_steps": 40,
+    "train.total_steps": 30,
     "optim.warmup_steps": 5,
     "eval.every_steps": 10,
-    "eval.max_tokens": 16_384,
+    "eval.max_tokens": 8_192,
     "generate.prompts": (),
 }
 TABLES = (Table("bits_per_byte", baseline="gelu"),)

@@ -70,10 +70,11 @@ def _cells(row: Row, decimals: int) -> list[str]:
     if found is None or compared.why:
         return [*cells, signed(found.mean) if found else "", "", f"undecided: {compared.why}", ""]
     cells += [signed(found.mean), f"{signed(found.low)} to {signed(found.high)}"]
-    return [*cells, f"{_p(compared.p)} {compared.verdict}", number(compared.detectable)]
+    return [*cells, f"{p_value(compared.p)} {compared.verdict}", number(compared.detectable)]
 
 
-def _p(p: float) -> str:
+def p_value(p: float) -> str:
+    """Three decimals, or '<.001'."""
     return f"{p:.3f}" if p >= 0.001 else "<.001"
 
 
@@ -113,7 +114,7 @@ def _claim_line(result: ClaimResult) -> str:
     found = compared.difference
     line = (
         f"difference {found.mean:+.4g} ({found.low:+.4g} to {found.high:+.4g}), {found.test} test, {seeds} seeds, "
-        f"p {_p(compared.p)}"
+        f"p {p_value(compared.p)}"
     )
     return line + (f"; detectable {compared.detectable:.4g}" if result.verdict == "undecided" else "")
 
@@ -335,13 +336,14 @@ def draw(table: TableResult, analysis: Analysis) -> Any:
             steps, mean, low, high = curves[row.arm]
             panels[1].plot(steps, mean, "o-", color=color, ms=3, lw=1.4, label=row.arm)
             panels[1].fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
-    panels[0].set_yticks(range(len(shown)), [row.arm for row in shown])
+    panels[0].set_yticks(range(len(shown)), [row.arm for row in shown], parse_math=False)
     panels[0].set_ylim(len(shown) - 0.5, -0.5)
     panels[0].set_xlabel(f"{table.metric}: mean, {LEVEL:.0%} t interval, seeds", fontsize=8.5)
     if curves:
         panels[1].set_xlabel("step", fontsize=8.5)
         panels[1].set_title(f"{table.metric}, mean and {LEVEL:.0%} t interval", fontsize=8.5, loc="left")
-        panels[1].legend(fontsize=8, frameon=False)
+        for text in panels[1].legend(fontsize=8, frameon=False).get_texts():
+            text.set_parse_math(False)
     for panel in panels:
         panel.tick_params(labelsize=8.5, length=0)
         panel.grid(color="#e6e9ef", lw=0.8)

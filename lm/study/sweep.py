@@ -116,9 +116,10 @@ class Pace:
         return sum(sum(values) / len(values) for values in each)
 
     def in_words(self, trials: Sequence[Trial]) -> str:
-        """'3 left, about 0:01:10'."""
+        """'3 left, about 0:01:10'; the time is not known before one was measured."""
         seconds = self.estimate(trials)
-        return f"{len(trials)} left" + ("" if seconds is None else f", about {duration(seconds)}")
+        about = "the first will tell how long they take" if seconds is None else f"about {duration(seconds)}"
+        return f"{len(trials)} left, {about}" if trials else "none left"
 
 
 def duration(seconds: float) -> str:
