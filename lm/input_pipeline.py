@@ -185,9 +185,9 @@ def _source(
         train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
         parts = {"train": (train, counts)}
         held_out = {"valid": found.valid} | ({"test": found.test} if found.test else {})
+        more = task.held_out(found.train, cfg) if task.held_out else {}
         for name, records in held_out.items():
-            records = task.held_out(found.train, records, cfg) if task.held_out else records
-            part, _, counts = _packed(records, name, cfg, tokenizer)
+            part, _, counts = _packed([record | more for record in records], name, cfg, tokenizer)
             parts[name] = part, counts
     report = {name: counts for name, (_, counts) in parts.items()}
     return Source(**{name: part for name, (part, _) in parts.items()}), report, checksums

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import signal
 import sys
 import threading
 
@@ -23,6 +25,11 @@ _PROCESS = flags.DEFINE_integer("process_id", -1, "Which one this is, from 0, wi
 # Of the disk, or of who may write to it: not faults of the program. Errors of the run's own files say more.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 _EXIT_SECONDS = 20.0  # see `end_soon`
+
+# How XLA's error of a collective begins or what it names when a process that takes part is gone. Other errors of XLA,
+# such as RESOURCE_EXHAUSTED, would come again after a restart.
+_LOST_HOST = re.compile(r"^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):|gloo|nccl|megascale|heartbeat", re.I)
+_LOST_HOST_STATUS = 128 + signal.SIGABRT  # as JAX's coordination service ends a process in the same case
 
 
 def main(argv: list[str]) -> None:
@@ -50,6 +57,10 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         status = getattr(error, "exit_status", 1)
         if _DISTRIBUTED.value or _COORDINATOR.value:
+            if is_lost_host(error):
+                say(f"error: another process of the run was lost: {error}", file=sys.stderr)
+                sys.stdout.flush()
+                os._exit(_LOST_HOST_STATUS)  # at exit JAX would wait for that process
             end_soon(status, _EXIT_SECONDS)
         is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
         if not (is_disk or type(error).__module__.startswith("lm.")):
@@ -58,6 +69,13 @@ def main(argv: list[str]) -> None:
         if isinstance(error, lease.Lost):
             os._exit(status)  # at once: no thread may go on writing, and no other process is waited for
         sys.exit(status)
+
+
+def is_lost_host(error: BaseException | None) -> bool:
+    """Whether an error of one of several processes, or what caused it, says that another one is gone."""
+    while error and not (type(error).__name__ == "JaxRuntimeError" and _LOST_HOST.search(str(error))):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def end_soon(status: int, seconds: float) -> None:

@@ -154,13 +154,15 @@ class LoadedModel:
         return jax.device_put({"params": self.params, "start": self.start}, sharding.replicated(self.mesh))
 
     @functools.cached_property
-    def shots(self) -> Sequence[Record]:
-        """The training records of the run, for prompts that contain some of them."""
+    def shots(self) -> dict[str, Any]:
+        """The fields that the task gives to held-out records: some of the run's training records, for prompts."""
         cfg, task = self.config, task_of(self.config)
+        if not task.held_out or not cfg.task.shots:
+            return {}
         (found, *others) = input_pipeline.load(cfg.data, task.wanted(cfg))
         if others or not isinstance(found, registry.Split):
             raise ConfigError("'task.shots' are drawn from one source of records; this run has another kind of data")
-        return found.train
+        return task.held_out(found.train, cfg)
 
 
 def load(name: str, *, batch_size: int = 0, devices: Sequence[Any] | None = None) -> LoadedModel:
@@ -222,7 +224,12 @@ def given_records(loaded: LoadedModel, records: Iterable[Mapping[str, Any] | str
 
 
 def predictions(
-    loaded: LoadedModel, records: Iterable[Record], *, first: int = 0, beams: int = 4
+    loaded: LoadedModel,
+    records: Iterable[Record],
+    *,
+    first: int = 0,
+    beams: int = 4,
+    alpha: float = beam_search.ALPHA,
 ) -> Iterator[dict[str, Any]]:
     """Yields a prediction for each record, in their order, holding a few batches of records at a time.
 
@@ -235,6 +242,7 @@ def predictions(
       records: as `registry.stream` yields them.
       first: number of the first of them.
       beams: of translations.
+      alpha: length penalty of translations, see `lm.decoding.beam_search.search`.
 
     Raises:
       ConfigError: a record lacks a field that the task reads.
@@ -242,10 +250,9 @@ def predictions(
     """
     cfg, task, predictor = loaded.config, task_of(loaded.config), task_of(loaded.config).predictor
     if task.answers_with_text:
-        for some in _chunks(records, _BATCHES_AT_ONCE * loaded.batch_size):
-            base.check_fields(task, some, TASKS, base.unread(task))
+        for some in _groups(loaded, records, base.unread(task)):
             sources = [_source(record["text"], loaded) for record in some]
-            translated = _translated(loaded, [ids for ids, _ in sources], beams)
+            translated = _translated(loaded, [ids for ids, _ in sources], beams, alpha)
             for record, text, (_, counts) in zip(some, translated, sources, strict=True):
                 yield {"number": first} | asked(record) | {"prediction": text} | ({"counts": counts} if counts else {})
                 first += 1
@@ -365,12 +372,11 @@ def _computed(
     loaded: LoadedModel, records: Iterable[Record], name: str, first: int = 0
 ) -> Iterator[tuple[Record, list[Example], Outputs, Counter[str]]]:
     """For each record: its examples, the outputs of their rows, and what was counted while they were made."""
-    cfg, task = loaded.config, task_of(loaded.config)
+    cfg = loaded.config
     rows = _rows_for(name, cfg)
-    for some in _chunks(records, _BATCHES_AT_ONCE * loaded.batch_size):
-        base.check_fields(task, some, TASKS, rows.may_lack)
-        if task.held_out and cfg.task.shots and name != "embed":
-            some = task.held_out(loaded.shots, some, cfg)
+    more = loaded.shots if name != "embed" else {}
+    for some in _groups(loaded, records, rows.may_lack):
+        some = [record | more for record in some]
         counts = [Counter[str]() for _ in some]
         made = [
             rows.examples({"identity": identity(record), **record}, loaded.tokenizer, cfg, own)
@@ -491,7 +497,10 @@ def write_predictions(
     if is_table := out.suffix == ".parquet":
         _parquet()
     wanted = wanted_to_predict(loaded.config)
-    total = sum(1 for _ in _readable(loaded, data, wanted))
+    total = 0
+    for record in registry.stream(data, wanted, note):
+        base.check_fields(task_of(loaded.config), [record], TASKS, wanted.may_lack)
+        total += 1
     if not total:
         raise DataError(f"data path '{data.path}': no record; expected at least one")
     note(f"{total:,} records in {data.path}")
@@ -500,7 +509,7 @@ def write_predictions(
     if part.exists() and (not about_part.exists() or json.loads(about_part.read_text()) != about):
         raise ConfigError(f"{part} was begun with another model, file or option; remove it to begin anew")
     write_atomic(about_part, json.dumps(about, indent=1))
-    records = _readable(loaded, data, wanted)
+    records = registry.stream(data, wanted)
     counts = Counter[str](records=total)
     with part.open("a+b") as file:
         done = _verify(file, records, part, counts)
@@ -521,13 +530,6 @@ def write_predictions(
         part.replace(out)
     about_part.unlink()
     return counts
-
-
-def _readable(loaded: LoadedModel, data: DataConfig, wanted: Wanted) -> Iterator[Record]:
-    task = task_of(loaded.config)
-    for record in registry.stream(data, wanted):
-        base.check_fields(task, [record], TASKS, wanted.may_lack)
-        yield record
 
 
 def _count(said: dict[str, Any], counts: Counter[str]) -> None:
@@ -627,7 +629,7 @@ def _logits_step(loaded: LoadedModel) -> RowStep:
             return {}, {"logits": out.head, "real": real_BxL}
         size = tokenizer.vocab_size
         logits_BxLxV = losses.logits(
-            out.hidden_BxLxD, out.unembed_DxV, vocab_size=size, softcap=cfg.model.logit_softcap
+            out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=size, softcap=cfg.model.logit_softcap
         )
         return {}, {"logits": logits_BxLxV[..., :size], "real": real_BxL}
 
@@ -668,14 +670,17 @@ def _source(text: str, loaded: LoadedModel) -> tuple[list[int], dict[str, int]]:
     return [*ids[: cfg.model.max_len - 1], loaded.tokenizer.eos_id], {"source_cut": 1}
 
 
-def _translated(loaded: LoadedModel, prompts: Sequence[Sequence[int]], beams: int) -> list[str]:
+def _translated(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], beams: int, alpha: float = beam_search.ALPHA
+) -> list[str]:
     """The translation of each text by beam search, on one line each."""
     cfg, tokenizer = loaded.config, loaded.tokenizer
 
     def of(chosen: list[int]) -> list[list[int]]:
         some = [prompts[i] for i in chosen]
+        rows = loaded.batch_size
         return beam_search.search(
-            loaded.model, loaded.params, some, cfg, tokenizer, beams=beams, rows_multiple=loaded.batch_size
+            loaded.model, loaded.params, some, cfg, tokenizer, beams=beams, alpha=alpha, rows_multiple=rows
         )
 
     return [" ".join(text.split()) for text in _decoded(loaded, prompts, of)]
@@ -693,6 +698,13 @@ def _decoded(
             for i, ids in zip(chosen, of(chosen), strict=True):
                 texts[i] = loaded.tokenizer.decode(ids)
     return texts
+
+
+def _groups(loaded: LoadedModel, records: Iterable[Record], may_lack: tuple[str, ...]) -> Iterator[list[Record]]:
+    """The records that are held at once. Raises ConfigError if one lacks a field that is read."""
+    for some in _chunks(records, _BATCHES_AT_ONCE * loaded.batch_size):
+        base.check_fields(task_of(loaded.config), some, TASKS, may_lack)
+        yield some
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -48,6 +48,7 @@ class Plan(NamedTuple):
       init: the checkpoint or the published model that `init_from` names, or None.
       origin_of: path -> array of that checkpoint, or None = initialised.
       words: its tables of ids, which may have another number of rows.
+      published_vocab: rows of those tables that came from a published model, at first or by way of other runs, or 0.
       unused: parameters of that checkpoint that this run does not read.
       anchored: path -> whether the state keeps its initial value, for the optimizer or the loss; None = neither asks.
       replay: the data that `data.replay` draws from, or None.
@@ -61,6 +62,7 @@ class Plan(NamedTuple):
     init: init_from.Source | None
     origin_of: dict[str, str | None]
     words: init_from.Tables
+    published_vocab: int
     unused: list[str]
     anchored: dict[str, bool] | None
     replay: DataConfig | None
@@ -131,6 +133,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         there = build_saved_config(init.info["config"]).tokenizer
         words = init_from.tables(logical_axes, vocab_size - cfg.tokenizer.extra_ids + there.extra_ids, vocab_size)
     origin_of, unused = init_from.sources(abstract, cfg.init_rules, init, words) if init else ({}, [])
+    keeps_tables = init is None or any(origin_of.get(path) for path in words.axes)
     return Plan(
         cfg=cfg,
         abstract_params=abstract,
@@ -140,6 +143,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         init=init,
         origin_of=origin_of,
         words=words,
+        published_vocab=min(_published_vocab(own, init), cfg.model.vocab_size) if keeps_tables else 0,
         unused=unused,
         anchored=anchored,
         replay=replay.source(cfg, workdir, init),
@@ -176,6 +180,15 @@ def _published_shape(cfg: Config, own: Sequence[checkpoint.Saved], init: init_fr
     cfg = dataclasses.replace(cfg, model=model)
     config.check(cfg)
     return cfg
+
+
+def _published_vocab(own: Sequence[checkpoint.Saved], init: init_from.Source | None) -> int:
+    """Rows of vocabulary that a run's first model has from a published one; `own`, `init`: as `_published_shape`."""
+    if isinstance(init, hf.Published):
+        return init.vocab_size
+    known = [saved.info for saved in ([init] if init else own) if "unreadable" not in saved.info]
+    rows: int = known[-1].get("published_vocab", 0) if known else 0
+    return rows
 
 
 def predicts_tokens(cfg: Config) -> bool:

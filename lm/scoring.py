@@ -91,7 +91,7 @@ def evaluate(
       ConfigError: a record lacks a field, or a score needs a package that is not installed.
     """
     cfg, task = loaded.config, task_of(loaded.config)
-    records = list(registry.stream(data, task.wanted(cfg)))
+    records = list(registry.stream(data, task.wanted(cfg), note))
     splits.identify(records)
     note(f"{len(records):,} records in {data.path}")
     if task.draws_other:

@@ -101,6 +101,7 @@ class ModelOutput(NamedTuple):
       cache: the updated key/value cache when one was passed, else None.
       head: float32, the output of the model's `Head`, or None when it has none.
       routing_2xB: float32, means over layers of `lm.models.moe.load_balance`; None in a model without experts.
+      transformed_BxLxD: what `unembed_DxV` multiplies where that is not the hidden states, see `model.lm_transform`.
     """
 
     hidden_BxLxD: jax.Array
@@ -108,6 +109,12 @@ class ModelOutput(NamedTuple):
     cache: Any = None
     head: Any = None
     routing_2xB: Any = None
+    transformed_BxLxD: Any = None
+
+    @property
+    def pre_logits_BxLxD(self) -> jax.Array:
+        """What `unembed_DxV` multiplies."""
+        return self.hidden_BxLxD if self.transformed_BxLxD is None else self.transformed_BxLxD
 
 
 class Head(NamedTuple):

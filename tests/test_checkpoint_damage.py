@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,9 @@ from lm import checkpoint, evaluator, param_paths, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError
 from lm.config import CheckpointConfig
+from tests import toys
 from tests.test_checkpoint_resume import run_of
-from tests.test_checkpoint_store import assert_same, files_of, flip, info, may_stop_orbax, save, small, steps
+from tests.test_checkpoint_store import assert_same, files_of, info, may_stop_orbax, save, small, steps
 from tests.test_run import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,16 +235,14 @@ def test_two_processes_go_back_to_the_same_step_whichever_of_them_sees_the_damag
     metadata(folders["metadata", 0], 4).write_text("{")
     damage_arrays(folders["arrays", 1], 4)
     largest = max(files_of(checkpoint.choose(str(folders["values", 1]))), key=lambda path: path.stat().st_size)
-    largest.write_bytes(flip(largest.read_bytes(), 8 * 200))
+    largest.write_bytes(toys.flip(largest.read_bytes(), 8 * 200))
     shutil.rmtree(folders["a step", 0] / "checkpoints/4")
     metadata(folders["both", 0], 4).write_text("{")
     damage_arrays(folders["both", 1], 4)
     damage_arrays(folders["all steps", 0], 4)
     metadata(folders["all steps", 1], 2).write_text("{")
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = toys.free_port()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     both = [
         subprocess.Popen(

@@ -16,15 +16,19 @@ pytest.importorskip("safetensors", reason="needs the extra hf: pip install -e '.
 
 from safetensors.numpy import load_file, save_file
 
+from configs import chat_lora
 from lm import checkpoint, param_paths, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, hf
 from lm.checkpoint.hf import export
-from lm.config import ModelConfig
+from lm.config import Duration, ModelConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer
 from lm.models import transformer
 from lm.parallel import mesh as mesh_lib
+from lm.tasks import build_config
+from lm.types import Head
+from tests import published as published_tokenizers
 from tests import tool_modules, toys
 
 MODEL = ModelConfig(
@@ -187,6 +191,62 @@ def test_wrong_tensors_are_refused_by_name(copy):
         params_of(copy)
 
 
+def test_a_parameter_that_lacks_some_layers_is_refused_by_name(copy):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(copy, lambda tensors: tensors.pop(name))
+    assert f"no tensor '{name}', which a llama of 3 layers has" in refusal(copy)
+
+
+def test_more_layers_than_the_files_have_are_refused_however_many(copy):
+    for count in (4, 10**15):
+        change(copy, "config.json", num_hidden_layers=count)
+        assert "no tensor 'model.layers.3." in refusal(copy) or "config.json" in refusal(copy)
+
+
+@pytest.mark.parametrize("rows", [300, 301])
+def test_a_head_that_is_not_the_embedding_to_which_it_is_tied_is_refused(rows, copy, monkeypatch):
+    monkeypatch.setattr(hf.published, "_ROWS", 64)
+    change(copy, "config.json", tie_word_embeddings=True)
+    rewrite(copy, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING]}))
+    assert hf.open_model(copy).model.tie_embeddings
+
+    def spoil(tensors: Any) -> None:
+        head = np.resize(tensors[EMBEDDING], (rows, 16)).copy()
+        head[299, 15] += rows == 300
+        tensors["lm_head.weight"] = head
+
+    rewrite(copy, spoil)
+    assert re.search(
+        rf"tensor 'lm_head.weight' differs from '{EMBEDDING}'.*tie_word_embeddings to false", refusal(copy)
+    )
+
+
+def test_two_sets_of_weights_are_refused(copy):
+    save_file({NORM: np.zeros(16, np.float32)}, copy / "model.safetensors")
+    assert "has both model.safetensors and model.safetensors.index.json, which does not list it" in refusal(copy)
+
+
+def test_a_factor_of_1_in_a_file_is_read(copy):
+    for kind in ("linear", "dynamic", "yarn"):
+        change(copy, "config.json", rope_parameters={"rope_type": kind, "factor": 1.0})
+        scaling = hf.open_model(copy).model.rope_scaling
+        assert (scaling.kind, scaling.factor) == (kind, 1.0)
+
+
+def test_keys_of_rope_count_inside_and_outside_of_its_parameters(copy):
+    change(copy, "config.json", rope_theta=5e5, rope_parameters={"rope_type": "default"})
+    assert hf.open_model(copy).model.rope_theta == 5e5
+    change(copy, "config.json", partial_rotary_factor=0.5)
+    assert "partial_rotary_factor is 0.5" in refusal(copy)
+
+
+def test_the_rope_of_gemma3_is_given_for_both_kinds_of_layers():
+    sizes = {"num_hidden_layers": 6, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
+    config = {"model_type": "gemma3_text", "vocab_size": 300, "rope_parameters": {"rope_theta": 5e5}} | sizes
+    with pytest.raises(CheckpointError, match="rope_parameters has rope_theta; expected sliding_attention and full_"):
+        hf.families.model_of(hf.FAMILIES["gemma3_text"], config, Path("config.json"))
+
+
 def params_of(folder: Path) -> Any:
     opened = hf.open_model(folder)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -221,6 +281,7 @@ def test_only_pickled_weights_are_refused_and_beside_safetensors_not_read(copy):
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2, "beta": 1}}, "llama3 with beta"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters differ by layer"),
         ({"rope_parameters": [1]}, "cannot be read as a llama"),
     ],
 )
@@ -255,7 +316,8 @@ def recipe(folder: Path, words: Path, tmp_path: Path, **changes: Any) -> Any:
     cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(ModelConfig(), **changes),
-        train=dataclasses.replace(cfg.train, total=dataclasses.replace(cfg.train.total, steps=2)),
+        train=dataclasses.replace(cfg.train, total=Duration(steps=2)),
+        checkpoint=dataclasses.replace(cfg.checkpoint, every=Duration(steps=1)),
     )
     return cfg
 
@@ -272,11 +334,59 @@ def test_run_takes_the_shape_and_the_parameters_and_resumes_without_the_folder(p
     assert (saved["num_layers"], saved["embed_dim"], saved["vocab_size"]) == (3, 16, 300)
 
     shutil.rmtree(copy)
-    longer = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, total=type(cfg.train.total)(steps=2)))
-    train.train(longer, tmp_path / "run")
-    assert "already done" in capsys.readouterr().out
+    forget_the_last_step(tmp_path / "run", 2, 1)
+    train.train(cfg, tmp_path / "run")
+    assert f"resuming from {tmp_path}/run/checkpoints/1\n" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"'init_from' is hf:.*no folder"):
         train.train(cfg, tmp_path / "other")
+
+
+def forget_the_last_step(run: Path, last: int, kept: int) -> None:
+    """A run's folder as if it had been killed between two checkpoints."""
+    shutil.rmtree(run / "checkpoints" / str(last))
+    assert checkpoint.choose(str(run)).step == kept
+    for name in ("summary.json", "report.html"):
+        (run / name).unlink()
+
+
+def test_lora_on_a_folder_with_its_own_tokenizer_trains_resumes_answers_and_is_exported(tmp_path, capsys):
+    """As configs/chat_lora.py does it; resumed after the folder is gone."""
+    cfg = transformer.resolve(dataclasses.replace(MODEL, vocab_size=420), vocab_size=420, seq_len=64)
+    folder = tmp_path / "tiny-chat"
+    base = random_params(cfg)
+    export.export(folder, cfg, jax.tree.map(lambda leaf: 0.1 * leaf, base), vocab_size=420)
+    published_tokenizers.folder("byte_bpe", folder)
+    c = chat_lora.get_config(str(folder))
+    c.data.path, c.data.rename, c.data.seq_len = str(toys.write_chats(tmp_path / "chats.jsonl")), (), 64
+    c.data.batch_size, c.train.total_steps, c.optim.warmup_steps = 8, 4, 1
+    c.checkpoint.every_steps, c.eval.every_steps = 2, 4
+    c.generate.prompts, c.generate.max_new_tokens = ("What is 1 and 1?",), 4
+    cfg, run = build_config(c), tmp_path / "run"
+    train.train(cfg, run)
+    _, _, whole, words = run_lib.load_model(str(run))
+    assert words.hash == tokenizer.load(folder).hash and words.vocab_size < 420
+
+    capsys.readouterr()
+    shutil.rmtree(folder)
+    forget_the_last_step(run, 4, 2)
+    train.train(cfg, run)
+    assert f"resuming from {run}/checkpoints/2\n" in capsys.readouterr().out
+    flat = param_paths.flatten(run_lib.load_model(str(run))[2])
+    trained = [path for path in flat if "/lora_b" in path]
+    assert len(trained) == 7 and all(np.any(flat[path]) for path in trained)
+    for path, leaf in param_paths.flatten(whole).items():
+        np.testing.assert_array_equal(flat[path], leaf, err_msg=path)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert samples[-1]["step"] == 4
+
+    tool_modules.call("chat", f"--workdir={run}", "--prompt=What is 2 and 2?", "--max_new_tokens=4")
+    tool_modules.call("merge_adapters", "merge", run, tmp_path / "merged")
+    for name in ("run", "merged"):
+        tool_modules.call("hf", "export", tmp_path / name, tmp_path / f"{name}-out")
+    out = [params_of(tmp_path / f"{name}-out") for name in ("run", "merged")]
+    for path, leaf in param_paths.flatten(out[0]).items():
+        np.testing.assert_allclose(param_paths.flatten(out[1])[path], leaf, rtol=1e-6, err_msg=path)
+    assert out[0]["embed"]["embedding"].shape == (420, 16), "rows that no id uses are kept"
 
 
 def test_first_state_is_the_published_one(published, words, tmp_path):
@@ -374,8 +484,25 @@ def test_import_then_export_gives_the_same_tensors(published, words, tmp_path):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2]
 
 
-def test_export_of_an_own_run_cuts_the_rows_that_round_its_vocabulary(tmp_path):
-    llama = dict(position="rope", norm="rmsnorm", mlp="swiglu", use_bias=False, max_len=32)
+def test_export_keeps_a_published_vocabulary_also_by_way_of_other_runs(words, tmp_path):
+    """Also where it has as many rows as a run of its own would round its tokenizer's ids to."""
+    big = transformer.resolve(dataclasses.replace(MODEL, vocab_size=384), vocab_size=384, seq_len=64)
+    export.export(tmp_path / "hf", big, random_params(big), vocab_size=384)
+    tool_modules.call("hf", "import", tmp_path / "hf", tmp_path / "a", f"--tokenizer={words}")
+    cfg = dataclasses.replace(recipe(Path(), words, tmp_path), model=big, init_from=str(tmp_path / "a"))
+    train.train(cfg, tmp_path / "b")
+    forget_the_last_step(tmp_path / "b", 2, 1)
+    train.train(cfg, tmp_path / "b")
+    for name in ("a", "b"):
+        tool_modules.call("hf", "export", tmp_path / name, tmp_path / f"{name}-out")
+        assert hf.open_model(tmp_path / f"{name}-out").model.vocab_size == 384
+    new = dataclasses.replace(cfg, init_rules=((".*", "reinit"),))
+    assert run_lib.plan(new, None).published_vocab == 0
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(0, 384), (512, 512)])
+def test_export_of_an_own_run_cuts_the_rows_that_no_id_uses(asked, rows, tmp_path):
+    llama = dict(position="rope", norm="rmsnorm", mlp="swiglu", use_bias=False, max_len=32, vocab_size=asked)
     changes = {f"model__{key}": value for key, value in llama.items()}
     cfg = toys.recipe(toys.write_texts(tmp_path / "texts"), train__total_steps=1, optim__warmup_steps=0, **changes)
     train.train(cfg, tmp_path / "run")
@@ -383,13 +510,148 @@ def test_export_of_an_own_run_cuts_the_rows_that_round_its_vocabulary(tmp_path):
     opened = hf.open_model(tmp_path / "out")
     assert opened.model.vocab_size == 300 and opened.family.model_type == "llama" and opened.model.tie_embeddings
     tables = run_lib.load_model(str(tmp_path / "run"))[2]["embed"]["embedding"]
-    assert tables.shape[0] == 384
+    assert tables.shape[0] == rows
     got = params_of(tmp_path / "out")["embed"]["embedding"]
     np.testing.assert_array_equal(got, np.asarray(tables[:300].astype("bfloat16").astype("float32")))
+
+
+def test_a_run_with_a_head_is_not_exported(tmp_path):
+    cfg = transformer.resolve(MODEL, vocab_size=300, seq_len=64)
+    params = random_params(cfg) | {"head": {"kernel": np.zeros((16, 2), np.float32)}}
+    del params["lm_head"]
+    with pytest.raises(CheckpointError, match=r"'head/kernel'.*with this head, or with bottleneck adapters, cannot"):
+        export.export(tmp_path / "out", cfg, params, vocab_size=300)
+    with pytest.raises(ConfigError, match=r"files of a llama have no place for this task's head \(pooled\)"):
+        export.export(tmp_path / "out", cfg, params, vocab_size=300, head=Head("pooled", 2))
+    del params["head"]
+    with pytest.raises(CheckpointError, match="no parameter 'lm_head/kernel', which a llama has"):
+        export.export(tmp_path / "out", cfg, params, vocab_size=300)
+
+
+def test_an_export_that_was_cut_short_has_no_config(tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    cfg = transformer.resolve(MODEL, vocab_size=300, seq_len=64)
+    for name, written in (("safetensors.numpy.save_file", []), ("pathlib.Path.write_bytes", ["model.safetensors"])):
+        out = tmp_path / name
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+            patch.setattr(name, full)
+            export.export(out, cfg, random_params(cfg), vocab_size=300, others={"tokenizer.json": b"{}"})
+        assert [file.name for file in out.iterdir()] == written
+        assert f"no {out}/config.json" in refusal(out)
+
+
+def test_a_plan_needs_the_published_model_that_a_run_starts_from(published, words, tmp_path):
+    plan = tool_modules.load("plan")
+    with pytest.raises(CheckpointError, match=r"'init_from' is hf:.*no folder"):
+        plan.without_missing_start(recipe(tmp_path / "absent", words, tmp_path))
+    cfg = recipe(published[0], words, tmp_path)
+    assert plan.without_missing_start(cfg) == cfg
+    assert plan.without_missing_start(dataclasses.replace(cfg, init_from=str(tmp_path / "absent"))).init_from == ""
 
 
 def test_model_of_no_family_is_not_exported(tmp_path):
     cfg = transformer.resolve(dataclasses.replace(MODEL, logit_softcap=3.0), vocab_size=300, seq_len=64)
     with pytest.raises(ConfigError, match=r"no published family's shape:(.|\n)*llama: model.logit_softcap is 3.0"):
         export.export(tmp_path / "out", cfg, random_params(cfg), vocab_size=300)
+    assert not (tmp_path / "out").exists()
+
+
+BERT = dataclasses.replace(
+    ModelConfig(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24, vocab_size=210, max_len=64, norm_eps=1e-12),
+    kind="encoder",
+    norm_position="post",
+    embed_norm=True,
+    lm_transform=True,
+    mlp="gelu_exact",
+)
+
+
+@pytest.mark.slow
+def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(tmp_path):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    export.export(tmp_path / "bert", cfg, random_params(cfg), vocab_size=210)
+    published_tokenizers.folder("wordpiece", tmp_path / "bert")
+    texts = toys.write_texts(tmp_path / "texts")
+    first = toys.recipe(texts, task__name="masked_lm", init_from=f"hf:{tmp_path / 'bert'}", train__total_steps=2)
+    first = dataclasses.replace(first, model=ModelConfig(init="bert"))
+    train.train(first, tmp_path / "a")
+    tool_modules.call("hf", "export", tmp_path / "a", tmp_path / "a-out")
+    before, after = (
+        param_paths.flatten(params_of(tmp_path / "bert")),
+        param_paths.flatten(params_of(tmp_path / "a-out")),
+    )
+    assert before.keys() == after.keys() and hf.open_model(tmp_path / "a-out").model.vocab_size == 210
+    assert all(np.any(before[path] != after[path]) for path in before), "every parameter is trained"
+
+    rows = [{"text": path.read_text(), "label": ("odd", "even")[i % 2]} for i, path in enumerate(texts.iterdir())]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rules = (("head/.*", "reinit"), (".*", "keep"))
+    options = {
+        "task__name": "classification",
+        "task__labels": ("odd", "even"),
+        "data__format": "jsonl",
+        "data__packing": "pad",
+    }
+    second = toys.recipe(texts, **options, init_from=f"hf:{tmp_path / 'a-out'}", init_rules=rules, train__total_steps=1)
+    data = dataclasses.replace(second.data, path=str(tmp_path / "rows.jsonl"))
+    second = dataclasses.replace(second, data=data, model=ModelConfig(init="bert"))
+    train.train(second, tmp_path / "b")
+    tool_modules.call("hf", "export", tmp_path / "b", tmp_path / "b-out")
+    config = json.loads((tmp_path / "b-out" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "odd", "1": "even"}
+    there = load_file(tmp_path / "b-out" / "model.safetensors")
+    assert there["classifier.weight"].shape == (2, 16) and "bert.pooler.dense.bias" in there
+    assert not any(name.startswith("cls.") for name in there)
+
+    again = dataclasses.replace(second, init_from=f"hf:{tmp_path / 'b-out'}", init_rules=((".*", "keep"),))
+    planned, _, params = run_lib.init_model(again)
+    assert not planned.unused
+    np.testing.assert_array_equal(params["head"]["classifier"]["kernel"].T, there["classifier.weight"])
+
+
+def test_the_classifier_of_next_sentences_is_read_by_a_rule_only(tmp_path):
+    """A task of two classes does not take it for its own."""
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    shapes = {"pooler": {"kernel": (16, 16), "bias": (16,)}, "classifier": {"kernel": (16, 2), "bias": (2,)}}
+    heads = {name: {key: np.ones(shape, np.float32) for key, shape in each.items()} for name, each in shapes.items()}
+    params = random_params(cfg) | {"head": heads}
+    export.export(tmp_path / "bert", cfg, params, vocab_size=210, head=Head("pooled", 2, keeps_unembed=True))
+    published_tokenizers.folder("wordpiece", tmp_path / "bert")
+
+    def plan(task: str, rules: Any = ((".*", "keep"),), **options: Any) -> Any:
+        made = toys.recipe(tmp_path, task__name=task, init_rules=rules, data__packing="pad", **options)
+        made = dataclasses.replace(made, init_from=f"hf:{tmp_path / 'bert'}", model=ModelConfig())
+        return run_lib.plan(made, None)
+
+    with pytest.raises(ConfigError, match="no parameter 'head/classifier/bias' for"):
+        plan("classification", task__labels=("a", "b"))
+    rules = (("head/classifier/(.*)", r"next_sentence/\1"), (".*", "keep"))
+    planned = plan("masked_lm_pairs", rules)
+    assert planned.origin_of["head/classifier/kernel"] == "params/next_sentence/kernel" and not planned.unused
+
+
+def test_a_sentence_encoder_is_imported_and_exported_without_what_predicts_ids(tmp_path, capsys):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    params = random_params(cfg)
+    encoder = {name: params[name] for name in ("embed", "encoder")}
+    export.export(tmp_path / "bert", cfg, encoder, vocab_size=210, head=Head("projection", 8))
+    published_tokenizers.folder("wordpiece", tmp_path / "bert")
+    tool_modules.call("hf", "import", tmp_path / "bert", tmp_path / "run", "--task=contrastive_pairs", "--pool=mean")
+    assert "initialised (4): head/hidden/bias" in capsys.readouterr().out
+    assert run_lib.load_model(str(tmp_path / "run"))[0].model.pool == "mean"
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out")
+    assert "the projection head, which is for training only, is left out" in capsys.readouterr().out
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("bert", "out"))
+    assert {name: x.tobytes() for name, x in first.items()} == {name: x.tobytes() for name, x in second.items()}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+def test_a_head_that_the_files_of_no_family_have_is_refused(tmp_path):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    cfg = dataclasses.replace(cfg, pool="mean")
+    with pytest.raises(ConfigError, match="files of a bert have no place for this task's head"):
+        export.export(tmp_path / "out", cfg, random_params(cfg), vocab_size=210, head=Head("pooled", 2))
     assert not (tmp_path / "out").exists()

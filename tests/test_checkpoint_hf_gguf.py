@@ -1,6 +1,7 @@
 """lm/checkpoint/hf/gguf.py: GGUF files give the parameters of the files that they were made from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lm.checkpoint import CheckpointError, hf  # noqa: E402
 from lm.checkpoint.hf import gguf as gguf_files  # noqa: E402
 from lm.config import ModelConfig  # noqa: E402
 from lm.models import transformer  # noqa: E402
+from tests.test_checkpoint_hf_files import params_of  # noqa: E402
 
 CFG = transformer.resolve(
     ModelConfig(
@@ -45,15 +47,29 @@ def interleave(kernel: np.ndarray, heads: int) -> np.ndarray:
     return kernel.reshape(heads, 2, kernel.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(kernel.shape)
 
 
-def write(path: Path, cfg: ModelConfig, kind: Any, arch: str = "llama") -> dict[str, np.ndarray]:
-    """A file of random tensors, matrices quantised to `kind`; returns what they dequantise to, by parameter."""
+def write(
+    path: Path,
+    cfg: ModelConfig,
+    kind: Any,
+    arch: str = "llama",
+    more: Mapping[str, Any] = {},
+    tensors: Mapping[str, np.ndarray] = {},
+) -> dict[str, np.ndarray]:
+    """A file of random tensors, matrices quantised to `kind`; returns what they dequantise to, by parameter.
+
+    `more`, `tensors`: further keys, without the name of the architecture, and further tensors.
+    """
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(cfg.num_layers)
     writer.add_context_length(cfg.max_len)
     writer.add_embedding_length(cfg.embed_dim)
     writer.add_feed_forward_length(cfg.mlp_dim)
     writer.add_head_count(cfg.num_heads)
-    writer.add_head_count_kv(cfg.num_kv_heads)
+    if cfg.num_kv_heads != cfg.num_heads:
+        writer.add_head_count_kv(cfg.num_kv_heads)
+    for key, value in more.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{arch}.{key}", value)
     writer.add_layer_norm_rms_eps(cfg.norm_eps)
     writer.add_rope_freq_base(cfg.rope_theta)
     rng, expected = np.random.default_rng(0), {}
@@ -79,6 +95,8 @@ def write(path: Path, cfg: ModelConfig, kind: Any, arch: str = "llama") -> dict[
             writer.add_tensor(name_of(entry.name, layer), data, raw_dtype=number)
             values.append(back.T if entry.transposed else back)
         expected[entry.path] = values[0] if layers == [None] else np.stack(values)
+    for name, extra in tensors.items():
+        writer.add_tensor(name, extra)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -93,16 +111,6 @@ def name_of(name: str, layer: int | None) -> str:
     return f"blk.{layer}.{LAYER_TO_GGUF[kind]}.{what}"
 
 
-def params_of(path: Path) -> dict[str, Any]:
-    opened = hf.open_model(path)
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-        f"params/{name}": jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
-        for name, shape in opened.shapes.items()
-    }
-    return param_paths.flatten(hf.load(opened, param_paths.unflatten(wanted))["params"])
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_every_tensor_is_read_as_the_library_dequantises_it(kind, tmp_path):
     """Pairs of rope that lie side by side in the file lie half a head apart here."""
@@ -110,10 +118,51 @@ def test_every_tensor_is_read_as_the_library_dequantises_it(kind, tmp_path):
     opened = hf.open_model(tmp_path / "a.gguf")
     assert dataclasses.replace(opened.model, norm_eps=CFG.norm_eps) == CFG
     assert np.float32(opened.model.norm_eps) == np.float32(CFG.norm_eps)
-    got = params_of(tmp_path / "a.gguf")
+    got = param_paths.flatten(params_of(tmp_path / "a.gguf"))
     assert got.keys() == expected.keys()
     for path, leaf in got.items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_as_many_key_heads_as_heads_need_no_key(tmp_path):
+    expected = write(tmp_path / "a.gguf", dataclasses.replace(CFG, num_kv_heads=8), Kind.F32)
+    assert hf.open_model(tmp_path / "a.gguf").model.num_kv_heads == 8
+    for path, leaf in params_of(tmp_path / "a.gguf").items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_keys_that_are_not_read_are_listed_with_the_name_of_the_file(tmp_path):
+    known = {"rope.dimension_count": 32, "attention.value_length": 32, "vocab_size": 64}
+    write(tmp_path / "a.gguf", CFG, Kind.F32, more=known | {"attention.sliding_window": 9})
+    said = hf.open_model(tmp_path / "a.gguf").report()
+    assert f"model.* from {tmp_path / 'a.gguf'}, a llama" in said
+    assert said.endswith("keys of it that are not read: llama.attention.sliding_window")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"rope.dimension_count": 16}, r"llama\.rope\.dimension_count is 16; a head has 32"),
+        ({"rope.scaling.factor": 2.0}, r"llama\.rope\.scaling\.factor is 2\.0, which is not supported"),
+        ({"rope.scale_linear": 2.0}, r"llama\.rope\.scale_linear is 2\.0"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 0.5},
+            r"llama\.rope\.scaling\.attn_factor is 0\.5",
+        ),
+    ],
+)
+def test_a_rope_that_is_not_computed_is_refused_by_its_key(more, message, tmp_path):
+    write(tmp_path / "a.gguf", CFG, Kind.F32, more=more)
+    with pytest.raises(CheckpointError, match=rf"a\.gguf: {message}"):
+        hf.open_model(tmp_path / "a.gguf")
+
+
+def test_frequencies_of_its_own_are_refused(tmp_path):
+    write(tmp_path / "a.gguf", CFG, Kind.F32, tensors={"rope_freqs.weight": np.full(16, 8, np.float32)})
+    with pytest.raises(
+        CheckpointError, match=r"rope_freqs\.weight.*is not read from GGUF; take the model's safetensors"
+    ):
+        hf.open_model(tmp_path / "a.gguf")
 
 
 def test_tied_head_and_norms_and_biases_of_qwen(tmp_path):
@@ -121,7 +170,7 @@ def test_tied_head_and_norms_and_biases_of_qwen(tmp_path):
     qwen3 = dataclasses.replace(CFG, qk_norm=True)
     for arch, cfg in (("qwen2", qwen2), ("qwen3", qwen3)):
         expected = write(tmp_path / f"{arch}.gguf", cfg, Kind.F32, arch)
-        got = params_of(tmp_path / f"{arch}.gguf")
+        got = param_paths.flatten(params_of(tmp_path / f"{arch}.gguf"))
         assert got.keys() == expected.keys()
         for path, leaf in got.items():
             np.testing.assert_array_equal(leaf, expected[path], err_msg=path)

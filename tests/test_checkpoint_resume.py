@@ -15,7 +15,7 @@ from lm.config.schema import ConfigError, Duration
 from lm.data import tokenizer
 from lm.preemption import Preempted
 from tests import toys
-from tests.test_checkpoint_store import assert_same, flip, info, may_stop_orbax, save, small
+from tests.test_checkpoint_store import assert_same, info, may_stop_orbax, save, small
 
 
 def changed(cfg, section, **values):
@@ -149,7 +149,7 @@ def test_restore_falls_back_to_the_checkpoint_before_a_damaged_one(file, tmp_pat
     path = tmp_path / "checkpoints/4" / file
     if path.is_dir():  # one bit of an array
         path = max(path.iterdir(), key=lambda p: p.stat().st_size)
-        path.write_bytes(flip(path.read_bytes(), 8 * 200))
+        path.write_bytes(toys.flip(path.read_bytes(), 8 * 200))
     else:
         path.write_bytes(b"{")
     said = []

@@ -23,6 +23,7 @@ from lm.config import CheckpointConfig, Config, MeshConfig, OptimConfig, schema
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
 from lm.types import TrainState
+from tests import toys
 
 # What Orbax leaves behind when it fails at a damaged file or a full disk.
 may_stop_orbax = pytest.mark.filterwarnings(
@@ -289,7 +290,7 @@ def test_flipped_bits_never_give_wrong_values(tmp_path):
         path = rng.choice(data if number % 2 else files)
         content = path.read_bytes()
         bit = rng.randrange(8 * len(content))
-        path.write_bytes(flip(content, bit))
+        path.write_bytes(toys.flip(content, bit))
         try:
             found = checkpoint.list_saved(tmp_path / "run")[-1]
             got = checkpoint.load(found, abstract)
@@ -301,12 +302,6 @@ def test_flipped_bits_never_give_wrong_values(tmp_path):
         path.write_bytes(content)
     assert refused > 20
     assert_same(checkpoint.load(checkpoint.choose(str(tmp_path / "run")), abstract), state)
-
-
-def flip(content: bytes, bit: int) -> bytes:
-    out = bytearray(content)
-    out[bit // 8] ^= 1 << bit % 8
-    return bytes(out)
 
 
 @pytest.mark.parametrize("damage", ["delete", "empty", "half"])
@@ -447,6 +442,16 @@ def test_the_folder_of_an_interrupted_save_is_ignored_and_removed(tmp_path):
     assert steps(tmp_path) == [1, 2]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
     assert_same(checkpoint.load(checkpoint.choose(str(tmp_path)), small()[1]), small(2)[0])
+
+
+def test_steps_that_a_killed_process_had_still_to_delete_go_when_the_run_resumes_and_not_before(tmp_path):
+    save(tmp_path, {1: 0.1, 2: 0.5, 3: 0.4, 4: 0.3}, keep_latest=9)
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1)):
+        assert steps(tmp_path) == [1, 2, 3, 4], "nothing was loaded: all may be needed"
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1), resumed=3):
+        assert steps(tmp_path) == [1, 3, 4], "4 could not be read: it neither counts nor goes"
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1), resumed=4):
+        assert steps(tmp_path) == [1, 4]
 
 
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lm import config as config_lib
 from lm.config import Config, schema
 from lm.config.schema import ConfigError, Duration, keys
-from lm.tasks import TASKS, build_config, default_config, task_config
+from lm.tasks import TASKS, build_config, build_saved_config, default_config, task_config
 
 RUNNABLE = {"train": {"total_steps": 10}}
 KEYS = [*(key for key in keys(Config) if key != "task"), "task.name"]  # for a task without options
@@ -149,6 +149,51 @@ REFUSED = {
     "uneven heads": ({"model": {"embed_dim": 10, "num_heads": 4}}, r"or set 'model\.head_dim'"),
     "short position table": ({"model": {"max_len": 8}}, r"'model\.max_len' \(8\) is shorter than 'data\.seq_len'"),
     "no path": ({"data": {"format": "jsonl"}}, r"'data\.path' is empty: data\.format=jsonl needs"),
+    "rope scaling without rope": (
+        {"model": {"rope_scaling": {"kind": "linear", "factor": 2.0}}},
+        r"'model\.position' is learned, which does not read 'model\.rope_scaling'",
+    ),
+    "local theta without rope": (
+        {"model": {"rope_local_theta": 1e4, "sliding_window": 4, "global_every": 2}},
+        r"'model\.position' is learned, which does not read 'model\.rope_local_theta'",
+    ),
+    "a key of another rope scaling": (
+        {"model": {"position": "rope", "rope_scaling": {"kind": "linear", "factor": 2.0, "beta_fast": 8.0}}},
+        r"'model\.rope_scaling\.kind' is linear, which does not read 'model\.rope_scaling\.beta_fast'",
+    ),
+    "a length that linear does not read": (
+        {"model": {"position": "rope", "rope_scaling": {"kind": "linear", "factor": 2.0, "original_len": 64}}},
+        r"is linear, which does not read 'model\.rope_scaling\.original_len'",
+    ),
+    "factor without a kind": (
+        {"model": {"position": "rope", "rope_scaling": {"factor": 2.0}}},
+        r"is none, which does not read 'model\.rope_scaling\.factor'",
+    ),
+    "forgotten factor": (
+        {"model": {"position": "rope", "rope_scaling": {"kind": "linear"}}},
+        r"is linear, which needs a 'model\.rope_scaling\.factor' of at least 1",
+    ),
+    "windows of a vision transformer": (
+        {"model": {"kind": "vit", "position": "sincos", "sliding_window": 4, "global_every": 2}},
+        r"'model\.sliding_window' is 4, but 'model\.kind' vit has no windows",
+    ),
+    "scaled embeddings of a vision transformer": (
+        {"model": {"kind": "vit", "position": "sincos", "scale_embeddings": True}},
+        r"'model\.scale_embeddings' is for models of text; 'model\.kind' vit",
+    ),
+    "post-norm of an encoder-decoder": (
+        {"model": {"kind": "encoder_decoder", "norm_position": "post"}},
+        r"'model\.norm_position' is post, but 'model\.kind' encoder_decoder supports pre only",
+    ),
+    "transform of a vision transformer": (
+        {"model": {"kind": "vit", "position": "sincos", "lm_transform": True}},
+        r"'model\.lm_transform' is set, but 'model\.kind' vit does not support it",
+    ),
+    "embedding norm of a vision transformer": (
+        {"model": {"kind": "vit", "position": "sincos", "embed_norm": True}},
+        r"'model\.embed_norm' is for models of text; 'model\.kind' vit",
+    ),
+    "biases twice": ({"model": {"qkv_bias": True}}, r"'model\.qkv_bias' is set, but 'model\.use_bias'"),
     "decay without wsd": ({"optim": {"decay_steps": 5}}, r"'optim\.decay_\*' is read by schedule wsd only.*cosine"),
 }
 
@@ -319,3 +364,12 @@ def test_a_config_is_frozen():
 def test_nearest_suggests_nothing_when_nothing_is_close():
     assert schema.nearest("seed", ["sead", "x"]) == " (did you mean 'sead'?)"
     assert schema.nearest("seed", ["zzz"]) == ""
+
+
+def test_a_saved_config_without_rope_scaling_is_read_whatever_its_unused_factor_was():
+    """The default of `rope_scaling.factor` was 1."""
+    saved = json.loads(json.dumps(schema.to_dict(build())))
+    saved["model"]["rope_scaling"]["factor"] = 1.0
+    assert build_saved_config(saved) == build()
+    saved["model"] |= {"position": "rope", "rope_scaling": saved["model"]["rope_scaling"] | {"kind": "linear"}}
+    assert build_saved_config(saved).model.rope_scaling.factor == 1.0

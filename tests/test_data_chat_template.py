@@ -64,11 +64,7 @@ def test_without_marks_the_same_answers_are_found_by_rendering_prefixes(name, da
     want, found = (render(some[name], messages, SPECIALS, CONTROLS) for some in (MARKED, PLAIN))
     assert found.text == want.text
     assert found.answers == want.answers
-    assert [found.text[start:end] for start, end in found.requests] == [
-        message["content"].strip()
-        for message in messages
-        if message["role"] != "assistant" and message["content"].strip()
-    ]
+    assert found.has_request == [False] * len(found.answers)
     for (start, end), message in zip(found.answers, messages[-2 * len(found.answers) + 1 :: 2], strict=True):
         assert message["content"].strip() in found.text[start:end]
 
@@ -99,6 +95,41 @@ def test_a_template_must_have_one_block_for_each_answer():
     source += "{% generation %}{% endgeneration %}"
     with pytest.raises(TemplateError, match=r"renders 2 \{% generation %\} blocks for 1 .* rendered as:\nab"):
         render(source, messages, {})
+
+
+ODD = {  # what else a template may write of a content, so that marks in it change the rendering
+    "nothing": "",
+    "length": "{{ m.content|length }}:",
+    "first": "{{ m.content[0] }}",
+    "start": "{% if m.content.startswith('Que') %}!{% endif %}",
+    "words": "{{ m.content == 'Question?' }}",
+    "capitals": "{{ m.content|title }}",
+    "refuses": "{{ raise_exception('no') if m.content[0] not in 'QAS' }}",
+    "refuses_long": "{{ raise_exception('no') if m.content|length > 9 }}",
+}
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+@pytest.mark.parametrize("odd", ODD)
+def test_an_answer_with_a_part_of_a_request_is_told_also_where_marks_change_the_rendering(odd, is_marked):
+    messages = say(("system", "System"), ("user", "Question?"), ("assistant", "Answer."), ("user", "So"))
+    messages += say(("assistant", "Answered."))
+    wanted = {"{{ m.content }}": [False, False]}
+    wanted |= {f"{{{{ m.content }}}}{{{{ messages[{i}].content }}}}": [True, True] for i in range(2)}
+    wanted |= {"{{ m.content }}{{ messages[3].content if loop.last }}": [False, True]}
+    for written, has_request in wanted.items():
+        answer = f"{{% generation %}}{written}{{% endgeneration %}}" if is_marked else written
+        source = (
+            f"{{% for m in messages %}}<|im_start|>{{% if m.role == 'assistant' %}}{answer}{{% else %}}{ODD[odd]}"
+            "{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+        )
+        found = render(source, messages, SPECIALS, CONTROLS)
+        answers = [place and found.text[slice(*place)] for place in found.answers]
+        if odd == "refuses_long":  # marks cannot be rendered: nothing is known, and nothing may be trained on
+            assert answers == [None, None]
+            continue
+        assert found.has_request == has_request, (written, found)
+        assert has_request[1] or answers == ["Answer.", "Answered."]
 
 
 def test_contents_cannot_spell_control_symbols():

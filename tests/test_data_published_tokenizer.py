@@ -1,11 +1,16 @@
 """lm/data/published_tokenizer.py: the ids and offsets of transformers, and what tasks may rely on for every kind."""
 
 import dataclasses
+import io
 import json
+import re
 import shutil
+import sys
+from hashlib import sha256
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -134,19 +139,83 @@ def test_offsets_of_characters_that_take_several_ids():
         assert [pair for pair in inside if pair == (1, 2)] == [(1, 2)] * 4 and tok.decode(ids) == "a\U0001f600b"
 
 
-def test_a_vocabulary_piece_that_spells_a_control_symbol_is_not_read_out_of_text(tmp_path):
-    """The library matches any piece of a unigram vocabulary, that of EOS too."""
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+SPLIT = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, METASPACE]}  # as of T5 and XLM-R
+LLAMA = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ],
+}
+
+
+def unigram(folder, pre_tokenizer=None, normalizer=None):
+    """(tokenizer, that of the library) of characters, EOS and <x>, with `</s>` as a piece that any text may match."""
     tokenizers = pytest.importorskip("tokenizers")
-    pieces = [("<unk>", -9.0), ("</s>", 0.0), *((character, -5.0) for character in "abc</s>")]
+    pieces = [("<unk>", -9.0), ("</s>", 0.0), *((character, -5.0) for character in "abcx</s>\u2581")]
     made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
-    made.add_special_tokens(["</s>"])
-    (tmp_path / "tokenizer.json").write_text(made.to_str())
-    tok = tokenizer.load(tmp_path / "tokenizer.json")
-    made.encode_special_tokens = True
-    assert 1 in made.encode("a</s>b").ids
+    made.add_special_tokens(["</s>", "<x>"])
+    spec = json.loads(made.to_str()) | {"pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
+    spec["decoder"] = {**METASPACE, "prepend_scheme": "always" if pre_tokenizer or normalizer else "never"}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return tokenizer.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+@pytest.mark.parametrize(
+    "parts", [(), (METASPACE,), (METASPACE | {"prepend_scheme": "first"},), (SPLIT,), (None, LLAMA)], ids=str
+)
+def test_a_vocabulary_piece_that_spells_a_control_symbol_is_not_read_out_of_text(parts, tmp_path):
+    """The library matches any piece of a unigram vocabulary, that of EOS too. No space is put where the text is cut."""
+    tok, theirs = unigram(tmp_path, *parts)
+    theirs.encode_special_tokens = True
+    assert 1 in theirs.encode("a</s>b").ids
     ids, offsets = tok.encode_with_offsets("a</s>b</s>")
-    assert tok.eos_id == 1 not in ids and tok.decode(ids).replace(" ", "") == "a</s>b</s>"
-    assert offsets == [(i, i + 1) for i in range(10)]
+    assert tok.eos_id == 1 not in ids and tok.decode(ids) == "a</s>b</s>"
+    assert offsets[-10:] == [(i, i + 1) for i in range(10)] and len(ids) == 10 + tok.added_space == 10 + bool(parts)
+    if parts:
+        assert tok.decode(tok.encode("a </s> b<x> </s>")) == "a </s> b<x> </s>"
+
+
+@pytest.mark.parametrize("parts", [(METASPACE,), (SPLIT,), (None, LLAMA)], ids=str)
+def test_a_rendered_text_that_goes_on_has_no_space_before_it_but_those_of_the_library_behind_symbols(parts, tmp_path):
+    tok, theirs = unigram(tmp_path, *parts)
+    for text in ("a b<x>c", "<x>c", " a<x> b c", "ab c"):
+        first = theirs.encode(text, add_special_tokens=False)
+        assert tok.encode_rendered(text) == (first.ids, first.offsets)
+        ids, offsets = tok.encode_rendered(text, is_start=False)
+        has_prefix = text[0] != "<" and (text[0] != " " or parts[0] is None)  # put there by the library
+        assert ids == first.ids[has_prefix:] and offsets == first.offsets[has_prefix:]
+
+
+def test_byte_level_tokenizers_that_put_a_space_before_a_text_put_none_inside(tmp_path):
+    pytest.importorskip("tokenizers")
+    spec = json.loads(dict(published.make("byte_bpe").files)["tokenizer.json"])
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tok = tokenizer.load(tmp_path)
+    assert tok.decode(tok.encode_rendered("cat")[0]) == " cat" and tok.added_space == 1
+    ids, offsets = tok.encode_rendered("cat<|im_end|>cat", is_start=False)
+    assert tok.decode(ids) == "cat cat" and offsets[0][0] == 0 and offsets[-1][1] == 16
+
+
+def test_a_document_full_of_spelled_control_symbols_is_encoded_in_time(tmp_path):
+    tok, _ = unigram(tmp_path, METASPACE)
+    text = "a</s>" * 20_000
+    ids, offsets = tok.encode_with_offsets(text)
+    assert tok.decode(ids) == text and offsets[-1] == (len(text) - 1, len(text))
+
+
+def test_a_control_symbol_of_one_character_is_refused_where_a_text_has_it(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", -9.0), ("$", 0.0), ("a", -1.0)], unk_id=0))
+    made.add_special_tokens(["$"])
+    (tmp_path / "tokenizer.json").write_text(made.to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "$"}')
+    tok = tokenizer.load(tmp_path)
+    assert tok.encode("a") == [2]
+    with pytest.raises(ConfigError, match=r"tokenizer.json has a control symbol of one character"):
+        tok.encode("a$")
 
 
 def test_special_ids_of_each_kind():
@@ -180,8 +249,10 @@ def test_generation_may_use_text_and_named_symbols_only():
     allowed_V = tok.may_generate([tok.eos_id], ["sentinels"])
     assert allowed_V[tok.encode(PROSE[0])].all() and allowed_V[tok.eos_id] and allowed_V[tok.vocab_size - 1]
     assert not allowed_V[tok.mask_id] and allowed_V.sum() == (~tok.is_control_V).sum() + 2
-    with pytest.raises(ConfigError, match=r"'generate.symbols' has mask"):
+    with pytest.raises(ConfigError, match=r"'generate.symbols' has mask, .* raise 'tokenizer.extra_ids'"):
         published.make("byte_bpe").may_generate([0], ["mask"])
+    with pytest.raises(ConfigError, match=r"'generate.symbols' has roles, but there is none: leave it out"):
+        tok.may_generate([0], ["roles"])
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -209,10 +280,130 @@ def test_the_hash_is_of_what_decides_the_ids(tmp_path):
     assert dataclasses.replace(tok, extra_ids=1).hash == tok.hash
 
 
+def with_config(kind, folder, **config):
+    """The tokenizer of a folder with these keys of tokenizer_config.json."""
+    folder = published.folder(kind, folder, **config)
+    if kind == "byte_bpe" and "add_prefix_space" in config:  # as GPT-2's files
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+        (folder / "tokenizer.json").unlink()
+    if kind == "word_piece":
+        vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+        (folder / "tokenizer.json").unlink()
+    return tokenizer.load(folder)
+
+
+def added(special, i=400):
+    return {"added_tokens_decoder": {str(i): {"content": "<tool>", "special": special}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "other", "text"),
+    [
+        ("word_piece", {"do_lower_case": True}, {"do_lower_case": False}, "The"),
+        ("word_piece", {"strip_accents": True}, {"strip_accents": False}, "na\u00efve"),
+        ("word_piece", {"tokenize_chinese_chars": True}, {"tokenize_chinese_chars": False}, "a\u65e5a"),
+        ("byte_bpe", {"add_prefix_space": True}, {"add_prefix_space": False}, "cat"),
+        ("byte_bpe", added(True), added(False), "a <tool> b"),
+        ("byte_bpe", added(False), {}, "a <tool> b"),
+        ("llama", added(True), added(False), "a <tool> b"),
+        ("llama", added(False), {}, "a <tool> b"),
+        ("llama", {"tokenizer_class": "T5Tokenizer"}, {"tokenizer_class": "LlamaTokenizer"}, "<extra_id_0>"),
+        ("t5", {"extra_ids": 5}, {"extra_ids": 6}, "<extra_id_0>"),
+    ],
+)
+def test_options_that_change_the_ids_change_the_hash(kind, one, other, text, tmp_path):
+    first, second = (with_config(kind, tmp_path / name, **config) for name, config in (("1", one), ("2", other)))
+    assert first.encode(text) != second.encode(text) or first.encode_rendered(text) != second.encode_rendered(text)
+    assert first.hash != second.hash
+    same = with_config(kind, tmp_path / "3", **one, model_max_length=7, chat_template="{{ x }}")
+    assert same.hash == first.hash
+
+
+def test_options_at_their_defaults_or_that_are_not_read_leave_the_hash(tmp_path):
+    words = [with_config("word_piece", tmp_path / f"w{n}", **c) for n, c in enumerate(({}, {"do_lower_case": True}))]
+    assert words[0].hash == words[1].hash
+    bpe = tokenizer.load(
+        published.folder("byte_bpe", tmp_path / "b", do_lower_case=False, tokenizer_class="T5Tokenizer")
+    )
+    assert bpe.hash == published.make("byte_bpe").hash
+    null = tokenizer.load(published.folder("byte_bpe", tmp_path / "n", add_prefix_space=None))
+    assert null.hash == bpe.hash and null.encode("cat") == bpe.encode("cat")
+    # Runs of versions before options counted have this one.
+    (content,) = (sha256(content).hexdigest() for name, content in bpe.files if name == "tokenizer.json")
+    specials = sorted((role, bpe.encode_rendered(text)[0][0]) for role, text in bpe.special_tokens().items())
+    old = json.dumps([[["tokenizer.json", content]], specials])
+    assert bpe.hash == sha256(old.encode()).hexdigest()
+
+
 def test_tokens_that_only_the_config_adds_follow_the_vocabulary(tmp_path):
     added = {"400": {"content": "<|tool|>", "special": True}}
     tok = tokenizer.load(published.folder("byte_bpe", tmp_path, added_tokens_decoder=added))
     assert tok.vocab_size == 401 and tok.encode_rendered("<|tool|>")[0] == [400] and 400 not in tok.encode("<|tool|>")
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "word_piece"])
+@pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True, "normalized": False}, {"single_word": True}])
+def test_added_tokens_that_are_not_special_are_text_as_in_transformers(kind, flags, tmp_path):
+    size = published.make(kind).vocab_size
+    tokens = {"<tool>": False, "<|sys|>": True, "</Tool>": False}
+    decoder = {str(size + n): {"content": t, "special": s, **flags} for n, (t, s) in enumerate(tokens.items())}
+    folder = published.folder(kind, tmp_path, added_tokens_decoder=decoder)
+    tok, theirs = tokenizer.load(folder), peer(folder)
+    assert tok.is_control_V[-3:].tolist() == [False, True, False] and tok.piece(size) == "<tool>"
+    for text in ("the <tool> cat</Tool>sat<tool>", "<tool>", "a  <tool>  b <|sys|> <TOOL>", "x<tool>x"):
+        same_as(tok, theirs, text)
+        want = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert tok.encode_rendered(text)[0] == want["input_ids"]
+        ids = tok.encode(text)
+        assert tok.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_the_space_behind_an_added_token_comes_back(tmp_path):
+    tok = tokenizer.load(published.folder("llama", tmp_path, **added(False)))
+    for text in ("a <tool> the cat", "<tool> the <tool> cat ", " <tool>  the", "<tool>\u65e5 x"):
+        assert tok.decode(tok.encode(text)) == text, text
+
+
+def test_the_added_space_is_found_without_the_letter_a(tmp_path):
+    for prefix in (False, True):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["xyz zyx xx yy zz"] * 50),
+            model_writer=model,
+            vocab_size=12,
+            hard_vocab_limit=False,
+            add_dummy_prefix=prefix,
+            minloglevel=2,
+            num_threads=1,
+        )
+        (tmp_path / "spiece.model").write_bytes(model.getvalue())
+        assert tokenizer.load(tmp_path).added_space == prefix
+
+
+def test_a_contradiction_names_the_file_that_has_the_added_token(tmp_path):
+    folder = published.folder("byte_bpe", tmp_path)
+    (folder / "special_tokens_map.json").write_text('{"sep_token": "<|im_end|>"}')
+    (folder / "added_tokens.json").write_text('{"<|im_end|>": 7}')
+    with pytest.raises(ConfigError, match=r"'tokenizer.path': added_tokens.json gives '<\|im_end\|>' the id 7, but"):
+        tokenizer.load(folder)
+
+
+def test_saving_leaves_no_file_of_another_tokenizer(tmp_path):
+    tok = published.make("llama")
+    names = {name for name, _ in tok.files}
+    for stale in ("into", "into.tmp"):
+        folder = published.folder("byte_bpe", tmp_path / stale)
+        (folder / "chat_template.jinja").write_text("{{ x }}")
+        (folder / "mine.txt").write_text("kept where it was saved into")
+        tok.save(tmp_path / "into")
+        assert {path.name for path in (tmp_path / "into").iterdir()} == names | (
+            {"mine.txt"} if stale == "into" else set()
+        )
+        assert tokenizer.load(tmp_path / "into") == tok and not (tmp_path / "into.tmp").exists()
+        shutil.rmtree(tmp_path / "into")
 
 
 @pytest.mark.parametrize(
@@ -220,15 +411,17 @@ def test_tokens_that_only_the_config_adds_follow_the_vocabulary(tmp_path):
     [
         ("byte_bpe", {"eos_token": "<|gone|>"}, "names the eos_token '<|gone|>', which the vocabulary of 400 lacks"),
         ("byte_bpe", {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}, "the id 7, but tokenizer.json has it"),
-        ("llama", {"added_tokens_decoder": {"7": {"content": "<new>"}}}, "gives? '<new>' the id 7, which is"),
+        (
+            "llama",
+            {"added_tokens_decoder": {"7": {"content": "<new>"}}},
+            "tokenizer_config.json gives '<new>' the id 7, which is",
+        ),
         ("llama", {"tokenizer_class": "XLMRobertaTokenizer"}, "XLMRobertaTokenizer, whose ids may differ"),
     ],
 )
 def test_files_that_contradict_each_other_are_refused(kind, change, message, tmp_path):
-    import re
-
     folder = published.folder(kind, tmp_path, **change)
-    with pytest.raises(ConfigError, match=re.escape(message).replace(r"gives\?", "give")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         tokenizer.load(folder)
 
 
@@ -317,6 +510,28 @@ def test_gguf_files_that_cut_text_in_another_way_or_are_damaged_are_refused(tmp_
         (tmp_path / f"{name}.gguf").write_bytes(damaged)
         with pytest.raises(ConfigError, match=f"'tokenizer.path': {tmp_path}/{name}.gguf is no GGUF file"):
             tokenizer.load(tmp_path / f"{name}.gguf")
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        ("gpt2", {}, r"cannot be read \(KeyError: 'tokenizer.ggml.merges'\)"),
+        ("gpt2", {"token_merges": ["a b"], "eos_token_id": 7}, r"cannot be read \(IndexError"),
+        ("llama", {"eos_token_id": 2}, r"cannot be read \(KeyError: 'tokenizer.ggml.scores'\)"),
+    ],
+)
+def test_gguf_files_that_lack_a_part_are_refused_by_name(model, fields, message, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", model, ["a", "b", "</s>"], [1, 1, 3], **fields)
+    with pytest.raises(ConfigError, match=f"'tokenizer.path': {path} {message}"):
+        tokenizer.load(path)
+
+
+def test_a_gguf_file_without_the_library_says_what_to_install(tmp_path, monkeypatch):
+    path = gguf_of("byte_bpe", tmp_path / "model.gguf")
+    for missing in ("tokenizers", "gguf"):
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(ConfigError, match=f"'tokenizer.path': {path} needs {missing}: pip install"):
+            tokenizer.load(path)
 
 
 @pytest.mark.parametrize("kind", ["llama-bpe", "qwen2", "smollm"])

@@ -22,7 +22,6 @@ from lm.config import MeshConfig, schema
 from lm.data import tokenizer
 from lm.data.readers import fields
 from lm.models import registry, transformer
-from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, build_config, language_modelling
 from lm.tracking import report
@@ -69,8 +68,7 @@ def run(small_world, ran, monkeypatch):
     monkeypatch.chdir(small_world)
     monkeypatch.delenv("LM_SHARED_DATA", raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", "../tensorflow_datasets")
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+    toys.use_one_device(monkeypatch)
     monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")  # pictures take a second a run
 
     def call(arguments: list[str], made: set[str]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """lm/lease.py in whole runs: two starts on one folder, runs that are stopped or displaced, several processes."""
 
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -115,9 +114,7 @@ def test_a_run_that_was_suspended_while_another_machine_took_over_writes_nothing
 
 def pair(cfg, workdir: Path, start) -> list[subprocess.Popen]:
     """Two processes of one run, a device each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = toys.free_port()
     flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
     return [start(command(cfg, workdir, *flags, f"--process_id={i}"), devices=1) for i in range(2)]
 

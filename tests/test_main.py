@@ -66,3 +66,24 @@ def test_configs_that_cannot_run_are_refused_at_once(override, named, tmp_path):
     assert "no_such_platform" not in result.stderr
     assert seconds < 5, "CPU seconds"
     assert not (tmp_path / "run").exists(), "nothing is written for a run that cannot start"
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("UNKNOWN: Gloo all-reduce failed: pair.cc:538] Read error [127.0.0.1]:33166: Connection reset by peer", True),
+        ("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited or there was a network error", True),
+        ("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats): task_id: 1", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", False),
+        ("INTERNAL: Mosaic failed to compile TPU kernel", False),
+    ],
+)
+def test_a_lost_process_is_told_from_an_error_that_would_come_again(message, lost):
+    code = (
+        "from jax.errors import JaxRuntimeError; from lm import main; from lm.checkpoint import CheckpointError\n"
+        f"error = JaxRuntimeError({message!r})\n"
+        "saving = CheckpointError('saving failed'); saving.__cause__ = error\n"
+        "print([main.is_lost_host(each) for each in (error, saving, RuntimeError(str(error)))])"
+    )
+    result, _ = run("-c", code)
+    assert result.stdout.strip() == str([lost, lost, False]), result.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -14,7 +15,7 @@ from lm.config import RopeScalingConfig
 from lm.config.schema import ConfigError
 from lm.models import attention, layers, rope, transformer
 from lm.parallel import sharding
-from tests import toys
+from tests import reference, toys
 
 SEQ_LEN = 12
 
@@ -295,3 +296,40 @@ def test_unsupported_attention_does_not_use_splash():
     ):
         assert not attention.splash_fits(query, lacking)
     assert not attention.splash_fits(query[:, :100], plain.replace(query_segments_BxL=segments[:, :100]))
+
+
+def test_a_bert_equals_its_formulas_in_float64():
+    """Post-norm, the norm of the embeddings, exact GELU, the transform before the output projection and its biases."""
+    cfg, model, params = toys.decoder(toys.BERT, SEQ_LEN)
+    batch = toys.batch(2, SEQ_LEN)
+    batch["type_ids"] = (np.arange(SEQ_LEN) % 2)[None].repeat(2, 0).astype(np.int32)
+    leaves = {path: (np.asarray(leaf, np.float64), np.zeros(1)) for path, leaf in param_paths.flatten(params).items()}
+
+    def norm(path, x, own=leaves):
+        return reference.norm(own, path, x, "layernorm", cfg.norm_eps)[0]
+
+    def gelu(x):
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+    ids = {"embedding": "tokens", "position_embedding": "positions", "type_embedding": "type_ids"}
+    x = norm("embed/norm", sum(leaves[f"embed/{table}"][0][batch[key]] for table, key in ids.items()))
+    segments = batch["segment_ids"]
+    mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    for n in range(cfg.num_layers):
+        layer = {
+            path.removeprefix("encoder/layers/"): (pair[0][n], None)
+            for path, pair in leaves.items()
+            if "layers" in path
+        }
+        attended, _ = reference.attention(layer, x, mask, batch["positions"], cfg)
+        x = norm("attention_norm", x + attended, layer)
+        up, _ = reference.linear(layer, "mlp/up", x)
+        x = norm("mlp_norm", x + reference.linear(layer, "mlp/down", gelu(up))[0], layer)
+    transformed = norm("lm_transform/norm", gelu(reference.linear(leaves, "lm_transform/dense", x)[0]))
+    logits = transformed @ leaves["embed/embedding"][0].T + leaves["lm_transform/output_bias"][0]
+
+    out = model.apply(params, batch)
+    real = segments > 0
+    mine = losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=toys.VOCAB)[..., : toys.VOCAB]
+    np.testing.assert_allclose(np.asarray(out.hidden_BxLxD)[real], x[real], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(mine)[real], logits[..., : toys.VOCAB][real], rtol=0, atol=2e-5)

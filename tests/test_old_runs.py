@@ -11,9 +11,8 @@ import pytest
 from lm import run as run_lib
 from lm import train
 from lm.checkpoint import list_saved
-from lm.config import MeshConfig
-from lm.parallel import mesh as mesh_lib
 from lm.tasks import TASKS, build_config, build_saved_config
+from tests import toys
 
 RUNS = Path(__file__).parent / "old_runs"
 # Of arithmetic: another CPU may add in another order.
@@ -29,8 +28,7 @@ def old_run(request, tmp_path, monkeypatch):
     with tarfile.open(RUNS / f"{request.param}.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-    mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
+    toys.use_one_device(monkeypatch)
     return TASK_OF[request.param]
 
 

@@ -16,7 +16,6 @@ from lm.config import AdapterConfig, CheckpointConfig, MeshConfig, OptimConfig
 from lm.config.schema import ConfigError
 from lm.models import transformer
 from lm.optim import trainable
-from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
 from lm.parallel.mesh import make_mesh
 from tests import test_run, test_step, toys
@@ -337,8 +336,7 @@ def test_a_resumed_run_with_slices_is_the_uninterrupted_one_bitwise(tmp_path):
 @pytest.mark.slow
 def test_a_run_with_all_of_it_resumes_bitwise_and_starts_another(tmp_path, monkeypatch):
     """`init_from`, LoRA, the last layer, a late start, the draw to the start, mixout, the average: through lm.train."""
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+    one_device = toys.use_one_device(monkeypatch)
     tiny = test_run.TINY | {"model__num_layers": 2}
     test_run.write_run(tmp_path / "base", {1: 0.5}, **tiny)
     cfg = toys.recipe(

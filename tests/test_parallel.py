@@ -19,7 +19,7 @@ from tests.test_step import assert_close
 
 SEQ_LEN, ROWS, STEPS = 16, 8, 5
 LOSS = LossConfig(z_loss=1e-3, label_smoothing=0.1, chunk_len=3)
-STYLES = toys.STYLES | {"experts": toys.MOE}
+STYLES = toys.STYLES | {"experts": toys.MOE, "bert": toys.BERT}
 
 
 def mesh_of(**sizes):
@@ -75,6 +75,7 @@ def on_one_device(style):
         ("llama", {"dcn_data": 2, "fsdp": 2, "tensor": 2}),
         ("gpt2", {"context": 4, "data": 2}),
         ("experts", {"expert": 2, "context": 2, "tensor": 2}),
+        ("bert", {"fsdp": 2, "context": 2, "tensor": 2}),
     ],
     ids=str,
 )

@@ -5,11 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import lm
 from lm import predict
@@ -150,6 +152,20 @@ def test_a_model_predicts_on_the_device_that_is_named(run_of):
     assert close(second.predict(["alpha beta"]), first.predict(["alpha beta"]))
 
 
+def test_examples_for_prompts_are_chosen_once(tmp_path, monkeypatch):
+    loaded = lm.load(str(used_runs.make("prompting", tmp_path, task__shots=2)), batch_size=1, devices=jax.devices()[:1])
+    records, chosen, shots = new_records("prompting", tmp_path, loaded.config), [], TASKS["prompting"].held_out
+    task = TASKS["prompting"]._replace(held_out=lambda *given: chosen.append(shots(*given)) or chosen[-1])
+    monkeypatch.setitem(TASKS, "prompting", task)
+    made, rows_of = [], task.predictor.examples
+    predictor = task.predictor._replace(examples=lambda record, *more: made.append(record) or rows_of(record, *more))
+    monkeypatch.setitem(TASKS, "prompting", task._replace(predictor=predictor))
+    said = loaded.predict(records)
+    assert len(said) == len(records) > 2 * predict._BATCHES_AT_ONCE and len(chosen) == 1
+    assert len(chosen[0]["shots"]) == 2 and all(record["shots"] == chosen[0]["shots"] for record in made)
+    assert not any("shots" in one["record"] for one in said)
+
+
 def test_a_record_that_makes_no_row_is_a_prediction_too(run_of):
     loaded = lm.load(str(run_of("causal_lm")), batch_size=2, devices=jax.devices()[:1])
     records = [{"text": text, "source": f"f:{i}"} for i, text in enumerate(["alpha", "", "beta gamma", ""])]
@@ -171,6 +187,39 @@ def test_records_are_taken_a_few_batches_at_a_time(classifier):
     for _ in range(50):
         next(said)
     assert taken <= 50 + 4 * classifier.batch_size
+
+
+def test_what_is_left_out_of_a_stream_is_noted(tmp_path):
+    (tmp_path / "new.csv").write_text("user,item,time\nu,a,1\nu,b,2\nu,c,3\nv,a,1\nv,b,2\nw,a,x\n")
+    (tmp_path / "new.txt").write_text("x")
+    data, notes = DataConfig(format="interactions", path=str(tmp_path), max_bad_records=1), []
+    assert len(list(registry.stream(data, Wanted(), notes.append))) == 1
+    users, files, bad = notes
+    assert users == "left out: 1 users of fewer than 3 items, with 2 items" and "new.txt" in files
+    assert bad.startswith("skipped 1 bad records:") and "'time' is 'x'" in bad
+    notes.clear()
+    assert len(list(registry.stream(data, Wanted(may_lack=("target",)), notes.append))) == 2
+    assert notes == [files, bad]
+
+
+def test_files_of_an_archive_that_are_no_records_are_noted(tmp_path):
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "readme.pdf").write_text("x")
+    with tarfile.open(tmp_path / "new.tar", "w") as archive:
+        for name in ("a.png", "readme.pdf"):
+            archive.add(tmp_path / name, f"class/{name}")
+    notes = []
+    data = DataConfig(format="images", path=str(tmp_path / "new.tar"))
+    assert len(list(registry.stream(data, Wanted(image_shape=(4, 4, 3)), notes.append))) == 1
+    assert len(notes) == 1 and "readme.pdf" in notes[0] and "new.tar" in notes[0]
+
+
+def test_what_is_left_out_is_noted_where_records_are_predicted(classifier, tmp_path):
+    path = used_runs.KINDS["classification"].write(tmp_path / "new", 1, 3)
+    path.write_text(path.read_text() + "no JSON\n")
+    data, notes = predict.data_at(classifier.config, str(path), max_bad_records=1), []
+    counts = predict.write_predictions(classifier, data, tmp_path / "out.jsonl", note=notes.append)
+    assert counts["records"] == 3 and sum(note.startswith("skipped 1 bad records:") for note in notes) == 1
 
 
 def test_a_folder_of_several_splits_is_refused(tmp_path):

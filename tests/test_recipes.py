@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from lm import config, input_pipeline
+from lm import config, input_pipeline, predict
 from lm import run as run_lib
 from lm.benchmark import training as training_benchmark
 from lm.checkpoint import init_from
@@ -21,7 +21,6 @@ from lm.corpus import pipeline as prepare
 from lm.data import tokenizer
 from lm.decoding import sampling
 from lm.evaluation import evaluate, metrics
-from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.planner import topology, train_compile
 from lm.tasks import build_config, default_config, task_of
@@ -137,6 +136,7 @@ TAKES = {
             "dpo_instructions",
             "gsm8k_sft",
             "multi30k_translation",
+            "quickstart_chat",
             "quickstart_pretrain",
             "quickstart_sft",
         ),
@@ -145,7 +145,7 @@ TAKES = {
     "translate": {"multi30k_translation"},
     "show_reconstructions": {"mae_cifar10"},
 }
-WITH_LORA = {"chat_lora"}  # whose runs tools/merge_adapters.py takes
+WITH_LORA = {"chat_lora", "quickstart_chat"}  # whose runs tools/merge_adapters.py takes
 CHECKS = {"chat": sampling.check_kind, "translate": translate.check, "show_reconstructions": show_reconstructions.check}
 
 
@@ -181,8 +181,7 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
         assert "example 0: " in capsys.readouterr().out
         inspect_batch.to_html(rows, "")
 
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+    toys.use_one_device(monkeypatch)
     monkeypatch.setattr(training_benchmark, "matmul_flops", lambda product: 1e12)  # takes seconds
     training_benchmark.show(training_benchmark.measure(cfg, rounds=1, seconds=0.0))
     monkeypatch.setattr(train_compile, "devices", lambda _: jax.devices()[:1])
@@ -197,7 +196,8 @@ def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_
 
     run = started(cfg)
     monkeypatch.setattr(run_lib, "load_model", lambda name: run)
-    saved = SimpleNamespace(step=0, info={}, metrics={}, path=Path("run/checkpoints/0"))
+    saved = SimpleNamespace(step=0, info={"arrays": {}}, metrics={}, path=Path("run/checkpoints/0"))
+    monkeypatch.setattr(predict, "_start", lambda *_: None)
     monkeypatch.setattr(run_lib, "load_checkpoint", lambda name: (saved, run))
     out, sides = tmp_path / "out.png", "../shared/data/multi30k/test_2016_flickr.{en,de}.gz"
     for tool, *arguments in (

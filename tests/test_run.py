@@ -111,7 +111,7 @@ def test_a_lost_or_damaged_tokenizer_is_read_from_the_newest_checkpoint_that_has
     cfg, _ = write_run(tmp_path / "old", {1: 0.5, 2: 0.4})
     path = tmp_path / "old" / "tokenizer.model"
     content = path.read_bytes()
-    flipped = content[:400] + bytes([content[400] ^ 1]) + content[401:]
+    flipped = toys.flip(content, 8 * 400)
     path.write_bytes({"missing": b"", "empty": b"", "flipped": flipped}[damage])
     if damage == "missing":
         path.unlink()

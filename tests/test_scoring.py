@@ -125,6 +125,16 @@ def test_a_run_that_draws_other_records_beside_each_one_is_not_scored(tmp_path):
         scoring.evaluate(loaded, predict.data_at(loaded.config, str(path)), resamples=2)
 
 
+def test_bad_records_that_are_left_out_are_noted(scored, tmp_path):
+    loaded, _, _ = scored("classification")
+    path = used_runs.KINDS["classification"].write(tmp_path / "new", 1, 4)
+    path.write_text("no JSON\n" + path.read_text())
+    notes = []
+    data = predict.data_at(loaded.config, str(path), max_bad_records=1)
+    assert len(scoring.evaluate(loaded, data, resamples=2, note=notes.append).records) == 4
+    assert any(note.startswith("skipped 1 bad records:") for note in notes)
+
+
 def test_results_do_not_replace_those_of_an_earlier_evaluation(tmp_path):
     scoring.check_folder(tmp_path / "new")
     (tmp_path / "new" / "scores.json").write_text("{}")

@@ -82,6 +82,12 @@ def test_a_message_of_weight_0_is_only_context():
     assert run(*turns[:2]) == ([], {"dropped_no_target": 1})
 
 
+def test_nothing_of_a_prompt_is_trained_on():
+    turns = [{"role": role, "content": "hello"} for role in ("user", "assistant", "user")]
+    found = chat.tokens_of(turns, TOK, "", is_prompt=True)
+    assert found.trained == [False] * len(found.ids) and found.starts == []
+
+
 def test_an_empty_answer_trains_its_end_and_consecutive_turns_stay_separate():
     turns = [("user", "say"), ("user", ""), ("assistant", ""), ("assistant", "two")]
     (row,), _ = run(*turns)

@@ -21,7 +21,6 @@ from lm.config.schema import ConfigError
 from lm.data.record import DataError
 from lm.data.tokenizer import train as train_tokenizer
 from lm.models import registry, transformer
-from lm.parallel import mesh as mesh_lib
 from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, build_config, default_config, multitask
 from lm.tasks.multitask import Part
@@ -238,8 +237,7 @@ def test_recipes_are_mixed_and_learnt_in_one_run(tmp_path, monkeypatch):
     c.model.kind, c.model.num_layers, c.model.embed_dim, c.model.num_heads = "encoder", 1, 16, 2
     c.model.pool, c.optim.learning_rate, c.optim.warmup_steps = "mean", 1e-2, 1
     c.train.total_steps, c.checkpoint.best_metric = 40, "mean_score"
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
+    toys.use_one_device(monkeypatch)
     summary = train.train(build_config(c), tmp_path / "run")
     assert summary["toy_mood_accuracy"] > 0.9 and summary["toy_alike_pearson"] > 0.9
     assert summary["mean_score"] == pytest.approx((summary["toy_mood_accuracy"] + summary["toy_alike_pearson"]) / 2)

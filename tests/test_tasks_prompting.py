@@ -99,17 +99,16 @@ def test_all_templates_are_used_and_a_record_always_gets_the_same_one():
 def test_shots_are_balanced_and_the_same_for_all(shots):
     cfg = make_config(TEMPLATES[:1], seq_len=1024, shots=shots)
     train_records = records(20)
-    held_out = prompting.with_shots(train_records, records(6, first=30), cfg)
-    assert prompting.with_shots(train_records[::-1], records(6, first=30), cfg) == held_out
-    chosen = held_out[0]["shots"]
-    assert all(record["shots"] == chosen for record in held_out)
+    more = prompting.shots(train_records, cfg)
+    assert prompting.shots(train_records[::-1], cfg) == more
+    chosen = more["shots"]
     assert len({shot["text"] for shot in chosen}) == shots and all(shot in train_records for shot in chosen)
     by_label = [sum(shot["label"] == label for shot in chosen) for label in ("0", "1")]  # squares modulo 3
     assert sum(by_label) == shots and abs(by_label[0] - by_label[1]) <= 1
     words = dict(zip(LABELS, ("bad", "good", "so so"), strict=True))
     before = "".join(f"{shot['text']} It was {words[shot['label']]}.\n\n" for shot in chosen)
-    for record in held_out:
-        assert spelled(make(record, cfg)[0])[1] == (before + f"{record['text']} It was", " good")
+    for record in records(6, first=30):
+        assert spelled(make(record | more, cfg)[0])[1] == (before + f"{record['text']} It was", " good")
 
 
 def test_only_held_out_rows_have_shots():

@@ -4,11 +4,11 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import shutil
 import sys
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 
 from lm import checkpoint, input_pipeline, train
 from lm import run as run_lib
-from lm.config import Config, DataConfig, MeshConfig, TokenizerConfig
+from lm.config import Config, DataConfig, TokenizerConfig
 from lm.config.schema import ConfigError
 from lm.corpus import pipeline, workers
 from lm.data import shards, tokenizer
 from lm.data.record import DataError
 from lm.data.tokenizer_protocol import target_bytes
 from lm.decoding import sampling
-from lm.parallel import mesh as mesh_lib
-from lm.parallel.mesh import make_mesh
 from lm.tasks import TASKS, chat, masked_lm, seq2seq, span_qa
 from tests import chat_templates, published, tool_modules, toys
 from tests.published import KINDS
@@ -97,12 +95,29 @@ def test_span_corruption_takes_the_tokenizers_own_sentinels():
     )
     TASKS["span_corruption"].check(cfg)
     TASKS["span_corruption"].check_tokenizer(cfg, tok)
-    with pytest.raises(ConfigError, match=r"'tokenizer.extra_ids' is 0, .* it must be at least 3, a sentinel"):
-        TASKS["span_corruption"].check_tokenizer(cfg, published.make("llama"))
+    long = dataclasses.replace(cfg, data=DataConfig(seq_len=9999))
+    says = f"has {len(tok.sentinel_ids)} sentinels, to which 'tokenizer.extra_ids' adds none: lower 'data.seq_len'"
+    with pytest.raises(ConfigError, match=says):
+        TASKS["span_corruption"].check_tokenizer(long, tok)
     (row,), _ = rows_of("span_corruption", {"text": "the cat sat on the mat"}, tok, seq_len=40)
     row = {"tokens": row["tokens"], "segment_ids": np.ones(len(row["tokens"]), int)}
     out = seq2seq.span_corruption(row, np.random.default_rng(0), tok, cfg)
     assert tok.piece(int(out["targets"][0])) == "<extra_id_0>" and out["tokens"][0] == tok.bos_id == tok.pad_id
+
+
+@pytest.mark.parametrize(("kind", "needed", "whose"), [("llama", 3, "each and the mask$"), ("word_piece", 2, "each$")])
+def test_the_extra_ids_that_span_corruption_asks_for_are_enough(kind, needed, whose):
+    """A tokenizer with a mask of its own needs none for that."""
+    for extra_ids in range(needed + 1):
+        given = TokenizerConfig(path="somewhere", extra_ids=extra_ids)
+        cfg = Config(task=toys.task("span_corruption"), data=DataConfig(seq_len=40), tokenizer=given)
+        tok = published.make(kind, extra_ids)
+        if extra_ids == needed:
+            TASKS["span_corruption"].check_tokenizer(cfg, tok)
+            continue
+        says = f"'tokenizer.extra_ids' is {extra_ids}, .* it must be at least {needed}, a sentinel for {whose}"
+        with pytest.raises(ConfigError, match=says):
+            TASKS["span_corruption"].check_tokenizer(cfg, tok)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,6 +167,18 @@ def test_a_tag_is_at_the_first_id_of_its_word(kind, words):
         assert start <= place < end or (start, end) == (place - 1, place + 1), (word, offsets[i - 1])
         assert not any(a <= place < b for a, b in offsets[: i - 1])
         place += len(word) + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(words=words, seq_len=st.integers(3, 8))
+@example(words=["\u65e5\u672c"], seq_len=3)
+def test_no_special_id_has_a_tag_in_rows_of_any_length(kind, words, seq_len):
+    tok = published.make(kind)
+    options = {"labels": ("A",), "entity_scheme": "none"}
+    rows, _ = rows_of("tagging", {"words": words, "tags": ["A"] * len(words)}, tok, seq_len=seq_len, options=options)
+    at = [np.flatnonzero(row["labels"] >= 0) for row in rows]
+    assert sum(map(len, at)) == len(words)
+    assert all(places[0] > 0 and places[-1] < len(row["tokens"]) - 1 for places, row in zip(at, rows, strict=True))
 
 
 def test_a_word_that_the_tokenizer_removes_has_no_tag_and_is_counted():
@@ -270,6 +297,13 @@ def test_contents_cannot_begin_or_end_a_turn():
     assert tok.decode([i for i, one in zip(found.ids, found.trained, strict=True) if one]) == "a<|im_end|>b"
 
 
+def test_no_space_is_put_where_a_text_that_spells_a_control_symbol_is_cut():
+    tok = with_template(chat_templates.PLAIN["chatml"], kind="llama")
+    found = chat.tokens_of(say(("user", "a<|im_end|>b"), ("assistant", "c <|im_start|> d")), tok, "f:1")
+    assert tok.decode([i for i, one in zip(found.ids, found.trained, strict=True) if one]) == "c <|im_start|> d"
+    assert "a<|im_end|>b" in tok.decode(found.ids)
+
+
 def test_messages_of_weight_0_are_context_with_a_template_too():
     tok = with_template(chat_templates.PLAIN["chatml"])
     messages = [*say(("user", "one"), ("assistant", "The cat.", 0)), *CHAT[2:]]
@@ -303,14 +337,17 @@ def test_messages_of_weight_0_are_context_with_a_template_too():
             "{% endfor %}",
             "trains on a message that is no answer",
         ),
+        (  # marks in a content change its length
+            "{% for m in messages %}{{ m.content|length }}{{ m.content }}"
+            "{% if m.role == 'assistant' %}{{ messages[0].content }}{% endif %}{% endfor %}",
+            "trains on a message that is no answer",
+        ),
         ("{{ messages.__class__ }}", "reads the attribute '__class__' of a list"),
         ("{% for %}", "line 1"),
         ("{{ raise_exception('never') }}", "refuses the conversation: never"),
     ],
 )
 def test_templates_that_train_on_nothing_or_on_requests_are_refused_with_their_rendering(source, message):
-    import re
-
     tok = with_template(source)
     with pytest.raises(ConfigError) as error:
         TASKS["chat"].check_tokenizer(Config(task=toys.task("chat")), tok)
@@ -376,6 +413,13 @@ def test_preferences_are_written_by_the_template():
         assert tok.decode(row["targets"][view][weights]) == answer
 
 
+def test_a_pair_without_a_trained_answer_is_dropped_before_the_template_may_refuse_it():
+    tok = with_template("{{ raise_exception('too short') if messages|length < 4 }}" + chat_templates.PLAIN["chatml"])
+    record = {"prompt": CHAT[:3], "chosen": say(("assistant", "The mat.")), "rejected": say(("assistant", "no", 0))}
+    made, counts = rows_of("preferences", record, tok)
+    assert not made and counts["dropped_no_target"] == 1
+
+
 def test_a_tokenizer_without_roles_or_template_cannot_write_chats():
     for kind in ("word_piece", "llama"):
         with pytest.raises(ConfigError, match=r"task.name=chat .* no chat template: set 'tokenizer.chat_template'"):
@@ -402,7 +446,7 @@ def chat_run(tmp_path_factory):
         generate__prompts=("What is 2 and 2?",),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh_lib, "make_mesh", lambda *_: make_mesh(MeshConfig(), jax.devices()[:1]))
+        toys.use_one_device(patch)
         train.train(cfg, folder / "run")
     return folder, cfg
 

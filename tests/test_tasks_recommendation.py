@@ -237,6 +237,15 @@ def test_only_the_last_item_of_a_held_out_user_is_masked(chosen, target, tokens,
     assert counts == counted
 
 
+def test_a_vocabulary_without_a_mask_is_refused_for_the_task_that_hides_items():
+    cfg = make_config(VOCABULARY, "masked_item")
+    TASKS["masked_item"].check_tokenizer(cfg, VOCABULARY)
+    none = dataclasses.replace(VOCABULARY, extra_ids=0)
+    TASKS["next_item"].check_tokenizer(cfg, none)
+    with pytest.raises(ConfigError, match=r"task.name=masked_item needs a mask"):
+        TASKS["masked_item"].check_tokenizer(cfg, none)
+
+
 @pytest.mark.parametrize(("n", "hidden"), [(1, 1), (3, 1), (10, 2), (20, 4)])
 def test_training_masks_a_share_of_the_items_and_sometimes_only_the_last_one(n, hidden):
     length, draws = 24, 3000

@@ -7,20 +7,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from lm import run as run_lib
 from lm import train
-from lm.config import Config, MeshConfig
+from lm.config import Config
 from lm.config.schema import ConfigError, Duration
 from lm.data.readers import registry
-from lm.parallel import mesh as mesh_lib
-from lm.parallel.mesh import make_mesh
 from lm.tasks import build_config, default_config, recommendation
 from lm.tracking import files
-from tests import tool_modules
+from tests import tool_modules, toys
 from tests.test_tasks_recommendation import VOCABULARY
 
 make_interactions = tool_modules.load("make_interactions")
@@ -53,8 +50,7 @@ MASKED = {
 @pytest.fixture
 def on_one_device(monkeypatch):
     """A function that makes later runs use one device."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return lambda: monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
+    return lambda: toys.use_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def words_of(example) -> list[tuple[str, int]]:
     tokens, labels = example.columns["tokens"].tolist(), example.columns["labels"]
     assert tokens[0] == TOKENIZER.bos_id and tokens[-1] == TOKENIZER.eos_id
     places = [*np.flatnonzero(labels >= 0), len(tokens) - 1]
-    assert places[-1] >= places[-2] and labels.min() == -1
+    assert places[-1] > places[-2] and labels.min() == -1
     parts = [decode(*tokens[start:end]).strip(" ") for start, end in itertools.pairwise(places)]
     return list(zip(parts, labels[places[:-1]].tolist(), strict=True))
 

@@ -63,10 +63,9 @@ def test_the_traceback_of_an_unexpected_error_is_visible_too(tmp_path):
     assert "\x1b" not in done.stderr
 
 
-# tools/launch.py does not import `lm`, so that it can start runs from a machine without it; it prints its own flags.
 @pytest.mark.parametrize("path", python_files("lm", "tools"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_is_printed_but_by_lm_terminal(path):
-    if path in (ROOT / "lm" / "terminal.py", ROOT / "tools" / "launch.py"):
+    if path == ROOT / "lm" / "terminal.py":
         return
     found = []
     for node in ast.walk(parse(path)):

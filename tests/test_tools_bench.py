@@ -6,16 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from lm.benchmark import training as bench
 from lm.benchmark import transformers_gpt2
-from lm.config import MeshConfig
 from lm.config.schema import ConfigError
-from lm.parallel import mesh as mesh_lib
-from lm.parallel.mesh import make_mesh
 from lm.tasks import build_config
 from tests import toys
 
@@ -36,8 +32,7 @@ GPT2 = {
 
 @pytest.fixture
 def one_device(monkeypatch):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
+    toys.use_one_device(monkeypatch)
 
 
 @pytest.fixture

@@ -13,10 +13,7 @@ import pytest
 
 from lm import run as run_lib
 from lm import train
-from lm.config import MeshConfig
 from lm.decoding import sampling
-from lm.parallel import mesh as mesh_lib
-from lm.parallel.mesh import make_mesh
 from tests import tool_modules, toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +24,6 @@ QUESTION = "What is 2 and 2?"
 def run(tmp_path_factory):
     """A chat model trained for two steps."""
     folder = tmp_path_factory.mktemp("chat")
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     cfg = toys.recipe(
         toys.write_chats(folder / "chats.jsonl"),
         train__total_steps=2,
@@ -40,7 +36,7 @@ def run(tmp_path_factory):
         eval__at_start=False,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+        toys.use_one_device(patch)
         train.train(cfg, folder / "run")
     return folder / "run"
 

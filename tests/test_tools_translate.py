@@ -10,10 +10,7 @@ import sacrebleu
 
 from lm import run as run_lib
 from lm import train
-from lm.config import MeshConfig
 from lm.decoding import sampling
-from lm.parallel import mesh as mesh_lib
-from lm.parallel.mesh import make_mesh
 from tests import tool_modules, toys
 
 pytestmark = pytest.mark.slow
@@ -34,7 +31,6 @@ def run(tmp_path_factory):
     for name, rows in (("train", 200), ("test", 5)):
         write_side(folder / f"{name}.en", rows, {word: word for word in LEXICON}, rows)
         write_side(folder / f"{name}.de", rows, LEXICON, rows)
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     cfg = toys.recipe(
         folder / "train.{en,de}",
         **{"data__format": "parallel", "task__name": "translation", "data__packing": "pad", "data__seq_len": 16},
@@ -50,7 +46,7 @@ def run(tmp_path_factory):
         **{"generate__prompts": ("a dog",), "generate__max_new_tokens": 12, "generate__temperature": 0.0},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+        toys.use_one_device(patch)
         summary = train.train(cfg, folder / "run")
     return folder, summary
 

@@ -10,6 +10,7 @@ import pytest
 
 from lm.tracking import files
 from lm.tracking.files import RunFileError
+from tests import toys
 
 
 def metrics_row(step, split="train", **values):
@@ -40,14 +41,6 @@ def checksum(text):
     return f"{zlib.crc32(before):08x}"
 
 
-def flips(content):
-    """Every copy with one bit flipped."""
-    for place in range(8 * len(content)):
-        copy = bytearray(content)
-        copy[place // 8] ^= 1 << place % 8
-        yield bytes(copy)
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_are_read_as_they_were_written_and_checked_by_any_tool(tmp_path, name):
     path = write(tmp_path, name)
@@ -60,7 +53,7 @@ def test_rows_are_read_as_they_were_written_and_checked_by_any_tool(tmp_path, na
 def test_every_flipped_bit_of_a_row_is_seen_and_the_line_named(tmp_path, name):
     path = write(tmp_path, name)
     content = path.read_bytes()
-    for place, damaged in enumerate(flips(content)):
+    for place, damaged in enumerate(toys.flips(content)):
         path.write_bytes(damaged)
         number = next(i for i, (was, now) in enumerate(zip(content, damaged, strict=True)) if was != now)
         line = content[:number].count(b"\n") + 1
@@ -75,7 +68,7 @@ def test_every_flipped_bit_of_a_document_is_seen(tmp_path):
     assert files.read_document(path) == content
     text = path.read_bytes()
     assert json.loads(text) == content | {"crc32": checksum(text)}
-    for damaged in flips(text):
+    for damaged in toys.flips(text):
         path.write_bytes(damaged)
         try:
             assert files.read_document(path) == content  # only white space after the checksum has changed

@@ -7,6 +7,7 @@ import pytest
 from lm.checkpoint import CheckpointError
 from lm.tracking import files, saved_step
 from lm.tracking.files import RunFileError
+from tests import toys
 from tests.test_tracking_files import OLD, write
 
 
@@ -87,9 +88,7 @@ def test_the_record_survives_any_flipped_bit_or_is_known_to_be_damaged(tmp_path)
     path = tmp_path / "saved.json"
     content = path.read_bytes()
     assert saved_step.read(tmp_path) == 400 and json.loads(content)["step"] == 400
-    for place in range(8 * len(content)):
-        damaged = bytearray(content)
-        damaged[place // 8] ^= 1 << place % 8
+    for damaged in toys.flips(content):
         path.write_bytes(damaged)
         try:
             assert saved_step.read(tmp_path) == 400

@@ -7,7 +7,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -155,9 +154,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(texts, tmp_path):
     )
     one, two = tmp_path / "one", tmp_path / "two"
     train.train(cfg, one)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = toys.free_port()
     flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
     both = [
         subprocess.Popen(

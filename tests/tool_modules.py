@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(name: str) -> ModuleType:
-    """The module tools/NAME.py, for its functions that read no flags."""
+    """The module tools/NAME.py, for its functions that read no flags. Processes that these start find it by name."""
     with flagsaver.flagsaver():  # afterwards the flags that the module has defined are removed
-        return _execute(name)
+        module = sys.modules[f"tools.{name}"] = _execute(name)
+        return module
 
 
 def call(name: str, *arguments: object) -> None:

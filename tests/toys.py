@@ -3,15 +3,20 @@
 import dataclasses
 import functools
 import json
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import Mesh
 
-from lm.config import Config, ModelConfig
+from lm.config import Config, MeshConfig, ModelConfig
 from lm.models import registry, transformer
+from lm.parallel import mesh as mesh_lib
 from lm.tasks import TASKS, build_config, default_config
 from lm.tasks.language_modelling import predict_tokens
 from lm.types import ModelFns, Params
@@ -45,6 +50,14 @@ ENCODER_DECODERS = {
     "rope": dataclasses.replace(T5, position="rope"),
     "learned": dataclasses.replace(GPT2, kind="encoder_decoder", decoder_layers=1),
 }
+BERT = dataclasses.replace(
+    GPT2,
+    kind="encoder",
+    norm_position="post",
+    embed_norm=True,
+    lm_transform=True,
+    mlp="gelu_exact",
+)
 PREFIX = dataclasses.replace(LLAMA, kind="prefix_decoder", sliding_window=0)
 
 
@@ -176,3 +189,32 @@ def task(name: str, **options: Any) -> Any:
 def token_loss(apply: Any, cfg: Config, words: Any) -> Any:
     """The cross-entropy of all tokens that have a weight, of any model and for any vocabulary."""
     return lambda params, batch, rng: predict_tokens(apply(params, batch, rng=rng), batch, cfg, words)
+
+
+# Devices, processes and damage ----------------------------------------------------------------------------------------
+
+
+def use_one_device(patch: pytest.MonkeyPatch) -> Mesh:
+    """Makes later runs use the first device alone; its mesh."""
+    mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
+    patch.setattr(mesh_lib, "make_mesh", lambda *_: mesh)
+    return mesh
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    """A copy with one bit flipped."""
+    out = bytearray(content)
+    out[bit // 8] ^= 1 << bit % 8
+    return bytes(out)
+
+
+def flips(content: bytes) -> Iterator[bytes]:
+    """Every copy with one bit flipped."""
+    return (flip(content, bit) for bit in range(8 * len(content)))

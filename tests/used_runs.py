@@ -5,16 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from lm import train
-from lm.config import MeshConfig
-from lm.parallel import mesh as mesh_lib
-from lm.parallel.mesh import make_mesh
 from lm.tracking import report
 from tests import toys
 
@@ -200,10 +196,8 @@ def make(task: str, folder: Path, **changes: Any) -> Path:
     settings = {"data__format": kind.format, "data__eval_fraction": 0.25, "data__seq_len": SEQ_LEN}
     settings |= {"train__total_steps": 3, "data__batch_size": 8, "eval__at_start": False, "generate__max_new_tokens": 6}
     cfg = toys.recipe(data, task__name=task, **settings | kind.changes | changes)
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-    with (
-        mock.patch.object(mesh_lib, "make_mesh", lambda *_: one_device),
-        mock.patch.object(report, "write_report", lambda workdir: workdir / "report.html"),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
+        toys.use_one_device(patch)
+        patch.setattr(report, "write_report", lambda workdir: workdir / "report.html")
         train.train(cfg, folder / "run")
     return folder / "run"

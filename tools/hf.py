@@ -1,6 +1,7 @@
 """Reads and writes published models, and compares them with `transformers`.
 
     python tools/hf.py import FOLDER OUT [--tokenizer=FILE]  OUT = a run folder that tools/chat.py and init_from read
+    python tools/hf.py import FOLDER OUT --task=contrastive_pairs --pool=mean    a sentence encoder, such as MiniLM
     python tools/hf.py export RUN OUT [--dtype=bfloat16]     OUT = config.json, generation_config.json, safetensors
     python tools/hf.py verify FOLDER [--text=FILE]           logits and hidden states here and in transformers
 
@@ -20,12 +21,18 @@ from lm.terminal import say, stop
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "import: the tokenizer, a file or folder; '' = that of FOLDER.")
 _TASK = flags.DEFINE_string("task", "causal_lm", "import: task.name of the run.")
+_POOL = flags.DEFINE_enum("pool", "first", ["first", "mean", "last"], "import: model.pool of the run.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.")
 _TEXT = flags.DEFINE_string("text", "", "verify: a file of text; '' = docstrings of Python's library.")
 _POSITIONS = flags.DEFINE_integer("positions", 1024, "verify: positions in a row.", lower_bound=16)
 
 # What `verify` accepts: error of the logits relative to the largest, and KL divergence in nats.
 MAX_ERROR, MAX_KL = 1e-5, 1e-9
+# Tasks whose heads have a place in the files of some family.
+_WITH_HEADS = (
+    *("classification", "tagging", "masked_lm_pairs"),
+    *("contrastive_sentences", "contrastive_pairs", "contrastive_triples"),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -42,62 +49,88 @@ def main(argv: list[str]) -> None:
         if command != "verify":
             run_lib.check_new(Path(given[1]))
         if command == "import":
-            import_model(given[0], Path(given[1]), _TOKENIZER.value, _TASK.value)
+            import_model(given[0], Path(given[1]), _TOKENIZER.value, _TASK.value, _POOL.value)
         elif command == "export":
             export_run(given[0], Path(given[1]), _DTYPE.value)
         else:
             verify(Path(given[0]), _TEXT.value, _POSITIONS.value)
 
 
-def import_model(folder: str, out: Path, tokenizer: str, task: str) -> None:
-    """Writes a published model as a run folder with one checkpoint, of step 0."""
+def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -> None:
+    """Writes a published model as a run folder with one checkpoint, of step 0.
+
+    What the folder lacks of the head of the task is initialised, and said.
+    """
+    from lm import param_paths, tasks
     from lm import run as run_lib
-    from lm import tasks
     from lm.checkpoint import hf, init_from
 
     source = tasks.default_config(task)
     source.init_from = hf.PREFIX + folder
     source.tokenizer.path = tokenizer
+    source.model.pool = pool
+    source.data.packing = tasks.TASKS[task].packing[0]
+    published = hf.open_model(folder)
+    for name in ("seq_len", "target_len"):
+        source.data[name] = min(source.data[name], published.model.max_len)
     source.train.total_steps = 1
+    source.init_rules = ((".*", init_from.REINIT),)
+    paths = param_paths.flatten(run_lib.plan(tasks.build_config(source), None).abstract_params)
+    fresh = [(path, init_from.REINIT) for path in paths if path.startswith("head/") and path not in published.table]
+    source.init_rules = (*fresh, (".*", init_from.KEEP))
     planned, _, params = run_lib.init_model(tasks.build_config(source))
     assert planned.init is not None
     say(init_from.describe(planned.origin_of, planned.unused, planned.init, planned.cfg.model, planned.cfg.model))
-    info = {"tokenizer_hash": planned.tokenizer.hash if planned.tokenizer else "", "data": {"example": 0}}
+    about = {"tokenizer_hash": planned.tokenizer.hash if planned.tokenizer else "", "data": {"example": 0}}
+    info = about | {"published_vocab": planned.published_vocab}
     size = run_lib.write_checkpoint(out, planned.cfg, params, planned.tokenizer, 0, info)
     say(f"{out}: {size / 2**20:,.1f} MiB of parameters")
 
 
 def export_run(run: str, out: Path, dtype: str) -> None:
-    """Writes a run's parameters, LoRA merged, in the format of the family whose shape its model has."""
+    """Writes a run's parameters, LoRA merged, in the format of the family whose shape its model has.
+
+    Raises:
+      ConfigError: there is no such family, or its files have no place for the head of the run's task.
+    """
     import jax.numpy as jnp
 
     from lm import run as run_lib
     from lm import tasks
-    from lm.checkpoint import hf
     from lm.checkpoint.hf import export
+    from lm.config.schema import ConfigError
     from lm.models import adapters
 
-    cfg, _, params, tokenizer = run_lib.load_model(run)
+    saved, (cfg, _, params, tokenizer) = run_lib.load_checkpoint(run)
     if cfg.adapter.kind == "lora":
         params = adapters.merge(params, cfg.adapter)
-    model = cfg.model
-    # Our own vocabulary is rounded up to a multiple; a published one keeps its size.
-    is_published = cfg.init_from.startswith(hf.PREFIX) or not tokenizer
-    rows = model.vocab_size if is_published else tokenizer.vocab_size
-    ids: dict[str, Any] = {}
+    model, head = cfg.model, tasks.task_of(cfg).head(cfg)
+    if head and cfg.task.name not in _WITH_HEADS:
+        raise ConfigError(
+            f"a run of {cfg.task.name} is not exported: of tasks with a head, {', '.join(_WITH_HEADS)} are"
+        )
+    if head and head.kind == "projection":
+        params = {name: part for name, part in params.items() if name != "head"}
+        say("the projection head, which is for training only, is left out")
+    # Rows after the tokenizer's ids were never trained, unless they came from a published model.
+    rows = max(tokenizer.vocab_size if tokenizer else 0, saved.info.get("published_vocab", 0)) or model.vocab_size
+    about: dict[str, Any] = {}
+    if head and (labels := getattr(cfg.task, "labels", ())):
+        about = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    others: dict[str, bytes] = {}
     if tokenizer:
         ends = tasks.task_of(cfg).ends(tokenizer)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         generate = cfg.generate
+        about |= ids
         generation = ids | {"eos_token_id": list(ends), "max_new_tokens": generate.max_new_tokens}
         if generate.temperature:
             sampled = {"temperature": generate.temperature, "top_p": generate.top_p, "top_k": generate.top_k}
             generation |= {"do_sample": True} | sampled
-    export.export(out, model, params, vocab_size=rows, dtype=jnp.dtype(dtype), about=ids)
-    if tokenizer:
-        (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        for name, content in tokenizer.saved_files.items():
-            (out / Path(name).name).write_bytes(content)
+        others = {Path(name).name: content for name, content in tokenizer.saved_files.items()}
+    if tokenizer and model.kind != "encoder":
+        others["generation_config.json"] = f"{json.dumps(generation, indent=2)}\n".encode()
+    export.export(out, model, params, vocab_size=rows, dtype=jnp.dtype(dtype), head=head, about=about, others=others)
     say(f"{out}: {rows:,} of {model.vocab_size:,} rows of vocabulary, {dtype}")
 
 
@@ -106,9 +139,9 @@ class Comparison(NamedTuple):
 
     Attributes:
       name: of the batch.
-      logits: largest error of the logits / largest logit.
+      logits: largest error of the logits / largest logit; of a model without them that of the hidden states.
       hidden: the same of the last hidden states.
-      kl: largest KL divergence of the next id's distribution at a position, in nats.
+      kl: largest KL divergence of the distribution of an id at a position, in nats.
     """
 
     name: str
@@ -127,38 +160,44 @@ def verify(folder: Path, text: str, positions: int) -> None:
 
     pair = load_both(folder)
     batches = random_batches(pair.vocab_size, min(positions, pair.model.max_len))
-    if ids := _real_text(folder, text, min(positions, pair.model.max_len)):
+    if ids := _real_text(pair.path, text, min(positions, pair.model.max_len)):
         batches["real text"] = (ids, [[1] * len(ids[0])])
     say(f"{'batch':<28}{'logits':>10}{'hidden':>10}{'KL, nats':>12}")
     worst = []
     for name, (tokens, mask) in batches.items():
         found = compare(pair, name, tokens, mask)
-        say(f"{name:<28}{found.logits:>10.1e}{found.hidden:>10.1e}{found.kl:>12.1e}")
+        logits, kl = (f"{found.logits:.1e}", f"{found.kl:.1e}") if pair.predicts else ("-", "-")
+        say(f"{name:<28}{logits:>10}{found.hidden:>10.1e}{kl:>12}")
         if not (found.logits <= MAX_ERROR and found.kl <= MAX_KL):
             worst.append(name)
             for layer, error in enumerate(layer_errors(pair, tokens, mask), 1):
                 say(f"  after layer {layer:>3}: hidden states differ by {error:.1e}")
     if worst:
         raise CheckpointError(
-            f"{folder} computes something else here than in transformers (on {', '.join(worst)}): logits differ by "
-            f"more than {MAX_ERROR} of the largest, or KL is above {MAX_KL}"
+            f"{folder} computes something else here than in transformers (on {', '.join(worst)}): logits, or without "
+            f"them hidden states, differ by more than {MAX_ERROR} of the largest, or KL is above {MAX_KL}"
         )
-    say(f"equal: logits within {MAX_ERROR}, KL within {MAX_KL}")
+    what = f"logits within {MAX_ERROR}, KL within {MAX_KL}" if pair.predicts else f"hidden states within {MAX_ERROR}"
+    say(f"equal: {what}")
 
 
 class Pair(NamedTuple):
     """A published model in both implementations, float32.
 
     Attributes:
+      path: its folder with config.json, or the GGUF file.
       theirs: of `transformers`.
       model: its shape here.
       params: its parameters here.
+      predicts: whether the files have what predicts ids; a BERT without it is compared by its hidden states alone.
       vocab_size: its ids.
     """
 
+    path: Path
     theirs: Any
     model: Any
     params: Any
+    predicts: bool
     vocab_size: int
 
 
@@ -167,7 +206,8 @@ def load_both(folder: Path) -> Pair:
     import jax
     import jax.numpy as jnp
 
-    from lm.checkpoint import hf
+    from lm import param_paths
+    from lm.checkpoint import CheckpointError, hf
     from lm.models import transformer
 
     published = hf.open_model(folder)
@@ -175,17 +215,23 @@ def load_both(folder: Path) -> Pair:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(transformer.text_model(model, jnp.float32).init, jax.random.key(0))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
-    params = hf.load(published, {"params": abstract})["params"]
+    there, flat = published.info["arrays"], param_paths.flatten(abstract)
+    absent = {path: jnp.zeros(leaf.shape) for path, leaf in flat.items() if f"params/{path}" not in there}
+    if wrong := [path for path in absent if not path.startswith("lm_")]:
+        raise CheckpointError(f"{published.path} has no tensor for '{wrong[0]}'")
+    wanted = param_paths.unflatten({path: leaf for path, leaf in flat.items() if path not in absent})
+    read = hf.load(published, {"params": wanted})["params"]
+    params = param_paths.unflatten(absent | param_paths.flatten(read))
     try:
         import torch
         import transformers
     except ImportError:
         stop("error: verify needs torch and transformers: pip install -e '.[hf,peer]'")
     where, more = place(published.path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        where, dtype=torch.float32, attn_implementation="eager", **more
-    )
-    return Pair(theirs.eval(), model, params, model.vocab_size)
+    auto = transformers.AutoModelForMaskedLM if model.kind == "encoder" else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModel if absent else auto
+    theirs = auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager", **more)
+    return Pair(published.path, theirs.eval(), model, params, not absent, model.vocab_size)
 
 
 def place(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -209,17 +255,17 @@ def random_batches(vocab_size: int, positions: int) -> dict[str, tuple[Any, Any]
     }
 
 
-def _real_text(folder: Path, text: str, positions: int) -> list[list[int]]:
+def _real_text(path: Path, text: str, positions: int) -> list[list[int]]:
     """Ids of one row of text by the folder's tokenizer; empty, with a note, if it has none."""
     import argparse
 
     import transformers
 
     content = Path(text).read_text(encoding="utf-8") if text else f"{argparse.__doc__}\n{json.__doc__}"
-    where, more = place(folder)
+    where, more = place(path)
     has_one = any((where / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if not has_one and "gguf_file" not in more:
-        say(f"no tokenizer in {folder}: only random ids are compared")
+        say(f"no tokenizer in {path}: only random ids are compared")
         return []
     more.pop("use_safetensors", None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, **more)
@@ -250,31 +296,29 @@ def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
     def apply(params: Any, batch: Any) -> Any:
         out = transformer.text_model(model, jnp.float32).apply(params, batch)
         size = {"vocab_size": pair.vocab_size, "softcap": model.logit_softcap}
-        return losses.logits(out.hidden_BxLxD, out.unembed_DxV, **size), out.hidden_BxLxD
+        return losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, **size), out.hidden_BxLxD
 
     logits, hidden = (np.asarray(x, np.float64) for x in apply(pair.params, batch))
     out = _theirs(pair, batch)
     real = batch["segment_ids"] > 0
-    their_logits = out.logits.double().numpy()
 
     def error(mine: Any, their: Any) -> float:
         return float(np.abs(mine - their)[real].max() / np.abs(their[real]).max())
 
-    mine, theirs = (_log_softmax(x[real]) for x in (logits[..., : their_logits.shape[-1]], their_logits))
+    hidden_error = error(hidden, out.hidden_states[-1].double().numpy())
+    if not pair.predicts:
+        return Comparison(name, hidden_error, hidden_error, 0.0)
+    their_logits = out.logits.double().numpy()
+    logits = logits[..., : their_logits.shape[-1]]
+    mine, theirs = (_log_softmax(x[real]) for x in (logits, their_logits))
     kl = float((np.exp(theirs) * (theirs - mine)).sum(axis=-1).max())
-    return Comparison(
-        name,
-        error(logits[..., : their_logits.shape[-1]], their_logits),
-        error(hidden, out.hidden_states[-1].double().numpy()),
-        kl,
-    )
+    return Comparison(name, error(logits, their_logits), hidden_error, kl)
 
 
 def layer_errors(pair: Pair, tokens: Any, mask: Any) -> list[float]:
-    """Error of the hidden states after each layer, and the final norm, relative to the largest.
+    """Error of the hidden states after each layer, and the final norm if there is one, relative to the largest."""
+    import dataclasses
 
-    The layers after it are made to add nothing, by kernels of 0: all are then the same program.
-    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -283,18 +327,18 @@ def layer_errors(pair: Pair, tokens: Any, mask: Any) -> list[float]:
     from lm.models import layers, transformer
 
     batch, model, params = batch_of(tokens, mask), pair.model, pair.params
-    apply = jax.jit(transformer.text_model(model, jnp.float32).apply)
     theirs = _theirs(pair, batch).hidden_states
     norm = layers.Norm(model.norm, model.norm_eps, model.use_bias)
     real, errors = batch["segment_ids"] > 0, []
     for count in range(1, model.num_layers + 1):
 
         def first(path: str, leaf: Any, count: int = count) -> Any:
-            return leaf.at[count:].set(0.0) if "/attention/out/" in path or "/mlp/down/" in path else leaf
+            return leaf[:count] if "/layers/" in path else leaf
 
-        mine = np.asarray(apply(param_paths.map_with_path(first, params), batch).hidden_BxLxD)[real]
+        shorter = transformer.text_model(dataclasses.replace(model, num_layers=count), jnp.float32)
+        mine = np.asarray(jax.jit(shorter.apply)(param_paths.map_with_path(first, params), batch).hidden_BxLxD)[real]
         their = theirs[count].numpy()
-        if count < model.num_layers:  # transformers normalises the last ones only
+        if count < model.num_layers and model.norm_position != "post":  # transformers normalises the last ones only
             their = np.asarray(norm.apply({"params": params["decoder"]["final_norm"]}, jnp.asarray(their)))
         errors.append(float(np.abs(mine - their[real]).max() / np.abs(their[real]).max()))
     return errors
@@ -304,9 +348,10 @@ def _theirs(pair: Pair, batch: dict[str, Any]) -> Any:
     import torch
 
     tokens, mask, positions = (torch.from_numpy(batch[k]).long() for k in ("tokens", "segment_ids", "positions"))
+    more = {} if pair.model.kind == "encoder" else {"use_cache": False}
     with torch.no_grad():
         return pair.theirs(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False
+            input_ids=tokens, attention_mask=mask, position_ids=positions, output_hidden_states=True, **more
         )
 
 

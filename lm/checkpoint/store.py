@@ -218,6 +218,8 @@ class Checkpoints:
         self._in_flight: tuple[int, Future[list[int]]] | None = None
         self._check_lease = check_lease
         self.last_good = max(trusted, default=None)
+        if resumed in trusted:  # a process may have been killed between its last save and the deletion of older steps
+            self._forget(self._expire(trusted))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -302,16 +304,25 @@ class Checkpoints:
     def _commit(self, step: int, response: Any, kept: Mapping[int, Mapping[str, float]]) -> list[int]:
         """Waits until a step is on disk, and then deletes those that need not be kept. Returns them."""
         response.result()
-        newest = sorted(kept)[-self._cfg.keep_latest :]
-        best = _best_first(kept, self._cfg.best_metric)[: self._cfg.keep_best]
-        expired = [each for each in kept if each not in newest and each not in best]
         if jax.process_index() == 0:
-            self._check_lease()
             root = Path(self._manager.directory)
             files_lib.sync_tree(root / str(step))  # Orbax does so for the arrays only
             files_lib.sync(root)
-            expired = [each for each in expired if _delete(root / str(each))]
+        return self._expire(kept)
+
+    def _expire(self, kept: Mapping[int, Mapping[str, float]]) -> list[int]:
+        """Deletes those of the steps `kept` that need not be kept, on process 0. Returns them."""
+        newest = sorted(kept)[-self._cfg.keep_latest :]
+        best = _best_first(kept, self._cfg.best_metric)[: self._cfg.keep_best]
+        expired = [each for each in kept if each not in newest and each not in best]
+        if jax.process_index() == 0 and expired:
+            self._check_lease()
+            expired = [each for each in expired if _delete(Path(self._manager.directory, str(each)))]
         return expired
+
+    def _forget(self, expired: Sequence[int]) -> None:
+        for each in expired:
+            del self._metrics[each]
 
     def poll(self) -> None:
         """Raises the error of a background save that has failed; does not wait for one that is still running."""
@@ -330,8 +341,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(step, error) from error
         self.last_good = step
-        for each in expired:
-            del self._metrics[each]
+        self._forget(expired)
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         path = self._manager.directory / str(step)

@@ -84,6 +84,8 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
     out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
     for (section, key), value in _BEFORE.items():
         out.setdefault(section, {}).setdefault(key, value)
+    if (scaling := out["model"].get("rope_scaling")) and scaling.get("kind") == "none":
+        del out["model"]["rope_scaling"]  # whose factor, not used, was 1 by default
     if not is_older(source):
         return out
     for (section, key), places in _PAIRS.items():

@@ -133,7 +133,7 @@ class RopeScalingConfig:
     """How rope's frequencies are changed for rows longer than a model was trained on, see `lm.models.rope`."""
 
     kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
-    factor: float = 1.0  # of the length
+    factor: float = 0.0  # of the length, at least 1; none has no factor
     original_len: int = 0  # positions of a row that the model was trained on; linear does not read it
     low_freq_factor: float = 1.0  # llama3: rotations within original_len below which a frequency is divided by factor
     high_freq_factor: float = 4.0  # llama3: rotations above which it is kept
@@ -143,9 +143,19 @@ class RopeScalingConfig:
     magnitude: float = 0.0  # yarn: factor of queries and keys; 0 = 0.1 ln(factor) + 1
 
 
+# Kind of scaling -> the keys of `RopeScalingConfig` that it reads.
+ROPE_SCALING_KEYS = {
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_len"),
+    "llama3": ("factor", "original_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_len", "beta_fast", "beta_slow", "truncate", "magnitude"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Pre-norm blocks. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
+    """Blocks of attention and an MLP. The defaults are GPT-2's; the comment gives the Llama choice where it differs."""
 
     kind: Literal["decoder", "prefix_decoder", "encoder", "encoder_decoder", "vit", "mae"] = "decoder"
     num_layers: int = 4  # in an encoder-decoder, of the encoder
@@ -167,15 +177,21 @@ class ModelConfig:
     # rmsnorm; rmsnorm_plus_one multiplies by 1 + scale (Gemma).
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"
     norm_eps: float = 1e-5
-    norm_position: Literal["pre", "both"] = "pre"  # both: a norm before and one after attention and MLP (Gemma 2)
+    # Of attention and MLP; post: after the residual addition (BERT); both: before, and before the addition (Gemma 2).
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    embed_norm: bool = False  # the sum of the embeddings is normalised (BERT)
     # Initialisation of the parameters: a scheme of lm.models.initialisers.
     init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
-    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"  # swiglu; geglu = gated, with GELU (Gemma)
+    # swiglu; gelu = in its tanh form; gelu_exact = by the error function (BERT); geglu = gated, with gelu (Gemma).
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
     num_experts: int = 0  # MLPs of width mlp_dim in a layer; 0 = one MLP without a router
     experts_per_token: int = 0  # experts that each position is routed to
     use_bias: bool = True  # False
     qkv_bias: bool = False  # biases of query, key and value where use_bias is False (Qwen2)
     tie_embeddings: bool = True
+    lm_transform: bool = (
+        False  # before the output projection a dense layer, GELU and a norm; its logits have biases (BERT)
+    )
     scale_embeddings: bool = False  # token embeddings are multiplied by sqrt(embed_dim) (Gemma)
     query_scale: float = 0.0  # factor of the queries; 0 = 1 / sqrt(head_dim)
     qk_norm: bool = False
@@ -194,7 +210,7 @@ class ModelConfig:
 
 def check_model(model: ModelConfig) -> None:
     """Raises ConfigError for values of the model that contradict each other."""
-    is_vision = model.kind in ("vit", "mae")
+    is_vision, is_stack = model.kind in ("vit", "mae"), model.kind in ("decoder", "prefix_decoder", "encoder")
     _refuse(
         {
             f"'model.num_heads' ({model.num_heads}) must be a multiple of 'model.num_kv_heads' "
@@ -220,11 +236,32 @@ def check_model(model: ModelConfig) -> None:
             f"'model.rope_local_theta' is {model.rope_local_theta}, but 'model.global_every' is 0": (
                 not model.rope_local_theta or model.global_every > 0
             ),
+            f"'model.position' is {model.position}, which does not read 'model.rope_scaling': set rope": (
+                model.position == "rope" or model.rope_scaling.kind == "none"
+            ),
+            f"'model.position' is {model.position}, which does not read 'model.rope_local_theta': set rope": (
+                model.position == "rope" or not model.rope_local_theta
+            ),
+            f"'model.sliding_window' is {model.sliding_window}, but 'model.kind' {model.kind} has no windows: set 0": (
+                not is_vision or not model.sliding_window
+            ),
+            f"'model.scale_embeddings' is for models of text; 'model.kind' {model.kind} needs it to be False": (
+                not is_vision or not model.scale_embeddings
+            ),
+            "'model.qkv_bias' is set, but 'model.use_bias' adds these biases already: set one of them to False": (
+                not model.qkv_bias or not model.use_bias
+            ),
             f"'model.query_scale' is {model.query_scale}, but 'model.mup.base_width' sets the scale: set it to 0": (
                 not model.query_scale or not model.mup.base_width
             ),
-            f"'model.norm_position' is both, which 'model.kind' {model.kind} has no use for; expected pre": (
-                model.norm_position == "pre" or model.kind in ("decoder", "prefix_decoder", "encoder")
+            f"'model.norm_position' is {model.norm_position}, but 'model.kind' {model.kind} supports pre only": (
+                model.norm_position == "pre" or is_stack
+            ),
+            f"'model.lm_transform' is set, but 'model.kind' {model.kind} does not support it": (
+                not model.lm_transform or is_stack
+            ),
+            f"'model.embed_norm' is for models of text; 'model.kind' {model.kind} needs it to be False": (
+                not is_vision or not model.embed_norm
             ),
             f"'model.mup.base_head_dim' is {model.mup.base_head_dim}, but 'model.mup.base_width' is 0": (
                 model.mup.base_width > 0 or not model.mup.base_head_dim
@@ -241,13 +278,20 @@ def check_model(model: ModelConfig) -> None:
 
 
 def _check_rope_scaling(scaling: RopeScalingConfig) -> None:
-    name, usual = f"'model.rope_scaling.kind' is {scaling.kind}", RopeScalingConfig()
+    name, read = f"'model.rope_scaling.kind' is {scaling.kind}", ROPE_SCALING_KEYS[scaling.kind]
+    usual, own = to_dict(RopeScalingConfig()), to_dict(scaling)
     _refuse(
         {
-            f"{name}, but other keys of 'model.rope_scaling' are set": scaling.kind != "none" or scaling == usual,
-            f"{name}, which needs a 'model.rope_scaling.factor' above 1": scaling.kind == "none" or scaling.factor > 1,
+            f"{name}, which does not read 'model.rope_scaling.{key}': leave it at {usual[key]}": own[key] == usual[key]
+            for key in own
+            if key not in ("kind", *read)
+        }
+        | {
+            f"{name}, which needs a 'model.rope_scaling.factor' of at least 1": (
+                "factor" not in read or scaling.factor >= 1
+            ),
             f"{name}, which needs 'model.rope_scaling.original_len'": (
-                scaling.kind in ("none", "linear") or scaling.original_len > 0
+                "original_len" not in read or scaling.original_len > 0
             ),
             "'model.rope_scaling.low_freq_factor' must be below 'high_freq_factor'": (
                 scaling.low_freq_factor < scaling.high_freq_factor

@@ -113,6 +113,7 @@ def plan(
         ngram=ngram,
         filters=tuple(filters),
         near=near,
+        tokenizer_file=given_tokenizer.file if given_tokenizer else tokenizer.FILES[0],
         block_bytes=block_bytes,
         shard_bytes=shard_bytes,
     )

@@ -134,7 +134,7 @@ def _add_block(
 
 def tokenizer_names(job: Job) -> list[str]:
     """The name of the tokenizer in the folder."""
-    return [tokenizer.load(job.cfg.tokenizer.path).file if job.cfg.tokenizer.path else tokenizer.FILES[0]]
+    return [job.tokenizer_file]
 
 
 def make_tokenizer(job: Job, name: str) -> None:

@@ -50,6 +50,7 @@ class Job:
       ngram: length in words of the n-grams that documents may not share with them.
       filters: names of `lm.corpus.filters.FILTERS`.
       near: similarity from which on documents are near duplicates; 0 = no near-duplicate removal.
+      tokenizer_file: name of the tokenizer in the folder.
       block_bytes, shard_bytes: largest amount of text in a block, and approximate amount in a shard.
     """
 
@@ -61,6 +62,7 @@ class Job:
     ngram: int
     filters: tuple[str, ...]
     near: float
+    tokenizer_file: str
     block_bytes: int
     shard_bytes: int
 

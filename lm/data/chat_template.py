@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
+from lm.config.schema import ConfigError
+
 Message = Mapping[str, Any]  # role, content and, of an assistant, perhaps a weight; see `lm.data.readers.fields`
 
 MOST_STEPS = 1_000_000  # iterations of loops and calls of macros in one rendering
@@ -19,6 +21,7 @@ MOST_SECONDS = 10.0
 MOST_CHARACTERS = 10_000_000  # of the output, and of any text made on the way
 # Marks that are rendered with a conversation and removed again: noncharacters, which no text should contain.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_SKIPS = (0, 1)  # characters of a content that may stay before its mark, see `_wrapped`
 _LONG_NUMBER = re.compile(r"\d{6,}")
 _CALL = re.compile(r"\n?<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 _TOOLS = re.compile(r"<tools>\n(.*)\n</tools>", re.DOTALL)
@@ -35,13 +38,13 @@ class Rendered(NamedTuple):
       text: what the template wrote.
       answers: for each message of the assistant, the characters [start, end) that the model writes: from behind the
         prompt to the end of the turn; None = its rendering depends on what follows it, so that there is no such place.
-      requests: characters [start, end) of the contents of all other messages, where they could be told.
+      has_request: for each of them, whether a part of a message that is no answer is in that place.
       breaks: places at which the text must be cut before encoding, because a message spells a control symbol there.
     """
 
     text: str
     answers: list[tuple[int, int] | None]
-    requests: list[tuple[int, int]]
+    has_request: list[bool]
     breaks: list[int]
 
 
@@ -109,18 +112,17 @@ def render(
     def text_of(some: Sequence[Message], is_prompt: bool = False, with_marks: bool = False) -> str:
         return _run(source, some, tools, special_tokens, is_prompt, marks if with_marks else None)
 
-    whole = text_of(given, is_prompt)
-    answers: list[tuple[int, int] | None] = []
-    if not is_prompt and re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source):
-        answers = _tagged(text_of(given, with_marks=True), whole, given, marks)
-    elif not is_prompt:
-        answers = _by_prefixes(text_of, whole, given, control_names)
-    wrapped = [
-        message if message["role"] == "assistant" else {**message, "content": _wrap(message["content"], marks)}
-        for message in given
-    ]
-    requests = [] if is_prompt else _places(text_of(wrapped), marks.request, marks.requested, whole)
-    return _without_breaks(Rendered(whole, answers, requests, []), marks.broken)
+    def written(some: Sequence[Message]) -> tuple[str, list[tuple[int, int] | None]]:
+        whole = text_of(some)
+        if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source):
+            return whole, _tagged(text_of(some, with_marks=True), whole, some, marks)
+        return whole, _by_prefixes(text_of, whole, some, control_names)
+
+    if is_prompt:
+        return _without_breaks(Rendered(text_of(given, is_prompt), [], [], []), marks.broken)
+    whole, answers = written(given)
+    found = _with_requests(text_of, written, given, Rendered(whole, answers, [], []), marks)
+    return _without_breaks(found, marks.broken)
 
 
 def _choose_marks(source: str, messages: Sequence[Message]) -> _Marks:
@@ -131,17 +133,73 @@ def _choose_marks(source: str, messages: Sequence[Message]) -> _Marks:
     return _Marks(*free[: len(_Marks._fields)])
 
 
-def _wrap(content: str, marks: _Marks) -> str:
-    """A content with marks around it, inside its outer white space, which templates strip."""
-    core = content.strip()
-    return content.replace(core, f"{marks.request}{core}{marks.requested}", 1) if core else content
+def _wrapped(messages: Sequence[Message], marks: _Marks, skip: int) -> list[Message]:
+    """The messages with marks in all contents but answers, inside the outer white space, which templates strip.
+
+    `skip`: characters of the content before the first mark and behind the last; fewer in a content of less than three.
+    """
+
+    def wrap(content: str) -> str:
+        core = content.strip()
+        if not core:
+            return content
+        first = min(skip, len(core) - 1)
+        last = max(first + 1, len(core) - skip)
+        inside = f"{core[:first]}{marks.request}{core[first:last]}{marks.requested}{core[last:]}"
+        return content.replace(core, inside, 1)
+
+    return [
+        message if message["role"] == "assistant" else {**message, "content": wrap(message["content"])}
+        for message in messages
+    ]
 
 
-def _places(marked: str, begin: str, end: str, whole: str) -> list[tuple[int, int]]:
-    """Where marked parts are in the rendering without marks; [] if the marks changed the rendering itself."""
+def _with_requests(
+    text_of: Callable[..., str],
+    written: Callable[[Sequence[Message]], tuple[str, list[tuple[int, int] | None]]],
+    messages: Sequence[Message],
+    found: Rendered,
+    marks: _Marks,
+) -> Rendered:
+    """A rendering with `has_request`, for which the contents of all other messages are rendered with marks.
+
+    Marks may change the rendering itself, as where a template looks at how a content begins. They are then put
+    elsewhere. If all of them change it, they are looked for in the answers of that other rendering; an answer that it
+    does not show gets no place.
+    """
+    for skip in _SKIPS:
+        try:
+            text = text_of(_wrapped(messages, marks, skip))
+        except TemplateError:  # a template may refuse a content that begins with a mark
+            continue
+        if (places := _places(text, marks.request, marks.requested, found.text)) is not None:
+            return found._replace(
+                has_request=[
+                    place is not None and any(place[0] < last and first < place[1] for first, last in places)
+                    for place in found.answers
+                ]
+            )
+    seen: list[set[bool]] = [set() for _ in found.answers]
+    for skip in _SKIPS:
+        try:
+            text, answers = written(_wrapped(messages, marks, skip))
+        except TemplateError:
+            continue
+        if marks.request not in text and marks.requested not in text:  # as where a content is written as numbers
+            continue
+        for place, has_request in zip(answers, seen, strict=True):
+            if place:
+                answer = text[slice(*place)]
+                has_request.add(marks.request in answer or marks.requested in answer)
+    shown = [place if each else None for place, each in zip(found.answers, seen, strict=True)]
+    return found._replace(answers=shown, has_request=[True in each for each in seen])
+
+
+def _places(marked: str, begin: str, end: str, whole: str) -> list[tuple[int, int]] | None:
+    """Where marked parts are in the rendering without marks; None if the marks changed the rendering itself."""
     if marked.replace(begin, "").replace(end, "") != whole:
-        return []
-    found, at, start = [], 0, -1
+        return None
+    found, at, start = list[tuple[int, int]](), 0, -1
     for part in re.split(f"([{begin}{end}])", marked):
         if part == begin:
             start = at
@@ -155,7 +213,7 @@ def _places(marked: str, begin: str, end: str, whole: str) -> list[tuple[int, in
 
 def _tagged(marked: str, whole: str, messages: Sequence[Message], marks: _Marks) -> list[tuple[int, int] | None]:
     """The answers of a template with `{% generation %}`: one such block for each of the assistant's messages."""
-    places = _places(marked, marks.answer, marks.answered, whole)
+    places = _places(marked, marks.answer, marks.answered, whole) or []
     number = sum(message["role"] == "assistant" for message in messages)
     if len(places) != number:
         raise TemplateError(
@@ -193,7 +251,7 @@ def _without_breaks(found: Rendered, broken: str) -> Rendered:
         return start, end
 
     answers = [place and moved(place) for place in found.answers]
-    return Rendered(found.text.replace(broken, ""), answers, [*map(moved, found.requests)], breaks)
+    return Rendered(found.text.replace(broken, ""), answers, found.has_request, breaks)
 
 
 def _broken(value: Any, names: re.Pattern[str], mark: str) -> Any:
@@ -350,8 +408,6 @@ def _environment() -> Any:
         import jinja2
         from jinja2 import ext, nodes, sandbox
     except ImportError:
-        from lm.config.schema import ConfigError
-
         raise ConfigError("a chat template needs jinja2: pip install -e '.[hf]'") from None
 
     class Generation(ext.Extension):

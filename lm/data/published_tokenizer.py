@@ -68,11 +68,14 @@ class _Engine(Protocol):
       spelled: id -> the bytes of text that it stands for; None for control symbols and ids that nothing has.
       names: id -> its name in the vocabulary.
       unknown: the id of what the vocabulary cannot spell; -1 = there is none.
+      beside: what decides the ids beside the vocabulary's files and the special tokens, as JSON: tokens that other
+        files add, and options that differ from their defaults.
     """
 
     spelled: list[bytes | None]
     names: dict[int, str]
     unknown: int
+    beside: dict[str, Any]
 
     def encode(self, text: str, reads_controls: bool, is_start: bool) -> Encoded:
         """The ids of a text, in which the names of control symbols are text unless `reads_controls`; with `is_start`
@@ -100,16 +103,17 @@ class Published:
     def _engine(self) -> _Engine:
         files, said = dict(self.files), self._said
         if "tokenizer.json" in files:
-            return _Json(files["tokenizer.json"].decode(), said.added)
+            return _Json(files["tokenizer.json"].decode(), said)
         if "vocab.txt" in files:
-            return _Json(_word_pieces(files["vocab.txt"].decode(), said), said.added)
+            options = _changed(said, {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True})
+            return _Json(_word_pieces(files["vocab.txt"].decode(), said, options), said, options)
         if "vocab.json" in files:
             merges = files["merges.txt"].decode().split("\n")
             pairs = [line for line in merges if line.strip() and not line.startswith("#version")]
             vocabulary = json.loads(files["vocab.json"])
             specials = [text for text in said.specials.values() if text in vocabulary] or ["<|endoftext|>"]
-            prefix = bool(said.options.get("add_prefix_space", False))
-            return _Json(_byte_level(vocabulary, pairs, specials, "gpt-2", prefix), said.added)
+            options = _changed(said, {"add_prefix_space": False})
+            return _Json(_byte_level(vocabulary, pairs, specials, "gpt-2", bool(options)), said, options)
         return _SentencePiece(next(files[name] for (name, *_) in _ENGINES if name in files), said)
 
     @functools.cached_property
@@ -214,15 +218,23 @@ class Published:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `encode`, and the character range [start, end) of `text` for each, as `transformers` gives it."""
-        return self._encode_text(text, is_start=True)
-
-    def _encode_text(self, text: str, is_start: bool) -> Encoded:
-        found = self._engine.encode(text, reads_controls=False, is_start=is_start)
-        if self._forbidden.isdisjoint(found.ids):
-            return found
-        # A vocabulary may hold the name of a control symbol as a piece: cut the text inside that name.
-        at = next(start for i, (start, _) in zip(*found, strict=True) if i in self._forbidden) + 1
-        return _joined([(0, self._encode_text(text[:at], is_start)), (at, self._encode_text(text[at:], False))])
+        parts, waiting = list[tuple[int, Encoded]](), [(0, len(text))]
+        while waiting:
+            at, end = waiting.pop()
+            found = self._engine.encode(text[at:end], reads_controls=False, is_start=at == 0)
+            # A vocabulary may hold the name of a control symbol as a piece: cut the text inside that name.
+            named = [place for i, place in zip(*found, strict=True) if i in self._forbidden]
+            if not named:
+                parts.append((at, found))
+            elif any(last - first < 2 for first, last in named):
+                raise ConfigError(
+                    f"'tokenizer.path': {self.files[0][0]} has a control symbol of one character, which texts contain; "
+                    "expected names that texts do not spell"
+                )
+            else:
+                places = [at, *(at + first + 1 for first, _ in named), end]
+                waiting += reversed([*itertools.pairwise(places)])
+        return _joined(parts)
 
     @functools.cached_property
     def _forbidden(self) -> frozenset[int]:
@@ -234,9 +246,10 @@ class Published:
         names = {self._engine.names.get(i, "") for i in self._forbidden} - {""}
         return tuple(sorted(names, key=lambda name: (-len(name), name)))
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `encode_with_offsets`, but the name of a control symbol becomes its id."""
-        return self._engine.encode(text, reads_controls=True, is_start=True)
+    def encode_rendered(self, text: str, is_start: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_with_offsets`, but the name of a control symbol becomes its id. With `is_start` false the text
+        continues another, so that no space is put before it."""
+        return self._engine.encode(text, reads_controls=True, is_start=is_start)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._engine.decode([int(i) for i in ids if i < self._size])
@@ -262,7 +275,14 @@ class Published:
     @functools.cached_property
     def added_space(self) -> int:
         """1 if `encode` puts a space before a text, as SentencePiece's dummy prefix does."""
-        return int(self.token_bytes()[self.encode("a")].sum()) - 1
+        size_V = self.token_bytes()
+        pieces = (spelled.decode(errors="ignore").strip() for spelled in self._engine.spelled if spelled)
+        for text in itertools.chain("a", pieces):
+            ids = self.encode(text)
+            more = int(size_V[ids].sum()) - len(text.encode())
+            if text and self._engine.unknown not in ids and more in (0, 1):
+                return more
+        return 0
 
     @functools.cached_property
     def changes_text(self) -> str:
@@ -288,36 +308,43 @@ class Published:
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 (hex) of the vocabulary's files and the special tokens, not of the chat template."""
+        """sha256 (hex) of all that decides the ids: the vocabulary's files, the special and added tokens, and the
+        options of tokenizer_config.json that are read with this vocabulary. The chat template is not part of it."""
         names = [*itertools.chain.from_iterable(_ENGINES)]
         vocabulary = [[name, hashlib.sha256(content).hexdigest()] for name, content in self.files if name in names]
-        return hashlib.sha256(json.dumps([vocabulary, sorted(self._special.items())]).encode()).hexdigest()
+        decides = [vocabulary, sorted(self._special.items()), *filter(None, [self._engine.beside])]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     @property
     def saved_files(self) -> dict[str, bytes]:
         return {f"{self.file}/{name}": content for name, content in self.files}
 
     def save(self, path: Any) -> None:
-        """Writes the files into the folder `path`, which `transformers` reads too; a new folder appears complete."""
+        """Writes the files into the folder `path`, which `transformers` reads too; a new folder appears complete. Of an
+        old one, tokenizer files that this tokenizer does not have are removed."""
         from etils import epath
 
         folder = epath.Path(path)
         into = folder if folder.exists() else epath.Path(f"{path}.tmp")
+        if into != folder and into.exists():  # of a save that was killed
+            into.rmtree()
         into.mkdir(parents=True, exist_ok=True)
         for name, content in self.files:
             write_atomic(into / name, content)
+        for name in {*itertools.chain.from_iterable(_ENGINES), *_BESIDE} - {*dict(self.files)}:
+            (into / name).unlink(missing_ok=True)
         if into != folder:
             into.rename(folder)
 
     def check(self) -> "Published":
         """Raises ConfigError if the files contradict each other or cannot be read. Returns the tokenizer."""
         id_of = self._id_of
-        for name, i in self._said.added.items():
-            if id_of.get(name) != i:
+        for name, added in self._said.added.items():
+            if id_of.get(name) != added.id:
                 found = f"has it as {id_of[name]}" if name in id_of else "lacks it"
                 raise ConfigError(
-                    f"'tokenizer.path': {self._said.source} gives {name!r} the id {i}, but {self.files[0][0]} {found}; "
-                    "expected files of one tokenizer"
+                    f"'tokenizer.path': {added.source} gives {name!r} the id {added.id}, but {self.files[0][0]} "
+                    f"{found}; expected files of one tokenizer"
                 )
         assert self._special is not None  # raises ConfigError for special tokens that are missing
         return self
@@ -334,8 +361,19 @@ def load(path: Any) -> Published:
     Raises:
       ConfigError: no such file, a damaged one, or files that contradict each other.
     """
-    if path.suffix == ".gguf":
-        return Published(_gguf_files(path)).check()
+    try:
+        return Published(_gguf_files(path) if path.suffix == ".gguf" else _files(path)).check()
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"'tokenizer.path': {path} needs {error.name}: pip install -e '.[hf]'") from None
+    except Exception as error:  # the libraries raise all kinds
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ConfigError(f"'tokenizer.path': {path} cannot be read ({reason}); expected a tokenizer's file") from None
+
+
+def _files(path: Any) -> tuple[tuple[str, bytes], ...]:
+    """The files of a tokenizer in a folder, or of which one is given, by their standard names."""
     if path.is_dir():
         folder, named = path, dict[str, Any]()
         kinds = [kind for kind in _ENGINES if all((path / name).is_file() for name in kind)]
@@ -349,16 +387,23 @@ def load(path: Any) -> Published:
         names = next((kind for kind in _ENGINES if path.name in kind), (standard,))
         named = {standard: path} if path.name not in names else {}
     files = [(name, named.get(name, folder / name)) for name in (*names, *_BESIDE)]
-    kept = tuple((name, file.read_bytes()) for name, file in files if file.exists())
-    try:
-        return Published(kept).check()
-    except ConfigError:
-        raise
-    except ImportError as error:
-        raise ConfigError(f"'tokenizer.path': {path} needs {error.name}: pip install -e '.[hf]'") from None
-    except Exception as error:  # the libraries raise all kinds
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ConfigError(f"'tokenizer.path': {path} cannot be read ({reason}); expected a tokenizer's file") from None
+    return tuple((name, file.read_bytes()) for name, file in files if file.exists())
+
+
+class _Added(NamedTuple):
+    """A token that a JSON file adds to the vocabulary.
+
+    Attributes:
+      id: the id that the file gives it.
+      is_special: whether it is a control symbol.
+      matching: 'lstrip', 'rstrip', 'single_word', 'normalized', as `tokenizers.AddedToken` takes them.
+      source: the file.
+    """
+
+    id: int
+    is_special: bool
+    matching: dict[str, bool]
+    source: str
 
 
 class _Said(NamedTuple):
@@ -367,16 +412,14 @@ class _Said(NamedTuple):
     Attributes:
       options: the keys of tokenizer_config.json.
       specials: role -> text of the special token.
-      added: text of an added token -> its id.
-      is_special: texts of the added tokens that are control symbols.
+      added: text of an added token -> what is said of it.
       chat_template: of tokenizer_config.json.
       source: the file that names the special tokens, for messages.
     """
 
     options: dict[str, Any]
     specials: dict[str, str]
-    added: dict[str, int]
-    is_special: frozenset[str]
+    added: dict[str, _Added]
     chat_template: str
     source: str
 
@@ -399,19 +442,28 @@ def _read_config(files: Mapping[str, bytes]) -> _Said:
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and role not in specials:
                 specials[role], source = text, name
-    added = {str(text): int(i) for text, i in extra.items()}
-    is_special = set(specials.values())
-    for i, token in (options.get("added_tokens_decoder") or {}).items():
-        added[token["content"]] = int(i)
-        if token.get("special"):
-            is_special.add(token["content"])
-    for token in options.get("additional_special_tokens") or []:
-        is_special.add(token["content"] if isinstance(token, dict) else token)
+    more = options.get("additional_special_tokens") or []
+    is_special = {*specials.values(), *(token["content"] if isinstance(token, dict) else token for token in more)}
+    told: list[tuple[Any, dict[str, Any], str]] = [(i, {"content": text}, _BESIDE[2]) for text, i in extra.items()]
+    told += [(i, token, _BESIDE[0]) for i, token in (options.get("added_tokens_decoder") or {}).items()]
+    added: dict[str, _Added] = {}
+    for i, token, file in told:
+        text, special = token["content"], token.get("special", False) or token["content"] in is_special
+        matching = {key: bool(token.get(key, False)) for key in ("lstrip", "rstrip", "single_word")}
+        matching["normalized"] = bool(token.get("normalized", not special))
+        added[text] = _Added(int(i), special, matching, file)
     templates = options.get("chat_template") or ""
     if isinstance(templates, list):  # several, by name
         named = {each["name"]: each["template"] for each in templates}
         templates = named.get("default", "")
-    return _Said(options, specials, added, frozenset(is_special), templates, source)
+    return _Said(options, specials, added, templates, source)
+
+
+def _changed(said: _Said, defaults: Mapping[str, bool | None]) -> dict[str, bool]:
+    """The options that differ from these defaults."""
+    given = {name: said.options.get(name, default) for name, default in defaults.items()}
+    differs = {name: value is not defaults[name] and bool(value) is not defaults[name] for name, value in given.items()}
+    return {name: bool(value) for name, value in given.items() if differs[name]}
 
 
 def _joined(parts: Iterable[tuple[int, Encoded]]) -> Encoded:
@@ -428,25 +480,40 @@ def _joined(parts: Iterable[tuple[int, Encoded]]) -> Encoded:
 
 
 class _Json:
-    """tokenizer.json, by the library `tokenizers`."""
+    """tokenizer.json, by the library `tokenizers`; `options`: those with which it was made from other files."""
 
-    def __init__(self, content: str, added: Mapping[str, int]) -> None:
+    def __init__(self, content: str, said: _Said, options: Mapping[str, bool] | None = None) -> None:
         from tokenizers import AddedToken, Tokenizer
 
         spec = json.loads(content)
-        self._of: dict[bool, Any] = {}
-        for reads_controls in (False, True):
+        # Tokens that only the other JSON files have, as transformers adds them: in the order of their ids.
+        has = {token["content"] for token in spec.get("added_tokens") or []}
+        missing = sorted((token.id, text) for text, token in said.added.items() if text not in has)
+        tokens_said = [(text, said.added[text]) for _, text in missing]
+        self.beside: dict[str, Any] = {**(options or {})}
+        if tokens_said:
+            self.beside["added"] = [(text, token.is_special, token.matching) for text, token in tokens_said]
+
+        def make(content: str, reads_controls: bool) -> Any:
             one = Tokenizer.from_str(content)
             # Files may ask for rows of a fixed length, and would then cut texts in silence.
             one.no_truncation()
             one.no_padding()
-            # Tokens that only tokenizer_config.json has, as transformers adds them: in the order of their ids.
-            missing = sorted((i, text) for text, i in added.items() if one.token_to_id(text) is None)
-            one.add_special_tokens([AddedToken(text, normalized=False) for _, text in missing])
+            one.add_tokens([AddedToken(text, special=each.is_special, **each.matching) for text, each in tokens_said])
             one.encode_special_tokens = not reads_controls
-            self._of[reads_controls] = one
+            return one
+
+        self._of = {reads_controls: make(content, reads_controls) for reads_controls in (False, True)}
+        parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
+        goes_on = {name: _without_prefix(part) for name, part in parts.items()}
+        # Encodes what is not the start of a text; None where that is encoded in the same way.
+        self._inner = make(json.dumps(spec | goes_on), False) if goes_on != parts else None
+        self._ends_word = re.compile(r"\s" if "WhitespaceSplit" in _types(parts) else r"(?!)")
+        one = self._of[True]
         self.names = {i: name for name, i in one.get_vocab(with_added_tokens=True).items()}
         tokens = one.get_added_tokens_decoder()
+        plain = frozenset(i for i, token in tokens.items() if not token.special)
+        self._added = {False: plain, True: frozenset(tokens)}
         own = spec["model"]
         unknown = own.get("unk_token") if own.get("unk_id") is None else own["vocab"][own["unk_id"]][0]
         self.unknown = next((i for i, name in self.names.items() if name == unknown), -1)
@@ -459,12 +526,37 @@ class _Json:
                 self.spelled[i] = spell(name)
 
     def encode(self, text: str, reads_controls: bool, is_start: bool) -> Encoded:
-        del is_start  # the library has no such choice
         found = self._of[reads_controls].encode(text, add_special_tokens=False)
-        return Encoded(found.ids, found.offsets)
+        if is_start or not self._inner:
+            return Encoded(found.ids, found.offsets)
+        # The prefix is left out before the first part only: those behind an added token, and words of a kind that
+        # removes white space, have theirs anywhere.
+        added = self._added[reads_controls]
+        ends = [start for i, (start, _) in zip(found.ids, found.offsets, strict=True) if i in added]
+        ends += [match.start() for match in [self._ends_word.search(text)] if match]
+        cut = min(ends, default=len(text))
+        head = self._inner.encode(text[:cut], add_special_tokens=False)
+        rest = self._of[reads_controls].encode(text[cut:], add_special_tokens=False)
+        return _joined([(0, Encoded(head.ids, head.offsets)), (cut, Encoded(rest.ids, rest.offsets))])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._of[True].decode(ids, skip_special_tokens=True)
+
+
+def _without_prefix(part: Any) -> Any:
+    """A part of tokenizer.json, changed so that it puts no space before a text."""
+    if isinstance(part, list):
+        return [changed for each in part if (changed := _without_prefix(each)) is not None]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    none: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
+    kept = {key: _without_prefix(value) for key, value in part.items() if key != "add_prefix_space"}
+    return kept | none.get(part.get("type", ""), {})
 
 
 def _speller(spec: Mapping[str, Any]) -> Any:
@@ -504,16 +596,16 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def _word_pieces(vocabulary: str, said: _Said) -> str:
-    """The tokenizer.json of BERT's vocab.txt, with the options of tokenizer_config.json."""
+def _word_pieces(vocabulary: str, said: _Said, options: Mapping[str, bool]) -> str:
+    """The tokenizer.json of BERT's vocab.txt; `options`: those of its normalizer that are not the default."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     ids = {line.rstrip("\r\n"): i for i, line in enumerate(vocabulary.rstrip("\n").split("\n"))}
     made = Tokenizer(models.WordPiece(ids, unk_token=said.specials.get("unk_token", "[UNK]")))
     made.normalizer = normalizers.BertNormalizer(
-        lowercase=bool(said.options.get("do_lower_case", True)),
-        strip_accents=said.options.get("strip_accents"),
-        handle_chinese_chars=bool(said.options.get("tokenize_chinese_chars", True)),
+        lowercase=options.get("do_lower_case", True),
+        strip_accents=options.get("strip_accents"),
+        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
     )
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
@@ -566,29 +658,37 @@ class _SentencePiece:
         proto.normalizer_spec.add_dummy_prefix = False
         self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         sp, size = self._sp, self._sp.vocab_size()
-        added = dict(said.added)
+        said_of = dict(said.added)
         if kind.startswith("T5") or "extra_ids" in said.options:
             number = int(said.options.get("extra_ids", 100))
             for n in range(number):
-                added.setdefault(f"<extra_id_{n}>", size + number - 1 - n)
-        added = {text: i for text, i in added.items() if i >= size or sp.id_to_piece(i) != text}
-        if taken := [text for text, i in added.items() if i < size]:
-            raise ConfigError(
-                f"'tokenizer.path': the JSON files give {taken[0]!r} the id {added[taken[0]]}, which is "
-                f"{sp.id_to_piece(added[taken[0]])!r} in the model; expected files of one tokenizer"
-            )
+                said_of.setdefault(f"<extra_id_{n}>", _Added(size + number - 1 - n, True, {}, _BESIDE[0]))
+        said_of = {
+            text: token for text, token in said_of.items() if token.id >= size or sp.id_to_piece(token.id) != text
+        }
+        for text, token in said_of.items():
+            if token.id < size:
+                raise ConfigError(
+                    f"'tokenizer.path': {token.source} gives {text!r} the id {token.id}, which is "
+                    f"{sp.id_to_piece(token.id)!r} in the model; expected files of one tokenizer"
+                )
+        added = {text: token.id for text, token in said_of.items()}
         self.names = {i: sp.id_to_piece(i) for i in range(size)} | {i: text for text, i in added.items()}
         self.unknown = sp.unk_id()
         self.spelled: list[bytes | None] = [None] * (1 + max(self.names))
         for i in range(size):
             if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
                 self.spelled[i] = _spell_sentencepiece(sp.id_to_piece(i), sp.is_byte(i))
-        for text, i in added.items():
-            is_control = text in said.is_special or _SENTINEL.fullmatch(text)
-            self.spelled[i] = None if is_control else text.encode()
+        for text, token in said_of.items():
+            self.spelled[token.id] = None if token.is_special or _SENTINEL.fullmatch(text) else text.encode()
+        self.beside = (
+            {"added": sorted((i, text, self.spelled[i] is None) for text, i in added.items())} if added else {}
+        )
         controls = {text: i for i, text in self.names.items() if self.spelled[i] is None and i != self.unknown}
         plain = {text: i for text, i in added.items() if text not in controls}
         self._cut_at = {False: plain, True: plain | controls}
+        words = (i for i in range(size) if not sp.is_byte(i) and b" " not in (self.spelled[i] or b" "))
+        self._word = next(words, 0)  # any piece that is not a space
 
     def encode(self, text: str, reads_controls: bool, is_start: bool) -> Encoded:
         marks = self._cut_at[reads_controls]
@@ -611,12 +711,16 @@ class _SentencePiece:
         return Encoded(list(found["ids"]), ranges)
 
     def decode(self, ids: Sequence[int]) -> str:
-        size, parts = self._sp.vocab_size(), []
+        size, text = self._sp.vocab_size(), ""
         for is_own, group in itertools.groupby(ids, lambda i: i < size):
             some = list(group)
-            texts = (self.spelled[i] or b"" for i in some)
-            parts.append(self._sp.decode(some) if is_own else b"".join(texts).decode())
-        return "".join(parts)
+            if not is_own:
+                text += b"".join(self.spelled[i] or b"" for i in some).decode()
+            elif not text:
+                text = self._sp.decode(some)
+            else:  # behind a word, so that a space is not taken for the one that is put before a text
+                text += self._sp.decode([self._word, *some])[len(self._sp.decode([self._word])) :]
+        return text
 
 
 @functools.lru_cache(maxsize=8)

@@ -168,7 +168,7 @@ class SentencePiece:
     def vocab_size(self) -> int:
         return self._sp.vocab_size() + self.extra_ids
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_rendered(self, text: str, is_start: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Raises ValueError: turns are written with `role_ids`, not with a template."""
         raise ValueError("a tokenizer of this project has no chat template")
 

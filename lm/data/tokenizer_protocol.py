@@ -77,8 +77,9 @@ class Tokenizer(Protocol):
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `encode`, and the character range [start, end) of `text` for each."""
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `encode_with_offsets`, for the output of a chat template: the text of a control symbol becomes its id."""
+    def encode_rendered(self, text: str, is_start: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_with_offsets`, for the output of a chat template: the text of a control symbol becomes its id.
+        With `is_start` false the text continues another, so that no space is put before it."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids. Control symbols decode to '', invalid UTF-8 to U+FFFD."""
@@ -132,6 +133,9 @@ def may_generate(tokenizer: Any, ends: Iterable[int], symbols: Iterable[str] = (
     }
     for symbol in symbols:
         if not ids_of[symbol]:
-            raise ConfigError(f"'generate.symbols' has {symbol}, but there is none: raise 'tokenizer.extra_ids'")
+            advice = (
+                "leave it out: a chat template writes the turns" if symbol == "roles" else "raise 'tokenizer.extra_ids'"
+            )
+            raise ConfigError(f"'generate.symbols' has {symbol}, but there is none: {advice}")
         allowed_V[ids_of[symbol]] = True
     return allowed_V

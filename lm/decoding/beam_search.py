@@ -15,6 +15,7 @@ from lm.decoding import sampling
 from lm.parallel import sharding
 from lm.types import Batch, ModelFns, Params
 
+ALPHA = 0.6  # length penalty of Wu et al. 2016
 _NONE = losses.MASKED_LOGIT  # score of an empty slot
 
 
@@ -26,7 +27,7 @@ def search(
     tokenizer: Tokenizer,
     *,
     beams: int,
-    alpha: float = 0.6,
+    alpha: float = ALPHA,
     rows_multiple: int = 1,
 ) -> list[list[int]]:
     """Finds a likely continuation of each prompt by beam search.
@@ -77,7 +78,7 @@ def _search(
 
     def next_log_probs(batch: Any, cache: Any) -> tuple[jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
-        logits_xV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=vocab_size, softcap=softcap)
+        logits_xV = losses.logits(out.pre_logits_BxLxD[:, -1], out.unembed_DxV, vocab_size=vocab_size, softcap=softcap)
         # Masked after the softmax, so that the score of a text is its log-probability under the model.
         return sampling.mask_ids(jax.nn.log_softmax(logits_xV[:, :vocab_size]), allowed_V), out.cache
 

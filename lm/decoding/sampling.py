@@ -216,7 +216,7 @@ def _sample(
     def next_token(batch: Any, cache: Any, step: jax.Array) -> tuple[jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
         size = allowed_V.shape[0]
-        logits_BxV = losses.logits(out.hidden_BxLxD[:, -1], out.unembed_DxV, vocab_size=size, softcap=softcap)
+        logits_BxV = losses.logits(out.pre_logits_BxLxD[:, -1], out.unembed_DxV, vocab_size=size, softcap=softcap)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
         return choose(mask_ids(logits_BxV, allowed_V), step_keys_B, cfg), out.cache
 

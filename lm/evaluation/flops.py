@@ -6,14 +6,15 @@ from lm.config import ModelConfig
 def train_flops_per_token(
     model: ModelConfig, seq_len: int, vocab_size: int, *, causal_half: bool = False
 ) -> float | None:
-    """Model FLOPs of a forward and backward pass for one position: 6 N + 12 layers H E context.
+    """Model FLOPs of a forward and backward pass for one position: 6 N + 12 H E context, summed over layers.
 
     N is the number of parameters in matrices that a token is multiplied with: those of the blocks (only the experts it
     is routed to) and the output projection, tied or not, but not the embedding, which is a look-up. Norms and biases,
     below 0.1%, are left out. The second term is the attention scores and the weighted sum of the values. There are two
     conventions: attention counted in full (PaLM, arXiv:2204.02311, appendix B), and its causal half, as MaxText counts
-    since 2025. The context is seq_len, or the sliding window if that is shorter; its causal half is the mean number of
-    keys that a position attends to, taken as context - context^2 / (2 seq_len), which is seq_len / 2 without a window.
+    since 2025. The context is seq_len, or in a layer with a sliding window the window if that is shorter; its causal
+    half is the mean number of keys that a position attends to, taken as context - context^2 / (2 seq_len), which is
+    seq_len / 2 without a window.
     Recomputation (remat) does not count, and frozen parameters count as trained ones.
 
     Args:
@@ -32,10 +33,10 @@ def train_flops_per_token(
     kv_heads = model.num_kv_heads or heads
     mlp_dim = model.mlp_dim or 4 * width
     attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
-    mlp = width * mlp_dim * (2 if model.mlp == "gelu" else 3)
+    mlp = width * mlp_dim * (2 if model.mlp in ("gelu", "gelu_exact") else 3)
     if experts := model.num_experts:
         mlp = model.experts_per_token * mlp + width * experts  # the router
-    matrices = model.num_layers * (attention + mlp) + width * vocab_size
+    matrices = model.num_layers * (attention + mlp) + width * (vocab_size + width * model.lm_transform)
     without_window = model.num_layers // model.global_every if model.global_every else 0
     contexts = 0.0  # summed over layers
     for layers, reach in ((without_window, 0), (model.num_layers - without_window, model.sliding_window)):

@@ -1,14 +1,15 @@
 """Decoder and encoder of text, top to bottom: embedding, N blocks, final norm, output projection.
 
-GPT-2, Llama and BERT are the same modules with other values of `ModelConfig`. One block is
+GPT-2, Llama and BERT are the same modules with other values of `ModelConfig`. One block is, unless its norms
+are elsewhere,
 
     x += attention(norm(x))
     x += mlp(norm(x))
 
 Parameters are 'embed/...', 'decoder/layers/...' (causal) or 'encoder/layers/...' (bidirectional), 'decoder/final_norm',
-'lm_head/...' or 'head/...'. Those of the layers are stacked [N, ...], whether the layers run as a scan or unrolled, so
-that a checkpoint of one is a checkpoint of the other. `lm.models.encoder_decoder` and `lm.models.vision` are made of
-the same blocks.
+'lm_transform/...', 'lm_head/...' or 'head/...'. Those of the layers are stacked [N, ...], whether the layers run as a
+scan or unrolled, so that a checkpoint of one is a checkpoint of the other. `lm.models.encoder_decoder` and
+`lm.models.vision` are made of the same blocks.
 
 Shape letters: see `lm.types`.
 """
@@ -90,13 +91,16 @@ class TextModel(nn.Module):
             mask, cache = functional.extend_cache(cache, batch, cfg.sliding_window)
             hidden_BxLxD, cache["layers"] = stack(x_BxLxD, mask, positions_BxL, keys_B, cache["layers"])
 
-        head_out, unembed_DxV = None, None
+        head_out, unembed_DxV, transformed_BxLxD = None, None, None
         if self.head is not None:
             head = HeadLayer(cfg, self.head, name="head")
             head_out = head(hidden_BxLxD, segments_BxL, fold(keys_B, cfg.num_layers + 1))
         if self.head is None or self.head.keeps_unembed:
             unembed_DxV = unembed(cfg, self.dtype, embedding_VxD)
-        return ModelOutput(hidden_BxLxD, unembed_DxV, cache, head_out)
+            if cfg.lm_transform:
+                transform = LmTransform(cfg, self.dtype, name="lm_transform")
+                transformed_BxLxD, unembed_DxV = transform(hidden_BxLxD, unembed_DxV)
+        return ModelOutput(hidden_BxLxD, unembed_DxV, cache, head_out, transformed_BxLxD=transformed_BxLxD)
 
 
 class Embed(nn.Module):
@@ -127,6 +131,8 @@ class Embed(nn.Module):
         if cfg.kind == "encoder":
             types_BxL = jnp.zeros_like(tokens_BxL) if types_BxL is None else types_BxL
             x_BxLxD += layers.lookup(table("type_embedding", 2, "type", SMALL), types_BxL)
+        if cfg.embed_norm:
+            x_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="norm")(x_BxLxD)
         return x_BxLxD, embedding_VxD
 
 
@@ -153,7 +159,7 @@ class Memory:
 
 
 class Stack(nn.Module):
-    """N blocks by `nn.scan`, then the final norm."""
+    """N blocks by `nn.scan`, then the final norm, unless the blocks end in a norm (model.norm_position=post)."""
 
     cfg: ModelConfig
     dtype: Any
@@ -192,14 +198,16 @@ class Stack(nn.Module):
         x_BxLxD, cache_kv = scanned(cfg, self.dtype, self.adapter, name="layers")(
             x_BxLxD, mask, positions_BxL, keys_B, memory, jnp.arange(cfg.num_layers), cache_kv
         )
-        x_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD)
+        if cfg.norm_position != "post":
+            x_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD)
         return sharding.gather_positions(x_BxLxD), cache_kv
 
 
 class Block(nn.Module):
     """x += attention(norm(x)); of a decoder with a memory x += cross_attention(norm(x)); x += mlp(norm(x)).
 
-    With model.norm_position=both, x += norm(attention(norm(x))) and x += norm(mlp(norm(x))).
+    With model.norm_position=both, x += norm(attention(norm(x))) and x += norm(mlp(norm(x))); with post,
+    x = norm(x + attention(x)) and x = norm(x + mlp(x)), by the norms of the same names (Vaswani et al. 2017).
     """
 
     cfg: ModelConfig
@@ -225,34 +233,40 @@ class Block(nn.Module):
         keys_B = fold(keys_B, layer)
         self_kv, cross_kv = (None, None) if cache_kv is None else (cache_kv[:2], cache_kv[2:])
 
-        def norm(name: str, x_BxLxD: jax.Array) -> jax.Array:
-            return sharding.gather_positions(layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x_BxLxD))
+        is_post = cfg.norm_position == "post"
 
-        def residual(name: str, y_BxLxD: jax.Array, dropout_key: int) -> jax.Array:
+        def norm(name: str, x_BxLxD: jax.Array) -> jax.Array:
+            return layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=name)(x_BxLxD)
+
+        def branch_input(name: str, x_BxLxD: jax.Array) -> jax.Array:
+            return sharding.gather_positions(x_BxLxD if is_post else norm(f"{name}_norm", x_BxLxD))
+
+        def add(name: str, x_BxLxD: jax.Array, y_BxLxD: jax.Array, dropout_key: int) -> jax.Array:
             if cfg.norm_position == "both":
-                y_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name=f"{name}_post_norm")(y_BxLxD)
+                y_BxLxD = norm(f"{name}_post_norm", y_BxLxD)
             y_BxLxD = sharding.constrain(y_BxLxD, "batch", "residual_length", None)
             y_BxLxD = layers.dropout(y_BxLxD, cfg.dropout, fold(keys_B, dropout_key))
-            return adapters.adapt(self.adapter, f"adapter_{name}", y_BxLxD, self.dtype)
+            x_BxLxD += adapters.adapt(self.adapter, f"adapter_{name}", y_BxLxD, self.dtype)
+            return norm(f"{name}_norm", x_BxLxD) if is_post else x_BxLxD
 
         attention = Attention(cfg, self.dtype, self.adapter, name="attention")
-        normed_BxLxD = norm("attention_norm", x_BxLxD)
-        y_BxLxD, cache_kv = attention(normed_BxLxD, mask, positions_BxL, self_kv, fold(keys_B, 2), layer)
-        x_BxLxD += residual("attention", y_BxLxD, 0)
+        in_BxLxD = branch_input("attention", x_BxLxD)
+        y_BxLxD, cache_kv = attention(in_BxLxD, mask, positions_BxL, self_kv, fold(keys_B, 2), layer)
+        x_BxLxD = add("attention", x_BxLxD, y_BxLxD, 0)
 
         if memory is not None:
             cross_attention = CrossAttention(cfg, self.dtype, self.adapter, name="cross_attention")
-            normed_BxLxD = norm("cross_attention_norm", x_BxLxD)
-            y_BxLxD, cross_kv = cross_attention(normed_BxLxD, memory, cross_kv, fold(keys_B, 5))
+            in_BxLxD = branch_input("cross_attention", x_BxLxD)
+            y_BxLxD, cross_kv = cross_attention(in_BxLxD, memory, cross_kv, fold(keys_B, 5))
             cache_kv = None if cache_kv is None else (*cache_kv, *cross_kv)
-            x_BxLxD += residual("cross_attention", y_BxLxD, 4)
+            x_BxLxD = add("cross_attention", x_BxLxD, y_BxLxD, 4)
 
-        normed_BxLxD = norm("mlp_norm", x_BxLxD)
+        in_BxLxD = branch_input("mlp", x_BxLxD)
         if cfg.num_experts:
-            y_BxLxD = moe.Experts(cfg, self.dtype, name="mlp")(normed_BxLxD, mask.query_segments_BxL)
+            y_BxLxD = moe.Experts(cfg, self.dtype, name="mlp")(in_BxLxD, mask.query_segments_BxL)
         else:
-            y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(normed_BxLxD, fold(keys_B, 3))
-        x_BxLxD += residual("mlp", y_BxLxD, 1)
+            y_BxLxD = Mlp(cfg, self.dtype, self.adapter, name="mlp")(in_BxLxD, fold(keys_B, 3))
+        x_BxLxD = add("mlp", x_BxLxD, y_BxLxD, 1)
         return sharding.constrain(x_BxLxD, "batch", "residual_length", None), cache_kv
 
 
@@ -359,8 +373,8 @@ def _project_out(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) ->
 
 
 class Mlp(nn.Module):
-    """down(gelu(up(x))), GELU in the tanh form of GPT-2, or gated: down(silu(gate(x)) * up(x)), called SwiGLU, and
-    GeGLU with GELU in place of SiLU (Shazeer 2020)."""
+    """down(gelu(up(x))), GELU in the tanh form of GPT-2 or exact, or gated: down(silu(gate(x)) * up(x)), called SwiGLU,
+    and GeGLU with GELU in place of SiLU (Shazeer 2020)."""
 
     cfg: ModelConfig
     dtype: Any
@@ -381,7 +395,7 @@ class Mlp(nn.Module):
             case "geglu":
                 y_BxLxF = jax.nn.gelu(widen("gate")) * widen("up")
             case _:
-                y_BxLxF = jax.nn.gelu(widen("up"))
+                y_BxLxF = jax.nn.gelu(widen("up"), approximate=cfg.mlp == "gelu")
         down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=initialiser(cfg, "residual"), name="down")
         return down(y_BxLxF, keys_B)
 
@@ -421,6 +435,33 @@ class Unembed(nn.Module):
         shape = (self.cfg.embed_dim, self.cfg.vocab_size)
         kernel_DxV = layers.weight(self, "kernel", initialiser(self.cfg, "output"), shape, axes)
         return sharding.gather(kernel_DxV.astype(self.dtype), *axes)
+
+
+_BIAS_ROWS = 128  # that hold the biases of the logits: as many as keep the matmul's size a multiple of a tile
+
+
+class LmTransform(nn.Module):
+    """norm(gelu(dense(hidden))) before the output projection, and the biases of its logits (Devlin et al. 2019).
+
+    The biases are more rows of the projection, for an input that is always 1: the losses know of no biases.
+    """
+
+    cfg: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden_BxLxD: jax.Array, unembed_DxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the projection multiplies, [B, L, D + _BIAS_ROWS], and the projection with the biases, [.., V]."""
+        cfg, axes = self.cfg, ("head_in", "head_hidden")
+        dense = layers.Dense(cfg.embed_dim, axes, cfg.use_bias, self.dtype, initialiser(cfg, "kernel"), name="dense")
+        y_BxLxD = jax.nn.gelu(dense(hidden_BxLxD), approximate=cfg.mlp != "gelu_exact")
+        y_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="norm")(y_BxLxD)
+        bias_V = layers.weight(self, "output_bias", nn.initializers.zeros, (cfg.vocab_size,), ("vocab",))
+        bias_V = sharding.gather(bias_V.astype(self.dtype), "vocab")
+        one = (jnp.arange(_BIAS_ROWS) == 0).astype(self.dtype)
+        ones = jnp.broadcast_to(one[None, None], (*y_BxLxD.shape[:2], _BIAS_ROWS))
+        whole_DxV = jnp.concatenate([unembed_DxV, one[:, None] * bias_V[None]], axis=0)
+        return jnp.concatenate([y_BxLxD, ones], axis=2), whole_DxV
 
 
 def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:

@@ -91,8 +91,7 @@ class Task(NamedTuple):
       augments: `transform` applies `data.augment` itself; the input pipeline must not.
       vocabulary: how the tokenizer is trained and loaded.
       check_tokenizer: (config, tokenizer) -> None; raises ConfigError if the tokenizer lacks what the task needs.
-      held_out: (training records, held-out records, config) -> held-out records, with what they need from the training
-        records added, such as few-shot examples.
+      held_out: (training records, config) -> fields that all held-out records get, such as few-shot examples.
       lacks: (packed rows of a split, config) -> a sentence that says what the task needs and the rows lack (a second
         document, a second label); '' = nothing. Training rows that lack it are refused, held-out rows are counted.
       head: config -> the output layer that the task needs; None = the model predicts tokens.
@@ -140,7 +139,7 @@ class Task(NamedTuple):
     augments: bool = False
     vocabulary: Vocabulary = SENTENCEPIECE
     check_tokenizer: Callable[[Config, Any], None] = lambda cfg, tokenizer: None
-    held_out: Callable[[Sequence[Record], Sequence[Record], Config], list[Record]] | None = None
+    held_out: Callable[[Sequence[Record], Config], dict[str, Any]] | None = None
     lacks: Callable[[Rows, Config], str] | None = None
     head: Callable[[Config], Head | None] = lambda cfg: None
     scores: Callable[[Outputs, list[Any], Config], dict[str, float]] | None = None

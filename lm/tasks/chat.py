@@ -4,12 +4,13 @@ import bisect
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.data import chat_template
+from lm.data.chat_template import Message
 from lm.data.example import Example
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import ROLES, Tokenizer
@@ -22,7 +23,6 @@ from lm.tasks.base import (
 from lm.tasks.language_modelling import next_token_loss
 
 _REQUEST_ROLES = ("system", "user")
-Message = Mapping[str, Any]
 
 
 class Tokens(NamedTuple):
@@ -180,25 +180,29 @@ def _with_role_symbols(messages: Sequence[Message], tokenizer: Tokenizer, is_pro
         trained += [False, *[is_trained(message)] * (len(turn) - 1)]  # role symbols never are, because they are given
     if is_prompt:
         ids.append(tokenizer.role_ids["assistant"])
+        return Tokens(ids, [False] * len(ids), [])
     return Tokens(ids, trained, starts)
 
 
 def _by_template(messages: Sequence[Message], tokenizer: Any, is_prompt: bool) -> Tokens:
     """Raises TemplateError."""
     found, ids, offsets = _rendered(messages, tokenizer, is_prompt)
+    trained, starts = [False] * len(ids), list[int]()
+    if is_prompt:
+        return Tokens(ids, trained, starts)
     answers = [message for message in messages if message["role"] == "assistant"]
-    wanted = [place for message, place in zip(answers, found.answers, strict=not is_prompt) if is_trained(message)]
-    trained, starts = [False] * len(ids), []
+    told = zip(answers, found.answers, found.has_request, strict=True)
+    wanted = [(place, has_request) for message, place, has_request in told if is_trained(message)]
     begins = [start for start, _ in offsets]
-    for start, end in filter(None, wanted):
-        if any(start < last and first < end for first, last in found.requests):
+    for place, has_request in wanted:
+        if place is None:
+            continue
+        if has_request:
             raise chat_template.TemplateError(f"it trains on a message that is no answer. {_shown(found.text)}")
-        first, last = bisect.bisect_left(begins, start), bisect.bisect_left(begins, end)
+        first, last = (bisect.bisect_left(begins, at) for at in place)
         if first < last:
             trained[first:last] = [True] * (last - first)
             starts.append(first)
-    if is_prompt:
-        return Tokens(ids, trained, [])
     if wanted and not starts:
         raise chat_template.TemplateError(f"it shows no place that the model writes. {_shown(found.text)}")
     end = 1 + max((i for i, is_one in enumerate(trained) if is_one), default=len(ids) - 1)
@@ -215,7 +219,7 @@ def _rendered(
     offsets: list[tuple[int, int]] = []
     places = [0, *found.breaks, len(found.text)]
     for at, end in itertools.pairwise(places):
-        part_ids, part_offsets = tokenizer.encode_rendered(found.text[at:end])
+        part_ids, part_offsets = tokenizer.encode_rendered(found.text[at:end], is_start=at == 0)
         ids += part_ids
         offsets += [(at + first, at + last) for first, last in part_offsets]
     return found, ids, offsets

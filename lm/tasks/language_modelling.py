@@ -28,7 +28,7 @@ def predict_tokens(
       most_predicted: largest number of positions of a row that have a weight; 0 = no limit.
     """
     terms = losses.token_cross_entropy(
-        out.hidden_BxLxD,
+        out.pre_logits_BxLxD,
         out.unembed_DxV,
         batch["targets"],
         batch["loss_weights"],
@@ -48,7 +48,7 @@ def predict_tokens(
 def log_likelihood(out: ModelOutput, batch: Batch, cfg: Config, tokenizer: Tokenizer) -> jax.Array:
     """float32 [B]: the log-likelihood of each row's weighted targets, in nats, summed over them."""
     return losses.sequence_log_likelihood(
-        out.hidden_BxLxD,
+        out.pre_logits_BxLxD,
         out.unembed_DxV,
         batch["targets"],
         batch["loss_weights"],

@@ -12,11 +12,12 @@ import numpy as np
 from lm import losses
 from lm.config import Config
 from lm.config.schema import ConfigError
+from lm.data.chat_template import Message
 from lm.data.example import Columns, Example
 from lm.data.record import Record, Wanted
 from lm.data.tokenizer import Tokenizer
 from lm.tasks.base import Predictor, Task, shifted, shifted_columns, views_as_rows
-from lm.tasks.chat import CHAT, Message, Tokens, recent_turns, size, tokens_of, up_to_the_last_trained
+from lm.tasks.chat import CHAT, Tokens, recent_turns, size, tokens_of, up_to_the_last_trained
 from lm.tasks.language_modelling import log_likelihood
 from lm.types import Apply, Batch, LossFnWithStart, LossTerms, Outputs, Params
 
@@ -73,10 +74,10 @@ def answer_pair(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Count
     def pair(some: Sequence[Message]) -> list[Tokens]:
         return [tokens_of([*some, *answer], tokenizer, str(record["source"])) for answer in answers]
 
-    both = pair(prompt)
     if not all(answers):
         counts["dropped_no_target"] += 1
         return []
+    both = pair(prompt)
     if max(map(size, both)) > room and cfg.data.overlong == "drop":
         counts["dropped_overlong"] += 1
         return []

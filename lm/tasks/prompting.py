@@ -96,8 +96,8 @@ def parse(template: str, key: str, labels: tuple[str, ...]) -> Template:
     return Template(before, words, "".join(literal for literal, _, _, _ in parts[at + 1 :]))
 
 
-def with_shots(train: Sequence[Record], held_out: Sequence[Record], cfg: Config) -> list[Record]:
-    """Adds the same `task.shots` training records to every held-out record, as field 'shots'.
+def shots(train: Sequence[Record], cfg: Config) -> dict[str, Any]:
+    """`task.shots` training records, which every held-out record gets as its field 'shots'; {} for none.
 
     Takes the records with the smallest hashes, from each label in turn, so that counts per label differ by at most one.
     """
@@ -105,8 +105,8 @@ def with_shots(train: Sequence[Record], held_out: Sequence[Record], cfg: Config)
     for record in sorted(train, key=_digest):
         by_label.setdefault(record["label"], []).append(record)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_label.values()))
-    shots = list(itertools.islice((record for record in in_turn if record is not None), cfg.task.shots))
-    return [record | {"shots": shots} for record in held_out]
+    chosen = list(itertools.islice((record for record in in_turn if record is not None), cfg.task.shots))
+    return {"shots": chosen} if chosen else {}
 
 
 def prompted_sentences(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
@@ -220,7 +220,7 @@ PROMPTING = Task(
     options=PromptingOptions,
     check=check,
     wanted=lambda cfg: Wanted(cfg.task.name, "class", cfg.task.labels),
-    held_out=with_shots,
+    held_out=shots,
     lacks=lambda rows, cfg: one_label(rows, cfg.task.labels),
     scores=class_scores,
     score_names=class_score_names,

@@ -26,6 +26,7 @@ from lm.tasks.base import (
     Task,
     Vocabulary,
     check_mask_token,
+    has_mask_token,
     sequence_columns,
     shifted_columns,
 )
@@ -122,6 +123,11 @@ class ItemVocabulary:
     @property
     def unseen_id(self) -> int:
         return _UNSEEN
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether `mask_id` exists."""
+        return self.extra_ids > 0
 
     @property
     def mask_id(self) -> int:
@@ -299,7 +305,7 @@ def best_items(apply: Apply, cfg: Config, vocabulary: Any) -> Callable[[Params, 
     def outputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
         out = apply(params, batch)
         is_last_BxL = jnp.arange(batch["tokens"].shape[1])[None] == batch["segment_ids"].sum(axis=1)[:, None] - 1
-        last_BxD = jnp.where(is_last_BxL[..., None], out.hidden_BxLxD, 0).sum(axis=1)
+        last_BxD = jnp.where(is_last_BxL[..., None], out.pre_logits_BxLxD, 0).sum(axis=1)
         logits_BxV = losses.logits(
             last_BxD, out.unembed_DxV, vocab_size=vocabulary.vocab_size, softcap=cfg.model.logit_softcap
         )[:, : vocabulary.vocab_size]
@@ -349,7 +355,7 @@ def item_loss(apply: Apply, cfg: Config, vocabulary: Any) -> LossFn:
         terms = predict_tokens(out, known, cfg, vocabulary)
         softcap = cfg.model.logit_softcap
         rank_B = ranking.target_rank(
-            out.hidden_BxLxD, out.unembed_DxV, targets_BxL, weights_BxL, is_item_V, softcap=softcap
+            out.pre_logits_BxLxD, out.unembed_DxV, targets_BxL, weights_BxL, is_item_V, softcap=softcap
         )
         return terms._replace(outputs={"rank": rank_B})
 
@@ -396,6 +402,7 @@ MASKED_ITEM = NEXT_ITEM._replace(
     options=MaskedItemOptions,
     least_len=2,
     check=check_mask_token,
+    check_tokenizer=has_mask_token,
     transform=mask_items,
     predictor=Predictor(("target",), history_and_mask, _history_columns, best_items, ranked_items),
     batch_columns=shifted_columns,

@@ -207,7 +207,7 @@ def _check_span_corruption(cfg: Config) -> None:
         raise ConfigError(f"'task.mean_span_length' must be at least 1, got {cfg.task.mean_span_length}")
     sizes = span_sizes(raw_len(cfg), cfg)
     if trains_tokenizer(cfg):
-        _check_sentinels(cfg.tokenizer.extra_ids - 1, cfg)
+        _check_sentinels(cfg.tokenizer.extra_ids - 1, 1, cfg)
     if target_len(cfg) < sizes.targets:
         raise ConfigError(
             f"'data.target_len' is {target_len(cfg)}, but the hidden spans of rows of data.seq_len={seq_len} take "
@@ -220,12 +220,27 @@ def _check_translation(cfg: Config) -> None:
         raise ConfigError("'data.target_len' is 1: rows would hold no text; expected at least 2")
 
 
-def _check_sentinels(number: int, cfg: Config) -> None:
+def _check_sentinels(number: int, masks: int, cfg: Config) -> None:
+    """Raises ConfigError if there are too few sentinels; `masks`: how many of `tokenizer.extra_ids` are the mask."""
     sizes, extra = span_sizes(raw_len(cfg), cfg), cfg.tokenizer.extra_ids
     if number < sizes.spans:
         raise ConfigError(
             f"'tokenizer.extra_ids' is {extra}, but rows of data.seq_len={cfg.data.seq_len} have up to {sizes.spans} "
-            f"hidden spans: it must be at least {sizes.spans + 1}, a sentinel for each and the mask"
+            f"hidden spans: it must be at least {sizes.spans + masks}, a sentinel for each{' and the mask' * masks}"
+        )
+
+
+def _check_tokenizer(cfg: Config, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if the tokenizer has too few sentinels."""
+    number, extra = len(tokenizer.sentinel_ids), range(tokenizer.vocab_size - tokenizer.extra_ids, tokenizer.vocab_size)
+    if not number or tokenizer.sentinel_ids[0] in extra:
+        has_own_mask = tokenizer.has_mask and tokenizer.mask_id not in extra
+        _check_sentinels(number, 1 - has_own_mask, cfg)
+    elif number < (spans := span_sizes(raw_len(cfg), cfg).spans):
+        raise ConfigError(
+            f"rows of data.seq_len={cfg.data.seq_len} have up to {spans} hidden spans, but the tokenizer has {number} "
+            "sentinels, to which 'tokenizer.extra_ids' adds none: lower 'data.seq_len' or 'task.mask_rate', or raise "
+            "'task.mean_span_length'"
         )
 
 
@@ -259,7 +274,7 @@ SPAN_CORRUPTION = Task(
     balances_experts=True,
     options=SpanCorruptionOptions,
     check=_check_span_corruption,
-    check_tokenizer=lambda cfg, tokenizer: _check_sentinels(len(tokenizer.sentinel_ids), cfg),
+    check_tokenizer=_check_tokenizer,
     packing=("pad", "concat"),
     transform=span_corruption,
     batch_columns=columns,

@@ -25,6 +25,7 @@ from lm.tasks.base import (
     field_texts,
     head_outputs,
     label_index,
+    probabilities,
     sequence_columns,
 )
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
@@ -117,7 +118,8 @@ def sentence_parts(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Co
 
     parts, first = list[Part](), 0
     while first < len(word_W):
-        start = token_W[first] if first else 0  # with the space that a tokenizer puts before a text
+        # The first row has the space that a tokenizer puts before a text, if that leaves room for the word.
+        start = token_W[first] if first or token_W[0] >= room else 0
         behind = max(first + 1, int(np.searchsorted(end_W, start + room, side="right")))
         end = min(end_W[behind - 1], start + room)
         if end < end_W[behind - 1]:
@@ -180,14 +182,12 @@ def word_tags(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, to
     del tokenizer
     number = len(record["words"] if "words" in record else _WORD.findall(record["text"]))
     tags: list[str | None] = [None] * number
-    probabilities: list[float | None] = [None] * number
+    shares: list[float | None] = [None] * number
     for row_LxC, (places_W, words_W) in zip(outputs["head"], meta, strict=True):
-        logits_WxC = row_LxC[places_W].astype(np.float64)
-        exp_WxC = np.exp(logits_WxC - logits_WxC.max(axis=1, keepdims=True))
-        shares_W = exp_WxC.max(axis=1) / exp_WxC.sum(axis=1)
-        for word, label, share in zip(words_W, logits_WxC.argmax(axis=1), shares_W, strict=True):
-            tags[word], probabilities[word] = cfg.task.labels[label], float(share)
-    return {"prediction": tags, "probabilities": probabilities}
+        for word, logits_C in zip(words_W, row_LxC[places_W], strict=True):
+            said = probabilities(logits_C, cfg.task.labels)
+            tags[word], shares[word] = said["prediction"], said["probabilities"][said["prediction"]]
+    return {"prediction": tags, "probabilities": shares}
 
 
 def found_spans(outputs: Outputs, meta: list[Any], record: Record, cfg: Config, tokenizer: Any) -> dict[str, Any]:

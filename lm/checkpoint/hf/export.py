@@ -13,8 +13,10 @@ from lm.checkpoint.hf import families, files
 from lm.checkpoint.hf.families import Tensor
 from lm.checkpoint.store import CheckpointError
 from lm.config import ModelConfig
-from lm.types import Params
+from lm.config.schema import ConfigError
+from lm.types import Head, Params
 
+_OF_VOCABULARY = ("embed/embedding", "lm_head/kernel", "lm_transform/output_bias")
 SHARD_BYTES = 5 << 30  # of one file, as `transformers` has it
 
 
@@ -25,50 +27,62 @@ def export(
     *,
     vocab_size: int,
     dtype: Any = np.float32,
-    about: Mapping[str, Any] | None = None,
+    head: Head | None = None,
+    about: Mapping[str, Any] = {},
+    others: Mapping[str, bytes] = {},
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes config.json and model.safetensors, or several files and their index.
 
     Args:
-      folder: new or empty.
+      folder: new. config.json is written last: a folder with it is whole.
       model: resolved.
       params: the parameters.
       vocab_size: rows of vocabulary to write; those after them, which only round the size up, are left out.
       dtype: of the tensors.
+      head: the head of the model's task; None = the model predicts tokens.
       about: further keys of config.json, such as `bos_token_id`.
+      others: name -> contents of further files, such as the tokenizer's.
       shard_bytes: size of a file at most, unless one tensor is larger.
 
     Raises:
-      ConfigError: the model is of no family's shape.
-      CheckpointError: the folder has files; the parameters are not those of this model.
+      ConfigError: the model is of no family's shape, or its family has no place for the head.
+      CheckpointError: the parameters are not those of this model.
     """
     from safetensors.numpy import save_file
 
     family = families.of_model(model)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; name a new folder")
     flat = param_paths.flatten(params)
-    entries: dict[str, list[Tensor]] = {}  # name -> the parameters whose parts the tensor is made of
-    for entry in family.tensors(model):
-        if entry.path not in flat:
-            raise CheckpointError(f"no parameter '{entry.path}', which a {family.model_type} has")
-        layers = range(flat[entry.path].shape[0]) if "{}" in entry.name else [0]
-        for layer in layers:
-            entries.setdefault(entry.name.format(layer), []).append(entry._replace(name=str(layer)))
-    if left := sorted(flat.keys() - {entry.path for parts in entries.values() for entry in parts}):
+    table = {entry.path: entry for entry in family.tensors(model)}
+    architecture = family.architecture
+    if head is not None:
+        if not (found := family.heads(head, model)):
+            raise ConfigError(f"the files of a {family.model_type} have no place for this task's head ({head.kind})")
+        architecture, more = found
+        table = {path: entry for path, entry in table.items() if head.keeps_unembed or not path.startswith("lm_")}
+        table |= {entry.path: entry for entry in more}
+    if left := sorted(flat.keys() - table.keys()):
         raise CheckpointError(
-            f"parameter '{left[0]}' ({len(left)} such) is none of a {family.model_type}; merge adapters first"
+            f"parameter '{left[0]}' ({len(left)} such) is none of a {family.model_type}: a run with this head, or with "
+            "bottleneck adapters, cannot be exported"
         )
+    if missing := sorted(table.keys() - flat.keys()):
+        raise CheckpointError(f"no parameter '{missing[0]}', which a {family.model_type} has")
+    # Name -> the parameters whose parts the tensor is made of, and the layer where a parameter stacks layers.
+    entries: dict[str, list[tuple[Tensor, int | None]]] = {}
+    for path, entry in table.items():
+        for layer in range(flat[path].shape[0]) if "{}" in entry.name else [None]:
+            entries.setdefault(entry.name.format(layer), []).append((entry, layer))
 
     def tensor(name: str) -> np.ndarray:
-        parts = [_part(flat[entry.path], entry, model.vocab_size, vocab_size) for entry in entries[name]]
+        parts = [_part(flat[entry.path], entry, layer, vocab_size) for entry, layer in entries[name]]
         return np.ascontiguousarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]).astype(dtype)
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
-    (folder / files.CONFIG).write_text(json.dumps(config | dict(about or {}), indent=2) + "\n", encoding="utf-8")
-    sizes = {name: _size(flat, parts) * np.dtype(dtype).itemsize for name, parts in entries.items()}
+    sizes = {
+        name: sum(_size(flat[entry.path], layer) for entry, layer in parts) * np.dtype(dtype).itemsize
+        for name, parts in entries.items()
+    }
     shards = list(_shards(sizes, shard_bytes))
     names = [files.WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     for file, shard in zip(names, shards, strict=True):
@@ -77,18 +91,22 @@ def export(
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, content in others.items():
+        (folder / name).write_bytes(content)
+    config = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
+    config["architectures"] = [architecture]
+    (folder / files.CONFIG).write_text(json.dumps(config | dict(about), indent=2) + "\n", encoding="utf-8")
 
 
-def _part(leaf: jax.Array, entry: Tensor, rows: int, kept: int) -> np.ndarray:
-    """The values that a parameter gives to a tensor; `entry.name` is the number of the layer."""
-    value = np.asarray(jax.device_get(leaf[int(entry.name)] if "layers" in entry.path.split("/") else leaf))
+def _part(leaf: jax.Array, entry: Tensor, layer: int | None, rows: int) -> np.ndarray:
+    """The values that a parameter, or a layer of it, gives to a tensor; of the vocabulary's tables the first `rows`."""
+    value = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
     value = value.T if entry.transposed else value
-    is_vocabulary = entry.path in ("embed/embedding", "lm_head/kernel") and value.shape[0] == rows
-    return value[:kept] if is_vocabulary else value
+    return value[:rows] if entry.path in _OF_VOCABULARY else value
 
 
-def _size(flat: Mapping[str, Any], parts: list[Tensor]) -> int:
-    return sum(flat[e.path].size // (flat[e.path].shape[0] if "layers" in e.path.split("/") else 1) for e in parts)
+def _size(leaf: jax.Array, layer: int | None) -> int:
+    return leaf.size if layer is None else leaf.size // leaf.shape[0]
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:

@@ -12,19 +12,23 @@ from typing import Any, NamedTuple
 from lm.checkpoint.store import CheckpointError
 from lm.config import ModelConfig, RopeScalingConfig, check_model, schema
 from lm.config.schema import ConfigError
+from lm.config.sections import ROPE_SCALING_KEYS
 from lm.models import transformer
+from lm.types import Head
 
 Json = dict[str, Any]
 
 # Keys of `model` that training chooses and no folder says.
 FREE = ("init", "dropout", "neftune_alpha", "pool", "dtype", "remat", "unroll")
 _SIZES = ("num_layers", "embed_dim", "num_heads", "vocab_size", "max_len")
+# Keys of config.json that may be null, which means off, or the usual size.
+_OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner", "final_logit_softcapping", "attn_logit_softcapping")
 # Keys of config.json that change nothing that is computed here, or repeat another key.
 _HARMLESS = re.compile(
-    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout"
-    r"|.*pdrop|auto_map|id2label|label2id|task_specific_params|summary_.*|n_ctx|max_window_layers|use_sliding_window"
+    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout(_prob)?"
+    r"|.*pdrop|auto_map|id2label|label2id|num_labels|task_specific_params|summary_.*|n_ctx|max_window_layers|use_sliding_window"
     r"|layer_types|_?sliding_window_pattern|rope_.*|cache_implementation|output_.*|return_dict|is_llama_config|model_type"
-    r"|transformers\.js_config|torchscript|_attn_implementation.*|problem_type|chunk_size_feed_forward|pretraining_tp"
+    r"|transformers\.js_config|torchscript|_attn_implementation.*|problem_type|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp"
 )
 
 
@@ -68,13 +72,18 @@ class Family(NamedTuple):
       architecture: `architectures` in config.json.
       prefix: of the names of all tensors but the head's; files of a model without a head lack it.
       keys: key of config.json -> key of `model`.
-      defaults: key of config.json -> what `transformers` takes if it is absent; keys without one must be there.
+      defaults: key of config.json -> what `transformers` takes if it is absent, also of keys that only `more` reads;
+        the others of `keys` must be there.
       expected: key of config.json -> the one value that is supported, also the default.
       fixed: key of `model` -> its value in this family.
-      more: (config.json, model so far) -> further keys of `model`.
+      more: (config.json with its defaults, model so far) -> further keys of `model`.
       more_back: model -> further keys of config.json; the inverse of `more`.
       tensors: model -> the table of its tensors.
       ignored: regular expression of tensors that hold nothing learned.
+      repeats: tensor -> the parameter whose values some files store in it once more.
+      older: part of a tensor's name -> what older files have in its place.
+      heads: (head of a task, model) -> (`architectures` with it, its tensors); None = a head has no place in the files.
+      optional: tensors of heads, of which files may have some.
     """
 
     model_type: str
@@ -88,6 +97,10 @@ class Family(NamedTuple):
     more_back: Callable[[ModelConfig], Json]
     tensors: Callable[[ModelConfig], list[Tensor]]
     ignored: str = r"(?!)"
+    repeats: Mapping[str, str] = {}
+    older: Mapping[str, str] = {}
+    heads: Callable[[Head, ModelConfig], tuple[str, list[Tensor]] | None] = lambda head, model: None
+    optional: tuple[Tensor, ...] = ()
 
 
 def of_config(theirs: Json, path: Path) -> Family:
@@ -110,19 +123,18 @@ def model_of(family: Family, theirs: Json, path: Path) -> ModelConfig:
       CheckpointError: a key is missing, of the wrong type, or has a value that the model code does not support.
     """
     for key, value in {**family.expected, "quantization_config": None}.items():
-        if (found := theirs.get(key, value)) != value:
+        if (found := theirs.get(key, value)) != value and not (value is False and found is None):
             raise CheckpointError(f"{path}: {key} is {found!r}; of this family {value!r} is supported")
-    values = dict(family.fixed)
+    values, given = dict(family.fixed), {**family.defaults, **theirs}
     for key, name in family.keys.items():
-        if key not in theirs and key not in family.defaults:
+        if key not in given:
             raise CheckpointError(f"{path}: no {key}; expected it in a {family.model_type}")
-        value = theirs.get(key, family.defaults.get(key))
-        values[name] = value = family.defaults.get(key) if value is None else value
+        values[name] = value = 0 if given[key] is None and key in _OPTIONAL else given[key]
         if isinstance(value, int | float) and value < (1 if name in _SIZES else 0):
             raise CheckpointError(f"{path}: {key} is {value!r}; expected at least {int(name in _SIZES)}")
     try:
         model = schema.build_section(ModelConfig, values, "model.")
-        model = schema.build_section(ModelConfig, values | family.more(theirs, model), "model.")
+        model = schema.build_section(ModelConfig, values | family.more(given, model), "model.")
         check_model(model)
         return transformer.resolve(model, vocab_size=1, seq_len=model.max_len)
     except ConfigError as error:
@@ -199,28 +211,36 @@ def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
 
 def not_read(family: Family, theirs: Json) -> list[str]:
     """Keys of a config.json of which it is not known what they mean."""
-    known = {*family.keys, *family.expected, *_READ, "quantization_config"}
+    known = {*family.keys, *family.defaults, *family.expected, *_READ, "quantization_config"}
     return sorted(key for key in theirs if key not in known and not _HARMLESS.fullmatch(key))
 
 
-# Keys that `more` of some family reads.
-_READ = ("sliding_window", "max_position_embeddings", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
+# Keys that `more` of some family reads, beside those that have a default.
+_READ = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 
 # Rope ----------------------------------------------------------------------------------------------------------------
 
-_SCALING = {"factor": "factor"}
-_LLAMA3 = {**_SCALING, "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
-_YARN = {**_SCALING, "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate"}
-# rope_type -> {key in rope_parameters: key of model.rope_scaling}
-_ROPE_KEYS = {"linear": _SCALING, "dynamic": _SCALING, "llama3": _LLAMA3, "yarn": _YARN}
+# rope_type -> keys that rope_parameters and model.rope_scaling have alike
+_ROPE_KEYS = {
+    kind: [key for key in keys if key not in ("original_len", "magnitude")]
+    for kind, keys in ROPE_SCALING_KEYS.items()
+    if kind != "none"
+}
 _ROPE_ALSO = ("type", "rope_type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 _MAGNITUDE = ("attention_factor", "mscale", "mscale_all_dim")
 
 
 def _rope_parameters(theirs: Json) -> Json:
-    """`rope_parameters`, or what older files have instead of it."""
-    old = {"rope_theta": theirs.get("rope_theta", 10_000.0), **(theirs.get("rope_scaling") or {})}
-    return dict(theirs.get("rope_parameters") or old)
+    """`rope_parameters`, or what older files have instead of it; with the keys that may stand outside of it."""
+    given = dict(theirs.get("rope_scaling") or theirs.get("rope_parameters") or {})
+    if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
+        raise ConfigError(f"rope_parameters differ by layer ({', '.join(nested)}), which this family does not support")
+    return _outside(theirs) | given
+
+
+def _outside(theirs: Json) -> Json:
+    """The keys of a rope's parameters at the top of config.json."""
+    return {key: theirs[key] for key in ("rope_theta", "partial_rotary_factor") if theirs.get(key) is not None}
 
 
 def _rope(given: Json, max_len: int) -> Json:
@@ -244,12 +264,12 @@ def _rope(given: Json, max_len: int) -> Json:
     usual = RopeScalingConfig()
     length = given.get("original_max_position_embeddings") or max_len
     section: Json = {"kind": kind}
-    for key, name in keys.items():
+    for key in keys:
         value = given.get(key)
         if key == "factor" and value is None:
             value = max_len / length
-        default = getattr(usual, name)
-        section[name] = default if value is None else value if isinstance(default, bool) else float(value)
+        default = getattr(usual, key)
+        section[key] = default if value is None else value if isinstance(default, bool) else float(value)
     if kind == "dynamic":  # its length is the model's own, whatever else the file says
         length = max_len
     if kind != "linear":
@@ -278,7 +298,7 @@ def _rope_back(theta: float, scaling: RopeScalingConfig) -> Json:
         return {"rope_theta": theta, "rope_type": "default"}
     own = schema.to_dict(scaling)
     out: Json = {"rope_theta": theta, "rope_type": scaling.kind}
-    out |= {key: own[name] for key, name in _ROPE_KEYS[scaling.kind].items()}
+    out |= {key: own[key] for key in _ROPE_KEYS[scaling.kind]}
     if scaling.kind in ("llama3", "yarn"):
         out["original_max_position_embeddings"] = scaling.original_len
     if scaling.magnitude:
@@ -289,49 +309,43 @@ def _rope_back(theta: float, scaling: RopeScalingConfig) -> Json:
 # Windows -------------------------------------------------------------------------------------------------------------
 
 
-def _layer_types(theirs: Json, model: ModelConfig) -> list[str]:
-    """Kind of attention of each layer."""
-    if given := theirs.get("layer_types"):
-        if len(given) != model.num_layers or not set(given) <= {"full_attention", "sliding_attention"}:
-            raise ConfigError(f"layer_types is {given}; expected {model.num_layers} of full_ or sliding_attention")
-        return list(given)
-    if not theirs.get("sliding_window"):
-        return ["full_attention"] * model.num_layers
-    if theirs.get("model_type") in ("qwen2", "qwen3"):
-        first = theirs.get("max_window_layers", 28) if theirs.get("use_sliding_window") else model.num_layers
-        return ["sliding_attention" if i >= first else "full_attention" for i in range(model.num_layers)]
-    every = {"gemma2": 2, "gemma3_text": theirs.get("sliding_window_pattern", 6)}.get(theirs["model_type"], 0)
-    is_full = [every > 0 and (i + 1) % every == 0 for i in range(model.num_layers)]
-    return ["full_attention" if full else "sliding_attention" for full in is_full]
+_KINDS = ("sliding_attention", "full_attention")
 
 
-def _window(theirs: Json, model: ModelConfig) -> Json:
+def _layer_types(theirs: Json, is_full: list[bool]) -> list[bool]:
+    """Whether each layer has no window, by `layer_types`; `is_full` where that is absent."""
+    given = theirs.get("layer_types")
+    if given is None:
+        return is_full
+    if len(given) != len(is_full) or not set(given) <= set(_KINDS):
+        raise ConfigError(f"layer_types is {given}; expected {len(is_full)} of {' or '.join(_KINDS)}")
+    return [each == "full_attention" for each in given]
+
+
+def _window(window: Any, is_full: list[bool]) -> Json:
     """`sliding_window` and `global_every`.
 
     Raises:
       ConfigError: layers with and without a window do not alternate in a regular way.
     """
-    types = _layer_types(theirs, model)
-    full = [i + 1 for i, each in enumerate(types) if each == "full_attention"]
-    if len(full) == len(types):
+    full = [i for i, each in enumerate(is_full, 1) if each]
+    if len(full) == len(is_full):
         return {}
-    window = theirs.get("sliding_window")
     if not isinstance(window, int) or window < 1:
         raise ConfigError(f"sliding_window is {window!r}, but layers have a window; expected a number of positions")
-    every = full[0] if full else len(types) + 1
-    if full != list(range(every, len(types) + 1, every)):
+    every = full[0] if full else len(is_full) + 1
+    if full != list(range(every, len(is_full) + 1, every)):
         raise ConfigError(f"layers without a window are {full}, from 1; supported is every n-th")
     return {"sliding_window": window, "global_every": every if full else 0}
 
 
 def _window_back(model: ModelConfig) -> Json:
     if not model.sliding_window:
-        return {"sliding_window": None}
+        return {"layer_types": ["full_attention"] * model.num_layers}
     every = model.global_every or model.num_layers + 1
-    kinds = ("sliding_attention", "full_attention")
     return {
         "sliding_window": model.sliding_window,
-        "layer_types": [kinds[(layer + 1) % every == 0] for layer in range(model.num_layers)],
+        "layer_types": [_KINDS[(layer + 1) % every == 0] for layer in range(model.num_layers)],
     }
 
 
@@ -365,7 +379,19 @@ def _llama_tensors(model: ModelConfig) -> list[Tensor]:
 
 
 def _llama_more(theirs: Json, model: ModelConfig) -> Json:
-    return _rope(_rope_parameters(theirs), model.max_len) | _window(theirs, model)
+    return _rope(_rope_parameters(theirs), model.max_len)
+
+
+def _mistral_more(theirs: Json, model: ModelConfig) -> Json:
+    window = theirs["sliding_window"]
+    return _llama_more(theirs, model) | _window(window, [window is None] * model.num_layers)
+
+
+def _qwen_more(theirs: Json, model: ModelConfig) -> Json:
+    window = theirs["sliding_window"] if theirs["use_sliding_window"] else None
+    first = model.num_layers if window is None else theirs["max_window_layers"]
+    is_full = _layer_types(theirs, [layer < first for layer in range(model.num_layers)])
+    return _llama_more(theirs, model) | _window(window, is_full)
 
 
 def _llama_back(model: ModelConfig) -> Json:
@@ -396,34 +422,49 @@ _LLAMA_KEYS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-_LLAMA_DEFAULTS = {"num_key_value_heads": 0, "head_dim": 0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_LLAMA_DEFAULTS = {
+    **{"num_key_value_heads": 0, "head_dim": 0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "max_position_embeddings": 2048,
+}
 _LLAMA_FIXED = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "use_bias": False}
 
+_TIED = {"lm_head.weight": "embed/embedding"}
 _LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
     keys=_LLAMA_KEYS,
-    defaults=_LLAMA_DEFAULTS | {"max_position_embeddings": 2048},
+    defaults=_LLAMA_DEFAULTS,
     expected={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     fixed=_LLAMA_FIXED,
     more=_llama_more,
     more_back=_llama_back,
     tensors=_llama_tensors,
     ignored=r".*\.rotary_emb\.inv_freq",
+    repeats=_TIED,
 )
 _MISTRAL = _LLAMA._replace(
     model_type="mistral",
     architecture="MistralForCausalLM",
+    defaults={
+        **_LLAMA_DEFAULTS,
+        **{"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    },
     expected={"hidden_act": "silu"},
+    more=_mistral_more,
     more_back=lambda model: _llama_back(model) | {"sliding_window": model.sliding_window or None},
 )
 _QWEN2 = _LLAMA._replace(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    defaults=_LLAMA_DEFAULTS | {"max_position_embeddings": 32_768},
+    defaults={
+        **_LLAMA_DEFAULTS,
+        **{"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096},
+        **{"use_sliding_window": False, "max_window_layers": 28},
+    },
     expected={"hidden_act": "silu"},
     fixed=_LLAMA_FIXED | {"qkv_bias": True},
+    more=_qwen_more,
     more_back=_qwen_back,
 )
 _QWEN3 = _QWEN2._replace(
@@ -446,8 +487,15 @@ _GEMMA_FIXED = {
 }
 
 
+def _gemma_window(theirs: Json, model: ModelConfig, every: int) -> Json:
+    """Windows in all layers but every n-th, and the scale of the queries."""
+    is_full = _layer_types(theirs, [(layer + 1) % every == 0 for layer in range(model.num_layers)])
+    scale = float(theirs["query_pre_attn_scalar"]) ** -0.5
+    return _window(theirs["sliding_window"], is_full) | {"query_scale": scale}
+
+
 def _gemma2_more(theirs: Json, model: ModelConfig) -> Json:
-    return _llama_more(theirs, model) | {"query_scale": float(theirs.get("query_pre_attn_scalar", 256)) ** -0.5}
+    return _llama_more(theirs, model) | _gemma_window(theirs, model, 2)
 
 
 def _gemma2_back(model: ModelConfig) -> Json:
@@ -464,19 +512,23 @@ def _scalar(model: ModelConfig) -> float:
 
 
 def _gemma3_more(theirs: Json, model: ModelConfig) -> Json:
-    given = theirs.get("rope_parameters") or {}
-    scaling = {"rope_theta": theirs.get("rope_theta", 1e6), **(theirs.get("rope_scaling") or {})}
-    local = given.get("sliding_attention", {"rope_theta": theirs.get("rope_local_base_freq", 10_000.0)})
-    if (kind := local.get("rope_type", "default")) != "default":
-        raise ConfigError(f"rope_type {kind!r} in layers with a window is not supported")
-    window = _window(theirs, model)
-    if window and not window["global_every"]:
-        window["global_every"] = model.num_layers + 1
+    given = theirs.get("rope_parameters") or {kind: {} for kind in _KINDS}
+    if given.keys() != set(_KINDS):
+        raise ConfigError(f"rope_parameters has {', '.join(given)}; expected {' and '.join(_KINDS)}")
+    outside = {"rope_theta": 1e6, **_outside(theirs)}
+    local = outside | {"rope_theta": theirs.get("rope_local_base_freq", 10_000.0)} | (given["sliding_attention"] or {})
+    full = outside | (given["full_attention"] or {}) | (theirs.get("rope_scaling") or {})
+    of_local = _rope(local, model.max_len)
+    if of_local["rope_scaling"]:
+        raise ConfigError(f"rope_type {local['rope_type']!r} in layers with a window is not supported")
+    window = _gemma_window(theirs, model, theirs["sliding_window_pattern"])
+    if "sliding_window" not in window:
+        return _rope(full, model.max_len) | window
+    every = window["global_every"] or model.num_layers + 1
     return {
-        **_rope(given.get("full_attention", scaling), model.max_len),
+        **_rope(full, model.max_len),
         **window,
-        "rope_local_theta": float(local.get("rope_theta", 10_000.0)) if window else 0.0,
-        "query_scale": float(theirs.get("query_pre_attn_scalar", 256)) ** -0.5,
+        **{"global_every": every, "rope_local_theta": of_local["rope_theta"]},
     }
 
 
@@ -491,10 +543,14 @@ _GEMMA2 = _LLAMA._replace(
     architecture="Gemma2ForCausalLM",
     keys=_LLAMA_KEYS | {"final_logit_softcapping": "logit_softcap", "attn_logit_softcapping": "attention_softcap"},
     defaults={
-        **{"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 8192},
-        **{"final_logit_softcapping": 0.0, "attn_logit_softcapping": 0.0},
+        **{"num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+        **{"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        **{"max_position_embeddings": 8192, "sliding_window": 4096, "query_pre_attn_scalar": 256},
     },
-    expected={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+    expected={
+        **{"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        "use_bidirectional_attention": False,
+    },
     fixed=_GEMMA_FIXED,
     more=_gemma2_more,
     more_back=_gemma2_back,
@@ -502,8 +558,11 @@ _GEMMA2 = _LLAMA._replace(
 _GEMMA3 = _GEMMA2._replace(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    defaults={**_GEMMA2.defaults, "max_position_embeddings": 131_072},
-    expected={**_GEMMA2.expected, "use_bidirectional_attention": False},
+    defaults={
+        **_GEMMA2.defaults,
+        **{"final_logit_softcapping": None, "attn_logit_softcapping": None},
+        **{"max_position_embeddings": 131_072, "sliding_window_pattern": 6},
+    },
     fixed=_GEMMA_FIXED | {"qk_norm": True},
     more=_gemma3_more,
     more_back=_gemma3_back,
@@ -559,7 +618,97 @@ _GPT2 = Family(
     more_back=lambda model: {"bos_token_id": None, "eos_token_id": None},
     tensors=_gpt2_tensors,
     ignored=r".*\.attn\.(bias|masked_bias)",
+    repeats=_TIED,
+)
+
+# BERT ----------------------------------------------------------------------------------------------------------------
+
+_BERT_MLP = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+
+
+def _bert_tensors(model: ModelConfig) -> list[Tensor]:
+    block, layer = "encoder/layers", "bert.encoder.layer.{}"
+    linear = {f"{block}/attention/{name}": f"{layer}.attention.self.{name}" for name in ("query", "key", "value")}
+    linear |= {f"{block}/attention/out": f"{layer}.attention.output.dense"}
+    linear |= {f"{block}/mlp/up": f"{layer}.intermediate.dense", f"{block}/mlp/down": f"{layer}.output.dense"}
+    linear["lm_transform/dense"] = "cls.predictions.transform.dense"
+    norms = {f"{block}/attention_norm": f"{layer}.attention.output", f"{block}/mlp_norm": f"{layer}.output"}
+    norms |= {"embed/norm": "bert.embeddings", "lm_transform/norm": "cls.predictions.transform"}
+    tables = {"embedding": "word", "position_embedding": "position", "type_embedding": "token_type"}
+    out = [Tensor(f"embed/{a}", f"bert.embeddings.{b}_embeddings.weight") for a, b in tables.items()]
+    out += [tensor for path, name in linear.items() for tensor in _dense(path, name)]
+    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+        out += [Tensor(f"{path}/{ours}", f"{name}.LayerNorm.{theirs}") for path, name in norms.items()]
+    return [*out, Tensor("lm_transform/output_bias", "cls.predictions.bias")]
+
+
+def _dense(path: str, name: str) -> list[Tensor]:
+    return [Tensor(f"{path}/kernel", f"{name}.weight", True), Tensor(f"{path}/bias", f"{name}.bias")]
+
+
+_BERT_POOLER = _dense("head/pooler", "bert.pooler.dense")
+_BERT_CLASSIFIER = _dense("head/classifier", "classifier")
+_NEXT_SENTENCE = "cls.seq_relationship"
+
+
+def _bert_heads(head: Head, model: ModelConfig) -> tuple[str, list[Tensor]] | None:
+    if head.kind == "token":
+        return "BertForTokenClassification", _BERT_CLASSIFIER
+    if head.kind == "projection":  # for training only
+        return "BertModel", []
+    if model.pool != "first":
+        return None
+    if head.keeps_unembed:
+        return "BertForPreTraining", _BERT_POOLER + _dense("head/classifier", _NEXT_SENTENCE)
+    return "BertForSequenceClassification", _BERT_POOLER + _BERT_CLASSIFIER
+
+
+def _bert_more(theirs: Json, model: ModelConfig) -> Json:
+    if (activation := theirs["hidden_act"]) not in _BERT_MLP:
+        raise ConfigError(f"hidden_act is {activation!r}; supported are {', '.join(_BERT_MLP)}")
+    return {"mlp": _BERT_MLP[activation]}
+
+
+def _bert_back(model: ModelConfig) -> Json:
+    activation = {ours: theirs for theirs, ours in reversed(_BERT_MLP.items())}.get(model.mlp)
+    return {"hidden_act": activation, "bos_token_id": None, "eos_token_id": None}
+
+
+_BERT = Family(
+    model_type="bert",
+    architecture="BertForMaskedLM",
+    prefix="bert.",
+    keys={
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "embed_dim",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "mlp_dim",
+        "max_position_embeddings": "max_len",
+        "vocab_size": "vocab_size",
+        "layer_norm_eps": "norm_eps",
+    },
+    defaults={
+        **{"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        **{"max_position_embeddings": 512, "vocab_size": 30522, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+    },
+    expected={
+        **{"type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": False},
+        **{"add_cross_attention": False, "tie_word_embeddings": True},
+    },
+    fixed={"kind": "encoder", "norm_position": "post", "embed_norm": True, "lm_transform": True},
+    more=_bert_more,
+    more_back=_bert_back,
+    tensors=_bert_tensors,
+    ignored=r"(bert\.)?embeddings\.position_ids",
+    repeats={
+        "cls.predictions.decoder.weight": "embed/embedding",
+        "cls.predictions.decoder.bias": "lm_transform/output_bias",
+    },
+    older={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    heads=_bert_heads,
+    # The last under a name of its own, so that no other task of two classes takes it for its classifier.
+    optional=(*_BERT_POOLER, *_BERT_CLASSIFIER, *_dense("next_sentence", _NEXT_SENTENCE)),
 )
 
 # By model_type; export takes the first that fits.
-FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3)}
+FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT)}

@@ -22,7 +22,8 @@ class Tensors:
 
     Attributes:
       path: the folder, or the file.
-      config: the contents of config.json.
+      config: the contents of config.json, or what it would say.
+      config_path: the file that says it.
       shapes: tensor -> shape.
       places: tensor -> 'FILE, tensor NAME', for messages.
       read: (tensor, slices) -> that part of it, float16, bfloat16 or float32.
@@ -30,6 +31,7 @@ class Tensors:
 
     path: Path
     config: dict[str, Any]
+    config_path: Path
     shapes: dict[str, tuple[int, ...]]
     places: dict[str, str]
     read: Callable[[str, tuple[slice, ...]], np.ndarray]
@@ -67,7 +69,7 @@ def open_folder(path: Path) -> Tensors:
         values: np.ndarray = part[index] if index else part[...]
         return values
 
-    return Tensors(folder, config, shapes, places, read)
+    return Tensors(folder, config, folder / CONFIG, shapes, places, read)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -126,6 +128,8 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             listed = files.setdefault(name, set())
             assert listed is not None
             listed.add(tensor)
+        if WEIGHTS not in files and (folder / WEIGHTS).exists():
+            raise CheckpointError(f"{folder} has both {WEIGHTS} and {INDEX}, which does not list it; remove one")
         for name in files:
             if not name.endswith(".safetensors"):
                 raise CheckpointError(f"{folder / INDEX} names the file {name!r}; expected safetensors files")

@@ -39,14 +39,21 @@ _KEYS = {
     "max_position_embeddings": "context_length",
     "rope_theta": "rope.freq_base",
 }
-_SCALING = {"rope_type": "type", "factor": "factor", "original_max_position_embeddings": "original_context_length"}
+_SCALING = {
+    "rope_type": "rope.scaling.type",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+}
+_FREQUENCIES = "rope_freqs.weight"
+# Keys that say what the tensors' shapes, or other keys, say.
+_REPEATED = ("vocab_size", "rope.scaling.finetuned")
 
 
 def open_file(path: Path) -> Tensors:
     """Opens a GGUF file. Its tensors have the names, shapes and layout of `transformers`, and are read as float32.
 
     Raises:
-      CheckpointError: the file is damaged, or of another architecture.
+      CheckpointError: the file is damaged, of another architecture, or asks for a rope that is not supported.
     """
     try:
         import gguf
@@ -63,9 +70,15 @@ def open_file(path: Path) -> Tensors:
     if kind not in ("llama", "qwen2", "qwen3"):
         raise CheckpointError(f"{path} is a {kind!r}; of GGUF files llama, qwen2 and qwen3 are supported")
     found = {_name(tensor.name): tensor for tensor in reader.tensors}
+    if _FREQUENCIES in found:
+        raise CheckpointError(
+            f"{path} has the tensor '{_FREQUENCIES}', which divides rope's frequencies (Llama 3.1) and is not read "
+            "from GGUF; take the model's safetensors, whose config.json says how these numbers are made"
+        )
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in found.items()}
     places = {name: f"{path}, tensor '{tensor.name}'" for name, tensor in found.items()}
-    about = _config(kind, values, shapes)
+    own = {key.removeprefix(f"{kind}."): value for key, value in values.items() if key.startswith(f"{kind}.")}
+    about = _config(kind, own, shapes, path)
     heads = {"q_proj": about.get("num_attention_heads"), "k_proj": about.get("num_key_value_heads")}
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -82,7 +95,7 @@ def open_file(path: Path) -> Tensors:
         part: np.ndarray = out[:, *index[1:]] if len(index) > 1 else out[index]
         return part
 
-    return Tensors(path, about, shapes, places, read)
+    return Tensors(path, about, path, shapes, places, read)
 
 
 def _name(name: str) -> str:
@@ -94,18 +107,33 @@ def _name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{what}" if kind in _LAYER_NAMES else name
 
 
-def _config(kind: str, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What config.json would say."""
+def _config(kind: str, own: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+    """What config.json would say, and the file's keys that say something else.
+
+    Args:
+      kind: the architecture.
+      own: the values of its keys, without its name before them.
+      shapes: of the tensors.
+      path: the file, for messages.
+    """
     out: dict[str, Any] = {"model_type": kind, "tie_word_embeddings": "lm_head.weight" not in shapes}
-    out |= {key: values[f"{kind}.{name}"] for key, name in _KEYS.items() if f"{kind}.{name}" in values}
-    if "head_dim" not in out and out.get("num_attention_heads"):
-        out["head_dim"] = out.get("hidden_size", 0) // out["num_attention_heads"]
-    scaling = {key: values.get(f"{kind}.rope.scaling.{name}") for key, name in _SCALING.items()}
-    if scaling["rope_type"] not in (None, "none"):
-        out["rope_scaling"] = {key: value for key, value in scaling.items() if value is not None}
+    out |= {key: own[name] for key, name in _KEYS.items() if name in own}
+    if isinstance(heads := out.get("num_attention_heads"), int) and heads > 0:
+        out = {"num_key_value_heads": heads, "head_dim": out.get("hidden_size", 0) // heads} | out
+    if own.get("rope.scaling.type", "none") != "none":
+        out["rope_scaling"] = {key: own[name] for key, name in _SCALING.items() if name in own}
+    known = {*_KEYS.values(), *_REPEATED, *(_SCALING.values() if "rope.scaling.type" in own else ())}
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if name in own and own[name] != out.get("head_dim"):
+            raise CheckpointError(f"{path}: {kind}.{name} is {own[name]}; a head has {out.get('head_dim')}")
+        known.add(name)
+    unread = {f"{kind}.{name}": value for name, value in own.items() if name not in known}
+    for name, value in unread.items():
+        if "rope.scal" in name:
+            raise CheckpointError(f"{path}: {name} is {value}, which is not supported")
     if "model.embed_tokens.weight" in shapes:
         out["vocab_size"] = shapes["model.embed_tokens.weight"][0]
-    return out
+    return out | unread
 
 
 def _half_split(rows: int, heads: int) -> np.ndarray:

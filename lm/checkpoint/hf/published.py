@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lm.config import ModelConfig
 from lm.models import transformer
 
 PREFIX = "hf:"  # of `init_from`
+_ROWS = 4096  # of two tensors that are compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Published:
         """What the shape of a run's model is, as read from config.json, for the console."""
         usual = families.differences(self.model, ModelConfig())
         taken = ", ".join(f"{key}={mine!r}" for key, (mine, _) in usual.items())
-        lines = [f"  model.* from {self.path / files.CONFIG}, a {self.family.model_type}: {taken}; others: defaults"]
+        lines = [f"  model.* from {self.tensors.config_path}, a {self.family.model_type}: {taken}; others: defaults"]
         if unknown := families.not_read(self.family, self.tensors.config):
             lines.append(f"  keys of it that are not read: {', '.join(unknown)}")
         return "\n".join(lines)
@@ -79,16 +81,15 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
       ConfigError: the run's config asks for another model.
     """
     path = Path(path).expanduser()
-    is_gguf = path.suffix == ".gguf"
-    tensors = gguf.open_file(path) if is_gguf else files.open_folder(path)
-    where = path if is_gguf else tensors.path / files.CONFIG
+    tensors = gguf.open_file(path) if path.suffix == ".gguf" else files.open_folder(path)
+    where = tensors.config_path
     family = families.of_config(tensors.config, where)
     there = families.model_of(family, tensors.config, where)
     try:
         shapes = _parameters(there)
     except (TypeError, ValueError, ArithmeticError) as error:  # sizes that fit no array
         raise CheckpointError(f"{where}: {error}") from None
-    table = _check(tensors, family, there, shapes)
+    table, shapes = _check(tensors, family, there, shapes)
     wanted = there if model is None else families.adopt(model, there, tensors.path)
     return Published(tensors, family, wanted, there.vocab_size, table, shapes)
 
@@ -102,40 +103,85 @@ def _parameters(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _check(
     tensors: Tensors, family: Family, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """The family's table with the names of these files; without the parameters that the files lack.
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The family's table with the names of these files, and the shapes of its parameters; without the parameters that
+    the files lack, with those of a task's head that they have.
 
     Raises:
-      CheckpointError: a tensor that no parameter takes, or one of another shape.
+      CheckpointError: a tensor that no parameter takes, one of another shape, some layers' tensors of a parameter are
+        missing, or a tensor differs from the one that it repeats, such as a head from the embedding it is tied to.
     """
     table = {entry.path: entry for entry in family.tensors(model)}
     assert table.keys() == shapes.keys(), sorted(table.keys() ^ shapes.keys())
     found = {name for name in tensors.shapes if not re.fullmatch(family.ignored, name)}
-    if not any(name.startswith(family.prefix) for name in found):  # saved without a head
-        table = {path: entry._replace(name=entry.name.removeprefix(family.prefix)) for path, entry in table.items()}
+    for entry in family.optional:
+        if _named(entry, family, found).name in found:
+            table[entry.path] = entry
+    table = {path: _named(entry, family, found) for path, entry in table.items()}
+    shapes = shapes | {
+        path: tensors.shapes[entry.name][:: -1 if entry.transposed else 1]
+        for path, entry in table.items()
+        if path not in shapes
+    }
     used, missing = set(), set()
     for path, entry in table.items():
         shape = shapes[path][1:] if "{}" in entry.name else shapes[path]
-        for name in _names(entry, shapes[path]):
-            if name not in found:
-                missing.add(path)
-                break
+        # One more than there are is enough to find one that is absent, however many config.json asks for.
+        names = list(itertools.islice(_names(entry, shapes[path]), len(found) + 1))
+        absent = [name for name in names if name not in found]
+        if len(absent) == len(names):
+            missing.add(path)
+            continue
+        if absent:
+            raise CheckpointError(
+                f"{tensors.path} has no tensor '{absent[0]}', which a {family.model_type} of {shapes[path][0]} "
+                "layers has; download it again"
+            )
+        for name in names:
             expected = entry.file_shape(shape)
             if tensors.shapes[name] != expected:
                 raise CheckpointError(
-                    f"{tensors.places[name]} has shape {list(tensors.shapes[name])}; the sizes in {files.CONFIG} "
-                    f"need {list(expected)}"
+                    f"{tensors.places[name]} has shape {list(tensors.shapes[name])}; the sizes in "
+                    f"{tensors.config_path.name} need {list(expected)}"
                 )
             used.add(name)
-    if model.tie_embeddings:
-        used.add("lm_head.weight")  # the same as the embedding
-    partly = {name for path in missing for name in _names(table[path], shapes[path])}
-    if unexpected := sorted(found - used - partly):
+    for name, path in family.repeats.items():
+        if name in found - used and path in table.keys() - missing:
+            _check_repeated(tensors, name, table[path].name)
+            used.add(name)
+    if unexpected := sorted(found - used):
         raise CheckpointError(
-            f"{tensors.places[unexpected[0]]} is no tensor of a {family.model_type} as {files.CONFIG} describes it "
-            f"({len(unexpected)} such tensors)"
+            f"{tensors.places[unexpected[0]]} is no tensor of a {family.model_type} as "
+            f"{tensors.config_path.name} describes it ({len(unexpected)} such tensors)"
         )
-    return {path: entry for path, entry in table.items() if path not in missing}
+    return {path: entry for path, entry in table.items() if path not in missing}, shapes
+
+
+def _named(entry: Tensor, family: Family, found: set[str]) -> Tensor:
+    """The entry with the name that its tensor has in files with the tensors `found`."""
+    name = entry.name
+    if not any(each.startswith(family.prefix) for each in found):  # saved without a head
+        name = name.removeprefix(family.prefix)
+    for now, before in family.older.items():
+        if not any(now in each for each in found):
+            name = name.replace(now, before)
+    return entry._replace(name=name)
+
+
+def _check_repeated(tensors: Tensors, name: str, first: str) -> None:
+    """Raises CheckpointError for a tensor that is not that of the name `first`, to which config.json ties it."""
+    rows, *others = shape = tensors.shapes[first]
+
+    def same(start: int) -> bool:
+        part = (slice(start, min(start + _ROWS, rows)), *(slice(0, size) for size in others))
+        one, two = (tensors.read(each, part).astype(np.float32) for each in (name, first))
+        return np.array_equal(one, two, equal_nan=True)
+
+    if tensors.shapes[name] != shape or not all(map(same, range(0, rows, _ROWS))):
+        raise CheckpointError(
+            f"{tensors.places[name]} differs from '{first}', to which {tensors.config_path} ties it; set its "
+            "tie_word_embeddings to false"
+        )
 
 
 def _names(entry: Tensor, shape: tuple[int, ...]) -> Any:

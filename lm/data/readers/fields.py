@@ -376,19 +376,22 @@ def _messages(value: dict[str, Any], field: str, role: str, is_whole: bool = Fal
     return [{"role": _TRANSCRIPT[mark], "content": content.strip()} for mark, content in turns]
 
 
-def question(value: Any, wanted: Wanted = NOTHING) -> dict[str, Any]:
-    """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one. Raises BadRecord.
+def question(value: Any, wanted: Wanted) -> dict[str, Any]:
+    """A question of SQuAD with its context, see `_question`; `wanted.may_lack` may have 'answers'. Raises BadRecord."""
+    if not isinstance(value, dict):
+        raise BadRecord("wrong type", f"found {_shown(value)}; expected a question, an object")
+    needed = [field for field in _QUESTION if field not in wanted.may_lack]
+    if missing := [field for field in needed if field not in value]:
+        raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
+    return _question(value)
 
-    Without "answers" where `wanted.may_lack` allows that and the object has none.
+
+def _question(value: dict[str, Any]) -> dict[str, Any]:
+    """{"question", "context", "answers": [{"text", "answer_start"}]} and "id" if there is one.
 
     No answers means that the context does not answer the question (SQuAD 2.0); `is_impossible`, if given, must agree.
     `plausible_answers` are wrong answers and are not read.
     """
-    if not isinstance(value, dict):
-        raise BadRecord("wrong type", f"found {_shown(value)}; expected a question, an object")
-    needed = [field for field in ("question", "context", "answers") if field not in wanted.may_lack]
-    if missing := [field for field in needed if field not in value]:
-        raise BadRecord("missing field", f"{_found(value)}; expected '{missing[0]}'")
     raw, answers = value["context"], list[dict[str, Any]]()
     record = {"id": str(value["id"])} if "id" in value else {}
     record |= {"question": string(value, "question"), "context": string(value, "context")}
@@ -467,6 +470,7 @@ def _image(value: dict[str, Any]) -> dict[str, Any]:
     return {"image": content} | ({"label": _one_label(value["label"])} if "label" in value else {})
 
 
+_QUESTION = ("question", "context", "answers")
 # Required fields of a kind of record, but for those in `Wanted.may_lack` -> how it is converted. The first kind whose
 # fields an object has is used.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -475,7 +479,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("conversation",): functools.partial(_conversation, field="conversation"),
     ("prompt", "response"): _prompt,
     ("instruction", "output"): _instruction,
-    ("question", "context", "answers"): functools.partial(question, wanted=Wanted(may_lack=("answers",))),
+    _QUESTION: _question,
     ("words", "tags"): _tagged_words,
     ("text", "entities"): _entities,
     ("text",): _text,  # and 'text_pair', 'negative' and 'label', if present

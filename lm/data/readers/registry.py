@@ -120,45 +120,54 @@ def read(unit: Unit, cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Reco
     return (labels.checked(item, wanted) for item in FORMATS[cfg.format].read(unit, cfg, wanted))
 
 
-def stream(cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Record]:
-    """Reads every record that `data.path` names, in order, one at a time: none is held out, none left out.
+def stream(cfg: DataConfig, wanted: Wanted = NOTHING, note: Callable[[str], None] = lambda _: None) -> Iterator[Record]:
+    """Reads every record that `data.path` names, in order, one at a time: none is held out.
 
     Where `wanted.may_lack` has the field that is to be predicted: `parallel` may name one side alone, whose lines are
     the texts, and each user of `interactions` is a record of all its items. With all fields, a record of `interactions`
-    is a user with the last item as target.
+    is a user with the last item as target; users of fewer than `interactions.MIN_ITEMS` items are left out.
 
     Args:
       cfg: `path` names what is read; with format tfds, `eval_path` the split.
       wanted: what the task wants.
+      note: is given, after the last record, a line for each kind of thing that was left out: those users, files that
+        are no records, and up to `data.max_bad_records` bad records.
 
     Raises:
       DataError: a file cannot be read, a record is bad, or a folder holds several splits.
       ConfigError: a key is set that this format does not read, or a format that has no path.
     """
+    faults, not_read, notes = list[Fault](), list[NotRead](), list[str]()
     if cfg.format == "interactions":
-        yield from _histories(cfg) if "target" in wanted.may_lack else _interactions(cfg).test
-        return
+        read_units: list[Unit] = _interaction_files(cfg)
+        rows = _interaction_rows(read_units, cfg, faults)
+        if "target" in wanted.may_lack:
+            yield from interactions.histories(rows)
+        else:
+            found = interactions.leave_one_out(rows)
+            yield from found.test
+            notes += [f"left out: {_users_left_out(found)}"] * bool(found.users_left_out)
+    else:
+        read_units, readings = _all_readings(cfg, wanted)
+        yield from _good_records(readings, cfg, faults, not_read)
+    for line in (*notes, *left_out(cfg, read_units, not_read), *([_describe(faults)] if faults else [])):
+        note(line)
+
+
+def _all_readings(cfg: DataConfig, wanted: Wanted) -> tuple[list[Unit], Iterable[Iterable[Record | Fault | NotRead]]]:
+    """The units that `data.path` names, and what is read of each. Raises as `stream`."""
     if cfg.format not in FORMATS:
         raise ConfigError(f"data.format={cfg.format} names no file of records; give one of {', '.join(FORMATS)}")
     _check(cfg)
-    one_side = cfg.format == "parallel" and "target" in wanted.may_lack and "{" not in cfg.path
-    if one_side:
-        readings = [tables.read_lines(path, _opening(cfg)) for path in files.find_files(cfg.path, ("",))]
-        yield from _good_records(readings, cfg, [], [])
-        return
+    if cfg.format == "parallel" and "target" in wanted.may_lack and "{" not in cfg.path:
+        one_side: list[Unit] = files.find_files(cfg.path, ("",))
+        return one_side, (tables.read_lines(path, _opening(cfg)) for path in one_side)
     units = FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
     if cfg.format == "tfds" and not cfg.eval_path:
         raise ConfigError(f"data set {cfg.path} of TFDS: name its split, such as test")
     if units.notes and not cfg.eval_path:
         raise DataError(f"data path '{cfg.path}': {units.notes[0]}; name one of them by its folder or a glob")
-    yield from _good_records((read(unit, cfg, wanted) for unit in units.valid or units.train), cfg, [], [])
-
-
-def _histories(cfg: DataConfig) -> list[Record]:
-    """A record for each user of `interactions`: all items, by time, in the order in which the users first occur."""
-    _check(cfg)
-    rows = (interactions.read_interactions(path, _rename(cfg), _opening(cfg)) for path in _interaction_files(cfg))
-    return interactions.histories(_good_records(rows, cfg, [], []))
+    return [*units.train, *units.valid], (read(unit, cfg, wanted) for unit in units.valid or units.train)
 
 
 def parallel_records(path: str) -> list[Record]:
@@ -287,16 +296,11 @@ def _builtin(cfg: DataConfig) -> Split:
 
 def _interactions(cfg: DataConfig) -> Split:
     """Leave-one-out: each user's second-last item validates and the last one tests, as in SASRec and BERT4Rec."""
-    _check(cfg)
-    rename, faults = _rename(cfg), list[Fault]()
-    paths = _interaction_files(cfg)
-    rows = (interactions.read_interactions(path, rename, _opening(cfg)) for path in paths)
-    found = interactions.leave_one_out(_good_records(rows, cfg, faults, []))
+    faults, paths = list[Fault](), _interaction_files(cfg)
+    found = interactions.leave_one_out(_interaction_rows(paths, cfg, faults))
     report = [
         f"read {len(paths)} files: {len(found.train):,} users, split by time: of each user the second-last item "
-        "validates (and chooses checkpoints), the last one tests; left out: "
-        f"{found.users_left_out:,} users of fewer than {interactions.MIN_ITEMS} items, with "
-        f"{found.interactions_left_out:,} items",
+        f"validates (and chooses checkpoints), the last one tests; left out: {_users_left_out(found)}",
         *left_out(cfg, paths),
     ]
     if faults:
@@ -304,7 +308,19 @@ def _interactions(cfg: DataConfig) -> Split:
     return Split(found.train, found.valid, "", "\n".join(report), found.test)
 
 
+def _users_left_out(found: interactions.Sequences) -> str:
+    number, items = found.users_left_out, found.interactions_left_out
+    return f"{number:,} users of fewer than {interactions.MIN_ITEMS} items, with {items:,} items"
+
+
+def _interaction_rows(paths: Iterable[epath.Path], cfg: DataConfig, faults: list[Fault]) -> Iterator[Record]:
+    rename = _rename(cfg)
+    rows = (interactions.read_interactions(path, rename, _opening(cfg)) for path in paths)
+    return _good_records(rows, cfg, faults, [])
+
+
 def _interaction_files(cfg: DataConfig) -> list[epath.Path]:
+    _check(cfg)
     found_splits = files.find_splits(cfg.path, (".csv", ".tsv"))
     if len(found_splits) > 1:
         raise DataError(

@@ -139,7 +139,9 @@ def read_conll(
         if not line.strip():
             if sentence:
                 empty = False
-                parse = functools.partial(_sentence, places=places, width=width, encoding=opening.encoding)
+                parse = functools.partial(
+                    _sentence, places=places, width=width, encoding=opening.encoding, wanted=wanted
+                )
                 yield _placed(parse, sentence, path)
             sentence = []
             continue
@@ -169,7 +171,7 @@ def _placed(
     return next((fault for fault in alone if isinstance(fault, Fault)), whole)
 
 
-def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int, encoding: str) -> Record:
+def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int, encoding: str, wanted: Wanted) -> Record:
     for cells in rows:
         if len(cells) != width or max(places.values()) >= width:
             expected = f"{width} as above" if max(places.values()) < width else f"column {max(places.values()) + 1} too"
@@ -180,7 +182,7 @@ def _sentence(rows: list[list[bytes]], places: Mapping[str, int], width: int, en
         for name, field in columns.items()
         if field in places
     }
-    return fields.normalise(found, {}, Wanted(may_lack=("tags",)) if "tags" not in found else NOTHING)
+    return fields.normalise(found, {}, wanted)
 
 
 def read_squad(path: epath.Path, opening: Opening = AS_IS, wanted: Wanted = NOTHING) -> Iterator[Record | Fault]:
