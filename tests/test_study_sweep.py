@@ -81,9 +81,11 @@ def test_one_that_fails_is_listed_with_its_error_and_does_not_stop_the_others(tm
     assert "failed: 'data.path': no such file" in SAID[1]
     run_all(study, tmp_path)
     assert starts(tmp_path, study) == [1, 1, 1, 1]  # not again by itself
+    quick |= {0: "raises"}  # its log has the first error too
+    assert run_all(study, tmp_path, study.trials[:1], retry_failed=True)[study.trials[0].hash].why == third.why
     quick.clear()
     assert {each.state for each in run_all(study, tmp_path, retry_failed=True).values()} == {"done"}
-    assert starts(tmp_path, study) == [2, 1, 2, 1]
+    assert starts(tmp_path, study) == [3, 1, 2, 1]
 
 
 @pytest.mark.parametrize(

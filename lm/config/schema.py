@@ -7,6 +7,7 @@ import codecs
 import dataclasses
 import difflib
 import encodings
+import functools
 import math
 import pkgutil
 import typing
@@ -54,9 +55,12 @@ class Duration:
 NEVER = Duration()  # a duration that is not set
 
 
+_hints_of = functools.cache(get_type_hints)  # of a dataclass; a study builds thousands of configs
+
+
 def build_section(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
     """Builds an instance of the dataclass `cls` strictly from nested dicts; `prefix` begins its keys in messages."""
-    hints = get_type_hints(cls)
+    hints = _hints_of(cls)
     known = [key for name, hint in hints.items() for key in (spelled(name) if hint is Duration else [name])]
     for key in source:
         if key not in known:
@@ -78,7 +82,7 @@ def build_section(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _duration(name: str, source: Mapping[str, Any], prefix: str) -> Duration:
-    hints = get_type_hints(Duration)
+    hints = _hints_of(Duration)
     given = {}
     for unit, key in zip(UNITS, spelled(name), strict=True):
         if value := _convert(source.get(key, 0), hints[unit], prefix + key):
@@ -145,7 +149,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def keys(cls: type, prefix: str = "") -> list[str]:
     """Every config key, as 'a.b'. A duration counts once, because only one of its four keys can be set."""
     out = []
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in _hints_of(cls).items():
         is_section = dataclasses.is_dataclass(hint) and hint is not Duration
         out += keys(hint, f"{prefix}{name}.") if is_section else [prefix + name]
     return out

@@ -5,7 +5,6 @@ method over each table, and over the claims.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +57,7 @@ class Row:
       lacking: seed -> why it has no value.
       mean: of the values; None where there is none.
       comparison: with its baseline; None for the baseline itself.
-      is_best: it is better than each other arm of the table, corrected over all pairs.
+      is_best: it is better than each other arm of the table, by Bonferroni's correction over all pairs.
     """
 
     arm: str
@@ -188,13 +187,14 @@ def tabulate(table: Table, all_arms: Sequence[str], values_of: Values, known: Se
 
 
 def _best(arms: Sequence[str], metric: str, values_of: Values) -> str:
-    """The arm that is better than each other; "" = none. All pairs are tested, as the data choose it."""
-    pairs = [(first, second, metric) for first, second in itertools.combinations(arms, 2)]
-    wins = dict.fromkeys(arms, 0)
-    for (first, second, _), comparison in zip(pairs, compare(pairs, values_of), strict=True):
-        wins[first] += comparison.verdict == "better"
-        wins[second] += comparison.verdict == "worse"
-    return next((arm for arm in arms if arms[1:] and wins[arm] == len(arms) - 1), "")
+    """The arm that is better than each other; '' = none. As the data choose it, p is times the number of all pairs."""
+    sign = metrics.gain(metric.rpartition(".")[2], 1.0)
+    means = {arm: sign * float(np.mean([*values.values()])) for arm in arms if (values := values_of(arm, metric)[0])}
+    if len(arms) < 2 or not means:
+        return ""
+    leader, pairs = max(means, key=lambda arm: means[arm]), math.comb(len(arms), 2)
+    tested = [_test(leader, other, metric, values_of)[0] for other in arms if other != leader]
+    return leader if all(each and sign * each.mean > 0 and each.p * pairs < ALPHA for each in tested) else ""
 
 
 def judge(claims: Sequence[Claim], values_of: Values, known: Sequence[str]) -> tuple[ClaimResult, ...]:

@@ -7,6 +7,7 @@ def trials():
     return product(arms({"head": {...}, "lora": {...}}), seeds(5))
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -181,7 +182,7 @@ def make_trials(recipe: str, overrides: Iterable[Override]) -> tuple[Trial, ...]
 
 def configure(recipe: str, override: Mapping[str, Any]) -> Config:
     """The config of a recipe, FILE.py or FILE.py:argument, with the keys of an override. Raises ConfigError."""
-    source = _recipe(recipe)
+    source = copy.deepcopy(_recipe(recipe))
     for key, value in override.items():
         if key in _NOT_CONFIG:
             continue
@@ -196,19 +197,15 @@ def configure(recipe: str, override: Mapping[str, Any]) -> Config:
     return build_config(source)
 
 
+@functools.cache
 def _recipe(recipe: str) -> dict[str, Any]:
-    """The nested dict of a recipe, new at each call."""
+    """The nested dict of a recipe, which is read once."""
     path, _, argument = recipe.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"no recipe {path}; expected the path of a file such as configs/sst2.py, from this folder")
-    module = _recipe_module(str(Path(path).resolve()))
+    module = _module(Path(path))
     made = module.get_config(argument) if argument else module.get_config()
     return made.to_dict()
-
-
-@functools.cache
-def _recipe_module(path: str) -> ModuleType:
-    return _module(Path(path))
 
 
 def _module(path: Path) -> ModuleType:

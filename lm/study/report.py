@@ -102,7 +102,7 @@ def _caption(table: TableResult) -> str:
         parts.append(
             f"detectable = the difference that a test finds with a probability of {POWER:.0%}, by the spread measured"
         )
-    return "; ".join(parts) + ". Bold: better than each other arm, corrected over all pairs."
+    return "; ".join(parts) + ". Bold: better than each other arm, p times the number of pairs."
 
 
 def _claim_line(result: ClaimResult) -> str:
@@ -322,12 +322,15 @@ def draw(table: TableResult, analysis: Analysis) -> Any:
     from matplotlib.figure import Figure
 
     shown = [row for row in table.rows if row.values and row.mean]
-    curves = {row.arm: curve for row in shown if (curve := _curve(analysis, row.arm, table.metric))}
+    sign = 1 if table.less_is_better else -1
+    best = sorted(shown, key=lambda row: sign * float(row.mean.mean) if row.mean else 0.0)[: len(COLORS)]
+    colors = {row.arm: color for row, color in zip(best, COLORS, strict=False)}
+    curves = {row.arm: curve for row in best if (curve := _curve(analysis, row.arm, table.metric))}
     figure = Figure(figsize=(10.5, max(2.6, 0.42 * len(shown) + 1.2)), layout="constrained")
     panels = figure.subplots(1, 2 if curves else 1, squeeze=False).flatten()
     for place, row in enumerate(shown):
         assert row.mean is not None
-        color = COLORS[place % len(COLORS)]
+        color = colors.get(row.arm, "#8a93a3")
         panels[0].plot(list(row.values.values()), [place] * len(row.values), "o", color=color, alpha=0.35, ms=4)
         if not math.isnan(row.mean.low):
             panels[0].plot([row.mean.low, row.mean.high], [place, place], "-", color=color, lw=2)
@@ -341,7 +344,8 @@ def draw(table: TableResult, analysis: Analysis) -> Any:
     panels[0].set_xlabel(f"{table.metric}: mean, {LEVEL:.0%} t interval, seeds", fontsize=8.5)
     if curves:
         panels[1].set_xlabel("step", fontsize=8.5)
-        panels[1].set_title(f"{table.metric}, mean and {LEVEL:.0%} t interval", fontsize=8.5, loc="left")
+        which = f", the {len(best)} best arms" if len(best) < len(shown) else ""
+        panels[1].set_title(f"{table.metric}, mean and {LEVEL:.0%} t interval{which}", fontsize=8.5, loc="left")
         for text in panels[1].legend(fontsize=8, frameon=False).get_texts():
             text.set_parse_math(False)
     for panel in panels:

@@ -188,6 +188,7 @@ def run_one(trial: Trial, folder: Path, environment: Mapping[str, str], commit: 
     runs.write_record(folder, trial, commit)
     (folder / runs.FAILURE).unlink(missing_ok=True)
     with (folder / runs.LOG).open("ab") as log:
+        before = log.tell()
         process = subprocess.Popen(command(folder), stdout=log, stderr=log, env=dict(environment))
         try:
             status = process.wait()
@@ -202,7 +203,7 @@ def run_one(trial: Trial, folder: Path, environment: Mapping[str, str], commit: 
     if status < 0 or status in _STOPPED:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else "was stopped"
         return f"{how}; the same command resumes it"
-    error = last_error(folder / runs.LOG) or f"status {status}"
+    error = last_error(folder / runs.LOG, before) or f"status {status}"
     files.write_document(folder / runs.FAILURE, {"error": error, "status": status, "commit": commit})
     return f"failed: {error}"
 
@@ -213,10 +214,15 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "lm.main", f"--config={recipe}", f"--workdir={folder}"]
 
 
-def last_error(log: Path) -> str:
-    """The last line of a log that begins with 'error: ', without that, or else its last line, as of a traceback."""
+def last_error(log: Path, start: int) -> str:
+    """The last line of a log that begins with 'error: ', without that, or else its last line, as of a traceback.
+
+    Args:
+      log: its file.
+      start: byte after those of earlier processes.
+    """
     with log.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
+        file.seek(max(start, os.fstat(file.fileno()).st_size - (1 << 16)))
         lines = file.read().decode(errors="replace").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
