@@ -500,7 +500,7 @@ def test_export_keeps_a_published_vocabulary_also_by_way_of_other_runs(words, tm
     assert run_lib.plan(new, None).published_vocab == 0
 
 
-@pytest.mark.parametrize(("asked", "rows"), [(0, 384), (512, 512)])
+@pytest.mark.parametrize(("asked", "rows"), [(0, 384), pytest.param(512, 512, marks=pytest.mark.slow)])
 def test_export_of_an_own_run_cuts_the_rows_that_no_id_uses(asked, rows, tmp_path):
     llama = dict(position="rope", norm="rmsnorm", mlp="swiglu", use_bias=False, max_len=32, vocab_size=asked)
     changes = {f"model__{key}": value for key, value in llama.items()}

@@ -90,6 +90,13 @@ def test_train_flops_of_grouped_heads_gate_and_window():
     assert flops.train_flops_per_token(model, seq_len=3, vocab_size=50) == 6 * matrices + 12 * 2 * 4 * 6 * 3
 
 
+def test_flops_of_a_bert_are_those_of_an_encoder_and_of_its_transform():
+    plain = ModelConfig(kind="encoder", num_layers=3, embed_dim=8, num_heads=2)
+    bert = dataclasses.replace(plain, norm_position="post", embed_norm=True, mlp="gelu_exact", lm_transform=True)
+    added = flops.train_flops_per_token(bert, 16, 50) - flops.train_flops_per_token(plain, 16, 50)
+    assert added == 6 * 8 * 8
+
+
 @pytest.mark.parametrize(("window", "seen"), [(0, 128.5), (64, 64 - 64 * 63 / 2 / 256), (500, 128.5)])
 def test_the_causal_half_counts_the_keys_that_a_position_sees(window, seen):
     """Up to one key: the diagonal counts as half."""
