@@ -219,9 +219,10 @@ def test_the_n_best_and_their_log_probs_match_a_plain_loop(kind, changes):
 
 
 def test_there_are_only_as_many_texts_as_there_are():
-    """With one new id there are five texts, of which two are the stop ids."""
-    made = n_best("history", PROMPTS[:2], {"max_new_tokens": 1}, beams=9, alpha=6.0, count=9)
-    assert [sorted(each.ids for each in found) for found in made] == [[[i] for i in range(VOCAB)]] * 2
+    """The stop ids, and of two ids those that do not begin with one."""
+    made = n_best("history", PROMPTS[:2], {"max_new_tokens": 2}, beams=20, alpha=6.0, count=20)
+    want = sorted([*([i] for i in STOPS), *([i, k] for i in GOING_ON for k in range(VOCAB))])
+    assert [sorted(each.ids for each in found) for found in made] == [want] * 2
 
 
 def test_more_texts_than_beams_and_stop_strings_are_refused():

@@ -141,6 +141,26 @@ def test_repetition_penalty_is_that_of_float64(style, penalty):
     assert make(style, PROMPTS[:1], repetition_penalty=penalty) == want[:1]
 
 
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_penalty_and_minimum_on_scores_of_both_signs(penalty):
+    """Before the third new id, no stop id; then any. Scores beyond the vocabulary stay masked."""
+    rng = np.random.default_rng(0)
+    scores, seen = rng.standard_normal((4, 9)).astype(np.float32), rng.random((4, 7)) < 0.5
+    assert ((scores[:, :7] < 0) & seen).any() and ((scores[:, :7] > 0) & seen).any()
+    cfg = GenerateConfig(repetition_penalty=penalty, min_new_tokens=2)
+    for step in range(4):
+        allowed_V = np.arange(7) != 5
+        found = sampling.adjust(jnp.array(scores), jnp.array(seen), step, jnp.array(allowed_V), (1, 3), cfg)
+        want = [
+            penalised(row.astype(np.float64), np.flatnonzero(ids), penalty)
+            for row, ids in zip(scores, seen, strict=True)
+        ]
+        masked = [5, 7, 8, *((1, 3) if step < 2 else ())]
+        assert np.all(found[:, masked] == losses.MASKED_LOGIT)
+        others = np.setdiff1d(np.arange(9), masked)
+        np.testing.assert_allclose(found[:, others], np.array(want)[:, others], rtol=1e-6)
+
+
 def test_padding_is_not_seen_and_ids_beyond_the_vocabulary_are_ignored():
     prompt = {"tokens": jnp.array([[0, 0, 4], [3, 9, 2]]), "segment_ids": jnp.array([[0, 0, 1], [1, 1, 1]])}
     found = sampling.seen_ids(prompt, 6, GenerateConfig(repetition_penalty=2.0))
@@ -204,7 +224,7 @@ def texts(words, style="llama", **changes) -> list[str]:
 
 
 def test_a_stop_string_cuts_a_text_wherever_it_is():
-    """In one id or over several, at the start, at a border of two checks, in no text: as on the whole text."""
+    """In one id or over several, overlapping, at a border of two checks, or in no text: as on the whole text."""
     words, options = spelling(), {"max_new_tokens": LONG, "repetition_penalty": 1.2}
     whole = texts(words, **options)
     rng = np.random.default_rng(0)
@@ -213,10 +233,11 @@ def test_a_stop_string_cuts_a_text_wherever_it_is():
         at, size = int(rng.integers(0, len(whole[row]) - 8)), int(rng.integers(1, 7))
         found.append(whole[row][at : at + size])
     cut = 0
-    for strings in [(string,) for string in found] + [tuple(found[3:5])]:
+    overlapping = (whole[2][11:14], whole[2][9:15], whole[2][30:33])
+    for strings in [*((string,) for string in found), tuple(found[3:5]), overlapping, overlapping[::-1]]:
         made = texts(words, stop=strings, **options)
-        ends = [[at for s in strings if (at := text.find(s)) >= 0] for text in whole]
-        assert made == [text[: min(at, default=None)] for text, at in zip(whole, ends, strict=True)], strings
+        ends = [[(at + len(s), at) for s in strings if (at := text.find(s)) >= 0] for text in whole]
+        assert made == [text[: min(at)[1] if at else None] for text, at in zip(whole, ends, strict=True)], strings
         cut += sum(map(bool, ends))
     assert cut > 6
 
@@ -225,13 +246,25 @@ def test_a_stop_string_ends_its_row_at_the_id_that_completes_it():
     """While the others go on; the log-probabilities are those of these ids."""
     words, options = spelling(), {"max_new_tokens": LONG, "repetition_penalty": 1.2, "log_probs": True}
     whole = sample("llama", PROMPTS, tokenizer=words, **options)
-    string = words.decode(whole[1].ids[18:21])[1:]
-    made = sample("llama", PROMPTS, tokenizer=words, stop=(string,), **options)
-    for each, full in zip(made, whole, strict=True):
-        n = next((n for n in range(LONG) if string in words.decode(full.ids[:n])), LONG)
-        assert each.ids == full.ids[:n]
-        np.testing.assert_allclose(each.log_probs, full.log_probs[:n], rtol=1e-6)
-    assert len(made[1].ids) < LONG
+    ends = set()
+    for at in (1, 15, 16, 17, 18, 32, 33, LONG):
+        string = words.decode(whole[1].ids[:at])[-5:]
+        made = sample("llama", PROMPTS, tokenizer=words, stop=(string,), **options)
+        for each, full in zip(made, whole, strict=True):
+            n = next((n for n in range(LONG) if string in words.decode(full.ids[:n])), LONG)
+            assert each.ids == full.ids[:n]
+            np.testing.assert_allclose(each.log_probs, full.log_probs[:n], rtol=1e-6)
+        ends.add(len(made[1].ids))
+    assert {1, 16, 17, 33} <= ends
+
+
+def test_of_overlapping_stop_strings_the_one_complete_first_counts():
+    """Whatever the borders of the ids are: 'bc' ends before 'abcd' does, and of two that end together the longer."""
+    words = SimpleNamespace(decode="".join)
+    for strings, want in ((("bc", "abcd"), "xa"), (("d", "bcd"), "xa"), (("cd", "x"), ""), (("e",), "xabcd")):
+        for order in (strings, strings[::-1]):
+            for ids in (["xabcd"], ["x", "abcd"], ["xabc", "d"]):
+                assert sampling.text_of(ids, words, Config(generate=GenerateConfig(stop=order))) == want
 
 
 def test_all_rows_that_have_ended_stop_the_loop(monkeypatch):

@@ -206,7 +206,6 @@ def sample(
     sizes = (model, options, cfg.model.logit_softcap, stops, log_probs)
     max_new = cfg.generate.max_new_tokens
     is_ended_B = np.zeros(len(prompt["tokens"]), bool)
-    is_ended_B[len(prompts) :] = bool(cfg.generate.stop)
     lengths, seen = [0] * len(prompts), 0
     state: _State | None = None
     for until in [*range(_STOP_STEP, max_new, _STOP_STEP), max_new] if cfg.generate.stop else [max_new]:
@@ -235,9 +234,10 @@ def _end(ids: list[int], seen: int, stops: tuple[int, ...], tokenizer: Tokenizer
 
 
 def text_of(ids: Sequence[int], tokenizer: Tokenizer, cfg: Config) -> str:
-    """The text of new ids, cut before the first stop string."""
+    """The text of new ids, cut before the stop string that is complete first, whatever the ids' borders are."""
     text = tokenizer.decode(ids)
-    return text[: min((at for string in cfg.generate.stop if (at := text.find(string)) >= 0), default=len(text))]
+    found = [(at + len(string), at) for string in cfg.generate.stop if (at := text.find(string)) >= 0]
+    return text[: min(found)[1]] if found else text
 
 
 def changed(cfg: Config, changes: Mapping[str, Any]) -> Config:
