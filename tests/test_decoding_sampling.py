@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toys
 
-from lm import losses, param_paths
+from lm import evaluator, losses, param_paths
 from lm.config import Config, GenerateConfig, MeshConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer as tokenizers
@@ -302,13 +302,31 @@ def test_stop_strings_penalty_and_minimum_on_a_mesh_are_those_of_one_device():
     changes["stop"] = (words.decode(whole[0].ids)[5:8],)
     alone = sample("llama", PROMPTS, tokenizer=words, rows_multiple=8, **changes)
     assert [each.ids for each in alone] != [each.ids for each in whole]
-    mesh = make_mesh(MeshConfig(data=4, tensor=2))
-    params = jax.device_put(model_of("llama")[2], sharding.replicated(mesh))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    _, model, params = model_of("llama")
     with jax.set_mesh(mesh):
+        where = param_paths.map_with_path(
+            lambda _, axes: jax.NamedSharding(mesh, sharding.spec(axes)), model.logical_axes()
+        )
+        params = jax.device_put(params, where)
         spread = sample("llama", PROMPTS, tokenizer=words, rows_multiple=8, params=params, **changes)
     for one, other in zip(alone, spread, strict=True):
         assert one.ids == other.ids
         np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=1e-5)
+
+
+def test_samples_of_an_evaluation_are_cut_before_a_stop_string():
+    words, (cfg, model, params) = spelling(), model_of("llama")
+    string = texts(words)[0][3:5]
+    run = SimpleNamespace(
+        cfg=Config(model=cfg, generate=GenerateConfig(max_new_tokens=NEW, temperature=0.0, stop=(string,))),
+        prompts={str(prompt): prompt for prompt in PROMPTS},
+        plan=SimpleNamespace(tokenizer=words),
+        program=SimpleNamespace(model=model),
+        mesh=make_mesh(MeshConfig()),
+    )
+    found = evaluator.samples(run, params, 3)
+    assert list(found.values()) == [text.partition(string)[0] for text in texts(words)]
 
 
 def test_one_new_token_can_be_generated():
