@@ -121,7 +121,7 @@ def check_output(flag: str, path: str) -> None:
 _GENERATE: dict[str, tuple[Callable[..., flags.FlagHolder[Any]], str]] = {
     "max_new_tokens": (flags.DEFINE_integer, "Longest text"),
     "min_new_tokens": (flags.DEFINE_integer, "Before so many tokens, none ends the text"),
-    "stop": (flags.DEFINE_multi_string, "A string that ends the text, which is cut before it; may be repeated"),
+    "stop": (flags.DEFINE_multi_string, "A string that ends the text, which is cut before it"),
     "temperature": (flags.DEFINE_float, "0 = greedy decoding"),
     "top_k": (flags.DEFINE_integer, "Sample from the k most likely tokens"),
     "top_p": (flags.DEFINE_float, "Sample from the most likely tokens of total probability p"),
