@@ -3,6 +3,7 @@
     lm.load(RUN)               a trained run: .predict, .generate, .logits, .embed, .params, .config, .tokenizer
     lm.train(config, workdir)  trains, or resumes the run in `workdir`
     lm.LoadedModel             the type of what `load` returns
+    lm.Generated               the type of texts with log-probabilities, from `.generate(..., log_probs=True)`
 
 These names are the Python interface. `import lm` imports nothing else; JAX is imported when one of them is used.
 """
@@ -11,11 +12,12 @@ TYPE_CHECKING = False  # type checkers take it for true; even `typing` would tak
 if TYPE_CHECKING:
     from typing import Any
 
+    from lm.predict import Generated as Generated
     from lm.predict import LoadedModel as LoadedModel
     from lm.predict import load as load
 
 __version__ = "0.1.0"
-_IN_PREDICT = ("LoadedModel", "load")
+_IN_PREDICT = ("Generated", "LoadedModel", "load")
 
 
 def __getattr__(name: str) -> "Any":

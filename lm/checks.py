@@ -3,7 +3,7 @@
 import importlib.util
 import re
 
-from lm.config import Config, LossConfig, schema
+from lm.config import Config, GenerateConfig, LossConfig, schema
 from lm.config.schema import ConfigError
 from lm.data import augment
 from lm.tasks import columns_of_batch, task_of
@@ -60,5 +60,13 @@ def fit(cfg: Config) -> None:
         )
     if cfg.model.dtype in ("int8", "fp8") and importlib.util.find_spec("qwix") is None:
         raise ConfigError(f"'model.dtype' is {cfg.model.dtype}, which needs qwix: pip install -e '.[quantization]'")
-    if cfg.generate.prompts and (task.prompt is None or head or cfg.model.kind == "encoder"):
-        raise ConfigError("'generate.prompts' is set, but this model does not generate text; set it to ()")
+    generates = task.prompt is not None and not head and cfg.model.kind != "encoder"
+    for key in ("prompts", "stop", "min_new_tokens", "repetition_penalty"):
+        off = getattr(GenerateConfig(), key)
+        if getattr(cfg.generate, key) != off and not generates:
+            raise ConfigError(f"'generate.{key}' is set, but this model does not generate text; set it to {off}")
+    if cfg.generate.stop and task.answers_with_text:
+        raise ConfigError(
+            f"'generate.stop' is set, but the texts of task.name={name} are found by beam search, which does not read "
+            "it; set it to ()"
+        )

@@ -136,7 +136,7 @@ def samples(run: Run, params: Params, step: int) -> dict[str, str]:
     shards = sharding.batch_shards(run.mesh)
     prompts = list(run.prompts.values())
     made = sampling.generate(run.program.model, params, prompts, key, run.cfg, tokenizer, rows_multiple=shards)
-    return {prompt: tokenizer.decode(ids) for prompt, ids in zip(run.prompts, made, strict=True)}
+    return {prompt: sampling.text_of(ids, tokenizer, run.cfg) for prompt, ids in zip(run.prompts, made, strict=True)}
 
 
 def with_units(values: dict[str, float], cfg: Config) -> str:

@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,23 @@ _BATCHES_AT_ONCE = 4  # of records, whose rows are made and computed together
 _NOT_COUNTED = ("documents", "examples")  # counts that every record has
 _TABLE_ROWS = 1024  # of a Parquet file that are written together
 _SUM, _WEIGHT = "sum of ", "weight of "
+
+
+class Generated(NamedTuple):
+    """A generated text.
+
+    Attributes:
+      text: cut before the first stop string.
+      token_ids: as they were generated, with the one that ended the text: a stop id, or the one that completed a stop
+        string.
+      log_probs: log P of each of these ids given those before it, in nats: the model's own, before the repetition
+        penalty, temperature and masks. Of beam search their sum, divided by the length penalty, is the score, if there
+        is no repetition penalty.
+    """
+
+    text: str
+    token_ids: list[int]
+    log_probs: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,32 +101,64 @@ class LoadedModel:
         """
         return list(predictions(self, given_records(self, records), beams=beams))
 
-    def generate(self, texts: Sequence[str], *, seed: int = 0, beams: int = 4, **changes: Any) -> list[str]:
+    @overload
+    def generate(
+        self, texts: Sequence[str], *, samples: None = None, log_probs: Literal[False] = False, **options: Any
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self, texts: Sequence[str], *, samples: None = None, log_probs: Literal[True], **options: Any
+    ) -> list[Generated]: ...
+
+    @overload
+    def generate(
+        self, texts: Sequence[str], *, samples: int, log_probs: Literal[False] = False, **options: Any
+    ) -> list[list[str]]: ...
+
+    @overload
+    def generate(
+        self, texts: Sequence[str], *, samples: int, log_probs: Literal[True], **options: Any
+    ) -> list[list[Generated]]: ...
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        *,
+        samples: int | None = None,
+        log_probs: bool = False,
+        seed: int = 0,
+        beams: int | None = None,
+        alpha: float | None = None,
+        **changes: Any,
+    ) -> Any:
         """Continues, answers or translates each text, in the form of the run's task.
 
         Args:
           texts: the start of a document, a user's turn, or a text to translate.
+          samples: a list of so many for each text instead of one: drawn independently, or, of beam search, the best,
+            best first.
+          log_probs: whether to return a `Generated` instead of each text.
           seed: of the sampling.
-          beams: of translations; 1 = greedy.
-          **changes: keys of `generate` of the config: max_new_tokens, temperature, top_k, top_p.
+          beams: of beam search, 1 = greedy; 0 = sampling. None = 4 for translations, sampling for other tasks.
+          alpha: length penalty of beam search, see `lm.decoding.beam_search.search`; None = 0.6.
+          **changes: keys of `generate` of the config: max_new_tokens, min_new_tokens, stop, temperature, top_k, top_p,
+            repetition_penalty, symbols.
 
         Raises:
-          ConfigError: the model does not generate text, a key is unknown, or a text leaves no room for what follows.
+          ConfigError: the model does not generate text, a key is unknown or has no effect, or a text leaves no room for
+            what follows.
         """
-        values = schema.to_dict(self.config)
-        cfg = build_config(values | {"generate": values["generate"] | changes}) if changes else self.config
+        cfg = sampling.changed(self.config, changes)
+        sampling.check_kind(cfg)
+        if beams is None:
+            beams = 4 if task_of(cfg).answers_with_text else 0
+        sampling.check_options(cfg, changes, beams=beams, samples=samples, alpha=alpha)
         prompts = [sampling.encode_prompt(text, self.tokenizer, cfg) for text in texts]
-        if task_of(cfg).answers_with_text:
-            return _translated(dataclasses.replace(self, config=cfg), prompts, beams)
-
-        def of(chosen: list[int]) -> list[list[int]]:
-            key = jax.random.fold_in(jax.random.key(seed), chosen[0])
-            some = [prompts[i] for i in chosen]
-            return sampling.generate(
-                self.model, self.params, some, key, cfg, self.tokenizer, rows_multiple=self.batch_size
-            )
-
-        return _decoded(self, prompts, of)
+        loaded = dataclasses.replace(self, config=cfg)
+        made = _generated(loaded, prompts, count=samples or 1, log_probs=log_probs, seed=seed, beams=beams, alpha=alpha)
+        found = [each if log_probs else [one.text for one in each] for each in made]
+        return found if samples else [each[0] for each in found]
 
     def logits(self, records: Iterable[Mapping[str, Any] | str]) -> list[np.ndarray]:
         """Logits of each record, float32: of the classes, [C], or [n, C] for a model that labels tokens; of the next
@@ -252,9 +301,10 @@ def predictions(
     if task.answers_with_text:
         for some in _groups(loaded, records, base.unread(task)):
             sources = [_source(record["text"], loaded) for record in some]
-            translated = _translated(loaded, [ids for ids, _ in sources], beams, alpha)
-            for record, text, (_, counts) in zip(some, translated, sources, strict=True):
-                yield {"number": first} | asked(record) | {"prediction": text} | ({"counts": counts} if counts else {})
+            translated = _generated(loaded, [ids for ids, _ in sources], beams=beams, alpha=alpha)
+            for record, (best,), (_, counts) in zip(some, translated, sources, strict=True):
+                kept: dict[str, Any] = {"counts": counts} if counts else {}
+                yield {"number": first} | asked(record) | {"prediction": best.text} | kept
                 first += 1
         return
     name = "predict" if predictor else "measure"
@@ -505,6 +555,8 @@ def write_predictions(
         raise DataError(f"data path '{data.path}': no record; expected at least one")
     note(f"{total:,} records in {data.path}")
     about = {"model": loaded.name, "checkpoint": loaded.fingerprint, "beams": beams, "data": schema.to_dict(data)}
+    if task_of(loaded.config).answers_with_text:
+        about["generate"] = schema.to_dict(loaded.config.generate)
     about = json.loads(json.dumps(about))
     if part.exists() and (not about_part.exists() or json.loads(about_part.read_text()) != about):
         raise ConfigError(f"{part} was begun with another model, file or option; remove it to begin anew")
@@ -670,33 +722,46 @@ def _source(text: str, loaded: LoadedModel) -> tuple[list[int], dict[str, int]]:
     return [*ids[: cfg.model.max_len - 1], loaded.tokenizer.eos_id], {"source_cut": 1}
 
 
-def _translated(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], beams: int, alpha: float = beam_search.ALPHA
-) -> list[str]:
-    """The translation of each text by beam search, on one line each."""
-    cfg, tokenizer = loaded.config, loaded.tokenizer
+def _generated(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    beams: int,
+    count: int = 1,
+    log_probs: bool = False,
+    seed: int = 0,
+    alpha: float | None = None,
+) -> list[list[Generated]]:
+    """`count` texts for each prompt; translations on one line each.
 
-    def of(chosen: list[int]) -> list[list[int]]:
+    Prompts of like length are continued together: a prompt is padded alike, whatever its neighbours are.
+    """
+    cfg, tokenizer, rows = loaded.config, loaded.tokenizer, loaded.batch_size
+
+    def of(chosen: list[int]) -> Iterable[list[sampling.Generated]]:
         some = [prompts[i] for i in chosen]
-        rows = loaded.batch_size
-        return beam_search.search(
-            loaded.model, loaded.params, some, cfg, tokenizer, beams=beams, alpha=alpha, rows_multiple=rows
+        if beams:
+            penalty = beam_search.ALPHA if alpha is None else alpha
+            sizes = {"beams": beams, "count": count, "rows_multiple": rows}
+            return beam_search.search(loaded.model, loaded.params, some, cfg, tokenizer, alpha=penalty, **sizes)
+        some = [prompt for prompt in some for _ in range(count)]
+        key = jax.random.fold_in(jax.random.key(seed), chosen[0])
+        made = sampling.sample(
+            loaded.model, loaded.params, some, key, cfg, tokenizer, rows_multiple=rows * count, log_probs=log_probs
         )
+        return _chunks(made, count)
 
-    return [" ".join(text.split()) for text in _decoded(loaded, prompts, of)]
+    def finished(one: sampling.Generated) -> Generated:
+        text = sampling.text_of(one.ids, tokenizer, cfg)
+        return Generated(" ".join(text.split()) if task_of(cfg).answers_with_text else text, *one)
 
-
-def _decoded(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], of: Callable[[list[int]], list[list[int]]]
-) -> list[str]:
-    """Generates for prompts of like length together: a prompt is padded alike, whatever its neighbours are."""
     padded = [-(-len(prompt) // sampling.PROMPT_STEP) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: padded[i])
-    texts = [""] * len(prompts)
+    texts: list[list[Generated]] = [[] for _ in prompts]
     for _, group in itertools.groupby(order, key=lambda i: padded[i]):
-        for chosen in _chunks(group, loaded.batch_size):
-            for i, ids in zip(chosen, of(chosen), strict=True):
-                texts[i] = loaded.tokenizer.decode(ids)
+        for chosen in _chunks(group, rows):
+            for i, made in zip(chosen, of(chosen), strict=True):
+                texts[i] = [finished(one) for one in made]
     return texts
 
 

@@ -20,7 +20,7 @@ from lm import losses, param_paths  # noqa: E402
 from lm.checkpoint import CheckpointError, hf  # noqa: E402
 from lm.checkpoint.hf import export  # noqa: E402
 from lm.config import Config, GenerateConfig, ModelConfig, schema  # noqa: E402
-from lm.decoding import sampling  # noqa: E402
+from lm.decoding import beam_search, sampling  # noqa: E402
 from lm.models import rope as rope_lib  # noqa: E402
 from lm.models import transformer  # noqa: E402
 from lm.tasks import sentence_embeddings  # noqa: E402
@@ -199,6 +199,31 @@ def test_greedy_generation_is_that_of_transformers(name, folder):
             torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=1, pad_token_id=1
         )
         assert ids == [i for i in out[0, len(prompt) :].tolist() if i != 1] and ids
+
+
+@pytest.mark.parametrize("name", GENERATING[:2])
+def test_repetition_penalty_and_minimum_length_are_those_of_transformers(name, folder):
+    """Greedy, and the three best of beam search, whose texts a minimum gives the same length."""
+    cfg, fns, params = read(folder(name))
+    prompts = [[5, 6, 7, 8, 9, 5, 11, 12], [3, 4]]
+    words = SimpleNamespace(eos_id=1, may_generate=lambda ends, symbols: np.ones(VOCAB, bool))
+    shared = {"max_new_tokens": 24, "repetition_penalty": 1.3}
+    common = shared | {"do_sample": False, "eos_token_id": 1, "pad_token_id": 1}
+
+    def config(least: int) -> Config:
+        return Config(model=cfg, generate=GenerateConfig(min_new_tokens=least, temperature=0.0, **shared))
+
+    greedy = sampling.sample(fns, params, prompts, jax.random.key(0), config(20), words)
+    searched = beam_search.search(fns, params, prompts, config(24), words, beams=3, alpha=0.0, count=3)
+    for prompt, ids, best in zip(prompts, greedy, searched, strict=True):
+        given, n = torch.tensor([prompt]), len(prompt)
+        out = theirs(name).generate(given, min_new_tokens=20, **common)
+        assert ids.ids == out[0, n:].tolist()
+        plain = theirs(name).generate(given, **common | {"repetition_penalty": 1.0})
+        assert ids.ids != plain[0, n:].tolist()
+        beams = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "min_new_tokens": 24}
+        out = theirs(name).generate(given, **common | beams)
+        assert [each.ids for each in best] == out[:, n:].tolist()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

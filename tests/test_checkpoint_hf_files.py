@@ -468,7 +468,7 @@ def test_each_device_reads_its_own_slices(published, monkeypatch):
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def test_import_then_export_gives_the_same_tensors(published, words, tmp_path):
+def test_import_then_export_gives_the_same_tensors(published, words, tmp_path, monkeypatch):
     folder, params = published
     tool_modules.call("hf", "import", folder, tmp_path / "run", f"--tokenizer={words}")
     cfg, _, read, _ = run_lib.load_model(str(tmp_path / "run"))
@@ -481,7 +481,17 @@ def test_import_then_export_gives_the_same_tensors(published, words, tmp_path):
     assert mine.keys() == there.keys() and all(mine[name].tobytes() == there[name].tobytes() for name in there)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["bos_token_id"] == 1 and config["eos_token_id"] == 2
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2]
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2] and "repetition_penalty" not in generation
+    saved, (cfg, *others) = run_lib.load_checkpoint(str(tmp_path / "run"))
+    changes = {"min_new_tokens": 3, "repetition_penalty": 1.2, "stop": ("a",), "temperature": 0.0}
+    cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, **changes))
+    monkeypatch.setattr(run_lib, "load_checkpoint", lambda _: (saved, (cfg, *others)))
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    sampled = ("do_sample", "temperature", "top_p", "top_k")
+    kept = {name: value for name, value in generation.items() if name not in sampled}
+    assert again == kept | {"min_new_tokens": 3, "repetition_penalty": 1.2, "stop_strings": ["a"]}
 
 
 def test_export_keeps_a_published_vocabulary_also_by_way_of_other_runs(words, tmp_path):

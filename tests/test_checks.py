@@ -1,11 +1,12 @@
 """lm/checks.py: rows that could not hold what a task trains on are refused before data is read."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
 
 from lm import checks
-from lm.config import Config, DataConfig, ModelConfig, TokenizerConfig
+from lm.config import Config, DataConfig, GenerateConfig, ModelConfig, TokenizerConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer
 from lm.data.record import DataError
@@ -84,6 +85,15 @@ def test_translations_need_room_for_text_on_both_sides():
         checks.fit(config("translation", 2, target_len=target_len))
     with pytest.raises(ConfigError, match=r"'data.target_len' is 1: rows would hold no text; expected at least 2"):
         checks.fit(config("translation", 2, target_len=1))
+
+
+def test_stop_strings_of_translations_are_refused_since_beam_search_does_not_read_them():
+    cfg = dataclasses.replace(config("translation", 8), generate=GenerateConfig(stop=("a",), min_new_tokens=2))
+    with pytest.raises(
+        ConfigError, match=r"'generate\.stop' is set, but the texts of task\.name=translation are found"
+    ):
+        checks.fit(cfg)
+    checks.fit(dataclasses.replace(cfg, generate=GenerateConfig(min_new_tokens=2)))
 
 
 def test_a_prompt_without_room_for_its_text_is_refused_by_place():

@@ -140,7 +140,13 @@ REFUSED = {
     "zero layers": ({"model": {"num_layers": 0}}, r"'model\.num_layers' must be at least 1, got 0"),
     "dropout of everything": ({"model": {"dropout": 1.0}}, r"'model\.dropout' must be in \[0, 1\), got 1\.0"),
     "top_p of 0": ({"generate": {"top_p": 0.0}}, r"'generate\.top_p' must be in \(0, 1\], got 0\.0"),
+    "penalty of 0": ({"generate": {"repetition_penalty": 0.0}}, r"'generate\.repetition_penalty' must be above 0"),
+    "empty stop string": ({"generate": {"stop": ["a", ""]}}, r"'generate\.stop' has an empty string"),
     # contradictions
+    "min above max": (
+        {"generate": {"min_new_tokens": 9, "max_new_tokens": 8}},
+        r"'generate\.min_new_tokens' \(9\) is above 'generate\.max_new_tokens' \(8\)",
+    ),
     "uneven micro-batches": (
         {"data": {"batch_size": 8}, "train": {"total_steps": 1, "micro_batches": 3}},
         r"'data\.batch_size' \(8\) must be a multiple of 'train\.micro_batches' \(3\)",

@@ -117,35 +117,50 @@ def best_of_all(kind: str, alpha: float, going_on=GOING_ON) -> list[list[int]]:
     return made
 
 
-def plain_search(kind: str, beams: int, alpha: float) -> list[list[int]]:
+def plain_search(
+    kind: str, beams: int, alpha: float, penalty: float = 1.0, least: int = 0
+) -> list[list[tuple[float, tuple[int, ...]]]]:
+    """(score, ids with the stop id) of the finished hypotheses of each prompt, best first."""
     made = []
     for number in range(len(PROMPTS)):
+        prompt = () if kind in toys.ENCODER_DECODERS else PROMPTS[number]
         live, done = [(0.0, ())], []
         for n in range(1, NEW + 1):
             found = [
-                (score + log_p, (*way, token))
+                # A log-probability is negative: the penalty multiplies it.
+                (score + log_p * (penalty if token in (*prompt, *way) else 1.0), (*way, token))
                 for score, way in live
                 for token, log_p in enumerate(table(kind)[number, way])
+                if n > least or token not in STOPS
             ]
             found.sort(key=lambda item: -item[0])
-            done += [(s / ((5 + n) / 6) ** alpha, way[:-1]) for s, way in found[:beams] if way[-1] in STOPS]
+            ended = [(s / ((5 + n) / 6) ** alpha, way) for s, way in found[:beams] if way[-1] in STOPS]
+            done = sorted([*done, *ended], key=lambda item: -item[0])
             live = [item for item in found if item[1][-1] not in STOPS][:beams]
             if len(done) >= beams:
                 break
         else:
             done += [(s / ((5 + NEW) / 6) ** alpha, way) for s, way in live]
-        made.append(list(max(done)[1]))
+        made.append(sorted(done, key=lambda item: -item[0]))
     return made
 
 
-def config(kind: str) -> Config:
-    generation = GenerateConfig(max_new_tokens=NEW, temperature=0.0)
+def without_stop(ids) -> list[int]:
+    return [i for i in ids if i not in STOPS]
+
+
+def config(kind: str, **changes) -> Config:
+    generation = GenerateConfig(**{"max_new_tokens": NEW, "temperature": 0.0} | changes)
     return Config(model=model_of(kind)[0], generate=generation, task=toys.task("chat"))  # chat has both stop ids
 
 
-def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:
+def n_best(kind: str, prompts=PROMPTS, changes=(), words=WORDS, **options) -> list[list[sampling.Generated]]:
     _, model, params = model_of(kind)
-    return beam_search.search(model, params, prompts, config(kind), WORDS, **options)
+    return beam_search.search(model, params, prompts, config(kind, **dict(changes)), words, **options)
+
+
+def search(kind: str, prompts=PROMPTS, **options) -> list[list[int]]:
+    return [without_stop(best.ids) for (best,) in n_best(kind, prompts, **options)]
 
 
 @pytest.mark.parametrize("kind", ["prefix_decoder", "relative", "learned"])
@@ -181,7 +196,40 @@ def test_the_examples_distinguish_the_cases():
 @pytest.mark.parametrize(("kind", "beams"), [("history", 2), ("history", 3), ("relative", 3)])
 def test_few_beams_match_a_plain_loop(kind, beams):
     for alpha in (0.0, 0.6, 3.0):
-        assert search(kind, beams=beams, alpha=alpha) == plain_search(kind, beams, alpha)
+        want = plain_search(kind, beams, alpha)
+        assert search(kind, beams=beams, alpha=alpha) == [without_stop(found[0][1]) for found in want]
+
+
+@pytest.mark.parametrize("kind", ["history", "relative", "decoder"])
+@pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 1.8}, {"min_new_tokens": 3}])
+def test_the_n_best_and_their_log_probs_match_a_plain_loop(kind, changes):
+    """Of an encoder-decoder, the penalty is on what the decoder reads; a minimum delays the stop ids."""
+    beams, alpha = 3, 0.6
+    plain = {"penalty": changes.get("repetition_penalty", 1.0), "least": changes.get("min_new_tokens", 0)}
+    want = plain_search(kind, beams, alpha, **plain)
+    assert not changes or want != plain_search(kind, beams, alpha)
+    made = n_best(kind, changes=changes, beams=beams, alpha=alpha, count=3)
+    for number, (hypotheses, found) in enumerate(zip(made, want, strict=True)):
+        assert [tuple(each.ids) for each in hypotheses] == [ids for _, ids in found[:3]]
+        for each, (score, ids) in zip(hypotheses, found, strict=False):
+            log_probs = [table(kind)[number, ids[:n]][ids[n]] for n in range(len(ids))]
+            np.testing.assert_allclose(each.log_probs, log_probs, rtol=0, atol=1e-4)
+            if plain["penalty"] == 1.0:
+                assert sum(each.log_probs) / ((5 + len(ids)) / 6) ** alpha == pytest.approx(score, abs=1e-4)
+
+
+def test_there_are_only_as_many_texts_as_there_are():
+    """The stop ids, and of two ids those that do not begin with one."""
+    made = n_best("history", PROMPTS[:2], {"max_new_tokens": 2}, beams=20, alpha=6.0, count=20)
+    want = sorted([*([i] for i in STOPS), *([i, k] for i in GOING_ON for k in range(VOCAB))])
+    assert [sorted(each.ids for each in found) for found in made] == [want] * 2
+
+
+def test_more_texts_than_beams_and_stop_strings_are_refused():
+    with pytest.raises(ValueError, match="3 texts of a prompt by a search with 2 beams; expected 1 to 2"):
+        n_best("history", beams=2, count=3)
+    with pytest.raises(ConfigError, match=r"'generate.stop' is not read by beam search"):
+        n_best("history", changes={"stop": ("a",)}, beams=2)
 
 
 def test_a_batch_of_prompts_gives_the_same_as_each_prompt_alone():
@@ -198,8 +246,7 @@ def test_forbidden_ids_are_in_no_text():
     words = SimpleNamespace(
         **vars(WORDS) | {"may_generate": lambda ends, symbols: np.isin(np.arange(VOCAB), [*others, *ends])}
     )
-    _, model, params = model_of("history")
-    made = beam_search.search(model, params, PROMPTS, config("history"), words, beams=140, alpha=3.0)
+    made = search("history", words=words, beams=140, alpha=3.0)
     assert made == best_of_all("history", 3.0, others)
 
 

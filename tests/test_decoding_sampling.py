@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import toys
 
-from lm import losses, param_paths
-from lm.config import Config, GenerateConfig
+from lm import evaluator, losses, param_paths
+from lm.config import Config, GenerateConfig, MeshConfig
 from lm.config.schema import ConfigError
 from lm.data import tokenizer as tokenizers
 from lm.decoding import sampling
+from lm.parallel import sharding
+from lm.parallel.mesh import make_mesh
 from lm.tasks import build_config, default_config
 
 NEW = 6
@@ -44,36 +46,65 @@ def model_of(style: str):
     return toys.decoder(toys.STYLES[style], MAX_LEN)
 
 
-def make(style, prompts, *, seed=0, tokenizer=NEVER, params=None, rows_multiple=1, task="causal_lm", **changes):
+def make(style, prompts, **options) -> list[list[int]]:
+    return sample(style, prompts, function=sampling.generate, **options)
+
+
+def sample(
+    style, prompts, *, seed=0, tokenizer=NEVER, params=None, task="causal_lm", function=sampling.sample, **changes
+):
     cfg, model, toy_params = model_of(style)
+    options = {name: changes.pop(name) for name in ("rows_multiple", "log_probs") if name in changes}
     changes = {"max_new_tokens": NEW, "temperature": 0.0} | changes
     whole = Config(model=cfg, generate=GenerateConfig(**changes), task=toys.task(task))
-    return sampling.generate(
-        model, params or toy_params, prompts, jax.random.key(seed), whole, tokenizer, rows_multiple=rows_multiple
-    )
+    return function(model, params or toy_params, prompts, jax.random.key(seed), whole, tokenizer, **options)
+
+
+def penalised(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
+    """Keskar et al. 2019, in float64."""
+    return np.array([x if i not in seen else x * penalty if x < 0 else x / penalty for i, x in enumerate(logits)])
 
 
 @functools.cache
-def greedy(style: str) -> list[list[int]]:
-    """Greedy continuation by a full forward pass per token, without a cache; every prompt starts at column 0."""
+def reference(
+    style: str, new: int = NEW, penalty: float = 1.0, stop: int = -1, least: int = 0
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy continuation by a full forward pass per token, without a cache; every prompt starts at column 0.
+
+    Returns:
+      New ids with the stop id, and their log-probabilities under the model, in float64.
+    """
     cfg, model, params = model_of(style)
+    length = max(map(len, PROMPTS)) + new
 
     @jax.jit
     def logits(tokens, segments):
-        positions = jnp.broadcast_to(jnp.arange(MAX_LEN), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         out = model.apply(params, {"tokens": tokens, "segment_ids": segments, "positions": positions})
         return losses.logits(out.hidden_BxLxD, out.unembed_DxV, vocab_size=toys.VOCAB, softcap=cfg.logit_softcap)
 
     rows = [list(prompt) for prompt in PROMPTS]
-    for _ in range(NEW):
-        tokens = np.zeros((len(rows), MAX_LEN), np.int32)
+    log_probs: list[list[float]] = [[] for _ in rows]
+    for step in range(new):
+        tokens = np.zeros((len(rows), length), np.int32)
         segments = np.zeros_like(tokens)
         for number, row in enumerate(rows):
             tokens[number, : len(row)], segments[number, : len(row)] = row, 1
-        found = np.asarray(logits(tokens, segments))
+        found = np.asarray(logits(tokens, segments), np.float64)
         for number, row in enumerate(rows):
-            row.append(int(found[number, len(row) - 1, : toys.VOCAB].argmax()))
-    return [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS, strict=True)]
+            if log_probs[number] and row[-1] == stop:
+                continue
+            own = found[number, len(row) - 1, : toys.VOCAB]
+            scores = penalised(own, row, penalty)
+            if stop >= 0 and step < least:
+                scores[stop] = -np.inf
+            row.append(int(scores.argmax()))
+            log_probs[number].append(own[row[-1]] - np.log(np.exp(own - own.max()).sum()) - own.max())
+    return [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS, strict=True)], log_probs
+
+
+def greedy(style: str) -> list[list[int]]:
+    return reference(style)[0]
 
 
 @pytest.mark.parametrize("style", toys.STYLES)
@@ -98,6 +129,204 @@ def test_a_row_stops_at_either_stop_id_while_the_others_continue():
     ends = ends_of(stops)
     made = make("llama", PROMPTS, tokenizer=words_of(*stops), task="chat")
     assert made == [row[:end] for row, end in zip(want, ends, strict=True)]
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 5.0])
+def test_repetition_penalty_is_that_of_float64(style, penalty):
+    """Ids of the prompt count, padding does not: id 0 is in no prompt, and prompts have different lengths."""
+    want = reference(style, penalty=penalty)[0]
+    assert want != greedy(style) or penalty < 1
+    assert make(style, PROMPTS, repetition_penalty=penalty) == want
+    assert make(style, PROMPTS[:1], repetition_penalty=penalty) == want[:1]
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_penalty_and_minimum_on_scores_of_both_signs(penalty):
+    """Before the third new id, no stop id; then any. Scores beyond the vocabulary stay masked."""
+    rng = np.random.default_rng(0)
+    scores, seen = rng.standard_normal((4, 9)).astype(np.float32), rng.random((4, 7)) < 0.5
+    assert ((scores[:, :7] < 0) & seen).any() and ((scores[:, :7] > 0) & seen).any()
+    cfg = GenerateConfig(repetition_penalty=penalty, min_new_tokens=2)
+    for step in range(4):
+        allowed_V = np.arange(7) != 5
+        found = sampling.adjust(jnp.array(scores), jnp.array(seen), step, jnp.array(allowed_V), (1, 3), cfg)
+        want = [
+            penalised(row.astype(np.float64), np.flatnonzero(ids), penalty)
+            for row, ids in zip(scores, seen, strict=True)
+        ]
+        masked = [5, 7, 8, *((1, 3) if step < 2 else ())]
+        assert np.all(found[:, masked] == losses.MASKED_LOGIT)
+        others = np.setdiff1d(np.arange(9), masked)
+        np.testing.assert_allclose(found[:, others], np.array(want)[:, others], rtol=1e-6)
+
+
+def test_padding_is_not_seen_and_ids_beyond_the_vocabulary_are_ignored():
+    prompt = {"tokens": jnp.array([[0, 0, 4], [3, 9, 2]]), "segment_ids": jnp.array([[0, 0, 1], [1, 1, 1]])}
+    found = sampling.seen_ids(prompt, 6, GenerateConfig(repetition_penalty=2.0))
+    assert np.asarray(found).astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("least", [1, 3, NEW])
+def test_no_stop_id_before_the_minimum_of_new_tokens(least):
+    """The stop id is one that ends row 1 at once; later it ends the row as soon as it is the most likely."""
+    stop = greedy("llama")[1][0]
+    want = reference("llama", stop=stop, least=least)[0]
+    made = make("llama", PROMPTS, tokenizer=words_of(stop), min_new_tokens=least)
+    assert made == [[i for i in row if i != stop] for row in want] and min(map(len, made)) >= least
+    assert make("llama", PROMPTS, tokenizer=words_of(stop))[1] == []
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_log_probs_are_those_of_the_model_in_float64(style, penalty):
+    """Of a full forward pass over prompt and new ids, before the penalty, with the stop id."""
+    stop = reference(style, penalty=penalty)[0][2][2]
+    ids, log_probs = reference(style, penalty=penalty, stop=stop)
+    assert len({len(row) for row in ids}) > 1
+    made = sample(style, PROMPTS, tokenizer=words_of(stop), repetition_penalty=penalty, log_probs=True)
+    assert [each.ids for each in made] == ids
+    for each, want in zip(made, log_probs, strict=True):
+        np.testing.assert_allclose(each.log_probs, want, rtol=0, atol=2e-5)
+
+
+def test_log_probs_do_not_depend_on_how_an_id_was_drawn():
+    """Sampled ids of any temperature have the log-probabilities that the model gives them."""
+    drawn = sample("llama", PROMPTS, temperature=3.0, top_k=9, log_probs=True)
+    assert [each.ids for each in drawn] == make("llama", PROMPTS, temperature=3.0, top_k=9)
+    _, model, params = model_of("llama")
+    for prompt, each in zip(PROMPTS, drawn, strict=True):
+        tokens = np.array([[*prompt, *each.ids]])
+        batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": np.arange(tokens.size)[None]}
+        out = jax.jit(model.apply)(params, batch)
+        logits_LxV = losses.logits(out.hidden_BxLxD[0], out.unembed_DxV, vocab_size=toys.VOCAB, softcap=30.0)
+        logits_LxV = np.asarray(logits_LxV, np.float64)[len(prompt) - 1 : -1, : toys.VOCAB]
+        want = logits_LxV[np.arange(NEW), each.ids] - np.log(np.exp(logits_LxV).sum(axis=1))
+        np.testing.assert_allclose(each.log_probs, want, rtol=0, atol=2e-5)
+
+
+LONG = 40  # new ids: more than two checks of the stop strings
+
+
+def spelling(stop_id: int = -1):
+    """A tokenizer of ids of one to three letters."""
+    letters = [chr(97 + i % 7) + chr(97 + i % 5) * (i % 3) for i in range(toys.VOCAB)]
+    words = words_of(stop_id)
+    words.is_control_V = np.arange(toys.VOCAB) == stop_id
+    words.piece = lambda i: "<|end|>" if i == stop_id else letters[i]
+    words.decode = lambda ids: "".join(letters[i] for i in ids if i != stop_id)
+    return words
+
+
+def texts(words, style="llama", **changes) -> list[str]:
+    cfg = Config(generate=GenerateConfig(**changes))
+    return [sampling.text_of(ids, words, cfg) for ids in make(style, PROMPTS, tokenizer=words, **changes)]
+
+
+def test_a_stop_string_cuts_a_text_wherever_it_is():
+    """In one id or over several, overlapping, at a border of two checks, or in no text: as on the whole text."""
+    words, options = spelling(), {"max_new_tokens": LONG, "repetition_penalty": 1.2}
+    whole = texts(words, **options)
+    rng = np.random.default_rng(0)
+    found = [whole[0][:2], whole[1][-3:], "zz"]
+    for row in (0, 1, 2):
+        at, size = int(rng.integers(0, len(whole[row]) - 8)), int(rng.integers(1, 7))
+        found.append(whole[row][at : at + size])
+    cut = 0
+    overlapping = (whole[2][11:14], whole[2][9:15], whole[2][30:33])
+    for strings in [*((string,) for string in found), tuple(found[3:5]), overlapping, overlapping[::-1]]:
+        made = texts(words, stop=strings, **options)
+        ends = [[(at + len(s), at) for s in strings if (at := text.find(s)) >= 0] for text in whole]
+        assert made == [text[: min(at)[1] if at else None] for text, at in zip(whole, ends, strict=True)], strings
+        cut += sum(map(bool, ends))
+    assert cut > 6
+
+
+def test_a_stop_string_ends_its_row_at_the_id_that_completes_it():
+    """While the others go on; the log-probabilities are those of these ids."""
+    words, options = spelling(), {"max_new_tokens": LONG, "repetition_penalty": 1.2, "log_probs": True}
+    whole = sample("llama", PROMPTS, tokenizer=words, **options)
+    ends = set()
+    for at in (1, 15, 16, 17, 18, 32, 33, LONG):
+        string = words.decode(whole[1].ids[:at])[-5:]
+        made = sample("llama", PROMPTS, tokenizer=words, stop=(string,), **options)
+        for each, full in zip(made, whole, strict=True):
+            n = next((n for n in range(LONG) if string in words.decode(full.ids[:n])), LONG)
+            assert each.ids == full.ids[:n]
+            np.testing.assert_allclose(each.log_probs, full.log_probs[:n], rtol=1e-6)
+        ends.add(len(made[1].ids))
+    assert {1, 16, 17, 33} <= ends
+
+
+def test_of_overlapping_stop_strings_the_one_complete_first_counts():
+    """Whatever the borders of the ids are: 'bc' ends before 'abcd' does, and of two that end together the longer."""
+    words = SimpleNamespace(decode="".join)
+    for strings, want in ((("bc", "abcd"), "xa"), (("d", "bcd"), "xa"), (("cd", "x"), ""), (("e",), "xabcd")):
+        for order in (strings, strings[::-1]):
+            for ids in (["xabcd"], ["x", "abcd"], ["xabc", "d"]):
+                assert sampling.text_of(ids, words, Config(generate=GenerateConfig(stop=order))) == want
+
+
+def test_all_rows_that_have_ended_stop_the_loop(monkeypatch):
+    words, calls = spelling(), []
+    string = words.decode(make("llama", PROMPTS[:1], tokenizer=words, max_new_tokens=LONG)[0][:2])
+    run = sampling._sample
+    monkeypatch.setattr(sampling, "_sample", lambda *given: calls.append(given) or run(*given))
+    for rows_multiple in (1, 4):
+        changes = {"stop": (string,), "max_new_tokens": LONG, "rows_multiple": rows_multiple}
+        make("llama", PROMPTS[:1], tokenizer=words, **changes)
+    assert len(calls) == 2
+
+
+def test_a_stop_string_may_end_inside_a_character_of_several_ids():
+    """Bytes of a character that is not whole are not taken for text; the character itself ends the text."""
+    words = real_words()
+    ids = words.encode("a\u00e9b\u65e5 bee")
+    cfg = lambda *strings: Config(task=toys.task("causal_lm"), generate=GenerateConfig(stop=strings))  # noqa: E731
+    for string, before in (("\u00e9", "a"), ("\u65e5", "a\u00e9b"), ("\u00e9b", "a"), ("\ufffd", None)):
+        n, is_ended = sampling._end(ids, 0, (words.eos_id,), words, cfg(string))
+        assert is_ended == (before is not None)
+        want = "a\u00e9b\u65e5 bee" if before is None else before
+        assert sampling.text_of(ids[:n], words, cfg(string)) == want
+
+
+def test_a_stop_string_that_is_a_control_symbol_is_refused():
+    with pytest.raises(ConfigError, match=r"'generate.stop' has '<\|end\|>', a control symbol"):
+        make("llama", PROMPTS, tokenizer=spelling(9), stop=("a", "<|end|>"))
+
+
+def test_stop_strings_penalty_and_minimum_on_a_mesh_are_those_of_one_device():
+    words = spelling(9)
+    changes = {"max_new_tokens": LONG, "repetition_penalty": 1.2, "min_new_tokens": 3, "log_probs": True}
+    whole = sample("llama", PROMPTS, tokenizer=words, **changes)
+    changes["stop"] = (words.decode(whole[0].ids)[5:8],)
+    alone = sample("llama", PROMPTS, tokenizer=words, rows_multiple=8, **changes)
+    assert [each.ids for each in alone] != [each.ids for each in whole]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    _, model, params = model_of("llama")
+    with jax.set_mesh(mesh):
+        where = param_paths.map_with_path(
+            lambda _, axes: jax.NamedSharding(mesh, sharding.spec(axes)), model.logical_axes()
+        )
+        params = jax.device_put(params, where)
+        spread = sample("llama", PROMPTS, tokenizer=words, rows_multiple=8, params=params, **changes)
+    for one, other in zip(alone, spread, strict=True):
+        assert one.ids == other.ids
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=1e-5)
+
+
+def test_samples_of_an_evaluation_are_cut_before_a_stop_string():
+    words, (cfg, model, params) = spelling(), model_of("llama")
+    string = texts(words)[0][3:5]
+    run = SimpleNamespace(
+        cfg=Config(model=cfg, generate=GenerateConfig(max_new_tokens=NEW, temperature=0.0, stop=(string,))),
+        prompts={str(prompt): prompt for prompt in PROMPTS},
+        plan=SimpleNamespace(tokenizer=words),
+        program=SimpleNamespace(model=model),
+        mesh=make_mesh(MeshConfig()),
+    )
+    found = evaluator.samples(run, params, 3)
+    assert list(found.values()) == [text.partition(string)[0] for text in texts(words)]
 
 
 def test_one_new_token_can_be_generated():

@@ -366,6 +366,109 @@ def test_texts_logits_and_embeddings_of_a_language_model(run_of):
     np.testing.assert_allclose(loaded.embed(texts[1:2])[0], embedded[1], rtol=1e-4, atol=1e-5)
 
 
+def test_samples_and_beams_of_texts_with_their_log_probs(run_of):
+    """Prompts of different lengths, over several batches: a list for each text, alike when each is given alone."""
+    loaded = moved(lm.load(str(run_of("causal_lm")), batch_size=2, devices=jax.devices()[:1]))
+    texts = ["alpha beta", "the", "gamma is not model of the data", "loss"]
+    options = {"samples": 3, "log_probs": True, "max_new_tokens": 6}
+    drawn = loaded.generate(texts, temperature=1.5, **options)
+    assert [len(each) for each in drawn] == [3] * 4
+    assert len({one.text for each in drawn for one in each}) > 8
+    assert loaded.generate(texts, temperature=1.5, samples=3, max_new_tokens=6) == [
+        [one.text for one in each] for each in drawn
+    ]
+    assert loaded.generate(texts[:1], temperature=1.5, **options)[0] == drawn[0]
+
+    best = loaded.generate(texts, beams=4, **options)
+    for text, found in zip(texts, best, strict=True):
+        (alone,) = loaded.generate([text], beams=4, **options)
+        assert [one.token_ids for one in alone] == [one.token_ids for one in found]
+        scores = [sum(one.log_probs) / ((5 + len(one.token_ids)) / 6) ** 0.6 for one in found]
+        assert scores == sorted(scores, reverse=True) and len({tuple(one.token_ids) for one in found}) == 3
+    assert loaded.generate(texts, beams=4, max_new_tokens=6) == [found[0].text for found in best]
+    apply = jax.jit(loaded.model.apply)
+    for text, each in zip(texts * 2, drawn + best, strict=True):
+        for one in each:
+            start = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(text)]
+            tokens, segments = np.zeros((2, 1, 32), np.int32)
+            tokens[0, : len(start) + len(one.token_ids)] = [*start, *one.token_ids]
+            segments[0, : len(start) + len(one.token_ids)] = 1
+            batch = {"tokens": tokens, "segment_ids": segments, "positions": np.arange(32)[None]}
+            out = apply(loaded.params, batch)
+            logits_LxV = np.asarray(out.hidden_BxLxD[0] @ out.unembed_DxV, np.float64)
+            logits_TxV = logits_LxV[len(start) - 1 :][: len(one.token_ids), : loaded.tokenizer.vocab_size]
+            log_probs_TxV = logits_TxV - np.log(np.exp(logits_TxV).sum(axis=1, keepdims=True))
+            want = log_probs_TxV[np.arange(len(one.token_ids)), one.token_ids]
+            np.testing.assert_allclose(one.log_probs, want, rtol=1e-4, atol=1e-4)
+
+
+def test_stop_strings_cut_generated_texts(run_of):
+    loaded = moved(lm.load(str(run_of("causal_lm")), batch_size=4, devices=jax.devices()[:1]))
+    texts, options = ["alpha beta", "the"], {"temperature": 0.0, "max_new_tokens": 20}
+    whole = loaded.generate(texts, **options)
+    string = whole[0][5:7]
+    made = loaded.generate(texts, stop=(string,), log_probs=True, **options)
+    assert [each.text for each in made] == [text.partition(string)[0] for text in whole]
+    assert len(made[0].log_probs) == len(made[0].token_ids) < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"beams": 2, "temperature": 0.5}, "'temperature' is of sampling and has no effect on a search with 2 beams"),
+        ({"beams": 2, "stop": ("a",)}, "'generate.stop' is not read by beam search"),
+        ({"beams": 2, "samples": 3}, "'samples' (3) are the best of 'beams' (2)"),
+        ({"samples": 3, "temperature": 0.0}, "'samples' is 3, but they are all alike at temperature 0"),
+        ({"samples": 0}, "expected 'beams' of at least 0 and 'samples' of at least 1"),
+        ({"alpha": 1.0}, "'alpha' is of beam search and has no effect on sampling"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "'generate.min_new_tokens' (9) is above"),
+        ({"stop": ("</s>",)}, "'generate.stop' has '</s>', a control symbol"),
+    ],
+)
+def test_options_of_generation_without_effect_are_refused(run_of, options, says):
+    loaded = lm.load(str(run_of("causal_lm")), batch_size=2, devices=jax.devices()[:1])
+    with pytest.raises(ConfigError) as error:
+        loaded.generate(["alpha"], **options)
+    assert says in str(error.value)
+
+
+@pytest.mark.slow
+def test_translations_are_predicted_with_the_options_of_decoding(run_of, tmp_path):
+    """Flags of tools/predict.py; a part file of other options is not gone on with."""
+    run = run_of("translation")
+    path = used_runs.KINDS["translation"].write(tmp_path / "new", 1, 3)
+    arguments = (f"--run={run}", f"--path={path}")
+    out = tmp_path / "out.jsonl"
+    tool_modules.call("predict", *arguments, f"--out={out}", "--max_new_tokens=5", "--min_new_tokens=5")
+    said = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
+    sources = [json.loads(line)["record"]["text"] for line in out.read_text().splitlines()]
+    loaded = lm.load(str(run))
+    assert said == loaded.generate(sources, max_new_tokens=5, min_new_tokens=5)
+    made = loaded.generate(sources, max_new_tokens=5, min_new_tokens=5, samples=2, log_probs=True)
+    assert [[len(one.token_ids) for one in each] for each in made] == [[5, 5]] * 3
+    assert len(loaded.generate(sources, beams=0, samples=5, temperature=1.0)) == 3
+    part = tmp_path / "other.jsonl.part"
+    data = predict.data_at(loaded.config, str(path))
+    about = {"model": loaded.name, "checkpoint": loaded.fingerprint, "beams": 4, "data": schema.to_dict(data)}
+    part.write_text("")
+    part.with_name(f"{part.name}.json").write_text(
+        json.dumps(about | {"generate": schema.to_dict(loaded.config.generate)})
+    )
+    with pytest.raises(SystemExit, match="was begun with another model, file or option"):
+        tool_modules.call("predict", *arguments, f"--out={tmp_path}/other.jsonl", "--repetition_penalty=1.5")
+    tool_modules.call("predict", *arguments, f"--out={tmp_path}/other.jsonl")
+
+
+def test_options_of_decoding_are_refused_for_tasks_that_do_not_generate(run_of, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"--min_new_tokens is of translations, but this is a run of task\.name=causal"
+    ):
+        tool_modules.call(
+            *("predict", f"--run={run_of('causal_lm')}", "--path=x.txt", f"--out={tmp_path}/out.jsonl"),
+            "--min_new_tokens=3",
+        )
+
+
 def test_a_classifier_has_logits_of_classes_and_generates_nothing(classifier):
     said = classifier.predict(["alpha pos", {"text": "neg beta", "label": "neg"}])
     for one, logits_C in zip(said, classifier.logits(["alpha pos", "neg beta"]), strict=True):

@@ -128,6 +128,9 @@ def test_a_run_on_masked_items_resumes_bitwise(table, tmp_path, on_one_device):
         (MASKED | {"tokenizer__extra_ids": 0}, "'tokenizer.extra_ids' is 0, but task.name=masked_item needs 1"),
         (MASKED | {"task__mask_rate": 0.0}, "'task.mask_rate' is 0.0; expected a share in (0, 1)"),
         ({"generate__prompts": ("i1",)}, "'generate.prompts' is set, but this model does not generate text"),
+        ({"generate__stop": ("a",)}, "'generate.stop' is set, but this model does not generate text"),
+        ({"generate__min_new_tokens": 2}, "'generate.min_new_tokens' is set, but this model does not generate text"),
+        ({"generate__repetition_penalty": 1.1}, "'generate.repetition_penalty' is set, but this model does not"),
         ({"data__packing": "best_fit"}, "'data.packing' is best_fit, which does not fit task.name=next_item; use pad"),
     ],
 )

@@ -111,6 +111,22 @@ def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(run, talk):
     assert err.count("ids with its marks, but there is room for 46; not asked)") == 1
 
 
+def test_an_answer_is_cut_before_a_stop_string(run, talk):
+    whole = greedy(run, turns=[QUESTION])
+    string = whole[2:4]
+    assert string in whole
+    arguments = (f"--workdir={run}", f"--prompt={QUESTION}", "--temperature=0")
+    _, out, _ = talk(*arguments, "--stop=no such text", f"--stop={string}")
+    assert out == whole.partition(string)[0] + "\n" != whole + "\n"
+    _, out, _ = talk(*arguments, "--repetition_penalty=3")
+    assert out != whole + "\n"
+
+
+def test_an_answer_by_one_beam_is_the_greedy_one(run, talk):
+    _, out, _ = talk(f"--workdir={run}", f"--prompt={QUESTION}", "--beams=1")
+    assert out == greedy(run, turns=[QUESTION]) + "\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,6 +140,9 @@ def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(run, talk):
             "--max_new_tokens=47 leaves no room for a prompt in the 48 positions",
         ),
         (["--workdir={run}", "--max_new_tokens=44"], "the question has "),
+        (["--workdir={run}", "--min_new_tokens=9"], "'generate.min_new_tokens' (9) is above"),
+        (["--workdir={run}", "--stop=<|end|>"], "'generate.stop' has '<|end|>', a control symbol"),
+        (["--workdir={run}", "--beams=2", "--top_k=3"], "'top_k' is of sampling and has no effect on a search with 2"),
     ],
 )
 def test_an_error_is_one_line(run, talk, arguments, message):

@@ -13,12 +13,10 @@ from lm.terminal import say, stop
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; DIR@best or DIR@STEP for another checkpoint.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Answer this and exit, instead of reading from the terminal.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 = greedy decoding (default: the run's).")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Sample from the k most likely tokens (default: the run's).")
-_TOP_P = flags.DEFINE_float(
-    "top_p", None, "Sample from the most likely tokens of total probability p (default: the run's)."
+_GENERATE = command_line.define_generate(
+    *("temperature", "top_k", "top_p", "max_new_tokens", "min_new_tokens", "stop", "repetition_penalty")
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Longest answer (default: the run's).")
+_BEAMS = flags.DEFINE_integer("beams", 0, "Beam size of beam search; 0 = sampling.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 
 
@@ -38,14 +36,13 @@ def talk(workdir: str) -> None:
     from lm import run as run_lib
     from lm import tasks
     from lm.config import schema
-    from lm.decoding import sampling
+    from lm.decoding import beam_search, sampling
     from lm.tasks import chat
 
     cfg, model, params, tokenizer = run_lib.load_model(workdir)
-    given = (_TEMPERATURE, _TOP_K, _TOP_P, _MAX_NEW_TOKENS)
-    chosen = {flag.name: flag.value for flag in given if flag.value is not None}
-    values = schema.to_dict(cfg)
-    cfg = tasks.build_config(values | {"generate": values["generate"] | chosen})
+    changes, beams = _GENERATE(), _BEAMS.value
+    cfg = sampling.changed(cfg, changes)
+    sampling.check_options(cfg, changes, beams=beams)
     room = sampling.prompt_room(cfg)
     if room < 2:
         raise schema.ConfigError(
@@ -71,8 +68,11 @@ def talk(workdir: str) -> None:
             ids = chat.prompt_ids(turns, tokenizer)
         else:
             ids = truncate(sampling.encode_prompt(line, tokenizer, cfg), room)
-        generated = sampling.generate(model, params, [ids], jax.random.fold_in(key, number), cfg, tokenizer)[0]
-        answer = tokenizer.decode(generated)
+        if beams:
+            ((made,),) = beam_search.search(model, params, [ids], cfg, tokenizer, beams=beams)
+        else:
+            (made,) = sampling.sample(model, params, [ids], jax.random.fold_in(key, number), cfg, tokenizer)
+        answer = sampling.text_of(made.ids, tokenizer, cfg)
         if is_chat:
             turns.append({"role": "assistant", "content": answer})
         say(answer)

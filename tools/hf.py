@@ -127,6 +127,12 @@ def export_run(run: str, out: Path, dtype: str) -> None:
         if generate.temperature:
             sampled = {"temperature": generate.temperature, "top_p": generate.top_p, "top_k": generate.top_k}
             generation |= {"do_sample": True} | sampled
+        if generate.min_new_tokens:
+            generation["min_new_tokens"] = generate.min_new_tokens
+        if generate.repetition_penalty != 1.0:
+            generation["repetition_penalty"] = generate.repetition_penalty
+        if generate.stop:
+            generation["stop_strings"] = list(generate.stop)
         others = {Path(name).name: content for name, content in tokenizer.saved_files.items()}
     if tokenizer and model.kind != "encoder":
         others["generation_config.json"] = f"{json.dumps(generation, indent=2)}\n".encode()

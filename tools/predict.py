@@ -23,6 +23,7 @@ _RENAME = flags.DEFINE_list("rename", [], "Fields as in data.rename, 'FIELD:EXPE
 _SPLIT = flags.DEFINE_string("split", "", "With --format=tfds: the split, such as test.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Rows computed together; 0 = as in the run's evaluation.")
 _BEAMS = flags.DEFINE_integer("beams", 4, "Beam size of translations; 1 = greedy.", lower_bound=1)
+_GENERATE = command_line.define_generate("max_new_tokens", "min_new_tokens", "repetition_penalty")
 
 
 def main(argv: list[str]) -> None:
@@ -37,10 +38,19 @@ def main(argv: list[str]) -> None:
 
 def predict(run: str, path: str, out: Path) -> None:
     """Writes the predictions, and says what was cut or has none."""
+    import dataclasses
+
     from lm import predict as predict_lib
+    from lm import tasks
+    from lm.config.schema import ConfigError
+    from lm.decoding import sampling
 
     changes = command_line.data_changes(_FORMAT.value, _RENAME.value, _SPLIT.value)
     loaded = predict_lib.load(run, batch_size=_BATCH_SIZE.value)
+    if (generate := _GENERATE()) and not tasks.task_of(loaded.config).answers_with_text:
+        name = loaded.config.task.name
+        raise ConfigError(f"--{next(iter(generate))} is of translations, but this is a run of task.name={name}")
+    loaded = dataclasses.replace(loaded, config=sampling.changed(loaded.config, generate))
     data = predict_lib.data_at(loaded.config, path, **changes)
     note = lambda text: say(text, file=sys.stderr)  # noqa: E731
     counts = predict_lib.write_predictions(loaded, data, out, beams=_BEAMS.value, note=note)

@@ -21,7 +21,7 @@ _BEAMS = flags.DEFINE_integer("beams", 4, "Beam size; 1 = greedy.", lower_bound=
 _ALPHA = flags.DEFINE_float("alpha", None, "Length penalty of Wu et al. 2016 (default: 0.6).")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Translate only this many lines; 0 = all.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Lines translated together.", lower_bound=1)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Longest translation (default: the run's).")
+_GENERATE = command_line.define_generate("max_new_tokens", "min_new_tokens", "repetition_penalty")
 _BLEU_TOKENIZER = flags.DEFINE_string("bleu_tokenizer", "", "sacrebleu's, such as zh or flores200; '' = the run's.")
 _OUT = flags.DEFINE_string("out", "", "File for the translations; '' = translations.txt in the run's folder.")
 
@@ -47,18 +47,14 @@ def check(cfg: Any) -> None:
 
 def translate(run: str, path: str) -> None:
     """Translates with `lm.predict`; sources longer than the run's rows are not truncated."""
-    from lm import input_pipeline, predict, tasks
-    from lm.config import schema
+    from lm import input_pipeline, predict
     from lm.data.readers import paths, registry
-    from lm.decoding import beam_search
+    from lm.decoding import beam_search, sampling
     from lm.evaluation import scores
 
     loaded = predict.load(run, batch_size=_BATCH_SIZE.value)
-    cfg = loaded.config
-    check(cfg)
-    if _MAX_NEW_TOKENS.value is not None:
-        values = schema.to_dict(cfg)
-        cfg = tasks.build_config(values | {"generate": values["generate"] | {"max_new_tokens": _MAX_NEW_TOKENS.value}})
+    check(loaded.config)
+    cfg = sampling.changed(loaded.config, _GENERATE())
     pairs = registry.parallel_records(path)[: _LIMIT.value or None]
     references = [pair["target"] for pair in pairs]
     chosen = _BLEU_TOKENIZER.value or cfg.task.bleu_tokenizer

@@ -400,18 +400,30 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Samples written at each evaluation."""
+    """How texts are generated, and the samples written at each evaluation."""
 
     prompts: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    min_new_tokens: int = 0  # before so many new ones, no token ends the text
+    stop: tuple[str, ...] = ()  # strings that end a text, which is cut before them
     temperature: float = 0.8  # 0 = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
+    repetition_penalty: float = 1.0  # 1 = off; Keskar et al. 2019, section 4.1
     symbols: tuple[Literal["sentinels", "roles", "mask", "bos"], ...] = ()  # control symbols allowed besides text
 
 
 def _check_generate(generate: GenerateConfig) -> None:
-    _refuse({f"'generate.top_p' must be in (0, 1], got {generate.top_p}": 0 < generate.top_p <= 1})
+    least, most = generate.min_new_tokens, generate.max_new_tokens
+    penalty = generate.repetition_penalty
+    _refuse(
+        {
+            f"'generate.top_p' must be in (0, 1], got {generate.top_p}": 0 < generate.top_p <= 1,
+            f"'generate.min_new_tokens' ({least}) is above 'generate.max_new_tokens' ({most})": least <= most,
+            f"'generate.repetition_penalty' must be above 0 (1 = off), got {penalty}": penalty > 0,
+            "'generate.stop' has an empty string, which would end every text at once": all(generate.stop),
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Batched sampling for prompts of different lengths, with a key/value cache, compiled once per shape."""
 
+import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import losses
-from lm.config import Config, GenerateConfig
+from lm.config import Config, GenerateConfig, schema
 from lm.config.schema import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.parallel import sharding
-from lm.tasks import TASKS, task_of
+from lm.tasks import TASKS, build_config, task_of
 from lm.types import Batch, ModelFns, Params
 
 # Prompts are padded to a multiple of this, so that prompts of similar length share a compilation.
@@ -23,6 +24,21 @@ PROMPT_STEP = 32
 _LEAST_TEMPERATURE = 1e-30
 # Tolerance with which a sum of probabilities reaches top_p: logits and their softmax are float32.
 _ROUNDING = 1e-6
+# With stop strings, the texts are looked at each time they have grown by this many ids.
+_STOP_STEP = 16
+
+
+class Generated(NamedTuple):
+    """New ids of one prompt.
+
+    Attributes:
+      ids: with the id that ended the text: a stop id, or the one that completed a stop string.
+      log_probs: log P of each id given those before it, in nats: the model's own, before the repetition penalty,
+        temperature and masks. Of `sample`, only if asked for.
+    """
+
+    ids: list[int]
+    log_probs: list[float]
 
 
 class Prompting(NamedTuple):
@@ -150,7 +166,24 @@ def generate(
     *,
     rows_multiple: int = 1,
 ) -> list[list[int]]:
-    """Continues each prompt until the model ends it, or for `cfg.generate.max_new_tokens` ids.
+    """`sample`, as ids without the stop id; those of a stop string are among them, which `text_of` cuts off."""
+    made = sample(model, params, prompts, key, cfg, tokenizer, rows_multiple=rows_multiple)
+    stops = stop_ids(tokenizer, cfg)
+    return [each.ids[:-1] if each.ids[-1] in stops else each.ids for each in made]
+
+
+def sample(
+    model: ModelFns,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    *,
+    rows_multiple: int = 1,
+    log_probs: bool = False,
+) -> list[Generated]:
+    """Continues each prompt until a stop id or string ends it, or for `cfg.generate.max_new_tokens` ids.
 
     Args:
       model: its functions.
@@ -160,18 +193,91 @@ def generate(
       cfg: `generate`, `model` and `task.name` are read.
       tokenizer: defines which ids are text, and which end it.
       rows_multiple: the number of rows is padded to a multiple of it, for the mesh.
-
-    Returns:
-      The new ids of each prompt, without the stop id.
+      log_probs: whether to return them.
 
     Raises:
       ValueError: an empty prompt.
-      ConfigError: a prompt that leaves no room in the learned positions.
+      ConfigError: a prompt that leaves no room in the learned positions; a stop string that is a control symbol.
     """
     prompt = prompt_batch(prompts, cfg, tokenizer, rows_multiple)
     stops, allowed_V = stop_ids(tokenizer, cfg), allowed_ids(tokenizer, cfg)
-    sampled_BxT = _sample(model, cfg.generate, cfg.model.logit_softcap, stops, params, prompt, key, allowed_V)
-    return until_stop(np.asarray(jax.device_get(sampled_BxT))[: len(prompts)], stops)
+    _check_stop_strings(tokenizer, cfg)
+    options = dataclasses.replace(cfg.generate, prompts=(), stop=())  # those that the compiled function reads
+    sizes = (model, options, cfg.model.logit_softcap, stops, log_probs)
+    max_new = cfg.generate.max_new_tokens
+    is_ended_B = np.zeros(len(prompt["tokens"]), bool)
+    lengths, seen = [0] * len(prompts), 0
+    state: _State | None = None
+    for until in [*range(_STOP_STEP, max_new, _STOP_STEP), max_new] if cfg.generate.stop else [max_new]:
+        state = _sample(*sizes, params, prompt, key, allowed_V, np.int32(until), is_ended_B, state)
+        ids_BxT = np.array(jax.device_get(state.ids_BxT))
+        for row in np.flatnonzero(~is_ended_B[: len(prompts)]):
+            lengths[row], is_ended_B[row] = _end(ids_BxT[row, :until].tolist(), seen, stops, tokenizer, cfg)
+        if is_ended_B[: len(prompts)].all():
+            break
+        seen = until
+    assert state is not None
+    log_probs_BxT = np.asarray(jax.device_get(state.log_probs_BxT))[:, : max_new if log_probs else 0]
+    rows = zip(ids_BxT, log_probs_BxT, lengths, strict=False)  # without those that pad the batch
+    return [Generated(ids_T[:n].tolist(), log_probs_T[:n].tolist()) for ids_T, log_probs_T, n in rows]
+
+
+def _end(ids: list[int], seen: int, stops: tuple[int, ...], tokenizer: Tokenizer, cfg: Config) -> tuple[int, bool]:
+    """(number of ids up to the end of the text, whether it has ended), where no end is among the first `seen` ids."""
+    stop = next((n for n in range(seen, len(ids)) if ids[n] in stops), len(ids))
+    for n in range(seen + 1, stop + 1) if cfg.generate.stop else ():
+        # A character may need several ids; until it is whole, the text ends in U+FFFD.
+        text = tokenizer.decode(ids[:n]).rstrip("\ufffd")
+        if any(string in text for string in cfg.generate.stop):
+            return n, True
+    return min(stop + 1, len(ids)), stop < len(ids)
+
+
+def text_of(ids: Sequence[int], tokenizer: Tokenizer, cfg: Config) -> str:
+    """The text of new ids, cut before the stop string that is complete first, whatever the ids' borders are."""
+    text = tokenizer.decode(ids)
+    found = [(at + len(string), at) for string in cfg.generate.stop if (at := text.find(string)) >= 0]
+    return text[: min(found)[1]] if found else text
+
+
+def changed(cfg: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with other values of keys of `generate`. Raises ConfigError for an unknown key or a wrong value."""
+    values = schema.to_dict(cfg)
+    return build_config(values | {"generate": values["generate"] | changes}) if changes else cfg
+
+
+def check_options(
+    cfg: Config, changes: Collection[str], *, beams: int, samples: int | None = None, alpha: float | None = None
+) -> None:
+    """Raises ConfigError for options that contradict each other, or that have no effect together.
+
+    Args:
+      cfg: with the changes.
+      changes: keys of `generate` that were set for this use.
+      beams: of beam search; 0 = sampling.
+      samples: texts of each prompt; None = one.
+      alpha: length penalty of beam search; None = its default.
+    """
+    idle = [name for name in ("temperature", "top_k", "top_p") if name in changes]
+    if beams < 0 or (samples is not None and samples < 1):
+        raise ConfigError(f"expected 'beams' of at least 0 and 'samples' of at least 1, got {beams} and {samples}")
+    if beams and idle:
+        raise ConfigError(f"'{idle[0]}' is of sampling and has no effect on a search with {beams} beams: set beams=0")
+    if not beams and alpha is not None:
+        raise ConfigError("'alpha' is of beam search and has no effect on sampling: set beams=4, say")
+    if beams and (samples or 1) > beams:
+        raise ConfigError(f"'samples' ({samples}) are the best of 'beams' ({beams}): raise beams, or set it to 0")
+    if not beams and (samples or 1) > 1 and cfg.generate.temperature == 0.0:
+        raise ConfigError(f"'samples' is {samples}, but they are all alike at temperature 0: raise it, or set beams")
+
+
+def _check_stop_strings(tokenizer: Tokenizer, cfg: Config) -> None:
+    controls = np.flatnonzero(tokenizer.is_control_V) if cfg.generate.stop else ()
+    for symbol in {tokenizer.piece(int(i)) for i in controls}.intersection(cfg.generate.stop):
+        raise ConfigError(
+            f"'generate.stop' has {symbol!r}, a control symbol, which is in no text; leave it out: EOS and the end of "
+            "a turn end a text by themselves"
+        )
 
 
 def stop_ids(tokenizer: Tokenizer, cfg: Config) -> tuple[int, ...]:
@@ -191,57 +297,133 @@ def mask_ids(scores_xV: jax.Array, allowed_V: jax.Array) -> jax.Array:
     return jnp.where(jnp.broadcast_to(allowed_V, scores_xV.shape), scores_xV, losses.MASKED_LOGIT)
 
 
-def until_stop(ids_BxT: np.ndarray, stops: tuple[int, ...]) -> list[list[int]]:
-    """Each row up to its first stop id, without it."""
-    ended = [np.flatnonzero(np.isin(row, stops)) for row in ids_BxT]
-    return [row[: end[0] if len(end) else len(row)].tolist() for row, end in zip(ids_BxT, ended, strict=True)]
+def adjust(
+    scores_RxV: jax.Array,
+    seen_RxV: jax.Array | None,
+    step: jax.Array | int,
+    allowed_V: jax.Array,
+    stop_ids: tuple[int, ...],
+    cfg: GenerateConfig,
+) -> jax.Array:
+    """Scores of the next id with the repetition penalty, and masked where an id must not follow.
+
+    Args:
+      scores_RxV: logits, or log-probabilities (of beam search).
+      seen_RxV: from `seen_ids`, bool.
+      step: number of new ids so far.
+      allowed_V: ids that are ever generated.
+      stop_ids: of which none follows before `min_new_tokens`.
+      cfg: `repetition_penalty` p and `min_new_tokens` are read. The score s of an id that was seen becomes s / p, or
+        s * p if it is negative (Keskar et al. 2019, section 4.1; the two cases are those of `transformers`).
+    """
+    if seen_RxV is not None:
+        penalty, beyond = cfg.repetition_penalty, scores_RxV.shape[1] - allowed_V.shape[0]
+        penalised_RxV = jnp.where(scores_RxV < 0, scores_RxV * penalty, scores_RxV / penalty)
+        scores_RxV = jnp.where(jnp.pad(seen_RxV, ((0, 0), (0, beyond))), penalised_RxV, scores_RxV)
+    scores_RxV = mask_ids(scores_RxV, allowed_V)
+    if not cfg.min_new_tokens:
+        return scores_RxV
+    is_stop_V = jnp.isin(jnp.arange(scores_RxV.shape[1]), jnp.array(stop_ids))
+    return jnp.where(is_stop_V & (step < cfg.min_new_tokens), losses.MASKED_LOGIT, scores_RxV)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def seen_ids(prompt: Batch, size: int, cfg: GenerateConfig) -> jax.Array | None:
+    """bool [B, size]: the ids before the first new one; None if there is no repetition penalty."""
+    if cfg.repetition_penalty == 1.0:
+        return None
+    tokens_BxP = jnp.where(prompt["segment_ids"] > 0, prompt["tokens"], size)  # padding is not seen
+    return mark(jnp.zeros((len(tokens_BxP), size), bool), tokens_BxP)
+
+
+def mark(seen_RxV: jax.Array | None, tokens_RxL: jax.Array) -> jax.Array | None:
+    """`seen_RxV` with these ids; ids beyond V are ignored."""
+    rows_Rx1 = jnp.arange(len(tokens_RxL))[:, None]
+    return None if seen_RxV is None else seen_RxV.at[rows_Rx1, tokens_RxL].set(True, mode="drop")
+
+
+class _State(NamedTuple):
+    """After `step` new ids of each row.
+
+    Attributes:
+      step: int32.
+      token_B: the last of them.
+      cache: of the model, without the last id.
+      seen_BxV: see `seen_ids`; without the last id.
+      ids_BxT: int32; after a stop id a row repeats one.
+      log_probs_BxT: float32; 0 if not asked for.
+      done_B: whether the row has ended.
+    """
+
+    step: jax.Array
+    token_B: jax.Array
+    cache: Any
+    seen_BxV: jax.Array | None
+    ids_BxT: jax.Array
+    log_probs_BxT: jax.Array
+    done_B: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnames=("state",))
 def _sample(
     model: ModelFns,
     cfg: GenerateConfig,
     softcap: float,
     stop_ids: tuple[int, ...],
+    log_probs: bool,
     params: Params,
     prompt: Batch,
     key: jax.Array,
     allowed_V: jax.Array,
-) -> jax.Array:
-    """New ids, int32 [B, max_new_tokens]; after a stop id a row repeats it."""
+    until: jax.Array,
+    is_ended_B: jax.Array,
+    state: _State | None,
+) -> _State:
+    """The state after `until` new ids, or when all rows have ended; from `state`, or from the prompt if it is None."""
     rows, prompt_len = prompt["tokens"].shape
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     length_B = prompt["segment_ids"].sum(axis=1)
+    size = allowed_V.shape[0]
 
-    def next_token(batch: Any, cache: Any, step: jax.Array) -> tuple[jax.Array, Any]:
+    def next_token(batch: Any, cache: Any, seen_BxV: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         out = model.apply(params, batch, cache=cache)
-        size = allowed_V.shape[0]
         logits_BxV = losses.logits(out.pre_logits_BxLxD[:, -1], out.unembed_DxV, vocab_size=size, softcap=softcap)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return choose(mask_ids(logits_BxV, allowed_V), step_keys_B, cfg), out.cache
-
-    cache = model.init_cache(rows, prompt_len + cfg.max_new_tokens)
-    token_B, cache = next_token(prompt, cache, jnp.int32(0))
-    out_BxT = jnp.full((rows, cfg.max_new_tokens), stop_ids[0], jnp.int32).at[:, 0].set(token_B)
+        token_B = choose(adjust(logits_BxV, seen_BxV, step, allowed_V, stop_ids, cfg), step_keys_B, cfg)
+        if not log_probs:
+            return token_B, jnp.zeros(rows), out.cache
+        log_probs_BxV = jax.nn.log_softmax(logits_BxV[:, :size].astype(jnp.float32))
+        return token_B, jnp.take_along_axis(log_probs_BxV, token_B[:, None], axis=1)[:, 0], out.cache
 
     def is_stop(token_B: jax.Array) -> jax.Array:
         return functools.reduce(jnp.logical_or, [token_B == stop for stop in stop_ids])
 
-    def running(carry: Any) -> jax.Array:
-        step, _, _, _, done_B = carry
-        return (step < cfg.max_new_tokens) & ~done_B.all()
+    if state is None:
+        cache = model.init_cache(rows, prompt_len + cfg.max_new_tokens)
+        seen_BxV = seen_ids(prompt, size, cfg)
+        token_B, log_prob_B, cache = next_token(prompt, cache, seen_BxV, jnp.int32(0))
+        ids_BxT = jnp.full((rows, cfg.max_new_tokens), stop_ids[0], jnp.int32).at[:, 0].set(token_B)
+        log_probs_BxT = jnp.zeros(ids_BxT.shape).at[:, 0].set(log_prob_B)
+        state = _State(jnp.int32(1), token_B, cache, seen_BxV, ids_BxT, log_probs_BxT, is_stop(token_B))
+    state = state._replace(done_B=state.done_B | is_ended_B)
 
-    def body(carry: Any) -> Any:
-        step, token_B, cache, out_BxT, done_B = carry
+    def running(now: _State) -> jax.Array:
+        return (now.step < until) & ~now.done_B.all()
+
+    def body(now: _State) -> _State:
         one_Bx1 = jnp.ones((rows, 1), jnp.int32)
-        batch = {"tokens": token_B[:, None], "segment_ids": one_Bx1, "positions": (length_B + step - 1)[:, None]}
-        new_B, cache = next_token(batch, cache, step)
-        new_B = jnp.where(done_B, stop_ids[0], new_B)
-        return step + 1, new_B, cache, out_BxT.at[:, step].set(new_B), done_B | is_stop(new_B)
+        positions_Bx1 = (length_B + now.step - 1)[:, None]
+        batch = {"tokens": now.token_B[:, None], "segment_ids": one_Bx1, "positions": positions_Bx1}
+        seen_BxV = mark(now.seen_BxV, now.token_B[:, None])
+        new_B, log_prob_B, cache = next_token(batch, now.cache, seen_BxV, now.step)
+        new_B = jnp.where(now.done_B, stop_ids[0], new_B)
+        ids_BxT = now.ids_BxT.at[:, now.step].set(new_B)
+        log_probs_BxT = now.log_probs_BxT.at[:, now.step].set(log_prob_B)
+        return _State(now.step + 1, new_B, cache, seen_BxV, ids_BxT, log_probs_BxT, now.done_B | is_stop(new_B))
 
-    carry = (jnp.int32(1), token_B, cache, out_BxT, is_stop(token_B))
-    out_BxT = jax.lax.while_loop(running, body, carry)[3]
-    return sharding.constrain(out_BxT, None, None)  # replicated: every process reads all of it
+    state = jax.lax.while_loop(running, body, state)
+    # Replicated: every process reads all of them.
+    ids_BxT, log_probs_BxT = (sharding.constrain(x, None, None) for x in (state.ids_BxT, state.log_probs_BxT))
+    return state._replace(ids_BxT=ids_BxT, log_probs_BxT=log_probs_BxT)
 
 
 def choose(logits_BxV: jax.Array, keys_B: jax.Array, cfg: GenerateConfig) -> jax.Array:
