@@ -1,7 +1,7 @@
 """The report of a study, or of a single run, from their run directories.
 
-    python -m tools.report experiments/NAME [--runs=DIR] [--out=DIR]
-    python -m tools.report RUN
+    python tools/report.py experiments/NAME [--runs=DIR] [--out=DIR]
+    python tools/report.py RUN
 
 Of a study: prints the tables and the verdicts on its claims as Markdown, and writes them with results.csv, trials.csv,
 results.tex and report.html. Of a run: writes its report.html again, also while it runs. docs/studies.md explains each

@@ -1,6 +1,6 @@
-"""Runs the trials of a study, each as a run of its own; then `python -m tools.report` makes its tables.
+"""Runs the trials of a study, each as a run of its own; then `python tools/report.py` makes its tables.
 
-    python -m tools.sweep experiments/NAME [--dry_run] [--only='lora*'] [--runs=DIR] [--retry_failed]
+    python tools/sweep.py experiments/NAME [--dry_run] [--only='lora*'] [--runs=DIR] [--retry_failed]
 
 Prints the trials, their FLOPs and the time that they will take, then runs those that are not done. docs/studies.md
 explains how a study is written.

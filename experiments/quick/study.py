@@ -1,6 +1,6 @@
 """Does a gated MLP (SwiGLU) learn the built-in corpus faster than GPT-2's, at the same number of parameters?
 
-python -m tools.sweep experiments/quick && python -m tools.report experiments/quick
+python tools/sweep.py experiments/quick && python tools/report.py experiments/quick
 """
 
 from lm.study import Override, Table, arms, better, product, seeds
