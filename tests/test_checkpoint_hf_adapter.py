@@ -1,0 +1,247 @@
+"""lm/checkpoint/hf: LoRA in the files of peft, and model cards."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="needs the extra hf: pip install -e '.[hf]'")
+
+from safetensors.numpy import load_file
+
+from configs import common
+from lm import losses, param_paths
+from lm import run as run_lib
+from lm.checkpoint.hf import export
+from lm.config import ModelConfig
+from lm.models import transformer
+from lm.tracking import report
+from tests import published as published_tokenizers
+from tests import tool_modules, toys
+
+SIZES = dict(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24, vocab_size=420, max_len=64)
+LLAMA = ModelConfig(
+    **SIZES,
+    num_kv_heads=2,
+    position="rope",
+    norm="rmsnorm",
+    mlp="swiglu",
+    use_bias=False,
+    tie_embeddings=False,
+)
+BERT = dataclasses.replace(
+    ModelConfig(**SIZES, norm_eps=1e-12),
+    kind="encoder",
+    norm_position="post",
+    embed_norm=True,
+    lm_transform=True,
+    mlp="gelu_exact",
+)
+MODELS = {"llama": LLAMA, "gpt2": ModelConfig(**SIZES), "bert": BERT}
+TARGETS = {"llama": r".*(query|value|down)", "gpt2": r".*(query|value|mlp/down)", "bert": r".*(key|mlp/down)"}
+STEP = 3
+METRICS = {"nll": 2.5, "perplexity": 12.182493960703473}
+
+
+def random(shapes: Any, seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Any:
+    """family -> the folder of a published model."""
+    root = tmp_path_factory.mktemp("bases")
+    for family, model in MODELS.items():
+        cfg = transformer.resolve(model, vocab_size=420, seq_len=64)
+        params = random(jax.eval_shape(transformer.text_model(cfg, np.float32).init, jax.random.key(0)))
+        published_tokenizers.folder("word_piece" if family == "bert" else "byte_bpe", root / family)
+        export.export(root / family, cfg, params, vocab_size=420)
+    return lambda family: root / family
+
+
+def lora_run(folder: Path, out: Path, family: str, task: str = "", **changes: Any) -> Path:
+    """A run as training leaves it: LoRA on a published model, all matrices of LoRA and the head moved."""
+    task = task or ("masked_lm" if family == "bert" else "causal_lm")
+    options: dict[str, Any] = {} if task == "masked_lm" or family != "bert" else {"data__packing": "pad"}
+    if task in ("classification", "tagging"):
+        options["task__labels"] = ("a", "b", "c")
+    cfg = toys.recipe(
+        out.parent / "texts",
+        task__name=task,
+        init_from=f"hf:{folder}",
+        init_rules=((".*lora_.*|head/.*", "reinit"), (".*", "keep")),
+        adapter__kind="lora",
+        adapter__rank=4,
+        adapter__alpha=6.0,
+        adapter__targets=TARGETS[family],
+        optim__lr_rules=common.lora_rules(),
+        **options,
+    )
+    cfg = dataclasses.replace(cfg, model=ModelConfig(init="bert") if family == "bert" else ModelConfig())
+    planned, _, params = run_lib.init_model(cfg)
+    flat = param_paths.flatten(params)
+    moved = {path: leaf for path, leaf in flat.items() if "/lora_" in path or path.startswith("head/")}
+    params = param_paths.unflatten(flat | random(moved, seed=1) | changes)
+    info = {"tokenizer_hash": planned.tokenizer.hash, "data": {"example": 0}, "published_vocab": 420}
+    run_lib.write_checkpoint(out, planned.cfg, params, planned.tokenizer, STEP, info, METRICS)
+    return out
+
+
+def logits_here(run: Path, tokens: np.ndarray) -> np.ndarray:
+    """Logits of the head, or of ids, [B, L, V]."""
+    cfg, model, params, _ = run_lib.load_model(str(run))
+    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
+    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+    out = jax.jit(model.apply)(params, batch)
+    if out.head is not None:
+        return np.asarray(out.head)
+    return np.asarray(losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=cfg.model.vocab_size))
+
+
+TOKENS = np.random.default_rng(2).integers(5, 200, (2, 24)).astype(np.int32)
+CASES = [("llama", "causal_lm"), ("gpt2", "causal_lm"), ("bert", "masked_lm")]
+CASES += [("bert", "classification"), ("bert", "tagging")]
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(family, task, base, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra peer: pip install -e '.[peer]'")
+    transformers = pytest.importorskip("transformers", reason="needs the extra peer: pip install -e '.[peer]'")
+    peft = pytest.importorskip("peft")
+    run = lora_run(base(family), tmp_path / "run", family, task)
+    tool_modules.call("hf", "export", run, tmp_path / "adapter", "--adapter")
+    tool_modules.call("hf", "export", run, tmp_path / "merged")
+    auto = {"causal_lm": transformers.AutoModelForCausalLM, "masked_lm": transformers.AutoModelForMaskedLM}
+    auto |= {"classification": transformers.AutoModelForSequenceClassification}
+    auto |= {"tagging": transformers.AutoModelForTokenClassification}
+    labels = {"num_labels": 3} if task in ("classification", "tagging") else {}
+    there = auto[task].from_pretrained(base(family), **labels)
+    adapted = peft.PeftModel.from_pretrained(there, tmp_path / "adapter").eval()
+    merged = auto[task].from_pretrained(tmp_path / "merged").eval()
+    mine, ids = logits_here(run, TOKENS), torch.from_numpy(TOKENS).long()
+    for model in (adapted, merged):
+        with torch.no_grad():
+            theirs = model(input_ids=ids).logits.numpy()
+        assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    adapted.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert {name: x.tobytes() for name, x in first.items()} == {name: x.tobytes() for name, x in second.items()}
+
+
+def exported(base: Path, tmp_path: Path, family: str, task: str = "", *flags: str) -> tuple[dict[str, Any], Any, Any]:
+    """(adapter_config.json, tensors, parameters of the run by path)."""
+    run = lora_run(base, tmp_path / "run", family, task)
+    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter", *flags)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    flat = param_paths.flatten(run_lib.load_model(str(run))[2])
+    return config, load_file(tmp_path / "out" / "adapter_model.safetensors"), flat
+
+
+def test_the_adapter_of_a_llama_has_the_layout_of_peft(base, tmp_path):
+    config, tensors, flat = exported(base("llama"), tmp_path, "llama")
+    assert config == {
+        "base_model_name_or_path": str(base("llama")),
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": 4,
+        "lora_alpha": 6,
+        "lora_dropout": 0.0,
+        "target_modules": ["down_proj", "q_proj", "v_proj"],
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    widths = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (16, 8), "mlp.down_proj": (24, 16)}
+    shapes = {}
+    for layer in range(2):
+        for module, (width_in, width_out) in widths.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            shapes |= {f"{name}.lora_A.weight": (4, width_in), f"{name}.lora_B.weight": (width_out, 4)}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
+    down = "base_model.model.model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(tensors[f"{down}.lora_A.weight"], flat["decoder/layers/mlp/down/lora_a"][1].T)
+    np.testing.assert_array_equal(tensors[f"{down}.lora_B.weight"], flat["decoder/layers/mlp/down/lora_b"][1].T)
+
+
+def test_query_and_value_of_gpt2_are_one_module_of_twice_the_rank(base, tmp_path):
+    """[A of query; A of value]; B of each has rows of its own, and keys have none."""
+    config, tensors, flat = exported(base("gpt2"), tmp_path, "gpt2")
+    assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (8, 12, True)
+    assert config["target_modules"] == ["c_attn", "mlp.c_proj"], "attn.c_proj has no LoRA"
+    pattern = r"transformer\.h\.\d+\.mlp\.c_proj"
+    assert config["rank_pattern"] == {pattern: 4} and config["alpha_pattern"] == {pattern: 6}
+    name = "base_model.model.transformer.h.1.attn.c_attn"
+    query, value = ({n: flat[f"decoder/layers/attention/{p}/lora_{n}"][1].T for n in "ab"} for p in ("query", "value"))
+    np.testing.assert_array_equal(tensors[f"{name}.lora_A.weight"], np.concatenate([query["a"], value["a"]]))
+    rows = np.zeros((48, 8), np.float32)
+    rows[:16, :4], rows[32:, 4:] = query["b"], value["b"]
+    np.testing.assert_array_equal(tensors[f"{name}.lora_B.weight"], rows)
+
+
+def test_the_head_of_a_bert_is_in_modules_to_save(base, tmp_path):
+    """The names of MLPs end as those of the attention's output, so that each layer is named."""
+    config, tensors, flat = exported(base("bert"), tmp_path, "bert", "classification")
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+    assert config["target_modules"] == [*(f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)), "key"]
+    np.testing.assert_array_equal(tensors["base_model.model.classifier.weight"], flat["head/classifier/kernel"].T)
+    np.testing.assert_array_equal(tensors["base_model.model.bert.pooler.dense.bias"], flat["head/pooler/bias"])
+
+
+def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path):
+    import shutil
+
+    cached = tmp_path / "models--owner--tiny-llama"
+    shutil.copytree(base("llama"), cached / "snapshots" / "123")
+    config, _, _ = exported(cached, tmp_path, "llama")
+    assert config["base_model_name_or_path"] == "owner/tiny-llama"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'base_model: "owner/tiny-llama"\nbase_model_relation: "adapter"\n' in card
+
+
+def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, tmp_path):
+    scale = np.full(16, 1.5, np.float32)
+    run = lora_run(base("llama"), tmp_path / "trained", "llama", **{"decoder/final_norm/scale": scale})
+    with pytest.raises(SystemExit, match=r"'decoder/final_norm/scale' is not what it is in .*\(1 of 12 parameters"):
+        tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+    run = lora_run(base("llama"), tmp_path / "run", "llama")
+    with pytest.raises(SystemExit, match=r"gpt2 is not the base of this run \(model\.num_kv_heads is 2, there 4"):
+        tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter", f"--base={base('gpt2')}")
+    tool_modules.call("hf", "import", base("llama"), tmp_path / "plain")
+    with pytest.raises(SystemExit, match=r"'adapter\.kind' is none: only lora can be written as an adapter"):
+        tool_modules.call("hf", "export", tmp_path / "plain", tmp_path / "out", "--adapter")
+    tool_modules.call("merge_adapters", "merge", run, tmp_path / "merged")
+    with pytest.raises(SystemExit, match=r"does not say which published model it started from; name it with --base"):
+        tool_modules.call("hf", "export", tmp_path / "merged", tmp_path / "out", "--adapter")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_what_the_run_knows_and_no_more(base, tmp_path):
+    run = lora_run(base("llama"), tmp_path / "run", "llama")
+    tool_modules.call("hf", "export", run, tmp_path / "adapter", "--adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.startswith('---\nlibrary_name: "peft"\npipeline_tag: "text-generation"\n---\n\n# adapter\n\n')
+    assert "LoRA of rank 4 for a `llama` of 17,360 parameters, trained for 3 steps of the task `causal_lm`." in card
+    assert "Base model: `llama`." in card and "- `data.path`: `'texts'`" in card
+    assert "adapter.rank = 4\n" in card and "optim.b1" not in card and "init_from = 'hf:llama'\n" in card
+    assert "| metric | here |\n|---|---|\n| nll | 2.5 |\n| perplexity | 12.182 |\n" in card
+    assert str(tmp_path) not in card and "## Training" not in card and "## Versions" not in card
+
+    report.write_summary(run, {"before": {"nll": 4.0}, "steps": 3, "tokens": 6144, "device_kind": "cpu"})
+    tool_modules.call("hf", "export", run, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert card.startswith('---\nlibrary_name: "transformers"\n') and "A `llama` of 17,360 parameters" in card
+    assert "| metric | before training | here |\n|---|---|---|\n| nll | 4 | 2.5 |\n| perplexity |  | 12.182 |" in card
+    assert "- positions read: 6,144\n" in card and f"- jax {jax.__version__}\n" in card
+
+    tool_modules.call("hf", "import", base("llama"), tmp_path / "plain")
+    tool_modules.call("hf", "export", tmp_path / "plain", tmp_path / "plain-out")
+    card = (tmp_path / "plain-out" / "README.md").read_text()
+    assert "A `llama` of 17,360 parameters, not trained any further." in card and "## Data" not in card
