@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 
 pytest.importorskip("safetensors", reason="needs the extra hf: pip install -e '.[hf]'")
 
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from configs import common
-from lm import losses, param_paths
+from lm import losses, param_paths, train
 from lm import run as run_lib
+from lm.checkpoint import CheckpointError, hf
 from lm.checkpoint.hf import export
-from lm.config import ModelConfig
+from lm.config import AdapterConfig, Duration, ModelConfig
+from lm.config.schema import ConfigError
 from lm.models import transformer
 from lm.tracking import report
 from tests import published as published_tokenizers
@@ -43,6 +46,7 @@ BERT = dataclasses.replace(
 )
 MODELS = {"llama": LLAMA, "gpt2": ModelConfig(**SIZES), "bert": BERT}
 TARGETS = {"llama": r".*(query|value|down)", "gpt2": r".*(query|value|mlp/down)", "bert": r".*(key|mlp/down)"}
+KEEP = ((".*", "keep"),)
 STEP = 3
 METRICS = {"nll": 2.5, "perplexity": 12.182493960703473}
 
@@ -112,7 +116,7 @@ CASES += [("bert", "classification"), ("bert", "tagging")]
 def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(family, task, base, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra peer: pip install -e '.[peer]'")
     transformers = pytest.importorskip("transformers", reason="needs the extra peer: pip install -e '.[peer]'")
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft")
     run = lora_run(base(family), tmp_path / "run", family, task)
     tool_modules.call("hf", "export", run, tmp_path / "adapter", "--adapter")
     tool_modules.call("hf", "export", run, tmp_path / "merged")
@@ -131,6 +135,34 @@ def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(famil
     adapted.save_pretrained(tmp_path / "again")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert {name: x.tobytes() for name, x in first.items()} == {name: x.tobytes() for name, x in second.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "rslora"), [("llama", ["k_proj", "up_proj"], False), ("gpt2", ["c_attn"], True)]
+)
+def test_an_adapter_that_peft_has_made_computes_the_same_here(family, targets, rslora, base, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra peer: pip install -e '.[peer]'")
+    transformers = pytest.importorskip("transformers", reason="needs the extra peer: pip install -e '.[peer]'")
+    peft = pytest.importorskip("peft", reason="needs peft")
+    there = transformers.AutoModelForCausalLM.from_pretrained(base(family))
+    fused = family == "gpt2"
+    cfg = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, use_rslora=rslora, fan_in_fan_out=fused, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(there, cfg).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+        theirs = adapted(input_ids=torch.from_numpy(TOKENS).long()).logits.numpy()
+    adapted.save_pretrained(tmp_path / "there")
+    tool_modules.call("hf", "import", tmp_path / "there", tmp_path / "run")
+    mine = logits_here(tmp_path / "run", TOKENS)
+    assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out", "--adapter")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("there", "out"))
+    assert {name: x.tobytes() for name, x in one.items()} == {name: x.tobytes() for name, x in two.items()}
 
 
 def exported(base: Path, tmp_path: Path, family: str, task: str = "", *flags: str) -> tuple[dict[str, Any], Any, Any]:
@@ -196,8 +228,6 @@ def test_the_head_of_a_bert_is_in_modules_to_save(base, tmp_path):
 
 
 def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path):
-    import shutil
-
     cached = tmp_path / "models--owner--tiny-llama"
     shutil.copytree(base("llama"), cached / "snapshots" / "123")
     config, _, _ = exported(cached, tmp_path, "llama")
@@ -245,3 +275,209 @@ def test_a_card_says_what_the_run_knows_and_no_more(base, tmp_path):
     tool_modules.call("hf", "export", tmp_path / "plain", tmp_path / "plain-out")
     card = (tmp_path / "plain-out" / "README.md").read_text()
     assert "A `llama` of 17,360 parameters, not trained any further." in card and "## Data" not in card
+
+
+# Folders that are read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("bert", "classification")])
+def test_an_adapter_is_read_as_it_was_and_exported_as_the_same_bytes(family, task, base, tmp_path):
+    run = lora_run(base(family), tmp_path / "run", family, task)
+    tool_modules.call("hf", "export", run, tmp_path / "one", "--adapter")
+    cfg = run_lib.load_model(str(run))[0]
+    planned, _, params = run_lib.init_model(
+        dataclasses.replace(cfg, init_from=f"hf:{tmp_path / 'one'}", init_rules=KEEP, adapter=AdapterConfig())
+    )
+    there = param_paths.flatten(run_lib.load_model(str(run))[2])
+    for path, leaf in param_paths.flatten(params).items():
+        np.testing.assert_array_equal(leaf, there[path], err_msg=path)
+    own = planned.cfg.adapter
+    assert (own.kind, own.rank, own.alpha) == ("lora", 4, 6.0)
+    run_lib.write_checkpoint(
+        tmp_path / "again",
+        planned.cfg,
+        params,
+        planned.tokenizer,
+        STEP,
+        {"tokenizer_hash": planned.tokenizer.hash, "data": {"example": 0}, "published_vocab": 420},
+    )
+    tool_modules.call("hf", "export", tmp_path / "again", tmp_path / "two", "--adapter")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_import_of_an_adapter_makes_a_run_that_computes_the_same(base, tmp_path, capsys):
+    """Also of a folder that was moved, on a base that was moved."""
+    run = lora_run(base("llama"), tmp_path / "run", "llama")
+    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+    moved = shutil.copytree(base("llama"), tmp_path / "moved")
+    change(tmp_path / "out", base_model_name_or_path="owner/name")
+    with pytest.raises(SystemExit, match=r"the base of .*out, 'owner/name', is not on this machine"):
+        tool_modules.call("hf", "import", tmp_path / "out", tmp_path / "back")
+    tool_modules.call("hf", "import", tmp_path / "out", tmp_path / "back", f"--base={moved}")
+    said = capsys.readouterr().out
+    assert "adapter.* from " in said and "LoRA of rank 4, alpha 6, on decoder/layers/attention/query|" in said
+    np.testing.assert_array_equal(logits_here(tmp_path / "back", TOKENS), logits_here(run, TOKENS))
+    tool_modules.call("hf", "export", tmp_path / "back", tmp_path / "two", "--adapter")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "two"))
+    assert {name: x.tobytes() for name, x in one.items()} == {name: x.tobytes() for name, x in two.items()}
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
+
+
+@pytest.mark.slow
+def test_a_run_from_an_adapter_trains_it_and_resumes_without_the_folder(base, tmp_path):
+    run = lora_run(base("llama"), tmp_path / "run", "llama")
+    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+    toys.write_texts(tmp_path / "texts")
+    cfg = toys.recipe(tmp_path / "texts", init_from=f"hf:{tmp_path / 'out'}", optim__lr_rules=common.lora_rules())
+    train_cfg = dataclasses.replace(cfg.train, total=Duration(steps=2))
+    saves = dataclasses.replace(cfg.checkpoint, every=Duration(steps=1))
+    cfg = dataclasses.replace(cfg, model=ModelConfig(), init_rules=KEEP, train=train_cfg, checkpoint=saves)
+    train.train(cfg, tmp_path / "more")
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "more" / "checkpoints" / "2")
+    for name in ("summary.json", "report.html"):
+        (tmp_path / "more" / name).unlink()
+    train.train(cfg, tmp_path / "more")
+    saved, params = run_lib.load_model(str(tmp_path / "more"))[::2]
+    assert saved.adapter.rank == 4
+    flat, before = param_paths.flatten(params), param_paths.flatten(run_lib.load_model(str(run))[2])
+    changed = {path for path, leaf in flat.items() if np.any(np.asarray(leaf) != np.asarray(before[path]))}
+    assert changed == {path for path in flat if "/lora_" in path}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "of peft"])
+def test_an_adapter_of_gpt2_is_three_here(shared, base, tmp_path):
+    """peft's own has one A for query, key and value; exported again it is the same."""
+    run = lora_run(base("gpt2"), tmp_path / "run", "gpt2")
+    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(weights).items() if "c_attn" in name}
+    if shared:
+        tensors = {name: random(tensor, seed=len(name)) for name, tensor in tensors.items()}
+    save_file(tensors, weights)
+    change(tmp_path / "out", target_modules=["c_attn"], rank_pattern={}, alpha_pattern={})
+    tool_modules.call("hf", "import", tmp_path / "out", tmp_path / "back")
+    tool_modules.call("hf", "export", tmp_path / "back", tmp_path / "two", "--adapter")
+    again = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    assert {name: x.tobytes() for name, x in again.items()} == {name: x.tobytes() for name, x in tensors.items()}
+    flat = param_paths.flatten(run_lib.load_model(str(tmp_path / "back"))[2])
+    a, b = (tensors[f"base_model.model.transformer.h.1.attn.c_attn.lora_{half}.weight"] for half in "AB")
+    for part, name in enumerate(("query", "key", "value")):
+        mine = flat[f"decoder/layers/attention/{name}/lora_a"][1] @ flat[f"decoder/layers/attention/{name}/lora_b"][1]
+        np.testing.assert_allclose(mine.T, b[16 * part : 16 * (part + 1)] @ a, atol=1e-6)
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Sets keys of adapter_config.json."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.fixture(scope="module")
+def llama_adapter(base, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("adapter")
+    tool_modules.call("hf", "export", lora_run(base("llama"), root / "run", "llama"), root / "out", "--adapter")
+    return root / "out"
+
+
+@pytest.fixture
+def folder(llama_adapter, tmp_path) -> Path:
+    return shutil.copytree(llama_adapter, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; supported is 'LORA'"),
+        ({"bias": "all"}, "bias is 'all'; supported is 'none'"),
+        ({"use_dora": True}, "use_dora is True, not supported"),
+        ({"layers_to_transform": [1]}, r"layers_to_transform is \[1\], not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; supported is True"),
+        ({"of_next_year": 2}, "of_next_year is 2, not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is .* ranks differ by module"),
+        ({"r": "8"}, "r is '8'; expected a whole number"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; expected a number above 0"),
+        ({"r": 8}, r"lora_A.weight' has shape \[4, \d+\]; the sizes in adapter_config.json need \[8, \d+\]"),
+        ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, r"no tensor '.*0\.self_attn\.k_proj\.lora_A"),
+        ({"base_model_name_or_path": None}, "names no base_model_name_or_path; name it as .*copy,BASE"),
+    ],
+)
+def test_an_adapter_that_asks_for_something_else_is_refused(values, message, folder):
+    hf.open_model(folder)
+    change(folder, **values)
+    with pytest.raises(CheckpointError, match=f"copy.*{message}"):
+        hf.open_model(folder)
+
+
+def test_rank_stabilised_lora_is_divided_by_the_root_of_its_rank(folder):
+    change(folder, use_rslora=True)
+    assert hf.open_model(folder).adapter.alpha == 6.0 * 2.0
+
+
+DOWN = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors: tensors.pop(DOWN), f"no tensor '{DOWN}'"),
+        (lambda tensors: tensors.update({DOWN: tensors[DOWN][:, :2]}), rf"'{DOWN}' has shape \[16, 2\]"),
+        (lambda tensors: tensors.update({DOWN[:-7]: tensors[DOWN]}), f"'{DOWN[:-7]}' is no tensor of a llama"),
+        (lambda tensors: tensors.update({"model.norm.weight": np.ones(16)}), "'model.norm.weight' is no tensor of a"),
+        (lambda tensors: [tensors.pop(name) for name in list(tensors) if "lora_B" in name], r"no tensor '.*lora_B"),
+    ],
+)
+def test_wrong_tensors_of_an_adapter_are_refused_by_name(spoil, message, folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    spoil(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"copy.*{message}"):
+        hf.open_model(folder)
+
+
+def test_damaged_pickled_and_ambiguous_folders_are_refused(folder):
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-10], b"", b"\xff" * 64):
+        weights.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is no safetensors file, or damaged"):
+            hf.open_model(folder)
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"found adapter_model\.bin, which are not read: loading them may execute"
+    ):
+        hf.open_model(folder)
+    weights.symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match="is a link to /etc/passwd, outside of"):
+        hf.open_model(folder)
+    weights.unlink()
+    weights.write_bytes(whole)
+    (folder / "model.safetensors").write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"has both adapter_config\.json and the weights of a whole model"):
+        hf.open_model(folder)
+
+
+def test_another_base_is_refused_by_shape_or_by_fingerprint(base, folder, tmp_path):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has no LoRA of any module of a gpt2"):
+        hf.open_model(f"{folder},{base('gpt2')}")
+    narrow = transformer.resolve(dataclasses.replace(LLAMA, mlp_dim=32), vocab_size=420, seq_len=64)
+    shapes = jax.eval_shape(transformer.text_model(narrow, np.float32).init, jax.random.key(0))
+    export.export(tmp_path / "narrow", narrow, random(shapes), vocab_size=420)
+    with pytest.raises(CheckpointError, match=r"down_proj.lora_A.weight' has shape \[4, 24\].*need \[4, 32\]"):
+        hf.open_model(f"{folder},{tmp_path / 'narrow'}")
+    other = shutil.copytree(base("llama"), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"other is not the base of .*copy: 'decoder/final_norm/scale' differs \(1 of"):
+        tool_modules.call("hf", "import", folder, tmp_path / "run", f"--base={other}")
+
+
+def test_a_config_that_contradicts_the_adapter_is_refused(base, folder):
+    cfg = toys.recipe(folder, init_from=f"hf:{folder}", adapter__kind="lora", adapter__rank=16, adapter__alpha=3.0)
+    cfg = dataclasses.replace(cfg, model=ModelConfig())
+    with pytest.raises(ConfigError, match=r"adapter.rank: 16 here, 4 there\n  adapter.alpha: 3.0 here, 6.0 there"):
+        run_lib.plan(cfg, None)
+    with pytest.raises(SystemExit, match="is an adapter; verify compares whole models, such as"):
+        tool_modules.call("hf", "verify", folder)

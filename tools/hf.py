@@ -2,6 +2,7 @@
 
     python tools/hf.py import FOLDER OUT [--tokenizer=FILE]  OUT = a run folder that tools/chat.py and init_from read
     python tools/hf.py import FOLDER OUT --task=contrastive_pairs --pool=mean    a sentence encoder, such as MiniLM
+    python tools/hf.py import ADAPTER OUT [--base=FOLDER]    LoRA of the library peft, on the model it belongs to
     python tools/hf.py export RUN OUT [--dtype=bfloat16]     OUT = config.json, generation_config.json, safetensors
     python tools/hf.py export RUN OUT --adapter              OUT = LoRA alone, for the library peft
     python tools/hf.py verify FOLDER [--text=FILE]           logits and hidden states here and in transformers
@@ -52,7 +53,13 @@ def main(argv: list[str]) -> None:
         if command != "verify":
             run_lib.check_new(Path(given[1]))
         if command == "import":
-            import_model(given[0], Path(given[1]), _TOKENIZER.value, _TASK.value, _POOL.value)
+            import_model(
+                given[0] + f",{_BASE.value}" * bool(_BASE.value),
+                Path(given[1]),
+                _TOKENIZER.value,
+                _TASK.value,
+                _POOL.value,
+            )
         elif command == "export":
             export_run(given[0], Path(given[1]), _DTYPE.value, _ADAPTER.value, _BASE.value)
         else:
@@ -77,6 +84,8 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     for name in ("seq_len", "target_len"):
         source.data[name] = min(source.data[name], published.model.max_len)
     source.train.total_steps = 1
+    if published.adapter:
+        source.optim.lr_rules = ((".*/lora_.*|head/.*", 1.0), (".*", 0.0))
     source.init_rules = ((".*", init_from.REINIT),)
     paths = param_paths.flatten(run_lib.plan(tasks.build_config(source), None).abstract_params)
     fresh = [(path, init_from.REINIT) for path in paths if path.startswith("head/") and path not in published.table]
@@ -156,7 +165,7 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
             for path, leaf in param_paths.flatten(params).items()
             if "/lora_" not in path
         ),
-        base=export_adapter.base_name(Path(base).expanduser()) if base else "",
+        base=export_adapter.base_name(opened.base_path if opened else Path(base).expanduser()) if base else "",
         is_adapter=as_adapter,
         step=saved.step,
         metrics=saved.metrics,
@@ -249,6 +258,8 @@ def load_both(folder: Path) -> Pair:
     from lm.models import transformer
 
     published = hf.open_model(folder)
+    if published.adapter:
+        raise CheckpointError(f"{folder} is an adapter; verify compares whole models, such as {published.base_path}")
     model = published.model
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(transformer.text_model(model, jnp.float32).init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""LoRA in the files of the library `peft`: adapter_config.json and adapter_model.safetensors, without the base."""
+"""Writes LoRA alone, in the files of the library `peft`: adapter_config.json and adapter_model.safetensors."""
 
 import json
 import re
@@ -12,16 +12,13 @@ import numpy as np
 from lm import param_paths
 from lm.checkpoint import store
 from lm.checkpoint.hf import published
+from lm.checkpoint.hf.adapter import CONFIG, FINGERPRINTS, OF_LORA, PREFIX, WEIGHTS
 from lm.checkpoint.hf.families import Family, Tensor, differences
 from lm.checkpoint.hf.published import Published
 from lm.checkpoint.store import CheckpointError
 from lm.config import AdapterConfig, ModelConfig
 from lm.config.schema import ConfigError
 from lm.types import Head, Params
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of the names of all tensors
-FINGERPRINTS = "lm_base_fingerprints"  # in the metadata of the safetensors file: JSON, parameter -> fingerprint
 
 
 class Lora(NamedTuple):
@@ -94,7 +91,7 @@ def export(
         tensors[name(entry.name)] = value.T if entry.transposed else value
     known = {*map(name, map(_module, [entry.name for entry in (*table.values(), *family.optional)])), *loras}
     config = {
-        "base_model_name_or_path": base_name(base.path),
+        "base_model_name_or_path": base_name(base.base_path),
         "peft_type": "LORA",
         "task_type": _task_type(model, head),
         "inference_mode": True,
@@ -131,7 +128,7 @@ def _fingerprints_of_base(flat: Mapping[str, Any], base: Published) -> dict[str,
     Raises:
       CheckpointError: one of them is not what it is in the base.
     """
-    shared = {path: leaf for path, leaf in flat.items() if not path.startswith("head/") and not path.endswith(_OF_LORA)}
+    shared = {path: leaf for path, leaf in flat.items() if not path.startswith("head/") and not path.endswith(OF_LORA)}
     prints = {path: int(value) for path, value in store.fingerprints(param_paths.unflatten(shared)).items()}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wrong = []
@@ -144,14 +141,11 @@ def _fingerprints_of_base(flat: Mapping[str, Any], base: Published) -> dict[str,
         wrong.append(path)
     if wrong:
         raise CheckpointError(
-            f"'{wrong[0]}' is not what it is in {base.path} ({len(wrong)} of {len(shared)} parameters outside of LoRA "
-            "and the head): the run has trained it, or started from another base; name that with --base, or export "
+            f"'{wrong[0]}' is not what it is in {base.base_path} ({len(wrong)} of {len(shared)} parameters outside of "
+            "LoRA and the head): the run trained it, or started from another base; name that with --base, or export "
             "the whole model, without --adapter"
         )
     return prints
-
-
-_OF_LORA = ("/lora_a", "/lora_b")
 
 
 def _kernels(flat: Mapping[str, Any]) -> list[str]:
@@ -174,7 +168,7 @@ def _modules(flat: Mapping[str, Any], table: Mapping[str, Tensor]) -> dict[str, 
     parts: dict[str, list[tuple[Tensor, Any, Any]]] = {}
     for path in _kernels(flat):
         dense = path.removesuffix("/kernel")
-        a, b = (np.asarray(jax.device_get(flat[dense + name]), np.float32) for name in _OF_LORA)
+        a, b = (np.asarray(jax.device_get(flat[dense + name]), np.float32) for name in OF_LORA)
         parts.setdefault(_module(table[path].name), []).append((table[path], a, b))
     return {module: _joined(own) for module, own in parts.items()}
 
