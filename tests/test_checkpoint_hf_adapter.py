@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("safetensors", reason="needs the extra hf: pip install -e '.[hf]'")
 
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import common
@@ -302,8 +303,12 @@ def test_an_adapter_is_read_as_it_was_and_exported_as_the_same_bytes(family, tas
         {"tokenizer_hash": planned.tokenizer.hash, "data": {"example": 0}, "published_vocab": 420},
     )
     tool_modules.call("hf", "export", tmp_path / "again", tmp_path / "two", "--adapter")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert (one / "adapter_config.json").read_bytes() == (two / "adapter_config.json").read_bytes()
+    first, second = (safe_open(folder / "adapter_model.safetensors", "numpy") for folder in (one, two))
+    assert first.metadata() == second.metadata() and list(first.keys()) == list(second.keys())
+    for name in first.keys():  # noqa: SIM118 (it is no dict)
+        assert first.get_tensor(name).tobytes() == second.get_tensor(name).tobytes(), name
 
 
 def test_import_of_an_adapter_makes_a_run_that_computes_the_same(base, tmp_path, capsys):

@@ -57,11 +57,11 @@ def open_folder(folder: Path, base: str) -> Adapter:
     """
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"no {folder / CONFIG}: expected a folder of the library peft, with it and {WEIGHTS}")
-    config = files.read_json(folder, CONFIG)
-    cfg = _config(config, folder / CONFIG)
+    theirs = files.read_json(folder, CONFIG)
+    cfg = _config(theirs, folder / CONFIG)
     if any((folder / name).exists() for name in (files.WEIGHTS, files.INDEX)):
         raise CheckpointError(f"{folder} has both {CONFIG} and the weights of a whole model; remove one of them")
-    tensors = files.open_files(folder, CONFIG, files.listed(folder, WEIGHTS))
+    tensors = files.open_files(folder, theirs, CONFIG, files.listed(folder, WEIGHTS))
     text = tensors.metadata.get(FINGERPRINTS, "{}")
     try:
         prints = {str(path): int(value) for path, value in json.loads(text).items()}
@@ -70,35 +70,35 @@ def open_folder(folder: Path, base: str) -> Adapter:
             f"{folder / WEIGHTS}: its metadata {FINGERPRINTS} is no JSON of parameters and fingerprints; copy the "
             "folder again"
         ) from None
-    return Adapter(tensors, cfg, _base(folder, config, base), prints)
+    return Adapter(tensors, cfg, _base(folder, theirs, base), prints)
 
 
-def _config(config: dict[str, Any], path: Path) -> AdapterConfig:
+def _config(theirs: dict[str, Any], path: Path) -> AdapterConfig:
     """Rank and alpha. Raises CheckpointError for what is not supported."""
     supported = {"peft_type": ("LORA",), "bias": ("none", None), "use_rslora": (True, False, None)}
     supported["init_lora_weights"] = (True, False, "gaussian", None)  # others may change the base
     for key, values in supported.items():
-        if not any(config.get(key) is value or config.get(key) == value for value in values):
-            raise CheckpointError(f"{path}: {key} is {config.get(key)!r}; supported is {values[0]!r}")
-    for key, value in config.items():
+        if not any(theirs.get(key) is value or theirs.get(key) == value for value in values):
+            raise CheckpointError(f"{path}: {key} is {theirs.get(key)!r}; supported is {values[0]!r}")
+    for key, value in theirs.items():
         if value and key not in {*supported, *_HARMLESS, "r", "lora_alpha"}:
             what = (
                 "this makes ranks differ by module, and there is one for all" if "pattern" in key else "not supported"
             )
             raise CheckpointError(f"{path}: {key} is {value!r}, {what}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank, alpha = theirs.get("r"), theirs.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise CheckpointError(f"{path}: r is {rank!r}; expected a whole number from 1")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
         raise CheckpointError(f"{path}: lora_alpha is {alpha!r}; expected a number above 0")
     # rank-stabilised LoRA (Kalajdzievski 2023) divides by sqrt(r)
-    scaled = alpha * rank**0.5 if config.get("use_rslora") else alpha
+    scaled = alpha * rank**0.5 if theirs.get("use_rslora") else alpha
     return AdapterConfig(kind="lora", rank=rank, alpha=float(scaled))
 
 
-def _base(folder: Path, config: dict[str, Any], given: str) -> Path:
+def _base(folder: Path, theirs: dict[str, Any], given: str) -> Path:
     """Where the base is: as given, or as adapter_config.json says, a path or the name of a model in the hub's cache."""
-    name = given or config.get("base_model_name_or_path")
+    name = given or theirs.get("base_model_name_or_path")
     how = f"name it as {folder},BASE"
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{folder / CONFIG} names no base_model_name_or_path; {how}")
@@ -125,9 +125,8 @@ def table(
     """
     names = {name.removeprefix(PREFIX) for name in adapter.tensors.shapes}
     cut = "" if any(name.startswith(family.prefix) for name in names) else family.prefix  # of a model without a head
-    wanted = _list(adapter.tensors.config.get("target_modules"))
-    if adapter.tensors.config.get("exclude_modules"):
-        wanted = []
+    theirs = adapter.tensors.config
+    wanted = [] if theirs.get("exclude_modules") else _list(theirs.get("target_modules"))
     entries: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     targets = []

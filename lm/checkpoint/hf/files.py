@@ -49,21 +49,22 @@ def open_folder(path: Path) -> Tensors:
       CheckpointError: a file is missing, damaged, or lies outside of the folder; there are no safetensors.
     """
     folder = snapshot(path)
-    return open_files(folder, CONFIG, _weight_files(folder))
+    config = read_json(folder, CONFIG)
+    return open_files(folder, config, CONFIG, _weight_files(folder))
 
 
-def open_files(folder: Path, config_name: str, names: dict[str, set[str] | None]) -> Tensors:
+def open_files(folder: Path, config: dict[str, Any], config_name: str, names: dict[str, set[str] | None]) -> Tensors:
     """Opens files of a folder.
 
     Args:
       folder: the folder.
-      config_name: its file with the config.
+      config: what its file `config_name` says.
+      config_name: that file.
       names: safetensors file -> the tensors that must be in it; None = any.
 
     Raises:
       CheckpointError: as `open_folder`.
     """
-    config = read_json(folder, config_name)
     handles, shapes, places, file_of = {}, {}, {}, {}
     metadata: dict[str, str] = {}
     for name, expected in names.items():
