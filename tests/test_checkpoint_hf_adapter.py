@@ -1,6 +1,7 @@
 """lm/checkpoint/hf: LoRA in the files of peft, and model cards."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -97,6 +98,21 @@ def lora_run(folder: Path, out: Path, family: str, task: str = "", **changes: An
     return out
 
 
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory) -> Any:
+    """(family, task) -> a run with LoRA, and the folder that it is exported to."""
+    root = tmp_path_factory.mktemp("made")
+
+    @functools.cache
+    def make(family: str, task: str) -> tuple[Path, Path]:
+        run, out = root / f"{family}-{task}", root / f"{family}-{task}-out"
+        lora_run(base(family), run, family, task)
+        tool_modules.call("hf", "export", run, out, "--adapter")
+        return run, out
+
+    return make
+
+
 def logits_here(run: Path, tokens: np.ndarray) -> np.ndarray:
     """Logits of the head, or of ids, [B, L, V]."""
     cfg, model, params, _ = run_lib.load_model(str(run))
@@ -114,19 +130,18 @@ CASES += [("bert", "classification"), ("bert", "tagging")]
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
-def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(family, task, base, tmp_path):
+def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(family, task, base, made, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra peer: pip install -e '.[peer]'")
     transformers = pytest.importorskip("transformers", reason="needs the extra peer: pip install -e '.[peer]'")
     peft = pytest.importorskip("peft", reason="needs peft")
-    run = lora_run(base(family), tmp_path / "run", family, task)
-    tool_modules.call("hf", "export", run, tmp_path / "adapter", "--adapter")
+    run, out = made(family, task)
     tool_modules.call("hf", "export", run, tmp_path / "merged")
     auto = {"causal_lm": transformers.AutoModelForCausalLM, "masked_lm": transformers.AutoModelForMaskedLM}
     auto |= {"classification": transformers.AutoModelForSequenceClassification}
     auto |= {"tagging": transformers.AutoModelForTokenClassification}
     labels = {"num_labels": 3} if task in ("classification", "tagging") else {}
     there = auto[task].from_pretrained(base(family), **labels)
-    adapted = peft.PeftModel.from_pretrained(there, tmp_path / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(there, out).eval()
     merged = auto[task].from_pretrained(tmp_path / "merged").eval()
     mine, ids = logits_here(run, TOKENS), torch.from_numpy(TOKENS).long()
     for model in (adapted, merged):
@@ -134,7 +149,7 @@ def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(famil
             theirs = model(input_ids=ids).logits.numpy()
         assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
     adapted.save_pretrained(tmp_path / "again")
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "again"))
     assert {name: x.tobytes() for name, x in first.items()} == {name: x.tobytes() for name, x in second.items()}
 
 
@@ -166,17 +181,14 @@ def test_an_adapter_that_peft_has_made_computes_the_same_here(family, targets, r
     assert {name: x.tobytes() for name, x in one.items()} == {name: x.tobytes() for name, x in two.items()}
 
 
-def exported(base: Path, tmp_path: Path, family: str, task: str = "", *flags: str) -> tuple[dict[str, Any], Any, Any]:
+def contents(run: Path, out: Path) -> tuple[dict[str, Any], Any, Any]:
     """(adapter_config.json, tensors, parameters of the run by path)."""
-    run = lora_run(base, tmp_path / "run", family, task)
-    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter", *flags)
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    flat = param_paths.flatten(run_lib.load_model(str(run))[2])
-    return config, load_file(tmp_path / "out" / "adapter_model.safetensors"), flat
+    config = json.loads((out / "adapter_config.json").read_text())
+    return config, load_file(out / "adapter_model.safetensors"), param_paths.flatten(run_lib.load_model(str(run))[2])
 
 
-def test_the_adapter_of_a_llama_has_the_layout_of_peft(base, tmp_path):
-    config, tensors, flat = exported(base("llama"), tmp_path, "llama")
+def test_the_adapter_of_a_llama_has_the_layout_of_peft(base, made):
+    config, tensors, flat = contents(*made("llama", "causal_lm"))
     assert config == {
         "base_model_name_or_path": str(base("llama")),
         "peft_type": "LORA",
@@ -204,9 +216,9 @@ def test_the_adapter_of_a_llama_has_the_layout_of_peft(base, tmp_path):
     np.testing.assert_array_equal(tensors[f"{down}.lora_B.weight"], flat["decoder/layers/mlp/down/lora_b"][1].T)
 
 
-def test_query_and_value_of_gpt2_are_one_module_of_twice_the_rank(base, tmp_path):
+def test_query_and_value_of_gpt2_are_one_module_of_twice_the_rank(made):
     """[A of query; A of value]; B of each has rows of its own, and keys have none."""
-    config, tensors, flat = exported(base("gpt2"), tmp_path, "gpt2")
+    config, tensors, flat = contents(*made("gpt2", "causal_lm"))
     assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (8, 12, True)
     assert config["target_modules"] == ["c_attn", "mlp.c_proj"], "attn.c_proj has no LoRA"
     pattern = r"transformer\.h\.\d+\.mlp\.c_proj"
@@ -219,9 +231,9 @@ def test_query_and_value_of_gpt2_are_one_module_of_twice_the_rank(base, tmp_path
     np.testing.assert_array_equal(tensors[f"{name}.lora_B.weight"], rows)
 
 
-def test_the_head_of_a_bert_is_in_modules_to_save(base, tmp_path):
+def test_the_head_of_a_bert_is_in_modules_to_save(made):
     """The names of MLPs end as those of the attention's output, so that each layer is named."""
-    config, tensors, flat = exported(base("bert"), tmp_path, "bert", "classification")
+    config, tensors, flat = contents(*made("bert", "classification"))
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
     assert config["target_modules"] == [*(f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)), "key"]
     np.testing.assert_array_equal(tensors["base_model.model.classifier.weight"], flat["head/classifier/kernel"].T)
@@ -231,18 +243,20 @@ def test_the_head_of_a_bert_is_in_modules_to_save(base, tmp_path):
 def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path):
     cached = tmp_path / "models--owner--tiny-llama"
     shutil.copytree(base("llama"), cached / "snapshots" / "123")
-    config, _, _ = exported(cached, tmp_path, "llama")
+    run = lora_run(cached, tmp_path / "run", "llama")
+    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+    config, _, _ = contents(run, tmp_path / "out")
     assert config["base_model_name_or_path"] == "owner/tiny-llama"
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'base_model: "owner/tiny-llama"\nbase_model_relation: "adapter"\n' in card
 
 
-def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, tmp_path):
+def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, made, tmp_path):
     scale = np.full(16, 1.5, np.float32)
     run = lora_run(base("llama"), tmp_path / "trained", "llama", **{"decoder/final_norm/scale": scale})
     with pytest.raises(SystemExit, match=r"'decoder/final_norm/scale' is not what it is in .*\(1 of 12 parameters"):
         tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
-    run = lora_run(base("llama"), tmp_path / "run", "llama")
+    run, _ = made("llama", "causal_lm")
     with pytest.raises(SystemExit, match=r"gpt2 is not the base of this run \(model\.num_kv_heads is 2, there 4"):
         tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter", f"--base={base('gpt2')}")
     tool_modules.call("hf", "import", base("llama"), tmp_path / "plain")
@@ -254,17 +268,19 @@ def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_card_says_what_the_run_knows_and_no_more(base, tmp_path):
-    run = lora_run(base("llama"), tmp_path / "run", "llama")
-    tool_modules.call("hf", "export", run, tmp_path / "adapter", "--adapter")
-    card = (tmp_path / "adapter" / "README.md").read_text()
-    assert card.startswith('---\nlibrary_name: "peft"\npipeline_tag: "text-generation"\n---\n\n# adapter\n\n')
+def test_a_card_says_what_the_run_knows_and_no_more(base, made, tmp_path):
+    run, out = made("llama", "causal_lm")
+    card = (out / "README.md").read_text()
+    assert card.startswith(
+        '---\nlibrary_name: "peft"\npipeline_tag: "text-generation"\n---\n\n# llama-causal_lm-out\n\n'
+    )
     assert "LoRA of rank 4 for a `llama` of 17,360 parameters, trained for 3 steps of the task `causal_lm`." in card
     assert "Base model: `llama`." in card and "- `data.path`: `'texts'`" in card
     assert "adapter.rank = 4\n" in card and "optim.b1" not in card and "init_from = 'hf:llama'\n" in card
     assert "| metric | here |\n|---|---|\n| nll | 2.5 |\n| perplexity | 12.182 |\n" in card
-    assert str(tmp_path) not in card and "## Training" not in card and "## Versions" not in card
+    assert str(out.parent) not in card and "## Training" not in card and "## Versions" not in card
 
+    run = shutil.copytree(run, tmp_path / "run")
     report.write_summary(run, {"before": {"nll": 4.0}, "steps": 3, "tokens": 6144, "device_kind": "cpu"})
     tool_modules.call("hf", "export", run, tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
@@ -282,12 +298,11 @@ def test_a_card_says_what_the_run_knows_and_no_more(base, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("bert", "classification")])
-def test_an_adapter_is_read_as_it_was_and_exported_as_the_same_bytes(family, task, base, tmp_path):
-    run = lora_run(base(family), tmp_path / "run", family, task)
-    tool_modules.call("hf", "export", run, tmp_path / "one", "--adapter")
+def test_an_adapter_is_read_as_it_was_and_exported_as_the_same_bytes(family, task, made, tmp_path):
+    run, one = made(family, task)
     cfg = run_lib.load_model(str(run))[0]
     planned, _, params = run_lib.init_model(
-        dataclasses.replace(cfg, init_from=f"hf:{tmp_path / 'one'}", init_rules=KEEP, adapter=AdapterConfig())
+        dataclasses.replace(cfg, init_from=f"hf:{one}", init_rules=KEEP, adapter=AdapterConfig())
     )
     there = param_paths.flatten(run_lib.load_model(str(run))[2])
     for path, leaf in param_paths.flatten(params).items():
@@ -303,7 +318,7 @@ def test_an_adapter_is_read_as_it_was_and_exported_as_the_same_bytes(family, tas
         {"tokenizer_hash": planned.tokenizer.hash, "data": {"example": 0}, "published_vocab": 420},
     )
     tool_modules.call("hf", "export", tmp_path / "again", tmp_path / "two", "--adapter")
-    one, two = (tmp_path / name for name in ("one", "two"))
+    two = tmp_path / "two"
     assert (one / "adapter_config.json").read_bytes() == (two / "adapter_config.json").read_bytes()
     first, second = (safe_open(folder / "adapter_model.safetensors", "numpy") for folder in (one, two))
     assert first.metadata() == second.metadata() and list(first.keys()) == list(second.keys())
@@ -311,10 +326,10 @@ def test_an_adapter_is_read_as_it_was_and_exported_as_the_same_bytes(family, tas
         assert first.get_tensor(name).tobytes() == second.get_tensor(name).tobytes(), name
 
 
-def test_import_of_an_adapter_makes_a_run_that_computes_the_same(base, tmp_path, capsys):
+def test_import_of_an_adapter_makes_a_run_that_computes_the_same(base, made, tmp_path, capsys):
     """Also of a folder that was moved, on a base that was moved."""
-    run = lora_run(base("llama"), tmp_path / "run", "llama")
-    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+    run, out = made("llama", "causal_lm")
+    shutil.copytree(out, tmp_path / "out")
     moved = shutil.copytree(base("llama"), tmp_path / "moved")
     change(tmp_path / "out", base_model_name_or_path="owner/name")
     with pytest.raises(SystemExit, match=r"the base of .*out, 'owner/name', is not on this machine"):
@@ -330,9 +345,9 @@ def test_import_of_an_adapter_makes_a_run_that_computes_the_same(base, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_run_from_an_adapter_trains_it_and_resumes_without_the_folder(base, tmp_path):
-    run = lora_run(base("llama"), tmp_path / "run", "llama")
-    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+def test_a_run_from_an_adapter_trains_it_and_resumes_without_the_folder(made, tmp_path):
+    run, out = made("llama", "causal_lm")
+    shutil.copytree(out, tmp_path / "out")
     toys.write_texts(tmp_path / "texts")
     cfg = toys.recipe(tmp_path / "texts", init_from=f"hf:{tmp_path / 'out'}", optim__lr_rules=common.lora_rules())
     train_cfg = dataclasses.replace(cfg.train, total=Duration(steps=2))
@@ -352,10 +367,9 @@ def test_a_run_from_an_adapter_trains_it_and_resumes_without_the_folder(base, tm
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "of peft"])
-def test_an_adapter_of_gpt2_is_three_here(shared, base, tmp_path):
+def test_an_adapter_of_gpt2_is_three_here(shared, made, tmp_path):
     """peft's own has one A for query, key and value; exported again it is the same."""
-    run = lora_run(base("gpt2"), tmp_path / "run", "gpt2")
-    tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
+    shutil.copytree(made("gpt2", "causal_lm")[1], tmp_path / "out")
     weights = tmp_path / "out" / "adapter_model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(weights).items() if "c_attn" in name}
     if shared:
@@ -379,16 +393,9 @@ def change(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.fixture(scope="module")
-def llama_adapter(base, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("adapter")
-    tool_modules.call("hf", "export", lora_run(base("llama"), root / "run", "llama"), root / "out", "--adapter")
-    return root / "out"
-
-
 @pytest.fixture
-def folder(llama_adapter, tmp_path) -> Path:
-    return shutil.copytree(llama_adapter, tmp_path / "copy")
+def folder(made, tmp_path) -> Path:
+    return shutil.copytree(made("llama", "causal_lm")[1], tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
