@@ -114,11 +114,13 @@ def made(base, tmp_path_factory) -> Any:
 
 
 def logits_here(run: Path, tokens: np.ndarray) -> np.ndarray:
-    """Logits of the head, or of ids, [B, L, V]."""
+    """Logits of the head, or of ids, [B, L, V]; of a model for sentence embeddings the hidden states, [B, L, D]."""
     cfg, model, params, _ = run_lib.load_model(str(run))
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
     out = jax.jit(model.apply)(params, batch)
+    if cfg.task.name == "contrastive_pairs":
+        return np.asarray(out.hidden_BxLxD)
     if out.head is not None:
         return np.asarray(out.head)
     return np.asarray(losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=cfg.model.vocab_size))
@@ -126,7 +128,7 @@ def logits_here(run: Path, tokens: np.ndarray) -> np.ndarray:
 
 TOKENS = np.random.default_rng(2).integers(5, 200, (2, 24)).astype(np.int32)
 CASES = [("llama", "causal_lm"), ("gpt2", "causal_lm"), ("bert", "masked_lm")]
-CASES += [("bert", "classification"), ("bert", "tagging")]
+CASES += [("bert", "classification"), ("bert", "tagging"), ("bert", "contrastive_pairs")]
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
@@ -138,7 +140,7 @@ def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(famil
     tool_modules.call("hf", "export", run, tmp_path / "merged")
     auto = {"causal_lm": transformers.AutoModelForCausalLM, "masked_lm": transformers.AutoModelForMaskedLM}
     auto |= {"classification": transformers.AutoModelForSequenceClassification}
-    auto |= {"tagging": transformers.AutoModelForTokenClassification}
+    auto |= {"tagging": transformers.AutoModelForTokenClassification, "contrastive_pairs": transformers.AutoModel}
     labels = {"num_labels": 3} if task in ("classification", "tagging") else {}
     there = auto[task].from_pretrained(base(family), **labels)
     adapted = peft.PeftModel.from_pretrained(there, out).eval()
@@ -146,7 +148,8 @@ def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(famil
     mine, ids = logits_here(run, TOKENS), torch.from_numpy(TOKENS).long()
     for model in (adapted, merged):
         with torch.no_grad():
-            theirs = model(input_ids=ids).logits.numpy()
+            got = model(input_ids=ids)
+        theirs = (got.last_hidden_state if task == "contrastive_pairs" else got.logits).numpy()
         assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
     adapted.save_pretrained(tmp_path / "again")
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "again"))
@@ -240,8 +243,23 @@ def test_the_head_of_a_bert_is_in_modules_to_save(made):
     np.testing.assert_array_equal(tensors["base_model.model.bert.pooler.dense.bias"], flat["head/pooler/bias"])
 
 
-def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path):
-    cached = tmp_path / "models--owner--tiny-llama"
+def test_a_model_for_sentence_embeddings_has_no_prefix_and_no_head(made, tmp_path):
+    """As AutoModel has it; it is read again."""
+    run, out = made("bert", "contrastive_pairs")
+    config, tensors, flat = contents(run, out)
+    assert config["task_type"] == "FEATURE_EXTRACTION" and config["modules_to_save"] is None
+    assert config["target_modules"] == [*(f"encoder.layer.{i}.output.dense" for i in (0, 1)), "key"]
+    key = tensors["base_model.model.encoder.layer.1.attention.self.key.lora_A.weight"]
+    np.testing.assert_array_equal(key, flat["encoder/layers/attention/key/lora_a"][1].T)
+    assert len(tensors) == 8
+    tool_modules.call("hf", "import", out, tmp_path / "back", "--task=contrastive_pairs")
+    back = param_paths.flatten(run_lib.load_model(str(tmp_path / "back"))[2])
+    for path in flat:
+        assert path.startswith("head/") or np.array_equal(back[path], flat[path]), path
+
+
+def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--owner--tiny-llama"
     shutil.copytree(base("llama"), cached / "snapshots" / "123")
     run = lora_run(cached, tmp_path / "run", "llama")
     tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
@@ -249,6 +267,8 @@ def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path):
     assert config["base_model_name_or_path"] == "owner/tiny-llama"
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'base_model: "owner/tiny-llama"\nbase_model_relation: "adapter"\n' in card
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert hf.open_model(tmp_path / "out").base_path == cached / "snapshots" / "123"
 
 
 def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, made, tmp_path):
