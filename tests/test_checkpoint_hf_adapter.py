@@ -429,6 +429,8 @@ def folder(made, tmp_path) -> Path:
         ({"of_next_year": 2}, "of_next_year is 2, not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is .* ranks differ by module"),
         ({"r": "8"}, "r is '8'; expected a whole number"),
+        ({"r": 10**400, "use_rslora": True}, "r is 10*; expected a whole number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 10*; expected a number above 0"),
         ({"lora_alpha": 0}, "lora_alpha is 0; expected a number above 0"),
         ({"r": 8}, r"lora_A.weight' has shape \[4, \d+\]; the sizes in adapter_config.json need \[8, \d+\]"),
         ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, r"no tensor '.*0\.self_attn\.k_proj\.lora_A"),

@@ -87,9 +87,9 @@ def _config(theirs: dict[str, Any], path: Path) -> AdapterConfig:
             )
             raise CheckpointError(f"{path}: {key} is {value!r}, {what}")
     rank, alpha = theirs.get("r"), theirs.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 1 << 20:
         raise CheckpointError(f"{path}: r is {rank!r}; expected a whole number from 1")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
         raise CheckpointError(f"{path}: lora_alpha is {alpha!r}; expected a number above 0")
     # rank-stabilised LoRA (Kalajdzievski 2023) divides by sqrt(r)
     scaled = alpha * rank**0.5 if theirs.get("use_rslora") else alpha
