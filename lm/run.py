@@ -170,13 +170,17 @@ def _published_shape(cfg: Config, own: Sequence[checkpoint.Saved], init: init_fr
     if not cfg.init_from.startswith(hf.PREFIX):
         return cfg
     if isinstance(init, hf.Published):
-        model = init.model
+        model, adapter = init.model, init.adapter
     else:
         readable = [saved for saved in own if "unreadable" not in saved.info]
         if not readable:
             return cfg
         there = readable[-1]
-        model = hf.adopt(cfg.model, build_saved_config(there.info["config"]).model, there.path)
+        saved = build_saved_config(there.info["config"])
+        model = hf.adopt(cfg.model, saved.model, there.path)
+        adapter = saved.adapter if saved.adapter.kind == "lora" else None
+    if adapter:
+        cfg = dataclasses.replace(cfg, adapter=hf.adopt_adapter(cfg.adapter, adapter, cfg.init_from))
     cfg = dataclasses.replace(cfg, model=model)
     config.check(cfg)
     return cfg
@@ -353,7 +357,7 @@ def _find_tokenizer(cfg: Config, workdir: Path | None, init: init_from.Source | 
     if isinstance(init, checkpoint.Saved):
         candidates.append(_tokenizer_path([init], init.path.parent.parent, vocabulary.find))
     elif init and not cfg.tokenizer.path:
-        candidates.append(epath.Path(init.path))
+        candidates.append(epath.Path(init.tokenizer_path))
     found = {path: vocabulary.load(path) for path in candidates if path.exists()}
     if (init or workdir) and not found:
         raise ConfigError(f"no {candidates[-1]}: the checkpoint cannot be used without its tokenizer; put it back")

@@ -13,8 +13,9 @@ gguf = pytest.importorskip("gguf", reason="needs the extra hf: pip install -e '.
 
 from lm import param_paths  # noqa: E402
 from lm.checkpoint import CheckpointError, hf  # noqa: E402
+from lm.checkpoint.hf import export_adapter  # noqa: E402
 from lm.checkpoint.hf import gguf as gguf_files  # noqa: E402
-from lm.config import ModelConfig  # noqa: E402
+from lm.config import AdapterConfig, ModelConfig  # noqa: E402
 from lm.models import transformer  # noqa: E402
 from tests.test_checkpoint_hf_files import params_of  # noqa: E402
 
@@ -127,8 +128,26 @@ def test_every_tensor_is_read_as_the_library_dequantises_it(kind, tmp_path):
 def test_as_many_key_heads_as_heads_need_no_key(tmp_path):
     expected = write(tmp_path / "a.gguf", dataclasses.replace(CFG, num_kv_heads=8), Kind.F32)
     assert hf.open_model(tmp_path / "a.gguf").model.num_kv_heads == 8
-    for path, leaf in params_of(tmp_path / "a.gguf").items():
+    for path, leaf in param_paths.flatten(params_of(tmp_path / "a.gguf")).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_lora_alone_belongs_to_the_file_that_it_was_trained_on(tmp_path):
+    base = tmp_path / "a.gguf"
+    params = write(base, CFG, Kind.Q8_0)
+    rng = np.random.default_rng(0)
+    query = "decoder/layers/attention/query"
+    params |= {f"{query}/lora_a": rng.normal(size=(2, 256, 4)), f"{query}/lora_b": rng.normal(size=(2, 4, 256))}
+    params = {path: jax.device_put(np.float32(leaf)) for path, leaf in params.items()}
+    opened, lora = hf.open_model(base), AdapterConfig(kind="lora", rank=4, targets=".*query")
+    export_adapter.export(tmp_path / "out", opened.model, param_paths.unflatten(params), lora, opened)
+    back = hf.open_model(tmp_path / "out")
+    assert back.base_path == base and back.adapter == dataclasses.replace(lora, targets=query)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {path: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=where) for path, leaf in params.items()}
+    got = param_paths.flatten(hf.load(back, {"params": param_paths.unflatten(like)})["params"])
+    for path, leaf in params.items():
+        np.testing.assert_array_equal(got[path], leaf, err_msg=path)
 
 
 def test_keys_that_are_not_read_are_listed_with_the_name_of_the_file(tmp_path):

@@ -2,7 +2,9 @@
 
     python tools/hf.py import FOLDER OUT [--tokenizer=FILE]  OUT = a run folder that tools/chat.py and init_from read
     python tools/hf.py import FOLDER OUT --task=contrastive_pairs --pool=mean    a sentence encoder, such as MiniLM
+    python tools/hf.py import ADAPTER OUT [--base=FOLDER]    LoRA of the library peft, on the model it belongs to
     python tools/hf.py export RUN OUT [--dtype=bfloat16]     OUT = config.json, generation_config.json, safetensors
+    python tools/hf.py export RUN OUT --adapter              OUT = LoRA alone, for the library peft
     python tools/hf.py verify FOLDER [--text=FILE]           logits and hidden states here and in transformers
 
 FOLDER may be a GGUF file, RUN may be RUN@best or RUN@STEP. A run can also start from a published model directly, with
@@ -23,6 +25,8 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", "", "import: the tokenizer, a file
 _TASK = flags.DEFINE_string("task", "causal_lm", "import: task.name of the run.")
 _POOL = flags.DEFINE_enum("pool", "first", ["first", "mean", "last"], "import: model.pool of the run.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.")
+_ADAPTER = flags.DEFINE_bool("adapter", False, "export: LoRA and the head alone, as the library peft reads them.")
+_BASE = flags.DEFINE_string("base", "", "an adapter's published model, if RUN or FOLDER names none, or it was moved.")
 _TEXT = flags.DEFINE_string("text", "", "verify: a file of text; '' = docstrings of Python's library.")
 _POSITIONS = flags.DEFINE_integer("positions", 1024, "verify: positions in a row.", lower_bound=16)
 
@@ -49,9 +53,15 @@ def main(argv: list[str]) -> None:
         if command != "verify":
             run_lib.check_new(Path(given[1]))
         if command == "import":
-            import_model(given[0], Path(given[1]), _TOKENIZER.value, _TASK.value, _POOL.value)
+            import_model(
+                given[0] + f",{_BASE.value}" * bool(_BASE.value),
+                Path(given[1]),
+                _TOKENIZER.value,
+                _TASK.value,
+                _POOL.value,
+            )
         elif command == "export":
-            export_run(given[0], Path(given[1]), _DTYPE.value)
+            export_run(given[0], Path(given[1]), _DTYPE.value, _ADAPTER.value, _BASE.value)
         else:
             verify(Path(given[0]), _TEXT.value, _POSITIONS.value)
 
@@ -74,6 +84,8 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     for name in ("seq_len", "target_len"):
         source.data[name] = min(source.data[name], published.model.max_len)
     source.train.total_steps = 1
+    if published.adapter:
+        source.optim.lr_rules = ((".*/lora_.*|head/.*", 1.0), (".*", 0.0))
     source.init_rules = ((".*", init_from.REINIT),)
     paths = param_paths.flatten(run_lib.plan(tasks.build_config(source), None).abstract_params)
     fresh = [(path, init_from.REINIT) for path in paths if path.startswith("head/") and path not in published.table]
@@ -87,22 +99,34 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     say(f"{out}: {size / 2**20:,.1f} MiB of parameters")
 
 
-def export_run(run: str, out: Path, dtype: str) -> None:
-    """Writes a run's parameters, LoRA merged, in the format of the family whose shape its model has.
+def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> None:
+    """Writes a run's parameters in the format of the family whose shape its model has, and a model card.
+
+    Args:
+      run: the run.
+      out: a new folder.
+      dtype: of the tensors.
+      as_adapter: whether to write LoRA and the head alone; otherwise LoRA is merged.
+      base: of an adapter: the published model that it belongs to; '' = that of the run's `init_from`.
 
     Raises:
-      ConfigError: there is no such family, or its files have no place for the head of the run's task.
+      ConfigError: there is no such family, its files have no place for the head of the run's task, or no base is known.
     """
     import jax.numpy as jnp
 
+    from lm import param_paths, tasks
     from lm import run as run_lib
-    from lm import tasks
-    from lm.checkpoint.hf import export
+    from lm.checkpoint import hf
+    from lm.checkpoint.hf import card, export, export_adapter, families
     from lm.config.schema import ConfigError
     from lm.models import adapters
+    from lm.tracking import files
 
     saved, (cfg, _, params, tokenizer) = run_lib.load_checkpoint(run)
-    if cfg.adapter.kind == "lora":
+    base = base or cfg.init_from.removeprefix(hf.PREFIX) * cfg.init_from.startswith(hf.PREFIX)
+    if as_adapter and not base:
+        raise ConfigError(f"{run} does not say which published model it started from; name it with --base=FOLDER")
+    if cfg.adapter.kind == "lora" and not as_adapter:
         params = adapters.merge(params, cfg.adapter)
     model, head = cfg.model, tasks.task_of(cfg).head(cfg)
     if head and cfg.task.name not in _WITH_HEADS:
@@ -112,8 +136,6 @@ def export_run(run: str, out: Path, dtype: str) -> None:
     if head and head.kind == "projection":
         params = {name: part for name, part in params.items() if name != "head"}
         say("the projection head, which is for training only, is left out")
-    # Rows after the tokenizer's ids were never trained, unless they came from a published model.
-    rows = max(tokenizer.vocab_size if tokenizer else 0, saved.info.get("published_vocab", 0)) or model.vocab_size
     about: dict[str, Any] = {}
     if head and (labels := getattr(cfg.task, "labels", ())):
         about = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -134,9 +156,34 @@ def export_run(run: str, out: Path, dtype: str) -> None:
         if generate.stop:
             generation["stop_strings"] = list(generate.stop)
         others = {Path(name).name: content for name, content in tokenizer.saved_files.items()}
-    if tokenizer and model.kind != "encoder":
+    if tokenizer and model.kind != "encoder" and not as_adapter:
         others["generation_config.json"] = f"{json.dumps(generation, indent=2)}\n".encode()
-    export.export(out, model, params, vocab_size=rows, dtype=jnp.dtype(dtype), head=head, about=about, others=others)
+    # Rows after the tokenizer's ids were never trained, unless they came from a published model.
+    rows = max(tokenizer.vocab_size if tokenizer else 0, saved.info.get("published_vocab", 0)) or model.vocab_size
+    opened = hf.open_model(base) if as_adapter else None
+    text = card.card(
+        out.name,
+        cfg,
+        model_type=(opened.family if opened else families.of_model(model)).model_type,
+        head=head,
+        parameters=sum(
+            leaf.size * rows // model.vocab_size if path in export.OF_VOCABULARY else leaf.size
+            for path, leaf in param_paths.flatten(params).items()
+            if "/lora_" not in path
+        ),
+        base=export_adapter.base_name(opened.base_path if opened else Path(base).expanduser()) if base else "",
+        is_adapter=as_adapter,
+        step=saved.step,
+        metrics=saved.metrics,
+        summary=files.read_document(Path(saved.path.parent.parent) / "summary.json"),
+    )
+    others["README.md"] = text.encode()
+    options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "head": head, "others": others}
+    if opened:
+        export_adapter.export(out, model, params, cfg.adapter, opened, **options)
+        say(f"{out}: LoRA of rank {cfg.adapter.rank} on {base}, {dtype}")
+        return
+    export.export(out, model, params, vocab_size=rows, about=about, **options)
     say(f"{out}: {rows:,} of {model.vocab_size:,} rows of vocabulary, {dtype}")
 
 
@@ -217,6 +264,8 @@ def load_both(folder: Path) -> Pair:
     from lm.models import transformer
 
     published = hf.open_model(folder)
+    if published.adapter:
+        raise CheckpointError(f"{folder} is an adapter; verify compares whole models, such as {published.base_path}")
     model = published.model
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(transformer.text_model(model, jnp.float32).init, jax.random.key(0))

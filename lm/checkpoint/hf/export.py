@@ -16,7 +16,8 @@ from lm.config import ModelConfig
 from lm.config.schema import ConfigError
 from lm.types import Head, Params
 
-_OF_VOCABULARY = ("embed/embedding", "lm_head/kernel", "lm_transform/output_bias")
+# Parameters with a row, or a column, for each id.
+OF_VOCABULARY = ("embed/embedding", "lm_head/kernel", "lm_transform/output_bias")
 SHARD_BYTES = 5 << 30  # of one file, as `transformers` has it
 
 
@@ -102,7 +103,7 @@ def _part(leaf: jax.Array, entry: Tensor, layer: int | None, rows: int) -> np.nd
     """The values that a parameter, or a layer of it, gives to a tensor; of the vocabulary's tables the first `rows`."""
     value = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
     value = value.T if entry.transposed else value
-    return value[:rows] if entry.path in _OF_VOCABULARY else value
+    return value[:rows] if entry.path in OF_VOCABULARY else value
 
 
 def _size(leaf: jax.Array, layer: int | None) -> int:

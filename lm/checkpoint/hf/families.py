@@ -39,8 +39,9 @@ class Tensor(NamedTuple):
       path: the parameter.
       name: the tensor; '{}' stands for the number of the layer in a parameter that stacks layers.
       transposed: whether the tensor is [out, in], as in torch's Linear.
-      part: which part of the tensor's last axis the parameter is, from 0.
+      part: which part of one of the tensor's axes the parameter is, from 0.
       parts: number of those, of equal size.
+      axis: the axis of the tensor that has the parts.
     """
 
     path: str
@@ -48,11 +49,13 @@ class Tensor(NamedTuple):
     transposed: bool = False
     part: int = 0
     parts: int = 1
+    axis: int = -1
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor for a parameter (of one layer) of this shape."""
-        shape = shape[::-1] if self.transposed else shape
-        return (*shape[:-1], shape[-1] * self.parts)
+        sizes = list(shape[::-1] if self.transposed else shape)
+        sizes[self.axis] *= self.parts
+        return tuple(sizes)
 
     def file_index(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
         """Slices of the tensor that hold these slices (of one layer) of a parameter of this shape."""
@@ -60,8 +63,9 @@ class Tensor(NamedTuple):
         found = [slice(start, stop) for start, stop, _ in ranges]
         if self.transposed:
             found, shape = found[::-1], shape[::-1]
-        offset = self.part * shape[-1]
-        return (*found[:-1], slice(found[-1].start + offset, found[-1].stop + offset))
+        offset, own = self.part * shape[self.axis], found[self.axis]
+        found[self.axis] = slice(own.start + offset, own.stop + offset)
+        return tuple(found)
 
 
 class Family(NamedTuple):

@@ -27,6 +27,7 @@ class Tensors:
       shapes: tensor -> shape.
       places: tensor -> 'FILE, tensor NAME', for messages.
       read: (tensor, slices) -> that part of it, float16, bfloat16 or float32.
+      metadata: of the safetensors files.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Tensors:
     shapes: dict[str, tuple[int, ...]]
     places: dict[str, str]
     read: Callable[[str, tuple[slice, ...]], np.ndarray]
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_folder(path: Path) -> Tensors:
@@ -46,14 +48,30 @@ def open_folder(path: Path) -> Tensors:
     Raises:
       CheckpointError: a file is missing, damaged, or lies outside of the folder; there are no safetensors.
     """
-    folder = _snapshot(path)
+    folder = snapshot(path)
     config = read_json(folder, CONFIG)
-    names = _weight_files(folder)
+    return open_files(folder, config, CONFIG, _weight_files(folder))
+
+
+def open_files(folder: Path, config: dict[str, Any], config_name: str, names: dict[str, set[str] | None]) -> Tensors:
+    """Opens files of a folder.
+
+    Args:
+      folder: the folder.
+      config: what its file `config_name` says.
+      config_name: that file.
+      names: safetensors file -> the tensors that must be in it; None = any.
+
+    Raises:
+      CheckpointError: as `open_folder`.
+    """
     handles, shapes, places, file_of = {}, {}, {}, {}
-    for name, listed in names.items():
+    metadata: dict[str, str] = {}
+    for name, expected in names.items():
         handle = _open(_inside(folder, name))
+        metadata |= handle.metadata() or {}
         found = list(handle.keys())
-        if listed is not None and (wrong := sorted(set(found) ^ listed)):
+        if expected is not None and (wrong := sorted(set(found) ^ expected)):
             where = "is in the file but not in the index" if wrong[0] in found else "is in the index, not in the file"
             raise CheckpointError(f"{folder / name}: tensor '{wrong[0]}' {where} ({INDEX}); download both again")
         handles[name] = handle
@@ -69,7 +87,7 @@ def open_folder(path: Path) -> Tensors:
         values: np.ndarray = part[index] if index else part[...]
         return values
 
-    return Tensors(folder, config, folder / CONFIG, shapes, places, read)
+    return Tensors(folder, config, folder / config_name, shapes, places, read, metadata)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -88,7 +106,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _snapshot(path: Path) -> Path:
+def snapshot(path: Path) -> Path:
     """The folder with the files: of a model in a hub's cache the snapshot that refs/main names, or the only one."""
     if not path.is_dir():
         raise CheckpointError(f"no folder {path}: expected one with {CONFIG} and {WEIGHTS}")
@@ -125,9 +143,9 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             raise CheckpointError(f"{folder / INDEX} has no 'weight_map' of tensors to file names")
         files: dict[str, set[str] | None] = {}
         for tensor, name in weight_map.items():
-            listed = files.setdefault(name, set())
-            assert listed is not None
-            listed.add(tensor)
+            own = files.setdefault(name, set())
+            assert own is not None
+            own.add(tensor)
         if WEIGHTS not in files and (folder / WEIGHTS).exists():
             raise CheckpointError(f"{folder} has both {WEIGHTS} and {INDEX}, which does not list it; remove one")
         for name in files:
@@ -136,11 +154,16 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             if not _inside(folder, name).is_file():
                 raise CheckpointError(f"no {folder / name}, which {INDEX} lists; download it again")
         return files
-    if _inside(folder, WEIGHTS).is_file():
-        return {WEIGHTS: None}
+    return listed(folder, WEIGHTS, f"{WEIGHTS} or {INDEX}")
+
+
+def listed(folder: Path, name: str, expected: str = "") -> dict[str, set[str] | None]:
+    """{name: None}: one file with any tensors. Raises CheckpointError, with what is there instead, if it is absent."""
+    if _inside(folder, name).is_file():
+        return {name: None}
     others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in folder.glob(pattern))
     found = f"found {', '.join(others)}, which are not read: loading them may execute code" if others else "found none"
-    raise CheckpointError(f"{folder}: expected {WEIGHTS} or {INDEX}, {found}; save the model as safetensors")
+    raise CheckpointError(f"{folder}: expected {expected or name}, {found}; save the model as safetensors")
 
 
 def _open(file: Path) -> Any:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import param_paths
+from lm.checkpoint.hf import adapter as adapter_lib
 from lm.checkpoint.hf import families, files, gguf
 from lm.checkpoint.hf.families import Family, Tensor
 from lm.checkpoint.hf.files import Tensors
-from lm.checkpoint.store import CheckpointError, named_leaves
-from lm.config import ModelConfig
+from lm.checkpoint.store import CheckpointError, fingerprints, named_leaves
+from lm.config import AdapterConfig, ModelConfig
 from lm.models import transformer
 
 PREFIX = "hf:"  # of `init_from`
@@ -35,6 +36,9 @@ class Published:
       vocab_size: rows of vocabulary in the files.
       table: parameter -> its entry in the family's table, with the names that these files use.
       shapes: parameter -> shape.
+      adapter: LoRA that is added to it, by a folder of `peft`; None = none.
+      base_path: the published model without it.
+      fingerprints: parameter -> the fingerprint that the base must have, as far as the adapter's folder says.
     """
 
     tensors: Tensors
@@ -43,11 +47,20 @@ class Published:
     vocab_size: int
     table: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
+    adapter: AdapterConfig | None
+    base_path: Path
+    fingerprints: dict[str, int]
 
     @property
     def path(self) -> Path:
         """The folder, or the GGUF file."""
         return self.tensors.path
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where its tokenizer is: with the adapter, if there is one, else with the base."""
+        own = self.adapter and any((self.path / name).exists() for name in adapter_lib.TOKENIZERS)
+        return self.path if own else self.base_path
 
     @property
     def label(self) -> str:
@@ -64,6 +77,9 @@ class Published:
         usual = families.differences(self.model, ModelConfig())
         taken = ", ".join(f"{key}={mine!r}" for key, (mine, _) in usual.items())
         lines = [f"  model.* from {self.tensors.config_path}, a {self.family.model_type}: {taken}; others: defaults"]
+        if self.adapter:
+            own = f"rank {self.adapter.rank}, alpha {self.adapter.alpha:g}, on {self.adapter.targets}"
+            lines.append(f"  adapter.* from {self.path / adapter_lib.CONFIG}: LoRA of {own}")
         if unknown := families.not_read(self.family, self.tensors.config):
             lines.append(f"  keys of it that are not read: {', '.join(unknown)}")
         return "\n".join(lines)
@@ -73,14 +89,26 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
     """Opens a published model, and checks names and shapes of all its tensors.
 
     Args:
-      path: a folder, or a GGUF file.
+      path: a folder, or a GGUF file; or a folder of `peft`, with LoRA for the published model that it names or, as
+        'FOLDER,BASE', for this one.
       model: the `model` of the run's config; None = as the folder has it.
 
     Raises:
       CheckpointError: the folder is no model of a supported family, or its files are damaged or do not fit config.json.
       ConfigError: the run's config asks for another model.
     """
-    path = Path(path).expanduser()
+    text = str(path)
+    folder, _, base = (text, "", "") if Path(text).expanduser().exists() else text.partition(",")
+    path = Path(folder).expanduser()
+    path = path if path.suffix == ".gguf" else files.snapshot(path)
+    if (path / adapter_lib.CONFIG).exists() or base:
+        adapter = adapter_lib.open_folder(path, base)
+        return _with_adapter(_open_whole(adapter.base, model), adapter)
+    return _open_whole(path, model)
+
+
+def _open_whole(path: Path, model: ModelConfig | None) -> Published:
+    """As `open_model`, of a folder that has the whole model."""
     tensors = gguf.open_file(path) if path.suffix == ".gguf" else files.open_folder(path)
     where = tensors.config_path
     family = families.of_config(tensors.config, where)
@@ -91,7 +119,33 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
         raise CheckpointError(f"{where}: {error}") from None
     table, shapes = _check(tensors, family, there, shapes)
     wanted = there if model is None else families.adopt(model, there, tensors.path)
-    return Published(tensors, family, wanted, there.vocab_size, table, shapes)
+    return Published(tensors, family, wanted, there.vocab_size, table, shapes, None, tensors.path, {})
+
+
+def _with_adapter(base: Published, adapter: adapter_lib.Adapter) -> Published:
+    """A published model with LoRA, and with the heads of the adapter's folder instead of its own."""
+    own = adapter.tensors
+    cfg, table, shapes = adapter_lib.table(adapter, base.family, base.model, base.shapes)
+    missing, used = _match(own, table, shapes, set(own.shapes), base.family)
+    if missing:
+        path = min(missing)
+        raise CheckpointError(
+            f"{own.path / adapter_lib.WEIGHTS} has no tensor '{table[path].name.format(0)}'; copy the folder again"
+        )
+    _refuse_unexpected(own, set(own.shapes) - used, base.family)
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return (own if name in own.shapes else base.tensors).read(name, index)
+
+    tensors = dataclasses.replace(base.tensors, path=own.path, read=read)
+    return dataclasses.replace(
+        base,
+        tensors=tensors,
+        table=base.table | table,
+        shapes=base.shapes | shapes,
+        adapter=cfg,
+        fingerprints=adapter.fingerprints,
+    )
 
 
 def _parameters(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -123,7 +177,28 @@ def _check(
         for path, entry in table.items()
         if path not in shapes
     }
-    used, missing = set(), set()
+    missing, used = _match(tensors, table, shapes, found, family)
+    for name, path in family.repeats.items():
+        if name in found - used and path in table.keys() - missing:
+            _check_repeated(tensors, name, table[path].name)
+            used.add(name)
+    _refuse_unexpected(tensors, found - used, family)
+    return {path: entry for path, entry in table.items() if path not in missing}, shapes
+
+
+def _match(
+    tensors: Tensors,
+    table: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    found: set[str],
+    family: Family,
+) -> tuple[set[str], set[str]]:
+    """Parameters of the table of which there is no tensor, and the tensors of the others.
+
+    Raises:
+      CheckpointError: some layers of a parameter are missing, or a tensor has another shape.
+    """
+    missing, used = set(), set()
     for path, entry in table.items():
         shape = shapes[path][1:] if "{}" in entry.name else shapes[path]
         # One more than there are is enough to find one that is absent, however many config.json asks for.
@@ -145,16 +220,16 @@ def _check(
                     f"{tensors.config_path.name} need {list(expected)}"
                 )
             used.add(name)
-    for name, path in family.repeats.items():
-        if name in found - used and path in table.keys() - missing:
-            _check_repeated(tensors, name, table[path].name)
-            used.add(name)
-    if unexpected := sorted(found - used):
+    return missing, used
+
+
+def _refuse_unexpected(tensors: Tensors, left: set[str], family: Family) -> None:
+    """Raises CheckpointError if any tensor is left that no parameter takes."""
+    if left:
         raise CheckpointError(
-            f"{tensors.places[unexpected[0]]} is no tensor of a {family.model_type} as "
-            f"{tensors.config_path.name} describes it ({len(unexpected)} such tensors)"
+            f"{tensors.places[min(left)]} is no tensor of a {family.model_type} as {tensors.config_path.name} "
+            f"describes it ({len(left)} such tensors)"
         )
-    return {path: entry for path, entry in table.items() if path not in missing}, shapes
 
 
 def _named(entry: Tensor, family: Family, found: set[str]) -> Tensor:
@@ -197,14 +272,22 @@ def load(published: Published, abstract: Any) -> Any:
       abstract: {'params': parameters}, a nested dict of `jax.ShapeDtypeStruct` with shardings.
 
     Raises:
-      CheckpointError: a tensor has a dtype that is not read.
+      CheckpointError: a tensor has a dtype that is not read, or is not that of the base of an adapter.
     """
 
     def one(name: str, leaf: Any) -> jax.Array:
         path = name.removeprefix("params/")
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, functools.partial(_slice, published, path))
 
-    return param_paths.unflatten({name: one(name, leaf) for name, leaf in named_leaves(abstract).items()})
+    leaves = {name: one(name, leaf) for name, leaf in named_leaves(abstract).items()}
+    expected = {path: value for path, value in published.fingerprints.items() if f"params/{path}" in leaves}
+    found = fingerprints({path: leaves[f"params/{path}"] for path in expected})
+    if wrong := [path for path, value in expected.items() if int(found[path]) != value]:
+        raise CheckpointError(
+            f"{published.base_path} is not the base of {published.path}: '{wrong[0]}' differs ({len(wrong)} of "
+            f"{len(expected)} parameters); name the right one as {published.path},BASE"
+        )
+    return param_paths.unflatten(leaves)
 
 
 def _slice(published: Published, path: str, index: tuple[slice, ...]) -> np.ndarray:
