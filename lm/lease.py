@@ -27,7 +27,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lm.config.schema import ConfigError
 from lm.terminal import say
@@ -262,13 +262,17 @@ def _refuse_living(folder: Path, found: Mapping[int, bytes]) -> None:
             return  # released
 
 
-def in_use(folder: Path) -> bool:
-    """Whether a process owns the folder, as far as its files tell at once: one of another machine may be dead."""
+def holder(folder: Path) -> Literal["", "alive", "unknown"]:
+    """Whether a process owns the folder, as far as its files tell at once. 'unknown': it is of another machine or boot,
+    or its lease is damaged, and it may be dead."""
     try:
         owners = [parse(text) for text in leases(folder).values()]
     except FileNotFoundError:
-        return False
-    return any(owner is None or owner.machine != _machine() or _state(owner) != "gone" for owner in owners)
+        return ""
+    states = [_state(owner) if owner and owner.machine == _machine() else "unknown" for owner in owners]
+    if {"running", "stopped"} & {*states}:
+        return "alive"
+    return "unknown" if "unknown" in states else ""
 
 
 def leases(folder: Path) -> dict[int, bytes]:

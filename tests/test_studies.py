@@ -12,8 +12,9 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 OBJECTIVES = EXPERIMENTS / "objectives"
 
 
-@pytest.fixture(scope="module")
-def study():
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no runs, whose figures would be taken first
     return runpy.run_path(str(OBJECTIVES / "study.py"))
 
 

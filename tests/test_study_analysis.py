@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm.study import Table, analysis, arms, better, chain, product, report, seeds
+from lm.config import schema
+from lm.study import Table, analysis, arms, better, chain, definition, product, report, runs, seeds
 from lm.study.analysis import analyse
 from lm.tracking import files
 from tests.study_runs import make_study, write_run, write_runs
@@ -68,6 +69,7 @@ def test_a_failed_seed_is_shown_and_the_others_are_still_compared_in_pairs(tmp_p
     values = [[row.values[seed] for seed in (0, 2, 4)] for row in (new, old)]
     assert new.comparison.difference.p == pytest.approx(stats.ttest_rel(*values).pvalue)
     text = report.markdown(found)
+    assert "| old, 3 pairs |" in text and "new,4,5," in report.table_csv(found)
     assert "| new | 4 of 5: missing 1 |" in text and f"- new, seed 1: missing ({lost[0].hash})" in text
 
 
@@ -105,6 +107,67 @@ def test_figures_without_spread_decide_nothing(tmp_path):
     assert found.tables[0].rows[1].comparison.verdict == "undecided"
     assert "undecided: no spread over seeds" in report.markdown(found) and "nan" not in report.markdown(found)
     assert "nan" not in report.table_csv(found) and "nan" not in report.latex(found)
+
+
+def test_rounding_is_no_spread(tmp_path):
+    """.87 - .82 and .83 - .78 are one difference; as floats they are not."""
+    figures = {"old": (0.82, 0.78), "new": (0.87, 0.83), "same": (0.82, 0.78)}
+    found = of(three(2), tmp_path, lambda trial: {"accuracy": figures[trial.arm][trial.seed]})
+    assert found.tables[0].rows[1].comparison.why == "no spread over seeds"
+    assert not any(row.is_best for row in found.tables[0].rows)
+
+
+def test_an_arm_some_of_whose_seeds_diverged_is_not_better(tmp_path):
+    def figures(trial):
+        is_lost = trial.arm == "new" and trial.seed > 2
+        return {"loss": 1.0, "not_finite": ["accuracy"]} if is_lost else accuracy(trial)
+
+    claims = better("new", "old", "accuracy"), better("same", "new", "accuracy")
+    found = of(three(claims=claims), tmp_path, figures)
+    assert [claim.verdict for claim in found.claims] == ["undecided"] * 2
+    assert "seeds of 'new' that diverged: 2; 'new' lacks seeds: not finite 2" in report.markdown(found)
+    assert "| new | 3 of 5: not finite 2 |" in report.markdown(found)
+
+
+def test_runs_of_several_commits_are_named(tmp_path):
+    study = three()
+    of(study, tmp_path)
+    record = json.loads((tmp_path / study.trials[0].hash / "trial.json").read_text())
+    record.pop("crc32")
+    files.write_document(tmp_path / study.trials[0].hash / "trial.json", record | {"commits": ["def456"]})
+    (remark,) = analyse(study, tmp_path).remarks
+    assert remark == "runs of 2 commits are compared; def456: old; abc123: old, new, same"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "says"),
+    [
+        ("eval", "max_tokens", 64, "its last start had eval.max_tokens=64, planned is 32768"),
+        (None, "seed", 7, "its last start had seed=7, planned is 0"),
+        ("model", "num_layers", 9, "its last start had model.num_layers=9, planned is 4"),
+        ("model", "vocab_size", 2048, ""),  # filled in by the run
+        ("monitor", "log_every_steps", 3, ""),
+    ],
+)
+def test_a_run_that_was_resumed_with_another_config_is_left_out(tmp_path, section, key, value, says):
+    study = three(1)
+    write_runs(tmp_path, study, accuracy)
+    config = schema.to_dict(study.trials[0].config)
+    (config[section] if section else config)[key] = value
+    files.write_document(tmp_path / study.trials[0].hash / "config.json", config)
+    found = analyse(study, tmp_path)
+    assert ([each.why for each in found.outcomes.values() if each.why] or [""])[0].startswith(says)
+    assert bool(says) == bool(found.errors)
+
+
+def test_a_run_is_found_when_a_default_becomes_what_the_study_sets(tmp_path, monkeypatch):
+    study = make_study([{"model.dropout": 0.25}])
+    write_run(tmp_path, study.trials[0], {"loss": 1.0})
+    usual = definition.defaults(study.trials[0].config.task.name)
+    monkeypatch.setattr(definition, "defaults", lambda task: {**usual, "model.dropout": 0.25})
+    study = make_study([{"model.dropout": 0.25}])
+    outcomes, remarks = runs.find(study, tmp_path)
+    assert [each.state for each in outcomes.values()] == ["done"] and not remarks
 
 
 # --- what is wrong is named, and the rest reported ----------------------------------------------------------------

@@ -65,8 +65,8 @@ def test_the_hash_names_the_config_whatever_the_override_says():
 def test_a_key_that_a_later_version_adds_does_not_change_the_hash(monkeypatch):
     config = make_study([{}]).trials[0].config
     before = definition.hash_of(config)
-    defaults, flatten = definition._defaults(config.task.name), definition.flatten
-    monkeypatch.setattr(definition, "_defaults", lambda task: {**defaults, "optim.newer": 0.5})
+    defaults, flatten = definition.defaults(config.task.name), definition.flatten
+    monkeypatch.setattr(definition, "defaults", lambda task: {**defaults, "optim.newer": 0.5})
     monkeypatch.setattr(definition, "flatten", lambda tree: [*flatten(tree), ("optim.newer", 0.5)])
     assert definition.hash_of(config) == before
     monkeypatch.setattr(definition, "flatten", lambda tree: [*flatten(tree), ("optim.newer", 0.6)])
@@ -83,6 +83,7 @@ def test_a_key_that_a_later_version_adds_does_not_change_the_hash(monkeypatch):
         ({"optim.learning_rate": "high"}, "'optim.learning_rate' must be float"),
         ({"optimiser.learning_rate": 0.1}, "there is no section 'optimiser'"),
         ({"seed.x": 1}, "there is no section 'seed'"),
+        ({"model": {"mlp_dim": 256}}, "'model' is a section of the config: set its keys, such as 'model[.]"),
         ({"recipe": "configs/no_such.py"}, "no recipe configs/no_such.py"),
         ({"arm": "a"}, None),
     ],
@@ -98,6 +99,12 @@ def test_a_mistake_in_a_trial_is_refused_with_its_name(override, message):
 def test_two_trials_of_an_arm_with_one_config_are_refused():
     with pytest.raises(ConfigError, match="trials 1 and 3 are the same: arm=a, seed=0; remove one"):
         make_study([{"arm": "a", "seed": 0}, {"arm": "a", "seed": 1}, {"arm": "a", "seed": 0}])
+
+
+def test_two_trials_of_one_name_and_seed_are_refused():
+    overrides = [{"arm": "a", "data.seq_len": 64}, {"arm": "a", "data.seq_len": 32}, {"arm": "a, data.seq_len=64"}]
+    with pytest.raises(ConfigError, match=r"trials 1 and 3 are both 'a, data.seq_len=64, seed 0', with different"):
+        make_study(overrides)
 
 
 STUDY = f'''"""Which?"""
@@ -127,6 +134,7 @@ def test_a_study_is_loaded_from_its_folder(tmp_path):
     [
         ('baseline="b"', 'baseline="c"', r"TABLES\[0\]: no arm 'c'.*there are a; b"),
         ('better("a"', 'better("A1"', r"CLAIMS\[0\]: no arm 'A1'"),
+        ('"a", "b", "loss"', '"a", "b", "seconds"', r"CLAIMS\[0\]: whether more or less of 'seconds' is better is not"),
         ("RECIPE", "RECIPES", "has no RECIPE"),
         ("seeds(2)", "seeds(0)", "yields no trial"),
     ],

@@ -24,7 +24,7 @@ SAID: list[str] = []
 
 def run_all(study, root, trials=None, retry_failed=False):
     SAID.clear()
-    how = {"environment": os.environ, "commit": "abc123", "retry_failed": retry_failed, "say": SAID.append}
+    how = {"environment": os.environ, "retry_failed": retry_failed, "say": SAID.append}
     return sweep.run_all(study, trials or sweep.select(study, []), root, **how)
 
 
@@ -112,6 +112,34 @@ def test_one_that_another_process_runs_is_left_to_it(tmp_path, quick):
     assert "is run by another process" in (run_all(study, tmp_path) and SAID[1])
 
 
+def test_one_whose_machine_was_restarted_is_resumed(tmp_path, quick):
+    study = make_study(seeds(1))
+    folder = tmp_path / study.trials[0].hash
+    with lease.hold(folder):
+        runs.write_record(folder, study.trials[0], "abc123")
+        text = (folder / "lease.1").read_text()
+    (folder / "lease.1").write_text(json.dumps(json.loads(text) | {"machine": "another boot"}))
+    assert runs.look(folder).state == "running"  # as far as can be told at once; the run itself finds out
+    assert [each.state for each in run_all(study, tmp_path).values()] == ["done"]
+    assert starts(tmp_path, study) == [1]
+
+
+def test_one_that_another_sweep_has_tried_again_meanwhile_is_not_tried_once_more(tmp_path, quick, monkeypatch):
+    study = make_study(seeds(2))
+    quick |= {0: "fails", 1: "fails"}
+    run_all(study, tmp_path)
+    one = sweep.run_one
+
+    def run_one(trial, folder, environment):
+        monkeypatch.setattr(sweep, "run_one", one)
+        one(study.trials[1], tmp_path / study.trials[1].hash, environment)  # by the other sweep
+        return one(trial, folder, environment)
+
+    monkeypatch.setattr(sweep, "run_one", run_one)
+    run_all(study, tmp_path, retry_failed=True)
+    assert starts(tmp_path, study) == [2, 2] and SAID[-1] == "[2/2] all, seed 1: failed, by another process"
+
+
 def test_one_that_another_process_has_finished_meanwhile_is_not_started(tmp_path, quick, monkeypatch):
     study = make_study(seeds(2))
     one = sweep.run_one
@@ -156,7 +184,7 @@ SWEEPS = """
     study, ended = make_study(seeds(12)), {}
     for _ in range(30):
         if not ended or any(each.state != "done" for each in ended.values()):
-            how = {"environment": os.environ, "commit": "abc123", "retry_failed": False, "say": print}
+            how = {"environment": os.environ, "retry_failed": False, "say": print}
             ended = sweep.run_all(study, sweep.select(study, []), Path(sys.argv[1]), **how)
 """
 
@@ -192,7 +220,8 @@ def test_a_sweep_that_is_stopped_stops_its_run_and_waits_for_it(tmp_path, monkey
     folder = tmp_path / study.trials[0].hash
 
     def press_ctrl_c():
-        while not (folder / "ready").exists():
+        deadline = time.monotonic() + 60
+        while not (folder / "ready").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -362,11 +391,11 @@ def test_report_tells_what_is_wrong_after_all_the_rest(tmp_path, folder, quick, 
     tool_modules.call("report", folder, where, f"--out={tmp_path / 'out'}")
     out = capsys.readouterr().out
     assert "| a | 2 | 0.50 ± 0.71 |" in out and (tmp_path / "out" / "report.html").exists()
-    (folder / "study.py").write_text(STUDY.replace('"loss"', '"lost"'))
+    (folder / "study.py").write_text(STUDY.replace('"loss"', '"nll"'))
     with pytest.raises(SystemExit, match="1 errors"):
         tool_modules.call("report", folder, where)
     out = capsys.readouterr()
-    assert "did you mean 'loss'" in out.err and "4 of 4 runs are done" in out.out
+    assert "no run has a metric 'nll'" in out.err and "4 of 4 runs are done" in out.out
 
 
 def test_report_of_a_run_writes_its_page_again(tmp_path, capsys):

@@ -65,7 +65,6 @@ def sweep(folder: Path, environment: dict[str, str]) -> None:
         trials,
         root,
         environment=usual | environment,
-        commit=runs.commit_of(folder),
         retry_failed=_RETRY.value,
         say=say,
     )

@@ -105,14 +105,13 @@ ROWS: dict[str, Row] = {
         arms("bc5cdr_ner", "mlm", "scratch"),
         {"data.max_records": 1_000, "eval.every_steps": 0},
     ),
-    "imdb_mlm": Row(
+    "imdb": Row(
         "IMDB, 500 labels",
         "accuracy",
-        arms("imdb", *SENTENCES[:2]),
+        arms("imdb", *SENTENCES),
         REVIEWS,
         note="the encoder from scratch is good here; a guess is that single words tell.",
     ),
-    "imdb_clm": Row("IMDB, 500 labels", "accuracy", arms("imdb", *SENTENCES[2:]), REVIEWS),
     "stsb": Row("STS-B, 2,000 pairs", "pearson", arms("stsb", "mlm", "scratch"), FEWER, note=NO_PAIRS),
     "cola": Row("CoLA, 2,000 sentences", "matthews", arms("cola", "mlm", "scratch"), FEWER, note=NO_GRAMMAR),
     "rte": Row(
@@ -258,6 +257,8 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
 
     The figures of the table are saved in results.json beside this file, so that they outlive the folders.
     """
+    from lm import tasks
+    from lm.study import runs
     from lm.tracking import files
 
     row = ROWS[name]
@@ -266,6 +267,8 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
     same = fingerprint(name, arm, seed)
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if path.exists():
+        if differs := runs.difference_from(path.parent, tasks.build_config(recipe_of(name, arm, seed))):
+            sys.exit(f"error: {path.parent} is of another config: {differs}; move it away")
         summary = files.read_document(path)
         part = summary["test"] if row.on_test else summary
         figures = {row.metric: part[row.metric]} | {key: summary[key] for key in ("seconds", "trained_parameters")}
@@ -356,6 +359,7 @@ def comparisons(name: str, seeds: int) -> dict[str, list[str]]:
     values = {
         arm.name: {seed: figures[row.metric] for seed in range(seeds) if (figures := found(name, arm, seed))}
         for arm in row.arms
+        if not row.once  # which have one seed and no baseline
     }
 
     def values_of(arm: str, metric: str) -> tuple[dict[int, float], dict[int, str]]:

@@ -88,13 +88,23 @@ def about(name: str, loss_unit: Callable[[str], str] = lambda prefix: "") -> Abo
       loss_unit: NAME, or '' -> unit of that loss, see `lm.tasks.base.loss_unit`.
     """
     words = name.split("_")
-    own = next((i for i in range(len(words)) if "_".join(words[i:]) in METRICS), None)
+    own = _known_part(words)
     if own is None:
         return About(name)
     found, prefix = METRICS["_".join(words[own:])], "_".join(words[:own])
     if found.unit == _LOSS:
         found = found._replace(unit=loss_unit(prefix))
     return found._replace(title=f"{prefix}: {found.title}") if prefix else found
+
+
+def is_known(name: str) -> bool:
+    """Whether a metric, perhaps of a source or task, is in `METRICS`."""
+    return _known_part(name.split("_")) is not None
+
+
+def _known_part(words: list[str]) -> int | None:
+    """From which of the words of 'NAME_metric' on it is a metric; None = never."""
+    return next((i for i in range(len(words)) if "_".join(words[i:]) in METRICS), None)
 
 
 def nll_metrics(nll_sum: Any, weight_sum: Any, byte_sum: Any) -> dict[str, tuple[Any, Any]]:

@@ -21,6 +21,7 @@ from lm.study.statistics import ALPHA, Difference, Mean, detectable, difference,
 from lm.tracking import files
 from lm.tracking.files import RunFileError
 
+DIVERGED = "not finite"  # why a seed has no value: its run ended, with a metric that is infinite or NaN
 Verdict = Literal["better", "worse", "undecided"]
 Evaluations = list[dict[str, Any]]  # the rows of metrics.jsonl with split 'eval', ascending steps
 
@@ -36,7 +37,8 @@ class Comparison:
       p: corrected; 1 where there is no test.
       detectable: the smallest difference that these seeds find with a probability of 0.8; NaN = no test.
       verdict: on the arm.
-      why: there is no test.
+      why: there is no test, or none that counts.
+      lacking: seeds of the arm and of the other that have no value, in words; '' = none.
     """
 
     other: str
@@ -46,6 +48,7 @@ class Comparison:
     detectable: float
     verdict: Verdict
     why: str = ""
+    lacking: tuple[str, str] = ("", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +147,35 @@ def analyse(study: Study, root: Path) -> Analysis:
                 lacking[trial.seed] = outcomes[trial.hash].state
             else:
                 is_lost = metric in summaries[trial.hash].get("not_finite", ())
-                lacking[trial.seed] = "not finite" if is_lost else "no such metric"
+                lacking[trial.seed] = DIVERGED if is_lost else "no such metric"
         return values, lacking
 
     return Analysis(
         study,
         outcomes,
-        remarks,
+        [*remarks, *_several_commits(study, outcomes)],
         evaluations,
         tuple(tabulate(table, study.arms, values_of, known) for table in study.tables),
         judge(study.claims, values_of, known),
     )
+
+
+def _several_commits(study: Study, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """A remark where the runs that are done were started at different commits of the code."""
+    arms: dict[str, dict[str, None]] = {}
+    for trial in study.trials:
+        for commit in outcomes[trial.hash].commits if outcomes[trial.hash].state == "done" else ():
+            arms.setdefault(commit, {})[trial.arm] = None
+    if len(arms) < 2:
+        return []
+    each = "; ".join(f"{commit or 'no commit'}: {', '.join(names)}" for commit, names in arms.items())
+    return [f"runs of {len(arms)} commits are compared; {each}"]
+
+
+def in_words(lacking: Mapping[int, str]) -> str:
+    """Why seeds have no value: 'failed 1, missing 2'."""
+    states = [*lacking.values()]
+    return ", ".join(f"{state} {states.count(state)}" for state in dict.fromkeys(states))
 
 
 def _is_number(value: Any) -> bool:
@@ -193,6 +214,8 @@ def _best(arms: Sequence[str], metric: str, values_of: Values) -> str:
     if len(arms) < 2 or not means:
         return ""
     leader, pairs = max(means, key=lambda arm: means[arm]), math.comb(len(arms), 2)
+    if DIVERGED in values_of(leader, metric)[1].values():
+        return ""
     tested = [_test(leader, other, metric, values_of)[0] for other in arms if other != leader]
     return leader if all(each and sign * each.mean > 0 and each.p * pairs < ALPHA for each in tested) else ""
 
@@ -213,12 +236,19 @@ def compare(family: Sequence[tuple[str, str, str]], values_of: Values) -> list[C
     tested = [_test(arm, other, metric, values_of) for arm, other, metric in family]
     corrected = holm(np.array([each[0].p if each[0] else np.nan for each in tested], np.float64))
     out = []
-    for (_, other, metric), (found, seeds, why), p in zip(family, tested, corrected.tolist(), strict=True):
+    for (arm, other, metric), (found, seeds, why), p in zip(family, tested, corrected.tolist(), strict=True):
         verdict: Verdict = "undecided"
+        lacks = values_of(arm, metric)[1], values_of(other, metric)[1]
         if found and p < ALPHA:
-            verdict = "better" if metrics.gain(metric.rpartition(".")[2], float(found.mean)) > 0 else "worse"
+            is_better = metrics.gain(metric.rpartition(".")[2], float(found.mean)) > 0
+            diverged = list(lacks[0 if is_better else 1].values()).count(DIVERGED)
+            if diverged:  # the seeds that are left flatter the arm
+                why = f"seeds of '{arm if is_better else other}' that diverged: {diverged}"
+            else:
+                verdict = "better" if is_better else "worse"
         smallest = detectable(float(found.se), float(found.df), len(family)) if found else math.nan
-        out.append(Comparison(other, found, seeds, p, smallest, verdict, why))
+        lacking = in_words(lacks[0]), in_words(lacks[1])
+        out.append(Comparison(other, found, seeds, p, smallest, verdict, why, lacking))
     return out
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from lm.config import Config, flatten, schema
 from lm.config.schema import ConfigError
+from lm.evaluation import metrics
 from lm.study.axes import Override
 from lm.tasks import build_config, default_config
 
@@ -85,7 +86,7 @@ class Claim:
 
 
 def better(first: str, second: str, metric: str) -> Claim:
-    """The claim that an arm is better than another; whether less is better is known of the metric."""
+    """The claim that an arm is better than another; `lm.evaluation.metrics` knows whether less is better."""
     return Claim(first, second, metric)
 
 
@@ -138,6 +139,11 @@ def load(folder: Path) -> Study:
     study = Study(folder.resolve().name, (module.__doc__ or "").strip(), trials, tables, claims)
     named = {f"TABLES[{i}]": [*t.arms, *_baselines(t)] for i, t in enumerate(tables)}
     named |= {f"CLAIMS[{i}]": [claim.first, claim.second] for i, claim in enumerate(claims)}
+    measured = {f"TABLES[{i}]": t.metric for i, t in enumerate(tables) if t.baseline}
+    measured |= {f"CLAIMS[{i}]": claim.metric for i, claim in enumerate(claims)}
+    for where, metric in measured.items():
+        if not metrics.is_known(metric.rpartition(".")[2]):
+            raise ConfigError(f"{path}: {where}: whether more or less of '{metric}' is better is not known")
     for where, arms in named.items():
         for arm in arms:
             if arm not in study.arms:
@@ -169,13 +175,18 @@ def make_trials(recipe: str, overrides: Iterable[Override]) -> tuple[Trial, ...]
         except ConfigError as error:
             raise ConfigError(f"trial {number + 1} of {len(given)}, {in_words(override)}: {error}") from None
     names = _arm_names(given)
-    trials, numbers = [], dict[tuple[str, str], int]()
+    trials, numbers, seeds = [], dict[tuple[str, str], int](), dict[tuple[str, int], int]()
     for number, parts in enumerate(zip(names, recipes, given, configs, strict=True)):
         name, its_recipe, override, config = parts
         trial = Trial(name, config.seed, its_recipe, override, config, hash_of(config))
         first = numbers.setdefault((name, trial.hash), number + 1)
         if first != number + 1:
             raise ConfigError(f"trials {first} and {number + 1} are the same: {in_words(override)}; remove one")
+        first = seeds.setdefault((name, config.seed), number + 1)
+        if first != number + 1:
+            raise ConfigError(
+                f"trials {first} and {number + 1} are both '{trial}', with different configs; rename one arm"
+            )
         trials.append(trial)
     return tuple(trials)
 
@@ -193,6 +204,9 @@ def configure(recipe: str, override: Mapping[str, Any]) -> Config:
                 found = ".".join(sections[: depth + 1])
                 raise ConfigError(f"unknown config key '{key}': there is no section '{found}'")
             inner = inner[section]
+        if isinstance(inner.get(name), dict):
+            first = next(iter(inner[name]), "KEY")
+            raise ConfigError(f"'{key}' is a section of the config: set its keys, such as '{key}.{first}'")
         inner[name] = value
     return build_config(source)
 
@@ -251,12 +265,13 @@ def hash_of(config: Config) -> str:
     Only keys that differ from their defaults count, so that a key that a later version adds changes no name. A default
     that a later version changes is seen when the run is read, as its whole config is beside it.
     """
-    usual = _defaults(config.task.name)
+    usual = defaults(config.task.name)
     changed = {key: value for key, value in flatten(schema.to_dict(config)) if value != usual.get(key)}
     text = json.dumps({"task": config.task.name, **changed}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _defaults(task: str) -> dict[str, Any]:
+def defaults(task: str) -> dict[str, Any]:
+    """Config key -> its default, for a task."""
     return dict(flatten(default_config(task).to_dict()))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lm.study.analysis import Analysis, ClaimResult, Comparison, Row, TableResult
+from lm.study.analysis import in_words as lacking_in_words
 from lm.study.definition import in_words
 from lm.study.runs import Outcome
 from lm.study.statistics import LEVEL, POWER, mean_over_seeds
@@ -65,7 +66,8 @@ def _cells(row: Row, decimals: int) -> list[str]:
     compared = row.comparison
     if compared is None:
         return [*cells, *[""] * 5]
-    cells.append(compared.other)
+    pairs = compared.seeds[0]
+    cells.append(compared.other + (f", {pairs} pairs" if row.values and pairs != len(row.values) else ""))
     found = compared.difference
     if found is None or compared.why:
         return [*cells, signed(found.mean) if found else "", "", f"undecided: {compared.why}", ""]
@@ -82,11 +84,7 @@ def _seeds(row: Row) -> str:
     """'5', or '3 of 5: failed 1, missing 1'."""
     if not row.lacking:
         return str(len(row.values))
-    why = [
-        f"{state} {sum(each == state for each in row.lacking.values())}"
-        for state in dict.fromkeys(row.lacking.values())
-    ]
-    return f"{len(row.values)} of {len(row.values) + len(row.lacking)}: {', '.join(why)}"
+    return f"{len(row.values)} of {len(row.values) + len(row.lacking)}: {lacking_in_words(row.lacking)}"
 
 
 def _caption(table: TableResult) -> str:
@@ -108,15 +106,17 @@ def _caption(table: TableResult) -> str:
 def _claim_line(result: ClaimResult) -> str:
     """Why a claim has its verdict."""
     compared = result.comparison
+    arms = zip((result.claim.first, result.claim.second), compared.lacking, strict=True)
+    without = "".join(f"; '{arm}' lacks seeds: {lacking}" for arm, lacking in arms if lacking)
     if compared.difference is None or compared.why:
-        return compared.why
+        return compared.why + without
     seeds = " and ".join(map(str, dict.fromkeys(compared.seeds)))
     found = compared.difference
     line = (
         f"difference {found.mean:+.4g} ({found.low:+.4g} to {found.high:+.4g}), {found.test} test, {seeds} seeds, "
         f"p {p_value(compared.p)}"
     )
-    return line + (f"; detectable {compared.detectable:.4g}" if result.verdict == "undecided" else "")
+    return line + (f"; detectable {compared.detectable:.4g}" if result.verdict == "undecided" else "") + without
 
 
 def _trial_rows(analysis: Analysis) -> list[list[str]]:
@@ -183,6 +183,7 @@ def table_csv(analysis: Analysis) -> str:
     """A line for each row of each table, with unrounded figures; p is corrected."""
     names = (
         *("table", "metric", "arm", "seeds", "planned", "mean", "sd", "low", "high", "against", "test"),
+        *("compared", "compared_against"),
         *("difference", "difference_low", "difference_high", "p_uncorrected", "p", "detectable", "verdict", "is_best"),
     )
     out = io.StringIO()
@@ -200,6 +201,7 @@ def table_csv(analysis: Analysis) -> str:
 
 def _comparison_columns(compared: Comparison) -> dict[str, Any]:
     line: dict[str, Any] = {"against": compared.other, "p": compared.p, "verdict": compared.verdict}
+    line |= {"compared": compared.seeds[0], "compared_against": compared.seeds[1]}
     if found := compared.difference:
         line |= {"test": found.test, "difference": found.mean, "difference_low": found.low}
         line |= {"difference_high": found.high, "p_uncorrected": found.p, "detectable": compared.detectable}

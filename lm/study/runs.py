@@ -15,13 +15,17 @@ from lm import config as config_lib
 from lm import lease
 from lm.config import Config, flatten, schema
 from lm.config.schema import ConfigError
-from lm.study.definition import Study, Trial
+from lm.study.definition import Study, Trial, hash_of
 from lm.tasks import build_saved_config
 from lm.tracking import files
 from lm.tracking.files import RunFileError
 
 RECORD, FAILURE, LOG = "trial.json", "failure.json", "log.txt"
 State = Literal["done", "running", "interrupted", "failed", "damaged", "missing"]
+
+# Sections of the config that do not change a trained model or its scores, and those whose open choices a run fills in.
+_NO_RESULT = ("mesh", "checkpoint", "generate", "monitor")
+_RESOLVED = ("model", "adapter", "data")
 
 # Parts of the keys of summary.json that differ between two equal runs.
 _ABOUT_SPEED = ("seconds", "tokens_per_second", "input_bound", "mfu", "goodput", "versions")
@@ -102,7 +106,8 @@ def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
                 continue
             found.setdefault(folder.name, []).append(Outcome(folder, "damaged", f"{error}; delete {path}"))
             continue
-        trial = study.runs.get(record.hash)
+        # A default that has become what the study sets, or the other way round, changes the hash and not the config.
+        trial = study.runs.get(hash_of(record.config)) or study.runs.get(record.hash)
         if trial is None:
             remarks.append(
                 f"{folder} is a run of '{record.arm}', seed {record.config.seed}, with a config that the study no "
@@ -111,11 +116,14 @@ def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
         elif changes := config_lib.diff(record.config, trial.config):
             key, (old, new) = next(iter(changes.items()))
             what = f"its config has {key}={old}, the trial {key}={new}: the default has changed since"
-            found.setdefault(record.hash, []).append(
+            found.setdefault(trial.hash, []).append(
                 Outcome(folder, "damaged", f"{what}; move the folder away, or set the key in the study", {})
             )
         else:
-            found.setdefault(record.hash, []).append(look(folder, record.commits))
+            outcome = look(folder, record.commits)
+            if outcome.state == "done" and (what := difference_from(folder, trial.config)):
+                outcome = Outcome(folder, "damaged", f"{what}; move the folder away, or change the study")
+            found.setdefault(trial.hash, []).append(outcome)
     outcomes = {}
     for name in study.runs:
         outcomes[name], remark = _one_of(found.get(name, []), root / name)
@@ -128,13 +136,31 @@ def look(folder: Path, commits: tuple[str, ...] = ()) -> Outcome:
     try:
         if summary := files.read_document(folder / "summary.json"):
             return Outcome(folder, "done", summary=summary, commits=commits)
-        if lease.in_use(folder):
+        if lease.holder(folder):
             return Outcome(folder, "running", commits=commits)
         if failure := files.read_document(folder / FAILURE):
             return Outcome(folder, "failed", str(failure.get("error")), commits=commits)
     except RunFileError as error:
         return Outcome(folder, "damaged", f"{error}; delete that file, and the sweep makes it again", {}, commits)
     return Outcome(folder, "interrupted", commits=commits)
+
+
+def difference_from(folder: Path, planned: Config) -> str:
+    """How the config of a run's last start, its config.json, differs from the one planned; '' = in nothing that counts.
+
+    A run's config has the sizes and the choices that the planned one leaves open.
+    """
+    try:
+        content = files.read_document(folder / "config.json")
+        ran = build_saved_config(content) if content else planned
+    except (ConfigError, RunFileError) as error:
+        return f"its config.json cannot be read ({error})"
+    for key, (was, now) in config_lib.diff(planned, ran).items():
+        section = key.partition(".")[0]
+        is_open = section in _RESOLVED and (not was or was == "auto" or planned.init_from.startswith("hf:"))
+        if section not in _NO_RESULT and not is_open:
+            return f"its last start had {key}={now}, planned is {was}"
+    return ""
 
 
 def _one_of(copies: list[Outcome], folder: Path) -> tuple[Outcome, list[str]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lm.evaluation.uncertainty import LEVEL
 
+ROUNDING = 1e-12  # relative: a spread below is that of floats, such as of .87 - .82 and .83 - .78
 ALPHA = 1 - LEVEL  # a difference is significant where its corrected p is below
 POWER = 0.8  # of the smallest detectable difference, after Cohen 1988
 
@@ -54,7 +55,8 @@ def mean_over_seeds(values_S: np.ndarray) -> Mean:
         nan = np.full_like(mean, np.nan)
         return Mean(mean, nan, nan, nan)
     sd, se, df = values_S.std(axis=-1, ddof=1), stats.sem(values_S, axis=-1), values_S.shape[-1] - 1
-    low, high = stats.t.interval(LEVEL, df, mean, np.where(se > 0, se, np.nan))
+    has_spread = se > ROUNDING * np.abs(values_S).max(axis=-1)
+    low, high = stats.t.interval(LEVEL, df, mean, np.where(has_spread, se, np.nan))
     return Mean(mean, sd, low, high)
 
 
@@ -82,7 +84,8 @@ def difference(first_S: np.ndarray, second_S: np.ndarray, test: Literal["paired"
             found = stats.ttest_ind(first_S, second_S, axis=-1, equal_var=False)
         low, high = found.confidence_interval(LEVEL)
         se = (high - low) / 2 / stats.t.ppf((1 + LEVEL) / 2, found.df)
-    kept = functools.partial(np.where, spread > 0)
+    scale = np.maximum(np.abs(first_S).max(axis=-1), np.abs(second_S).max(axis=-1))
+    kept = functools.partial(np.where, spread > ROUNDING * scale)
     low, high, p, se = (kept(each, np.nan) for each in (low, high, found.pvalue, se))
     return Difference(test, mean, low, high, p, se, found.df)
 

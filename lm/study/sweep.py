@@ -134,7 +134,6 @@ def run_all(
     root: Path,
     *,
     environment: Mapping[str, str],
-    commit: str,
     retry_failed: bool,
     say: Say,
 ) -> dict[str, Outcome]:
@@ -145,7 +144,6 @@ def run_all(
       trials: from `select`.
       root: the folder of the runs.
       environment: of the processes.
-      commit: of the code, for the records.
       retry_failed: also run those that failed.
       say: progress.
 
@@ -154,15 +152,18 @@ def run_all(
     """
     outcomes, _ = runs.find(study, root)
     todo, pace = to_run(trials, outcomes, retry_failed), Pace.of(trials, outcomes)
+    failures = {trial.hash: _failure_time(outcomes[trial.hash].folder) for trial in todo}
     for number, trial in enumerate(todo, 1):
         folder, before = outcomes[trial.hash].folder, outcomes[trial.hash].state
-        if (now := runs.look(folder).state) != before and now in ("done", "running", "failed"):
+        now = runs.look(folder).state
+        has_changed = now != before or _failure_time(folder) != failures[trial.hash]
+        if has_changed and now in ("done", "running", "failed"):
             say(f"[{number}/{len(todo)}] {trial}: {now}, by another process")
             continue
         verb = "resumes" if (folder / runs.RECORD).exists() else "starts"
         say(f"[{number}/{len(todo)}] {trial}: {verb} in {folder}; {pace.in_words(todo[number - 1 :])}")
         began = time.monotonic()
-        how = run_one(trial, folder, environment, commit)
+        how = run_one(trial, folder, environment)
         if how == "done":
             pace.add(trial, time.monotonic() - began)
         say(f"[{number}/{len(todo)}] {trial}: {how} after {duration(time.monotonic() - began)}")
@@ -176,15 +177,25 @@ def to_run(trials: Iterable[Trial], outcomes: Mapping[str, Outcome], retry_faile
     return [trial for trial in trials if outcomes[trial.hash].state in states]
 
 
-def run_one(trial: Trial, folder: Path, environment: Mapping[str, str], commit: str) -> str:
+def _failure_time(folder: Path) -> int:
+    """When the run in a folder failed, in ns; 0 = it has not."""
+    path = folder / runs.FAILURE
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
     """Runs a trial in a process of its own and waits for it; returns how it ended, in words.
+
+    Whether an owner of the folder on another machine, or before this one was restarted, is alive is found out by the
+    run itself, which takes a while.
 
     Raises:
       KeyboardInterrupt, SystemExit: this process was asked to stop; the run has been asked to, and has ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if lease.in_use(folder):
+    if lease.holder(folder) == "alive":
         return "is run by another process"
+    commit = runs.commit_of(Path(__file__).parent)  # that which the process below imports
     runs.write_record(folder, trial, commit)
     (folder / runs.FAILURE).unlink(missing_ok=True)
     with (folder / runs.LOG).open("ab") as log:
