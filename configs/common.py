@@ -40,11 +40,11 @@ def head_only() -> Rates:
 
 
 def last_layers(n: int, num_layers: int) -> Rates:
-    """The last n of num_layers layers learn, and all after them: final norm, output projection, head."""
+    """The last n of num_layers layers learn, and all after them: final norm, transform, output projection, head."""
     if not 0 <= n <= num_layers:
         raise ConfigError(f"last_layers: {n} of {num_layers} layers")
     numbers = "|".join(map(str, range(num_layers - n, num_layers)))
-    return ((rf".*/layers/({numbers})/.*|.*final_norm/.*|(lm_)?head/.*", 1.0), (r".*", 0.0))
+    return ((rf".*/layers/({numbers})/.*|.*final_norm/.*|lm_transform/.*|(lm_)?head/.*", 1.0), (r".*", 0.0))
 
 
 def bias_only() -> Rates:

@@ -121,7 +121,7 @@ def check_output(flag: str, path: str) -> None:
 _GENERATE: dict[str, tuple[Callable[..., flags.FlagHolder[Any]], str]] = {
     "max_new_tokens": (flags.DEFINE_integer, "Longest text"),
     "min_new_tokens": (flags.DEFINE_integer, "Before so many tokens, none ends the text"),
-    "stop": (flags.DEFINE_multi_string, "A string that ends the text, which is cut before it"),
+    "stop": (flags.DEFINE_multi_string, "A string that ends the text, which is cut before it; '' = none"),
     "temperature": (flags.DEFINE_float, "0 = greedy decoding"),
     "top_k": (flags.DEFINE_integer, "Sample from the k most likely tokens"),
     "top_p": (flags.DEFINE_float, "Sample from the most likely tokens of total probability p"),
@@ -132,7 +132,12 @@ _GENERATE: dict[str, tuple[Callable[..., flags.FlagHolder[Any]], str]] = {
 def define_generate(*names: str) -> Callable[[], dict[str, Any]]:
     """Defines flags for keys of `generate`; returns a function that gives the keys that were set, with their values."""
     defined = [_GENERATE[name][0](name, None, f"{_GENERATE[name][1]} (default: the run's).") for name in names]
-    return lambda: {flag.name: flag.value for flag in defined if flag.value is not None}
+
+    def given() -> dict[str, Any]:
+        values = {flag.name: flag.value for flag in defined if flag.value is not None}
+        return values | ({"stop": ()} if values.get("stop") == [""] else {})
+
+    return given
 
 
 def data_changes(data_format: str, rename: list[str], split: str) -> dict[str, Any]:

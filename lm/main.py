@@ -28,7 +28,11 @@ _EXIT_SECONDS = 20.0  # see `end_soon`
 
 # How XLA's error of a collective begins or what it names when a process that takes part is gone. Other errors of XLA,
 # such as RESOURCE_EXHAUSTED, would come again after a restart.
-_LOST_HOST = re.compile(r"^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):|gloo|nccl|megascale|heartbeat", re.I)
+_LOST_HOST = re.compile(
+    r"(?!RESOURCE_EXHAUSTED|(?s:.)*out of memory)"
+    r"(UNAVAILABLE:|ABORTED:|DEADLINE_EXCEEDED:|CANCELLED:|(?s:.)*(gloo|nccl|megascale|heartbeat))",
+    re.I,
+)
 _LOST_HOST_STATUS = 128 + signal.SIGABRT  # as JAX's coordination service ends a process in the same case
 
 
@@ -73,7 +77,7 @@ def main(argv: list[str]) -> None:
 
 def is_lost_host(error: BaseException | None) -> bool:
     """Whether an error of one of several processes, or what caused it, says that another one is gone."""
-    while error and not (type(error).__name__ == "JaxRuntimeError" and _LOST_HOST.search(str(error))):
+    while error and not (type(error).__name__ == "JaxRuntimeError" and _LOST_HOST.match(str(error))):
         error = error.__cause__ or error.__context__
     return error is not None
 

@@ -299,6 +299,8 @@ def predictions(
     """
     cfg, task, predictor = loaded.config, task_of(loaded.config), task_of(loaded.config).predictor
     if task.answers_with_text:
+        if beams < 1:
+            raise ConfigError(f"'beams' is {beams}: predictions are searched for; expected at least 1, which is greedy")
         for some in _groups(loaded, records, base.unread(task)):
             sources = [_source(record["text"], loaded) for record in some]
             translated = _generated(loaded, [ids for ids, _ in sources], beams=beams, alpha=alpha)

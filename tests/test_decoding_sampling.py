@@ -223,6 +223,14 @@ def texts(words, style="llama", **changes) -> list[str]:
     return [sampling.text_of(ids, words, cfg) for ids in make(style, PROMPTS, tokenizer=words, **changes)]
 
 
+def test_the_id_that_ends_a_text_is_not_part_of_it_though_its_tokenizer_spells_it():
+    words, plain = spelling(stop_id=9), spelling()
+    words.decode = plain.decode  # as of a published tokenizer whose EOS is no special token
+    assert 9 in sampling.stop_ids(words, Config())
+    assert sampling.text_of([3, 4, 9], words, Config()) == plain.decode([3, 4])
+    assert sampling.text_of([9], words, Config()) == sampling.text_of([], words, Config()) == ""
+
+
 def test_a_stop_string_cuts_a_text_wherever_it_is():
     """In one id or over several, overlapping, at a border of two checks, or in no text: as on the whole text."""
     words, options = spelling(), {"max_new_tokens": LONG, "repetition_penalty": 1.2}
@@ -260,7 +268,7 @@ def test_a_stop_string_ends_its_row_at_the_id_that_completes_it():
 
 def test_of_overlapping_stop_strings_the_one_complete_first_counts():
     """Whatever the borders of the ids are: 'bc' ends before 'abcd' does, and of two that end together the longer."""
-    words = SimpleNamespace(decode="".join)
+    words = SimpleNamespace(decode="".join, eos_id=-1)
     for strings, want in ((("bc", "abcd"), "xa"), (("d", "bcd"), "xa"), (("cd", "x"), ""), (("e",), "xabcd")):
         for order in (strings, strings[::-1]):
             for ids in (["xabcd"], ["x", "abcd"], ["xabc", "d"]):

@@ -75,6 +75,8 @@ def test_configs_that_cannot_run_are_refused_at_once(override, named, tmp_path):
         ("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited or there was a network error", True),
         ("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats): task_id: 1", True),
         ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", False),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating NCCL buffers", False),
+        ("INTERNAL: NCCL operation ncclCommInitRank failed: unhandled cuda error.\n'out of memory'", False),
         ("INTERNAL: Mosaic failed to compile TPU kernel", False),
     ],
 )

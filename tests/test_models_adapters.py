@@ -202,6 +202,15 @@ def test_rule_lists_train_the_expected_parameters(rules, kind, learns):
     assert len(held) == 2 * len(part) > 0 and sum(leaf.size for leaf in held) == 2 * sum(x.size for x in part.values())
 
 
+def test_the_last_layers_include_the_transform_before_the_logits():
+    cfg = transformer.resolve(toys.BERT, vocab_size=toys.VOCAB, seq_len=SEQ_LEN)
+    model = transformer.text_model(cfg, jnp.float32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    chosen = trainable.resolve(OptimConfig(lr_rules=common.last_layers(0, cfg.num_layers)), abstract, 10)
+    learn = {path for path, values in chosen.lr_multiplier.items() if max(values) > 0}
+    assert {path for path in chosen.lr_multiplier if path.startswith("lm_transform/")} == learn != set()
+
+
 def test_layerwise_rates_and_gradual_unfreezing():
     cfg = OptimConfig(lr_rules=common.layer_decay(0.5, 3), unfreeze_rules=common.gradual_unfreezing(3, 0.8))
     chosen = trainable.resolve(cfg, classifier("none"), 100)

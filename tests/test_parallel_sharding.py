@@ -17,7 +17,7 @@ from lm.config import MeshConfig
 from lm.config.schema import ConfigError
 from lm.models import transformer
 from lm.parallel import mesh as mesh_lib
-from lm.parallel import sharding, tpu_matmul
+from lm.parallel import ring_reduce, sharding, tpu_matmul
 from lm.parallel.mesh import AXES, _ring_order, make_mesh, mesh_sizes
 
 
@@ -215,6 +215,13 @@ def test_ring_reduced_gradients_are_exact_and_sharded_as_the_weights(sizes, axes
     assert d_w.sharding.is_equivalent_to(where, 2)
     np.testing.assert_array_equal(d_w, np.einsum("bli,blo->io", x, c))
     np.testing.assert_array_equal(d_x, np.einsum("blo,io->bli", c, w))
+
+
+def test_a_ring_needs_an_embed_axis_that_the_devices_divide():
+    """As of BERT's output projection, whose biases are 128 rows more: 768 of 256 devices, but not 896."""
+    abstract = jax.sharding.AbstractMesh((1, 256, 1, 1, 1), ("data", "fsdp", "expert", "context", "tensor"))
+    with jax.sharding.use_abstract_mesh(abstract):
+        assert [ring_reduce.is_possible((rows, 30_592), ("embed", "vocab")) for rows in (768, 896)] == [True, False]
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 1), (2, 4, 4), (2, 2, 1)])

@@ -447,6 +447,8 @@ def test_translations_are_predicted_with_the_options_of_decoding(run_of, tmp_pat
     made = loaded.generate(sources, max_new_tokens=5, min_new_tokens=5, samples=2, log_probs=True)
     assert [[len(one.token_ids) for one in each] for each in made] == [[5, 5]] * 3
     assert len(loaded.generate(sources, beams=0, samples=5, temperature=1.0)) == 3
+    with pytest.raises(ConfigError, match="'beams' is 0: predictions are searched for"):
+        loaded.predict([{"text": sources[0]}], beams=0)
     part = tmp_path / "other.jsonl.part"
     data = predict.data_at(loaded.config, str(path))
     about = {"model": loaded.name, "checkpoint": loaded.fingerprint, "beams": 4, "data": schema.to_dict(data)}

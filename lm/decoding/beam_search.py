@@ -43,7 +43,7 @@ def search(
     log-probabilities that log P is the sum of, as in `transformers`.
 
     Args:
-      model, params, prompts, cfg, tokenizer, rows_multiple: as for `lm.decoding.sampling.generate`.
+      model, params, prompts, cfg, tokenizer, rows_multiple: as for `lm.decoding.sampling.sample`.
       beams: 1 = greedy.
       alpha: length penalty; 0 = none, larger values favour longer texts.
       count: of continuations of each prompt, at most `beams`.

@@ -234,7 +234,10 @@ def _end(ids: list[int], seen: int, stops: tuple[int, ...], tokenizer: Tokenizer
 
 
 def text_of(ids: Sequence[int], tokenizer: Tokenizer, cfg: Config) -> str:
-    """The text of new ids, cut before the stop string that is complete first, whatever the ids' borders are."""
+    """The text of new ids without the id that ended it, cut before the stop string that is complete first, whatever the
+    ids' borders are."""
+    if ids and ids[-1] in stop_ids(tokenizer, cfg):  # which a published tokenizer may take for text
+        ids = ids[:-1]
     text = tokenizer.decode(ids)
     found = [(at + len(string), at) for string in cfg.generate.stop if (at := text.find(string)) >= 0]
     return text[: min(found)[1]] if found else text
@@ -263,6 +266,8 @@ def check_options(
         raise ConfigError(f"expected 'beams' of at least 0 and 'samples' of at least 1, got {beams} and {samples}")
     if beams and idle:
         raise ConfigError(f"'{idle[0]}' is of sampling and has no effect on a search with {beams} beams: set beams=0")
+    if beams and cfg.generate.stop:
+        raise ConfigError("'generate.stop' is not read by beam search: set it to (), or sample, with beams=0")
     if not beams and alpha is not None:
         raise ConfigError("'alpha' is of beam search and has no effect on sampling: set beams=4, say")
     if beams and (samples or 1) > beams:

@@ -31,11 +31,14 @@ def is_faster(kernel_IxO: jax.Array, logical: sharding.LogicalAxes, shape: tuple
 def is_possible(shape: tuple[int, ...], logical: sharding.LogicalAxes) -> bool:
     """Whether a ring can sum the gradient of a kernel of this shape.
 
-    It takes several devices, an axis 'embed', and shards over 'tensor' that can be halved, as the two halves of each
-    travel in opposite directions.
+    It takes several devices, an axis 'embed' that they divide, and shards over 'tensor' that can be halved, as the two
+    halves of each travel in opposite directions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or "embed" not in logical:
+        return False
+    devices = math.prod(mesh.shape[axis] for axis in sharding.RULES["embed"])
+    if shape[logical.index("embed")] % devices:  # as with the rows of biases that `model.lm_transform` adds
         return False
     return not any(size % (2 * mesh.shape["tensor"]) for size in shape)
 
