@@ -349,6 +349,7 @@ def forget_the_last_step(run: Path, last: int, kept: int) -> None:
         (run / name).unlink()
 
 
+@pytest.mark.slow
 def test_lora_on_a_folder_with_its_own_tokenizer_trains_resumes_answers_and_is_exported(tmp_path, capsys):
     """As configs/chat_lora.py does it; resumed after the folder is gone."""
     cfg = transformer.resolve(dataclasses.replace(MODEL, vocab_size=420), vocab_size=420, seq_len=64)
@@ -494,6 +495,7 @@ def test_import_then_export_gives_the_same_tensors(published, words, tmp_path, m
     assert again == kept | {"min_new_tokens": 3, "repetition_penalty": 1.2, "stop_strings": ["a"]}
 
 
+@pytest.mark.slow
 def test_export_keeps_a_published_vocabulary_also_by_way_of_other_runs(words, tmp_path):
     """Also where it has as many rows as a run of its own would round its tokenizer's ids to."""
     big = transformer.resolve(dataclasses.replace(MODEL, vocab_size=384), vocab_size=384, seq_len=64)

@@ -277,6 +277,7 @@ def files_of(saved: checkpoint.Saved) -> list[Path]:
     return sorted(path for path in Path(saved.path).rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_flipped_bits_never_give_wrong_values(tmp_path):
     """In any file of a checkpoint, the JSON too: either all values are right, or the checkpoint is refused."""
     save(tmp_path / "run", {1: 0.5, 2: 0.25})

@@ -483,6 +483,7 @@ def test_a_classifier_has_logits_of_classes_and_generates_nothing(classifier):
         classifier.predict([{"text": "a"}, {"text": 3}])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_predicts_the_same(run_of, tmp_path):
     settings = {"checkpoint__every_steps": 1, "checkpoint__keep_latest": 5}
     run = used_runs.make("classification", tmp_path, **settings)

@@ -168,11 +168,9 @@ def press_in_run(process: subprocess.Popen) -> str:
 
 PHASES = {
     "lm.input_pipeline::load:1": (CTRL_C, "stopping; nothing was changed", None),
-    "lm.run::tokenizer_for:1": (CTRL_C, "stopping; nothing was changed", None),
     "lm.train::Evaluator:1": (CTRL_C, "stopping; no checkpoint is complete, the same command starts from the", None),
     "lm.evaluator:Evaluator:validate:1": (CTRL_C, "stopping; no checkpoint is complete", None),
     "lm.train:StepLog:add:1": (75, "finishing step 1, then saving; Ctrl-C again stops at once", 1),
-    "lm.evaluator:Evaluator:validate:2": (75, "finishing the evaluation and save of step 2; Ctrl-C again", 2),
     "lm.checkpoint.store:Checkpoints:save:1": (75, "finishing the evaluation and save of step 2; Ctrl-C again", 2),
     "lm.evaluator:Evaluator:validate:3": (0, "finishing the evaluation and save of step 4; Ctrl-C again", 4),
     "lm.tracking.report::write_summary:1": (0, "all steps are done, finishing the summary; Ctrl-C again", 4),

@@ -36,6 +36,7 @@ ALL = sorted(
     if path.stem not in ("common", "__init__")
 )
 RECIPES = [recipe for recipe in ALL if "." not in recipe]  # those that are to be run, not only compiled
+COMPUTED = [recipe for recipe in RECIPES if recipe != "quickstart_chat"]  # which is chat_lora on other data
 STEPS = 2
 
 
@@ -116,7 +117,7 @@ def figures(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", COMPUTED)
 def test_a_recipe_computes_on_the_mesh_2x2x2_what_it_does_on_one_device(recipe, world, tmp_path):
     cfg = small(recipe)
     one, params = figures(cfg, tmp_path / "one", MeshConfig(data=1))
@@ -170,7 +171,7 @@ def started(cfg: config.Config) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", COMPUTED)
 def test_every_tool_takes_a_recipe_or_refuses_it_in_one_line(recipe, world, tmp_path, monkeypatch, capsys):
     cfg = small(recipe)
     words, data = inspect_batch.load(cfg)

@@ -80,6 +80,7 @@ def run(tmp_path, data, **changes):
     return trained, valid, words, head, reported
 
 
+@pytest.mark.slow
 def test_tagging_scores_of_a_run_match_the_saved_model_row_by_row(tmp_path):
     pytest.importorskip("seqeval")
     labels = ("O", "B-Drug", "I-Drug", "B-Place", "I-Place")
@@ -107,6 +108,7 @@ def test_tagging_scores_of_a_run_match_the_saved_model_row_by_row(tmp_path):
     assert reported["entity_f1"] > 0.9, "the tag follows from the word: this can be learnt"
 
 
+@pytest.mark.slow
 def test_span_qa_scores_of_a_run_match_the_saved_model_row_by_row(tmp_path):
     changes = {"data__format": "squad", "task__name": "span_qa", "model__pool": "mean"}
     data = write_questions(tmp_path / "a.json")

@@ -355,6 +355,7 @@ def test_a_run_learns_to_prefer(tmp_path):
     assert summary["reward_margin"] == pytest.approx(summary["chosen_reward"] - summary["rejected_reward"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_the_reference_stays_equal_to_the_initial_run_and_frozen_parameters_are_stored_once(tmp_path, changes):
     """Bitwise after all steps. With LoRA the state keeps only copies of LoRA's matrices."""
@@ -379,6 +380,7 @@ def test_the_reference_stays_equal_to_the_initial_run_and_frozen_parameters_are_
         assert not path.endswith("lora_b") or not kept[path].any()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_reference_and_equals_the_uninterrupted_one(tmp_path):
     cfg = recipe(tmp_path, checkpoint__every_steps=4, train__total_steps=8)
     train.train(cfg, tmp_path / "whole")

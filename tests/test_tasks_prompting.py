@@ -227,6 +227,7 @@ def test_the_prediction_is_the_likeliest_word():
     assert float(terms.sum) == pytest.approx((weights * nll).sum(), rel=1e-4) and float(terms.weight) == 4
 
 
+@pytest.mark.slow
 def test_a_run_learns_to_choose_the_word(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "a.jsonl"

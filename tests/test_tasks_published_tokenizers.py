@@ -481,8 +481,10 @@ def test_the_tool_answers_by_the_template(chat_run, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(
         sampling,
-        "generate",
-        lambda model, params, prompts, key, cfg, tok: asked.append(prompts[0]) or [tok.encode("Hm.")],
+        "sample",
+        lambda model, params, prompts, key, cfg, tok: (
+            asked.append(prompts[0]) or [sampling.Generated(tok.encode("Hm."), [])]
+        ),
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nso?\n"))
     tool_modules.call("chat", f"--workdir={folder / 'run'}", "--max_new_tokens=4")

@@ -121,7 +121,7 @@ def test_no_damage_of_a_step_loses_another_one_or_gives_a_wrong_value(tmp_path):
     """The short form of the command, which applies thousands."""
     run = faults.make_run(tmp_path)
     rng = random.Random(0)
-    damages = [*faults.random_damages(run, 25, rng), *rng.sample(faults.key_damages(run), 25)]
+    damages = [*faults.random_damages(run, 15, rng), *rng.sample(faults.key_damages(run), 15)]
     counts, failures = faults.measure(run, damages, tmp_path)
     assert failures == []
     assert "lm.main" in faults.table(counts)

@@ -277,6 +277,7 @@ def test_a_state_that_is_not_finite_ends_the_run_at_its_last_good_checkpoint(tex
     assert [saved.step for saved in checkpoint.list_saved(tmp_path)] == [1]
 
 
+@pytest.mark.slow
 def test_the_state_is_saved_when_an_evaluation_fails(texts, tmp_path, monkeypatch):
     cfg = toys.recipe(texts, train__total_steps=2, eval__at_start=False)
     whole = train.train(cfg, tmp_path / "whole")
