@@ -135,8 +135,10 @@ def samples(run: Run, params: Params, step: int) -> dict[str, str]:
     key = jax.random.fold_in(jax.random.key(run.cfg.seed), step)
     shards = sharding.batch_shards(run.mesh)
     prompts = list(run.prompts.values())
-    made = sampling.generate(run.program.model, params, prompts, key, run.cfg, tokenizer, rows_multiple=shards)
-    return {prompt: sampling.text_of(ids, tokenizer, run.cfg) for prompt, ids in zip(run.prompts, made, strict=True)}
+    made = sampling.sample(run.program.model, params, prompts, key, run.cfg, tokenizer, rows_multiple=shards)
+    return {
+        prompt: sampling.text_of(each.ids, tokenizer, run.cfg) for prompt, each in zip(run.prompts, made, strict=True)
+    }
 
 
 def with_units(values: dict[str, float], cfg: Config) -> str:

@@ -46,18 +46,19 @@ def model_of(style: str):
     return toys.decoder(toys.STYLES[style], MAX_LEN)
 
 
-def make(style, prompts, **options) -> list[list[int]]:
-    return sample(style, prompts, function=sampling.generate, **options)
+def make(style, prompts, *, tokenizer=NEVER, **options) -> list[list[int]]:
+    """New ids without the stop id."""
+    made = sample(style, prompts, tokenizer=tokenizer, **options)
+    cfg = Config(task=toys.task(options.get("task", "causal_lm")))
+    return [sampling.without_stop_id(each.ids, tokenizer, cfg) for each in made]
 
 
-def sample(
-    style, prompts, *, seed=0, tokenizer=NEVER, params=None, task="causal_lm", function=sampling.sample, **changes
-):
+def sample(style, prompts, *, seed=0, tokenizer=NEVER, params=None, task="causal_lm", **changes):
     cfg, model, toy_params = model_of(style)
     options = {name: changes.pop(name) for name in ("rows_multiple", "log_probs") if name in changes}
     changes = {"max_new_tokens": NEW, "temperature": 0.0} | changes
     whole = Config(model=cfg, generate=GenerateConfig(**changes), task=toys.task(task))
-    return function(model, params or toy_params, prompts, jax.random.key(seed), whole, tokenizer, **options)
+    return sampling.sample(model, params or toy_params, prompts, jax.random.key(seed), whole, tokenizer, **options)
 
 
 def penalised(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:

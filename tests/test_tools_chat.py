@@ -72,7 +72,8 @@ def greedy(run, *, turns, new: int = 8) -> str:
     prompt = [*ids, words.role_ids["assistant"]]
     chosen = {"temperature": 0.0, "max_new_tokens": new}
     cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, **chosen))
-    return words.decode(sampling.generate(model, params, [prompt], jax.random.key(0), cfg, words)[0])
+    (made,) = sampling.sample(model, params, [prompt], jax.random.key(0), cfg, words)
+    return words.decode(made.ids)
 
 
 def test_a_prompt_is_answered_and_the_program_exits(run):

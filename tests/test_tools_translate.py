@@ -66,9 +66,9 @@ def test_one_beam_equals_greedy_generation_and_is_scored(run, translate):
     cfg, model, params, words = run_lib.load_model(str(folder / "run"))
     sources = (folder / "test.en").read_text().splitlines()
     prompts = [sampling.encode_prompt(text, words, cfg) for text in sources]
-    made = sampling.generate(model, params, prompts, jax.random.key(0), cfg, words)
+    made = sampling.sample(model, params, prompts, jax.random.key(0), cfg, words)
     written = (folder / "run" / "translations.txt").read_text(encoding="utf-8").splitlines()
-    assert written == [" ".join(words.decode(ids).split()) for ids in made]
+    assert written == [" ".join(words.decode(each.ids).split()) for each in made]
     bleu = sacrebleu.corpus_bleu(written, [(folder / "test.de").read_text(encoding="utf-8").splitlines()]).score
     assert float(re.search(r"BLEU ([\d.]+)", out)[1]) == pytest.approx(bleu, abs=0.01)
     assert "\nBLEU nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in out and "\nchrF nrefs:1|" in out

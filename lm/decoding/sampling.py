@@ -156,22 +156,6 @@ def prompt_batch(
     return PROMPTING[cfg.model.kind].batch([*prompts, *[prompts[0]] * missing], tokenizer)
 
 
-def generate(
-    model: ModelFns,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    key: jax.Array,
-    cfg: Config,
-    tokenizer: Tokenizer,
-    *,
-    rows_multiple: int = 1,
-) -> list[list[int]]:
-    """`sample`, as ids without the stop id; those of a stop string are among them, which `text_of` cuts off."""
-    made = sample(model, params, prompts, key, cfg, tokenizer, rows_multiple=rows_multiple)
-    stops = stop_ids(tokenizer, cfg)
-    return [each.ids[:-1] if each.ids[-1] in stops else each.ids for each in made]
-
-
 def sample(
     model: ModelFns,
     params: Params,
@@ -236,11 +220,14 @@ def _end(ids: list[int], seen: int, stops: tuple[int, ...], tokenizer: Tokenizer
 def text_of(ids: Sequence[int], tokenizer: Tokenizer, cfg: Config) -> str:
     """The text of new ids without the id that ended it, cut before the stop string that is complete first, whatever the
     ids' borders are."""
-    if ids and ids[-1] in stop_ids(tokenizer, cfg):  # which a published tokenizer may take for text
-        ids = ids[:-1]
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(without_stop_id(ids, tokenizer, cfg))
     found = [(at + len(string), at) for string in cfg.generate.stop if (at := text.find(string)) >= 0]
     return text[: min(found)[1]] if found else text
+
+
+def without_stop_id(ids: Sequence[int], tokenizer: Tokenizer, cfg: Config) -> Sequence[int]:
+    """New ids without the one that ended them, which a published tokenizer may take for text."""
+    return ids[:-1] if ids and ids[-1] in stop_ids(tokenizer, cfg) else ids
 
 
 def changed(cfg: Config, changes: Mapping[str, Any]) -> Config:
