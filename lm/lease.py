@@ -234,16 +234,12 @@ def _refuse_living(folder: Path, found: Mapping[int, bytes]) -> None:
     """Returns once the owners of all these leases are gone; raises Held for one that lives."""
     far = {}
     for number, text in found.items():
-        match parse(text):
-            case Owner(machine=machine) as owner if machine and machine == _machine():
-                state = _state(owner)
-            case _:
-                state = "unknown"
+        owner, state = parse(text), _known_state(text)
         if state == "unknown":
             far[number] = text
-        elif state == "stopped":
+        elif owner and state == "stopped":
             raise Held(f"{folder} is in use by {owner} and is stopped; continue it (kill -CONT {owner.pid}) or kill it")
-        elif state == "running":
+        elif owner and state == "running":
             raise Held(f"{folder} is in use by {owner}; wait for it, or stop it (kill {owner.pid})")
     if not far:
         return
@@ -266,11 +262,10 @@ def holder(folder: Path) -> Literal["", "alive", "unknown"]:
     """Whether a process owns the folder, as far as its files tell at once. 'unknown': it is of another machine or boot,
     or its lease is damaged, and it may be dead."""
     try:
-        owners = [parse(text) for text in leases(folder).values()]
+        states = {_known_state(text) for text in leases(folder).values()}
     except FileNotFoundError:
         return ""
-    states = [_state(owner) if owner and owner.machine == _machine() else "unknown" for owner in owners]
-    if {"running", "stopped"} & {*states}:
+    if {"running", "stopped"} & states:
         return "alive"
     return "unknown" if "unknown" in states else ""
 
@@ -313,6 +308,14 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def _known_state(text: bytes) -> str:
+    """`_state` of the owner of a lease; 'unknown' for one of another machine, or where the lease is damaged."""
+    match parse(text):
+        case Owner(machine=machine) as owner if machine and machine == _machine():
+            return _state(owner)
+    return "unknown"
 
 
 def _state(owner: Owner) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lm.config import schema
 from lm.study import definition, runs
 from lm.study.definition import Study, Trial
 from lm.tracking import files
@@ -25,6 +26,7 @@ def write_run(root: Path, trial: Trial, summary: Mapping[str, Any], steps: tuple
     for step in steps:
         rows.append({"step": step, "split": "eval", "seconds": step / 2, **summary})
     rows.close()
+    files.write_document(folder / "config.json", schema.to_dict(trial.config))
     files.write_document(folder / "summary.json", {**summary, "seconds": 12.5, "versions": {"jax": "1"}})
     return folder
 

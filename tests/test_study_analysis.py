@@ -1,6 +1,7 @@
 """Tables and verdicts from run directories: planted differences are found, what is missing or damaged is shown."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lm import run
 from lm.config import schema
 from lm.study import Table, analysis, arms, better, chain, definition, product, report, runs, seeds
 from lm.study.analysis import analyse
 from lm.tracking import files
-from tests.study_runs import make_study, write_run, write_runs
+from tests.study_runs import ROOT, make_study, write_run, write_runs
 
 THREE = arms({"old": {}, "new": {"model.mlp_dim": 8}, "same": {"model.mlp_dim": 16}})
 LUCK = (2, -1, 0.5, -1.5, 0, 1, -2)  # of a seed, whatever the arm
@@ -125,8 +127,30 @@ def test_an_arm_some_of_whose_seeds_diverged_is_not_better(tmp_path):
     claims = better("new", "old", "accuracy"), better("same", "new", "accuracy")
     found = of(three(claims=claims), tmp_path, figures)
     assert [claim.verdict for claim in found.claims] == ["undecided"] * 2
-    assert "seeds of 'new' that diverged: 2; 'new' lacks seeds: not finite 2" in report.markdown(found)
+    assert "seeds of 'new' that failed or diverged: 2; 'new' lacks seeds: not finite 2" in report.markdown(found)
     assert "| new | 3 of 5: not finite 2 |" in report.markdown(found)
+
+
+def test_an_arm_some_of_whose_runs_ended_with_an_error_is_not_better(tmp_path):
+    """A run that diverges ends so, see `lm.train.Diverged`."""
+    study = three(claims=(better("new", "old", "accuracy"),))
+    lost = [trial for trial in study.trials if trial.arm == "new" and trial.seed > 2]
+    write_runs(tmp_path, study, lambda trial: None if trial in lost else accuracy(trial))
+    for trial in lost:
+        (tmp_path / trial.hash).mkdir()
+        runs.write_record(tmp_path / trial.hash, trial, "abc123")
+        files.write_document(tmp_path / trial.hash / runs.FAILURE, {"error": "step 7: loss nan", "status": 1})
+    found = analyse(study, tmp_path)
+    assert found.claims[0].verdict == found.tables[0].rows[1].comparison.verdict == "undecided"
+    assert not any(row.is_best for row in found.tables[0].rows)
+    assert "seeds of 'new' that failed or diverged: 2; 'new' lacks seeds: failed 2" in report.markdown(found)
+
+
+def test_no_arm_is_best_by_a_metric_of_which_it_is_not_known_whether_more_is_better(tmp_path):
+    figures = {"old": 1.0, "new": 5.0, "same": 1.5}
+    study = three(tables=(Table("seconds_in_all"),))
+    found = of(study, tmp_path, lambda trial: {"seconds_in_all": figures[trial.arm] + 0.1 * LUCK[trial.seed]})
+    assert not any(row.is_best for row in found.tables[0].rows) and "is better;" not in report.markdown(found)
 
 
 def test_runs_of_several_commits_are_named(tmp_path):
@@ -145,7 +169,13 @@ def test_runs_of_several_commits_are_named(tmp_path):
         ("eval", "max_tokens", 64, "its last start had eval.max_tokens=64, planned is 32768"),
         (None, "seed", 7, "its last start had seed=7, planned is 0"),
         ("model", "num_layers", 9, "its last start had model.num_layers=9, planned is 4"),
+        ("model", "dropout", 0.5, "its last start had model.dropout=0.5, planned is 0.0"),
+        ("data", "max_records", 7, "its last start had data.max_records=7, planned is 0"),
+        ("checkpoint", "best_metric", "nll", "its last start had checkpoint.best_metric=nll"),
+        ("model", None, None, "its config.json cannot be read (AttributeError"),
         ("model", "vocab_size", 2048, ""),  # filled in by the run
+        ("model", "remat", "full", ""),  # to save memory
+        ("eval", "batch_size", 4, ""),
         ("monitor", "log_every_steps", 3, ""),
     ],
 )
@@ -153,11 +183,35 @@ def test_a_run_that_was_resumed_with_another_config_is_left_out(tmp_path, sectio
     study = three(1)
     write_runs(tmp_path, study, accuracy)
     config = schema.to_dict(study.trials[0].config)
-    (config[section] if section else config)[key] = value
+    if key:
+        (config[section] if section else config)[key] = value
+    else:
+        config[section] = value
     files.write_document(tmp_path / study.trials[0].hash / "config.json", config)
     found = analyse(study, tmp_path)
     assert ([each.why for each in found.outcomes.values() if each.why] or [""])[0].startswith(says)
     assert bool(says) == bool(found.errors)
+
+
+def test_a_folder_with_the_run_of_another_trial_is_not_run_into(tmp_path, monkeypatch):
+    """`a` ran while a dropout of .25 was the default, which is now what `b` sets."""
+    (a,) = make_study([{"arm": "a"}]).trials
+    b = dataclasses.replace(make_study([{"arm": "b", "model.dropout": 0.25}]).trials[0], hash=a.hash)
+    write_run(tmp_path, b, {"loss": 1.0})
+    outcomes, _ = runs.find(make_study([{"arm": "a"}, {"arm": "b", "model.dropout": 0.25}]), tmp_path)
+    first, second = outcomes.values()
+    assert (first.state, second.state) == ("damaged", "done") and "has the run of another trial" in first.why
+
+
+@pytest.mark.parametrize("recipe", ["quickstart_pretrain", "mae_cifar10", "ud_pos:scratch", "t5_tinystories"])
+def test_what_a_run_fills_in_is_no_other_config(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file, _, argument = recipe.partition(":")
+    name = f"configs/{file}.py" + (f":{argument}" if argument else "")
+    config = definition.configure(name, {"init_from": "", "tokenizer.path": ""})
+    resolved = run.plan(config, None).cfg
+    files.write_document(tmp_path / "config.json", schema.to_dict(resolved))
+    assert resolved != config and runs.difference_from(tmp_path, config) == ""
 
 
 def test_a_run_is_found_when_a_default_becomes_what_the_study_sets(tmp_path, monkeypatch):

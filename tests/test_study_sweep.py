@@ -37,7 +37,8 @@ def quick(monkeypatch):
         from pathlib import Path
         from lm.tracking import files
         folder = Path(sys.argv[1])
-        seed = json.loads((folder / "trial.json").read_text())["config"]["seed"]
+        config = json.loads((folder / "trial.json").read_text())["config"]
+        seed = config["seed"]
         with (folder / "started.txt").open("a") as file:
             file.write("x")
         case = json.loads(sys.argv[2]).get(str(seed))
@@ -49,6 +50,7 @@ def quick(monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         if isinstance(case, int):
             sys.exit(case)
+        files.write_document(folder / "config.json", config)
         files.write_document(folder / "summary.json", {"loss": float(seed), "seconds": 2.0})
     """
     script = textwrap.dedent(script)
@@ -154,7 +156,7 @@ def test_one_that_another_process_has_finished_meanwhile_is_not_started(tmp_path
 
 
 HOLDS = """
-    import os, signal, sys, time
+    import json, os, signal, sys, time
     from pathlib import Path
     from lm import lease
     from lm.tracking import files
@@ -169,6 +171,8 @@ HOLDS = """
             time.sleep(0.05)
             with (folder / "finished.txt").open("a") as file:
                 file.write("x")
+            config = json.loads((folder / "trial.json").read_text())["config"]
+            files.write_document(folder / "config.json", config)
             files.write_document(folder / "summary.json", {"loss": 1.0, "seconds": 2.0})
     except lease.Held:
         sys.exit(lease.Held.exit_status)

@@ -218,6 +218,8 @@ def run_row(name: str, seeds: int) -> None:
             folder = workdir(name, arm, seed)
             if found(name, arm, seed) and (not row.once or (folder / "summary.json").exists()):
                 continue
+            if (folder / "summary.json").exists() and (differs := differs_from_recipe(name, arm, seed)):
+                sys.exit(f"error: {folder} is of another config: {differs}; move it away")
             began = time.monotonic()
             train.train(tasks.build_config(recipe_of(name, arm, seed)), folder)
             found(name, arm, seed)
@@ -257,8 +259,6 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
 
     The figures of the table are saved in results.json beside this file, so that they outlive the folders.
     """
-    from lm import tasks
-    from lm.study import runs
     from lm.tracking import files
 
     row = ROWS[name]
@@ -267,8 +267,9 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
     same = fingerprint(name, arm, seed)
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if path.exists():
-        if differs := runs.difference_from(path.parent, tasks.build_config(recipe_of(name, arm, seed))):
-            sys.exit(f"error: {path.parent} is of another config: {differs}; move it away")
+        if differs := differs_from_recipe(name, arm, seed):
+            print(f"{path.parent} is of another config: {differs}; its figures are left out", file=sys.stderr)
+            return kept[key] if kept.get(key, {}).get("config") == same else None
         summary = files.read_document(path)
         part = summary["test"] if row.on_test else summary
         figures = {row.metric: part[row.metric]} | {key: summary[key] for key in ("seconds", "trained_parameters")}
@@ -277,6 +278,14 @@ def found(name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
             KEPT.write_text(json.dumps(dict(sorted((kept | {key: figures}).items())), indent=1) + "\n")
         return figures
     return kept[key] if kept.get(key, {}).get("config") == same else None
+
+
+def differs_from_recipe(name: str, arm: Arm, seed: int) -> str:
+    """How the config in a run's folder differs from the recipe; '' = in nothing that counts."""
+    from lm import tasks
+    from lm.study import runs
+
+    return runs.difference_from(workdir(name, arm, seed), tasks.build_config(recipe_of(name, arm, seed)))
 
 
 def fingerprint(name: str, arm: Arm, seed: int) -> str:
@@ -308,7 +317,8 @@ def results(seeds: int) -> str:
         "",
         f"Written by `python experiments/objectives/study.py`; mean and standard deviation over {seeds} seeds. "
         "The difference is to the baseline (the row's last line, or 'scratch' of the same kind), with its 95 % t "
-        "interval; p is of the t test paired by seed, corrected by Holm over the lines of a task. Better or worse: p < "
+        "interval; p is of the t test paired by seed, corrected by Holm over the lines of a task, which the "
+        "interval is not. Better or worse: p < "
         ".05; 'detectable' is the difference that the test would find with a probability of 80 %, given the spread "
         "measured. Minutes are of all runs of the line, on the machine that ran it.",
         "",

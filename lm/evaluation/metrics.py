@@ -103,7 +103,7 @@ def is_known(name: str) -> bool:
 
 
 def _known_part(words: list[str]) -> int | None:
-    """From which of the words of 'NAME_metric' on it is a metric; None = never."""
+    """Index of the word at which the metric's own name begins; None = no known metric."""
     return next((i for i in range(len(words)) if "_".join(words[i:]) in METRICS), None)
 
 

@@ -21,7 +21,8 @@ from lm.study.statistics import ALPHA, Difference, Mean, detectable, difference,
 from lm.tracking import files
 from lm.tracking.files import RunFileError
 
-DIVERGED = "not finite"  # why a seed has no value: its run ended, with a metric that is infinite or NaN
+NOT_FINITE = "not finite"  # why a seed has no value: its run ended, with a metric that is infinite or NaN
+LOST = ("failed", NOT_FINITE)  # a run that diverges ends with an error
 Verdict = Literal["better", "worse", "undecided"]
 Evaluations = list[dict[str, Any]]  # the rows of metrics.jsonl with split 'eval', ascending steps
 
@@ -37,7 +38,7 @@ class Comparison:
       p: corrected; 1 where there is no test.
       detectable: the smallest difference that these seeds find with a probability of 0.8; NaN = no test.
       verdict: on the arm.
-      why: there is no test, or none that counts.
+      why: why it is undecided, where not for p.
       lacking: seeds of the arm and of the other that have no value, in words; '' = none.
     """
 
@@ -99,7 +100,7 @@ class Analysis:
 
     Attributes:
       outcomes: hash -> run of the trial.
-      remarks: runs that are left out, and why.
+      remarks: what a reader has to know of the runs.
       evaluations: hash -> of the runs that are done.
     """
 
@@ -147,7 +148,7 @@ def analyse(study: Study, root: Path) -> Analysis:
                 lacking[trial.seed] = outcomes[trial.hash].state
             else:
                 is_lost = metric in summaries[trial.hash].get("not_finite", ())
-                lacking[trial.seed] = DIVERGED if is_lost else "no such metric"
+                lacking[trial.seed] = NOT_FINITE if is_lost else "no such metric"
         return values, lacking
 
     return Analysis(
@@ -172,7 +173,7 @@ def _several_commits(study: Study, outcomes: Mapping[str, Outcome]) -> list[str]
     return [f"runs of {len(arms)} commits are compared; {each}"]
 
 
-def in_words(lacking: Mapping[int, str]) -> str:
+def count_states(lacking: Mapping[int, str]) -> str:
     """Why seeds have no value: 'failed 1, missing 2'."""
     states = [*lacking.values()]
     return ", ".join(f"{state} {states.count(state)}" for state in dict.fromkeys(states))
@@ -191,14 +192,15 @@ def _unknown(metric: str, known: Sequence[str]) -> str:
 
 def tabulate(table: Table, all_arms: Sequence[str], values_of: Values, known: Sequence[str]) -> TableResult:
     """The figures of a table."""
-    about = metrics.about(table.metric.rpartition(".")[2])
+    name = table.metric.rpartition(".")[2]
+    about, has_direction = metrics.about(name), metrics.is_known(name)
     title = table.title or about.title
     if error := _unknown(table.metric, known):
         return TableResult(title, table.metric, about.less_is_better, 0, error=f"table '{title}': {error}")
     arms = table.arms or tuple(all_arms)
     pairs = [(arm, other, table.metric) for arm in arms if (other := table.baseline_of(arm))]
     compared = {pair[0]: found for pair, found in zip(pairs, compare(pairs, values_of), strict=True)}
-    best = _best(arms, table.metric, values_of)
+    best = _best(arms, table.metric, values_of) if has_direction else ""
     rows = []
     for arm in arms:
         values, lacking = values_of(arm, table.metric)
@@ -214,7 +216,7 @@ def _best(arms: Sequence[str], metric: str, values_of: Values) -> str:
     if len(arms) < 2 or not means:
         return ""
     leader, pairs = max(means, key=lambda arm: means[arm]), math.comb(len(arms), 2)
-    if DIVERGED in values_of(leader, metric)[1].values():
+    if {*LOST} & {*values_of(leader, metric)[1].values()}:
         return ""
     tested = [_test(leader, other, metric, values_of)[0] for other in arms if other != leader]
     return leader if all(each and sign * each.mean > 0 and each.p * pairs < ALPHA for each in tested) else ""
@@ -241,13 +243,13 @@ def compare(family: Sequence[tuple[str, str, str]], values_of: Values) -> list[C
         lacks = values_of(arm, metric)[1], values_of(other, metric)[1]
         if found and p < ALPHA:
             is_better = metrics.gain(metric.rpartition(".")[2], float(found.mean)) > 0
-            diverged = list(lacks[0 if is_better else 1].values()).count(DIVERGED)
-            if diverged:  # the seeds that are left flatter the arm
-                why = f"seeds of '{arm if is_better else other}' that diverged: {diverged}"
+            lost = sum(state in LOST for state in lacks[0 if is_better else 1].values())
+            if lost:  # the seeds that are left flatter the arm
+                why = f"seeds of '{arm if is_better else other}' that failed or diverged: {lost}"
             else:
                 verdict = "better" if is_better else "worse"
         smallest = detectable(float(found.se), float(found.df), len(family)) if found else math.nan
-        lacking = in_words(lacks[0]), in_words(lacks[1])
+        lacking = count_states(lacks[0]), count_states(lacks[1])
         out.append(Comparison(other, found, seeds, p, smallest, verdict, why, lacking))
     return out
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.study.analysis import Analysis, ClaimResult, Comparison, Row, TableResult
-from lm.study.analysis import in_words as lacking_in_words
+from lm.evaluation import metrics
+from lm.study.analysis import Analysis, ClaimResult, Comparison, Row, TableResult, count_states
 from lm.study.definition import in_words
 from lm.study.runs import Outcome
 from lm.study.statistics import LEVEL, POWER, mean_over_seeds
@@ -84,19 +84,22 @@ def _seeds(row: Row) -> str:
     """'5', or '3 of 5: failed 1, missing 1'."""
     if not row.lacking:
         return str(len(row.values))
-    return f"{len(row.values)} of {len(row.values) + len(row.lacking)}: {lacking_in_words(row.lacking)}"
+    return f"{len(row.values)} of {len(row.values) + len(row.lacking)}: {count_states(row.lacking)}"
 
 
 def _caption(table: TableResult) -> str:
     """What the figures of a table are."""
     tests = {row.comparison.difference.test for row in table.rows if row.comparison and row.comparison.difference}
     how = {"paired": "t test paired by seed", "Welch": "Welch's t test"}
+    direction = "less" if table.less_is_better else "more"
+    has_direction = metrics.is_known(table.metric.rpartition(".")[2])
     parts = [
-        f"`{table.metric}`, {'less' if table.less_is_better else 'more'} is better; mean and standard deviation over "
-        f"seeds, {LEVEL:.0%} t interval"
+        f"`{table.metric}`" + (f", {direction} is better" if has_direction else ""),
+        f"mean and standard deviation over seeds, {LEVEL:.0%} t interval",
     ]
     if tests:
         parts.append(f"p by {' or '.join(how[test] for test in sorted(tests))}, corrected by Holm over {table.tests}")
+        parts.append("intervals are not corrected")
         parts.append(
             f"detectable = the difference that a test finds with a probability of {POWER:.0%}, by the spread measured"
         )
@@ -170,12 +173,14 @@ def markdown(analysis: Analysis) -> str:
         lines += [f"## Claims, corrected by Holm over {len(analysis.claims)}", ""]
         lines += [f"- **{each.verdict}**: {each.claim}: {_claim_line(each)}" for each in analysis.claims] + [""]
     lacking = [row for row in _trial_rows(analysis) if row[3] != "done"]
-    if lacking or analysis.remarks:
+    if lacking:
         lines += ["## Left out", ""]
         lines += [
             f"- {arm}, seed {seed}: {state} ({name}) {why}".rstrip() for arm, seed, name, state, _, why in lacking
         ]
-        lines += [f"- {remark}" for remark in analysis.remarks] + [""]
+        lines.append("")
+    if analysis.remarks:
+        lines += ["## Notes", "", *(f"- {remark}" for remark in analysis.remarks), ""]
     return "\n".join([*lines, "; ".join(provenance(analysis)) + "."]) + "\n"
 
 
@@ -285,7 +290,7 @@ def page(analysis: Analysis) -> str:
     trials = ["<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in _trial_rows(analysis)]
     body += ["<h2>Trials</h2>", _html_table(("arm", "seed", "hash", "state", "commits", ""), trials)]
     if analysis.remarks:
-        body += ["<h2>Left out</h2>", *(f"<p>{html.escape(remark)}</p>" for remark in analysis.remarks)]
+        body += ["<h2>Notes</h2>", *(f"<p>{html.escape(remark)}</p>" for remark in analysis.remarks)]
     body.append(f"<p class=sub>{html.escape('; '.join(provenance(analysis)))}</p>")
     head = f"<meta charset=utf-8><title>{html.escape(study.name)}</title><style>{STYLE}{_PAGE_STYLE}</style>"
     return f"<!doctype html><html lang=en>{head}<main>{''.join(body)}</main></html>\n"

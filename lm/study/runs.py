@@ -23,9 +23,13 @@ from lm.tracking.files import RunFileError
 RECORD, FAILURE, LOG = "trial.json", "failure.json", "log.txt"
 State = Literal["done", "running", "interrupted", "failed", "damaged", "missing"]
 
-# Sections of the config that do not change a trained model or its scores, and those whose open choices a run fills in.
-_NO_RESULT = ("mesh", "checkpoint", "generate", "monitor")
-_RESOLVED = ("model", "adapter", "data")
+# Keys that a trial may leave open, as 0 or 'auto', and that its run fills in.
+_OPEN = (
+    *(f"model.{key}" for key in ("vocab_size", "max_len", "num_kv_heads", "head_dim", "mlp_dim")),
+    "data.overlong",
+)
+# Keys that a run may be resumed with and that change its figures.
+_OF_FIGURES = ("eval.", "checkpoint.best_metric", "checkpoint.keep_best", "model.init")
 
 # Parts of the keys of summary.json that differ between two equal runs.
 _ABOUT_SPEED = ("seconds", "tokens_per_second", "input_bound", "mfu", "goodput", "versions")
@@ -151,20 +155,30 @@ def difference_from(folder: Path, planned: Config) -> str:
     A run's config has the sizes and the choices that the planned one leaves open.
     """
     try:
-        content = files.read_document(folder / "config.json")
-        ran = build_saved_config(content) if content else planned
-    except (ConfigError, RunFileError) as error:
-        return f"its config.json cannot be read ({error})"
+        if not (content := files.read_document(folder / "config.json")):
+            return "it has no config.json"
+        ran = build_saved_config(content)
+    except (ConfigError, RunFileError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"its config.json cannot be read ({type(error).__name__} {error})"
     for key, (was, now) in config_lib.diff(planned, ran).items():
-        section = key.partition(".")[0]
-        is_open = section in _RESOLVED and (not was or was == "auto" or planned.init_from.startswith("hf:"))
-        if section not in _NO_RESULT and not is_open:
+        is_open = key in _OPEN and was in (0, "auto")
+        is_published = key.startswith(("model.", "adapter.")) and planned.init_from.startswith("hf:")
+        if not (is_open or is_published or _is_free(key)):
             return f"its last start had {key}={now}, planned is {was}"
     return ""
 
 
+def _is_free(key: str) -> bool:
+    """Whether a key changes no figure of a run, such as mesh.data, model.remat or eval.batch_size."""
+    may_change = any(key == each or key.startswith(f"{each}.") for each in config_lib.RESUMABLE)
+    return may_change and (key == "eval.batch_size" or not key.startswith(_OF_FIGURES))
+
+
 def _one_of(copies: list[Outcome], folder: Path) -> tuple[Outcome, list[str]]:
     """The outcome of a trial that may have several folders, as after runs of two machines were put together."""
+    if not copies and (folder / RECORD).exists():
+        why = f"{folder} has the run of another trial, as a default has changed since it began; rename the folder"
+        return Outcome(folder, "damaged", why), []
     if not copies:
         return Outcome(folder, "missing"), []
     done = [each for each in copies if each.state == "done"]

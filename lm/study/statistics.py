@@ -56,6 +56,7 @@ def mean_over_seeds(values_S: np.ndarray) -> Mean:
         return Mean(mean, nan, nan, nan)
     sd, se, df = values_S.std(axis=-1, ddof=1), stats.sem(values_S, axis=-1), values_S.shape[-1] - 1
     has_spread = se > ROUNDING * np.abs(values_S).max(axis=-1)
+    sd = np.where(has_spread, sd, 0.0)
     low, high = stats.t.interval(LEVEL, df, mean, np.where(has_spread, se, np.nan))
     return Mean(mean, sd, low, high)
 

@@ -26,6 +26,7 @@ from lm.tracking import files
 
 Say = Callable[[str], None]
 
+_ROOT = Path(__file__).resolve().parents[2]
 _ELSEWHERE = (lease.Held.exit_status, lease.Lost.exit_status)
 _STOPPED = (preemption.Preempted.exit_status, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -177,10 +178,18 @@ def to_run(trials: Iterable[Trial], outcomes: Mapping[str, Outcome], retry_faile
     return [trial for trial in trials if outcomes[trial.hash].state in states]
 
 
+def _of_this_code(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that imports `lm` from where this one does, whatever the current folder is."""
+    paths = [str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
 def _failure_time(folder: Path) -> int:
     """When the run in a folder failed, in ns; 0 = it has not."""
-    path = folder / runs.FAILURE
-    return path.stat().st_mtime_ns if path.exists() else 0
+    try:
+        return (folder / runs.FAILURE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
@@ -195,12 +204,12 @@ def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     if lease.holder(folder) == "alive":
         return "is run by another process"
-    commit = runs.commit_of(Path(__file__).parent)  # that which the process below imports
+    commit = runs.commit_of(_ROOT)
     runs.write_record(folder, trial, commit)
     (folder / runs.FAILURE).unlink(missing_ok=True)
     with (folder / runs.LOG).open("ab") as log:
         before = log.tell()
-        process = subprocess.Popen(command(folder), stdout=log, stderr=log, env=dict(environment))
+        process = subprocess.Popen(command(folder), stdout=log, stderr=log, env=_of_this_code(environment))
         try:
             status = process.wait()
         except BaseException:
