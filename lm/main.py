@@ -29,9 +29,10 @@ _EXIT_SECONDS = 20.0  # see `end_soon`
 # How XLA's error of a collective begins or what it names when a process that takes part is gone. Other errors of XLA,
 # such as RESOURCE_EXHAUSTED, would come again after a restart.
 _LOST_HOST = re.compile(
-    r"(?!RESOURCE_EXHAUSTED|(?s:.)*out of memory)"
-    r"(UNAVAILABLE:|ABORTED:|DEADLINE_EXCEEDED:|CANCELLED:|(?s:.)*(gloo|nccl|megascale|heartbeat))",
-    re.I,
+    r"(?!RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|NOT_FOUND|.*out of memory)"
+    r"(UNAVAILABLE:|ABORTED:|DEADLINE_EXCEEDED:|CANCELLED:|"
+    r".*(gloo|nccl|megascale).*(connection|closed|reset|refused|remote process|network|timed? ?out)|.*heartbeat)",
+    re.IGNORECASE | re.DOTALL,
 )
 _LOST_HOST_STATUS = 128 + signal.SIGABRT  # as JAX's coordination service ends a process in the same case
 
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
 def is_lost_host(error: BaseException | None) -> bool:
     """Whether an error of one of several processes, or what caused it, says that another one is gone."""
     while error and not (type(error).__name__ == "JaxRuntimeError" and _LOST_HOST.match(str(error))):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error is not None
 
 

@@ -299,8 +299,7 @@ def predictions(
     """
     cfg, task, predictor = loaded.config, task_of(loaded.config), task_of(loaded.config).predictor
     if task.answers_with_text:
-        if beams < 1:
-            raise ConfigError(f"'beams' is {beams}: predictions are searched for; expected at least 1, which is greedy")
+        check_search(loaded, beams)
         for some in _groups(loaded, records, base.unread(task)):
             sources = [_source(record["text"], loaded) for record in some]
             translated = _generated(loaded, [ids for ids, _ in sources], beams=beams, alpha=alpha)
@@ -331,6 +330,14 @@ def asked(record: Record) -> dict[str, Any]:
         if key not in (*splits.NOT_CONTENT, "shots") and not isinstance(value, np.ndarray | bytes)
     }
     return {"source": str(record["source"]), "identity": identity(record), "record": shown}
+
+
+def check_search(loaded: LoadedModel, beams: int) -> None:
+    """Raises ConfigError if the texts of a task that answers with text cannot be searched for with so many beams."""
+    if task_of(loaded.config).answers_with_text:
+        if beams < 1:
+            raise ConfigError(f"'beams' is {beams}: predictions are searched for; expected at least 1, which is greedy")
+        sampling.check_options(loaded.config, (), beams=beams)
 
 
 def as_line(said: Any) -> str:
@@ -543,6 +550,7 @@ def write_predictions(
       DataError: a record is bad; found before anything is computed.
       ConfigError: `out` is there already, or a part of it by another model or of other records.
     """
+    check_search(loaded, beams)
     part, about_part = (out.with_name(f"{out.name}.part{suffix}") for suffix in ("", ".json"))
     if out.exists():
         raise ConfigError(f"{out} is there already; remove it, or give another file")
@@ -749,7 +757,7 @@ def _generated(
         some = [prompt for prompt in some for _ in range(count)]
         key = jax.random.fold_in(jax.random.key(seed), chosen[0])
         made = sampling.sample(
-            loaded.model, loaded.params, some, key, cfg, tokenizer, rows_multiple=rows * count, log_probs=log_probs
+            loaded.model, loaded.params, some, key, cfg, tokenizer, rows_multiple=rows, log_probs=log_probs
         )
         return _chunks(made, count)
 
@@ -761,7 +769,7 @@ def _generated(
     order = sorted(range(len(prompts)), key=lambda i: padded[i])
     texts: list[list[Generated]] = [[] for _ in prompts]
     for _, group in itertools.groupby(order, key=lambda i: padded[i]):
-        for chosen in _chunks(group, rows):
+        for chosen in _chunks(group, rows if beams else max(1, rows // count)):
             for i, made in zip(chosen, of(chosen), strict=True):
                 texts[i] = [finished(one) for one in made]
     return texts

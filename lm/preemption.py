@@ -43,7 +43,7 @@ class Interrupt:
     kept: Callable[[], str]
 
     def __init__(self) -> None:
-        self.kept = lambda: "nothing was changed"
+        self.kept = lambda: "no step was done"
         self._doing, self._asked, self._presses = "", False, 0
         self._answer = (0, False)  # of JAX's preemption service: step, whether to stop after it
         self._old: dict[int, Any] = {}

@@ -91,14 +91,15 @@ def evaluate(
       ConfigError: a record lacks a field, or a score needs a package that is not installed.
     """
     cfg, task = loaded.config, task_of(loaded.config)
-    records = list(registry.stream(data, task.wanted(cfg), note))
-    splits.identify(records)
-    note(f"{len(records):,} records in {data.path}")
     if task.draws_other:
         raise ConfigError(
             f"task.name={task.name} draws a random other record beside each one, which a test set of single records "
             "does not do; its scores are those of the run's own evaluations"
         )
+    predict.check_search(loaded, beams)
+    records = list(registry.stream(data, task.wanted(cfg), note))
+    splits.identify(records)
+    note(f"{len(records):,} records in {data.path}")
     bleu_tokenizer = _bleu_tokenizer(cfg, data, records) if task.answers_with_text else ""
     shown = input_pipeline.progress(records, "scoring", len(records))
     numbers, sums, outputs, meta, counts = list[int](), list[metrics.Sums](), list[Outputs](), [], Counter[str]()

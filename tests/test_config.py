@@ -379,3 +379,21 @@ def test_a_saved_config_without_rope_scaling_is_read_whatever_its_unused_factor_
     assert build_saved_config(saved) == build()
     saved["model"] |= {"position": "rope", "rope_scaling": saved["model"]["rope_scaling"] | {"kind": "linear"}}
     assert build_saved_config(saved).model.rope_scaling.factor == 1.0
+
+
+@pytest.mark.parametrize(
+    "unread",
+    [
+        {"qkv_bias": True},
+        {"rope_local_theta": 500.0},
+        {"rope_scaling": {"kind": "linear", "factor": 2.0}},
+        {"kind": "vit", "position": "sincos", "sliding_window": 8},
+    ],
+)
+def test_a_saved_config_may_have_keys_that_its_model_does_not_read_and_a_new_one_not(unread):
+    saved = json.loads(json.dumps(schema.to_dict(build())))
+    saved["model"] |= unread
+    with pytest.raises(ConfigError):
+        build_config(saved)
+    kept = {key: value for key, value in unread.items() if key in ("kind", "position")}
+    assert build_saved_config(saved).model == dataclasses.replace(build().model, **kept)

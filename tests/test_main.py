@@ -77,6 +77,8 @@ def test_configs_that_cannot_run_are_refused_at_once(override, named, tmp_path):
         ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", False),
         ("RESOURCE_EXHAUSTED: Out of memory allocating NCCL buffers", False),
         ("INTERNAL: NCCL operation ncclCommInitRank failed: unhandled cuda error.\n'out of memory'", False),
+        ("INTERNAL: Failed to load gloo library", False),
+        ("INVALID_ARGUMENT: heartbeat_timeout must be positive", False),
         ("INTERNAL: Mosaic failed to compile TPU kernel", False),
     ],
 )

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 import lm
-from lm import predict
+from lm import predict, scoring
 from lm.config import Config, DataConfig, schema
 from lm.config.schema import ConfigError
 from lm.data.readers import registry
 from lm.data.record import DataError, Wanted
+from lm.decoding import sampling
 from lm.tasks import TASKS, base, build_config, default_config
 from tests import tool_modules, used_runs
 
@@ -449,6 +450,13 @@ def test_translations_are_predicted_with_the_options_of_decoding(run_of, tmp_pat
     assert len(loaded.generate(sources, beams=0, samples=5, temperature=1.0)) == 3
     with pytest.raises(ConfigError, match="'beams' is 0: predictions are searched for"):
         loaded.predict([{"text": sources[0]}], beams=0)
+    stopping = dataclasses.replace(loaded, config=sampling.changed(loaded.config, {"stop": ("a",)}))
+    data = predict.data_at(loaded.config, str(path))
+    with pytest.raises(ConfigError, match=r"'generate\.stop' is not read by beam search"):
+        predict.write_predictions(stopping, data, tmp_path / "never.jsonl")
+    with pytest.raises(ConfigError, match=r"'generate\.stop' is not read by beam search"):
+        scoring.evaluate(stopping, data)
+    assert not list(tmp_path.glob("never*"))
     part = tmp_path / "other.jsonl.part"
     data = predict.data_at(loaded.config, str(path))
     about = {"model": loaded.name, "checkpoint": loaded.fingerprint, "beams": 4, "data": schema.to_dict(data)}

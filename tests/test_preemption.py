@@ -167,7 +167,7 @@ def press_in_run(process: subprocess.Popen) -> str:
 
 
 PHASES = {
-    "lm.input_pipeline::load:1": (CTRL_C, "stopping; nothing was changed", None),
+    "lm.input_pipeline::load:1": (CTRL_C, "stopping; no step was done", None),
     "lm.train::Evaluator:1": (CTRL_C, "stopping; no checkpoint is complete, the same command starts from the", None),
     "lm.evaluator:Evaluator:validate:1": (CTRL_C, "stopping; no checkpoint is complete", None),
     "lm.train:StepLog:add:1": (75, "finishing step 1, then saving; Ctrl-C again stops at once", 1),

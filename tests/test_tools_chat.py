@@ -73,7 +73,7 @@ def greedy(run, *, turns, new: int = 8) -> str:
     chosen = {"temperature": 0.0, "max_new_tokens": new}
     cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, **chosen))
     (made,) = sampling.sample(model, params, [prompt], jax.random.key(0), cfg, words)
-    return words.decode(made.ids)
+    return sampling.text_of(made.ids, words, cfg)
 
 
 def test_a_prompt_is_answered_and_the_program_exits(run):

@@ -150,7 +150,8 @@ def test_a_run_whose_folder_is_deleted_meanwhile_ends_in_one_line_and_begins_ane
     late = r"saving .*/checkpoints/\d failed: the folder was deleted or moved$|no longer owns .*: lease\.\d was deleted"
     with pytest.raises((RunFileError, CheckpointError, lease.Lost), match=f"{missing}|{late}"):
         train.train(recipe, run)
-    train.train(recipe, run)  # a save that was in flight may have left its scratch folder
+    assert not checkpoint.list_saved(run), "begins anew; a save that was in flight may have left its scratch folder"
+    train.train(recipe, run)
     assert figures(run) == figures(whole)
 
 

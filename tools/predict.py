@@ -23,7 +23,7 @@ _RENAME = flags.DEFINE_list("rename", [], "Fields as in data.rename, 'FIELD:EXPE
 _SPLIT = flags.DEFINE_string("split", "", "With --format=tfds: the split, such as test.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Rows computed together; 0 = as in the run's evaluation.")
 _BEAMS = flags.DEFINE_integer("beams", 4, "Beam size of translations; 1 = greedy.", lower_bound=1)
-_GENERATE = command_line.define_generate("max_new_tokens", "min_new_tokens", "repetition_penalty")
+_GENERATE = command_line.define_generate("max_new_tokens", "min_new_tokens", "stop", "repetition_penalty")
 
 
 def main(argv: list[str]) -> None:

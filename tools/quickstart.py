@@ -70,7 +70,8 @@ def show(pretrained: Path, sft: Path, scratch: Path, seconds: float) -> None:
 
     def row(name: str, measured: str, key: str, summary: dict[str, Any]) -> None:
         figures = f"{summary['before'].get(key, math.nan):.3f}", f"{summary[key]:.3f}", f"{summary['steps']:,}"
-        table.add_row(name, measured, *figures, f"{summary['tokens_per_second']:,.0f}", f"{summary['parameters']:,}")
+        speed = summary.get("tokens_per_second")  # absent where only the end of a run was done again
+        table.add_row(name, measured, *figures, f"{speed:,.0f}" if speed else "", f"{summary['parameters']:,}")
 
     row("pretrain", "bits per byte", "bits_per_byte", first)
     row("sft", "nats per answer token", "nll", tuned)

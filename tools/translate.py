@@ -21,7 +21,7 @@ _BEAMS = flags.DEFINE_integer("beams", 4, "Beam size; 1 = greedy.", lower_bound=
 _ALPHA = flags.DEFINE_float("alpha", None, "Length penalty of Wu et al. 2016 (default: 0.6).")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Translate only this many lines; 0 = all.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Lines translated together.", lower_bound=1)
-_GENERATE = command_line.define_generate("max_new_tokens", "min_new_tokens", "repetition_penalty")
+_GENERATE = command_line.define_generate("max_new_tokens", "min_new_tokens", "stop", "repetition_penalty")
 _BLEU_TOKENIZER = flags.DEFINE_string("bleu_tokenizer", "", "sacrebleu's, such as zh or flores200; '' = the run's.")
 _OUT = flags.DEFINE_string("out", "", "File for the translations; '' = translations.txt in the run's folder.")
 
@@ -46,7 +46,7 @@ def check(cfg: Any) -> None:
 
 
 def translate(run: str, path: str) -> None:
-    """Translates with `lm.predict`; sources longer than the run's rows are not truncated."""
+    """Translates with `lm.predict`: a source may be longer than the run's rows, and is cut at the learned positions."""
     from lm import input_pipeline, predict
     from lm.data.readers import paths, registry
     from lm.decoding import beam_search, sampling

@@ -74,6 +74,21 @@ def is_older(source: Mapping[str, Any]) -> bool:
     return "task" not in source
 
 
+def _drop_unread(model: dict[str, Any]) -> None:
+    """Drops keys of a saved `model` that it does not read, which are refused now: it computes the same without them."""
+    is_rope = model.get("position", "learned") == "rope"
+    scaling = model.get("rope_scaling", {})
+    if not is_rope or (isinstance(scaling, Mapping) and scaling.get("kind") == "none"):
+        model.pop("rope_scaling", None)
+    if not is_rope:
+        model.pop("rope_local_theta", None)
+    if model.get("use_bias", True):
+        model.pop("qkv_bias", None)
+    if model.get("kind") in ("vit", "mae"):
+        model.pop("sliding_window", None)
+        model.pop("scale_embeddings", None)
+
+
 def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     """A saved config with every key renamed or moved to where it is today.
 
@@ -84,8 +99,7 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
     out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
     for (section, key), value in _BEFORE.items():
         out.setdefault(section, {}).setdefault(key, value)
-    if (scaling := out["model"].get("rope_scaling")) and scaling.get("kind") == "none":
-        del out["model"]["rope_scaling"]  # whose factor, not used, was 1 by default
+    _drop_unread(out["model"])
     if not is_older(source):
         return out
     for (section, key), places in _PAIRS.items():

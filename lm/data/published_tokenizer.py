@@ -113,7 +113,9 @@ class Published:
             vocabulary = json.loads(files["vocab.json"])
             specials = [text for text in said.specials.values() if text in vocabulary] or ["<|endoftext|>"]
             options = _changed(said, {"add_prefix_space": False})
-            return _Json(_byte_level(vocabulary, pairs, specials, "gpt-2", bool(options)), said, options)
+            return _Json(
+                _byte_level(vocabulary, pairs, specials, "gpt-2", options.get("add_prefix_space", False)), said, options
+            )
         return _SentencePiece(next(files[name] for (name, *_) in _ENGINES if name in files), said)
 
     @functools.cached_property
@@ -462,8 +464,8 @@ def _read_config(files: Mapping[str, bytes]) -> _Said:
 def _changed(said: _Said, defaults: Mapping[str, bool | None]) -> dict[str, bool]:
     """The options that differ from these defaults."""
     given = {name: said.options.get(name, default) for name, default in defaults.items()}
-    differs = {name: value is not defaults[name] and bool(value) is not defaults[name] for name, value in given.items()}
-    return {name: bool(value) for name, value in given.items() if differs[name]}
+    meant = {name: bool(value) for name, value in given.items() if value is not defaults[name]}  # null is false
+    return {name: value for name, value in meant.items() if value is not defaults[name]}
 
 
 def _joined(parts: Iterable[tuple[int, Encoded]]) -> Encoded:

@@ -11,7 +11,6 @@ import numpy as np
 
 from lm import losses
 from lm.config import Config, GenerateConfig
-from lm.config.schema import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.decoding import sampling
 from lm.decoding.sampling import Generated
@@ -57,8 +56,7 @@ def search(
     """
     if not 1 <= count <= beams:
         raise ValueError(f"{count} texts of a prompt by a search with {beams} beams; expected 1 to {beams}")
-    if cfg.generate.stop:
-        raise ConfigError("'generate.stop' is not read by beam search: set it to (), or sample, with beams=0")
+    sampling.check_options(cfg, (), beams=beams)
     prompt = sampling.prompt_batch(prompts, cfg, tokenizer, rows_multiple)
     stops, allowed_V = sampling.stop_ids(tokenizer, cfg), sampling.allowed_ids(tokenizer, cfg)
     sizes = (dataclasses.replace(cfg.generate, prompts=()), cfg.model.logit_softcap, stops, beams, count)

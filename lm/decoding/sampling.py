@@ -254,7 +254,9 @@ def check_options(
     if beams and idle:
         raise ConfigError(f"'{idle[0]}' is of sampling and has no effect on a search with {beams} beams: set beams=0")
     if beams and cfg.generate.stop:
-        raise ConfigError("'generate.stop' is not read by beam search: set it to (), or sample, with beams=0")
+        raise ConfigError(
+            "'generate.stop' is not read by beam search: set it to () (--stop='' of the tools), or sample with beams=0"
+        )
     if not beams and alpha is not None:
         raise ConfigError("'alpha' is of beam search and has no effect on sampling: set beams=4, say")
     if beams and (samples or 1) > beams:
