@@ -74,19 +74,19 @@ def is_older(source: Mapping[str, Any]) -> bool:
     return "task" not in source
 
 
-def _drop_unread(model: dict[str, Any]) -> None:
-    """Drops keys of a saved `model` that it does not read, which are refused now: it computes the same without them."""
-    is_rope = model.get("position", "learned") == "rope"
-    scaling = model.get("rope_scaling", {})
+def _drop_unread(saved: dict[str, Any]) -> None:
+    """Drops keys of a saved section `model` that the model never read; they are refused today."""
+    is_rope = saved.get("position", "learned") == "rope"
+    scaling = saved.get("rope_scaling", {})
     if not is_rope or (isinstance(scaling, Mapping) and scaling.get("kind") == "none"):
-        model.pop("rope_scaling", None)
+        saved.pop("rope_scaling", None)
     if not is_rope:
-        model.pop("rope_local_theta", None)
-    if model.get("use_bias", True):
-        model.pop("qkv_bias", None)
-    if model.get("kind") in ("vit", "mae"):
-        model.pop("sliding_window", None)
-        model.pop("scale_embeddings", None)
+        saved.pop("rope_local_theta", None)
+    if saved.get("use_bias", True):
+        saved.pop("qkv_bias", None)
+    if saved.get("kind") in ("vit", "mae"):
+        saved.pop("sliding_window", None)
+        saved.pop("scale_embeddings", None)
 
 
 def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
