@@ -55,6 +55,19 @@ def batches_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(step, name, batch_types.checked(getattr(step, name)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped() -> Iterator[None]:
+    """After each file, what JAX has lowered and compiled is dropped: with what a process has lowered before, each
+    further lowering takes longer (three times as long at the end of the suite)."""
+    yield
+    import gc
+
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """name -> that folder of the shared data; skips the test, saying so, where it is absent."""
