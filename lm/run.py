@@ -49,6 +49,7 @@ class Plan(NamedTuple):
       origin_of: path -> array of that checkpoint, or None = initialised.
       words: its tables of ids, which may have another number of rows.
       published_vocab: rows of those tables that came from a published model, at first or by way of other runs, or 0.
+      published_adapter: whether `config.adapter` came from the published model of `init_from`, not from the config.
       unused: parameters of that checkpoint that this run does not read.
       anchored: path -> whether the state keeps its initial value, for the optimizer or the loss; None = neither asks.
       replay: the data that `data.replay` draws from, or None.
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
     origin_of: dict[str, str | None]
     words: init_from.Tables
     published_vocab: int
+    published_adapter: bool
     unused: list[str]
     anchored: dict[str, bool] | None
     replay: DataConfig | None
@@ -133,6 +135,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         there = build_saved_config(init.info["config"]).tokenizer
         words = init_from.tables(logical_axes, vocab_size - cfg.tokenizer.extra_ids + there.extra_ids, vocab_size)
     origin_of, unused = init_from.sources(abstract, cfg.init_rules, init, words) if init else ({}, [])
+    published_vocab, published_adapter = _published(own, init)
     keeps_tables = init is None or any(origin_of.get(path) for path in words.axes)
     return Plan(
         cfg=cfg,
@@ -143,7 +146,8 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
         init=init,
         origin_of=origin_of,
         words=words,
-        published_vocab=min(_published_vocab(own, init), cfg.model.vocab_size) if keeps_tables else 0,
+        published_vocab=min(published_vocab, cfg.model.vocab_size) if keeps_tables else 0,
+        published_adapter=published_adapter,
         unused=unused,
         anchored=anchored,
         replay=replay.source(cfg, workdir, init),
@@ -170,29 +174,33 @@ def _published_shape(cfg: Config, own: Sequence[checkpoint.Saved], init: init_fr
     if not cfg.init_from.startswith(hf.PREFIX):
         return cfg
     if isinstance(init, hf.Published):
-        model, adapter = init.model, init.adapter
+        model, adapter, where = init.model, init.adapter, cfg.init_from
     else:
         readable = [saved for saved in own if "unreadable" not in saved.info]
         if not readable:
             return cfg
         there = readable[-1]
         saved = build_saved_config(there.info["config"])
-        model = hf.adopt(cfg.model, saved.model, there.path)
-        adapter = saved.adapter if saved.adapter.kind == "lora" else None
+        where = str(there.path)
+        model = hf.adopt(cfg.model, saved.model, where)
+        adapter = saved.adapter if _published(own, init)[1] else None
     if adapter:
-        cfg = dataclasses.replace(cfg, adapter=hf.adopt_adapter(cfg.adapter, adapter, cfg.init_from))
+        cfg = dataclasses.replace(cfg, adapter=hf.adopt_adapter(cfg.adapter, adapter, where))
     cfg = dataclasses.replace(cfg, model=model)
     config.check(cfg)
     return cfg
 
 
-def _published_vocab(own: Sequence[checkpoint.Saved], init: init_from.Source | None) -> int:
-    """Rows of vocabulary that a run's first model has from a published one; `own`, `init`: as `_published_shape`."""
+def _published(own: Sequence[checkpoint.Saved], init: init_from.Source | None) -> tuple[int, bool]:
+    """Rows of vocabulary that a run's first model has from a published one, and whether its adapter is that one's.
+
+    `own`, `init`: as `_published_shape`.
+    """
     if isinstance(init, hf.Published):
-        return init.vocab_size
+        return init.vocab_size, init.adapter is not None
     known = [saved.info for saved in ([init] if init else own) if "unreadable" not in saved.info]
-    rows: int = known[-1].get("published_vocab", 0) if known else 0
-    return rows
+    info = known[-1] if known else {}
+    return info.get("published_vocab", 0), not init and info.get("published_adapter", False)
 
 
 def predicts_tokens(cfg: Config) -> bool:

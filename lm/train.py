@@ -292,6 +292,7 @@ def save_state(
             "config": schema.to_dict(run.cfg),
             "tokenizer_hash": tokenizer.hash if tokenizer else "",
             "published_vocab": run.plan.published_vocab,
+            "published_adapter": run.plan.published_adapter,
             "data": resume.data_info(run.data, stream.consumed_by(step), run_lib.consumed(run, stream, step)),
             "replay": schema.to_dict(replay) if replay else None,
             "waiting": early_stopping._asdict(),

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from configs import common
 from lm import losses, param_paths, train
 from lm import run as run_lib
-from lm.checkpoint import CheckpointError, hf
+from lm.checkpoint import CheckpointError, hf, resume
 from lm.checkpoint.hf import export
 from lm.config import AdapterConfig, Duration, ModelConfig
 from lm.config.schema import ConfigError
@@ -204,8 +204,6 @@ def test_the_adapter_of_a_llama_has_the_layout_of_peft(base, made):
         "modules_to_save": None,
         "fan_in_fan_out": False,
         "bias": "none",
-        "rank_pattern": {},
-        "alpha_pattern": {},
     }
     widths = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (16, 8), "mlp.down_proj": (24, 16)}
     shapes = {}
@@ -224,14 +222,16 @@ def test_query_and_value_of_gpt2_are_one_module_of_twice_the_rank(made):
     config, tensors, flat = contents(*made("gpt2", "causal_lm"))
     assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (8, 12, True)
     assert config["target_modules"] == ["c_attn", "mlp.c_proj"], "attn.c_proj has no LoRA"
-    pattern = r"transformer\.h\.\d+\.mlp\.c_proj"
-    assert config["rank_pattern"] == {pattern: 4} and config["alpha_pattern"] == {pattern: 6}
     name = "base_model.model.transformer.h.1.attn.c_attn"
     query, value = ({n: flat[f"decoder/layers/attention/{p}/lora_{n}"][1].T for n in "ab"} for p in ("query", "value"))
     np.testing.assert_array_equal(tensors[f"{name}.lora_A.weight"], np.concatenate([query["a"], value["a"]]))
     rows = np.zeros((48, 8), np.float32)
     rows[:16, :4], rows[32:, 4:] = query["b"], value["b"]
     np.testing.assert_array_equal(tensors[f"{name}.lora_B.weight"], rows)
+    down, zeros = "base_model.model.transformer.h.1.mlp.c_proj", np.zeros((4, 24), np.float32)
+    a, b = (flat[f"decoder/layers/mlp/down/lora_{half}"][1].T for half in "ab")
+    np.testing.assert_array_equal(tensors[f"{down}.lora_A.weight"], np.concatenate([a, zeros]))
+    np.testing.assert_array_equal(tensors[f"{down}.lora_B.weight"], np.concatenate([b, zeros[:, :16].T], axis=1))
 
 
 def test_the_head_of_a_bert_is_in_modules_to_save(made):
@@ -386,16 +386,36 @@ def test_a_run_from_an_adapter_trains_it_and_resumes_without_the_folder(made, tm
     assert changed == {path for path in flat if "/lora_" in path}
 
 
+def resumed(run: Path, start: str, **changes: Any) -> Any:
+    """The config of a resumed run that says nothing of the adapter but `changes`."""
+    cfg = run_lib.load_model(str(run))[0]
+    cfg = dataclasses.replace(cfg, init_from=start, model=ModelConfig(), adapter=AdapterConfig(**changes))
+    return run_lib.plan(cfg, run).cfg
+
+
+def test_a_resumed_run_takes_the_adapter_of_a_published_one_and_no_other(base, made, tmp_path):
+    run, out = made("llama", "causal_lm")
+    own = run_lib.load_model(str(run))[0]
+    dropped = resumed(run, own.init_from, kind="lora", alpha=6.0, targets=TARGETS["llama"])
+    assert dropped.adapter.rank == AdapterConfig().rank != own.adapter.rank
+    with pytest.raises(ConfigError, match=rf"adapter\.rank: 4 -> {dropped.adapter.rank}\n"):
+        resume.refuse_changes(own, dropped, run)
+    tool_modules.call("hf", "import", out, tmp_path / "back")
+    back = run_lib.load_model(str(tmp_path / "back"))[0]
+    assert back.adapter.rank == 4 and resumed(tmp_path / "back", f"hf:{out}").adapter == back.adapter
+    with pytest.raises(ConfigError, match=r"adapter of .*back/checkpoints/0 is another one:\n  adapter.rank: 32 here, 4"):
+        resumed(tmp_path / "back", f"hf:{out}", rank=32)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "of peft"])
 def test_an_adapter_of_gpt2_is_three_here(shared, made, tmp_path):
     """peft's own has one A for query, key and value; exported again it is the same."""
     shutil.copytree(made("gpt2", "causal_lm")[1], tmp_path / "out")
     weights = tmp_path / "out" / "adapter_model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(weights).items() if "c_attn" in name}
+    tensors = load_file(weights)
     if shared:
         tensors = {name: random(tensor, seed=len(name)) for name, tensor in tensors.items()}
-    save_file(tensors, weights)
-    change(tmp_path / "out", target_modules=["c_attn"], rank_pattern={}, alpha_pattern={})
+        save_file(tensors, weights)
     tool_modules.call("hf", "import", tmp_path / "out", tmp_path / "back")
     tool_modules.call("hf", "export", tmp_path / "back", tmp_path / "two", "--adapter")
     again = load_file(tmp_path / "two" / "adapter_model.safetensors")

@@ -94,7 +94,7 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     assert planned.init is not None
     say(init_from.describe(planned.origin_of, planned.unused, planned.init, planned.cfg.model, planned.cfg.model))
     about = {"tokenizer_hash": planned.tokenizer.hash if planned.tokenizer else "", "data": {"example": 0}}
-    info = about | {"published_vocab": planned.published_vocab}
+    info = about | {key: getattr(planned, key) for key in ("published_vocab", "published_adapter")}
     size = run_lib.write_checkpoint(out, planned.cfg, params, planned.tokenizer, 0, info)
     say(f"{out}: {size / 2**20:,.1f} MiB of parameters")
 
@@ -107,7 +107,8 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
       out: a new folder.
       dtype: of the tensors.
       as_adapter: whether to write LoRA and the head alone; otherwise LoRA is merged.
-      base: of an adapter: the published model that it belongs to; '' = that of the run's `init_from`.
+      base: of an adapter: the published model that it belongs to, as `lm.checkpoint.hf.open_model`; '' = that of the
+        run's `init_from`.
 
     Raises:
       ConfigError: there is no such family, its files have no place for the head of the run's task, or no base is known.
@@ -122,6 +123,8 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
     from lm.models import adapters
     from lm.tracking import files
 
+    if base and not as_adapter:
+        raise ConfigError("--base is the model that LoRA belongs to; it needs --adapter, a whole model has no base")
     saved, (cfg, _, params, tokenizer) = run_lib.load_checkpoint(run)
     base = base or cfg.init_from.removeprefix(hf.PREFIX) * cfg.init_from.startswith(hf.PREFIX)
     if as_adapter and not base:
@@ -161,6 +164,7 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
     # Rows after the tokenizer's ids were never trained, unless they came from a published model.
     rows = max(tokenizer.vocab_size if tokenizer else 0, saved.info.get("published_vocab", 0)) or model.vocab_size
     opened = hf.open_model(base) if as_adapter else None
+    has_lora = saved.info.get("published_adapter", False)
     text = card.card(
         out.name,
         cfg,
@@ -171,7 +175,7 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
             for path, leaf in param_paths.flatten(params).items()
             if "/lora_" not in path
         ),
-        base=export_adapter.base_name(opened.base_path if opened else Path(base).expanduser()) if base else "",
+        base=export_adapter.base_name(opened.base_path) if opened else export_adapter.base_of(base, has_lora),
         is_adapter=as_adapter,
         step=saved.step,
         metrics=saved.metrics,
@@ -316,10 +320,11 @@ def _real_text(path: Path, text: str, positions: int) -> list[list[int]]:
 
     import transformers
 
+    from lm.data import published_tokenizer
+
     content = Path(text).read_text(encoding="utf-8") if text else f"{argparse.__doc__}\n{json.__doc__}"
     where, more = place(path)
-    has_one = any((where / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    if not has_one and "gguf_file" not in more:
+    if "gguf_file" not in more and not published_tokenizer.has_files(where):
         say(f"no tokenizer in {path}: only random ids are compared")
         return []
     more.pop("use_safetensors", None)

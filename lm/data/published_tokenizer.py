@@ -374,11 +374,21 @@ def load(path: Any) -> Published:
         raise ConfigError(f"'tokenizer.path': {path} cannot be read ({reason}); expected a tokenizer's file") from None
 
 
+def has_files(folder: Any) -> bool:
+    """Whether a folder has the files of a tokenizer of any kind."""
+    return bool(_kinds(folder))
+
+
+def _kinds(folder: Any) -> list[tuple[str, ...]]:
+    """The kinds of which a folder has all files, best first."""
+    return [kind for kind in _ENGINES if all((folder / name).is_file() for name in kind)]
+
+
 def _files(path: Any) -> tuple[tuple[str, bytes], ...]:
     """The files of a tokenizer in a folder, or of which one is given, by their standard names."""
     if path.is_dir():
         folder, named = path, dict[str, Any]()
-        kinds = [kind for kind in _ENGINES if all((path / name).is_file() for name in kind)]
+        kinds = _kinds(path)
         if not kinds:
             known = ", ".join(" and ".join(kind) for kind in _ENGINES)
             raise ConfigError(f"'tokenizer.path': {path} has no tokenizer; expected one of {known} in it")

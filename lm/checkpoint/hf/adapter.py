@@ -1,23 +1,21 @@
 """LoRA in the files of the library `peft`, to be read: adapter_config.json and adapter_model.safetensors."""
 
 import dataclasses
+import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.checkpoint.hf import files
-from lm.checkpoint.hf.families import Family, Tensor
+from lm.checkpoint.hf.families import Family, Tensor, refuse_conflicts
 from lm.checkpoint.hf.files import Tensors
 from lm.checkpoint.store import CheckpointError
 from lm.config import AdapterConfig, ModelConfig
-from lm.config.schema import ConfigError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names of all tensors
 FINGERPRINTS = "lm_base_fingerprints"  # in the metadata of the safetensors file: JSON, parameter -> fingerprint
 OF_LORA = ("/lora_a", "/lora_b")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Keys of adapter_config.json that change nothing that is computed here, or that the tensors say too.
 _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
@@ -64,12 +62,14 @@ def open_folder(folder: Path, base: str) -> Adapter:
     tensors = files.open_files(folder, theirs, CONFIG, files.listed(folder, WEIGHTS))
     text = tensors.metadata.get(FINGERPRINTS, "{}")
     try:
-        prints = {str(path): int(value) for path, value in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        prints = json.loads(text)
+    except (ValueError, RecursionError):
+        prints = None
+    if not isinstance(prints, dict) or not all(type(value) is int for value in prints.values()):
         raise CheckpointError(
             f"{folder / WEIGHTS}: its metadata {FINGERPRINTS} is no JSON of parameters and fingerprints; copy the "
             "folder again"
-        ) from None
+        )
     return Adapter(tensors, cfg, _base(folder, theirs, base), prints)
 
 
@@ -102,11 +102,11 @@ def _base(folder: Path, theirs: dict[str, Any], given: str) -> Path:
     how = f"name it as {folder},BASE"
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{folder / CONFIG} names no base_model_name_or_path; {how}")
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub" / f"models--{name.replace('/', '--')}"
-    for path in (Path(name), cache):
-        if path.expanduser().exists():
-            return path.expanduser()
-    raise CheckpointError(f"the base of {folder}, {name!r}, is not on this machine, and nothing is downloaded; {how}")
+    if path := files.locate(name):
+        return path
+    raise CheckpointError(
+        f"the base of {folder}, {name[:200]!r}, is not on this machine, and nothing is downloaded; {how}"
+    )
 
 
 def table(
@@ -121,12 +121,12 @@ def table(
       shapes: parameter -> shape, of the base.
 
     Raises:
-      CheckpointError: a module that adapter_config.json names has no tensors, or there are none at all.
+      CheckpointError: a module that adapter_config.json names lacks a tensor, or there are none at all.
     """
-    names = {name.removeprefix(PREFIX) for name in adapter.tensors.shapes}
+    names = {name.removeprefix(PREFIX) for name in adapter.tensors.shapes if name.startswith(PREFIX)}
     cut = "" if any(name.startswith(family.prefix) for name in names) else family.prefix  # of a model without a head
     theirs = adapter.tensors.config
-    wanted = [] if theirs.get("exclude_modules") else _list(theirs.get("target_modules"))
+    wanted = set() if theirs.get("exclude_modules") else _strings(theirs.get("target_modules"))
     entries: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     targets = []
@@ -135,12 +135,12 @@ def table(
         if last != "kernel" or "{}" not in entry.name:
             continue
         module = entry.name.removesuffix(".weight").removeprefix(cut)
-        if not any(f"{module.format(layer)}.lora_A.weight" in names for layer in range(model.num_layers)):
-            if any(f".{module.format(0)}".endswith(f".{each}") for each in wanted):
-                raise CheckpointError(
-                    f"{adapter.tensors.path / WEIGHTS} has no tensor '{PREFIX}{module.format(0)}.lora_A.weight', a "
-                    f"module that {CONFIG} adapts; copy both again"
-                )
+        # One layer more than there are tensors is enough to find what is absent.
+        each_layer = [module.format(layer) for layer in range(min(model.num_layers, len(names) + 1))]
+        if not any(f"{own}.lora_A.weight" in names for own in each_layer):
+            for own in each_layer:
+                if any(own == end or own.endswith(f".{end}") for end in wanted):
+                    raise _missing(adapter, f"{own}.lora_A.weight", "its target_modules name the module")
             continue
         layers, width_in, width_out = shapes[entry.path]
         a, b = (f"{PREFIX}{module}.lora_{half}.weight" for half in "AB")
@@ -151,6 +151,7 @@ def table(
         targets.append(dense)
     if not targets:
         raise CheckpointError(f"{adapter.tensors.path / WEIGHTS} has no LoRA of any module of a {family.model_type}")
+    _check_saved(adapter, names, [entry.name.removeprefix(cut) for entry in (*family.tensors(model), *family.optional)])
     for entry in family.optional:
         name = entry.name.removeprefix(cut)
         if name in names:
@@ -159,9 +160,39 @@ def table(
     return dataclasses.replace(adapter.cfg, targets="|".join(targets)), entries, sizes
 
 
-def _list(value: Any) -> list[Any]:
-    """The value if it is a list. A regular expression of a folder that is not trusted may run for ever."""
-    return value if isinstance(value, list) else []
+def _check_saved(adapter: Adapter, names: set[str], known: list[str]) -> None:
+    """Raises CheckpointError for a module that the folder replaces, of which it lacks a tensor.
+
+    Args:
+      adapter: the folder.
+      names: its tensors, without the prefix.
+      known: tensors of the base and of its heads.
+    """
+    saved = _strings(adapter.tensors.config.get("modules_to_save"))
+    there = {module_of(name) for name in names}
+    for name in known:
+        name, module = name.format(0), module_of(name.format(0))
+        if name in names:
+            continue
+        if module in there:
+            raise _missing(adapter, name, "it has others of this module")
+        if any(path.endswith(end) for path in itertools.accumulate(module.split("."), "{}.{}".format) for end in saved):
+            raise _missing(adapter, name, "its modules_to_save name the module")
+
+
+def module_of(name: str) -> str:
+    """The module of a tensor."""
+    return name.rpartition(".")[0]
+
+
+def _missing(adapter: Adapter, name: str, why: str) -> CheckpointError:
+    file = adapter.tensors.path / WEIGHTS
+    return CheckpointError(f"{file} has no tensor '{PREFIX}{name}', but {why}; copy it and {CONFIG} again")
+
+
+def _strings(value: Any) -> set[str]:
+    """The names in a list; {} for a regular expression, which in a folder that is not trusted may run for ever."""
+    return {each for each in value if isinstance(each, str)} if isinstance(value, list) else set()
 
 
 def adopt(mine: AdapterConfig, there: AdapterConfig, where: Any) -> AdapterConfig:
@@ -177,12 +208,6 @@ def adopt(mine: AdapterConfig, there: AdapterConfig, where: Any) -> AdapterConfi
     """
     usual = AdapterConfig()
     both = {key: (getattr(mine, key), getattr(there, key)) for key in _SHAPE}
-    wrong = [
-        f"  adapter.{key}: {here!r} here, {its!r} there"
-        for key, (here, its) in both.items()
-        if here not in (getattr(usual, key), its)
-    ]
-    if wrong:
-        lines = "\n".join(wrong)
-        raise ConfigError(f"'init_from': the adapter of {where} is another one:\n{lines}\nremove these keys")
+    wrong = {key: pair for key, pair in both.items() if pair[0] not in (getattr(usual, key), pair[1])}
+    refuse_conflicts("adapter", wrong, where)
     return dataclasses.replace(there, dropout=mine.dropout)

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.checkpoint.hf.published import PREFIX
+from lm.checkpoint.hf.files import HUB_NAME
+from lm.checkpoint.hf.published import PREFIX, parts
 from lm.config import Config, diff
 from lm.types import Head
 
 # Keys of config.data that name what was read.
-_DATA = ("format", "path", "mixture", "eval_path")
+_DATA = ("data.format", "data.path", "data.mixture", "data.eval_path")
+_PATHS = (
+    *("init_from", "tokenizer.path", "tokenizer.chat_template"),
+    *("data.path", "data.eval_path", "data.mixture", "data.synonyms"),
+)
 # Figure of summary.json -> how it is called.
 _FIGURES = {
     "steps": "steps",
@@ -53,20 +58,20 @@ def card(
     front = {"library_name": "peft" if is_adapter else "transformers"}
     if pipeline := _pipeline(cfg, head):
         front["pipeline_tag"] = pipeline
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a name on a hub, not a path
+    if HUB_NAME.fullmatch(base):
         front |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
     what = f"LoRA of rank {cfg.adapter.rank} for a `{model_type}`" if is_adapter else f"A `{model_type}`"
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {name}", ""]
     done = f"trained for {step:,} steps of the task `{cfg.task.name}`" if step else "not trained any further"
     lines.append(f"{what} of {parameters:,} parameters, {done}.")
     if base:
-        lines += ["", f"Base model: `{_public(base)}`."]
-    if step:
-        lines += ["", "## Data", ""]
-        lines += [f"- `data.{key}`: `{_public(value)!r}`" for key in _DATA if (value := getattr(cfg.data, key))]
+        lines += ["", f"Base model: `{_last_name(base)}`."]
+    read = {key: value for key in _DATA if (value := getattr(cfg.data, key.removeprefix("data.")))}
+    if step and read:
+        lines += ["", "## Data", "", *(f"- `{key}`: `{_public(key, value)!r}`" for key, value in read.items())]
     lines += ["", "## Config", "", "Keys that differ from their defaults:", "", "```"]
     usual = dataclasses.replace(Config(), task=type(cfg.task)())
-    lines += [f"{key} = {_public(value)!r}" for key, (_, value) in diff(usual, cfg).items()]
+    lines += [f"{key} = {_public(key, value)!r}" for key, (_, value) in diff(usual, cfg).items()]
     lines.append("```")
     if metrics:
         before = summary.get("before") or {}
@@ -93,14 +98,22 @@ def _pipeline(cfg: Config, head: Head | None) -> str:
     return kinds[head.kind]
 
 
-def _public(value: Any) -> Any:
-    """The value with the last name instead of each absolute path, which says more of a machine than of a model."""
-    if isinstance(value, str):
-        prefix, path = (PREFIX, value.removeprefix(PREFIX)) if value.startswith(PREFIX) else ("", value)
-        return prefix + Path(path).name if path.startswith(("/", "~")) else value
-    if isinstance(value, tuple | list):
-        return type(value)(map(_public, value))
-    return {key: _public(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+def _public(key: str, value: Any) -> Any:
+    """The value of a key of the config, with the last name instead of each absolute path, which says more of a machine
+    than of a model."""
+    if key not in _PATHS:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_public(key, each) for each in value)
+    if not isinstance(value, str):
+        return value
+    if value.startswith(PREFIX):
+        return PREFIX + ",".join(_last_name(part) for part in parts(value.removeprefix(PREFIX)) if part)
+    return _last_name(value)
+
+
+def _last_name(path: str) -> str:
+    return Path(path).name if path.startswith(("/", "~")) else path
 
 
 def _figure(value: Any) -> str:

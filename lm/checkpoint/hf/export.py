@@ -13,7 +13,6 @@ from lm.checkpoint.hf import families, files
 from lm.checkpoint.hf.families import Tensor
 from lm.checkpoint.store import CheckpointError
 from lm.config import ModelConfig
-from lm.config.schema import ConfigError
 from lm.types import Head, Params
 
 # Parameters with a row, or a column, for each id.
@@ -55,13 +54,10 @@ def export(
     family = families.of_model(model)
     flat = param_paths.flatten(params)
     table = {entry.path: entry for entry in family.tensors(model)}
-    architecture = family.architecture
+    architecture, more = families.with_head(family, head, model)
     if head is not None:
-        if not (found := family.heads(head, model)):
-            raise ConfigError(f"the files of a {family.model_type} have no place for this task's head ({head.kind})")
-        architecture, more = found
         table = {path: entry for path, entry in table.items() if head.keeps_unembed or not path.startswith("lm_")}
-        table |= {entry.path: entry for entry in more}
+    table |= {entry.path: entry for entry in more}
     if left := sorted(flat.keys() - table.keys()):
         raise CheckpointError(
             f"parameter '{left[0]}' ({len(left)} such) is none of a {family.model_type}: a run with this head, or with "

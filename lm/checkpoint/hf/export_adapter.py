@@ -1,7 +1,6 @@
 """Writes LoRA alone, in the files of the library `peft`: adapter_config.json and adapter_model.safetensors."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,9 @@ import numpy as np
 
 from lm import param_paths
 from lm.checkpoint import store
-from lm.checkpoint.hf import published
-from lm.checkpoint.hf.adapter import CONFIG, FINGERPRINTS, OF_LORA, PREFIX, WEIGHTS
-from lm.checkpoint.hf.families import Family, Tensor, differences
+from lm.checkpoint.hf import files, published
+from lm.checkpoint.hf.adapter import CONFIG, FINGERPRINTS, OF_LORA, PREFIX, WEIGHTS, module_of
+from lm.checkpoint.hf.families import Family, Tensor, differences, with_head
 from lm.checkpoint.hf.published import Published
 from lm.checkpoint.store import CheckpointError
 from lm.config import AdapterConfig, ModelConfig
@@ -36,6 +35,11 @@ class Lora(NamedTuple):
     def rank(self) -> int:
         """Of the module."""
         return self.a_LxRxI.shape[1]
+
+    def padded(self, rank: int) -> "Lora":
+        """The same product, with rows of A and columns of B that are 0: peft's `rank_pattern` is not read by all."""
+        more = (0, rank - self.rank)
+        return Lora(np.pad(self.a_LxRxI, ((0, 0), more, (0, 0))), np.pad(self.b_LxOxR, ((0, 0), (0, 0), more)))
 
 
 def export(
@@ -73,23 +77,20 @@ def export(
         lines = ", ".join(f"model.{key} is {mine!r}, there {theirs!r}" for key, (mine, theirs) in other.items())
         raise ConfigError(f"{base.path} is not the base of this run ({lines}); name it with --base, or export all")
     family, flat = base.family, param_paths.flatten(params)
-    found = family.heads(head, model) if head else (family.architecture, [])
-    if not found:
-        raise ConfigError(f"the files of a {family.model_type} have no place for this task's head")
+    _, of_head = with_head(family, head, model)
     prints = _fingerprints_of_base(flat, base)
     name = _names(family, has_prefix=head is None or head.kind != "projection")
     table = {entry.path: entry for entry in family.tensors(model)}
     loras = {name(module): lora for module, lora in _modules(flat, table).items()}
     rank = max(lora.rank for lora in loras.values())
-    smaller = {module: lora.rank for module, lora in loras.items() if lora.rank < rank}
     tensors: dict[str, np.ndarray] = {}
     for module, lora in loras.items():
-        for layer, (a_RxI, b_OxR) in enumerate(zip(*lora, strict=True)):
+        for layer, (a_RxI, b_OxR) in enumerate(zip(*lora.padded(rank), strict=True)):
             tensors |= {f"{module.format(layer)}.lora_A.weight": a_RxI, f"{module.format(layer)}.lora_B.weight": b_OxR}
-    for entry in found[1]:
+    for entry in of_head:
         value = np.asarray(jax.device_get(flat[entry.path]))
         tensors[name(entry.name)] = value.T if entry.transposed else value
-    known = {*map(name, map(_module, [entry.name for entry in (*table.values(), *family.optional)])), *loras}
+    known = {*map(name, map(module_of, [entry.name for entry in (*table.values(), *family.optional)])), *loras}
     config = {
         "base_model_name_or_path": base_name(base.base_path),
         "peft_type": "LORA",
@@ -99,11 +100,9 @@ def export(
         "lora_alpha": _plain(cfg.alpha * rank / cfg.rank),
         "lora_dropout": cfg.dropout,
         "target_modules": _targets(list(loras), known, model.num_layers),
-        "modules_to_save": sorted({_module(name(entry.name)) for entry in found[1]}) or None,
+        "modules_to_save": sorted({module_of(name(entry.name)) for entry in of_head}) or None,
         "fan_in_fan_out": not any(table[path].transposed for path in _kernels(flat)),  # GPT-2's Conv1D
         "bias": "none",
-        "rank_pattern": {_pattern(module): its for module, its in smaller.items()},
-        "alpha_pattern": {_pattern(module): _plain(cfg.alpha * its / cfg.rank) for module, its in smaller.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -114,6 +113,33 @@ def export(
     for file, content in others.items():
         (folder / file).write_bytes(content)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def base_of(start: str, has_lora: bool) -> str:
+    """What the published model is called that a run started from, without LoRA: as `base_name`; '' = it is not known.
+
+    Args:
+      start: as `lm.checkpoint.hf.open_model`; the folders may be gone.
+      has_lora: whether the run took its LoRA from there.
+    """
+    folder, base = published.parts(start)
+    place = files.locate(folder)
+    if not base and place and (place / CONFIG).is_file():
+        base = _named_base(place)
+        if not files.locate(base):
+            return base if files.HUB_NAME.fullmatch(base) else ""
+    elif not base:
+        base = "" if has_lora else folder
+    return base_name(files.locate(base) or Path(base)) if base else ""
+
+
+def _named_base(folder: Path) -> str:
+    """The base that a folder of `peft` names; '' = none."""
+    try:
+        named = files.read_json(folder, CONFIG).get("base_model_name_or_path")
+    except CheckpointError:
+        return ""
+    return named if isinstance(named, str) else ""
 
 
 def base_name(path: Path) -> str:
@@ -153,11 +179,6 @@ def _kernels(flat: Mapping[str, Any]) -> list[str]:
     return [path.removesuffix("lora_a") + "kernel" for path in flat if path.endswith("/lora_a")]
 
 
-def _module(name: str) -> str:
-    """The module of a tensor."""
-    return name.rpartition(".")[0]
-
-
 def _names(family: Family, *, has_prefix: bool) -> Any:
     """name -> name in a model with the family's prefix, or in one without a head, which lacks it."""
     return (lambda name: name) if has_prefix else (lambda name: name.removeprefix(family.prefix))
@@ -169,7 +190,7 @@ def _modules(flat: Mapping[str, Any], table: Mapping[str, Tensor]) -> dict[str, 
     for path in _kernels(flat):
         dense = path.removesuffix("/kernel")
         a, b = (np.asarray(jax.device_get(flat[dense + name]), np.float32) for name in OF_LORA)
-        parts.setdefault(_module(table[path].name), []).append((table[path], a, b))
+        parts.setdefault(module_of(table[path].name), []).append((table[path], a, b))
     return {module: _joined(own) for module, own in parts.items()}
 
 
@@ -204,11 +225,6 @@ def _targets(modules: list[str], known: set[str], num_layers: int) -> list[str]:
         good = [end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)]
         out += good[:1] or [module.format(layer) for layer in range(num_layers)]
     return sorted(set(out))
-
-
-def _pattern(module: str) -> str:
-    """A regular expression of the names of a module in all layers."""
-    return re.escape(module).replace(r"\{\}", r"\d+")
 
 
 def _task_type(model: ModelConfig, head: Head | None) -> str | None:

@@ -54,7 +54,8 @@ class Tensor(NamedTuple):
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor for a parameter (of one layer) of this shape."""
         sizes = list(shape[::-1] if self.transposed else shape)
-        sizes[self.axis] *= self.parts
+        if self.parts > 1:
+            sizes[self.axis] *= self.parts
         return tuple(sizes)
 
     def file_index(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -205,12 +206,29 @@ def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
     if (model.kind, there.kind) == ("prefix_decoder", "decoder"):
         conflicts.pop("kind", None)
         changes["kind"] = model.kind
+    refuse_conflicts("model", conflicts, where)
+    return dataclasses.replace(there, **changes)
+
+
+def refuse_conflicts(section: str, conflicts: Mapping[str, tuple[Any, Any]], where: Any) -> None:
+    """Raises ConfigError if there are any: key of the section -> (value of the config, value in `where`)."""
     if conflicts:
         lines = "\n".join(
-            f"  model.{key}: {mine!r} here, {theirs!r} there" for key, (mine, theirs) in conflicts.items()
+            f"  {section}.{key}: {mine!r} here, {theirs!r} there" for key, (mine, theirs) in conflicts.items()
         )
-        raise ConfigError(f"'init_from': the model of {where} is another one:\n{lines}\nremove these keys")
-    return dataclasses.replace(there, **changes)
+        raise ConfigError(f"'init_from': the {section} of {where} is another one:\n{lines}\nremove these keys")
+
+
+def with_head(family: Family, head: Head | None, model: ModelConfig) -> tuple[str, list[Tensor]]:
+    """`architectures` in config.json of a model with this head, and the head's tensors.
+
+    Raises:
+      ConfigError: the family's files have no place for it.
+    """
+    found = family.heads(head, model) if head else (family.architecture, [])
+    if not found:
+        raise ConfigError(f"the files of a {family.model_type} have no place for this task's head ({head.kind})")
+    return found
 
 
 def not_read(family: Family, theirs: Json) -> list[str]:

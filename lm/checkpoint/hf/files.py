@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from lm.checkpoint.store import CheckpointError
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # Formats that are not read, as loading them executes code from the file or needs another framework.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # OWNER/NAME or NAME of a model on a hub
 _MAX_JSON = 64 << 20  # bytes
 
 
@@ -104,6 +107,18 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{folder / name} holds a {type(value).__name__}; expected an object")
     return value
+
+
+def locate(name: str) -> Path | None:
+    """A published model on this machine: a path, or OWNER/NAME of one in the hub's cache; None = it is not here."""
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
+    for path in (Path(name), hub / f"models--{name.replace('/', '--')}") if name else ():
+        try:
+            if path.expanduser().exists():
+                return path.expanduser()
+        except (OSError, ValueError, RuntimeError):  # a name that is too long for a path, or ~ of an unknown user
+            continue
+    return None
 
 
 def snapshot(path: Path) -> Path:

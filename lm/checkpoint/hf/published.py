@@ -18,6 +18,7 @@ from lm.checkpoint.hf.families import Family, Tensor
 from lm.checkpoint.hf.files import Tensors
 from lm.checkpoint.store import CheckpointError, fingerprints, named_leaves
 from lm.config import AdapterConfig, ModelConfig
+from lm.data import published_tokenizer
 from lm.models import transformer
 
 PREFIX = "hf:"  # of `init_from`
@@ -59,8 +60,7 @@ class Published:
     @property
     def tokenizer_path(self) -> Path:
         """Where its tokenizer is: with the adapter, if there is one, else with the base."""
-        own = self.adapter and any((self.path / name).exists() for name in adapter_lib.TOKENIZERS)
-        return self.path if own else self.base_path
+        return self.path if self.adapter and published_tokenizer.has_files(self.path) else self.base_path
 
     @property
     def label(self) -> str:
@@ -89,22 +89,27 @@ def open_model(path: Any, model: ModelConfig | None = None) -> Published:
     """Opens a published model, and checks names and shapes of all its tensors.
 
     Args:
-      path: a folder, or a GGUF file; or a folder of `peft`, with LoRA for the published model that it names or, as
-        'FOLDER,BASE', for this one.
+      path: a folder, a GGUF file, or OWNER/NAME in the hub's cache; or a folder of `peft`, with LoRA for the published
+        model that it names or, as 'FOLDER,BASE', for this one.
       model: the `model` of the run's config; None = as the folder has it.
 
     Raises:
       CheckpointError: the folder is no model of a supported family, or its files are damaged or do not fit config.json.
       ConfigError: the run's config asks for another model.
     """
-    text = str(path)
-    folder, _, base = (text, "", "") if Path(text).expanduser().exists() else text.partition(",")
-    path = Path(folder).expanduser()
+    folder, base = parts(str(path))
+    path = files.locate(folder) or Path(folder)
     path = path if path.suffix == ".gguf" else files.snapshot(path)
     if (path / adapter_lib.CONFIG).exists() or base:
         adapter = adapter_lib.open_folder(path, base)
         return _with_adapter(_open_whole(adapter.base, model), adapter)
     return _open_whole(path, model)
+
+
+def parts(path: str) -> tuple[str, str]:
+    """(FOLDER, BASE) of 'FOLDER,BASE'; (path, '') of a path without a base, also of one that has a comma."""
+    folder, _, base = (path, "", "") if files.locate(path) else path.partition(",")
+    return folder, base
 
 
 def _open_whole(path: Path, model: ModelConfig | None) -> Published:
