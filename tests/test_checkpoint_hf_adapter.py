@@ -20,7 +20,7 @@ from configs import common
 from lm import losses, param_paths, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, hf, resume
-from lm.checkpoint.hf import export
+from lm.checkpoint.hf import card, export, export_adapter
 from lm.config import AdapterConfig, Duration, ModelConfig
 from lm.config.schema import ConfigError
 from lm.models import transformer
@@ -265,10 +265,16 @@ def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path, monkeypatch):
     tool_modules.call("hf", "export", run, tmp_path / "out", "--adapter")
     config, _, _ = contents(run, tmp_path / "out")
     assert config["base_model_name_or_path"] == "owner/tiny-llama"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert 'base_model: "owner/tiny-llama"\nbase_model_relation: "adapter"\n' in card
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert 'base_model: "owner/tiny-llama"\nbase_model_relation: "adapter"\n' in text
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert hf.open_model(tmp_path / "out").base_path == cached / "snapshots" / "123"
+    tool_modules.call("hf", "export", run, tmp_path / "two", "--adapter", "--base=owner/tiny-llama")
+    assert contents(run, tmp_path / "two")[0] == config
+    with pytest.raises(SystemExit, match=r"--base is the model that LoRA belongs to; it needs --adapter"):
+        tool_modules.call("hf", "export", run, tmp_path / "three", f"--base={cached}")
+    cached.rename(tmp_path / "hub" / "models--gpt2")
+    assert export_adapter.base_of("gpt2", False) == "gpt2"
 
 
 def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, made, tmp_path):
@@ -290,28 +296,74 @@ def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, made, tmp
 
 def test_a_card_says_what_the_run_knows_and_no_more(base, made, tmp_path):
     run, out = made("llama", "causal_lm")
-    card = (out / "README.md").read_text()
-    assert card.startswith(
+    text = (out / "README.md").read_text()
+    assert text.startswith(
         '---\nlibrary_name: "peft"\npipeline_tag: "text-generation"\n---\n\n# llama-causal_lm-out\n\n'
     )
-    assert "LoRA of rank 4 for a `llama` of 17,360 parameters, trained for 3 steps of the task `causal_lm`." in card
-    assert "Base model: `llama`." in card and "- `data.path`: `'texts'`" in card
-    assert "adapter.rank = 4\n" in card and "optim.b1" not in card and "init_from = 'hf:llama'\n" in card
-    assert "| metric | here |\n|---|---|\n| nll | 2.5 |\n| perplexity | 12.182 |\n" in card
-    assert str(out.parent) not in card and "## Training" not in card and "## Versions" not in card
+    assert "LoRA of rank 4 for a `llama` of 17,360 parameters, trained for 3 steps of the task `causal_lm`." in text
+    assert "Base model: `llama`." in text and "- `data.path`: `'texts'`" in text
+    assert "adapter.rank = 4\n" in text and "optim.b1" not in text and "init_from = 'hf:llama'\n" in text
+    assert "| metric | here |\n|---|---|\n| nll | 2.5 |\n| perplexity | 12.182 |\n" in text
+    assert str(out.parent) not in text and "## Training" not in text and "## Versions" not in text
 
     run = shutil.copytree(run, tmp_path / "run")
     report.write_summary(run, {"before": {"nll": 4.0}, "steps": 3, "tokens": 6144, "device_kind": "cpu"})
     tool_modules.call("hf", "export", run, tmp_path / "merged")
-    card = (tmp_path / "merged" / "README.md").read_text()
-    assert card.startswith('---\nlibrary_name: "transformers"\n') and "A `llama` of 17,360 parameters" in card
-    assert "| metric | before training | here |\n|---|---|---|\n| nll | 4 | 2.5 |\n| perplexity |  | 12.182 |" in card
-    assert "- positions read: 6,144\n" in card and f"- jax {jax.__version__}\n" in card
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert text.startswith('---\nlibrary_name: "transformers"\n') and "A `llama` of 17,360 parameters" in text
+    assert "| metric | before training | here |\n|---|---|---|\n| nll | 4 | 2.5 |\n| perplexity |  | 12.182 |" in text
+    assert "- positions read: 6,144\n" in text and f"- jax {jax.__version__}\n" in text
 
     tool_modules.call("hf", "import", base("llama"), tmp_path / "plain")
     tool_modules.call("hf", "export", tmp_path / "plain", tmp_path / "plain-out")
-    card = (tmp_path / "plain-out" / "README.md").read_text()
-    assert "A `llama` of 17,360 parameters, not trained any further." in card and "## Data" not in card
+    text = (tmp_path / "plain-out" / "README.md").read_text()
+    assert "A `llama` of 17,360 parameters, not trained any further." in text and "## Data" not in text
+
+
+def test_the_card_of_a_merged_run_names_the_base_of_its_adapter_or_nothing(base, made, tmp_path):
+    _, out = made("llama", "causal_lm")
+    adapter, hub = shutil.copytree(out, tmp_path / "o" / "adapter"), tmp_path / "hub" / "models--owner--llama"
+    shutil.copytree(base("llama"), hub / "snapshots" / "1")
+    there = {
+        "named": (f"{adapter},{hub}", 'base_model: "owner/llama"\n'),
+        "bare": (str(adapter), "Base model: `llama`.\n"),
+    }
+    for name, (start, line) in there.items():
+        command = ["hf", "import", adapter, tmp_path / name, *([f"--base={hub}"] if name == "named" else [])]
+        tool_modules.call(*command)
+        assert run_lib.load_model(str(tmp_path / name))[0].init_from == f"hf:{start}"
+        tool_modules.call("hf", "export", tmp_path / name, tmp_path / f"{name}-out")
+        assert line in (tmp_path / f"{name}-out" / "README.md").read_text()
+    change(adapter, base_model_name_or_path="owner/far")
+    assert export_adapter.base_of(str(adapter), True) == "owner/far"
+    change(adapter, base_model_name_or_path="~nosuchuser/`x`")
+    assert export_adapter.base_of(str(adapter), True) == ""
+    shutil.rmtree(adapter)
+    tool_modules.call("hf", "export", tmp_path / "bare", tmp_path / "gone")
+    assert "base" not in (tmp_path / "gone" / "README.md").read_text().lower().partition("## config")[0]
+    tool_modules.call("hf", "export", tmp_path / "named", tmp_path / "gone-too")
+    assert 'base_model: "owner/llama"\n' in (tmp_path / "gone-too" / "README.md").read_text()
+
+
+def card_of(base: str = "", **changes: Any) -> str:
+    cfg = toys.recipe(Path("/home/me/texts"), **changes)
+    options: dict[str, Any] = {"metrics": {}, "summary": {}, "is_adapter": False, "head": None}
+    return card.card("a", cfg, model_type="gpt2", parameters=1, base=base, step=2, **options)
+
+
+def test_a_card_cuts_absolute_paths_and_nothing_else(tmp_path):
+    text = card_of(
+        init_from="hf:out,/home/me/secret/smol",
+        tokenizer__path="~/secret/words",
+        data__mixture=((0.0, "/home/me/secret/web", 0.5), (0.0, "books", 0.5)),
+        data__path="",
+        generate__prompts=("/help me / now", "hf:a,/b"),
+    )
+    assert "init_from = 'hf:out,smol'\n" in text and "tokenizer.path = 'words'\n" in text
+    assert "data.mixture = ((0.0, 'web', 0.5), (0.0, 'books', 0.5))\n" in text and "secret" not in text
+    assert "generate.prompts = ('/help me / now', 'hf:a,/b')\n" in text
+    assert "init_from = 'hf:smol'\n" in card_of(init_from="hf:/home/me/smol")
+    assert 'base_model: "gpt2"\n' in card_of("gpt2") and "base_model" not in card_of("/home/me/gpt2")
 
 
 # Folders that are read ------------------------------------------------------------------------------------------------
@@ -403,7 +455,9 @@ def test_a_resumed_run_takes_the_adapter_of_a_published_one_and_no_other(base, m
     tool_modules.call("hf", "import", out, tmp_path / "back")
     back = run_lib.load_model(str(tmp_path / "back"))[0]
     assert back.adapter.rank == 4 and resumed(tmp_path / "back", f"hf:{out}").adapter == back.adapter
-    with pytest.raises(ConfigError, match=r"adapter of .*back/checkpoints/0 is another one:\n  adapter.rank: 32 here, 4"):
+    with pytest.raises(
+        ConfigError, match=r"adapter of .*back/checkpoints/0 is another one:\n  adapter.rank: 32 here, 4"
+    ):
         resumed(tmp_path / "back", f"hf:{out}", rank=32)
 
 
@@ -454,6 +508,11 @@ def folder(made, tmp_path) -> Path:
         ({"lora_alpha": 0}, "lora_alpha is 0; expected a number above 0"),
         ({"r": 8}, r"lora_A.weight' has shape \[4, \d+\]; the sizes in adapter_config.json need \[8, \d+\]"),
         ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, r"no tensor '.*0\.self_attn\.k_proj\.lora_A"),
+        ({"target_modules": ["layers.1.self_attn.k_proj"]}, r"no tensor '.*1\.self_attn\.k_proj\.lora_A"),
+        ({"modules_to_save": ["lm_head"]}, r"no tensor 'base_model\.model\.lm_head\.weight', but its modules_to_save"),
+        ({"base_model_name_or_path": "~nosuchuser/x"}, "'~nosuchuser/x', is not on this machine"),
+        ({"base_model_name_or_path": "x" * 5000}, "'x*', is not on this machine"),
+        ({"base_model_name_or_path": "a\0b"}, "is not on this machine"),
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path; name it as .*copy,BASE"),
     ],
 )
@@ -488,6 +547,73 @@ def test_wrong_tensors_of_an_adapter_are_refused_by_name(spoil, message, folder)
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=f"copy.*{message}"):
         hf.open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ("classifier.weight", r"no tensor 'base_model\.model\.classifier\.weight'"),
+        ("classifier.", r"no tensor 'base_model\.model\.classifier\.weight'"),
+        ("", r"no tensor 'base_model\.model\..*key\.lora_A"),
+    ],
+)
+def test_tensors_without_the_prefix_of_peft_are_refused(cut, message, made, tmp_path):
+    weights = shutil.copytree(made("bert", "classification")[1], tmp_path / "copy") / "adapter_model.safetensors"
+    prefix = "base_model.model."
+    tensors = load_file(weights).items()
+    save_file({name.removeprefix(prefix) if name.startswith(prefix + cut) else name: x for name, x in tensors}, weights)
+    with pytest.raises(CheckpointError, match=f"copy/adapter_model.safetensors.*{message}"):
+        hf.open_model(weights.parent)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": 1.5}', '{"a": "1"}', "[]", "3", "{", "[" * 100_000])
+def test_fingerprints_that_are_none_are_refused(text, folder):
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"lm_base_fingerprints": text})
+    with pytest.raises(CheckpointError, match=r"copy/adapter_model\.safetensors: its metadata .* is no JSON of"):
+        hf.open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("less", "why"),
+    [
+        (["classifier.weight", "classifier.bias"], "classifier.weight', but its modules_to_save name the module"),
+        (["classifier.bias"], "classifier.bias', but it has others of this module"),
+        (["bert.pooler.dense.weight"], "bert.pooler.dense.weight', but it has others of this module"),
+    ],
+)
+def test_a_head_that_an_adapter_has_in_part_or_only_names_is_refused(less, why, made, tmp_path):
+    """peft adds the names classifier and score to those of any model; a BERT has no score."""
+    folder = shutil.copytree(made("bert", "classification")[1], tmp_path / "copy")
+    change(folder, modules_to_save=["classifier", "score", "pooler"])
+    hf.open_model(folder)
+    weights = folder / "adapter_model.safetensors"
+    gone = {f"base_model.model.{name}" for name in less}
+    save_file({name: x for name, x in load_file(weights).items() if name not in gone}, weights)
+    with pytest.raises(
+        CheckpointError, match=rf"copy/adapter_model\.safetensors has no tensor 'base_model\.model\.{why}"
+    ):
+        hf.open_model(folder)
+
+
+def test_a_head_without_axes_is_refused(made, tmp_path):
+    folder = shutil.copytree(made("bert", "classification")[1], tmp_path / "copy")
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights) | {"base_model.model.classifier.bias": np.float32(1)[...]}, weights)
+    cfg = run_lib.load_model(str(made("bert", "classification")[0]))[0]
+    cfg = dataclasses.replace(cfg, init_from=f"hf:{folder}", init_rules=KEEP, adapter=AdapterConfig())
+    with pytest.raises(ConfigError, match="head/classifier/bias"):
+        run_lib.plan(cfg, None)
+
+
+@pytest.mark.parametrize("names", [("vocab.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",)])
+def test_the_tokenizer_is_that_of_the_adapter_if_its_files_are_whole(names, base, folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    for name in names:
+        (folder / name).write_text("")
+    own = names != ("vocab.json",)
+    assert hf.open_model(folder).tokenizer_path == (folder if own else base("llama"))
 
 
 def test_damaged_pickled_and_ambiguous_folders_are_refused(folder):

@@ -225,8 +225,9 @@ def with_head(family: Family, head: Head | None, model: ModelConfig) -> tuple[st
     Raises:
       ConfigError: the family's files have no place for it.
     """
-    found = family.heads(head, model) if head else (family.architecture, [])
-    if not found:
+    if head is None:
+        return family.architecture, []
+    if not (found := family.heads(head, model)):
         raise ConfigError(f"the files of a {family.model_type} have no place for this task's head ({head.kind})")
     return found
 
