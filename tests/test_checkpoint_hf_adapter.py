@@ -28,34 +28,12 @@ from lm.tracking import report
 from tests import published as published_tokenizers
 from tests import tool_modules, toys
 
-SIZES = dict(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24, vocab_size=420, max_len=64)
-LLAMA = ModelConfig(
-    **SIZES,
-    num_kv_heads=2,
-    position="rope",
-    norm="rmsnorm",
-    mlp="swiglu",
-    use_bias=False,
-    tie_embeddings=False,
-)
-BERT = dataclasses.replace(
-    ModelConfig(**SIZES, norm_eps=1e-12),
-    kind="encoder",
-    norm_position="post",
-    embed_norm=True,
-    lm_transform=True,
-    mlp="gelu_exact",
-)
-MODELS = {"llama": LLAMA, "gpt2": ModelConfig(**SIZES), "bert": BERT}
+MODELS = {"llama": toys.PLAIN_LLAMA, "gpt2": toys.GPT2, "bert": dataclasses.replace(toys.BERT, norm_eps=1e-12)}
+MODELS = {name: dataclasses.replace(model, vocab_size=420, max_len=64) for name, model in MODELS.items()}
 TARGETS = {"llama": r".*(query|value|down)", "gpt2": r".*(query|value|mlp/down)", "bert": r".*(key|mlp/down)"}
 KEEP = ((".*", "keep"),)
 STEP = 3
 METRICS = {"nll": 2.5, "perplexity": 12.182493960703473}
-
-
-def random(shapes: Any, seed: int = 0) -> Any:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +42,8 @@ def base(tmp_path_factory) -> Any:
     root = tmp_path_factory.mktemp("bases")
     for family, model in MODELS.items():
         cfg = transformer.resolve(model, vocab_size=420, seq_len=64)
-        params = random(jax.eval_shape(transformer.text_model(cfg, np.float32).init, jax.random.key(0)))
         published_tokenizers.folder("word_piece" if family == "bert" else "byte_bpe", root / family)
-        export.export(root / family, cfg, params, vocab_size=420)
+        export.export(root / family, cfg, toys.random_params(cfg, scale=0.3), vocab_size=420)
     return lambda family: root / family
 
 
@@ -92,7 +69,7 @@ def lora_run(folder: Path, out: Path, family: str, task: str = "", **changes: An
     planned, _, params = run_lib.init_model(cfg)
     flat = param_paths.flatten(params)
     moved = {path: leaf for path, leaf in flat.items() if "/lora_" in path or path.startswith("head/")}
-    params = param_paths.unflatten(flat | random(moved, seed=1) | changes)
+    params = param_paths.unflatten(flat | toys.random_like(moved, seed=1, scale=0.3) | changes)
     info = {"tokenizer_hash": planned.tokenizer.hash, "data": {"example": 0}, "published_vocab": 420}
     run_lib.write_checkpoint(out, planned.cfg, params, planned.tokenizer, STEP, info, METRICS)
     return out
@@ -468,7 +445,7 @@ def test_an_adapter_of_gpt2_is_three_here(shared, made, tmp_path):
     weights = tmp_path / "out" / "adapter_model.safetensors"
     tensors = load_file(weights)
     if shared:
-        tensors = {name: random(tensor, seed=len(name)) for name, tensor in tensors.items()}
+        tensors = {name: toys.random_like(tensor, seed=len(name), scale=0.3) for name, tensor in tensors.items()}
         save_file(tensors, weights)
     tool_modules.call("hf", "import", tmp_path / "out", tmp_path / "back")
     tool_modules.call("hf", "export", tmp_path / "back", tmp_path / "two", "--adapter")
@@ -641,9 +618,8 @@ def test_damaged_pickled_and_ambiguous_folders_are_refused(folder):
 def test_another_base_is_refused_by_shape_or_by_fingerprint(base, folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has no LoRA of any module of a gpt2"):
         hf.open_model(f"{folder},{base('gpt2')}")
-    narrow = transformer.resolve(dataclasses.replace(LLAMA, mlp_dim=32), vocab_size=420, seq_len=64)
-    shapes = jax.eval_shape(transformer.text_model(narrow, np.float32).init, jax.random.key(0))
-    export.export(tmp_path / "narrow", narrow, random(shapes), vocab_size=420)
+    narrow = transformer.resolve(dataclasses.replace(MODELS["llama"], mlp_dim=32), vocab_size=420, seq_len=64)
+    export.export(tmp_path / "narrow", narrow, toys.random_params(narrow), vocab_size=420)
     with pytest.raises(CheckpointError, match=r"down_proj.lora_A.weight' has shape \[4, 24\].*need \[4, 32\]"):
         hf.open_model(f"{folder},{tmp_path / 'narrow'}")
     other = shutil.copytree(base("llama"), tmp_path / "other")

@@ -31,33 +31,15 @@ from lm.types import Head
 from tests import published as published_tokenizers
 from tests import tool_modules, toys
 
-MODEL = ModelConfig(
-    num_layers=3,
-    embed_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=24,
-    vocab_size=300,
-    max_len=64,
-    position="rope",
-    norm="rmsnorm",
-    mlp="swiglu",
-    use_bias=False,
-    tie_embeddings=False,
-)
-
-
-def random_params(cfg: ModelConfig) -> Any:
-    shapes = jax.eval_shape(transformer.text_model(cfg, np.float32).init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+MODEL = dataclasses.replace(toys.PLAIN_LLAMA, num_layers=3, vocab_size=300, max_len=64)
+BERT = dataclasses.replace(toys.BERT, vocab_size=210, max_len=64, norm_eps=1e-12)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
     """(a folder of a Llama in two shards, its parameters by path)."""
     cfg = transformer.resolve(MODEL, vocab_size=300, seq_len=64)
-    params, folder = random_params(cfg), tmp_path_factory.mktemp("hf") / "tiny-llama"
+    params, folder = toys.random_params(cfg), tmp_path_factory.mktemp("hf") / "tiny-llama"
     export.export(folder, cfg, params, vocab_size=300, shard_bytes=40_000)
     return folder, param_paths.flatten(params)
 
@@ -354,7 +336,7 @@ def test_lora_on_a_folder_with_its_own_tokenizer_trains_resumes_answers_and_is_e
     """As configs/chat_lora.py does it; resumed after the folder is gone."""
     cfg = transformer.resolve(dataclasses.replace(MODEL, vocab_size=420), vocab_size=420, seq_len=64)
     folder = tmp_path / "tiny-chat"
-    base = random_params(cfg)
+    base = toys.random_params(cfg)
     export.export(folder, cfg, jax.tree.map(lambda leaf: 0.1 * leaf, base), vocab_size=420)
     published_tokenizers.folder("byte_bpe", folder)
     c = chat_lora.get_config(str(folder))
@@ -499,7 +481,7 @@ def test_import_then_export_gives_the_same_tensors(published, words, tmp_path, m
 def test_export_keeps_a_published_vocabulary_also_by_way_of_other_runs(words, tmp_path):
     """Also where it has as many rows as a run of its own would round its tokenizer's ids to."""
     big = transformer.resolve(dataclasses.replace(MODEL, vocab_size=384), vocab_size=384, seq_len=64)
-    export.export(tmp_path / "hf", big, random_params(big), vocab_size=384)
+    export.export(tmp_path / "hf", big, toys.random_params(big), vocab_size=384)
     tool_modules.call("hf", "import", tmp_path / "hf", tmp_path / "a", f"--tokenizer={words}")
     cfg = dataclasses.replace(recipe(Path(), words, tmp_path), model=big, init_from=str(tmp_path / "a"))
     train.train(cfg, tmp_path / "b")
@@ -529,7 +511,7 @@ def test_export_of_an_own_run_cuts_the_rows_that_no_id_uses(asked, rows, tmp_pat
 
 def test_a_run_with_a_head_is_not_exported(tmp_path):
     cfg = transformer.resolve(MODEL, vocab_size=300, seq_len=64)
-    params = random_params(cfg) | {"head": {"kernel": np.zeros((16, 2), np.float32)}}
+    params = toys.random_params(cfg) | {"head": {"kernel": np.zeros((16, 2), np.float32)}}
     del params["lm_head"]
     with pytest.raises(CheckpointError, match=r"'head/kernel'.*with this head, or with bottleneck adapters, cannot"):
         export.export(tmp_path / "out", cfg, params, vocab_size=300)
@@ -549,7 +531,7 @@ def test_an_export_that_was_cut_short_has_no_config(tmp_path, monkeypatch):
         out = tmp_path / name
         with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
             patch.setattr(name, full)
-            export.export(out, cfg, random_params(cfg), vocab_size=300, others={"tokenizer.json": b"{}"})
+            export.export(out, cfg, toys.random_params(cfg), vocab_size=300, others={"tokenizer.json": b"{}"})
         assert [file.name for file in out.iterdir()] == written
         assert f"no {out}/config.json" in refusal(out)
 
@@ -566,24 +548,14 @@ def test_a_plan_needs_the_published_model_that_a_run_starts_from(published, word
 def test_model_of_no_family_is_not_exported(tmp_path):
     cfg = transformer.resolve(dataclasses.replace(MODEL, logit_softcap=3.0), vocab_size=300, seq_len=64)
     with pytest.raises(ConfigError, match=r"no published family's shape:(.|\n)*llama: model.logit_softcap is 3.0"):
-        export.export(tmp_path / "out", cfg, random_params(cfg), vocab_size=300)
+        export.export(tmp_path / "out", cfg, toys.random_params(cfg), vocab_size=300)
     assert not (tmp_path / "out").exists()
-
-
-BERT = dataclasses.replace(
-    ModelConfig(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24, vocab_size=210, max_len=64, norm_eps=1e-12),
-    kind="encoder",
-    norm_position="post",
-    embed_norm=True,
-    lm_transform=True,
-    mlp="gelu_exact",
-)
 
 
 @pytest.mark.slow
 def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(tmp_path):
     cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
-    export.export(tmp_path / "bert", cfg, random_params(cfg), vocab_size=210)
+    export.export(tmp_path / "bert", cfg, toys.random_params(cfg), vocab_size=210)
     published_tokenizers.folder("wordpiece", tmp_path / "bert")
     texts = toys.write_texts(tmp_path / "texts")
     first = toys.recipe(texts, task__name="masked_lm", init_from=f"hf:{tmp_path / 'bert'}", train__total_steps=2)
@@ -629,7 +601,7 @@ def test_the_classifier_of_next_sentences_is_read_by_a_rule_only(tmp_path):
     cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
     shapes = {"pooler": {"kernel": (16, 16), "bias": (16,)}, "classifier": {"kernel": (16, 2), "bias": (2,)}}
     heads = {name: {key: np.ones(shape, np.float32) for key, shape in each.items()} for name, each in shapes.items()}
-    params = random_params(cfg) | {"head": heads}
+    params = toys.random_params(cfg) | {"head": heads}
     export.export(tmp_path / "bert", cfg, params, vocab_size=210, head=Head("pooled", 2, keeps_unembed=True))
     published_tokenizers.folder("wordpiece", tmp_path / "bert")
 
@@ -647,7 +619,7 @@ def test_the_classifier_of_next_sentences_is_read_by_a_rule_only(tmp_path):
 
 def test_a_sentence_encoder_is_imported_and_exported_without_what_predicts_ids(tmp_path, capsys):
     cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
-    params = random_params(cfg)
+    params = toys.random_params(cfg)
     encoder = {name: params[name] for name in ("embed", "encoder")}
     export.export(tmp_path / "bert", cfg, encoder, vocab_size=210, head=Head("projection", 8))
     published_tokenizers.folder("wordpiece", tmp_path / "bert")
@@ -665,5 +637,5 @@ def test_a_head_that_the_files_of_no_family_have_is_refused(tmp_path):
     cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
     cfg = dataclasses.replace(cfg, pool="mean")
     with pytest.raises(ConfigError, match="files of a bert have no place for this task's head"):
-        export.export(tmp_path / "out", cfg, random_params(cfg), vocab_size=210, head=Head("pooled", 2))
+        export.export(tmp_path / "out", cfg, toys.random_params(cfg), vocab_size=210, head=Head("pooled", 2))
     assert not (tmp_path / "out").exists()

@@ -17,27 +17,11 @@ from lm.checkpoint.hf import export_adapter  # noqa: E402
 from lm.checkpoint.hf import gguf as gguf_files  # noqa: E402
 from lm.config import AdapterConfig, ModelConfig  # noqa: E402
 from lm.models import transformer  # noqa: E402
+from tests import toys  # noqa: E402
 from tests.test_checkpoint_hf_files import params_of  # noqa: E402
 
-CFG = transformer.resolve(
-    ModelConfig(
-        num_layers=2,
-        embed_dim=256,
-        num_heads=8,
-        num_kv_heads=4,
-        mlp_dim=256,
-        vocab_size=64,
-        max_len=128,
-        position="rope",
-        rope_theta=5000.0,
-        norm="rmsnorm",
-        mlp="swiglu",
-        use_bias=False,
-        tie_embeddings=False,
-    ),
-    vocab_size=64,
-    seq_len=128,
-)
+SIZES = dict(embed_dim=256, num_heads=8, num_kv_heads=4, mlp_dim=256, vocab_size=64, max_len=128, rope_theta=5000.0)
+CFG = transformer.resolve(dataclasses.replace(toys.PLAIN_LLAMA, **SIZES), vocab_size=64, seq_len=128)
 TO_GGUF = {theirs: ours for ours, theirs in gguf_files._NAMES.items()}
 LAYER_TO_GGUF = {theirs: ours for ours, theirs in gguf_files._LAYER_NAMES.items()}
 Kind = gguf.GGMLQuantizationType

@@ -38,15 +38,9 @@ def fresh_of():
     return jax.jit(model_of()[0].init)(jax.random.key(SEED))
 
 
-def random_like(abstract, seed: int):
-    """Values that no initialiser makes."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
-
-
 def save(workdir, params, ema=None, number: int = 7) -> checkpoint.Saved:
     """A run's checkpoint with a step and an optimizer's state beside the parameters."""
-    moments = {"mu": random_like(params, 99)}
+    moments = {"mu": toys.random_like(params, 99)}
     state = TrainState(jnp.int32(number), params, moments, ema, jnp.int32(2))
     with checkpoint.Checkpoints(workdir, CheckpointConfig()) as saves:
         saves.save(number, state, {"config": schema.to_dict(Config()), "data": {}, "tokenizer_hash": "abc"}, None)
@@ -67,7 +61,7 @@ def same(a, b) -> bool:
 
 
 def test_keep_reads_every_parameter(tmp_path):
-    old = random_like(model_of()[1], 0)
+    old = toys.random_like(model_of()[1], 0)
     got, origin, unused = initialize(save(tmp_path / "old", old), ((".*", "keep"),))
     for path, leaf in param_paths.flatten(old).items():
         assert same(got[path], leaf) and origin[path] == "old@7"
@@ -75,7 +69,7 @@ def test_keep_reads_every_parameter(tmp_path):
 
 
 def test_reinit_initialises_as_the_model_would_and_keeps_the_rest(tmp_path):
-    old = random_like(model_of()[1], 0)
+    old = toys.random_like(model_of()[1], 0)
     rules = ((r"decoder/layers/mlp/.*|embed/embedding", "reinit"), (".*", "keep"))
     got, origin, unused = initialize(save(tmp_path, old), rules)
     fresh, kept = param_paths.flatten(fresh_of()), param_paths.flatten(old)
@@ -88,7 +82,7 @@ def test_reinit_initialises_as_the_model_would_and_keeps_the_rest(tmp_path):
 
 def test_averaged_parameters_are_preferred(tmp_path):
     """The average has the trained parameters only; frozen ones are read from the parameters."""
-    old, average = random_like(model_of()[1], 0), random_like(model_of()[1], 1)
+    old, average = toys.random_like(model_of()[1], 0), toys.random_like(model_of()[1], 1)
     ema = param_paths.select(average, {path: "/mlp/" in path for path in param_paths.flatten(old)})
     got, origin, _ = initialize(save(tmp_path / "old", old, ema), ((".*", "keep"),))
     for path, leaf in got.items():
@@ -97,7 +91,7 @@ def test_averaged_parameters_are_preferred(tmp_path):
 
 
 def test_renamed_parameters_are_read_from_the_path_with_groups_filled_in(tmp_path):
-    old = random_like(model_of()[1], 0)
+    old = toys.random_like(model_of()[1], 0)
     flat = param_paths.flatten(old)
     moved = {path.replace("decoder/layers/", "encoder/stack/"): leaf for path, leaf in flat.items()}
     moved["table"] = moved.pop("embed/embedding")
@@ -120,7 +114,7 @@ def refusal(saved, rules, cfg: ModelConfig = SMALL, seq_len: int = 8) -> str:
 
 
 def test_rules_that_do_not_fit_are_refused_with_advice(tmp_path):
-    old = param_paths.flatten(random_like(model_of()[1], 0))
+    old = param_paths.flatten(toys.random_like(model_of()[1], 0))
     old["decoder/final_norm/scales"] = old.pop("decoder/final_norm/scale")
     saved = save(tmp_path, param_paths.unflatten(old))
     keep = ((".*", "keep"),)
@@ -142,7 +136,7 @@ def test_rules_that_do_not_fit_are_refused_with_advice(tmp_path):
 
 def test_parameters_that_are_not_used_are_named(tmp_path):
     untied = dataclasses.replace(SMALL, tie_embeddings=False)
-    saved = save(tmp_path, random_like(model_of(untied)[1], 0))
+    saved = save(tmp_path, toys.random_like(model_of(untied)[1], 0))
     origin_of, unused = init_from.sources(model_of()[1], (("embed/position.*", "reinit"), (".*", "keep")), saved)
     assert unused == ["embed/position_embedding", "lm_head/kernel"]
     old, new = ModelConfig(num_heads=2), ModelConfig(num_heads=4)
@@ -156,7 +150,7 @@ def test_parameters_that_are_not_used_are_named(tmp_path):
 
 def test_a_fine_tuned_run_can_be_fine_tuned_again(tmp_path):
     rules = ((r"embed/position_embedding", "reinit"), (".*", "keep"))
-    first = random_like(model_of()[1], 0)
+    first = toys.random_like(model_of()[1], 0)
     second, _, _ = initialize(save(tmp_path / "a", first), rules)
     saved = save(tmp_path / "b", param_paths.unflatten(second), ema=param_paths.unflatten(second), number=3)
     third, origin, _ = initialize(saved, ((".*", "keep"),))
@@ -167,7 +161,7 @@ def test_a_fine_tuned_run_can_be_fine_tuned_again(tmp_path):
 def test_nothing_but_parameters_is_read(tmp_path):
     """Step, moments and skipped steps start at zero, the average at the parameters."""
     model, abstract = model_of()
-    old = random_like(abstract, 0)
+    old = toys.random_like(abstract, 0)
     saved = save(tmp_path, old)
     saved.info["config"] = schema.to_dict(Config(train=TrainConfig(total=schema.Duration(steps=1))))
     optimizer = optim.build(OptimConfig(schedule="constant"), abstract, total_steps=1, warmup_steps=0, decay_steps=0)
@@ -229,7 +223,7 @@ def tables_of(cfg, old, new):
 @pytest.mark.parametrize("tie", [True, False])
 def test_new_ids_begin_as_the_mean_of_the_others_and_the_table_says_so(tmp_path, rows, tie):
     cfg = dataclasses.replace(SMALL, tie_embeddings=tie, vocab_size=toys.VOCAB)
-    old = random_like(model_of(cfg)[1], 0)
+    old = toys.random_like(model_of(cfg)[1], 0)
     saved = save(tmp_path, old)
     trained, ids = toys.VOCAB - 5, toys.VOCAB - 4  # padding rows at the end, of which one becomes an id
     there = dataclasses.replace(cfg, vocab_size=rows)
@@ -254,7 +248,7 @@ def test_new_ids_begin_as_the_mean_of_the_others_and_the_table_says_so(tmp_path,
 
 
 def test_without_new_ids_every_row_is_read_as_it_is(tmp_path):
-    old = random_like(model_of()[1], 0)
+    old = toys.random_like(model_of()[1], 0)
     saved, (model, abstract) = save(tmp_path, old), model_of()
     words = tables_of(SMALL, toys.VOCAB, toys.VOCAB)
     origin_of, _ = init_from.sources(abstract, ((".*", "keep"),), saved, words)
@@ -264,7 +258,7 @@ def test_without_new_ids_every_row_is_read_as_it_is(tmp_path):
 
 
 def test_only_tables_of_ids_may_have_another_size(tmp_path):
-    saved = save(tmp_path, random_like(model_of()[1], 0))
+    saved = save(tmp_path, toys.random_like(model_of()[1], 0))
     wider = model_of(dataclasses.replace(SMALL, embed_dim=16))[1]
     with pytest.raises(ConfigError, match="has shape"):
         init_from.sources(wider, ((".*", "keep"),), saved, tables_of(SMALL, 3, toys.VOCAB))

@@ -24,22 +24,10 @@ from lm.types import ModelFns, Params
 VOCAB = 50  # rows of the embedding are 128: the rest is padding
 
 GPT2 = ModelConfig(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24)
-LLAMA = ModelConfig(
-    num_layers=2,
-    embed_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=24,
-    position="rope",
-    norm="rmsnorm",
-    mlp="swiglu",
-    use_bias=False,
-    tie_embeddings=False,
-    qk_norm=True,
-    logit_softcap=30.0,
-    attention_softcap=20.0,
-    sliding_window=5,
+PLAIN_LLAMA = dataclasses.replace(
+    GPT2, num_kv_heads=2, position="rope", norm="rmsnorm", mlp="swiglu", use_bias=False, tie_embeddings=False
 )
+LLAMA = dataclasses.replace(PLAIN_LLAMA, qk_norm=True, logit_softcap=30.0, attention_softcap=20.0, sliding_window=5)
 STYLES = {"gpt2": GPT2, "llama": LLAMA}
 MOE = dataclasses.replace(LLAMA, num_experts=4, experts_per_token=2, sliding_window=0)
 T5 = dataclasses.replace(
@@ -71,6 +59,18 @@ def decoder(cfg: ModelConfig, seq_len: int, seed: int = 0) -> tuple[ModelConfig,
     params = jax.jit(model.init)(jax.random.key(seed))
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), params)
     return cfg, model, moved
+
+
+def random_like(shapes: Any, seed: int = 0, scale: float = 1.0) -> Any:
+    """Normal values for a tree of arrays or of their shapes, of the same dtypes: none that an initialiser makes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+
+
+def random_params(cfg: ModelConfig, seed: int = 0, scale: float = 1.0) -> Params:
+    """Parameters of a text model without a head; `cfg`: resolved."""
+    shapes = jax.eval_shape(transformer.text_model(cfg, jnp.float32).init, jax.random.key(0))
+    return random_like(shapes, seed, scale)
 
 
 def batch(rows: int, seq_len: int, seed: int = 0) -> dict[str, np.ndarray]:
