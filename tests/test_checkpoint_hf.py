@@ -323,16 +323,6 @@ def test_keys_that_are_absent_or_null_mean_what_transformers_takes(name, folder)
         assert outcome(less | {key: None}) == outcome(whole), f"{key}: null"
 
 
-def test_llama_has_no_windows_and_mistral_has_them_in_all_layers(folder):
-    """As in transformers, whatever `layer_types` says."""
-    types = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
-    for name, window in (("llama", 0), ("mistral", 5)):
-        config = json.loads((folder(name) / "config.json").read_text()) | types
-        model = hf.families.model_of(hf.FAMILIES[name], config, Path("c"))
-        assert (model.sliding_window, model.global_every) == (window, 0)
-    assert "sliding_window" in hf.families.not_read(hf.FAMILIES["llama"], config)
-
-
 def test_verify_reads_the_text_with_the_tokenizer_of_a_hub_cache(tmp_path, capsys):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "123"
     published.folder("byte_bpe", snapshot)
@@ -378,23 +368,6 @@ def test_a_model_in_shards_and_one_without_its_head_are_read(folder, tmp_path):
     for name in ("shards", "base"):
         flat = param_paths.flatten(read(tmp_path / name)[2])
         assert flat.keys() == whole.keys() and all(np.array_equal(flat[path], whole[path]) for path in flat)
-
-
-def test_config_of_older_versions_is_read(folder):
-    """rope_theta and rope_scaling at the top, as transformers 4 wrote them; no layer_types."""
-    config = json.loads((folder("llama3") / "config.json").read_text())
-    new = hf.families.model_of(hf.FAMILIES["llama"], config, Path("c"))
-    parameters = config.pop("rope_parameters")
-    config |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
-    assert hf.families.model_of(hf.FAMILIES["llama"], config, Path("c")) == new
-    gemma = json.loads((folder("gemma3") / "config.json").read_text())
-    new = hf.families.model_of(hf.FAMILIES["gemma3_text"], gemma, Path("c"))
-    del gemma["layer_types"]
-    full, local = (gemma["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
-    del gemma["rope_parameters"]
-    gemma |= {"rope_theta": full["rope_theta"], "rope_local_base_freq": local["rope_theta"]}
-    assert hf.families.model_of(hf.FAMILIES["gemma3_text"], gemma, Path("c")) == new
-    assert dataclasses.replace(new, sliding_window=0) != new
 
 
 # BERT ----------------------------------------------------------------------------------------------------------------
@@ -526,38 +499,3 @@ def test_an_encoder_for_sentences_has_the_embeddings_of_mean_pooling(tmp_path, c
     np.testing.assert_array_equal(bert_there(back, batch).last_hidden_state.numpy(), hidden)
     tool_modules.call("hf", "verify", tmp_path / "there", "--positions=64")
     assert "equal: hidden states within" in capsys.readouterr().out
-
-
-def test_older_names_and_repeated_tensors_of_bert_are_read(tmp_path):
-    from safetensors.numpy import save_file
-
-    theirs = bert(transformers.BertForMaskedLM)
-    theirs.save_pretrained(tmp_path)
-    _, _, wanted = read(tmp_path)
-    tensors = tensors_of(tmp_path)
-    embedding = tensors["bert.embeddings.word_embeddings.weight"]
-    tensors["cls.predictions.decoder.weight"] = embedding
-    tensors["bert.embeddings.position_ids"] = np.arange(128)[None]
-    older = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-        for name, tensor in tensors.items()
-    }
-    save_file(older, tmp_path / "model.safetensors")
-    _, _, params = read(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, params, wanted)
-    older["cls.predictions.decoder.bias"] = 1 + older["cls.predictions.bias"]
-    save_file(older, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"'cls\.predictions\.decoder\.bias' differs from 'cls\.predictions\.bias'"
-    ):
-        hf.open_model(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("tie_word_embeddings", False), ("type_vocab_size", 3), ("hidden_act", "relu"), ("is_decoder", True)],
-)
-def test_a_bert_that_computes_something_else_is_refused(key, value, folder, tmp_path):
-    config = json.loads((folder("bert") / "config.json").read_text()) | {key: value}
-    with pytest.raises(CheckpointError, match=f"{key} is {value!r}"):
-        hf.families.model_of(hf.FAMILIES["bert"], config, Path("config.json"))

@@ -639,3 +639,85 @@ def test_a_head_that_the_files_of_no_family_have_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="files of a bert have no place for this task's head"):
         export.export(tmp_path / "out", cfg, toys.random_params(cfg), vocab_size=210, head=Head("pooled", 2))
     assert not (tmp_path / "out").exists()
+
+
+# config.json of other families and other years -----------------------------------------------------------------------
+
+LLAMA_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+    "max_position_embeddings": 8192,
+}
+GEMMA_CONFIG = LLAMA_CONFIG | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 7,
+    "head_dim": 16,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 256,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+}
+
+
+def model_of(config: dict[str, Any]) -> ModelConfig:
+    return hf.families.model_of(hf.FAMILIES[config["model_type"]], config, Path("config.json"))
+
+
+def test_llama_has_no_windows_and_mistral_has_them_in_all_layers():
+    """As in transformers, whatever `layer_types` says."""
+    types = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
+    for name, window in (("llama", 0), ("mistral", 5)):
+        model = model_of(LLAMA_CONFIG | {"model_type": name} | types)
+        assert (model.sliding_window, model.global_every) == (window, 0)
+    assert "sliding_window" in hf.families.not_read(hf.FAMILIES["llama"], LLAMA_CONFIG | types)
+
+
+def test_the_config_of_rope_is_read_as_transformers_4_and_5_write_it():
+    """Version 4 has rope_theta and rope_scaling at the top, and no layer_types."""
+    factors = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = {"rope_type": "llama3", "original_max_position_embeddings": 1024, **factors}
+    new = model_of(LLAMA_CONFIG | {"rope_parameters": {"rope_theta": 5e5, **scaling}})
+    assert (new.rope_theta, new.rope_scaling.kind, new.rope_scaling.factor) == (5e5, "llama3", 8.0)
+    assert model_of(LLAMA_CONFIG | {"rope_theta": 5e5, "rope_scaling": scaling}) == new
+
+    kinds = {"full_attention": 1e6, "sliding_attention": 2e4}
+    ropes = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in kinds.items()}
+    gemma = model_of(GEMMA_CONFIG | {"rope_parameters": ropes})
+    assert (gemma.rope_theta, gemma.rope_local_theta, gemma.sliding_window, gemma.global_every) == (1e6, 2e4, 7, 6)
+    older = GEMMA_CONFIG | {"rope_theta": 1e6, "rope_local_base_freq": 2e4}
+    del older["layer_types"]
+    assert model_of(older) == gemma
+
+
+def test_older_names_and_repeated_tensors_of_bert_are_read(tmp_path):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=210)
+    wanted, file = params_of(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    tensors["bert.embeddings.position_ids"] = np.arange(64)[None]
+    older = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    assert older.keys() != tensors.keys()
+    save_file(older, file)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), wanted)
+    older["cls.predictions.decoder.bias"] = 1 + older["cls.predictions.bias"]
+    save_file(older, file)
+    assert "'cls.predictions.decoder.bias' differs from 'cls.predictions.bias'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tie_word_embeddings", False), ("type_vocab_size", 3), ("hidden_act", "relu"), ("is_decoder", True)],
+)
+def test_a_bert_that_computes_something_else_is_refused(key, value, tmp_path):
+    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
+    export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=210)
+    change(tmp_path, "config.json", **{key: value})
+    assert f"{key} is {value!r}" in refusal(tmp_path)
