@@ -99,7 +99,8 @@ def show_answers(tuned: Path, seconds: float) -> None:
     for column in ("question", "as published", f"after {summary['steps']} steps of LoRA"):
         table.add_column(column)
     for name in dict.fromkeys(name for _, name in answers):
-        table.add_row(*(visible(text.strip()) for text in (name, answers[0, name], answers[summary["steps"], name])))
+        shown = (name, *(answers.get((step, name), "") for step in (0, summary["steps"])))
+        table.add_row(*(visible(text.strip()) for text in shown))
     console.print(table)
     console.print(
         f"Held-out nats per answer token: {summary['before']['nll']:.3f} before, {summary['nll']:.3f} after. "
