@@ -168,7 +168,8 @@ def _check_saved(adapter: Adapter, names: set[str], known: list[str]) -> None:
       names: its tensors, without the prefix.
       known: tensors of the base and of its heads.
     """
-    saved = _strings(adapter.tensors.config.get("modules_to_save"))
+    theirs = adapter.tensors.config
+    saved = _strings(theirs.get("modules_to_save"))
     there = {module_of(name) for name in names}
     for name in known:
         name, module = name.format(0), module_of(name.format(0))
