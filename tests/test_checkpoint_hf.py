@@ -33,6 +33,7 @@ SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key
 SIZES |= dict(vocab_size=VOCAB, max_position_embeddings=LONG)
 GPT2 = dict(n_layer=2, n_embd=32, n_head=4, n_positions=256, vocab_size=VOCAB, bos_token_id=1, eos_token_id=1)
 BERT = SIZES | dict(max_position_embeddings=128)
+ROBERTA = BERT | dict(max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
@@ -50,11 +51,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", SIZES | dict(num_hidden_layers=3, head_dim=16, sliding_window=7, query_pre_attn_scalar=24)),
     "gemma3": ("gemma3_text", SIZES | dict(num_hidden_layers=7, head_dim=16, sliding_window=7)),
     "bert": ("bert", BERT),
+    "roberta": ("roberta", ROBERTA),
 }
 FAMILIES = list(CONFIGS)
-GENERATING = [name for name in FAMILIES if name != "bert"]
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+GENERATING = [name for name in FAMILIES if name not in ENCODERS]
 CONFIGS |= {
     "bert, tanh GELU": ("bert", BERT | dict(hidden_act="gelu_new")),
+    "roberta, another padding id": ("roberta", ROBERTA | dict(pad_token_id=5, type_vocab_size=2)),
+    "xlm-roberta": ("xlm-roberta", ROBERTA),
     "gpt2 untied, narrow MLP": ("gpt2", GPT2 | dict(tie_word_embeddings=False, n_inner=40)),
     "llama tied": ("llama", SIZES | dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
     "mistral without window": ("mistral", SIZES | dict(sliding_window=None)),
@@ -89,7 +94,7 @@ def folder(tmp_path_factory):
 
 
 def auto(kind: str) -> Any:
-    return transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
+    return transformers.AutoModelForMaskedLM if kind in ENCODERS else transformers.AutoModelForCausalLM
 
 
 @functools.cache
@@ -120,7 +125,14 @@ def logits_here(cfg: Any, fns: Any, params: Any, batch: Any) -> jax.Array:
     return losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
 
 
+def there_positions(model: Any, positions: np.ndarray) -> np.ndarray:
+    """Positions as transformers takes them: a RoBERTa counts them from the row after that of its padding."""
+    is_roberta = model.config.model_type in ("roberta", "xlm-roberta")
+    return positions + (model.config.pad_token_id + 1 if is_roberta else 0)
+
+
 def logits_there(model: Any, tokens: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    positions = there_positions(model, positions)
     ids, mask, positions = (torch.from_numpy(np.asarray(x)).long() for x in (tokens, mask, positions))
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.numpy()
@@ -231,21 +243,21 @@ def test_repetition_penalty_and_minimum_length_are_those_of_transformers(name, f
 def test_gradients_are_those_of_transformers(name, folder, tmp_path):
     """Of the mean cross-entropy of the next ids, of BERT of the same ids; exported, so that they have its names."""
     cfg, fns, params = read(folder(name))
-    tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 24)).astype(np.int32)
+    tokens = np.random.default_rng(1).integers(2, VOCAB, (2, 24)).astype(np.int32)  # torch gives padding no gradient
     mask = np.ones_like(tokens)
     positions = np.tile(np.arange(24, dtype=np.int32), (2, 1))
 
     def loss(params: Any) -> jax.Array:
         batch = {"tokens": tokens, "segment_ids": mask, "positions": positions}
         chances = jax.nn.log_softmax(logits_here(cfg, fns, params, batch))
-        chances, targets = (chances, tokens) if name == "bert" else (chances[:, :-1], tokens[:, 1:])
+        chances, targets = (chances, tokens) if name in ENCODERS else (chances[:, :-1], tokens[:, 1:])
         return -jnp.take_along_axis(chances, targets[..., None], axis=-1).mean()
 
     gradients = jax.jit(jax.grad(loss))(params)
     model = theirs(name)
     model.zero_grad()
-    ids = torch.from_numpy(tokens).long()
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    ids, places = (torch.from_numpy(each).long() for each in (tokens, there_positions(model, positions)))
+    model(input_ids=ids, labels=ids, position_ids=places, use_cache=False).loss.backward()
     export.export(tmp_path / "gradients", cfg, gradients, vocab_size=VOCAB)
     mine = tensors_of(tmp_path / "gradients")
     wanted = {key: each.grad.numpy() for key, each in model.named_parameters() if key in mine}
@@ -271,9 +283,8 @@ def test_export_writes_the_bytes_that_were_read(name, folder, tmp_path):
     cfg, _, params = read(folder(name))
     export.export(tmp_path / "one", cfg, params, vocab_size=VOCAB)
     first, there = tensors_of(tmp_path / "one"), tensors_of(folder(name))
-    for each in ("lm_head.weight", "cls.predictions.decoder.weight") if cfg.tie_embeddings else ():
+    for each in hf.FAMILIES[CONFIGS[name][0]].repeats if cfg.tie_embeddings else ():
         there.pop(each, None)
-    there.pop("cls.predictions.decoder.bias", None)
     assert first.keys() == there.keys()
     for key in first:
         assert first[key].tobytes() == there[key].tobytes() and first[key].shape == there[key].shape, key
@@ -290,7 +301,7 @@ def test_transformers_computes_the_same_from_an_export(name, folder, tmp_path):
     cfg, _, params = read(folder(name))
     export.export(tmp_path / "out", cfg, params, vocab_size=VOCAB)
     back = auto(CONFIGS[name][0]).from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
-    if name != "mistral without window":  # which is a Llama
+    if name not in ("mistral without window", "xlm-roberta"):  # which are a Llama and a RoBERTa
         assert type(back) is type(theirs(name))
     tokens = np.arange(60, dtype=np.int32)[None] % VOCAB
     positions = np.arange(60, dtype=np.int32)[None] + (cfg.max_len - 60 if name != "dynamic" else 0)
@@ -333,7 +344,7 @@ def test_verify_reads_the_text_with_the_tokenizer_of_a_hub_cache(tmp_path, capsy
     assert "real text" in said and "no tokenizer" not in said
 
 
-@pytest.mark.parametrize(("name", "stack"), [("llama", "decoder"), ("bert", "encoder")])
+@pytest.mark.parametrize(("name", "stack"), [("llama", "decoder"), ("bert", "encoder"), ("roberta", "encoder")])
 def test_verify_says_equal_or_names_the_layer(name, stack, folder, capsys, monkeypatch):
     tool_modules.call("hf", "verify", folder(name), "--positions=64")
     assert "equal: logits within 1e-05" in capsys.readouterr().out
@@ -374,27 +385,29 @@ def test_a_model_in_shards_and_one_without_its_head_are_read(folder, tmp_path):
 
 
 def bert(auto: Any, **values: Any) -> Any:
-    """A tiny model of transformers with all parameters moved."""
+    """A tiny model of transformers, BERT or RoBERTa, with all parameters moved."""
     torch.manual_seed(0)
-    model = auto(transformers.BertConfig(**BERT, **values)).eval()
+    sizes = BERT if auto.__name__.startswith("Bert") else ROBERTA
+    model = auto(auto.config_class(**sizes, **values)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def sentences() -> dict[str, np.ndarray]:
-    """Rows of two sentences; padded on the left, on the right, and not at all."""
+def sentences(types: int = 2) -> dict[str, np.ndarray]:
+    """Rows of two sentences, of so many types; padded on the left, on the right, and not at all."""
     tokens = np.random.default_rng(3).integers(0, VOCAB, (3, 24)).astype(np.int32)
     mask = np.ones_like(tokens)
     mask[0, :7], mask[1, -5:] = 0, 0
     positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
-    types = np.repeat([[0, 1]], [14, 10], axis=1).astype(np.int32)
-    return {"tokens": tokens, "segment_ids": mask, "positions": positions, "type_ids": np.repeat(types, 3, axis=0)}
+    types_L = np.repeat([[0, types - 1]], [14, 10], axis=1).astype(np.int32)
+    return {"tokens": tokens, "segment_ids": mask, "positions": positions, "type_ids": np.repeat(types_L, 3, axis=0)}
 
 
 def bert_there(model: Any, batch: dict[str, np.ndarray]) -> Any:
-    tokens, mask, positions, types = (torch.from_numpy(batch[key]).long() for key in sentences())
+    given = batch | {"positions": there_positions(model, batch["positions"])}
+    tokens, mask, positions, types = (torch.from_numpy(given[key]).long() for key in sentences())
     with torch.no_grad():
         return model(
             input_ids=tokens,
@@ -426,12 +439,16 @@ def params_here(opened: hf.Published, model: Any) -> Any:
         (transformers.BertForSequenceClassification, Head("pooled", 3), "first"),
         (transformers.BertForTokenClassification, Head("token", 3), "first"),
         (transformers.BertForPreTraining, Head("pooled", 2, keeps_unembed=True), "first"),
+        (transformers.RobertaForMaskedLM, None, "first"),
+        (transformers.RobertaForSequenceClassification, Head("pooled", 3), "first"),
+        (transformers.RobertaForTokenClassification, Head("token", 3), "first"),
     ],
 )
 def test_bert_and_its_heads_are_those_of_transformers_and_exported_as_they_were(auto, head, pool, tmp_path):
     theirs = bert(auto, num_labels=3) if head and head.size == 3 else bert(auto)
     theirs.save_pretrained(tmp_path / "there")
-    opened, batch = hf.open_model(tmp_path / "there"), sentences()
+    opened = hf.open_model(tmp_path / "there")
+    batch = sentences(opened.model.sentence_types)
     cfg = dataclasses.replace(opened.model, pool=pool)
     model = transformer.text_model(cfg, jnp.float32, head)
     params = params_here(opened, model)
@@ -455,7 +472,7 @@ def test_bert_and_its_heads_are_those_of_transformers_and_exported_as_they_were(
     more = {"id2label": {i: f"LABEL_{i}" for i in range(3)}} if head and head.size == 3 else {}
     export.export(tmp_path / "out", cfg, params, vocab_size=VOCAB, head=head, about=more)
     first, there = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "there")
-    there = {key: value for key, value in there.items() if not key.startswith("cls.predictions.decoder")}
+    there = {key: value for key, value in there.items() if key not in opened.family.repeats}
     assert {key: value.tobytes() for key, value in first.items()} == {key: v.tobytes() for key, v in there.items()}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == [auto.__name__]

@@ -408,6 +408,7 @@ def _theirs(pair: Pair, batch: dict[str, Any]) -> Any:
     import torch
 
     tokens, mask, positions = (torch.from_numpy(batch[k]).long() for k in ("tokens", "segment_ids", "positions"))
+    positions += pair.model.unused_positions
     more = {} if pair.model.kind == "encoder" else {"use_cache": False}
     with torch.no_grad():
         return pair.theirs(

@@ -168,6 +168,8 @@ class ModelConfig:
     mlp_dim: int = 0  # 0 = 4 * embed_dim
     vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's, rounded up to a multiple of 128
     max_len: int = 0  # rows of the learned position table; 0 = data.seq_len
+    unused_positions: int = 0  # more rows of that table, before that of position 0, which are not read (RoBERTa)
+    sentence_types: int = 2  # rows of an encoder's sentence embedding; 1 = all sentences have the same (RoBERTa)
     patch_size: int = 4  # vit and mae: side of the square patches of an image, in pixels
     # Llama: rope. relative = T5's bias; sincos = fixed sines of row and column, for vit and mae.
     position: Literal["learned", "rope", "relative", "sincos"] = "learned"
@@ -260,6 +262,13 @@ def check_model(model: ModelConfig) -> None:
             f"'model.lm_transform' is set, but 'model.kind' {model.kind} does not support it": (
                 not model.lm_transform or is_stack
             ),
+            f"'model.unused_positions' is {model.unused_positions}; expected 0 or more, and 0 unless 'model.position' is "
+            f"learned (it is {model.position}) in a model of text": (
+                model.unused_positions == 0
+                or (model.unused_positions > 0 and model.position == "learned" and not is_vision)
+            ),
+            f"'model.sentence_types' is {model.sentence_types}; expected at least 1, and 2 unless 'model.kind' is encoder "
+            f"(it is {model.kind})": model.sentence_types == 2 or (model.sentence_types > 0 and model.kind == "encoder"),
             f"'model.embed_norm' is for models of text; 'model.kind' {model.kind} needs it to be False": (
                 not is_vision or not model.embed_norm
             ),

@@ -127,10 +127,13 @@ class Embed(nn.Module):
         if cfg.scale_embeddings:
             x_BxLxD *= jnp.asarray(math.sqrt(cfg.embed_dim), self.dtype)
         if cfg.position == "learned":
-            x_BxLxD += layers.lookup(table("position_embedding", cfg.max_len, "position", SMALL), positions_BxL)
+            rows = cfg.unused_positions + cfg.max_len
+            table_PxD = table("position_embedding", rows, "position", SMALL)
+            x_BxLxD += layers.lookup(table_PxD, positions_BxL + cfg.unused_positions)
         if cfg.kind == "encoder":
-            types_BxL = jnp.zeros_like(tokens_BxL) if types_BxL is None else types_BxL
-            x_BxLxD += layers.lookup(table("type_embedding", 2, "type", SMALL), types_BxL)
+            if types_BxL is None or cfg.sentence_types == 1:
+                types_BxL = jnp.zeros_like(tokens_BxL)
+            x_BxLxD += layers.lookup(table("type_embedding", cfg.sentence_types, "type", SMALL), types_BxL)
         if cfg.embed_norm:
             x_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="norm")(x_BxLxD)
         return x_BxLxD, embedding_VxD

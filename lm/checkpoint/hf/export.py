@@ -13,6 +13,7 @@ from lm.checkpoint.hf import families, files
 from lm.checkpoint.hf.families import Tensor
 from lm.checkpoint.store import CheckpointError
 from lm.config import ModelConfig
+from lm.config.schema import ConfigError
 from lm.types import Head, Params
 
 # Parameters with a row, or a column, for each id.
@@ -46,7 +47,8 @@ def export(
       shard_bytes: size of a file at most, unless one tensor is larger.
 
     Raises:
-      ConfigError: the model is of no family's shape, or its family has no place for the head.
+      ConfigError: the model is of no family's shape, its family has no place for the head, or `about` contradicts the
+        config.json that the model needs.
       CheckpointError: the parameters are not those of this model.
     """
     from safetensors.numpy import save_file
@@ -65,6 +67,14 @@ def export(
         )
     if missing := sorted(table.keys() - flat.keys()):
         raise CheckpointError(f"no parameter '{missing[0]}', which a {family.model_type} has")
+    config = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
+    config["architectures"] = [architecture]
+    for key, value in about.items():
+        if config.get(key, value) not in (value, None):
+            raise ConfigError(
+                f"{key} of this run is {value!r}, by its tokenizer or task; a {family.model_type} that computes the same "
+                f"has {config[key]!r}: train it with a tokenizer that fits"
+            )
     # Name -> the parameters whose parts the tensor is made of, and the layer where a parameter stacks layers.
     entries: dict[str, list[tuple[Tensor, int | None]]] = {}
     for path, entry in table.items():
@@ -90,8 +100,6 @@ def export(
         (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, content in others.items():
         (folder / name).write_bytes(content)
-    config = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
-    config["architectures"] = [architecture]
     (folder / files.CONFIG).write_text(json.dumps(config | dict(about), indent=2) + "\n", encoding="utf-8")
 
 

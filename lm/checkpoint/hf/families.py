@@ -649,26 +649,39 @@ _GPT2 = Family(
 _BERT_MLP = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 
 
-def _bert_tensors(model: ModelConfig) -> list[Tensor]:
-    block, layer = "encoder/layers", "bert.encoder.layer.{}"
+def _bert_encoder(prefix: str) -> list[Tensor]:
+    """Embeddings and blocks, which BERT and RoBERTa have alike."""
+    block, layer = "encoder/layers", f"{prefix}.encoder.layer.{{}}"
     linear = {f"{block}/attention/{name}": f"{layer}.attention.self.{name}" for name in ("query", "key", "value")}
     linear |= {f"{block}/attention/out": f"{layer}.attention.output.dense"}
     linear |= {f"{block}/mlp/up": f"{layer}.intermediate.dense", f"{block}/mlp/down": f"{layer}.output.dense"}
-    linear["lm_transform/dense"] = "cls.predictions.transform.dense"
     norms = {f"{block}/attention_norm": f"{layer}.attention.output", f"{block}/mlp_norm": f"{layer}.output"}
-    norms |= {"embed/norm": "bert.embeddings", "lm_transform/norm": "cls.predictions.transform"}
+    norms["embed/norm"] = f"{prefix}.embeddings"
     tables = {"embedding": "word", "position_embedding": "position", "type_embedding": "token_type"}
-    out = [Tensor(f"embed/{a}", f"bert.embeddings.{b}_embeddings.weight") for a, b in tables.items()]
+    out = [Tensor(f"embed/{a}", f"{prefix}.embeddings.{b}_embeddings.weight") for a, b in tables.items()]
     out += [tensor for path, name in linear.items() for tensor in _dense(path, name)]
-    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
-        out += [Tensor(f"{path}/{ours}", f"{name}.LayerNorm.{theirs}") for path, name in norms.items()]
-    return [*out, Tensor("lm_transform/output_bias", "cls.predictions.bias")]
+    return out + [tensor for path, name in norms.items() for tensor in _norm(path, f"{name}.LayerNorm")]
+
+
+def _bert_tensors(model: ModelConfig) -> list[Tensor]:
+    transform = "cls.predictions.transform"
+    return [
+        *_bert_encoder("bert"),
+        *_dense("lm_transform/dense", f"{transform}.dense"),
+        *_norm("lm_transform/norm", f"{transform}.LayerNorm"),
+        Tensor("lm_transform/output_bias", "cls.predictions.bias"),
+    ]
+
+
+def _norm(path: str, name: str) -> list[Tensor]:
+    return [Tensor(f"{path}/scale", f"{name}.weight"), Tensor(f"{path}/bias", f"{name}.bias")]
 
 
 def _dense(path: str, name: str) -> list[Tensor]:
     return [Tensor(f"{path}/kernel", f"{name}.weight", True), Tensor(f"{path}/bias", f"{name}.bias")]
 
 
+_OLDER_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _BERT_POOLER = _dense("head/pooler", "bert.pooler.dense")
 _BERT_CLASSIFIER = _dense("head/classifier", "classifier")
 _NEXT_SENTENCE = "cls.seq_relationship"
@@ -727,11 +740,83 @@ _BERT = Family(
         "cls.predictions.decoder.weight": "embed/embedding",
         "cls.predictions.decoder.bias": "lm_transform/output_bias",
     },
-    older={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    older=_OLDER_NORMS,
     heads=_bert_heads,
     # The last under a name of its own, so that no other task of two classes takes it for its classifier.
     optional=(*_BERT_POOLER, *_BERT_CLASSIFIER, *_dense("next_sentence", _NEXT_SENTENCE)),
 )
 
+# RoBERTa -------------------------------------------------------------------------------------------------------------
+
+
+def _roberta_tensors(model: ModelConfig) -> list[Tensor]:
+    return [
+        *_bert_encoder("roberta"),
+        *_dense("lm_transform/dense", "lm_head.dense"),
+        *_norm("lm_transform/norm", "lm_head.layer_norm"),
+        Tensor("lm_transform/output_bias", "lm_head.bias"),
+    ]
+
+
+_ROBERTA_POOLED = _dense("head/pooler", "classifier.dense") + _dense("head/classifier", "classifier.out_proj")
+
+
+def _roberta_heads(head: Head, model: ModelConfig) -> tuple[str, list[Tensor]] | None:
+    if head.kind == "token":
+        return "RobertaForTokenClassification", _BERT_CLASSIFIER
+    if head.kind == "projection":  # for training only
+        return "RobertaModel", []
+    if model.pool != "first" or head.keeps_unembed:
+        return None
+    return "RobertaForSequenceClassification", _ROBERTA_POOLED
+
+
+def _roberta_more(theirs: Json, model: ModelConfig) -> Json:
+    """Positions are counted from the row after that of `pad_token_id`, which is that of padding."""
+    pad = theirs["pad_token_id"]
+    if not isinstance(pad, int) or not 0 <= pad < model.max_len - 1:
+        raise ConfigError(
+            f"pad_token_id is {pad!r}; expected 0 to {model.max_len - 2}, as positions begin at the row after it"
+        )
+    return {"unused_positions": pad + 1, "max_len": model.max_len - pad - 1}
+
+
+def _roberta_back(model: ModelConfig) -> Json:
+    return {
+        **{"pad_token_id": model.unused_positions - 1, "bos_token_id": None, "eos_token_id": None},
+        "max_position_embeddings": model.max_len + model.unused_positions,
+    }
+
+
+_ROBERTA = _BERT._replace(
+    model_type="roberta",
+    architecture="RobertaForMaskedLM",
+    prefix="roberta.",
+    keys=_BERT.keys | {"type_vocab_size": "sentence_types"},
+    defaults={
+        **_BERT.defaults,
+        **{"vocab_size": 50265, "type_vocab_size": 2, "pad_token_id": 1},
+    },
+    # The transform before the output projection has the exact GELU, whatever hidden_act says.
+    expected={
+        **{"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
+        **{"add_cross_attention": False, "tie_word_embeddings": True},
+    },
+    fixed=_BERT.fixed | {"mlp": "gelu_exact"},
+    more=_roberta_more,
+    more_back=_roberta_back,
+    tensors=_roberta_tensors,
+    ignored=r"(roberta\.)?embeddings\.position_ids",
+    repeats={"lm_head.decoder.weight": "embed/embedding", "lm_head.decoder.bias": "lm_transform/output_bias"},
+    heads=_roberta_heads,
+    # The pooler, which no head of RoBERTa reads, under a name of its own: classification has another one.
+    optional=(*_ROBERTA_POOLED, *_BERT_CLASSIFIER, *_dense("unused_pooler", "roberta.pooler.dense")),
+)
+# The same tensors; exported as a RoBERTa, which computes the same.
+_XLM_ROBERTA = _ROBERTA._replace(
+    model_type="xlm-roberta", architecture="XLMRobertaForMaskedLM", defaults=_ROBERTA.defaults | {"vocab_size": 30522}
+)
+
 # By model_type; export takes the first that fits.
-FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT)}
+_ALL = (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT, _ROBERTA, _XLM_ROBERTA)
+FAMILIES = {family.model_type: family for family in _ALL}
