@@ -25,6 +25,10 @@ class Pieces:
         return (ids < 4) | (ids >= self.mask_id)
 
     @property
+    def separator_ids(self) -> list[int]:
+        return [self.eos_id]
+
+    @property
     def mask_id(self) -> int:
         return 4 + len(WORDS)
 

@@ -18,8 +18,9 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# byte-level BPE as GPT-2 and SmolLM2, WordPiece as BERT, SentencePiece as Llama (lossless, dummy prefix) and as T5.
-KINDS = ("byte_bpe", "word_piece", "llama", "t5")
+# byte-level BPE as GPT-2 and SmolLM2 and as RoBERTa, WordPiece as BERT, SentencePiece as Llama (lossless, dummy prefix)
+# and as T5.
+KINDS = ("byte_bpe", "roberta", "word_piece", "llama", "t5")
 MARKS = ("<|im_end|>", "[MASK]", "</s>", "<pad>", "<unk>", "<0x41>", "<extra_id_0>", "\u2581", "\ufeff", "\r\n", "  ")
 
 
@@ -47,16 +48,22 @@ def _made(kind: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     if kind in ("llama", "t5"):
         return _sentencepiece(kind)
     pytest.importorskip("tokenizers", reason="needs the extra hf")
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    if kind == "byte_bpe":
+    if kind in ("byte_bpe", "roberta"):
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
-        specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        specials: list[Any] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        if kind == "roberta":
+            specials = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True, special=True)]
+            made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
         own = {"bos_token": specials[0], "eos_token": specials[0], "pad_token": specials[0], "chat_template": CHATML}
+        if kind == "roberta":
+            own = {f"{role}_token": f"<{role}>" for role in ("unk", "pad", "mask")}
+            own |= {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
     else:
         made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -65,6 +72,7 @@ def _made(kind: str) -> tuple[dict[str, bytes], dict[str, Any]]:
         specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=specials)
         own = {f"{name[1:-1].lower()}_token": name for name in specials}
+        made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         made.enable_truncation(8)  # as files of sentence encoders have it: must not cut texts
         made.enable_padding(length=8)
     made.train_from_iterator(PROSE, trainer)

@@ -33,6 +33,7 @@ from tests import tool_modules, toys
 
 MODEL = dataclasses.replace(toys.PLAIN_LLAMA, num_layers=3, vocab_size=300, max_len=64)
 BERT = dataclasses.replace(toys.BERT, vocab_size=210, max_len=64, norm_eps=1e-12)
+ROBERTA = dataclasses.replace(BERT, unused_positions=2, sentence_types=1)
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +234,7 @@ def params_of(folder: Path) -> Any:
     opened = hf.open_model(folder)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
-        f"params/{path}": jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
-        for path, shape in opened.shapes.items()
+        f"params/{path}": jax.ShapeDtypeStruct(opened.shapes[path], np.float32, sharding=where) for path in opened.table
     }
     return hf.load(opened, param_paths.unflatten(wanted))["params"]
 
@@ -721,3 +721,102 @@ def test_a_bert_that_computes_something_else_is_refused(key, value, tmp_path):
     export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=210)
     change(tmp_path, "config.json", **{key: value})
     assert f"{key} is {value!r}" in refusal(tmp_path)
+
+
+# RoBERTa -------------------------------------------------------------------------------------------------------------
+
+
+def round_trip(model: ModelConfig, folder: Path, vocab_size: int) -> Any:
+    """(model, parameters) of a random model's export, whose second export has the same bytes."""
+    cfg = transformer.resolve(model, vocab_size=vocab_size, seq_len=64)
+    written = toys.random_params(cfg)
+    export.export(folder / "one", cfg, written, vocab_size=vocab_size)
+    opened, params = hf.open_model(folder / "one"), params_of(folder / "one")
+    assert not hf.families.differences(opened.model, cfg)
+    jax.tree.map(np.testing.assert_array_equal, params, written)
+    export.export(folder / "two", opened.model, params, vocab_size=vocab_size)
+    for file in (folder / "one").iterdir():
+        assert file.read_bytes() == (folder / "two" / file.name).read_bytes(), file.name
+    return opened.model, params
+
+
+@pytest.mark.parametrize("unused", [1, 2, 6])
+def test_a_roberta_reads_positions_from_the_row_after_that_of_its_padding(unused, tmp_path):
+    """It is a BERT without the rows before that, and with the same embedding for both sentences."""
+    model, params = round_trip(dataclasses.replace(ROBERTA, unused_positions=unused), tmp_path, 210)
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["model_type"] == "roberta" and config["max_position_embeddings"] == 64 + unused
+    assert config["pad_token_id"] == unused - 1 and config["type_vocab_size"] == 1
+    plain = dataclasses.replace(model, unused_positions=0, sentence_types=2)
+    embed = params["embed"] | {"position_embedding": params["embed"]["position_embedding"][unused:]}
+    embed["type_embedding"] = np.repeat(params["embed"]["type_embedding"], 2, axis=0)
+    rng, ones = np.random.default_rng(0), np.ones((2, 64), np.int32)
+    batch = {"tokens": rng.integers(0, 210, (2, 64)), "positions": np.tile(np.arange(64), (2, 1)), "segment_ids": ones}
+    batch["type_ids"] = rng.integers(0, 2, (2, 64))
+    mine, want = (
+        transformer.text_model(cfg, np.float32).apply(each, batch).hidden_BxLxD
+        for cfg, each in ((model, params), (plain, params | {"embed": embed}))
+    )
+    assert np.isfinite(mine).all()
+    np.testing.assert_array_equal(mine, want)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("pad_token_id", 65, "pad_token_id is 65; expected 0 to 64, as positions begin at the row after it"),
+        ("pad_token_id", -1, "pad_token_id is -1; expected 0 to 64"),
+        ("hidden_act", "gelu_new", "hidden_act is 'gelu_new'"),
+        ("tie_word_embeddings", False, "tie_word_embeddings is False"),
+        (
+            "type_vocab_size",
+            2,
+            "token_type_embeddings.weight' has shape [1, 16]; the sizes in config.json need [2, 16]",
+        ),
+    ],
+)
+def test_a_roberta_that_computes_something_else_is_refused(key, value, message, tmp_path):
+    cfg = transformer.resolve(ROBERTA, vocab_size=210, seq_len=64)
+    export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=210)
+    change(tmp_path, "config.json", **{key: value})
+    assert message in refusal(tmp_path)
+
+
+def test_a_roberta_with_the_padding_of_another_tokenizer_is_not_exported(tmp_path):
+    cfg = transformer.resolve(ROBERTA, vocab_size=210, seq_len=64)
+    params = toys.random_params(cfg)
+    with pytest.raises(ConfigError, match=r"pad_token_id of this run is 0, .*a roberta that computes the same has 1"):
+        export.export(tmp_path / "out", cfg, params, vocab_size=210, about={"pad_token_id": 0, "bos_token_id": 0})
+    assert not (tmp_path / "out").exists()
+    export.export(tmp_path / "out", cfg, params, vocab_size=210, about={"pad_token_id": 1, "bos_token_id": 0})
+
+
+def test_the_classifiers_of_a_roberta_are_read_and_its_pooler_by_nobody(tmp_path):
+    cfg = transformer.resolve(ROBERTA, vocab_size=210, seq_len=64)
+    encoder = {name: each for name, each in toys.random_params(cfg).items() if not name.startswith("lm_")}
+    pooled = {"pooler": {"kernel": (16, 16), "bias": (16,)}, "classifier": {"kernel": (16, 3), "bias": (3,)}}
+    random = {
+        name: toys.random_like({key: np.zeros(shape, np.float32) for key, shape in each.items()})
+        for name, each in pooled.items()
+    }
+    for name, head in (("pooled", random), ("token", {"classifier": random["classifier"]})):
+        folder = tmp_path / name
+        export.export(folder, cfg, encoder | {"head": head}, vocab_size=210, head=Head(name, 3))
+        wanted, got = (param_paths.flatten(each) for each in (encoder | {"head": head}, params_of(folder)))
+        assert wanted.keys() <= got.keys()
+        for path, value in wanted.items():
+            np.testing.assert_array_equal(got[path], value, err_msg=path)
+    rewrite(
+        tmp_path / "token",
+        lambda tensors: tensors.update(
+            {
+                "roberta.pooler.dense.weight": np.ones((16, 16), np.float32),
+                "roberta.pooler.dense.bias": np.ones(16, np.float32),
+            }
+        ),
+    )
+    assert {"unused_pooler/kernel", "unused_pooler/bias"} <= hf.open_model(tmp_path / "token").table.keys()
+    assert "head/pooler/kernel" not in hf.open_model(tmp_path / "token").table
+    with pytest.raises(ConfigError, match="files of a roberta have no place for this task's head"):
+        head = Head("pooled", 2, keeps_unembed=True)  # of next sentences
+        export.export(tmp_path / "out", cfg, encoder, vocab_size=210, head=head)

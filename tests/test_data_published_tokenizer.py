@@ -58,7 +58,7 @@ def test_ids_and_offsets_are_those_of_transformers(both):
         # of its own, and puts no space before a text that begins with one, as SentencePiece itself does.
         if kind == "llama":
             text = text.lstrip(" \u2581")
-        same_as(tok, theirs, text, has_offsets=kind in ("byte_bpe", "word_piece"))
+        same_as(tok, theirs, text, has_offsets=kind in ("byte_bpe", "roberta", "word_piece"))
 
     if kind == "t5":  # transformers reads special tokens of its vocabulary out of any text
         for text in PROSE:
@@ -128,7 +128,7 @@ def test_lossless_kinds_round_trip_with_exact_byte_counts(kind, text):
 def test_kinds_that_change_text_say_so():
     changes = {kind: published.make(kind).changes_text for kind in KINDS}
     assert not changes["byte_bpe"] and changes["word_piece"] and changes["t5"]
-    assert [published.make(kind).added_space for kind in KINDS] == [0, 1, 1, 1]
+    assert [published.make(kind).added_space for kind in KINDS] == [0, 0, 1, 1, 1]
 
 
 def test_offsets_of_characters_that_take_several_ids():
@@ -221,6 +221,7 @@ def test_a_control_symbol_of_one_character_is_refused_where_a_text_has_it(tmp_pa
 def test_special_ids_of_each_kind():
     for kind, names in {
         "byte_bpe": ("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),  # padding = EOS
+        "roberta": ("<s>", "</s>", "<pad>"),
         "word_piece": ("[CLS]", "[SEP]", "[PAD]"),
         "llama": ("<s>", "</s>", "</s>"),
         "t5": ("<pad>", "</s>", "<pad>"),  # T5's decoder starts from the padding
@@ -449,6 +450,37 @@ def test_a_file_alone_is_read_with_the_usual_names_of_special_tokens(tmp_path):
     tok = tokenizer.load(tmp_path / "mine.json")
     assert [tok.piece(i) for i in (tok.bos_id, tok.eos_id, tok.mask_id)] == ["[CLS]", "[SEP]", "[MASK]"]
     assert json.loads(dict(tok.files)["tokenizer.json"])
+
+
+def test_the_separator_of_pairs_is_that_of_the_template_or_of_the_class(tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    spec = Tokenizer.from_str((published.folder("roberta", tmp_path) / "tokenizer.json").read_text())
+    for pair, count in (("<s> $A </s> </s> $B </s>", 2), ("<s> $A </s> $B </s>", 1), ("$A $B", 1), ("$A <s> $B", 1)):
+        spec.post_processor = processors.TemplateProcessing("<s> $A", pair, [("<s>", 0), ("</s>", 2)])
+        (tmp_path / "tokenizer.json").write_text(spec.to_str())
+        assert tokenizer.load(tmp_path).separator_ids == [2] * count
+    spec.post_processor = processors.Sequence(
+        [processors.ByteLevel(), processors.RobertaProcessing(("</s>", 2), ("<s>", 0))]
+    )
+    (tmp_path / "tokenizer.json").write_text(spec.to_str())
+    assert tokenizer.load(tmp_path).separator_ids == [2, 2]
+    for name, count in (("XLMRobertaTokenizer", 2), ("BertTokenizerFast", 1)):
+        folder = published.folder("byte_bpe", tmp_path / name, tokenizer_class=name)
+        assert len(tokenizer.load(folder).separator_ids) == count
+
+
+def test_vocabulary_and_merges_of_a_roberta_alone_have_its_special_tokens(tmp_path):
+    folder = published.folder("roberta", tmp_path / "whole")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = (" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"])
+    (tmp_path / "alone" / "merges.txt").write_text("\n".join(merges))
+    tok, whole = tokenizer.load(tmp_path / "alone"), published.make("roberta")
+    ids = ("bos_id", "eos_id", "pad_id", "mask_id", "separator_ids")
+    assert [getattr(tok, name) for name in ids] == [getattr(whole, name) for name in ids]
+    assert tok.encode("<s>a <mask>") == whole.encode("<s>a <mask>")
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

@@ -55,13 +55,13 @@ def test_documents_are_bos_their_ids_and_eos_with_their_bytes(kind, text):
     (row,), _ = rows_of("causal_lm", {"text": text}, tok, seq_len=1000)
     assert row["tokens"].tolist() == [tok.bos_id, *tok.encode(text)]
     assert row["targets"].tolist() == [*tok.encode(text), tok.eos_id] and row["loss_weights"].all()
-    if kind in ("byte_bpe", "llama"):  # exact, without the space that Llama's puts before a text
+    if kind in ("byte_bpe", "roberta", "llama"):  # exact, without the space that Llama's puts before a text
         assert target_bytes(tok, tok.token_bytes(), row["tokens"], row["targets"]).sum() == len(text.encode())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_tokens_are_text_and_the_mask_is_the_tokenizers(kind):
-    tok = published.make(kind, extra_ids=0 if kind == "word_piece" else 1)
+    tok = published.make(kind, extra_ids=0 if kind in ("roberta", "word_piece") else 1)
     for whole_words in (False, True):
         cfg = Config(task=toys.task("masked_lm", whole_words=whole_words, mask_rate=0.5), data=DataConfig(seq_len=64))
         (row,), _ = rows_of("masked_lm", {"text": "The cat sat on the mat, and one two three."}, tok)
@@ -127,9 +127,37 @@ def test_pairs_and_translations_have_the_special_ids_between_them(kind, first, s
     record = {"text": first, "text_pair": second, "label": "a"}
     (row,), _ = rows_of("classification", record, tok, seq_len=1000, options={"labels": ("a", "b")})
     ids = [tok.encode(text) for text in (first, second)]
-    assert row["tokens"].tolist() == [tok.bos_id, *ids[0], tok.eos_id, *ids[1], tok.eos_id]
+    separator = [tok.eos_id] * (2 if kind == "roberta" else 1)
+    assert row["tokens"].tolist() == [tok.bos_id, *ids[0], *separator, *ids[1], tok.eos_id]
+    assert row["type_ids"].tolist() == [0] * (1 + len(ids[0]) + len(separator)) + [1] * (len(ids[1]) + 1)
     (row,), _ = rows_of("translation", {"text": first, "target": second}, tok, seq_len=1000)
     assert row["inputs"].tolist() == [*ids[0], tok.eos_id] and row["tokens"].tolist() == [tok.bos_id, *ids[1]]
+
+
+@pytest.mark.parametrize("kind", ["roberta", "word_piece"])
+def test_pairs_are_those_of_transformers_in_every_task(kind, tmp_path):
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(published.folder(kind, tmp_path))
+    tok, first, second = published.make(kind), "The cat sat.", " It is so, and who said it?"
+    want = theirs(first, second)["input_ids"]
+    record = {"text": first, "text_pair": second, "label": "a"}
+    (row,), _ = rows_of("classification", record, tok, options={"labels": ("a", "b")})
+    assert row["tokens"].tolist() == want
+    for less in (1, 2, 3):
+        cut, counts = rows_of("classification", record, tok, seq_len=len(want) - less, options={"labels": ("a", "b")})
+        assert len(cut[0]["tokens"]) == len(want) - less and counts["sentence_cut"]
+
+    (row,), _ = rows_of("span_qa", {"question": first, "context": second, "answers": []}, tok)
+    assert row["tokens"].tolist() == want and row["type_ids"].sum() == len(tok.encode(second)) + 1
+
+    options = {"pairs": "order"}
+    cfg = Config(task=toys.task("masked_lm_pairs", **options), data=DataConfig(seq_len=100))
+    (row,), _ = rows_of("masked_lm_pairs", {"text": first + second}, tok, seq_len=100, options=options)
+    row["segment_ids"] = np.ones_like(row["tokens"])
+    made = [masked_lm.pair_sentences(row, np.random.default_rng(seed), tok, cfg) for seed in range(9)]
+    unchanged = next(each for each in made if not each["labels"])
+    used = int(unchanged["segment_ids"].sum())
+    want = theirs(f" {first}", second)["input_ids"]
+    assert unchanged["tokens"][:used].tolist() == want and unchanged["type_ids"].sum() == len(tok.encode(second)) + 1
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "llama"])

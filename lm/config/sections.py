@@ -268,7 +268,8 @@ def check_model(model: ModelConfig) -> None:
                 or (model.unused_positions > 0 and model.position == "learned" and not is_vision)
             ),
             f"'model.sentence_types' is {model.sentence_types}; expected at least 1, and 2 unless 'model.kind' is encoder "
-            f"(it is {model.kind})": model.sentence_types == 2 or (model.sentence_types > 0 and model.kind == "encoder"),
+            f"(it is {model.kind})": model.sentence_types == 2
+            or (model.sentence_types > 0 and model.kind == "encoder"),
             f"'model.embed_norm' is for models of text; 'model.kind' {model.kind} needs it to be False": (
                 not is_vision or not model.embed_norm
             ),

@@ -44,6 +44,8 @@ _USUAL = {
 }
 # Classes of transformers whose ids are those of the SentencePiece model. Others, such as XLM-R's, shift them.
 _SAME_IDS = re.compile(r"(Llama|CodeLlama|T5|Gemma|Albert|PreTrained)Tokenizer(Fast)?|TokenizersBackend")
+# Classes of transformers that separate the two texts of a pair by two end tokens.
+_DOUBLE_SEPARATOR = re.compile(r"(Roberta|XLMRoberta|Camembert|Longformer|MPNet|Bart|Barthez)Tokenizer(Fast)?")
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _PROBE = f"a  b\r\n\t\u2460\ufb01e\u0301\u00c5 \u65e5 {_SPACE}\U0001f600 \ufeffX x"
 _SPLITS = {  # regular expressions of byte-level BPE beyond GPT-2's, by the name that GGUF files have for them
@@ -111,7 +113,8 @@ class Published:
             merges = files["merges.txt"].decode().split("\n")
             pairs = [line for line in merges if line.strip() and not line.startswith("#version")]
             vocabulary = json.loads(files["vocab.json"])
-            specials = [text for text in said.specials.values() if text in vocabulary] or ["<|endoftext|>"]
+            usual = itertools.chain.from_iterable(_USUAL.values())
+            specials = [text for text in said.specials.values() or usual if text in vocabulary]
             options = _changed(said, {"add_prefix_space": False})
             return _Json(
                 _byte_level(vocabulary, pairs, specials, "gpt-2", options.get("add_prefix_space", False)), said, options
@@ -160,6 +163,18 @@ class Published:
     @property
     def eos_id(self) -> int:
         return self._first(*(("sep_token",) if "cls_token" in self._special else ()), "eos_token", "sep_token")
+
+    @functools.cached_property
+    def separator_ids(self) -> list[int]:
+        """Two of `eos_id` as RoBERTa and its relatives have it, which the template of tokenizer.json, the class of the
+        tokenizer, or a mask beside vocab.json and merges.txt says; else one."""
+        files, kind = dict(self.files), self._said.options.get("tokenizer_class") or ""
+        template = json.loads(files.get("tokenizer.json", b"{}")).get("post_processor") or {}
+        is_double = any(map(_doubles_separator, template.get("processors", [template])))
+        is_double |= bool(_DOUBLE_SEPARATOR.fullmatch(kind)) or (
+            "vocab.json" in files and "mask_token" in self._special
+        )
+        return [self.eos_id] * (2 if is_double else 1)
 
     @property
     def pad_id(self) -> int:
@@ -569,6 +584,16 @@ def _without_prefix(part: Any) -> Any:
     }
     kept = {key: _without_prefix(value) for key, value in part.items() if key != "add_prefix_space"}
     return kept | none.get(part.get("type", ""), {})
+
+
+def _doubles_separator(part: Mapping[str, Any]) -> bool:
+    """Whether a post_processor of tokenizer.json puts two end tokens between the texts of a pair."""
+    if part.get("type") == "RobertaProcessing":
+        return True
+    names = ["" if "Sequence" in each else each["SpecialToken"]["id"] for each in part.get("pair") or []]
+    between = names[names.index("") + 1 :] if "" in names else []
+    between = between[: between.index("")] if "" in between else []
+    return len(between) == 2 and between[0] == between[1]
 
 
 def _speller(spec: Mapping[str, Any]) -> Any:

@@ -207,6 +207,10 @@ class SentencePiece:
     def eos_id(self) -> int:
         return self._sp.eos_id()
 
+    @property
+    def separator_ids(self) -> list[int]:
+        return [self.eos_id]
+
     @functools.cached_property
     def role_ids(self) -> dict[str, int]:
         """Role -> id of its control symbol `<|role|>`."""

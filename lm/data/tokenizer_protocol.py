@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
       vocab_size: number of ids, extra ones included.
       bos_id: the start of a document, of a decoder's input or, in an encoder, [CLS].
       eos_id: the end of a document or, in an encoder, [SEP]; may equal `pad_id` and `bos_id`.
+      separator_ids: what stands between the two texts of a pair: [`eos_id`], of RoBERTa two of them.
       has_mask: whether `mask_id` exists; reading it raises ConfigError otherwise.
       sentinel_ids: int32 [n], T5's sentinels, each of which stands for one hidden span.
       role_ids: role -> the symbol that begins its turn; {} where a template writes the turns.
@@ -53,6 +54,8 @@ class Tokenizer(Protocol):
     def bos_id(self) -> int: ...
     @property
     def eos_id(self) -> int: ...
+    @property
+    def separator_ids(self) -> list[int]: ...
     @property
     def has_mask(self) -> bool: ...
     @property

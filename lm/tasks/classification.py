@@ -48,6 +48,8 @@ def encode_pair(
 ) -> dict[str, np.ndarray]:
     """[CLS] first [SEP], or [CLS] first [SEP] second [SEP]; BOS stands for [CLS] and EOS for [SEP].
 
+    Between the two are the tokenizer's `separator_ids`, of a RoBERTa's two [SEP].
+
     Longer than `seq_len`: ids are removed one at a time from the end of the longer sentence, counted as 'sentence_cut'.
 
     Returns:
@@ -56,18 +58,20 @@ def encode_pair(
     Raises:
       ConfigError: a row does not hold a token of each.
     """
-    if seq_len < (least := LEAST_LEN if second is None else LEAST_LEN + 2):
+    after_first = [tokenizer.eos_id] if second is None else tokenizer.separator_ids
+    marks = 1 + len(after_first) + (second is not None)
+    if seq_len < (least := marks + 1 + (second is not None)):
         raise ConfigError(f"'data.seq_len' is {seq_len}; expected at least {least}, to hold text between its marks")
     a = tokenizer.encode(first)
     b = tokenizer.encode(second) if second is not None else []
-    room = seq_len - (2 if second is None else 3)
+    room = seq_len - marks
     excess = len(a) + len(b) - room
     if excess > 0:
         counts["sentence_cut"] += 1
         # The longer one is cut to the length of the other first, then both are cut equally.
         keep_a = min(len(a), max(room - len(b), (room + 1) // 2))
         a, b = a[:keep_a], b[: room - keep_a]
-    ids = [tokenizer.bos_id, *a, tokenizer.eos_id]
+    ids = [tokenizer.bos_id, *a, *after_first]
     types = [0] * len(ids)
     if second is not None:
         ids += [*b, tokenizer.eos_id]

@@ -31,7 +31,7 @@ from lm.types import Apply, Batch, Head, LossFn, LossTerms, Params
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _MASKED, _REPLACED = 0.8, 0.1  # shares of the chosen tokens; the rest stay (Devlin et al. 2019, section 3.1)
 _LONG_WORD = 8  # in pieces: a word of at most this many is hidden whole, however short the row
-_PAIR_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
+_LEAST_PAIR = 5  # [CLS] A [SEP] B [SEP]
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])(?=\s)|(?<=\n)(?=[^\n])")  # keeps all text: white space begins the next
 
 
@@ -188,7 +188,7 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
       Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a hash of the content, so that equal texts are
       one document.
     """
-    room = cfg.data.seq_len - _PAIR_SPECIALS
+    room = _room(tokenizer, cfg)
     document = np.array(int.from_bytes(splits.digest(record)[:4]) & 0x7FFFFFFF, np.int32)
     groups: list[list[list[int]]] = [[]]
     for sentence in _BETWEEN_SENTENCES.split(record["text"]):
@@ -223,7 +223,7 @@ def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Conf
         hash. With pairs=next also the same columns of a random row, named 'other_...'; if that row is of the same
         document, the pair is left as it is.
       rng: generator of this row.
-      tokenizer: its `bos_id` ([CLS]) and `eos_id` ([SEP]).
+      tokenizer: its `bos_id` ([CLS]), `separator_ids` (between A and B) and `eos_id` ([SEP]).
       cfg: `task.pairs` and `data.seq_len`.
 
     Returns:
@@ -237,13 +237,14 @@ def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Conf
     elif spoilt:
         spoilt = bool(row["document"] != row["other_document"])
         second = _stretches(row, "other_")[1] if spoilt else second
-    room = cfg.data.seq_len - _PAIR_SPECIALS
+    room = _room(tokenizer, cfg)
     first, second = (
         first[: max(room - len(second), (room + 1) // 2)],
         second[: max(room - len(first), room // 2)],
     )
-    ids = np.concatenate([[tokenizer.bos_id], first, [tokenizer.eos_id], second, [tokenizer.eos_id]])
-    types = np.repeat([0, 1], [len(first) + 2, len(second) + 1])
+    first = [tokenizer.bos_id, *first, *tokenizer.separator_ids]
+    ids = np.concatenate([first, second, [tokenizer.eos_id]])
+    types = np.repeat([0, 1], [len(first), len(second) + 1])
     return whole_row("tokens", ids, cfg.data.seq_len) | {
         "type_ids": np.pad(types, (0, cfg.data.seq_len - len(ids))).astype(np.int32),
         "labels": np.array(spoilt, np.int32),
@@ -253,6 +254,11 @@ def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Conf
 def masked_pairs(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
     """`pair_sentences`, then `mask_tokens`."""
     return mask_tokens(pair_sentences(row, rng, tokenizer, cfg), rng, tokenizer, cfg)
+
+
+def _room(tokenizer: Any, cfg: Config) -> int:
+    """Ids of a pair that a row holds beside [CLS], the separator and [SEP]."""
+    return int(cfg.data.seq_len) - 2 - len(tokenizer.separator_ids)
 
 
 def _stretches(row: Row, prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -306,7 +312,7 @@ MASKED_LM_PAIRS = MASKED_LM._replace(
     columns=_pair_columns,
     loss=masked_pair_loss,
     options=MaskedPairsOptions,
-    least_len=_PAIR_SPECIALS + 2,
+    least_len=_LEAST_PAIR,
     packing=("pad",),
     transform=masked_pairs,
     batch_columns=_pair_batch_columns,

@@ -74,11 +74,12 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     without_answer (unanswerable questions).
     """
     seq_len = cfg.data.seq_len
-    question = tokenizer.encode(record["question"])
-    if len(question) > (seq_len - 3) // 2:
+    question, separator = tokenizer.encode(record["question"]), tokenizer.separator_ids
+    most = (seq_len - 2 - len(separator)) // 2
+    if len(question) > most:
         counts["question_cut"] += 1
-        question = question[: (seq_len - 3) // 2]
-    prefix = [tokenizer.bos_id, *question, tokenizer.eos_id]
+        question = question[:most]
+    prefix = [tokenizer.bos_id, *question, *separator]
     ids, offsets = tokenizer.encode_with_offsets(record["context"])
     offsets_Nx2 = np.array(offsets, np.int32).reshape(-1, 2)
     answers = record.get("answers", [])  # a question to predict may lack them, see `unanswered_windows`
