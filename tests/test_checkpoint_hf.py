@@ -22,7 +22,7 @@ from lm.checkpoint.hf import export  # noqa: E402
 from lm.config import Config, GenerateConfig, ModelConfig, schema  # noqa: E402
 from lm.decoding import beam_search, sampling  # noqa: E402
 from lm.models import rope as rope_lib  # noqa: E402
-from lm.models import transformer  # noqa: E402
+from lm.models import registry, transformer  # noqa: E402
 from lm.tasks import sentence_embeddings  # noqa: E402
 from lm.types import Head  # noqa: E402
 from tests import published, tool_modules  # noqa: E402
@@ -34,6 +34,8 @@ SIZES |= dict(vocab_size=VOCAB, max_position_embeddings=LONG)
 GPT2 = dict(n_layer=2, n_embd=32, n_head=4, n_positions=256, vocab_size=VOCAB, bos_token_id=1, eos_token_id=1)
 BERT = SIZES | dict(max_position_embeddings=128)
 ROBERTA = BERT | dict(max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5)
+T5 = dict(num_layers=3, num_decoder_layers=2, d_model=32, num_heads=4, d_kv=16, d_ff=48, vocab_size=VOCAB)
+T5 |= dict(decoder_start_token_id=0)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
@@ -52,14 +54,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", SIZES | dict(num_hidden_layers=7, head_dim=16, sliding_window=7)),
     "bert": ("bert", BERT),
     "roberta": ("roberta", ROBERTA),
+    "t5": ("t5", T5),
+    "t5 v1.1": ("t5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
 }
 FAMILIES = list(CONFIGS)
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 GENERATING = [name for name in FAMILIES if name not in ENCODERS]
+T5S = [name for name in FAMILIES if name.startswith("t5")]
 CONFIGS |= {
     "bert, tanh GELU": ("bert", BERT | dict(hidden_act="gelu_new")),
     "roberta, another padding id": ("roberta", ROBERTA | dict(pad_token_id=5, type_vocab_size=2)),
     "xlm-roberta": ("xlm-roberta", ROBERTA),
+    "t5, a deeper decoder": ("t5", T5 | dict(num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-silu")),
+    "t5, as deep a decoder": ("t5", T5 | dict(num_layers=2, num_decoder_layers=None, feed_forward_proj="gelu")),
     "gpt2 untied, narrow MLP": ("gpt2", GPT2 | dict(tie_word_embeddings=False, n_inner=40)),
     "llama tied": ("llama", SIZES | dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
     "mistral without window": ("mistral", SIZES | dict(sliding_window=None)),
@@ -94,6 +101,8 @@ def folder(tmp_path_factory):
 
 
 def auto(kind: str) -> Any:
+    if kind == "t5":
+        return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForMaskedLM if kind in ENCODERS else transformers.AutoModelForCausalLM
 
 
@@ -104,6 +113,8 @@ def theirs(name: str) -> Any:
     torch.manual_seed(0)
     cfg = transformers.AutoConfig.for_model(kind, **values)
     model = auto(kind).from_config(cfg, attn_implementation="eager").float().eval()
+    if kind == "t5" and not cfg.scale_decoder_outputs:  # of files that were published before version 5
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -113,7 +124,7 @@ def theirs(name: str) -> Any:
 def read(path: Path) -> tuple[Any, Any, Any]:
     """(model config, functions, parameters) of a folder, on one device."""
     opened = hf.open_model(path)
-    fns = transformer.text_model(opened.model, jnp.float32)
+    fns = registry.MODELS[opened.model.kind](Config(model=opened.model), None, jnp.float32)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(fns.init, jax.eval_shape(lambda: jax.random.key(0)))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
@@ -125,6 +136,14 @@ def logits_here(cfg: Any, fns: Any, params: Any, batch: Any) -> jax.Array:
     return losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
 
 
+def batch_of(cfg: Any, tokens: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch; the encoder of an encoder-decoder reads the ids of the decoder, with their padding, in reverse."""
+    batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
+    if cfg.kind == "encoder_decoder":
+        batch |= {"inputs": tokens[:, ::-1], "input_segment_ids": segments[:, ::-1], "input_positions": positions}
+    return batch
+
+
 def there_positions(model: Any, positions: np.ndarray) -> np.ndarray:
     """Positions as transformers takes them: a RoBERTa counts them from the row after that of its padding."""
     is_roberta = model.config.model_type in ("roberta", "xlm-roberta")
@@ -132,10 +151,18 @@ def there_positions(model: Any, positions: np.ndarray) -> np.ndarray:
 
 
 def logits_there(model: Any, tokens: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    positions = there_positions(model, positions)
-    ids, mask, positions = (torch.from_numpy(np.asarray(x)).long() for x in (tokens, mask, positions))
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.numpy()
+        return model(**given_there(model, tokens, mask, positions), use_cache=False).logits.numpy()
+
+
+def given_there(model: Any, tokens: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> dict[str, Any]:
+    """What transformers takes, as `batch_of`."""
+    ids, mask = (torch.from_numpy(np.asarray(x)).long() for x in (tokens, mask))
+    if model.config.is_encoder_decoder:
+        given = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        return given | {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
+    positions = torch.from_numpy(there_positions(model, positions)).long()
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def assert_equal(mine: np.ndarray, theirs: np.ndarray) -> None:
@@ -158,21 +185,22 @@ def test_logits_are_those_of_transformers(name, folder):
     last = min(cfg.max_len, LONG) if name != "dynamic" else 1500
     positions[3] = [*range(8), *range(last - length + 8, last)]
     apply = jax.jit(functools.partial(logits_here, cfg, fns))
-    mine = np.asarray(apply(params, {"tokens": tokens, "segment_ids": mask, "positions": positions}))
+    mine = np.asarray(apply(params, batch_of(cfg, tokens, mask, positions)))
     for row in range(4):  # one by one: with dynamic scaling, rows of a batch change each other in transformers
         if name == "dynamic":  # transformers keeps the frequencies of the longest row so far
             theirs(name).model.rotary_emb.__init__(theirs(name).config)
         wanted = logits_there(theirs(name), tokens[row : row + 1], mask[row : row + 1], positions[row : row + 1])
         assert_equal(mine[row][mask[row] > 0], wanted[0][mask[row] > 0])
 
-    packed = {
-        "tokens": np.concatenate([tokens[2, :20], tokens[3, :28]])[None],
-        "segment_ids": np.repeat([[1, 2]], [20, 28], axis=1).astype(np.int32),
-        "positions": np.concatenate([np.arange(20), positions[3, :28]]).astype(np.int32)[None],
-    }
+    packed = batch_of(
+        cfg,
+        np.concatenate([tokens[2, :20], tokens[3, :28]])[None],
+        np.repeat([[1, 2]], [20, 28], axis=1).astype(np.int32),
+        np.concatenate([np.arange(20), positions[3, :28]]).astype(np.int32)[None],
+    )
     both = np.asarray(apply(params, packed))[0]
     mask[2, 20:], mask[3, 28:] = 0, 0
-    alone = np.asarray(apply(params, {"tokens": tokens, "segment_ids": mask, "positions": positions}))
+    alone = np.asarray(apply(params, batch_of(cfg, tokens, mask, positions)))
     assert_equal(both[:20], alone[2, :20])
     assert_equal(both[20:], alone[3, :28])
 
@@ -201,7 +229,7 @@ def test_greedy_generation_is_that_of_transformers(name, folder):
     """64 ids after prompts of different lengths, from the cache; with dynamic scaling beyond the original length."""
     cfg, fns, params = read(folder(name))
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4]]
-    words = SimpleNamespace(eos_id=1, may_generate=lambda ends, symbols: np.ones(VOCAB, bool))
+    words = SimpleNamespace(eos_id=1, bos_id=0, may_generate=lambda ends, symbols: np.ones(VOCAB, bool))
     config = Config(model=cfg, generate=GenerateConfig(max_new_tokens=64, temperature=0.0))
     mine = sampling.sample(fns, params, prompts, jax.random.key(0), config, words)
     for prompt, made in zip(prompts, mine, strict=True):
@@ -211,7 +239,8 @@ def test_greedy_generation_is_that_of_transformers(name, folder):
         out = theirs(name).generate(
             torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=1, pad_token_id=1
         )
-        assert ids == [i for i in out[0, len(prompt) :].tolist() if i != 1] and ids
+        start = 1 if cfg.kind == "encoder_decoder" else len(prompt)
+        assert ids == [i for i in out[0, start:].tolist() if i != 1] and ids
 
 
 @pytest.mark.parametrize("name", GENERATING[:2])
@@ -241,23 +270,22 @@ def test_repetition_penalty_and_minimum_length_are_those_of_transformers(name, f
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_transformers(name, folder, tmp_path):
-    """Of the mean cross-entropy of the next ids, of BERT of the same ids; exported, so that they have its names."""
+    """Of the mean cross-entropy of the next ids, of BERT and T5 of the same; exported, so that they have its names."""
     cfg, fns, params = read(folder(name))
     tokens = np.random.default_rng(1).integers(2, VOCAB, (2, 24)).astype(np.int32)  # torch gives padding no gradient
     mask = np.ones_like(tokens)
     positions = np.tile(np.arange(24, dtype=np.int32), (2, 1))
 
     def loss(params: Any) -> jax.Array:
-        batch = {"tokens": tokens, "segment_ids": mask, "positions": positions}
-        chances = jax.nn.log_softmax(logits_here(cfg, fns, params, batch))
-        chances, targets = (chances, tokens) if name in ENCODERS else (chances[:, :-1], tokens[:, 1:])
+        chances = jax.nn.log_softmax(logits_here(cfg, fns, params, batch_of(cfg, tokens, mask, positions)))
+        chances, targets = (chances, tokens) if name in (*ENCODERS, *T5S) else (chances[:, :-1], tokens[:, 1:])
         return -jnp.take_along_axis(chances, targets[..., None], axis=-1).mean()
 
     gradients = jax.jit(jax.grad(loss))(params)
     model = theirs(name)
     model.zero_grad()
-    ids, places = (torch.from_numpy(each).long() for each in (tokens, there_positions(model, positions)))
-    model(input_ids=ids, labels=ids, position_ids=places, use_cache=False).loss.backward()
+    labels = torch.from_numpy(tokens).long()
+    model(**given_there(model, tokens, mask, positions), labels=labels, use_cache=False).loss.backward()
     export.export(tmp_path / "gradients", cfg, gradients, vocab_size=VOCAB)
     mine = tensors_of(tmp_path / "gradients")
     wanted = {key: each.grad.numpy() for key, each in model.named_parameters() if key in mine}
@@ -344,7 +372,7 @@ def test_verify_reads_the_text_with_the_tokenizer_of_a_hub_cache(tmp_path, capsy
     assert "real text" in said and "no tokenizer" not in said
 
 
-@pytest.mark.parametrize(("name", "stack"), [("llama", "decoder"), ("bert", "encoder"), ("roberta", "encoder")])
+@pytest.mark.parametrize(("name", "stack"), [("llama", "decoder"), ("bert", "encoder"), ("roberta", "encoder"), ("t5", "decoder")])
 def test_verify_says_equal_or_names_the_layer(name, stack, folder, capsys, monkeypatch):
     tool_modules.call("hf", "verify", folder(name), "--positions=64")
     assert "equal: logits within 1e-05" in capsys.readouterr().out

@@ -146,6 +146,8 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
     if tokenizer:
         ends = tasks.task_of(cfg).ends(tokenizer)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        if model.kind == "encoder_decoder":
+            ids["decoder_start_token_id"] = tokenizer.bos_id
         generate = cfg.generate
         about |= ids
         generation = ids | {"eos_token_id": list(ends), "max_new_tokens": generate.max_new_tokens}
@@ -265,14 +267,13 @@ def load_both(folder: Path) -> Pair:
 
     from lm import param_paths
     from lm.checkpoint import CheckpointError, hf
-    from lm.models import transformer
 
     published = hf.open_model(folder)
     if published.adapter:
         raise CheckpointError(f"{folder} is an adapter; verify compares whole models, such as {published.base_path}")
     model = published.model
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(transformer.text_model(model, jnp.float32).init, jax.random.key(0))
+    shapes = jax.eval_shape(model_fns(model).init, jax.random.key(0))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
     there, flat = published.info["arrays"], param_paths.flatten(abstract)
     absent = {path: jnp.zeros(leaf.shape) for path, leaf in flat.items() if f"params/{path}" not in there}
@@ -287,10 +288,20 @@ def load_both(folder: Path) -> Pair:
     except ImportError:
         stop("error: verify needs torch and transformers: pip install -e '.[hf,peer]'")
     where, more = place(published.path)
-    auto = transformers.AutoModelForMaskedLM if model.kind == "encoder" else transformers.AutoModelForCausalLM
-    auto = transformers.AutoModel if absent else auto
+    kinds = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+    auto = getattr(transformers, "AutoModel" if absent else kinds.get(model.kind, "AutoModelForCausalLM"))
     theirs = auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager", **more)
     return Pair(published.path, theirs.eval(), model, params, not absent, model.vocab_size)
+
+
+def model_fns(model: Any) -> Any:
+    """The functions of a model without a head, float32."""
+    import jax.numpy as jnp
+
+    from lm.config import Config
+    from lm.models import registry
+
+    return registry.MODELS[model.kind](Config(model=model), None, jnp.float32)
 
 
 def place(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -332,13 +343,17 @@ def _real_text(path: Path, text: str, positions: int) -> list[list[int]]:
     return [tokenizer(content)["input_ids"][:positions]]
 
 
-def batch_of(tokens: Any, mask: Any) -> dict[str, Any]:
-    """The batch of a model here: padding has segment 0."""
+def batch_of(model: Any, tokens: Any, mask: Any) -> dict[str, Any]:
+    """The batch of a model here: padding has segment 0. An encoder-decoder's encoder reads the same ids reversed."""
     import numpy as np
 
     mask_BxL = np.asarray(mask, np.int32)
     positions_BxL = np.maximum(np.cumsum(mask_BxL, axis=1, dtype=np.int32) - 1, 0)
-    return {"tokens": np.asarray(tokens, np.int32), "segment_ids": mask_BxL, "positions": positions_BxL}
+    batch = {"tokens": np.asarray(tokens, np.int32), "segment_ids": mask_BxL, "positions": positions_BxL}
+    if model.kind == "encoder_decoder":
+        back = {name: column[:, ::-1] for name, column in batch.items()}
+        batch |= {"inputs": back["tokens"], "input_segment_ids": back["segment_ids"], "input_positions": positions_BxL}
+    return batch
 
 
 def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
@@ -348,13 +363,12 @@ def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
     import numpy as np
 
     from lm import losses
-    from lm.models import transformer
 
-    batch, model = batch_of(tokens, mask), pair.model
+    batch, model = batch_of(pair.model, tokens, mask), pair.model
 
     @jax.jit
     def apply(params: Any, batch: Any) -> Any:
-        out = transformer.text_model(model, jnp.float32).apply(params, batch)
+        out = model_fns(model).apply(params, batch)
         size = {"vocab_size": pair.vocab_size, "softcap": model.logit_softcap}
         return losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, **size), out.hidden_BxLxD
 
@@ -365,7 +379,7 @@ def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
     def error(mine: Any, their: Any) -> float:
         return float(np.abs(mine - their)[real].max() / np.abs(their[real]).max())
 
-    hidden_error = error(hidden, out.hidden_states[-1].double().numpy())
+    hidden_error = error(hidden, _hidden(out)[-1].double().numpy())
     if not pair.predicts:
         return Comparison(name, hidden_error, hidden_error, 0.0)
     their_logits = out.logits.double().numpy()
@@ -376,7 +390,8 @@ def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
 
 
 def layer_errors(pair: Pair, tokens: Any, mask: Any) -> list[float]:
-    """Error of the hidden states after each layer, and the final norm if there is one, relative to the largest."""
+    """Error of the hidden states after each layer, and the final norm if there is one, relative to the largest; in an
+    encoder-decoder those of the decoder, which reads the whole encoder."""
     import dataclasses
 
     import jax
@@ -384,21 +399,25 @@ def layer_errors(pair: Pair, tokens: Any, mask: Any) -> list[float]:
     import numpy as np
 
     from lm import param_paths
-    from lm.models import layers, transformer
+    from lm.models import layers
 
-    batch, model, params = batch_of(tokens, mask), pair.model, pair.params
-    theirs = _theirs(pair, batch).hidden_states
+    batch, model, params = batch_of(pair.model, tokens, mask), pair.model, pair.params
+    theirs = _hidden(_theirs(pair, batch))
+    stack, key = ("encoder" if model.kind == "encoder" else "decoder"), "num_layers"
+    if model.kind == "encoder_decoder":
+        key = "decoder_layers"
+    most = getattr(model, key)
     norm = layers.Norm(model.norm, model.norm_eps, model.use_bias)
     real, errors = batch["segment_ids"] > 0, []
-    for count in range(1, model.num_layers + 1):
+    for count in range(1, most + 1):
 
         def first(path: str, leaf: Any, count: int = count) -> Any:
-            return leaf[:count] if "/layers/" in path else leaf
+            return leaf[:count] if path.startswith(f"{stack}/layers/") else leaf
 
-        shorter = transformer.text_model(dataclasses.replace(model, num_layers=count), jnp.float32)
+        shorter = model_fns(dataclasses.replace(model, **{key: count}))
         mine = np.asarray(jax.jit(shorter.apply)(param_paths.map_with_path(first, params), batch).hidden_BxLxD)[real]
         their = theirs[count].numpy()
-        if count < model.num_layers and model.norm_position != "post":  # transformers normalises the last ones only
+        if count < most and model.norm_position != "post":  # transformers normalises the last ones only
             their = np.asarray(norm.apply({"params": params["decoder"]["final_norm"]}, jnp.asarray(their)))
         errors.append(float(np.abs(mine - their[real]).max() / np.abs(their[real]).max()))
     return errors
@@ -409,11 +428,18 @@ def _theirs(pair: Pair, batch: dict[str, Any]) -> Any:
 
     tokens, mask, positions = (torch.from_numpy(batch[k]).long() for k in ("tokens", "segment_ids", "positions"))
     positions += pair.model.unused_positions
-    more = {} if pair.model.kind == "encoder" else {"use_cache": False}
+    given = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "output_hidden_states": True}
+    if pair.model.kind == "encoder_decoder":
+        inputs, seen = (torch.from_numpy(batch[k].copy()).long() for k in ("inputs", "input_segment_ids"))
+        given = {"input_ids": inputs, "attention_mask": seen, "output_hidden_states": True}
+        given |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
     with torch.no_grad():
-        return pair.theirs(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, output_hidden_states=True, **more
-        )
+        return pair.theirs(**given, **({} if pair.model.kind == "encoder" else {"use_cache": False}))
+
+
+def _hidden(theirs: Any) -> Any:
+    """Hidden states after each layer of an output of `transformers`, of an encoder-decoder those of the decoder."""
+    return theirs.decoder_hidden_states if "decoder_hidden_states" in theirs else theirs.hidden_states
 
 
 def _log_softmax(logits: Any) -> Any:

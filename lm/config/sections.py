@@ -184,8 +184,9 @@ class ModelConfig:
     embed_norm: bool = False  # the sum of the embeddings is normalised (BERT)
     # Initialisation of the parameters: a scheme of lm.models.initialisers.
     init: Literal["gpt2", "fan_in", "bert", "llama", "t5", "vit"] = "gpt2"
-    # swiglu; gelu = in its tanh form; gelu_exact = by the error function (BERT); geglu = gated, with gelu (Gemma).
-    mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
+    # swiglu; gelu = in its tanh form; gelu_exact = by the error function (BERT); geglu = gated, with gelu (Gemma,
+    # T5 v1.1); relu (T5).
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu"
     num_experts: int = 0  # MLPs of width mlp_dim in a layer; 0 = one MLP without a router
     experts_per_token: int = 0  # experts that each position is routed to
     use_bias: bool = True  # False
@@ -195,7 +196,8 @@ class ModelConfig:
         False  # before the output projection a dense layer, GELU and a norm; its logits have biases (BERT)
     )
     scale_embeddings: bool = False  # token embeddings are multiplied by sqrt(embed_dim) (Gemma)
-    query_scale: float = 0.0  # factor of the queries; 0 = 1 / sqrt(head_dim)
+    scale_logits: bool = False  # logits are divided by sqrt(embed_dim) (T5, whose head is tied)
+    query_scale: float = 0.0  # factor of the queries; 0 = 1 / sqrt(head_dim); T5: 1
     qk_norm: bool = False
     mup: MupConfig = MupConfig()
     logit_softcap: float = 0.0  # 0 = off; else logits = cap * tanh(logits / cap)
@@ -250,6 +252,9 @@ def check_model(model: ModelConfig) -> None:
             f"'model.scale_embeddings' is for models of text; 'model.kind' {model.kind} needs it to be False": (
                 not is_vision or not model.scale_embeddings
             ),
+            f"'model.scale_logits' is for models of text; 'model.kind' {model.kind} needs it to be False": (
+                not is_vision or not model.scale_logits
+            ),
             "'model.qkv_bias' is set, but 'model.use_bias' adds these biases already: set one of them to False": (
                 not model.qkv_bias or not model.use_bias
             ),
@@ -262,14 +267,15 @@ def check_model(model: ModelConfig) -> None:
             f"'model.lm_transform' is set, but 'model.kind' {model.kind} does not support it": (
                 not model.lm_transform or is_stack
             ),
-            f"'model.unused_positions' is {model.unused_positions}; expected 0 or more, and 0 unless 'model.position' is "
-            f"learned (it is {model.position}) in a model of text": (
-                model.unused_positions == 0
-                or (model.unused_positions > 0 and model.position == "learned" and not is_vision)
+            f"'model.unused_positions' is {model.unused_positions}; expected 0 or more": model.unused_positions >= 0,
+            f"'model.unused_positions' is {model.unused_positions}, but 'model.kind' {model.kind} with 'model.position' "
+            f"{model.position} has no learned positions of text: set 0": (
+                not model.unused_positions or (model.position == "learned" and not is_vision)
             ),
-            f"'model.sentence_types' is {model.sentence_types}; expected at least 1, and 2 unless 'model.kind' is encoder "
-            f"(it is {model.kind})": model.sentence_types == 2
-            or (model.sentence_types > 0 and model.kind == "encoder"),
+            f"'model.sentence_types' is {model.sentence_types}; expected at least 1": model.sentence_types > 0,
+            f"'model.sentence_types' is {model.sentence_types}, but 'model.kind' {model.kind} has none: leave it at 2": (
+                model.sentence_types == 2 or model.kind == "encoder"
+            ),
             f"'model.embed_norm' is for models of text; 'model.kind' {model.kind} needs it to be False": (
                 not is_vision or not model.embed_norm
             ),

@@ -33,7 +33,7 @@ def train_flops_per_token(
     kv_heads = model.num_kv_heads or heads
     mlp_dim = model.mlp_dim or 4 * width
     attention = width * head_dim * (2 * heads + 2 * kv_heads)  # query and out; key and value
-    mlp = width * mlp_dim * (2 if model.mlp in ("gelu", "gelu_exact") else 3)
+    mlp = width * mlp_dim * (3 if model.mlp in ("swiglu", "geglu") else 2)
     if experts := model.num_experts:
         mlp = model.experts_per_token * mlp + width * experts  # the router
     matrices = model.num_layers * (attention + mlp) + width * (vocab_size + width * model.lm_transform)

@@ -20,8 +20,10 @@ distribution of this deviation, truncated at two deviations.
     llama   Llama 3 as torchtitan has it with depth_init=False, the same factor in every layer; there the output
             projection is truncated at 3 deviations
     t5      T5 (Raffel et al. 2020) as Mesh TensorFlow and transformers have it. T5 does not scale scores by
-            1 / sqrt(head width) but puts this factor in the query kernel; here the scores are scaled. T5 scales tied
-            logits by 1 / sqrt(width); here this factor is in the token table.
+            1 / sqrt(head width) but puts this factor in the query kernel; here the scores are scaled, unless
+            model.query_scale is 1, as published T5s have it: their query kernels are read, not drawn. T5 scales tied
+            logits by 1 / sqrt(width); here this factor is in the token table, which has deviation 1 with
+            model.scale_logits.
     vit     ViT (Dosovitskiy et al. 2020) as big_vision has it, and the masked autoencoder (He et al. 2021), which
             follows it: Glorot and Bengio 2010, variance 2 / (fan-in + fan-out)
 

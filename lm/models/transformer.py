@@ -121,7 +121,7 @@ class Embed(nn.Module):
             rows_xD = layers.weight(self, name, init, (rows, cfg.embed_dim), axes)
             return sharding.gather(rows_xD.astype(self.dtype), *axes)
 
-        init = initialiser(cfg, "tied_embedding" if cfg.tie_embeddings else "embedding")
+        init = initialiser(cfg, "tied_embedding" if cfg.tie_embeddings and not cfg.scale_logits else "embedding")
         embedding_VxD = table("embedding", cfg.vocab_size, "vocab", init)
         x_BxLxD = layers.lookup(embedding_VxD, tokens_BxL)
         if cfg.scale_embeddings:
@@ -376,7 +376,7 @@ def _project_out(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) ->
 
 
 class Mlp(nn.Module):
-    """down(gelu(up(x))), GELU in the tanh form of GPT-2 or exact, or gated: down(silu(gate(x)) * up(x)), called SwiGLU,
+    """down(gelu(up(x))), GELU in the tanh form of GPT-2 or exact, or ReLU in its place; or gated: down(silu(gate(x)) * up(x)), called SwiGLU,
     and GeGLU with GELU in place of SiLU (Shazeer 2020)."""
 
     cfg: ModelConfig
@@ -397,6 +397,8 @@ class Mlp(nn.Module):
                 y_BxLxF = jax.nn.silu(widen("gate")) * widen("up")
             case "geglu":
                 y_BxLxF = jax.nn.gelu(widen("gate")) * widen("up")
+            case "relu":
+                y_BxLxF = jax.nn.relu(widen("up"))
             case _:
                 y_BxLxF = jax.nn.gelu(widen("up"), approximate=cfg.mlp == "gelu")
         down = dense(cfg.embed_dim, ("mlp", "embed"), kernel_init=initialiser(cfg, "residual"), name="down")
@@ -417,11 +419,12 @@ def _dense(module: Any) -> Any:
 
 
 def unembed(cfg: ModelConfig, dtype: Any, embedding_VxD: jax.Array) -> jax.Array:
-    """The output projection [D, V], tied to the embedding or not; muP's factor of the logits is in it.
+    """The output projection [D, V], tied to the embedding or not; the factors of the logits are in it: muP's, and
+    1 / sqrt(D) with `model.scale_logits`.
 
     Called in a module, to which the parameters 'lm_head/...' belong.
     """
-    ratio = mup.width_ratio(cfg)
+    ratio = mup.width_ratio(cfg) * (cfg.embed_dim**-0.5 if cfg.scale_logits else 1.0)
     unembed_DxV = embedding_VxD.T if cfg.tie_embeddings else Unembed(cfg, dtype, name="lm_head")()
     return unembed_DxV if ratio == 1 else ratio * unembed_DxV
 

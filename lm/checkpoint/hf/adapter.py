@@ -136,13 +136,13 @@ def table(
             continue
         module = entry.name.removesuffix(".weight").removeprefix(cut)
         # One layer more than there are tensors is enough to find what is absent.
-        each_layer = [module.format(layer) for layer in range(min(model.num_layers, len(names) + 1))]
+        layers, width_in, width_out = shapes[entry.path]
+        each_layer = [module.format(layer) for layer in range(min(layers, len(names) + 1))]
         if not any(f"{own}.lora_A.weight" in names for own in each_layer):
             for own in each_layer:
                 if any(own == end or own.endswith(f".{end}") for end in wanted):
                     raise _missing(adapter, f"{own}.lora_A.weight", "its target_modules name the module")
             continue
-        layers, width_in, width_out = shapes[entry.path]
         a, b = (f"{PREFIX}{module}.lora_{half}.weight" for half in "AB")
         entries[f"{dense}/lora_a"] = Tensor(f"{dense}/lora_a", a, True)
         entries[f"{dense}/lora_b"] = Tensor(f"{dense}/lora_b", b, True, entry.part, entry.parts, axis=0)

@@ -91,11 +91,12 @@ def card(
 def _pipeline(cfg: Config, head: Head | None) -> str:
     """A hub's name of what the model is for; '' = it has none."""
     if head is None:
-        return "fill-mask" if cfg.model.kind == "encoder" else "text-generation"
+        kinds = {"encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
+        return kinds.get(cfg.model.kind, "text-generation")
     if head.keeps_unembed:
         return ""
-    kinds = {"pooled": "text-classification", "token": "token-classification", "projection": "sentence-similarity"}
-    return kinds[head.kind]
+    heads = {"pooled": "text-classification", "token": "token-classification", "projection": "sentence-similarity"}
+    return heads[head.kind]
 
 
 def _public(key: str, value: Any) -> Any:

@@ -72,8 +72,8 @@ def export(
     for key, value in about.items():
         if config.get(key, value) not in (value, None):
             raise ConfigError(
-                f"{key} of this run is {value!r}, by its tokenizer or task; a {family.model_type} that computes the same "
-                f"has {config[key]!r}: train it with a tokenizer that fits"
+                f"{key} of this run is {value!r}, by its tokenizer or task; a {family.model_type} that computes the "
+                f"same has {config[key]!r}: train it with a tokenizer that fits"
             )
     # Name -> the parameters whose parts the tensor is made of, and the layer where a parameter stacks layers.
     entries: dict[str, list[tuple[Tensor, int | None]]] = {}

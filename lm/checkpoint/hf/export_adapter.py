@@ -99,7 +99,7 @@ def export(
         "r": rank,
         "lora_alpha": _plain(cfg.alpha * rank / cfg.rank),
         "lora_dropout": cfg.dropout,
-        "target_modules": _targets(list(loras), known, model.num_layers),
+        "target_modules": _targets(loras, known),
         "modules_to_save": sorted({module_of(name(entry.name)) for entry in of_head}) or None,
         "fan_in_fan_out": not any(table[path].transposed for path in _kernels(flat)),  # GPT-2's Conv1D
         "bias": "none",
@@ -211,26 +211,26 @@ def _joined(parts: list[tuple[Tensor, np.ndarray, np.ndarray]]) -> Lora:
     return Lora(np.concatenate([parts[i][1].swapaxes(1, 2) for i in kept], axis=1), b_LxOxR)
 
 
-def _targets(modules: list[str], known: set[str], num_layers: int) -> list[str]:
+def _targets(loras: Mapping[str, Lora], known: set[str]) -> list[str]:
     """`target_modules` that match these modules and none of the other known ones.
 
     `peft` adapts the modules whose name ends with one of them: the shortest end of a name that is unambiguous within a
     layer, else the whole names in all layers.
     """
-    others = known - set(modules)
+    others = known - loras.keys()
     out = []
-    for module in modules:
+    for module, lora in loras.items():
         parts = module.rpartition("{}.")[2].split(".")
         ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
         good = [end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)]
-        out += good[:1] or [module.format(layer) for layer in range(num_layers)]
+        out += good[:1] or [module.format(layer) for layer in range(len(lora.a_LxRxI))]
     return sorted(set(out))
 
 
 def _task_type(model: ModelConfig, head: Head | None) -> str | None:
     """`peft`'s name of a task; None where it has none."""
     if head is None or head.keeps_unembed:
-        return None if model.kind == "encoder" else "CAUSAL_LM"
+        return {"encoder": None, "encoder_decoder": "SEQ_2_SEQ_LM"}.get(model.kind, "CAUSAL_LM")
     return {"pooled": "SEQ_CLS", "token": "TOKEN_CLS", "projection": "FEATURE_EXTRACTION"}[head.kind]
 
 

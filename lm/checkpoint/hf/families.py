@@ -14,6 +14,7 @@ from lm.config import ModelConfig, RopeScalingConfig, check_model, schema
 from lm.config.schema import ConfigError
 from lm.config.sections import ROPE_SCALING_KEYS
 from lm.models import transformer
+from lm.models.layers import RELATIVE_BUCKETS, RELATIVE_MAX_DISTANCE
 from lm.types import Head
 
 Json = dict[str, Any]
@@ -22,7 +23,10 @@ Json = dict[str, Any]
 FREE = ("init", "dropout", "neftune_alpha", "pool", "dtype", "remat", "unroll")
 _SIZES = ("num_layers", "embed_dim", "num_heads", "vocab_size", "max_len")
 # Keys of config.json that may be null, which means off, or the usual size.
-_OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner", "final_logit_softcapping", "attn_logit_softcapping")
+_OPTIONAL = (
+    *("num_key_value_heads", "head_dim", "n_inner", "num_decoder_layers"),
+    *("final_logit_softcapping", "attn_logit_softcapping"),
+)
 # Keys of config.json that change nothing that is computed here, or repeat another key.
 _HARMLESS = re.compile(
     r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout(_prob)?"
@@ -182,8 +186,14 @@ def of_model(model: ModelConfig) -> Family:
 
 def differences(model: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Key -> (value in `model`, value in `other`), of the keys that say what a model computes."""
-    mine, theirs = (dict(schema.flatten(schema.to_dict(each))) for each in (model, other))
+    mine, theirs = (dict(schema.flatten(schema.to_dict(_with_decoder_layers(each)))) for each in (model, other))
     return {key: (mine[key], theirs[key]) for key in mine if key not in FREE and mine[key] != theirs[key]}
+
+
+def _with_decoder_layers(model: ModelConfig) -> ModelConfig:
+    """The model with the number of its decoder's layers, which 0 leaves open."""
+    is_open = model.kind == "encoder_decoder" and not model.decoder_layers
+    return dataclasses.replace(model, decoder_layers=model.num_layers) if is_open else model
 
 
 def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
@@ -197,8 +207,8 @@ def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
     Raises:
       ConfigError: a key is set to something else, other than a larger vocabulary.
     """
-    usual = dict(schema.flatten(schema.to_dict(ModelConfig())))
-    conflicts = {key: pair for key, pair in differences(model, there).items() if pair[0] != usual[key]}
+    usual, mine = (dict(schema.flatten(schema.to_dict(each))) for each in (ModelConfig(), model))
+    conflicts = {key: pair for key, pair in differences(model, there).items() if mine[key] != usual[key]}
     changes = {key: getattr(model, key) for key in FREE}
     if model.vocab_size > there.vocab_size:
         conflicts.pop("vocab_size", None)
@@ -817,6 +827,110 @@ _XLM_ROBERTA = _ROBERTA._replace(
     model_type="xlm-roberta", architecture="XLMRobertaForMaskedLM", defaults=_ROBERTA.defaults | {"vocab_size": 30522}
 )
 
+# T5 ------------------------------------------------------------------------------------------------------------------
+
+# (is_gated_act, dense_act_fn) -> model.mlp, and feed_forward_proj, which says both
+_T5_MLP = {
+    (False, "relu"): ("relu", "relu"),
+    (True, "gelu_new"): ("geglu", "gated-gelu"),
+    (True, "silu"): ("swiglu", "gated-silu"),
+    (False, "gelu_new"): ("gelu", "gelu_new"),
+    (False, "gelu"): ("gelu_exact", "gelu"),
+}
+
+
+def _t5_more(theirs: Json, model: ModelConfig) -> Json:
+    """T5 v1.1, whose head is not tied, is told from T5 by `scale_decoder_outputs`, in older files by
+    `tie_word_embeddings`, which newer ones set to true whatever the head."""
+    if theirs["num_decoder_layers"] == 0:
+        raise ConfigError("num_decoder_layers is 0; expected at least 1")
+    first, _, last = theirs["feed_forward_proj"].rpartition("-")
+    said = {"is_gated_act": first == "gated", "dense_act_fn": "gelu_new" if (first, last) == ("gated", "gelu") else last}
+    gated, activation = (own if (given := theirs[key]) is None else given for key, own in said.items())
+    if first not in ("", "gated") or (gated, activation) not in _T5_MLP:
+        known = ", ".join(name for _, name in _T5_MLP.values())
+        raise ConfigError(
+            f"feed_forward_proj is {theirs['feed_forward_proj']!r} (is_gated_act {gated}, dense_act_fn {activation!r}); "
+            f"supported are {known}"
+        )
+    is_scaled = theirs["scale_decoder_outputs"]
+    is_scaled = theirs["tie_word_embeddings"] is not False if is_scaled is None else is_scaled
+    return {
+        **{"mlp": _T5_MLP[gated, activation][0], "tie_embeddings": is_scaled, "scale_logits": is_scaled},
+        "decoder_layers": model.decoder_layers or model.num_layers,
+    }
+
+
+def _t5_back(model: ModelConfig) -> Json:
+    return {
+        "num_decoder_layers": model.decoder_layers or model.num_layers,
+        "feed_forward_proj": dict(_T5_MLP.values()).get(model.mlp),
+        "tie_word_embeddings": model.scale_logits,
+    }
+
+
+def _t5_tensors(model: ModelConfig) -> list[Tensor]:
+    attention = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    gated = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
+    mlp = gated if model.mlp in ("geglu", "swiglu") else {"up": "wi", "down": "wo"}
+    # Branch of a block -> its module, and the kernels in it.
+    branches = {"attention": ("SelfAttention", attention), "cross_attention": ("EncDecAttention", attention)}
+    branches["mlp"] = ("DenseReluDense", mlp)
+    out = [Tensor("embed/embedding", "shared.weight")]
+    for stack, names in (("encoder", ("attention", "mlp")), ("decoder", tuple(branches))):
+        for number, branch in enumerate(names):
+            path, layer = f"{stack}/layers/{branch}", f"{stack}.block.{{}}.layer.{number}"
+            module, kernels = branches[branch]
+            out.append(Tensor(f"{path}_norm/scale", f"{layer}.layer_norm.weight"))
+            out += [Tensor(f"{path}/{a}/kernel", f"{layer}.{module}.{b}.weight", True) for a, b in kernels.items()]
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        out.append(Tensor(f"{stack}/relative_bias/table", bias))
+        out.append(Tensor(f"{stack}/final_norm/scale", f"{stack}.final_layer_norm.weight"))
+    if not model.tie_embeddings:
+        out.append(Tensor("lm_head/kernel", "lm_head.weight", True))
+    return out
+
+
+_T5 = Family(
+    model_type="t5",
+    architecture="T5ForConditionalGeneration",
+    prefix="",
+    keys={
+        "num_layers": "num_layers",
+        "num_decoder_layers": "decoder_layers",
+        "d_model": "embed_dim",
+        "num_heads": "num_heads",
+        "d_kv": "head_dim",
+        "d_ff": "mlp_dim",
+        "vocab_size": "vocab_size",
+        "n_positions": "max_len",
+        "layer_norm_epsilon": "norm_eps",
+    },
+    defaults={
+        **{"num_layers": 6, "num_decoder_layers": None, "d_model": 512, "num_heads": 8, "d_kv": 64, "d_ff": 2048},
+        **{"vocab_size": 32128, "n_positions": 512, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "relu"},
+        **{"is_gated_act": None, "dense_act_fn": None, "scale_decoder_outputs": None, "tie_word_embeddings": True},
+    },
+    expected={
+        **{"is_encoder_decoder": True, "is_decoder": False},
+        "relative_attention_num_buckets": RELATIVE_BUCKETS,
+        "relative_attention_max_distance": RELATIVE_MAX_DISTANCE,
+    },
+    fixed={
+        **{"kind": "encoder_decoder", "position": "relative", "norm": "rmsnorm", "use_bias": False},
+        "query_scale": 1.0,  # the factor is in the query's kernel
+    },
+    more=_t5_more,
+    more_back=_t5_back,
+    tensors=_t5_tensors,
+    # Which no version of T5 reads: the decoder's attention to the encoder has no bias.
+    ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    repeats={
+        **dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "embed/embedding"),
+        **_TIED,
+    },
+)
+
 # By model_type; export takes the first that fits.
-_ALL = (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT, _ROBERTA, _XLM_ROBERTA)
+_ALL = (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT, _ROBERTA, _XLM_ROBERTA, _T5)
 FAMILIES = {family.model_type: family for family in _ALL}

@@ -17,9 +17,9 @@ from lm.checkpoint.hf import families, files, gguf
 from lm.checkpoint.hf.families import Family, Tensor
 from lm.checkpoint.hf.files import Tensors
 from lm.checkpoint.store import CheckpointError, fingerprints, named_leaves
-from lm.config import AdapterConfig, ModelConfig
+from lm.config import AdapterConfig, Config, ModelConfig
 from lm.data import published_tokenizer
-from lm.models import transformer
+from lm.models import registry
 
 PREFIX = "hf:"  # of `init_from`
 _ROWS = 4096  # of two tensors that are compared at once
@@ -155,7 +155,7 @@ def _with_adapter(base: Published, adapter: adapter_lib.Adapter) -> Published:
 
 def _parameters(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Parameter -> shape."""
-    fns = transformer.text_model(model, jnp.float32)
+    fns = registry.MODELS[model.kind](Config(model=model), None, jnp.float32)
     abstract = jax.eval_shape(fns.init, jax.eval_shape(lambda: jax.random.key(0)))
     return {path: leaf.shape for path, leaf in param_paths.flatten(abstract).items()}
 
