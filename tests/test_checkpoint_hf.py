@@ -21,8 +21,8 @@ from lm.checkpoint import CheckpointError, hf  # noqa: E402
 from lm.checkpoint.hf import export  # noqa: E402
 from lm.config import Config, GenerateConfig, ModelConfig, schema  # noqa: E402
 from lm.decoding import beam_search, sampling  # noqa: E402
-from lm.models import rope as rope_lib  # noqa: E402
 from lm.models import registry, transformer  # noqa: E402
+from lm.models import rope as rope_lib  # noqa: E402
 from lm.tasks import sentence_embeddings  # noqa: E402
 from lm.types import Head  # noqa: E402
 from tests import published, tool_modules  # noqa: E402
@@ -372,7 +372,9 @@ def test_verify_reads_the_text_with_the_tokenizer_of_a_hub_cache(tmp_path, capsy
     assert "real text" in said and "no tokenizer" not in said
 
 
-@pytest.mark.parametrize(("name", "stack"), [("llama", "decoder"), ("bert", "encoder"), ("roberta", "encoder"), ("t5", "decoder")])
+@pytest.mark.parametrize(
+    ("name", "stack"), [("llama", "decoder"), ("bert", "encoder"), ("roberta", "encoder"), ("t5", "decoder")]
+)
 def test_verify_says_equal_or_names_the_layer(name, stack, folder, capsys, monkeypatch):
     tool_modules.call("hf", "verify", folder(name), "--positions=64")
     assert "equal: logits within 1e-05" in capsys.readouterr().out

@@ -33,6 +33,11 @@ from tests import tool_modules, toys
 
 MODEL = dataclasses.replace(toys.PLAIN_LLAMA, num_layers=3, vocab_size=300, max_len=64)
 BERT = dataclasses.replace(toys.BERT, vocab_size=210, max_len=64, norm_eps=1e-12)
+T5 = dataclasses.replace(
+    toys.GPT2, kind="encoder_decoder", position="relative", norm="rmsnorm", mlp="relu", use_bias=False, query_scale=1.0
+)
+T5 = dataclasses.replace(T5, scale_logits=True, decoder_layers=1, vocab_size=280, max_len=64)
+T5_V1_1 = dataclasses.replace(T5, mlp="geglu", tie_embeddings=False, scale_logits=False, head_dim=8)
 ROBERTA = dataclasses.replace(BERT, unused_positions=2, sentence_types=1)
 
 
@@ -820,3 +825,158 @@ def test_the_classifiers_of_a_roberta_are_read_and_its_pooler_by_nobody(tmp_path
     with pytest.raises(ConfigError, match="files of a roberta have no place for this task's head"):
         head = Head("pooled", 2, keeps_unembed=True)  # of next sentences
         export.export(tmp_path / "out", cfg, encoder, vocab_size=210, head=head)
+
+
+# T5 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (T5, {"feed_forward_proj": "relu", "tie_word_embeddings": True, "num_decoder_layers": 1, "d_kv": 4}),
+        (T5_V1_1, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "d_kv": 8}),
+        (dataclasses.replace(T5, decoder_layers=0, mlp="gelu_exact"), {"num_decoder_layers": 2, "num_layers": 2}),
+        (dataclasses.replace(T5_V1_1, decoder_layers=3, mlp="swiglu"), {"num_decoder_layers": 3, "num_layers": 2}),
+    ],
+)
+def test_a_t5_comes_out_as_it_went_in(model, config, tmp_path):
+    round_trip(model, tmp_path, 280)
+    said = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert said["architectures"] == ["T5ForConditionalGeneration"] and said["is_encoder_decoder"] is True
+    assert {key: said[key] for key in config} == config
+    names = load_file(tmp_path / "one" / "model.safetensors").keys()
+    assert ("lm_head.weight" in names) == (not model.tie_embeddings)
+    of_bias = [name for name in names if "relative_attention_bias" in name]
+    assert sorted(of_bias) == [
+        f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for stack in ("decoder", "encoder")
+    ]
+
+
+def test_the_logits_of_a_tied_t5_are_divided_by_the_root_of_its_width():
+    """And its queries are not."""
+    cfg, model, params = toys.decoder(T5, 16)
+    _, plain, _ = toys.decoder(dataclasses.replace(T5, scale_logits=False, query_scale=0.0), 16)
+    batch = toys.batch(2, 16)
+    batch |= {f"input_{name}": batch[name] for name in ("segment_ids", "positions")} | {"inputs": batch["tokens"]}
+    for stack, branches in (("encoder", ("attention",)), ("decoder", ("attention", "cross_attention"))):
+        for branch in branches:
+            params[stack]["layers"][branch]["query"]["kernel"] *= 0.5  # = 1 / sqrt(head_dim): exact
+    mine = model.apply(params, batch)
+    for stack, branches in (("encoder", ("attention",)), ("decoder", ("attention", "cross_attention"))):
+        for branch in branches:
+            params[stack]["layers"][branch]["query"]["kernel"] *= 2
+    want = plain.apply(params, batch)
+    np.testing.assert_array_equal(mine.hidden_BxLxD, want.hidden_BxLxD)
+    np.testing.assert_array_equal(mine.unembed_DxV, want.unembed_DxV / 4)
+    assert cfg.embed_dim == 16 and cfg.head_dim == 4
+
+
+def test_the_head_of_a_t5_is_scaled_as_files_of_transformers_4_and_5_say(tmp_path):
+    """Version 5 writes tie_word_embeddings=true for every T5, and scale_decoder_outputs."""
+    for name, model in (("t5", T5), ("v1_1", T5_V1_1)):
+        folder, cfg = tmp_path / name, transformer.resolve(model, vocab_size=280, seq_len=64)
+        export.export(folder, cfg, toys.random_params(cfg), vocab_size=280)
+        older = hf.open_model(folder).model
+        assert (older.scale_logits, older.tie_embeddings) == (model.scale_logits, model.tie_embeddings)
+        change(folder, "config.json", tie_word_embeddings=True, scale_decoder_outputs=model.scale_logits)
+        assert hf.open_model(folder).model == older
+    change(tmp_path / "v1_1", "config.json", scale_decoder_outputs=True)
+    assert "tensor 'lm_head.weight' differs from 'shared.weight'" in refusal(tmp_path / "v1_1")
+
+
+def test_tensors_that_files_of_t5_repeat_or_never_used_are_read(tmp_path):
+    cfg = transformer.resolve(T5, vocab_size=280, seq_len=64)
+    export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=280)
+    wanted, tensors = params_of(tmp_path), load_file(tmp_path / "model.safetensors")
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    more = {f"{stack}.embed_tokens.weight": tensors["shared.weight"] for stack in ("encoder", "decoder")}
+    more |= {"lm_head.weight": tensors["shared.weight"], unused: np.ones((32, 4), np.float32)}
+    save_file(tensors | more, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), wanted)
+    save_file(tensors | {"decoder.embed_tokens.weight": 1 + tensors["shared.weight"]}, tmp_path / "model.safetensors")
+    assert "'decoder.embed_tokens.weight' differs from 'shared.weight'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"relative_attention_num_buckets": 64}, "relative_attention_num_buckets is 64; of this family 32"),
+        ({"relative_attention_max_distance": 64}, "relative_attention_max_distance is 64; of this family 128"),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder is False"),
+        ({"feed_forward_proj": "gated-relu"}, "feed_forward_proj is 'gated-relu'"),
+        ({"feed_forward_proj": "a-relu"}, "feed_forward_proj is 'a-relu'"),
+        ({"feed_forward_proj": "tanh"}, "feed_forward_proj is 'tanh'"),
+        ({"dense_act_fn": "silu"}, "dense_act_fn 'silu'"),
+        ({"feed_forward_proj": "gated-gelu"}, "no tensor of a t5"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers is 0; expected at least 1"),
+        ({"num_decoder_layers": 2}, "no tensor 'decoder.block.1."),
+        ({"d_kv": 5}, "the sizes in config.json need [20, 16]"),
+    ],
+)
+def test_a_t5_that_computes_something_else_is_refused(values, message, tmp_path):
+    cfg = transformer.resolve(T5, vocab_size=280, seq_len=64)
+    export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=280)
+    change(tmp_path, "config.json", **values)
+    assert message in refusal(tmp_path)
+
+
+def test_a_t5_whose_tied_head_is_not_scaled_is_not_exported(tmp_path):
+    cfg = transformer.resolve(dataclasses.replace(T5, scale_logits=False), vocab_size=280, seq_len=64)
+    with pytest.raises(ConfigError, match=r"t5: model.tie_embeddings is True, expected False"):
+        export.export(tmp_path / "out", cfg, toys.random_params(cfg), vocab_size=280)
+
+
+@pytest.fixture(scope="module")
+def published_t5(tmp_path_factory) -> Path:
+    """A T5 with more rows than its tokenizer has ids, as the published ones."""
+    folder, cfg = tmp_path_factory.mktemp("hf") / "t5", transformer.resolve(T5, vocab_size=280, seq_len=64)
+    export.export(folder, cfg, toys.random_params(cfg, scale=0.2), vocab_size=280)
+    change(folder, "config.json", decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    return published_tokenizers.folder("t5", folder)
+
+
+def test_a_t5_is_imported_and_exported_as_it_was_with_the_start_of_its_decoder(published_t5, tmp_path, capsys):
+    with pytest.raises(
+        SystemExit, match=r"t5 has model.kind=encoder_decoder; --task is causal_lm, expected .*span_corruption"
+    ):
+        tool_modules.call("hf", "import", published_t5, tmp_path / "run")
+    tool_modules.call("hf", "import", published_t5, tmp_path / "run", "--task=translation")
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out")
+    assert "280 of 280 rows" in capsys.readouterr().out
+    first, second = (load_file(folder / "model.safetensors") for folder in (published_t5, tmp_path / "out"))
+    assert {name: x.tobytes() for name, x in first.items()} == {name: x.tobytes() for name, x in second.items()}
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((tmp_path / "out" / name).read_text())
+        assert (said["decoder_start_token_id"], said["pad_token_id"]) == (0, 0)
+    assert 'pipeline_tag: "text2text-generation"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_decoder_that_starts_from_another_id_than_the_tokenizers_is_refused(published_t5, tmp_path):
+    """As CodeT5, whose tokenizer has a [CLS] but whose decoder starts from the padding."""
+    copy = shutil.copytree(published_t5, tmp_path / "copy")
+    change(copy, "tokenizer_config.json", cls_token="</s>")
+    cfg = toys.recipe(tmp_path / "texts", task__name="span_corruption", data__packing="concat", init_from=f"hf:{copy}")
+    cfg = dataclasses.replace(cfg, model=ModelConfig(kind="encoder_decoder"))
+    with pytest.raises(ConfigError, match=r"decoder_start_token_id is 0, but decoders here start from id 1, '</s>'"):
+        run_lib.plan(cfg, None)
+    change(copy, "tokenizer_config.json", cls_token="<pad>")
+    assert run_lib.plan(cfg, None).tokenizer.bos_id == 0
+
+
+@pytest.mark.slow
+def test_a_t5_is_trained_further_with_its_own_sentinels_and_exported(published_t5, tmp_path):
+    texts = toys.write_texts(tmp_path / "texts")
+    cfg = toys.recipe(
+        texts,
+        task__name="span_corruption",
+        data__packing="concat",
+        init_from=f"hf:{published_t5}",
+        train__total_steps=2,
+    )
+    train.train(dataclasses.replace(cfg, model=ModelConfig(init="t5")), tmp_path / "run")
+    saved, _, _, tok = run_lib.load_model(str(tmp_path / "run"))
+    assert (saved.model.kind, saved.model.decoder_layers) == ("encoder_decoder", 1) and len(tok.sentinel_ids) == 100
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out")
+    before, after = (param_paths.flatten(params_of(folder)) for folder in (published_t5, tmp_path / "out"))
+    assert before.keys() == after.keys() and hf.open_model(tmp_path / "out").model.vocab_size == 280
+    assert all(np.any(before[path] != after[path]) for path in before), "every parameter is trained"

@@ -68,8 +68,9 @@ def random_like(shapes: Any, seed: int = 0, scale: float = 1.0) -> Any:
 
 
 def random_params(cfg: ModelConfig, seed: int = 0, scale: float = 1.0) -> Params:
-    """Parameters of a text model without a head; `cfg`: resolved."""
-    shapes = jax.eval_shape(transformer.text_model(cfg, jnp.float32).init, jax.random.key(0))
+    """Parameters of a model without a head; `cfg`: resolved."""
+    model = registry.MODELS[cfg.kind](Config(model=cfg), None, jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     return random_like(shapes, seed, scale)
 
 

@@ -70,10 +70,14 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     """Writes a published model as a run folder with one checkpoint, of step 0.
 
     What the folder lacks of the head of the task is initialised, and said.
+
+    Raises:
+      ConfigError: the task is for models of another kind.
     """
     from lm import param_paths, tasks
     from lm import run as run_lib
     from lm.checkpoint import hf, init_from
+    from lm.config.schema import ConfigError
 
     source = tasks.default_config(task)
     source.init_from = hf.PREFIX + folder
@@ -81,6 +85,11 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     source.model.pool = pool
     source.data.packing = tasks.TASKS[task].packing[0]
     published = hf.open_model(folder)
+    fitting = [name for name, each in tasks.TASKS.items() if published.model.kind in each.models]
+    if task not in fitting:
+        raise ConfigError(
+            f"{folder} has model.kind={published.model.kind}; --task is {task}, expected {', '.join(fitting)}"
+        )
     for name in ("seq_len", "target_len"):
         source.data[name] = min(source.data[name], published.model.max_len)
     source.train.total_steps = 1
@@ -359,7 +368,6 @@ def batch_of(model: Any, tokens: Any, mask: Any) -> dict[str, Any]:
 def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
     """Compares the two implementations on one batch, at its real positions."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from lm import losses

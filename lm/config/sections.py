@@ -268,12 +268,12 @@ def check_model(model: ModelConfig) -> None:
                 not model.lm_transform or is_stack
             ),
             f"'model.unused_positions' is {model.unused_positions}; expected 0 or more": model.unused_positions >= 0,
-            f"'model.unused_positions' is {model.unused_positions}, but 'model.kind' {model.kind} with 'model.position' "
-            f"{model.position} has no learned positions of text: set 0": (
+            f"'model.unused_positions' is {model.unused_positions}, but a 'model.kind' {model.kind} with "
+            f"'model.position' {model.position} has no learned positions of text: set 0": (
                 not model.unused_positions or (model.position == "learned" and not is_vision)
             ),
             f"'model.sentence_types' is {model.sentence_types}; expected at least 1": model.sentence_types > 0,
-            f"'model.sentence_types' is {model.sentence_types}, but 'model.kind' {model.kind} has none: leave it at 2": (
+            f"'model.sentence_types' is {model.sentence_types}, but 'model.kind' {model.kind} has none: leave 2": (
                 model.sentence_types == 2 or model.kind == "encoder"
             ),
             f"'model.embed_norm' is for models of text; 'model.kind' {model.kind} needs it to be False": (

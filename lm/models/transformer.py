@@ -376,8 +376,8 @@ def _project_out(module: Any, y_BxLxHxE: jax.Array, keys_B: jax.Array | None) ->
 
 
 class Mlp(nn.Module):
-    """down(gelu(up(x))), GELU in the tanh form of GPT-2 or exact, or ReLU in its place; or gated: down(silu(gate(x)) * up(x)), called SwiGLU,
-    and GeGLU with GELU in place of SiLU (Shazeer 2020)."""
+    """down(act(up(x))), with GELU in the tanh form of GPT-2 or exact, or ReLU; or gated: down(silu(gate(x)) * up(x)),
+    called SwiGLU, and GeGLU with GELU in place of SiLU (Shazeer 2020)."""
 
     cfg: ModelConfig
     dtype: Any

@@ -242,9 +242,9 @@ def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Conf
         first[: max(room - len(second), (room + 1) // 2)],
         second[: max(room - len(first), room // 2)],
     )
-    first = [tokenizer.bos_id, *first, *tokenizer.separator_ids]
-    ids = np.concatenate([first, second, [tokenizer.eos_id]])
-    types = np.repeat([0, 1], [len(first), len(second) + 1])
+    separator = tokenizer.separator_ids
+    ids = np.concatenate([[tokenizer.bos_id], first, separator, second, [tokenizer.eos_id]])
+    types = np.repeat([0, 1], [1 + len(first) + len(separator), len(second) + 1])
     return whole_row("tokens", ids, cfg.data.seq_len) | {
         "type_ids": np.pad(types, (0, cfg.data.seq_len - len(ids))).astype(np.int32),
         "labels": np.array(spoilt, np.int32),

@@ -29,7 +29,7 @@ _OPTIONAL = (
 )
 # Keys of config.json that change nothing that is computed here, or repeat another key.
 _HARMLESS = re.compile(
-    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*_token_id|.*dropout(_prob)?"
+    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_(range|factor)|.*_token_id|.*dropout(_prob|_rate)?"
     r"|.*pdrop|auto_map|id2label|label2id|num_labels|task_specific_params|summary_.*|n_ctx|max_window_layers|use_sliding_window"
     r"|layer_types|_?sliding_window_pattern|rope_.*|cache_implementation|output_.*|return_dict|is_llama_config|model_type"
     r"|transformers\.js_config|torchscript|_attn_implementation.*|problem_type|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp"
@@ -802,7 +802,7 @@ _ROBERTA = _BERT._replace(
     model_type="roberta",
     architecture="RobertaForMaskedLM",
     prefix="roberta.",
-    keys=_BERT.keys | {"type_vocab_size": "sentence_types"},
+    keys={**_BERT.keys, "type_vocab_size": "sentence_types"},
     defaults={
         **_BERT.defaults,
         **{"vocab_size": 50265, "type_vocab_size": 2, "pad_token_id": 1},
@@ -812,7 +812,7 @@ _ROBERTA = _BERT._replace(
         **{"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
         **{"add_cross_attention": False, "tie_word_embeddings": True},
     },
-    fixed=_BERT.fixed | {"mlp": "gelu_exact"},
+    fixed={**_BERT.fixed, "mlp": "gelu_exact"},
     more=_roberta_more,
     more_back=_roberta_back,
     tensors=_roberta_tensors,
@@ -824,7 +824,7 @@ _ROBERTA = _BERT._replace(
 )
 # The same tensors; exported as a RoBERTa, which computes the same.
 _XLM_ROBERTA = _ROBERTA._replace(
-    model_type="xlm-roberta", architecture="XLMRobertaForMaskedLM", defaults=_ROBERTA.defaults | {"vocab_size": 30522}
+    model_type="xlm-roberta", architecture="XLMRobertaForMaskedLM", defaults={**_ROBERTA.defaults, "vocab_size": 30522}
 )
 
 # T5 ------------------------------------------------------------------------------------------------------------------
@@ -845,13 +845,16 @@ def _t5_more(theirs: Json, model: ModelConfig) -> Json:
     if theirs["num_decoder_layers"] == 0:
         raise ConfigError("num_decoder_layers is 0; expected at least 1")
     first, _, last = theirs["feed_forward_proj"].rpartition("-")
-    said = {"is_gated_act": first == "gated", "dense_act_fn": "gelu_new" if (first, last) == ("gated", "gelu") else last}
+    said = {
+        "is_gated_act": first == "gated",
+        "dense_act_fn": "gelu_new" if (first, last) == ("gated", "gelu") else last,
+    }
     gated, activation = (own if (given := theirs[key]) is None else given for key, own in said.items())
     if first not in ("", "gated") or (gated, activation) not in _T5_MLP:
         known = ", ".join(name for _, name in _T5_MLP.values())
         raise ConfigError(
-            f"feed_forward_proj is {theirs['feed_forward_proj']!r} (is_gated_act {gated}, dense_act_fn {activation!r}); "
-            f"supported are {known}"
+            f"feed_forward_proj is {theirs['feed_forward_proj']!r} (is_gated_act {gated}, dense_act_fn "
+            f"{activation!r}); supported are {known}"
         )
     is_scaled = theirs["scale_decoder_outputs"]
     is_scaled = theirs["tie_word_embeddings"] is not False if is_scaled is None else is_scaled

@@ -18,7 +18,9 @@ from lm.checkpoint.hf.families import Family, Tensor
 from lm.checkpoint.hf.files import Tensors
 from lm.checkpoint.store import CheckpointError, fingerprints, named_leaves
 from lm.config import AdapterConfig, Config, ModelConfig
+from lm.config.schema import ConfigError
 from lm.data import published_tokenizer
+from lm.data.tokenizer_protocol import Tokenizer
 from lm.models import registry
 
 PREFIX = "hf:"  # of `init_from`
@@ -71,6 +73,16 @@ class Published:
     def info(self) -> dict[str, Any]:
         """The parameters it has, in the form of `lm.checkpoint.Saved`."""
         return {"arrays": {f"params/{path}": {"shape": list(self.shapes[path])} for path in self.table}}
+
+    def check_start(self, tokenizer: Tokenizer) -> None:
+        """Raises ConfigError if the decoder of an encoder-decoder starts from another id than the tokenizer's."""
+        start = self.tensors.config.get("decoder_start_token_id")
+        if self.model.kind == "encoder_decoder" and start not in (None, tokenizer.bos_id):
+            raise ConfigError(
+                f"{self.tensors.config_path}: decoder_start_token_id is {start!r}, but decoders here start from id "
+                f"{tokenizer.bos_id}, {tokenizer.piece(tokenizer.bos_id)!r}: the tokenizer's cls_token, else its "
+                "bos_token, else its pad_token; name the token of that id as cls_token in tokenizer_config.json"
+            )
 
     def report(self) -> str:
         """What the shape of a run's model is, as read from config.json, for the console."""
