@@ -21,7 +21,7 @@ from lm.checkpoint import CheckpointError, hf  # noqa: E402
 from lm.checkpoint.hf import export  # noqa: E402
 from lm.config import Config, GenerateConfig, ModelConfig, schema  # noqa: E402
 from lm.decoding import beam_search, sampling  # noqa: E402
-from lm.models import registry, transformer  # noqa: E402
+from lm.models import layers, registry, transformer  # noqa: E402
 from lm.models import rope as rope_lib  # noqa: E402
 from lm.tasks import sentence_embeddings  # noqa: E402
 from lm.types import Head  # noqa: E402
@@ -203,6 +203,15 @@ def test_logits_are_those_of_transformers(name, folder):
     alone = np.asarray(apply(params, batch_of(cfg, tokens, mask, positions)))
     assert_equal(both[:20], alone[2, :20])
     assert_equal(both[20:], alone[3, :28])
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_of_distances_are_those_of_t5(bidirectional):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distances = np.arange(-1000, 1001)
+    want = T5Attention._relative_position_bucket(torch.from_numpy(distances), bidirectional).numpy()
+    np.testing.assert_array_equal(layers.relative_buckets(jnp.asarray(distances), bidirectional), want)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 100_000.0, 500_000.0, 1_000_000.0])

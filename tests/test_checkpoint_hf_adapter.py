@@ -29,8 +29,12 @@ from tests import published as published_tokenizers
 from tests import tool_modules, toys
 
 MODELS = {"llama": toys.PLAIN_LLAMA, "gpt2": toys.GPT2, "bert": dataclasses.replace(toys.BERT, norm_eps=1e-12)}
+MODELS |= {"t5": toys.PUBLISHED_T5}
 MODELS = {name: dataclasses.replace(model, vocab_size=420, max_len=64) for name, model in MODELS.items()}
 TARGETS = {"llama": r".*(query|value|down)", "gpt2": r".*(query|value|mlp/down)", "bert": r".*(key|mlp/down)"}
+# More layers than the encoder has, and modules whose names only differ in the stack.
+TARGETS["t5"] = r"decoder/.*/(attention/query|mlp/up)|.*value"
+TOKENIZERS = {"bert": "word_piece", "t5": "t5"}
 KEEP = ((".*", "keep"),)
 STEP = 3
 METRICS = {"nll": 2.5, "perplexity": 12.182493960703473}
@@ -42,7 +46,7 @@ def base(tmp_path_factory) -> Any:
     root = tmp_path_factory.mktemp("bases")
     for family, model in MODELS.items():
         cfg = transformer.resolve(model, vocab_size=420, seq_len=64)
-        published_tokenizers.folder("word_piece" if family == "bert" else "byte_bpe", root / family)
+        published_tokenizers.folder(TOKENIZERS.get(family, "byte_bpe"), root / family)
         export.export(root / family, cfg, toys.random_params(cfg, scale=0.3), vocab_size=420)
     return lambda family: root / family
 
@@ -50,7 +54,7 @@ def base(tmp_path_factory) -> Any:
 def lora_run(folder: Path, out: Path, family: str, task: str = "", **changes: Any) -> Path:
     """A run as training leaves it: LoRA on a published model, all matrices of LoRA and the head moved."""
     task = task or ("masked_lm" if family == "bert" else "causal_lm")
-    options: dict[str, Any] = {} if task == "masked_lm" or family != "bert" else {"data__packing": "pad"}
+    options: dict[str, Any] = {} if task in ("masked_lm", "causal_lm") else {"data__packing": "pad"}
     if task in ("classification", "tagging"):
         options["task__labels"] = ("a", "b", "c")
     cfg = toys.recipe(
@@ -95,6 +99,8 @@ def logits_here(run: Path, tokens: np.ndarray) -> np.ndarray:
     cfg, model, params, _ = run_lib.load_model(str(run))
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+    if cfg.model.kind == "encoder_decoder":
+        batch |= {f"input_{name}": batch[name] for name in ("segment_ids", "positions")} | {"inputs": tokens[:, ::-1]}
     out = jax.jit(model.apply)(params, batch)
     if cfg.task.name == "contrastive_pairs":
         return np.asarray(out.hidden_BxLxD)
@@ -105,7 +111,7 @@ def logits_here(run: Path, tokens: np.ndarray) -> np.ndarray:
 
 TOKENS = np.random.default_rng(2).integers(5, 200, (2, 24)).astype(np.int32)
 CASES = [("llama", "causal_lm"), ("gpt2", "causal_lm"), ("bert", "masked_lm")]
-CASES += [("bert", "classification"), ("bert", "tagging"), ("bert", "contrastive_pairs")]
+CASES += [("t5", "translation"), ("bert", "classification"), ("bert", "tagging"), ("bert", "contrastive_pairs")]
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
@@ -116,6 +122,7 @@ def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(famil
     run, out = made(family, task)
     tool_modules.call("hf", "export", run, tmp_path / "merged")
     auto = {"causal_lm": transformers.AutoModelForCausalLM, "masked_lm": transformers.AutoModelForMaskedLM}
+    auto |= {"translation": transformers.AutoModelForSeq2SeqLM}
     auto |= {"classification": transformers.AutoModelForSequenceClassification}
     auto |= {"tagging": transformers.AutoModelForTokenClassification, "contrastive_pairs": transformers.AutoModel}
     labels = {"num_labels": 3} if task in ("classification", "tagging") else {}
@@ -123,9 +130,10 @@ def test_peft_computes_what_the_run_computes_and_so_does_the_merged_export(famil
     adapted = peft.PeftModel.from_pretrained(there, out).eval()
     merged = auto[task].from_pretrained(tmp_path / "merged").eval()
     mine, ids = logits_here(run, TOKENS), torch.from_numpy(TOKENS).long()
+    given = {"input_ids": ids.flip(1), "decoder_input_ids": ids} if family == "t5" else {"input_ids": ids}
     for model in (adapted, merged):
         with torch.no_grad():
-            got = model(input_ids=ids)
+            got = model(**given)
         theirs = (got.last_hidden_state if task == "contrastive_pairs" else got.logits).numpy()
         assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
     adapted.save_pretrained(tmp_path / "again")

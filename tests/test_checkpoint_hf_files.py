@@ -33,10 +33,7 @@ from tests import tool_modules, toys
 
 MODEL = dataclasses.replace(toys.PLAIN_LLAMA, num_layers=3, vocab_size=300, max_len=64)
 BERT = dataclasses.replace(toys.BERT, vocab_size=210, max_len=64, norm_eps=1e-12)
-T5 = dataclasses.replace(
-    toys.GPT2, kind="encoder_decoder", position="relative", norm="rmsnorm", mlp="relu", use_bias=False, query_scale=1.0
-)
-T5 = dataclasses.replace(T5, scale_logits=True, decoder_layers=1, vocab_size=280, max_len=64)
+T5 = dataclasses.replace(toys.PUBLISHED_T5, decoder_layers=1, vocab_size=280, max_len=64)
 T5_V1_1 = dataclasses.replace(T5, mlp="geglu", tie_embeddings=False, scale_logits=False, head_dim=8)
 ROBERTA = dataclasses.replace(BERT, unused_positions=2, sentence_types=1)
 

@@ -46,6 +46,11 @@ BERT = dataclasses.replace(
     lm_transform=True,
     mlp="gelu_exact",
 )
+# As published: T5 v1.0 (tied, scaled logits).
+PUBLISHED_T5 = dataclasses.replace(
+    GPT2, kind="encoder_decoder", position="relative", norm="rmsnorm", norm_eps=1e-6, mlp="relu", use_bias=False
+)
+PUBLISHED_T5 = dataclasses.replace(PUBLISHED_T5, decoder_layers=3, query_scale=1.0, scale_logits=True)
 PREFIX = dataclasses.replace(LLAMA, kind="prefix_decoder", sliding_window=0)
 
 
