@@ -30,11 +30,13 @@ from tests import tool_modules, toys
 
 MODELS = {"llama": toys.PLAIN_LLAMA, "gpt2": toys.GPT2, "bert": dataclasses.replace(toys.BERT, norm_eps=1e-12)}
 MODELS |= {"t5": toys.PUBLISHED_T5}
+MODELS["roberta"] = dataclasses.replace(MODELS["bert"], unused_positions=2, sentence_types=1)
 MODELS = {name: dataclasses.replace(model, vocab_size=420, max_len=64) for name, model in MODELS.items()}
 TARGETS = {"llama": r".*(query|value|down)", "gpt2": r".*(query|value|mlp/down)", "bert": r".*(key|mlp/down)"}
+TARGETS["roberta"] = TARGETS["bert"]
 # More layers than the encoder has, and modules whose names only differ in the stack.
 TARGETS["t5"] = r"decoder/.*/(attention/query|mlp/up)|.*value"
-TOKENIZERS = {"bert": "word_piece", "t5": "t5"}
+TOKENIZERS = {"bert": "word_piece", "t5": "t5", "roberta": "roberta"}
 KEEP = ((".*", "keep"),)
 STEP = 3
 METRICS = {"nll": 2.5, "perplexity": 12.182493960703473}
@@ -69,7 +71,7 @@ def lora_run(folder: Path, out: Path, family: str, task: str = "", **changes: An
         optim__lr_rules=common.lora_rules(),
         **options,
     )
-    cfg = dataclasses.replace(cfg, model=ModelConfig(init="bert") if family == "bert" else ModelConfig())
+    cfg = dataclasses.replace(cfg, model=ModelConfig(init="bert") if "bert" in family else ModelConfig())
     planned, _, params = run_lib.init_model(cfg)
     flat = param_paths.flatten(params)
     moved = {path: leaf for path, leaf in flat.items() if "/lora_" in path or path.startswith("head/")}
@@ -112,6 +114,7 @@ def logits_here(run: Path, tokens: np.ndarray) -> np.ndarray:
 TOKENS = np.random.default_rng(2).integers(5, 200, (2, 24)).astype(np.int32)
 CASES = [("llama", "causal_lm"), ("gpt2", "causal_lm"), ("bert", "masked_lm")]
 CASES += [("t5", "translation"), ("bert", "classification"), ("bert", "tagging"), ("bert", "contrastive_pairs")]
+CASES += [("roberta", "classification")]
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
@@ -354,7 +357,13 @@ def test_a_card_cuts_absolute_paths_and_nothing_else(tmp_path):
 # Folders that are read ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("bert", "classification")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        *[("llama", "causal_lm"), ("bert", "classification"), ("t5", "translation")],
+        *[("roberta", "classification"), ("roberta", "tagging")],
+    ],
+)
 def test_an_adapter_is_read_as_it_was_and_exported_as_the_same_bytes(family, task, made, tmp_path):
     run, one = made(family, task)
     cfg = run_lib.load_model(str(run))[0]

@@ -555,10 +555,21 @@ def test_model_of_no_family_is_not_exported(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(tmp_path):
-    cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
-    export.export(tmp_path / "bert", cfg, toys.random_params(cfg), vocab_size=210)
-    published_tokenizers.folder("wordpiece", tmp_path / "bert")
+@pytest.mark.parametrize(
+    ("model", "kind", "of_classifier", "architecture"),
+    [
+        (BERT, "word_piece", ("bert.pooler.dense", "classifier"), "BertForSequenceClassification"),
+        (ROBERTA, "roberta", ("classifier.dense", "classifier.out_proj"), "RobertaForSequenceClassification"),
+    ],
+    ids=["bert", "roberta"],
+)
+def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(
+    model, kind, of_classifier, architecture, tmp_path
+):
+    rows = 210 if kind == "word_piece" else 420
+    cfg = transformer.resolve(dataclasses.replace(model, vocab_size=rows), vocab_size=rows, seq_len=64)
+    export.export(tmp_path / "bert", cfg, toys.random_params(cfg), vocab_size=rows)
+    published_tokenizers.folder(kind, tmp_path / "bert")
     texts = toys.write_texts(tmp_path / "texts")
     first = toys.recipe(texts, task__name="masked_lm", init_from=f"hf:{tmp_path / 'bert'}", train__total_steps=2)
     first = dataclasses.replace(first, model=ModelConfig(init="bert"))
@@ -568,7 +579,10 @@ def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(tmp_pat
         param_paths.flatten(params_of(tmp_path / "bert")),
         param_paths.flatten(params_of(tmp_path / "a-out")),
     )
-    assert before.keys() == after.keys() and hf.open_model(tmp_path / "a-out").model.vocab_size == 210
+    assert before.keys() == after.keys() and hf.open_model(tmp_path / "a-out").model.vocab_size == rows
+    if kind == "roberta":  # whose rows of the unused positions are not
+        for each in (before, after):
+            each["embed/position_embedding"] = each["embed/position_embedding"][2:]
     assert all(np.any(before[path] != after[path]) for path in before), "every parameter is trained"
 
     rows = [{"text": path.read_text(), "label": ("odd", "even")[i % 2]} for i, path in enumerate(texts.iterdir())]
@@ -586,16 +600,17 @@ def test_a_bert_is_trained_further_then_classifies_and_both_are_exported(tmp_pat
     train.train(second, tmp_path / "b")
     tool_modules.call("hf", "export", tmp_path / "b", tmp_path / "b-out")
     config = json.loads((tmp_path / "b-out" / "config.json").read_text())
-    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["architectures"] == [architecture]
     assert config["id2label"] == {"0": "odd", "1": "even"}
     there = load_file(tmp_path / "b-out" / "model.safetensors")
-    assert there["classifier.weight"].shape == (2, 16) and "bert.pooler.dense.bias" in there
-    assert not any(name.startswith("cls.") for name in there)
+    pooler, classifier = of_classifier
+    assert there[f"{classifier}.weight"].shape == (2, 16) and f"{pooler}.bias" in there
+    assert not any(name.startswith(("cls.", "lm_head.")) for name in there)
 
     again = dataclasses.replace(second, init_from=f"hf:{tmp_path / 'b-out'}", init_rules=((".*", "keep"),))
     planned, _, params = run_lib.init_model(again)
     assert not planned.unused
-    np.testing.assert_array_equal(params["head"]["classifier"]["kernel"].T, there["classifier.weight"])
+    np.testing.assert_array_equal(params["head"]["classifier"]["kernel"].T, there[f"{classifier}.weight"])
 
 
 def test_the_classifier_of_next_sentences_is_read_by_a_rule_only(tmp_path):

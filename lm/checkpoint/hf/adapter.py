@@ -170,10 +170,12 @@ def _check_saved(adapter: Adapter, names: set[str], known: list[str]) -> None:
     """
     theirs = adapter.tensors.config
     saved = _strings(theirs.get("modules_to_save"))
-    there = {module_of(name) for name in names}
+    there = {module_of(name) for name in names if ".lora_" not in name}
     for name in known:
         name, module = name.format(0), module_of(name.format(0))
-        if name in names:
+        # A module is one layer or consists of others: of two heads that share a name a folder has one.
+        nested = (other for other in there if f"{other}.".startswith(f"{module}.") or module.startswith(f"{other}."))
+        if name in names or any(other != module for other in nested):
             continue
         if module in there:
             raise _missing(adapter, name, "it has others of this module")

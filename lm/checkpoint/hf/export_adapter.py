@@ -1,7 +1,7 @@
 """Writes LoRA alone, in the files of the library `peft`: adapter_config.json and adapter_model.safetensors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ def export(
     for entry in of_head:
         value = np.asarray(jax.device_get(flat[entry.path]))
         tensors[name(entry.name)] = value.T if entry.transposed else value
+    of_base = [entry.name for entry in table.values()]
     known = {*map(name, map(module_of, [entry.name for entry in (*table.values(), *family.optional)])), *loras}
     config = {
         "base_model_name_or_path": base_name(base.base_path),
@@ -100,7 +101,7 @@ def export(
         "lora_alpha": _plain(cfg.alpha * rank / cfg.rank),
         "lora_dropout": cfg.dropout,
         "target_modules": _targets(loras, known),
-        "modules_to_save": sorted({module_of(name(entry.name)) for entry in of_head}) or None,
+        "modules_to_save": sorted({_saved_module(name(entry.name), map(name, of_base)) for entry in of_head}) or None,
         "fan_in_fan_out": not any(table[path].transposed for path in _kernels(flat)),  # GPT-2's Conv1D
         "bias": "none",
     }
@@ -225,6 +226,13 @@ def _targets(loras: Mapping[str, Lora], known: set[str]) -> list[str]:
         good = [end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)]
         out += good[:1] or [module.format(layer) for layer in range(len(lora.a_LxRxI))]
     return sorted(set(out))
+
+
+def _saved_module(tensor: str, of_base: Iterable[str]) -> str:
+    """The module that `modules_to_save` names for a tensor of a head: the outermost, if nothing of the base is in it,
+    which is the one that `peft` itself names for classification; else the tensor's own."""
+    outermost = tensor.partition(".")[0]
+    return module_of(tensor) if any(name.startswith(f"{outermost}.") for name in of_base) else outermost
 
 
 def _task_type(model: ModelConfig, head: Head | None) -> str | None:
