@@ -481,6 +481,7 @@ def test_vocabulary_and_merges_of_a_roberta_alone_have_its_special_tokens(tmp_pa
     ids = ("bos_id", "eos_id", "pad_id", "mask_id", "separator_ids")
     assert [getattr(tok, name) for name in ids] == [getattr(whole, name) for name in ids]
     assert tok.encode("<s>a <mask>") == whole.encode("<s>a <mask>")
+    assert tok.is_control_V.tolist() == whole.is_control_V.tolist() and tok.is_control_V.sum() == 5
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

@@ -67,13 +67,13 @@ def export(
         )
     if missing := sorted(table.keys() - flat.keys()):
         raise CheckpointError(f"no parameter '{missing[0]}', which a {family.model_type} has")
-    config = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
-    config["architectures"] = [architecture]
+    theirs = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
+    theirs["architectures"] = [architecture]
     for key, value in about.items():
-        if config.get(key, value) not in (value, None):
+        if theirs.get(key, value) not in (value, None):
             raise ConfigError(
                 f"{key} of this run is {value!r}, by its tokenizer or task; a {family.model_type} that computes the "
-                f"same has {config[key]!r}: train it with a tokenizer that fits"
+                f"same has {theirs[key]!r}: train it with a tokenizer that fits"
             )
     # Name -> the parameters whose parts the tensor is made of, and the layer where a parameter stacks layers.
     entries: dict[str, list[tuple[Tensor, int | None]]] = {}
@@ -100,7 +100,7 @@ def export(
         (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, content in others.items():
         (folder / name).write_bytes(content)
-    (folder / files.CONFIG).write_text(json.dumps(config | dict(about), indent=2) + "\n", encoding="utf-8")
+    (folder / files.CONFIG).write_text(json.dumps(theirs | dict(about), indent=2) + "\n", encoding="utf-8")
 
 
 def _part(leaf: jax.Array, entry: Tensor, layer: int | None, rows: int) -> np.ndarray:

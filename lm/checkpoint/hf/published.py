@@ -76,7 +76,8 @@ class Published:
 
     def check_start(self, tokenizer: Tokenizer) -> None:
         """Raises ConfigError if the decoder of an encoder-decoder starts from another id than the tokenizer's."""
-        start = self.tensors.config.get("decoder_start_token_id")
+        theirs = self.tensors.config
+        start = theirs.get("decoder_start_token_id")
         if self.model.kind == "encoder_decoder" and start not in (None, tokenizer.bos_id):
             raise ConfigError(
                 f"{self.tensors.config_path}: decoder_start_token_id is {start!r}, but decoders here start from id "
