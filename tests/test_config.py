@@ -199,6 +199,22 @@ REFUSED = {
         {"model": {"kind": "vit", "position": "sincos", "embed_norm": True}},
         r"'model\.embed_norm' is for models of text; 'model\.kind' vit",
     ),
+    "scaled logits of a vision transformer": (
+        {"model": {"kind": "vit", "position": "sincos", "scale_logits": True}},
+        r"'model\.scale_logits' is for models of text; 'model\.kind' vit",
+    ),
+    "unused positions of rope": (
+        {"model": {"unused_positions": 2, "position": "rope"}},
+        r"'model\.unused_positions' is 2, but .*'model\.position' rope has no learned positions of text",
+    ),
+    "no sentence type": (
+        {"model": {"sentence_types": 0, "kind": "encoder"}},
+        r"'model\.sentence_types' is 0; expected at least 1",
+    ),
+    "sentence types of a decoder": (
+        {"model": {"sentence_types": 1}},
+        r"'model\.sentence_types' is 1, but 'model\.kind' decoder has none: leave 2",
+    ),
     "biases twice": ({"model": {"qkv_bias": True}}, r"'model\.qkv_bias' is set, but 'model\.use_bias'"),
     "decay without wsd": ({"optim": {"decay_steps": 5}}, r"'optim\.decay_\*' is read by schedule wsd only.*cosine"),
 }

@@ -95,6 +95,8 @@ def test_flops_of_a_bert_are_those_of_an_encoder_and_of_its_transform():
     bert = dataclasses.replace(plain, norm_position="post", embed_norm=True, mlp="gelu_exact", lm_transform=True)
     added = flops.train_flops_per_token(bert, 16, 50) - flops.train_flops_per_token(plain, 16, 50)
     assert added == 6 * 8 * 8
+    relu = dataclasses.replace(plain, mlp="relu")
+    assert flops.train_flops_per_token(relu, 16, 50) == flops.train_flops_per_token(plain, 16, 50)
 
 
 @pytest.mark.parametrize(("window", "seen"), [(0, 128.5), (64, 64 - 64 * 63 / 2 / 256), (500, 128.5)])

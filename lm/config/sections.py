@@ -267,7 +267,6 @@ def check_model(model: ModelConfig) -> None:
             f"'model.lm_transform' is set, but 'model.kind' {model.kind} does not support it": (
                 not model.lm_transform or is_stack
             ),
-            f"'model.unused_positions' is {model.unused_positions}; expected 0 or more": model.unused_positions >= 0,
             f"'model.unused_positions' is {model.unused_positions}, but a 'model.kind' {model.kind} with "
             f"'model.position' {model.position} has no learned positions of text: set 0": (
                 not model.unused_positions or (model.position == "learned" and not is_vision)
