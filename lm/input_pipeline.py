@@ -132,16 +132,27 @@ def build(
             raise DataError(f"'data.replay': {error}") from None
         report |= {f"{REPLAY}_{half}": values for half, values in counts.items()}
         content.append([replayed.fingerprint, checksums])
-    data = Data(made, _stages(cfg.data), "", report)
+    return with_fingerprint(Data(made, _stages(cfg.data), "", report, content=tuple(content)), cfg, tokenizer, begun)
+
+
+def with_fingerprint(
+    data: Data, cfg: Config, tokenizer: Tokenizer | None, begun: Mapping[str, Any] | None = None
+) -> Data:
+    """Data of a run whose rows were made for this config, or for one that differs in `lm.program.numbers_of` alone.
+
+    Args:
+      data: its `easy_first`, `fingerprint` and `about` are not read.
+      cfg, tokenizer, begun: as in `build`.
+    """
     data = data._replace(easy_first=_easy_first(cfg, data, begun))
     settings = {name: getattr(cfg.data, name) for name in _SHAPES_ROWS} | {"seed": cfg.seed}
     unread = schema.fields_that_change(cfg.task, "scores")
     options = {key: value for key, value in schema.to_dict(cfg.task).items() if key not in unread}
     settings |= {"task": options, "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     settings |= {"easy_first": data.easy_first}
-    parts = [content, _hash_of(tokenizer), settings]
+    parts = [data.content, _hash_of(tokenizer), settings]
     about: dict[str, str | int] = {"tokenizer": _sha256(parts[1])[:12], "settings": _sha256(settings)[:12]}
-    for (name, source), each in zip(made.items(), content, strict=True):
+    for (name, source), each in zip(data.sources.items(), data.content, strict=True):
         prefix = f"{name}: " if name else ""
         about |= {f"{prefix}content": _sha256(each)[:12], f"{prefix}training rows": len(source.train)}
     return data._replace(fingerprint=_sha256(parts), about=about)

@@ -3,6 +3,7 @@
 `lm.run` makes them for a run, `lm.planner` for devices that this machine does not have.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,13 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import optim, param_paths, step
-from lm.config import Config
+from lm.config import Config, OptimConfig
 from lm.config.schema import ConfigError
 from lm.models import registry
 from lm.optim import mup, trainable
 from lm.parallel import sharding
 from lm.tasks import columns_of_batch, task_of
-from lm.types import LENGTH_KEYS, ModelFns, Params, TrainState
+from lm.types import LENGTH_KEYS, Batch, ModelFns, Params, TrainState
 
 
 class Program(NamedTuple):
@@ -31,6 +32,8 @@ class Program(NamedTuple):
       state_shardings: sharding of each leaf of a `TrainState`.
       abstract_state: shapes, dtypes and shardings of the state.
       init_state: params -> the state before the first step.
+      step_with: (numbers, state, batch) -> (state, metrics), not jitted: a training step with other values, also traced
+        ones, of some keys of `numbers_of`.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch, start) -> (metrics, outputs), jitted; start as in `TrainState`.
     """
@@ -41,8 +44,26 @@ class Program(NamedTuple):
     state_shardings: Any
     abstract_state: TrainState
     init_state: Callable[[Any], TrainState]
+    step_with: Callable[[Mapping[str, Any], TrainState, Any], Any]
     train_step: Any
     eval_step: Any
+
+
+def numbers_of(cfg: Config) -> tuple[str, ...]:
+    """Keys of the config that are no more than numbers in a training step, and read by nothing else that is compiled.
+
+    Runs that differ in these alone can share one compiled step, which takes their values as arguments.
+    """
+    keys = ("seed", *(f"optim.{key}" for key in ("learning_rate", "end_lr_ratio", "b1", "b2", "eps", "weight_decay")))
+    return tuple(key for key in keys if (cfg.optim.name, key) != ("adafactor", "optim.b1"))  # its 0 means no momentum
+
+
+def with_numbers(cfg: Config, numbers: Mapping[str, Any]) -> Config:
+    """The config with other values, which may be traced, of keys of `numbers_of`."""
+    optim_values = {key.removeprefix("optim."): value for key, value in numbers.items() if key != "seed"}
+    return dataclasses.replace(
+        cfg, seed=numbers.get("seed", cfg.seed), optim=dataclasses.replace(cfg.optim, **optim_values)
+    )
 
 
 def make(
@@ -71,26 +92,38 @@ def make(
     """
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": epoch_examples}
     total_steps = cfg.train.total.to_steps("train.total", **size)
-    optimizer = optim.build(
-        cfg.optim,
-        abstract_params,
-        total_steps=total_steps,
-        warmup_steps=cfg.optim.warmup.to_steps("optim.warmup", **size),
-        decay_steps=cfg.optim.decay.to_steps("optim.decay", **size),
-        scales=mup.direction_scales(cfg.optim.name, logical_axes, mup.width_ratio(cfg.model)),
-    )
+    warmup_steps = cfg.optim.warmup.to_steps("optim.warmup", **size)
+    decay_steps = cfg.optim.decay.to_steps("optim.decay", **size)
+
+    def make_optimizer(cfg: OptimConfig) -> optim.Optimizer:
+        return optim.build(
+            cfg,
+            abstract_params,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+            scales=scales,
+        )
+
+    scales = mup.direction_scales(cfg.optim.name, logical_axes, mup.width_ratio(cfg.model))
+    optimizer = make_optimizer(cfg.optim)
     model = make_model(cfg, compute_dtype(cfg.model.dtype, mesh))
     loss_fn, needs_start = task_of(cfg).loss(model.apply, cfg, tokenizer), task_of(cfg).needs_start
-    train_step = functools.partial(
-        step.train_step,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        seed=cfg.seed,
-        micro_batches=cfg.train.micro_batches,
-        ema_decay=cfg.optim.ema_decay,
-        mixout=cfg.optim.mixout,
-        needs_start=needs_start,
-    )
+
+    def step_with(numbers: Mapping[str, Any], state: TrainState, batch: Batch) -> tuple[TrainState, step.Metrics]:
+        its = with_numbers(cfg, numbers)
+        return step.train_step(
+            state,
+            batch,
+            loss_fn=loss_fn,
+            optimizer=make_optimizer(its.optim) if numbers else optimizer,
+            seed=its.seed,
+            micro_batches=cfg.train.micro_batches,
+            ema_decay=cfg.optim.ema_decay,
+            mixout=cfg.optim.mixout,
+            needs_start=needs_start,
+        )
+
     eval_step = functools.partial(step.eval_step, loss_fn=loss_fn, needs_start=needs_start)
     use_ema = cfg.optim.ema_decay > 0
     init_state = functools.partial(step.init_state, optimizer=optimizer, use_ema=use_ema, anchored=anchored)
@@ -106,7 +139,8 @@ def make(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
         ),
         init_state=init_state,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        step_with=step_with,
+        train_step=jax.jit(functools.partial(step_with, {}), donate_argnums=0, out_shardings=(shardings, everywhere)),
         eval_step=jax.jit(eval_step, out_shardings=everywhere),
     )
 

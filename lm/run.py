@@ -212,7 +212,13 @@ def predicts_tokens(cfg: Config) -> bool:
     return task.head(cfg) is None and len(shape) == 1
 
 
-def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None], begun: Mapping[str, Any] | None = None) -> Run:
+def prepare(
+    planned: Plan,
+    mesh: Mesh,
+    note: Callable[[str], None],
+    begun: Mapping[str, Any] | None = None,
+    like: Run | None = None,
+) -> Run:
     """Reads the data and makes the step functions; parameters are made or restored later, and nothing is written.
 
     Args:
@@ -220,6 +226,8 @@ def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None], begun: Mappi
       mesh: the devices.
       note: called with messages for the console.
       begun: what the newest checkpoint of this run says of it (`Saved.info`), if there is one.
+      like: a run with the same tokenizer whose config differs in `lm.program.numbers_of` alone: its rows are taken and,
+        on the same mesh, its compiled evaluation.
 
     Raises:
       ConfigError: the mesh divides neither batch nor model, no evaluation has `checkpoint.best_metric`, a stage of the
@@ -228,19 +236,23 @@ def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None], begun: Mappi
     """
     cfg, task = planned.cfg, task_of(planned.cfg)
     program_lib.check_mesh(cfg, mesh, planned.abstract_params, planned.logical_axes)
-    found = input_pipeline.load(cfg.data, task.wanted(cfg))
+    found = input_pipeline.load(cfg.data, task.wanted(cfg)) if like is None else []
     for source in found:
         note(source.report)
         if isinstance(source, registry.Split):
             base.check_fields(task, [*source.train, *source.valid], TASKS)
-    planned = planned._replace(tokenizer=tokenizer_for(planned, found, note))
+    planned = planned._replace(tokenizer=like.plan.tokenizer if like else tokenizer_for(planned, found, note))
     tokenizer = planned.tokenizer
     if tokenizer:
         note(f"tokenizer of {tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")
         if change := tokenizer.changes_text:
             note(f"the tokenizer changes text, of which it counts the bytes in bits_per_byte: {change}")
     prompts = {prompt: sampling.encode_prompt(prompt, tokenizer, cfg) for prompt in cfg.generate.prompts if tokenizer}
-    data = input_pipeline.build(cfg, tokenizer, *found, replayed=replay.load(planned.replay, cfg, note), begun=begun)
+    if like:
+        data = input_pipeline.with_fingerprint(like.data, cfg, tokenizer, begun)
+    else:
+        replayed = replay.load(planned.replay, cfg, note)
+        data = input_pipeline.build(cfg, tokenizer, *found, replayed=replayed, begun=begun)
     _check_same_data(data.fingerprint)
     if data.easy_first:
         note(f"curriculum: short rows first, in the first {data.easy_first:,} examples")
@@ -256,6 +268,9 @@ def prepare(planned: Plan, mesh: Mesh, note: Callable[[str], None], begun: Mappi
         anchored=planned.anchored,
         epoch_examples=data.epoch_examples,
     )
+    if like and like.mesh == mesh:
+        same = {name: getattr(like.program, name) for name in ("model", "init_state", "eval_step")}
+        program = program._replace(**same)
     _check_stages(cfg, data, program.total_steps * cfg.data.batch_size)
     batch = program_lib.abstract_batch(cfg, mesh, program_lib.eval_batch_size(cfg))
     measured, _ = jax.eval_shape(program.eval_step, planned.abstract_params, batch)

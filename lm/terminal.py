@@ -1,11 +1,15 @@
 """Output to the terminal. Text of data, models and file names must not control it: everything is printed with `say`."""
 
+import contextvars
 import re
 import sys
 from typing import NoReturn, TextIO
 
 # Control characters except line break and tab, marks that change the direction of text, surrogates.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Where a thread of several that train at once prints; None = the terminal.
+output: contextvars.ContextVar[TextIO | None] = contextvars.ContextVar("output", default=None)
 
 
 def visible(text: object) -> str:
@@ -18,7 +22,7 @@ def visible(text: object) -> str:
 
 def say(*values: object, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints values, made `visible`, at once. A tool's own control characters, such as a '\\r' of `end`, pass."""
-    print(*map(visible, values), file=file or sys.stdout, end=end, flush=True)
+    print(*map(visible, values), file=output.get() or file or sys.stdout, end=end, flush=True)
 
 
 def stop(message: str) -> NoReturn:

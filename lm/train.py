@@ -10,10 +10,11 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lm import checkpoint, config, lease, program, terminal
 from lm import run as run_lib
@@ -27,6 +28,7 @@ from lm.optim.trainable import Selection
 from lm.parallel import mesh as mesh_lib
 from lm.preemption import Interrupt, Preempted
 from lm.run import Plan, Run, Stream
+from lm.step import Metrics
 from lm.tasks import build_config, build_saved_config, task_of
 from lm.tracking import files, report, saved_step
 from lm.tracking.files import RunFileError
@@ -59,11 +61,68 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     workdir = Path(workdir)
     run_lib.check_workdir(workdir)
     with Interrupt() as interrupt, lease.hold_for_run(workdir) as check_lease:
-        return start_or_resume(cfg, workdir, accept_changed_data, check_lease, interrupt)
+        return start_or_resume(cfg, workdir, accept_changed_data, check_lease, interrupt, Alone())
+
+
+class Place(Protocol):
+    """Where a run takes its steps: `Alone`, or beside others (`lm.study.group`)."""
+
+    def devices(self) -> list[Any]:
+        """Those of the run's mesh."""
+
+    def prepare(self, planned: Plan, mesh: Mesh, say: Say, begun: Mapping[str, Any] | None) -> Run:
+        """As `lm.run.prepare`."""
+
+    def stepper(self, run: Run, state: TrainState, batch_size: int) -> "Steps":
+        """What takes the run's steps from a state; compiled when this returns."""
+
+
+class Steps(Protocol):
+    """The state of a run, and its training step."""
+
+    @property
+    def state(self) -> TrainState:
+        """After the steps so far; its buffers may be gone after the next one."""
+
+    def step(self, batch: dict[str, np.ndarray]) -> Metrics:
+        """Takes a step on this process's rows of a batch; returns its metrics, as `lm.step.train_step` does."""
+
+
+class Alone:
+    """All devices, with data and programs of the run's own."""
+
+    def devices(self) -> list[Any]:
+        return jax.devices()
+
+    def prepare(self, planned: Plan, mesh: Mesh, say: Say, begun: Mapping[str, Any] | None) -> Run:
+        return run_lib.prepare(planned, mesh, say, begun)
+
+    def stepper(self, run: Run, state: TrainState, batch_size: int) -> Steps:
+        return Stepper(run, state, batch_size)
+
+
+class Stepper:
+    """A compiled training step of a run, and the state that it moves on; the steps of a run that trains alone."""
+
+    def __init__(self, run: Run, state: TrainState, batch_size: int):
+        # Ahead of time: a batch of another shape is an error, not a silent recompilation.
+        shapes = program.abstract_batch(run.cfg, run.mesh, batch_size)
+        self._step = run.program.train_step.lower(run.program.abstract_state, shapes).compile()
+        self._place, self.state = run_lib.placer(run.mesh, batch_size), state
+
+    def step(self, batch: dict[str, np.ndarray]) -> Metrics:
+        """As `Steps.step`."""
+        self.state, step_metrics = self._step(self.state, self._place(batch))
+        return step_metrics
 
 
 def start_or_resume(
-    cfg: Config, workdir: Path, accept_changed_data: bool, check_lease: Callable[[], None], interrupt: Interrupt
+    cfg: Config,
+    workdir: Path,
+    accept_changed_data: bool,
+    check_lease: Callable[[], None],
+    interrupt: Interrupt,
+    where: Place,
 ) -> dict[str, Any]:
     """As `train`, of a folder that this process owns; `check_lease` is called before each write."""
     # The config is checked before data is read or a device is touched.
@@ -83,9 +142,9 @@ def start_or_resume(
         resume.refuse_changes(build_saved_config(readable[-1].info["config"]), cfg, workdir, accept_changed_data, say)
     elif saved:
         raise checkpoint.none_readable(saved)
-    mesh = mesh_lib.make_mesh(cfg.mesh)
+    mesh = mesh_lib.make_mesh(cfg.mesh, where.devices())
     say(f"devices: {mesh.size} of kind {mesh.devices.flat[0].device_kind}, as {mesh_lib.in_words(mesh)}")
-    run = run_lib.prepare(planned, mesh, say, readable[-1].info if readable else None)
+    run = where.prepare(planned, mesh, say, readable[-1].info if readable else None)
 
     with jax.set_mesh(mesh):
         # The state: from this run's newest readable checkpoint, else from `init_from`, else from scratch.
@@ -109,7 +168,7 @@ def start_or_resume(
             Checkpoints(workdir, cfg.checkpoint, saved, start, check_lease) as checkpoints,
         ):
             interrupt.kept = lambda: what_is_kept(checkpoints.last_good)
-            summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt)
+            summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt, where)
         if is_primary:
             summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
             with tracker.writing():
@@ -130,6 +189,7 @@ def loop(
     tracker: Tracker,
     checkpoints: Checkpoints,
     interrupt: Interrupt,
+    where: Place,
 ) -> dict[str, Any]:
     """Trains from `state` to the last step, evaluating and saving on the way. Returns the summary.
 
@@ -138,20 +198,20 @@ def loop(
     """
     cfg, start, last_step = run.cfg, int(state.step), run.program.total_steps
     stream, early_stopping = run_lib.training_stream(run, start, position), position.early_stopping
-    with tracker.bucket("compile"):  # ahead of time: a batch of another shape is an error, not a silent recompilation
-        batch_shape = program.abstract_batch(cfg, run.mesh, stream.batch_size)
-        train_step = run.program.train_step.lower(run.program.abstract_state, batch_shape).compile()
+    with tracker.bucket("compile"):
+        stepper = where.stepper(run, state, stream.batch_size)
         evaluator = Evaluator(run, tracker)
     throughput = measure_throughput(run, tracker, start)
     step_log = StepLog(run, tracker, throughput, checkpoints)
     save = functools.partial(save_state, run, stream, tracker, checkpoints)
 
     if start == 0 and cfg.eval.at_start:
-        evaluator.validate(state, 0)
+        evaluator.validate(stepper.state, 0)
+    del state
     values: dict[str, float] | None = None
     # A run that had stopped early, but was killed before its summary was written, has no step left.
     steps = range(0) if early_stopping.should_stop(cfg.train) else range(start + 1, last_step + 1)
-    batches, place = run_lib.train_batches(run, stream), run_lib.placer(run.mesh, stream.batch_size)
+    batches = run_lib.train_batches(run, stream)
     for step in steps:
         interrupt.working(f"finishing step {step:,}, then saving")
         tracker.profile(step - 1)
@@ -160,7 +220,7 @@ def loop(
         with tracker.bucket("input"):
             batch = next(batches)
         with tracker.bucket("step"):
-            state, step_metrics = train_step(state, place(batch))
+            step_metrics = stepper.step(batch)
             step_log.add(step, step_metrics, batch["example_index"])
         checkpoints.poll()
         tracker.saved(checkpoints.last_good)
@@ -172,6 +232,7 @@ def loop(
             continue
         interrupt.working(f"finishing the evaluation and save of step {step:,}")
         step_log.flush()  # a state that is not finite is neither evaluated nor saved
+        state = stepper.state
         try:
             values = evaluator.validate(state, step) if eval_due else None
         except Exception:  # such as running out of memory in evaluation: the steps are not lost
@@ -188,12 +249,14 @@ def loop(
             raise Preempted(
                 f"stopped at step {step:,} of {last_step:,} and saved in {workdir}; run the same command to resume"
             )
+        del state
         if is_last:
             break
     interrupt.working("all steps are done, finishing the summary")
     tracker.profile(last_step)
     wait_for_saves(checkpoints, tracker)
     batches.close()
+    state = stepper.state
     step = int(state.step)
     values = values or evaluator.validate(state, step)
     summary = summarise(run, state, values, tracker, throughput, stream)

@@ -19,6 +19,11 @@ from lm.terminal import say, stop
 _DRY = flags.DEFINE_bool("dry_run", False, "Print the trials and their cost; run none.")
 _ONLY = flags.DEFINE_multi_string("only", [], "Run trials whose arm, 'ARM, seed N' or hash fits, with * and ?.")
 _RUNS = flags.DEFINE_string("runs", "", "Folder of the runs; '' = runs/NAME.")
+_AT_ONCE = flags.DEFINE_integer(
+    "at_once",
+    0,
+    "Trials that differ in numbers alone train side by side, N at once; 0 = as the machine allows, 1 = none.",
+)
 _RETRY = flags.DEFINE_bool("retry_failed", False, "Run those again that ended with an error.")
 
 
@@ -67,6 +72,7 @@ def sweep(folder: Path, environment: dict[str, str]) -> None:
         environment=usual | environment,
         retry_failed=_RETRY.value,
         say=say,
+        at_once=_AT_ONCE.value,
     )
     bad = [(trial, ended[trial.hash]) for trial in trials if ended[trial.hash].state != "done"]
     for trial, outcome in bad:

@@ -158,13 +158,11 @@ def initialize(
       CheckpointError: the checkpoint is damaged, or no parameter is read from it.
     """
     flat = param_paths.flatten(abstract)
-    fresh = [path for path in flat if saved is None or origin_of[path] is None]
+    fresh = tuple(path for path in flat if saved is None or origin_of[path] is None)
     made = {}
     if fresh:
-        made = jax.jit(
-            lambda key: {path: leaf for path, leaf in param_paths.flatten(model.init(key)).items() if path in fresh},
-            out_shardings={path: flat[path].sharding for path in fresh},
-        )(jax.random.key(seed))
+        shardings = {path: flat[path].sharding for path in fresh}
+        made = jax.jit(_some_of(model.init, fresh), out_shardings=shardings)(jax.random.key(seed))
     origin = {path: "initialised" for path in fresh}
     if saved is None:
         return param_paths.unflatten(made), origin
@@ -205,6 +203,14 @@ def initialize(
                 f", rows {words.old:,} to {rows:,} their mean" if rows > words.old else f", first {rows:,} rows"
             )
     return param_paths.unflatten(made | {path: value(path, name) for path, name in names.items()}), origin
+
+
+@functools.lru_cache(maxsize=4)
+def _some_of(
+    init: Callable[[jax.Array], Params], paths: tuple[str, ...]
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """(key) -> the parameters at some paths. The same function for the same model, so that it is compiled once."""
+    return lambda key: {path: leaf for path, leaf in param_paths.flatten(init(key)).items() if path in paths}
 
 
 def _fitting(sharding: Any, shape: tuple[int, ...]) -> Any:

@@ -83,6 +83,7 @@ class Data(NamedTuple):
         (positions trained on), bytes (UTF-8 bytes of the targets), fill.
       easy_first: length of the curriculum (short rows first) of the first source, in examples; 0 = no curriculum.
       about: what went into the fingerprint, in a form that shows what changed.
+      content: of each source, fingerprints of its records and of its packed training rows.
     """
 
     sources: dict[str, Source]
@@ -91,6 +92,7 @@ class Data(NamedTuple):
     report: dict[str, dict[str, float]]
     easy_first: int = 0
     about: Mapping[str, str | int] = {}
+    content: tuple[Any, ...] = ()
 
     @property
     def train(self) -> Part:

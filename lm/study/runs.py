@@ -21,6 +21,8 @@ from lm.tracking import files
 from lm.tracking.files import RunFileError
 
 RECORD, FAILURE, LOG = "trial.json", "failure.json", "log.txt"
+# How a trial's process, or its part of one, ended.
+DONE, STOPPED, ELSEWHERE = "done", "was stopped; the same command resumes it", "is run by another process"
 State = Literal["done", "running", "interrupted", "failed", "damaged", "missing"]
 
 # Keys that a trial may leave open, as 0 or 'auto', and that its run fills in.
@@ -89,6 +91,12 @@ def write_record(folder: Path, trial: Trial, commit: str) -> None:
         "config": schema.to_dict(trial.config),
     }
     files.write_document(path, content)
+
+
+def fail(folder: Path, error: str, status: int, commit: str) -> str:
+    """Writes failure.json; returns how the trial ended, in words. Raises RunFileError."""
+    files.write_document(folder / FAILURE, {"error": error, "status": status, "commit": commit})
+    return f"failed: {error}"
 
 
 def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
@@ -204,6 +212,12 @@ def results(summary: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flatten(summary)
         if not any(part.startswith(_ABOUT_SPEED) for part in key.split("."))
     }
+
+
+def duration(seconds: float) -> str:
+    """'H:MM:SS'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def commit_of(folder: Path) -> str:

@@ -1,8 +1,9 @@
 """Runs the trials of a study on this machine, one process after another.
 
-A trial that is done is not run again, and one that was killed resumes. One that ends with an error is listed and does
-not stop the others. The same command can run several times at once: the lease of a run's folder gives each trial one
-owner, and whoever finds a trial taken goes on with the next.
+Trials that differ in numbers alone are trained side by side in one process (`lm.study.group`), any other in one of its
+own. A trial that is done is not run again, and one that was killed resumes. One that ends with an error is listed and
+does not stop the others. The same command can run several times at once: the lease of a run's folder gives each trial
+one owner, and whoever finds a trial taken goes on with the next.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lm import lease, preemption, run
 from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.evaluation import flops
-from lm.study import recorded, runs
+from lm.study import group, recorded, runs
 from lm.study.definition import Study, Trial, hash_of
 from lm.study.runs import Outcome
-from lm.tracking import files
 
 Say = Callable[[str], None]
 
@@ -119,14 +120,8 @@ class Pace:
     def in_words(self, trials: Sequence[Trial]) -> str:
         """'3 left, about 0:01:10'; the time is not known before one was measured."""
         seconds = self.estimate(trials)
-        about = "the first will tell how long they take" if seconds is None else f"about {duration(seconds)}"
+        about = "the first will tell how long they take" if seconds is None else f"about {runs.duration(seconds)}"
         return f"{len(trials)} left, {about}" if trials else "none left"
-
-
-def duration(seconds: float) -> str:
-    """'H:MM:SS'."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def run_all(
@@ -137,6 +132,7 @@ def run_all(
     environment: Mapping[str, str],
     retry_failed: bool,
     say: Say,
+    at_once: int = 1,
 ) -> dict[str, Outcome]:
     """Runs those of `trials` that are not done.
 
@@ -147,6 +143,8 @@ def run_all(
       environment: of the processes.
       retry_failed: also run those that failed.
       say: progress.
+      at_once: trials to train side by side where they differ in numbers alone; 0 = as many as the machine allows, 1 = a
+        process for each trial.
 
     Returns:
       Hash -> outcome of each of `trials`, as it is at the end.
@@ -154,20 +152,36 @@ def run_all(
     outcomes, _ = runs.find(study, root)
     todo, pace = to_run(trials, outcomes, retry_failed), Pace.of(trials, outcomes)
     failures = {trial.hash: _failure_time(outcomes[trial.hash].folder) for trial in todo}
-    for number, trial in enumerate(todo, 1):
-        folder, before = outcomes[trial.hash].folder, outcomes[trial.hash].state
-        now = runs.look(folder).state
-        has_changed = now != before or _failure_time(folder) != failures[trial.hash]
-        if has_changed and now in ("done", "running", "failed"):
-            say(f"[{number}/{len(todo)}] {trial}: {now}, by another process")
+    begun = 0
+    for batch in batches(todo, at_once):
+        fresh = []
+        for trial in batch:
+            folder, before = outcomes[trial.hash].folder, outcomes[trial.hash].state
+            now = runs.look(folder).state
+            has_changed = now != before or _failure_time(folder) != failures[trial.hash]
+            if has_changed and now in ("done", "running", "failed"):
+                begun += 1
+                say(f"[{begun}/{len(todo)}] {trial}: {now}, by another process")
+            else:
+                fresh.append(trial)
+        if not fresh:
             continue
-        verb = "resumes" if (folder / runs.RECORD).exists() else "starts"
-        say(f"[{number}/{len(todo)}] {trial}: {verb} in {folder}; {pace.in_words(todo[number - 1 :])}")
+        folders = [outcomes[trial.hash].folder for trial in fresh]
         began = time.monotonic()
-        how = run_one(trial, folder, environment)
-        if how == "done":
-            pace.add(trial, time.monotonic() - began)
-        say(f"[{number}/{len(todo)}] {trial}: {how} after {duration(time.monotonic() - began)}")
+        if len(batch) > 1:
+            begun += len(fresh)
+            say(f"[{begun}/{len(todo)}] {len(fresh)} trials of one process, in {root}")
+            if how := run_together(study, fresh, folders, environment, at_once):
+                say(f"the process of these trials {how}")
+        else:
+            begun += 1
+            verb = "resumes" if (folders[0] / runs.RECORD).exists() else "starts"
+            say(f"[{begun}/{len(todo)}] {fresh[0]}: {verb} in {folders[0]}; {pace.in_words(todo[begun - 1 :])}")
+            how = run_one(fresh[0], folders[0], environment)
+            say(f"[{begun}/{len(todo)}] {fresh[0]}: {how} after {runs.duration(time.monotonic() - began)}")
+        for trial, folder in zip(fresh, folders, strict=True):
+            if runs.look(folder).state == "done":
+                pace.add(trial, (time.monotonic() - began) / len(fresh))
     outcomes, _ = runs.find(study, root)
     return {trial.hash: outcomes[trial.hash] for trial in trials}
 
@@ -192,6 +206,36 @@ def _failure_time(folder: Path) -> int:
         return 0
 
 
+def batches(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
+    """The trials of each process, in the order of their first ones."""
+    made: dict[str, list[Trial]] = {}
+    for trial in trials:
+        made.setdefault((at_once != 1 and group.key_of(trial.config)) or trial.hash, []).append(trial)
+    return list(made.values())
+
+
+def run_together(
+    study: Study, trials: Sequence[Trial], folders: Sequence[Path], environment: Mapping[str, str], at_once: int
+) -> str:
+    """Runs trials in one process, which tells how each ends, and waits for it; returns how it ended, '' = well.
+
+    Raises:
+      KeyboardInterrupt, SystemExit: as `run_one`.
+    """
+    for trial, folder in zip(trials, folders, strict=True):
+        _record(trial, folder)
+    key = group.key_of(trials[0].config)
+    keys = group.differing([each.config for each in study.runs.values() if group.key_of(each.config) == key])
+    command = [sys.executable, "-m", "lm.study.group", f"--at_once={at_once}", f"--keys={','.join(keys)}"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=_of_this_code(environment))
+    try:
+        process.communicate("".join(f"{folder}\n" for folder in folders))
+    except BaseException:
+        _stop(process)
+        raise
+    return "" if process.returncode == 0 else _killed(process.returncode) or f"ended with status {process.returncode}"
+
+
 def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
     """Runs a trial in a process of its own and waits for it; returns how it ended, in words.
 
@@ -203,29 +247,46 @@ def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if lease.holder(folder) == "alive":
-        return "is run by another process"
-    commit = runs.commit_of(_ROOT)
-    runs.write_record(folder, trial, commit)
-    (folder / runs.FAILURE).unlink(missing_ok=True)
+        return runs.ELSEWHERE
+    commit = _record(trial, folder)
     with (folder / runs.LOG).open("ab") as log:
         before = log.tell()
         process = subprocess.Popen(command(folder), stdout=log, stderr=log, env=_of_this_code(environment))
         try:
             status = process.wait()
         except BaseException:
-            process.send_signal(signal.SIGTERM)  # it saves, and stops
-            process.wait()
+            _stop(process)
             raise
     if status == 0:
-        return "done"
+        return runs.DONE
     if status in _ELSEWHERE:
-        return "is run by another process"
-    if status < 0 or status in _STOPPED:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else "was stopped"
-        return f"{how}; the same command resumes it"
-    error = last_error(folder / runs.LOG, before) or f"status {status}"
-    files.write_document(folder / runs.FAILURE, {"error": error, "status": status, "commit": commit})
-    return f"failed: {error}"
+        return runs.ELSEWHERE
+    if killed := _killed(status):
+        return killed
+    return runs.fail(folder, last_error(folder / runs.LOG, before) or f"status {status}", status, commit)
+
+
+def _record(trial: Trial, folder: Path) -> str:
+    """Prepares a folder for a start, unless another process has it; returns the commit of the code."""
+    commit = runs.commit_of(_ROOT)
+    folder.mkdir(parents=True, exist_ok=True)
+    if lease.holder(folder) != "alive":
+        runs.write_record(folder, trial, commit)
+        (folder / runs.FAILURE).unlink(missing_ok=True)
+    return commit
+
+
+def _killed(status: int) -> str:
+    """How a process ended that was killed or stopped; '' = it was neither."""
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}; the same command resumes it"
+    return runs.STOPPED if status in _STOPPED else ""
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    """Asks a run to save and stop, and waits for it."""
+    process.send_signal(signal.SIGTERM)
+    process.wait()
 
 
 def command(folder: Path) -> list[str]:

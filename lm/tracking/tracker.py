@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lm import terminal
 from lm.config import MonitorConfig
 from lm.terminal import visible
 from lm.tracking import files, saved_step
@@ -229,7 +230,7 @@ class Tracker:
     def _open(self) -> None:
         from rich.console import Console
 
-        self._console = Console(stderr=True)
+        self._console = Console(file=terminal.output.get(), stderr=True)
         with files.access(self._workdir, "writing to"):
             self._workdir.mkdir(parents=True, exist_ok=True)
         paths = [self._workdir / name for name in files.COLUMNS]

@@ -1,0 +1,303 @@
+"""Trials side by side in one process are, each, the run that they are alone."""
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm import checkpoint, input_pipeline, lease, param_paths, program, train
+from lm import run as run_lib
+from lm.parallel import mesh as mesh_lib
+from lm.preemption import Interrupt
+from lm.study import definition, group, product, runs, seeds, sweep
+from lm.study.definition import Study
+from lm.tracking import files
+from tests import toys
+from tests.study_runs import ROOT
+
+STEPS = 12
+RATES = {"optim.learning_rate": 3e-3}, {"optim.learning_rate": 1e-2}
+KEYS = ["seed", "optim.learning_rate"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> str:
+    """The file of a recipe on a little text, with a tokenizer that is trained, evaluations and saves on the way."""
+    folder = tmp_path_factory.mktemp("group")
+    texts = toys.write_texts(folder / "texts")
+    path = folder / "recipe.py"
+    path.write_text(
+        "from tests import toys\nfrom pathlib import Path\nfrom lm.config import schema\n"
+        "from ml_collections import ConfigDict\n\ndef get_config(arg=None):\n"
+        f"    changes = dict(eval__every_steps=4, checkpoint__every_steps=4, train__total_steps={STEPS})\n"
+        f"    return ConfigDict(schema.to_dict(toys.recipe(Path({str(texts)!r}), **changes)))\n"
+    )
+    return str(path)
+
+
+def study_of(recipe: str, *overrides) -> Study:
+    made = product([{"arm": "all"}], overrides or RATES, seeds(2))
+    return Study("made", "", definition.make_trials(recipe, made), (), ())
+
+
+def prepared(study: Study, root: Path) -> list[Path]:
+    folders = []
+    for trial in study.trials:
+        folders.append(root / trial.hash)
+        folders[-1].mkdir(parents=True, exist_ok=True)
+        runs.write_record(folders[-1], trial, "abc123")
+    return folders
+
+
+def together(study: Study, root: Path, at_once=0, stacked=0, interrupt=None, keys=KEYS) -> dict[Path, str]:
+    return group.run_group(prepared(study, root), keys, at_once, lambda _: None, interrupt or Interrupt(), stacked)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """trial -> the folder of its run alone, on one device."""
+    root = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def run(key: str, config) -> Path:
+        with lease.hold_for_run(root / key) as check:
+            train.start_or_resume(config, root / key, False, check, Interrupt(), OneDevice())
+        return root / key
+
+    return lambda trial: run(trial.hash, trial.config)
+
+
+class OneDevice(train.Alone):
+    def devices(self):
+        return jax.devices()[:1]
+
+
+def rows(folder: Path) -> list[dict]:
+    speed = ("seconds", "tokens_per_second", "input_bound", "mfu", "mfu_causal")
+    return [{k: v for k, v in row.items() if k not in speed} for row in files.read_rows(folder / "metrics.jsonl")]
+
+
+def assert_as_alone(there: Path, alone: Path) -> None:
+    """The same rows, within 1e-5 of each other, and the same position in the same data."""
+    mine, wanted = rows(there), rows(alone)
+    assert [(row["step"], row["split"]) for row in mine] == [(row["step"], row["split"]) for row in wanted]
+    assert len([row for row in mine if row["split"] == "train"]) == STEPS
+    for row, other in zip(mine, wanted, strict=True):
+        assert row.keys() == other.keys()
+        for key in row:
+            if key not in ("split", "accuracy"):  # of which one token decides
+                np.testing.assert_allclose(row[key], other[key], rtol=1e-5, err_msg=f"{key} at step {row['step']}")
+    saved, other = (checkpoint.list_saved(folder) for folder in (there, alone))
+    assert [each.step for each in saved] == [each.step for each in other]
+    assert all(mine.info["data"] == theirs.info["data"] for mine, theirs in zip(saved, other, strict=True))
+    assert (there / "tokenizer.model").read_bytes() == (alone / "tokenizer.model").read_bytes()
+    assert files.read_document(there / "summary.json")["steps"] == STEPS and (there / "report.html").exists()
+    assert "resuming" not in (there / runs.LOG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("at_once", "stacked"),
+    [
+        pytest.param(2, 0, id="threads"),
+        pytest.param(4, 2, id="two devices", marks=pytest.mark.slow),
+        pytest.param(3, 3, id="one waits"),
+    ],
+)
+def test_each_trial_is_as_if_it_had_run_alone(at_once, stacked, recipe, alone, tmp_path, monkeypatch):
+    """Four trials: in two threads; two on each of two devices; three in a stack, of which the fourth takes a place."""
+    reads = []
+    load = input_pipeline.load
+    monkeypatch.setattr(input_pipeline, "load", lambda *args: reads.append(1) or load(*args))
+    study = study_of(recipe)
+    assert set(together(study, tmp_path, at_once, stacked).values()) == {runs.DONE}
+    assert len(reads) == 1
+    for trial in study.trials:
+        if trial in (study.trials[0], study.trials[-1]):
+            assert_as_alone(tmp_path / trial.hash, alone(trial))
+        assert runs.look(tmp_path / trial.hash).state == "done"
+        assert runs.difference_from(tmp_path / trial.hash, trial.config) == ""
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_or_fails_ends_alone_and_frees_its_place(recipe, alone, tmp_path):
+    study = study_of(recipe, *RATES, {"optim.learning_rate": 1e30})
+    spoilt = prepared(study, tmp_path)[1]
+    (spoilt / "metrics.jsonl").mkdir()
+    ended = together(study, tmp_path, at_once=3, stacked=3)
+    for trial in study.trials:
+        folder, how = tmp_path / trial.hash, ended[tmp_path / trial.hash]
+        if trial.config.optim.learning_rate == 1e30:
+            assert how.startswith("failed: step ") and "loss nan" in how
+            assert runs.look(folder).state == "failed" and "there is no checkpoint yet" in runs.look(folder).why
+        elif folder == spoilt:
+            assert how.startswith("failed: ") and "metrics.jsonl" in runs.look(folder).why
+        else:
+            assert how == runs.DONE
+            assert_as_alone(folder, alone(trial))
+
+
+class StopsAfter(Interrupt):
+    """As if Ctrl-C came in step 6 of the first trial that gets there."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = threading.Event()
+
+    def requested(self, step):
+        if step >= 6:
+            self.asked.set()
+        return self.asked.is_set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [0, 2])
+def test_trials_that_were_stopped_go_on_where_they_were(stacked, recipe, alone, tmp_path):
+    study = study_of(recipe)
+    ended = together(study, tmp_path, at_once=2, stacked=stacked, interrupt=StopsAfter())
+    assert sorted(ended.values()) == ["was not started", "was not started", runs.STOPPED, runs.STOPPED]
+    steps = [checkpoint.list_saved(tmp_path / trial.hash) for trial in study.trials]
+    assert sorted(saved[-1].step if saved else 0 for saved in steps)[:2] == [0, 0]
+    assert 6 <= max(saved[-1].step for saved in steps if saved) < STEPS
+    assert set(together(study, tmp_path, at_once=2, stacked=stacked).values()) == {runs.DONE}
+    for trial in study.trials:
+        mine, wanted = rows(tmp_path / trial.hash), rows(alone(trial))
+        assert [row["step"] for row in mine] == [row["step"] for row in wanted]
+        np.testing.assert_allclose([row["loss"] for row in mine], [row["loss"] for row in wanted], rtol=1e-5)
+
+
+def test_a_trial_that_another_process_has_is_left_to_it(recipe, tmp_path):
+    study = study_of(recipe, RATES[0])
+    folders = prepared(study, tmp_path)
+    with lease.hold(folders[0]):
+        ended = together(study, tmp_path, at_once=1, keys=["seed"])
+    assert list(ended.values()) == [runs.ELSEWHERE, runs.DONE]
+
+
+def test_what_differs_in_more_than_numbers_is_another_group(recipe):
+    base = {"optim.learning_rate": 1e-3}
+    same = [{}, {"seed": 5}, {"optim.learning_rate": 1.0}, {"optim.weight_decay": 0.0}, {"optim.b1": 0.5}]
+    other = [
+        {"model.num_layers": 1},
+        {"data.batch_size": 8},
+        {"train.total_steps": 13},
+        {"model.dropout": 0.2},
+        {"optim.ema_decay": 0.5},
+        {"optim.name": "lion"},
+    ]
+    keys = [group.key_of(definition.configure(recipe, base | override)) for override in same + other]
+    assert len(set(keys[: len(same)])) == 1 and len(set(keys)) == 1 + len(other)
+    adafactor = [{"optim.name": "adafactor", "optim.b1": b1} for b1 in (0.0, 0.9)]  # no momentum, or one
+    assert len({group.key_of(definition.configure(recipe, each)) for each in adafactor}) == 2
+    assert group.key_of(definition.configure(recipe, {"mesh.fsdp": 2})) == ""
+
+
+def test_trials_of_another_group_are_refused(recipe, tmp_path):
+    study = study_of(recipe, RATES[0], {"model.dropout": 0.2, "optim.learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="differ in more than seed"):
+        together(study, tmp_path)
+    with pytest.raises(ValueError, match="differ in more than seed; run them one by one"):
+        together(study_of(recipe), tmp_path, keys=["seed"])
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "adafactor", "muon"))]
+)
+def test_every_number_of_every_optimizer_may_be_an_argument(name, recipe):
+    """A step with the numbers of another config is that config's step."""
+
+    def ready(**changes):
+        overrides = {"optim.name": name, "optim.schedule": "linear", "model.dropout": 0.0} | changes
+        cfg = definition.configure(recipe, overrides)
+        mesh = mesh_lib.make_mesh(cfg.mesh, jax.devices()[:1])
+        return run_lib.prepare(run_lib.plan(cfg, None), mesh, lambda _: None)
+
+    values = {
+        "optim.learning_rate": 0.02,
+        "optim.end_lr_ratio": 0.3,
+        "optim.b1": 0.7,
+        "optim.b2": 0.8,
+        "optim.eps": 1e-3,
+    }
+    values |= {"optim.weight_decay": 0.4, "seed": 7}
+    run = ready()
+    values = {key: values[key] for key in program.numbers_of(run.cfg)}
+    other = ready(**values)
+    batch = next(batches := run_lib.train_batches(run))
+    batches.close()
+    place = run_lib.placer(run.mesh, run.cfg.data.batch_size)
+    with jax.set_mesh(run.mesh):
+        params = jax.jit(run.program.model.init)(jax.random.key(0))
+        state = jax.jit(run.program.init_state)(params)
+        step = jax.jit(run.program.step_with)
+        for _ in range(2):
+            mine, _ = step(group.numbers_of(other.cfg, list(values)), state, place(batch))
+            unchanged, _ = step({}, state, place(batch))
+            state, _ = jax.jit(other.program.step_with)({}, state, place(batch))
+    found, wanted, left = (param_paths.flatten(each.params) for each in (mine, state, unchanged))
+    for path in found:
+        if not path.endswith("key/bias"):  # whose gradient is rounding alone, and lion takes its sign
+            np.testing.assert_allclose(found[path], wanted[path], rtol=2e-6, atol=2e-7, err_msg=path)
+    assert any(not np.allclose(found[path], left[path], rtol=1e-3) for path in found)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_ends_as_if_it_had_not(recipe, alone, tmp_path):
+    """kill -9 of the process of four trials at ten moments, most of them in training."""
+    study = study_of(recipe)
+    folders = prepared(study, tmp_path)
+    command = [sys.executable, "-m", "lm.study.group", "--at_once=2", f"--keys={','.join(KEYS)}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    moments, died = np.random.default_rng(0).uniform(0.0, 4.0, 10), 0
+
+    def start():
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+        process.stdin.write("".join(f"{folder}\n" for folder in folders))
+        process.stdin.close()
+        return process
+
+    assert start().wait() == 0  # what is compiled is kept: the kills then hit training
+    for folder in folders:
+        for path in folder.iterdir():
+            if path.name != runs.RECORD:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for moment in moments:
+        process, before = start(), time.monotonic()
+        while process.poll() is None and not any((folder / "metrics.jsonl").exists() for folder in folders):
+            time.sleep(0.01)
+        while process.poll() is None and time.monotonic() - before < 60 and moment > 0:
+            time.sleep(0.01)
+            moment -= 0.01
+        process.send_signal(signal.SIGKILL)
+        died += process.wait() == -signal.SIGKILL
+    assert died >= 5 and start().wait() == 0
+    for trial in study.trials:
+        mine, wanted = rows(tmp_path / trial.hash), rows(alone(trial))
+        assert [row["step"] for row in mine] == [row["step"] for row in wanted]
+        np.testing.assert_allclose([row["loss"] for row in mine], [row["loss"] for row in wanted], rtol=1e-5)
+
+
+def test_a_sweep_trains_those_that_differ_in_numbers_together_and_the_others_alone(recipe, monkeypatch, tmp_path):
+    made = product([{"arm": "all"}], [{"model.dropout": 0.0}, {"model.dropout": 0.1}], seeds(3))[:4]
+    study = Study("made", "", definition.make_trials(recipe, made), (), ())
+    batches = sweep.batches(study.trials, at_once=0)
+    assert [[trial.config.seed for trial in batch] for batch in batches] == [[0, 1, 2], [0]]
+    assert [len(batch) for batch in sweep.batches(study.trials, at_once=1)] == [1] * 4
+    asked = []
+    monkeypatch.setattr(sweep, "run_together", lambda *args: asked.append(args) or "was killed by SIGKILL")
+    monkeypatch.setattr(sweep, "run_one", lambda *args: asked.append(args) or "done")
+    said: list[str] = []
+    how = {"environment": os.environ, "retry_failed": False, "say": said.append, "at_once": 0}
+    sweep.run_all(study, study.trials, tmp_path, **how)
+    (_, together, folders, *_), (one, *_) = asked
+    assert [trial.config.seed for trial in together] == [0, 1, 2] and one is study.trials[3]
+    assert folders == [tmp_path / trial.hash for trial in study.trials[:3]]
+    assert "the process of these trials was killed by SIGKILL" in said
