@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import checkpoint, checks, config, input_pipeline, lease, param_paths, replay
+from lm import checkpoint, checks, compilation_cache, config, input_pipeline, lease, param_paths, replay
 from lm import program as program_lib
 from lm.checkpoint import CheckpointError, hf, init_from, resume
 from lm.config import Config, DataConfig, MeshConfig, schema
@@ -575,6 +575,7 @@ def load_checkpoint(name: str) -> tuple[checkpoint.Saved, tuple[Config, ModelFns
 
     def read(saved: checkpoint.Saved) -> tuple[Config, ModelFns, Any, Any]:
         cfg = build_saved_config(saved.info["config"])
+        compilation_cache.use(cfg.train.compilation_cache)
         exactly = f"{saved.path.parent.parent}@{saved.step}"
         changes: dict[str, Any] = {"init_from": exactly, "init_rules": ((".*", init_from.KEEP),)}
         planned, model, params = init_model(dataclasses.replace(cfg, **changes))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lm import checkpoint, config, lease, program, terminal
+from lm import checkpoint, compilation_cache, config, lease, program, terminal
 from lm import run as run_lib
 from lm.checkpoint import Checkpoints, Diverged, init_from, resume
 from lm.config import Config, schema
@@ -60,6 +60,7 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     """
     workdir = Path(workdir)
     run_lib.check_workdir(workdir)
+    compilation_cache.use(cfg.train.compilation_cache)
     with Interrupt() as interrupt, lease.hold_for_run(workdir) as check_lease:
         return start_or_resume(cfg, workdir, accept_changed_data, check_lease, interrupt, Alone())
 

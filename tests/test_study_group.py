@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 from lm import checkpoint, input_pipeline, lease, param_paths, program, train
 from lm import run as run_lib
+from lm.config import ConfigError
 from lm.parallel import mesh as mesh_lib
 from lm.preemption import Interrupt
 from lm.study import definition, group, product, runs, seeds, sweep
@@ -206,6 +208,26 @@ def test_trials_of_another_group_are_refused(recipe, tmp_path):
         together(study, tmp_path)
     with pytest.raises(ValueError, match="differ in more than seed; run them one by one"):
         together(study_of(recipe), tmp_path, keys=["seed"])
+
+
+def test_a_run_with_another_tokenizer_is_not_trained_beside_the_others():
+    """Steps are compiled with the bytes of each id, so that its metrics would be those of other text."""
+    plans = [SimpleNamespace(tokenizer=SimpleNamespace(hash=letter * 64)) for letter in "ab"]
+    shared = group.Shared(KEYS)
+    shared._first = {"mesh": SimpleNamespace(plan=plans[0])}
+    with pytest.raises(ConfigError, match=r"tokenizer is bbbb.* beside it aaaa.*--at_once=1"):
+        shared.prepare(plans[1], "mesh", print, None)
+
+
+def test_a_trial_whose_log_cannot_be_written_is_named(recipe, tmp_path):
+    study = study_of(recipe, RATES[0])
+    folders = prepared(study, tmp_path)
+    for folder in folders:
+        (folder / runs.LOG).mkdir()
+    said = []
+    ended = group.run_group(folders, ["seed"], 2, said.append, Interrupt())
+    assert all(how.startswith("failed: ") and runs.LOG in how for how in ended.values())
+    assert len(ended) == 2 and any("seed 1: failed" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -374,11 +374,11 @@ def test_sweep_then_report(tmp_path, folder, quick, capsys):
     quick |= {1: "fails"}
     where = f"--runs={tmp_path / 'runs'}"
     with pytest.raises(SystemExit, match="2 of 4 trials are not done, 2 of them by an error"):
-        tool_modules.call("sweep", folder, where)
+        tool_modules.call("sweep", folder, where, "--at_once=1")
     out = capsys.readouterr()
     assert "failed: a, seed 1: 'data.path': no such file" in out.err and "[4/4] b, seed 1" in out.out
     quick.clear()
-    tool_modules.call("sweep", folder, where, "--retry_failed")
+    tool_modules.call("sweep", folder, where, "--at_once=1", "--retry_failed")
     assert "all 4 trials are done" in capsys.readouterr().out
 
 
@@ -391,7 +391,7 @@ def test_a_typo_ends_the_sweep_in_one_line_before_anything_runs(tmp_path, folder
 
 def test_report_tells_what_is_wrong_after_all_the_rest(tmp_path, folder, quick, capsys):
     where = f"--runs={tmp_path / 'runs'}"
-    tool_modules.call("sweep", folder, where)
+    tool_modules.call("sweep", folder, where, "--at_once=1")
     tool_modules.call("report", folder, where, f"--out={tmp_path / 'out'}")
     out = capsys.readouterr().out
     assert "| a | 2 | 0.50 ± 0.71 |" in out and (tmp_path / "out" / "report.html").exists()

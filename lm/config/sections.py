@@ -391,6 +391,7 @@ class TrainConfig:
     total: Duration = NEVER
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     micro_batches: int = 1  # gradients are accumulated over this many parts of the batch: less memory, same result
+    compilation_cache: str = "auto"  # folder that keeps compiled programs; auto: ~/.cache/lm; '' = none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,7 +484,7 @@ class Config:
 # Keys that affect neither the parameters nor the data of later steps, so that a resumed run may change them.
 RESUMABLE = (
     *("mesh", "eval", "checkpoint", "generate", "monitor"),
-    *("model.init", "model.remat", "model.unroll", "loss.chunk_len"),
+    *("model.init", "model.remat", "model.unroll", "loss.chunk_len", "train.compilation_cache"),
 )
 Options = Mapping[str, type]  # name of a task -> the dataclass of its options
 

@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from lm import lease, program, terminal, train
 from lm import run as run_lib
-from lm.config import Config
+from lm.config import Config, ConfigError
 from lm.preemption import Interrupt, Preempted, Stopped
 from lm.run import Plan, Run
 from lm.step import Metrics
@@ -78,12 +78,15 @@ class Shared:
         self._compiled: dict[Mesh, Any] = {}
 
     def prepare(self, planned: Plan, mesh: Mesh, say: train.Say, begun: Mapping[str, Any] | None) -> Run:
-        """As `lm.run.prepare`; the data is read once."""
+        """As `lm.run.prepare`; the data is read once. Raises ConfigError for a run with another tokenizer."""
         with self._lock:
             like = self._first.get(mesh) or next(iter(self._first.values()), None)
             mine, theirs = planned.tokenizer, like.plan.tokenizer if like else None
             if mine and theirs and mine.hash != theirs.hash:
-                like = None  # a run that has begun keeps its own
+                raise ConfigError(
+                    f"this run's tokenizer is {mine.hash[:12]}, that of the trials beside it {theirs.hash[:12]}: the "
+                    "data has changed since the run began; run it alone, with --at_once=1 and --only"
+                )
             run = run_lib.prepare(planned, mesh, say, begun, like)
             self._first.setdefault(mesh, run)
             return run
@@ -272,11 +275,12 @@ class _Interrupt(Interrupt):
 class Trials:
     """The trials of a group that have yet to run, and how those ended that have."""
 
-    def __init__(self, folders: Sequence[Path], say: train.Say):
+    def __init__(self, names: Mapping[Path, str], say: train.Say):
+        """Takes the folder of each trial and what it is called."""
         self._left: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for folder in folders:
+        for folder in names:
             self._left.put(folder)
-        self._total, self._say, self._lock = len(folders), say, threading.Lock()
+        self._names, self._total, self._say, self._lock = names, len(names), say, threading.Lock()
         self._began = time.monotonic()
         self.ended: dict[Path, str] = {}
 
@@ -293,13 +297,7 @@ class Trials:
             self.ended[folder] = how
             left, each = self._total - len(self.ended), (time.monotonic() - self._began) / len(self.ended)
             rest = f"; {left} left, about {runs.duration(left * each)}" if left else ""
-            self._say(f"[{len(self.ended)}/{self._total}] {name_of(folder)}: {how}{rest}")
-
-
-def name_of(folder: Path) -> str:
-    """The arm and the seed of a recorded trial."""
-    record = runs.read_record(folder / runs.RECORD)
-    return f"{record.arm}, seed {record.config.seed}"
+            self._say(f"[{len(self.ended)}/{self._total}] {self._names[folder]}: {how}{rest}")
 
 
 def differing(configs: Sequence[Config]) -> list[str]:
@@ -320,7 +318,8 @@ def run_group(
       interrupt: asks all trials to stop after a step.
       stacked: how many to stack on a device; 0 = none on a CPU, all that are left to it on an accelerator.
     """
-    configs = [runs.read_record(folder / runs.RECORD).config for folder in folders]
+    records = {folder: runs.read_record(folder / runs.RECORD) for folder in folders}
+    configs = [record.config for record in records.values()]
     if len({key_of(config) for config in configs}) != 1 or set(differing(configs)) - set(keys):
         raise ValueError(f"these trials differ in more than {', '.join(keys)}; run them one by one")
     devices, wanted = jax.local_devices(), min(at_once or len(folders), len(folders))
@@ -329,7 +328,8 @@ def run_group(
     else:
         stacked = stacked or min(math.ceil(wanted / len(devices)), most_stacked(configs[0], devices[0]))
         devices = devices[: math.ceil(wanted / stacked)]
-    shared, trials = Shared(keys, stacked), Trials(folders, say)
+    names = {folder: f"{record.arm}, seed {record.config.seed}" for folder, record in records.items()}
+    shared, trials = Shared(keys, stacked), Trials(names, say)
     places = []
     for device in devices:
         stack = Stack(stacked) if stacked > 1 else None
@@ -362,26 +362,33 @@ def _work(place: Lane, trials: Trials, interrupt: Interrupt, commit: str) -> Non
         if interrupt.requested(0):
             trials.end(folder, "was not started")
             continue
-        with (folder / runs.LOG).open("a") as log:
-            terminal.output.set(log)
-            with place.occupied(), jax.default_device(place.devices()[0]):
-                how = run_trial(folder, place, interrupt, commit)
+        try:
+            with (folder / runs.LOG).open("a", encoding="utf-8", errors="replace") as log:
+                terminal.output.set(log)
+                with place.occupied(), jax.default_device(place.devices()[0]):
+                    how = run_trial(folder, place, interrupt, commit)
+        except Exception as error:  # its log or its failure.json cannot be written
+            how = f"failed: {error}"
+        finally:
             terminal.output.set(None)
         trials.end(folder, how)
 
 
 def run_trial(folder: Path, place: Lane, interrupt: Interrupt, commit: str) -> str:
     """Runs one trial; what goes wrong with it is recorded in its folder, and does not end the others."""
-    config = runs.read_record(folder / runs.RECORD).config
     try:
+        config = runs.read_record(folder / runs.RECORD).config
         with lease.hold_for_run(folder) as check_lease:
             train.start_or_resume(config, folder, False, check_lease, _Interrupt(interrupt), place)
     except Preempted as stopped:
         terminal.say(stopped)
         return runs.STOPPED
-    except (lease.Held, lease.Lost) as taken:
+    except lease.Held as taken:
         terminal.say(f"error: {taken}")
         return runs.ELSEWHERE
+    except lease.Lost as lost:
+        terminal.say(f"error: {lost}")
+        os._exit(lost.exit_status)  # at once: no thread may go on writing; the other trials resume
     except Exception as error:
         if type(error).__module__.startswith("lm."):
             text = str(error)
