@@ -267,7 +267,7 @@ def test_the_pace_of_an_arm_is_its_own():
     pace.add(study.trials[0], 10.0)
     assert pace.estimate(study.trials) == 40.0
     pace.add(study.trials[2], 100.0)
-    assert pace.estimate(study.trials) == 220.0 and sweep.duration(3725.4) == "1:02:05"
+    assert pace.estimate(study.trials) == 220.0 and runs.duration(3725.4) == "1:02:05"
 
 
 def test_only_chooses_by_arm_trial_or_hash():
