@@ -124,6 +124,9 @@ def make(
             needs_start=needs_start,
         )
 
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, step.Metrics]:
+        return step_with({}, state, batch)
+
     eval_step = functools.partial(step.eval_step, loss_fn=loss_fn, needs_start=needs_start)
     use_ema = cfg.optim.ema_decay > 0
     init_state = functools.partial(step.init_state, optimizer=optimizer, use_ema=use_ema, anchored=anchored)
@@ -140,7 +143,7 @@ def make(
         ),
         init_state=init_state,
         step_with=step_with,
-        train_step=jax.jit(functools.partial(step_with, {}), donate_argnums=0, out_shardings=(shardings, everywhere)),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
         eval_step=jax.jit(eval_step, out_shardings=everywhere),
     )
 
