@@ -4,6 +4,7 @@ The objects of a run are made in `lm.run`; what a step does to a batch is in `lm
 resumes the run: parameters, position in the data and metrics continue as if it had never stopped.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -30,7 +31,7 @@ from lm.preemption import Interrupt, Preempted
 from lm.run import Plan, Run, Stream
 from lm.step import Metrics
 from lm.tasks import build_config, build_saved_config, task_of
-from lm.tracking import files, report, saved_step
+from lm.tracking import files, report, run_state, saved_step
 from lm.tracking.files import RunFileError
 from lm.tracking.throughput import Throughput
 from lm.tracking.tracker import Tracker
@@ -164,7 +165,10 @@ def start_or_resume(
             if run.plan.tokenizer:
                 run.plan.tokenizer.save(workdir / run.plan.tokenizer.file)
             files.write_atomic(workdir / "config.json", config.to_json(cfg))
+            run_state.begin(workdir)
+        recorded = run_state.recorded_failure(workdir, check_lease) if is_primary else contextlib.nullcontext()
         with (
+            recorded,
             Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over, check_lease) as tracker,
             Checkpoints(workdir, cfg.checkpoint, saved, start, check_lease) as checkpoints,
         ):

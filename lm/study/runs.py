@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm import config as config_lib
-from lm import lease
 from lm.config import Config, flatten, schema
 from lm.config.schema import ConfigError
 from lm.study.definition import Study, Trial, hash_of
 from lm.tasks import build_saved_config
-from lm.tracking import files
+from lm.tracking import files, run_state
 from lm.tracking.files import RunFileError
+from lm.tracking.run_state import FAILURE, LOG, RECORD
 
-RECORD, FAILURE, LOG = "trial.json", "failure.json", "log.txt"
 # How a trial's process, or its part of one, ended.
 DONE, STOPPED, ELSEWHERE = "done", "was stopped; the same command resumes it", "is run by another process"
-State = Literal["done", "running", "interrupted", "failed", "damaged", "missing"]
+State = run_state.State | Literal["missing"]
 
 # Keys that a trial may leave open, as 0 or 'auto', and that its run fills in.
 _OPEN = (
@@ -145,16 +144,9 @@ def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
 
 def look(folder: Path, commits: tuple[str, ...] = ()) -> Outcome:
     """The state of a run that has a record, whose commits are given."""
-    try:
-        if summary := files.read_document(folder / "summary.json"):
-            return Outcome(folder, "done", summary=summary, commits=commits)
-        if lease.holder(folder):
-            return Outcome(folder, "running", commits=commits)
-        if failure := files.read_document(folder / FAILURE):
-            return Outcome(folder, "failed", str(failure.get("error")), commits=commits)
-    except RunFileError as error:
-        return Outcome(folder, "damaged", f"{error}; delete that file, and the sweep makes it again", {}, commits)
-    return Outcome(folder, "interrupted", commits=commits)
+    found = run_state.look(folder)
+    hint = "; delete that file, and the sweep makes it again" if found.state == "damaged" else ""
+    return Outcome(folder, found.state, found.why + hint, found.summary, commits)
 
 
 def difference_from(folder: Path, planned: Config) -> str:

@@ -32,6 +32,8 @@ _MARK = b'"crc32": "'
 _UNNAMED = re.compile(rb'"[0-9a-f]{8}"\s*}\s*\Z')  # a checksum whose key has changed
 _FIRST_KEYS = re.compile(rb'\{"step": (\d{1,10}), "(?:split": "(\w+)"|name": ")')  # of a row that `sealed` wrote
 
+_EVALUATION = re.compile(rb'"split":\s*"eval"')
+
 _WHAT_TO_DO = {
     errno.ENOSPC: "free disk space",
     errno.EDQUOT: "free disk space",
@@ -87,7 +89,7 @@ def _intact(text: bytes) -> bool | None:
     head, mark, tail = text.rpartition(_MARK)
     if mark:
         return tail.replace(b"\n", b"") == b'%08x"}' % zlib.crc32(head)
-    return False if _UNNAMED.search(text) else None
+    return False if _UNNAMED.search(text[-64:]) else None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -195,6 +197,38 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def read_evaluations(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of evaluations in metrics.jsonl, and its last row ({} if there is none), without their checksums.
+
+    Other lines are skipped without being parsed or checked, so that the files of many runs are read fast.
+
+    Raises:
+      RunFileError: one of these rows is damaged; names file and line.
+    """
+    evaluations: list[dict[str, Any]] = []
+    last = (0, b"")
+    with access(path, "reading"), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        number, rest = 0, b""
+        while block := file.read(MAX_LINE):
+            lines = (rest + block).split(b"\n")
+            rest = lines.pop()
+            if len(rest) >= MAX_LINE:
+                raise RunFileError(f"{path}:{number + 1}: a line of {MAX_LINE:,} bytes or more")
+            evaluations += [
+                _row(path, number + i, line + b"\n") for i, line in enumerate(lines, 1) if _EVALUATION.search(line)
+            ]
+            number += len(lines)
+            last = (number, lines[-1]) if lines else last
+    final = _torn_row(path, number + 1, rest) if rest else None
+    if final and final["split"] == "eval":
+        evaluations.append(final)
+    if final is None and last[0]:
+        final = _row(path, last[0], last[1] + b"\n")
+    for row in (*evaluations, final or {}):
+        row.pop("crc32", None)
+    return evaluations, final or {}
+
+
 def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """A row. Raises RunFileError if its line is damaged, which names file and line."""
     row, columns = _parse(line), COLUMNS[path.name]
@@ -239,10 +273,13 @@ def _parse(text: bytes) -> Any:
 
 def _is_deeper(value: Any, levels: int) -> bool:
     """Whether dicts and lists are nested in more than so many levels."""
-    if not isinstance(value, dict | list):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(item, levels - 1) for item in inner)
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        if not level:
+            return False
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inner for item in items if type(item) in (dict, list)]
+    return bool(level)
 
 
 class Kept(NamedTuple):

@@ -1,0 +1,209 @@
+"""One run in detail, and the differences between several, as text. What cannot be read is one line, the rest is shown."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm import checkpoint, terminal
+from lm.checkpoint import CheckpointError
+from lm.config import flatten, schema
+from lm.config.schema import ConfigError
+from lm.evaluation import metrics
+from lm.registry import listing
+from lm.registry.listing import Entry
+from lm.study import definition
+from lm.tasks import build_saved_config
+from lm.tracking import files, run_state
+from lm.tracking.files import RunFileError
+
+_LOG_LINES = 12
+_RESULTS = ("steps", "tokens", "seconds", "tokens_per_second", "parameters", "trained_parameters", "mfu")
+
+
+def open_run(folder: Path) -> tuple[Entry, list[str]]:
+    """The run in a folder, and what is wrong with its files. Raises ConfigError where there is none."""
+    found = listing.find(folder)
+    if [entry.folder for entry in found.entries] != [folder]:
+        below = f"; there are {len(found.entries)} runs below it" if found.entries else ""
+        raise ConfigError(f"{folder}: expected the folder of a run, with config.json or metrics.jsonl{below}")
+    return found.entries[0], found.notes
+
+
+def config_of(entry: Entry) -> dict[str, Any]:
+    """Key of the config -> value, all of them, also those that are newer than the run; {} = it has no config.
+
+    Raises:
+      ConfigError, RunFileError: it cannot be read.
+    """
+    content = listing.read_config(entry.folder)
+    if not content:
+        content = files.read_document(entry.folder / run_state.RECORD).get("config", {})
+    try:
+        return dict(flatten(schema.to_dict(build_saved_config(content)))) if content else {}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{entry.folder}: its config cannot be read: {type(error).__name__} {error}") from None
+
+
+def show(folder: Path) -> tuple[str, list[str]]:
+    """A run: state, changes of the config, data, metrics, checkpoints, versions, error.
+
+    Returns:
+      The text, and a line for each thing that is wrong with its files.
+
+    Raises:
+      ConfigError: there is no run.
+    """
+    entry, wrong = open_run(folder)
+    values = listing.Values([entry])
+    cells = [(key, listing.cell(entry, key, values)) for key in listing.COLUMNS]
+    parts = ["\n".join(f"{key + ':':8}{terminal.one_line(cell)}" for key, cell in cells if cell)]
+    if entry.why:
+        parts.append(f"{entry.state}: {entry.why}")
+    config: dict[str, Any] = {}
+    figures: Mapping[str, Any] = {}
+    with _noted(wrong):
+        config = config_of(entry)
+        usual = definition.defaults(str(config["task.name"])) if config else {}
+        changed = [(key, value, usual.get(key)) for key, value in config.items() if value != usual.get(key)]
+        parts.append(_titled("Config", terminal.table(("key", "value", "default"), changed)))
+    with _noted(wrong):
+        figures = listing.figures_of(entry)
+    parts.append(_titled("Data", _data(config, figures)))
+    with _noted(wrong):
+        parts.append(_titled("Metrics", _metrics(figures)))
+    with _noted(wrong):
+        parts.append(_titled("Checkpoints", _checkpoints(entry)))
+    with _noted(wrong):
+        parts.append(_titled("Versions", _versions(entry, figures)))
+    if entry.state in ("failed", "interrupted"):
+        parts.append(_titled(f"Last lines of {run_state.LOG}", _log(entry.folder / run_state.LOG)))
+    return "\n\n".join(part for part in parts if part), list(dict.fromkeys(wrong))
+
+
+@contextlib.contextmanager
+def _noted(wrong: list[str]) -> Iterator[None]:
+    """Turns an error of a run's files into a line of `wrong`."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, RunFileError) as error:
+        wrong.append(str(error))
+
+
+def _titled(title: str, text: str) -> str:
+    return f"{title}\n{text}" if text else ""
+
+
+def _data(config: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """Where the records come from, and how many were used."""
+    names = ("data.format", "data.path", "data.mixture", "data.eval_path", "data.seq_len", "data.batch_size")
+    rows = [(key, config[key]) for key in (*names, "init_from", "tokenizer.path") if config.get(key)]
+    rows += [(key, f"{figures[key]:,}") for key in ("tokens",) if isinstance(figures.get(key), int)]
+    rows += [(f"sources.{key}", value) for key, value in flatten(_part(figures, "sources"))]
+    return terminal.table(("", ""), rows).lstrip("\n") if rows else ""
+
+
+def _part(figures: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = figures.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _metrics(figures: Mapping[str, Any]) -> str:
+    """The metrics before training, at the end, at the best evaluation and on the test set, and the run's other figures."""
+    columns = {name: _part(figures, name) for name in ("before", "best", "test")}
+    columns = {"before": columns["before"], "last": figures, "best": columns["best"], "test": columns["test"]}
+    names = dict.fromkeys(
+        name for column in columns.values() for name in column if metrics.is_known(name) and name not in _RESULTS
+    )
+    used = {title: column for title, column in columns.items() if any(name in column for name in names)}
+    rows = [[name, *(_number(column.get(name)) for column in used.values())] for name in names]
+    text = terminal.table(["", *used], rows, range(1, 5)) if rows else ""
+    others = [f"{name} {_number(figures[name])}" for name in _RESULTS if figures.get(name) is not None]
+    return "\n".join(filter(None, (text, "  ".join(others))))
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
+    return f"{value:,}" if type(value) is int else "" if value is None else str(value)
+
+
+def _checkpoints(entry: Entry) -> str:
+    """The steps that are saved, the best and the newest of them, and what cannot be read."""
+    saved = checkpoint.list_saved(entry.folder)
+    if not saved:
+        return "none"
+    best = best_step(entry.folder)
+    rows = []
+    for each in saved:
+        marks = [name for name, is_it in (("best", each.step == best), ("latest", each is saved[-1])) if is_it]
+        value = each.metrics.get(entry.best_metric)
+        size = listing.in_bytes(listing.size_of(os.fspath(each.path)))
+        rows.append((each.step, ", ".join(marks), _number(value), size, each.info.get("unreadable", "")))
+    return terminal.table(("step", "", entry.best_metric, "size", ""), rows, (0, 2, 3))
+
+
+def best_step(folder: Path) -> int | None:
+    """The step that RUN@best names; None where no checkpoint was evaluated."""
+    with contextlib.suppress(CheckpointError):
+        return checkpoint.choose(f"{folder}@best", lambda _: None).step
+    return None
+
+
+def _versions(entry: Entry, figures: Mapping[str, Any]) -> str:
+    """The commits at which the trial of a study was started, and the versions of what it used."""
+    record = files.read_document(entry.folder / run_state.RECORD)
+    commits = record.get("commits")
+    lines = [f"commit {', '.join(map(str, commits))}"] if isinstance(commits, list) and any(commits) else []
+    used = ", ".join(f"{name} {version}" for name, version in _part(figures, "versions").items())
+    return "\n".join([*lines, *([used] if used else [])])
+
+
+def _log(path: Path) -> str:
+    """The end of what a trial has printed; '' where there is no log."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 14)))
+        lines = file.read().decode(errors="replace").splitlines()
+        written = [terminal.one_line(line)[:400] for line in lines if line.strip()]
+        return "\n".join(written[-_LOG_LINES:])
+    return ""
+
+
+def diff(folders: Sequence[Path]) -> tuple[str, list[str]]:
+    """The keys of the config in which runs differ, side by side, and their figures below.
+
+    Returns:
+      The text, and a line for each thing that is wrong with their files.
+
+    Raises:
+      ConfigError: a folder has no run.
+    """
+    wrong = list[str]()
+    names, configs, figures = [], [], []
+    for folder in folders:
+        entry, notes = open_run(folder)
+        wrong += notes
+        names.append(str(folder))
+        configs.append(dict[str, Any]())
+        figures.append(dict[str, Any]())
+        with _noted(wrong):
+            configs[-1] = config_of(entry)
+        with _noted(wrong):
+            figures[-1] = dict(flatten(listing.figures_of(entry)))
+    keys = dict.fromkeys(key for config in configs for key in config)
+    absent = object()
+    differ = [key for key in keys if len({repr(config.get(key, absent)) for config in configs}) > 1]
+    rows = [[key, *(str(config.get(key, "")) for config in configs)] for key in differ]
+    parts = [terminal.table(["config", *names], rows) if rows else "the configs are the same"]
+    shown = dict.fromkeys(key for each in figures for key in each if is_result(key))
+    rows = [[key, *(_number(each.get(key)) for each in figures)] for key in shown]
+    if rows:
+        parts.append(terminal.table(["figures", *names], rows, range(1, len(names) + 1)))
+    return "\n\n".join(parts), list(dict.fromkeys(wrong))
+
+
+def is_result(key: str) -> bool:
+    """Whether a figure of summary.json says how good or how fast a run was."""
+    first, _, last = key.rpartition(".")
+    return last in ("steps", "step", *_RESULTS) or (first in ("", "best", "test") and metrics.is_known(last))

@@ -1,0 +1,98 @@
+"""The runs below a folder: list, show, diff, compare, clean. Run directories are the only database.
+
+    python tools/runs.py list    [FOLDER] [--where='best.nll<2.5'] [--sort=best] [--columns=name,state,nll]
+    python tools/runs.py show    RUN
+    python tools/runs.py diff    RUN RUN...
+    python tools/runs.py compare RUN... [--out=runs.html] [--x=step|tokens|flops|seconds] [--metrics=nll,loss]
+    python tools/runs.py clean   FOLDER [--state=failed] [--older_than=30d] [--keep=best,last] [--remove=runs] [--yes]
+
+FOLDER is 'runs' unless given. A condition of --where is KEY=VALUE (with * and ?), !=, <, <=, > or >=; a key is a column,
+a key of the config or a figure of summary.json. docs/registry.md explains the commands.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from lm import command_line
+from lm.terminal import say, stop
+
+_WHERE = flags.DEFINE_multi_string("where", [], "list, compare, clean: only runs that fulfil the condition; several = all.")
+_SORT = flags.DEFINE_string("sort", "name", "list: key to sort by; -KEY = descending; best = the best first.")
+_COLUMNS = flags.DEFINE_list("columns", [], "list: keys to show; none = the usual ones.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs a command; status 1 if something was wrong, after all the rest."""
+    name, *arguments = command_line.arguments(argv, f"{'|'.join(COMMANDS)}...")
+    if name not in COMMANDS:
+        stop(f"error: no command '{name}'; expected one of {', '.join(COMMANDS)}; see --help")
+    with command_line.one_line_errors():
+        COMMANDS[name](arguments)
+
+
+def list_runs(arguments: list[str]) -> None:
+    """Prints a table of the runs below a folder."""
+    from lm.registry import listing
+
+    root = Path(_only(arguments, "list [FOLDER]", "runs"))
+    found, values = _selected(root, [*_COLUMNS.value, _SORT.value.removeprefix('-')])
+    entries = listing.arrange(found, _SORT.value, values)
+    usual = [key for key in listing.COLUMNS if key != "arm" or any(entry.arm for entry in entries)]
+    if entries:
+        say(listing.table(entries, _COLUMNS.value or usual, values))
+
+
+def show(arguments: list[str]) -> None:
+    """Prints a run in detail."""
+    from lm.registry import details
+
+    _print(*details.show(Path(_only(arguments, "show RUN"))))
+
+
+def diff(arguments: list[str]) -> None:
+    """Prints the differences between runs."""
+    from lm.registry import details
+
+    if len(arguments) < 2:
+        stop("error: diff: expected two runs or more; see --help")
+    _print(*details.diff([Path(name) for name in arguments]))
+
+
+def _print(text: str, wrong: list[str]) -> None:
+    """Prints a result; then ends with status 1 if something was wrong."""
+    say(text)
+    for each in wrong:
+        say(f"error: {each}", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+
+
+def _only(arguments: list[str], usage: str, default: str = "") -> str:
+    """The only argument of a command."""
+    if len(arguments) > 1 or not (arguments or default):
+        stop(f"error: arguments: found {' '.join(arguments) or 'none'}, expected {usage}; see --help")
+    return arguments[0] if arguments else default
+
+
+def _selected(root: Path, keys: Iterable[str] = ()) -> tuple[list[Entry], Values]:
+    """The runs below a folder that --where selects; says on stderr what is no run or damaged, and how many there are."""
+    from lm.registry import listing
+
+    conditions = [listing.condition(text) for text in _WHERE.value]
+    entries, notes = listing.find(root, {each.key for each in conditions}.union(keys).difference(listing.COLUMNS))
+    values = listing.Values(entries)
+    selected = listing.select(entries, conditions, values)
+    for note in notes:
+        say(f"note: {note}", file=sys.stderr)
+    say(f"{len(selected):,} of {len(entries):,} runs", file=sys.stderr)
+    return selected, listing.Values(selected)
+
+
+COMMANDS = {"list": list_runs, "show": show, "diff": diff}
+
+if __name__ == "__main__":
+    command_line.run(main)
