@@ -23,6 +23,9 @@ from lm.terminal import say, stop
 _WHERE = flags.DEFINE_multi_string("where", [], "list, compare, clean: only runs that fulfil the condition; several = all.")
 _SORT = flags.DEFINE_string("sort", "name", "list: key to sort by; -KEY = descending; best = the best first.")
 _COLUMNS = flags.DEFINE_list("columns", [], "list: keys to show; none = the usual ones.")
+_OUT = flags.DEFINE_string("out", "runs.html", "compare: the page.")
+_X = flags.DEFINE_enum("x", "step", ["step", "tokens", "flops", "seconds"], "compare: what curves are over.")
+_METRICS = flags.DEFINE_list("metrics", [], "compare: metrics to draw; none = the usual ones.")
 
 
 def main(argv: list[str]) -> None:
@@ -62,6 +65,20 @@ def diff(arguments: list[str]) -> None:
     _print(*details.diff([Path(name) for name in arguments]))
 
 
+def compare(arguments: list[str]) -> None:
+    """Writes a page with the curves of runs; a folder of runs stands for all that --where selects."""
+    from lm.registry import comparison
+
+    command_line.check_output("out", _OUT.value)
+    if not arguments:
+        stop("error: compare: expected runs, or folders of runs; see --help")
+    folders = [entry.folder for name in arguments for entry in _selected(Path(name))[0]]
+    if not folders:
+        stop("error: compare: no run is left")
+    shown, wrong = comparison.write(folders, Path(_OUT.value), _X.value, _METRICS.value)
+    _print(f"{_OUT.value}: {len(shown):,} runs", wrong)
+
+
 def _print(text: str, wrong: list[str]) -> None:
     """Prints a result; then ends with status 1 if something was wrong."""
     say(text)
@@ -92,7 +109,7 @@ def _selected(root: Path, keys: Iterable[str] = ()) -> tuple[list[Entry], Values
     return selected, listing.Values(selected)
 
 
-COMMANDS = {"list": list_runs, "show": show, "diff": diff}
+COMMANDS = {"list": list_runs, "show": show, "diff": diff, "compare": compare}
 
 if __name__ == "__main__":
     command_line.run(main)

@@ -117,13 +117,14 @@ def _metrics(figures: Mapping[str, Any]) -> str:
         name for column in columns.values() for name in column if metrics.is_known(name) and name not in _RESULTS
     )
     used = {title: column for title, column in columns.items() if any(name in column for name in names)}
-    rows = [[name, *(_number(column.get(name)) for column in used.values())] for name in names]
+    rows = [[name, *(number(column.get(name)) for column in used.values())] for name in names]
     text = terminal.table(["", *used], rows, range(1, 5)) if rows else ""
-    others = [f"{name} {_number(figures[name])}" for name in _RESULTS if figures.get(name) is not None]
+    others = [f"{name} {number(figures[name])}" for name in _RESULTS if figures.get(name) is not None]
     return "\n".join(filter(None, (text, "  ".join(others))))
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """A figure as text."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
     return f"{value:,}" if type(value) is int else "" if value is None else str(value)
@@ -140,7 +141,7 @@ def _checkpoints(entry: Entry) -> str:
         marks = [name for name, is_it in (("best", each.step == best), ("latest", each is saved[-1])) if is_it]
         value = each.metrics.get(entry.best_metric)
         size = listing.in_bytes(listing.size_of(os.fspath(each.path)))
-        rows.append((each.step, ", ".join(marks), _number(value), size, each.info.get("unreadable", "")))
+        rows.append((each.step, ", ".join(marks), number(value), size, each.info.get("unreadable", "")))
     return terminal.table(("step", "", entry.best_metric, "size", ""), rows, (0, 2, 3))
 
 
@@ -197,7 +198,7 @@ def diff(folders: Sequence[Path]) -> tuple[str, list[str]]:
     rows = [[key, *(str(config.get(key, "")) for config in configs)] for key in differ]
     parts = [terminal.table(["config", *names], rows) if rows else "the configs are the same"]
     shown = dict.fromkeys(key for each in figures for key in each if is_result(key))
-    rows = [[key, *(_number(each.get(key)) for each in figures)] for key in shown]
+    rows = [[key, *(number(each.get(key)) for each in figures)] for key in shown]
     if rows:
         parts.append(terminal.table(["figures", *names], rows, range(1, len(names) + 1)))
     return "\n\n".join(parts), list(dict.fromkeys(wrong))
@@ -205,5 +206,5 @@ def diff(folders: Sequence[Path]) -> tuple[str, list[str]]:
 
 def is_result(key: str) -> bool:
     """Whether a figure of summary.json says how good or how fast a run was."""
-    first, _, last = key.rpartition(".")
-    return last in ("steps", "step", *_RESULTS) or (first in ("", "best", "test") and metrics.is_known(last))
+    parent, _, name = key.rpartition(".")
+    return parent in ("", "best", "test") and (metrics.is_known(name) or (name in _RESULTS and not parent))

@@ -10,15 +10,16 @@ MAX_POINTS = 1000  # of a curve; a panel of the report is about 500 pixels wide
 
 
 class Curve:
-    """The values of a metric over steps, as at most MAX_POINTS points.
+    """The values of a metric over steps, or over another axis, as at most `max_points` points.
 
     Attributes:
       rows_per_point: how many rows of metrics.jsonl with this metric a point stands for, a power of two; the last point
         may stand for fewer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_points: int = MAX_POINTS) -> None:
         self.rows_per_point = 1
+        self._max_points = max_points
         self._rows = 0
         # Rows: number of the point's first row, rows, sum of steps, sum of values, least and greatest value.
         self._points = np.empty((6, 0))
@@ -37,7 +38,7 @@ class Curve:
         )
         self._rows, self.last = self._rows + values.size, float(values[-1])
         self._merge()
-        while self._points.shape[1] > MAX_POINTS:
+        while self._points.shape[1] > self._max_points:
             self.rows_per_point *= 2
             self._merge()
 
@@ -70,8 +71,14 @@ class Curves(NamedTuple):
     last_eval: Mapping[str, Any]
 
 
-def gather(rows: Iterable[dict[str, Any]]) -> Curves:
-    """The curves of all metrics in rows of metrics.jsonl (`files.read_rows`). Values that are null are left out."""
+def gather(rows: Iterable[dict[str, Any]], axis: str = "step", max_points: int = MAX_POINTS) -> Curves:
+    """The curves of all metrics in rows of metrics.jsonl. Values that are null are left out.
+
+    Args:
+      rows: from `files.read_rows`.
+      axis: over what: the column 'step' or 'seconds'.
+      max_points: of a curve.
+    """
     of: dict[tuple[str, str], Curve] = {}
     last: Mapping[str, Any] = {}
     last_eval: Mapping[str, Any] = {}
@@ -81,10 +88,10 @@ def gather(rows: Iterable[dict[str, Any]]) -> Curves:
         for split in {row["split"] for row in chunk}:
             part = [row for row in chunk if row["split"] == split]
             last_eval = part[-1] if split == "eval" else last_eval
-            steps = np.array([row["step"] for row in part], np.float64)
+            steps = np.array([row[axis] for row in part], np.float64)
             for name in set().union(*part) - {"step", "split", "seconds"}:
                 values = np.array([row.get(name) for row in part], np.float64)  # None becomes NaN
                 is_there = np.isfinite(values)
                 if is_there.any():
-                    of.setdefault((split, name), Curve()).extend(steps[is_there], values[is_there])
+                    of.setdefault((split, name), Curve(max_points)).extend(steps[is_there], values[is_there])
     return Curves(of, last, last_eval)

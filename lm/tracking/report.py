@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,7 +24,7 @@ from lm.evaluation import metrics
 from lm.optim.trainable import Selection, trained_part
 from lm.tasks import base, build_saved_config, task_of
 from lm.tracking import curves, files
-from lm.tracking.curves import Curves
+from lm.tracking.curves import Curve, Curves
 from lm.tracking.files import RunFileError, finite
 
 PACKAGES = {"jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "grain": "grain"}
@@ -206,58 +206,107 @@ def _loss_unit(cfg: Config | None) -> Callable[[str], str]:
     return functools.partial(base.loss_unit, task_of(cfg), cfg) if cfg else lambda prefix: ""
 
 
+class Line(NamedTuple):
+    """A curve in a panel.
+
+    Attributes:
+      curve: what is drawn.
+      color: of the line.
+      label: in the legend; '' = none.
+      has_dots: whether its points are marked.
+      id: of its element in the page; '' = none.
+      scale: of its axis: what a step, or a second, stands for.
+    """
+
+    curve: Curve
+    color: str
+    label: str = ""
+    has_dots: bool = False
+    id: str = ""
+    scale: float = 1.0
+
+
+class Panel(NamedTuple):
+    """The curves of a metric: its name, what is known of it, and what they are over, for the axis."""
+
+    name: str
+    about: metrics.About
+    lines: Sequence[Line]
+    axis: str = "step"
+
+
 def draw_curves(drawn: Curves, about: Callable[[str], metrics.About] = metrics.about) -> Any:
     """A matplotlib figure with a panel for each metric over steps: training as a line, evaluation as dots on a line.
-
-    Where a point stands for several rows, the line is their mean, a band spans their least and greatest value, and the
-    panel says how many rows that are. Made without pyplot, so that there is no global state, no display and nothing to
-    close.
 
     Args:
       drawn: of metrics.jsonl.
       about: what is known of a metric by its name, in a run of this task.
     """
+    present = {name for _, name in drawn.of}
+    names = [name for name in FIRST_PANELS if name in present] + sorted(present.difference(FIRST_PANELS))
+    panels = []
+    for name in names:
+        curves_of = {split: curve for split in COLORS if (curve := drawn.of.get((split, name)))}
+        merged = "".join(
+            f" · {split}: mean and range of {curve.rows_per_point:,} rows a point"
+            for split, curve in curves_of.items()
+            if curve.rows_per_point > 1
+        )
+        lines = [
+            Line(curve, COLORS[split], f"{split} {_number(curve.last)}", has_dots=split == "eval")
+            for split, curve in curves_of.items()
+        ]
+        panels.append(Panel(name, about(name), lines, f"step{merged}"))
+    return draw_panels(panels)
+
+
+def draw_panels(given: Sequence[Panel]) -> Any:
+    """A matplotlib figure with these panels, two beside each other.
+
+    Where a point stands for several rows, the line is their mean, and a band spans their least and greatest value. Made
+    without pyplot, so that there is no global state, no display and nothing to close.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    present = {name for _, name in drawn.of}
-    names = [name for name in FIRST_PANELS if name in present] + sorted(present.difference(FIRST_PANELS))
-    height = max(1, math.ceil(len(names) / 2))
+    height = max(1, math.ceil(len(given) / 2))
     figure = Figure(figsize=(10.5, 2.9 * height), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
     panels = figure.subplots(height, 2, squeeze=False).flatten()
-    for name, panel in zip(names, panels, strict=False):
-        merged = ""
-        for split, color in COLORS.items():
-            curve = drawn.of.get((split, name))
-            if curve is None:
-                continue
-            steps, means, low, high = curve.points()
-            marker = "o" if split == "eval" or len(steps) == 1 else None
-            style = {"color": color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
-            panel.plot(steps, means, label=f"{split} {_number(curve.last)}", **style)
-            if curve.rows_per_point > 1:
-                panel.fill_between(steps, low, high, color=color, alpha=0.25, lw=0)
-                merged += f" · {split}: mean and range of {curve.rows_per_point:,} rows a point"
+    for (name, about, lines, axis), panel in zip(given, panels, strict=False):
+        for line in lines:
+            steps, means, low, high = line.curve.points()
+            steps = steps * line.scale
+            marker = "o" if line.has_dots or len(steps) == 1 else None
+            style = {"color": line.color, "lw": 1.4, "marker": marker, "ms": 4, "mec": "white"}
+            panel.plot(steps, means, label=line.label or "_", gid=line.id or None, **style)
+            if line.curve.rows_per_point > 1:
+                band_id = f"{line.id}.band" if line.id else None
+                panel.fill_between(steps, low, high, color=line.color, alpha=0.25, lw=0, gid=band_id)
         if name in ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal"):
             panel.set_ylim(bottom=0)  # otherwise small jitter looks large
         elif name.endswith("perplexity"):
             panel.set_yscale("log")  # otherwise the value of the untrained model hides the rest of the curve
         else:
             panel.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        panel.set_title(about(name).title, loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
-        panel.set_ylabel(about(name).unit, fontsize=8.5, color="#5b6577")
-        # The last values, above the panel, where no curve crosses them.
-        above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "borderaxespad": 0.2}
-        panel.legend(ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)
-        panel.set_xlabel(f"step{merged}", fontsize=8.5, color="#5b6577")
+        panel.set_title(about.title, loc="left", fontsize=10.5, fontweight="bold", color="#222b3a")
+        panel.set_ylabel(about.unit, fontsize=8.5, color="#5b6577")
+        if any(line.label for line in lines):
+            # The last values, above the panel, where no curve crosses them.
+            above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "borderaxespad": 0.2}
+            legend = panel.legend(
+                ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above
+            )
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+        panel.set_xlabel(axis, fontsize=8.5, color="#5b6577")
         panel.tick_params(which="both", labelsize=8.5, colors="#5b6577", length=0)
         panel.grid(axis="y", color="#e6e9ef", lw=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.spines["bottom"].set_color("#c9ced8")
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for panel in panels[len(names) :]:
+    for panel in panels[len(given) :]:
         panel.remove()
     return figure
 
