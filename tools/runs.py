@@ -6,26 +6,33 @@
     python tools/runs.py compare RUN... [--out=runs.html] [--x=step|tokens|flops|seconds] [--metrics=nll,loss]
     python tools/runs.py clean   FOLDER [--state=failed] [--older_than=30d] [--keep=best,last] [--remove=runs] [--yes]
 
-FOLDER is 'runs' unless given. A condition of --where is KEY=VALUE (with * and ?), !=, <, <=, > or >=; a key is a column,
-a key of the config or a figure of summary.json. docs/registry.md explains the commands.
+The FOLDER of list is 'runs' unless given. A condition of --where is KEY=VALUE (with * and ?), !=, <, <=, > or >=; a key
+is a column, a key of the config or a figure of summary.json. docs/registry.md explains the commands.
 """
 
-from __future__ import annotations
-
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from lm import command_line
 from lm.terminal import say, stop
 
-_WHERE = flags.DEFINE_multi_string("where", [], "list, compare, clean: only runs that fulfil the condition; several = all.")
+_WHERE = flags.DEFINE_multi_string(
+    "where", [], "list, compare, clean: only runs that fulfil the condition; several = all."
+)
 _SORT = flags.DEFINE_string("sort", "name", "list: key to sort by; -KEY = descending; best = the best first.")
 _COLUMNS = flags.DEFINE_list("columns", [], "list: keys to show; none = the usual ones.")
 _OUT = flags.DEFINE_string("out", "runs.html", "compare: the page.")
 _X = flags.DEFINE_enum("x", "step", ["step", "tokens", "flops", "seconds"], "compare: what curves are over.")
 _METRICS = flags.DEFINE_list("metrics", [], "compare: metrics to draw; none = the usual ones.")
+_STATE = flags.DEFINE_list("state", [], "clean: only runs in these states.")
+_OLDER = flags.DEFINE_string("older_than", "", "clean: only runs not written for so long: 12h, 30d, 8w.")
+_REMOVE = flags.DEFINE_enum("remove", "checkpoints", ["checkpoints", "runs"], "clean: what to delete of them.")
+_KEEP = flags.DEFINE_list("keep", ["best", "last"], "clean: which checkpoints stay: best, last, both; or none.")
+_YES = flags.DEFINE_bool("yes", False, "clean: delete; otherwise only what would be deleted is listed.")
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +49,7 @@ def list_runs(arguments: list[str]) -> None:
     from lm.registry import listing
 
     root = Path(_only(arguments, "list [FOLDER]", "runs"))
-    found, values = _selected(root, [*_COLUMNS.value, _SORT.value.removeprefix('-')])
+    found, values = _selected(root, [*_COLUMNS.value, _SORT.value.removeprefix("-")])
     entries = listing.arrange(found, _SORT.value, values)
     usual = [key for key in listing.COLUMNS if key != "arm" or any(entry.arm for entry in entries)]
     if entries:
@@ -79,6 +86,44 @@ def compare(arguments: list[str]) -> None:
     _print(f"{_OUT.value}: {len(shown):,} runs", wrong)
 
 
+def clean(arguments: list[str]) -> None:
+    """Lists what would be deleted, and deletes it with --yes."""
+    from lm.registry import cleaning, listing
+    from lm.terminal import table
+
+    root, what = Path(_only(arguments, "clean FOLDER")), _REMOVE.value
+    if what == "runs" and not (_STATE.value or _OLDER.value or _WHERE.value):
+        stop("error: --remove=runs: say which, with --state, --older_than or --where")
+    older = [f"age>{_OLDER.value}"] if _OLDER.value else []
+    for state in _STATE.value:
+        listing.condition(f"state={state}")  # refuses one that there is not
+    entries, _ = _selected(root, more=older)
+    entries = [entry for entry in entries if not _STATE.value or entry.state in _STATE.value]
+    removals = [each for each in cleaning.plan(entries, root, what, _KEEP.value) if each.paths or each.why]
+    rows = [
+        (each.run, listing.in_bytes(each.size) if each.paths else "", _goes(each.run, each.paths), each.why)
+        for each in removals
+    ]
+    if rows:
+        say(table(("run", "size", "goes", ""), rows, (1,)))
+    number, size = sum(len(each.paths) for each in removals), sum(each.size for each in removals)
+    if not number or not _YES.value:
+        say(
+            f"{number:,} folders, {listing.in_bytes(size)}; "
+            + ("--yes deletes them" if number else "nothing to delete")
+        )
+        return
+    freed, wrong = cleaning.carry_out(removals, say)
+    _print(f"freed {listing.in_bytes(freed)}", wrong)
+
+
+def _goes(run: Path, paths: Sequence[Path]) -> str:
+    """What of a run goes, in words."""
+    if run in paths:
+        return "all of it"
+    return ", ".join(str(path.relative_to(run)) for path in paths)
+
+
 def _print(text: str, wrong: list[str]) -> None:
     """Prints a result; then ends with status 1 if something was wrong."""
     say(text)
@@ -95,11 +140,11 @@ def _only(arguments: list[str], usage: str, default: str = "") -> str:
     return arguments[0] if arguments else default
 
 
-def _selected(root: Path, keys: Iterable[str] = ()) -> tuple[list[Entry], Values]:
-    """The runs below a folder that --where selects; says on stderr what is no run or damaged, and how many there are."""
+def _selected(root: Path, keys: Iterable[str] = (), more: Iterable[str] = ()) -> Any:
+    """The runs below a folder that --where and `more` select, and their `Values`; says on stderr what is wrong."""
     from lm.registry import listing
 
-    conditions = [listing.condition(text) for text in _WHERE.value]
+    conditions = [listing.condition(text) for text in (*_WHERE.value, *more)]
     entries, notes = listing.find(root, {each.key for each in conditions}.union(keys).difference(listing.COLUMNS))
     values = listing.Values(entries)
     selected = listing.select(entries, conditions, values)
@@ -109,7 +154,7 @@ def _selected(root: Path, keys: Iterable[str] = ()) -> tuple[list[Entry], Values
     return selected, listing.Values(selected)
 
 
-COMMANDS = {"list": list_runs, "show": show, "diff": diff, "compare": compare}
+COMMANDS = {"list": list_runs, "show": show, "diff": diff, "compare": compare, "clean": clean}
 
 if __name__ == "__main__":
     command_line.run(main)

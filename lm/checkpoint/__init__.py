@@ -1,6 +1,7 @@
 """Checkpoints: written and verified (`store`), resumed from (`resume`), read by another run (`init_from`)."""
 
 from lm.checkpoint.store import (
+    EXPIRED,
     CheckpointError,
     Checkpoints,
     Diverged,
@@ -14,5 +15,6 @@ from lm.checkpoint.store import (
     none_readable,
     read_file,
     sweep,
+    unfinished,
     warn,
 )

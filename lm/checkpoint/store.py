@@ -44,7 +44,7 @@ _COMMITTED_FILE = "commit_success.txt"
 _ADVICE = "; use another step, or restore this one from a copy"
 _LARGE, _SLICES = 1 << 20, 16  # elements; of an array that is large
 _SCRATCH = ".orbax-checkpoint-tmp"  # ends the name of a step that Orbax is writing
-_EXPIRED = ".deleted"  # ends the name of a step that is being deleted
+EXPIRED = ".deleted"  # ends the name of a step that is being deleted
 
 T = TypeVar("T")
 
@@ -372,19 +372,23 @@ def sweep(workdir: Path, say: Callable[[str], None] = lambda _: None) -> None:
 
     Only for the owner of the directory: another process's save that is being written would be removed too.
     """
-    root = workdir / "checkpoints"
-    unfinished = re.compile(rf"\d+({re.escape(_SCRATCH)}.*|{re.escape(_EXPIRED)})")
-    steps = sorted(path for path in root.glob("*") if unfinished.fullmatch(path.name))
+    steps = unfinished(workdir)
     for path in steps:
         shutil.rmtree(path)
     if removed := [*(f"checkpoints/{path.name}" for path in steps), *files_lib.remove_scratch(workdir)]:
         say(f"removed what a killed process left in {workdir}: {', '.join(removed)}")
 
 
+def unfinished(workdir: Path) -> list[Path]:
+    """The folders of saves and deletions of checkpoints that were begun and not finished."""
+    name = re.compile(rf"\d+({re.escape(_SCRATCH)}.*|{re.escape(EXPIRED)})")
+    return sorted(path for path in (workdir / "checkpoints").glob("*") if name.fullmatch(path.name))
+
+
 def _delete(step: Path) -> bool:
     """Deletes a step, and returns whether it no longer stands under its name. One that cannot be deleted is no reason
     to end the run: it is tried again after the next save, or by `sweep`."""
-    expired = step.with_name(step.name + _EXPIRED)
+    expired = step.with_name(step.name + EXPIRED)
     try:
         step.rename(expired)
         files_lib.sync(step.parent)

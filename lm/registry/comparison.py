@@ -5,7 +5,7 @@ import html
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lm.config import flatten
 from lm.config.schema import ConfigError
@@ -19,8 +19,6 @@ from lm.tracking.curves import Curves
 from lm.tracking.files import RunFileError
 from lm.tracking.report import STYLE, Line, Panel, draw_panels, picture
 
-Axis = Literal["step", "tokens", "flops", "seconds"]
-AXES: tuple[Axis, ...] = ("step", "tokens", "flops", "seconds")
 _AXIS_TITLES = {"tokens": "tokens (positions of batches)", "flops": "model FLOPs", "seconds": "seconds since the start"}
 _TRAINING = ("loss", "grad_norm", "learning_rate", "tokens_per_second")  # panels of training unless others are named
 _POINTS = 40_000  # of all curves of a panel together
@@ -36,7 +34,8 @@ svg g.hot path{stroke-width:3.2!important}
 _SCRIPT = """
 const main=document.querySelector("main"),mark=run=>{main.classList.toggle("dim",run!==null);
 for(const hot of document.querySelectorAll(".hot"))hot.classList.remove("hot");
-if(run!==null)for(const it of document.querySelectorAll(`tr[data-run="${run}"],g[id^="run${run}."]`))it.classList.add("hot")};
+if(run!==null)for(const it of document.querySelectorAll(`tr[data-run="${run}"],g[id^="run${run}."]`))
+it.classList.add("hot")};
 for(const row of document.querySelectorAll("tr[data-run]")){row.onmouseenter=()=>mark(row.dataset.run);
 row.onmouseleave=()=>mark(null)}
 for(const line of document.querySelectorAll("g[id^=run]")){line.onmouseenter=()=>mark(line.id.slice(3).split(".")[0]);
@@ -65,14 +64,14 @@ class Compared:
 
 
 def write(
-    folders: Sequence[Path], out: Path, axis: Axis = "step", wanted: Sequence[str] = ()
+    folders: Sequence[Path], out: Path, axis: str = "step", wanted: Sequence[str] = ()
 ) -> tuple[list[Compared], list[str]]:
     """Writes the page of runs.
 
     Args:
       folders: of the runs.
       out: the page.
-      axis: what curves are over.
+      axis: what curves are over: step, tokens, flops or seconds.
       wanted: metrics to draw; () = those by which the runs are compared, and the usual ones of training.
 
     Returns:
@@ -101,7 +100,7 @@ def write(
     return shown, list(dict.fromkeys(wrong))
 
 
-def read(folder: Path, axis: Axis, points: int) -> tuple[Compared, list[str]]:
+def read(folder: Path, axis: str, points: int) -> tuple[Compared, list[str]]:
     """Reads a run for the page; the second is what is wrong with files that it can do without.
 
     Raises:
@@ -138,7 +137,7 @@ def read(folder: Path, axis: Axis, points: int) -> tuple[Compared, list[str]]:
     return Compared(entry, config, figures, drawn, scale, loss_unit), wrong
 
 
-def page(runs: Sequence[Compared], axis: Axis, wanted: Sequence[str] = ()) -> str:
+def page(runs: Sequence[Compared], axis: str, wanted: Sequence[str] = ()) -> str:
     """The page."""
     colors = palette(len(runs))
     body = [
@@ -165,7 +164,7 @@ def palette(number: int) -> list[str]:
     return [to_hex(scale(0.92 * i / (number - 1))) for i in range(number)]
 
 
-def panels_of(runs: Sequence[Compared], axis: Axis, wanted: Sequence[str], colors: Sequence[str]) -> list[Panel]:
+def panels_of(runs: Sequence[Compared], axis: str, wanted: Sequence[str], colors: Sequence[str]) -> list[Panel]:
     """The panels: of evaluation, then of training."""
     best = dict.fromkeys(run.entry.best_metric for run in runs)
     chosen = [

@@ -1,4 +1,4 @@
-"""One run in detail, and the differences between several, as text. What cannot be read is one line, the rest is shown."""
+"""One run in detail, and the differences between several, as text. What cannot be read is one line beside the rest."""
 
 import contextlib
 import os
@@ -110,7 +110,7 @@ def _part(figures: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _metrics(figures: Mapping[str, Any]) -> str:
-    """The metrics before training, at the end, at the best evaluation and on the test set, and the run's other figures."""
+    """The metrics before training, at its end, at the best evaluation and on the test set; then the other figures."""
     columns = {name: _part(figures, name) for name in ("before", "best", "test")}
     columns = {"before": columns["before"], "last": figures, "best": columns["best"], "test": columns["test"]}
     names = dict.fromkeys(

@@ -26,16 +26,17 @@ from lm.tracking.files import RunFileError
 from lm.tracking.run_state import STATES, State
 
 COLUMNS = ("name", "arm", "task", "state", "steps", "best", "age", "size")
-REMOVED = ".deleted"  # ends the name of a folder that is being deleted
-_OF_A_RUN = {"config.json", "metrics.jsonl", run_state.RECORD}  # a folder with one of these is a run
-_WRITTEN = {*_OF_A_RUN, run_state.SUMMARY, run_state.FAILURE}  # by which the age of a run is told
+REMOVED = ".deleted-by-clean"  # ends the name of a run that is being deleted
+OF_A_RUN = {"config.json", "metrics.jsonl", run_state.RECORD}  # a folder with one of these is a run
+_WRITTEN = {*OF_A_RUN, run_state.SUMMARY, run_state.FAILURE}  # by which the age of a run is told
 _SECTIONS = {"model", "train", "data"}  # of the config of a run, also of older versions; others write config.json too
 _THREADS, _BATCH = 8, 50  # network file systems answer several at once; folders a thread takes at a time
 _CONDITION = re.compile(r"\s*([\w.@/-]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _look(path: str, root: str, keys: Collection[str]) -> _Looked:
         return _Looked(path, notes=[f"{path} cannot be listed: {error.strerror}"], is_noted=True)
     if path != root and path.endswith(REMOVED):
         return _Looked(path, notes=[f"{path} was being deleted; `clean` deletes what is left"], is_noted=True)
-    if not listed.keys().isdisjoint(_OF_A_RUN):
+    if not listed.keys().isdisjoint(OF_A_RUN):
         return _read(path, root, listed, keys)
     folders, notes = [], []
     for name, entry in listed.items():
@@ -187,10 +188,6 @@ def _read(path: str, root: str, listed: Mapping[str, os.DirEntry[str]], keys: Co
         return _Looked(path, notes=[f"{path} cannot be read: {error.strerror}"], is_noted=True)
     if notes:
         state, why = "damaged", notes[0]
-    written = 0.0
-    for each in _WRITTEN & listed.keys():
-        with contextlib.suppress(OSError):
-            written = max(written, listed[each].stat(follow_symlinks=False).st_mtime)
     best, best_step = value_at(figures, f"best.{best_metric}"), value_at(figures, "best.step")
     entry = Entry(
         folder,
@@ -204,10 +201,19 @@ def _read(path: str, root: str, listed: Mapping[str, os.DirEntry[str]], keys: Co
         best_metric=best_metric,
         best=float(best) if type(best) in (int, float) else None,
         best_step=_of_type(int, best_step),
-        written=written,
+        written=written(path),
         values={key: _value(config, figures, key) for key in keys},
     )
     return _Looked(path, entry, notes=notes)
+
+
+def written(folder: str) -> float:
+    """When the files that tell the state of a run were last written, in seconds since 1970; 0 = there is none."""
+    newest = 0.0
+    for name in _WRITTEN:
+        with contextlib.suppress(OSError):
+            newest = max(newest, os.stat(f"{folder}/{name}", follow_symlinks=False).st_mtime)
+    return newest
 
 
 def _of_type(kind: type[T], value: Any) -> T | None:

@@ -18,8 +18,8 @@ from lm.study.definition import Study, Trial, hash_of
 from lm.tasks import build_saved_config
 from lm.tracking import files, run_state
 from lm.tracking.files import RunFileError
-from lm.tracking.run_state import FAILURE, LOG, RECORD
 
+FAILURE, LOG, RECORD = run_state.FAILURE, run_state.LOG, run_state.RECORD
 # How a trial's process, or its part of one, ended.
 DONE, STOPPED, ELSEWHERE = "done", "was stopped; the same command resumes it", "is run by another process"
 State = run_state.State | Literal["missing"]
