@@ -191,7 +191,7 @@ def _read(path: str, root: str, listed: Mapping[str, os.DirEntry[str]], keys: Co
     best, best_step = value_at(figures, f"best.{best_metric}"), value_at(figures, "best.step")
     entry = Entry(
         folder,
-        os.path.relpath(path, root) if path != root else folder.resolve().name,
+        path[len(root) :].lstrip("/") if path != root else folder.resolve().name,
         state,
         why,
         arm,
@@ -201,16 +201,16 @@ def _read(path: str, root: str, listed: Mapping[str, os.DirEntry[str]], keys: Co
         best_metric=best_metric,
         best=float(best) if type(best) in (int, float) else None,
         best_step=_of_type(int, best_step),
-        written=written(path),
+        written=written(path, listed),
         values={key: _value(config, figures, key) for key in keys},
     )
     return _Looked(path, entry, notes=notes)
 
 
-def written(folder: str) -> float:
+def written(folder: str, names: Collection[str] = _WRITTEN) -> float:
     """When the files that tell the state of a run were last written, in seconds since 1970; 0 = there is none."""
     newest = 0.0
-    for name in _WRITTEN:
+    for name in _WRITTEN.intersection(names):
         with contextlib.suppress(OSError):
             newest = max(newest, os.stat(f"{folder}/{name}", follow_symlinks=False).st_mtime)
     return newest
