@@ -165,7 +165,6 @@ def start_or_resume(
             if run.plan.tokenizer:
                 run.plan.tokenizer.save(workdir / run.plan.tokenizer.file)
             files.write_atomic(workdir / "config.json", config.to_json(cfg))
-            run_state.begin(workdir)
         recorded = run_state.recorded_failure(workdir, check_lease) if is_primary else contextlib.nullcontext()
         with (
             recorded,

@@ -1,5 +1,6 @@
-"""lm/registry/listing.py: runs are found, filtered and sorted; what is none or is damaged is one line beside the rest."""
+"""lm/registry/listing.py: runs are found, filtered and sorted; what is none, or damaged, is one line beside the rest."""
 
+import json
 import os
 import re
 import resource
@@ -181,7 +182,7 @@ def test_a_url_and_a_folder_that_is_not_there_are_refused(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_ten_thousand_runs_are_listed_filtered_and_sorted_within_two_seconds(tmp_path):
-    """CPU seconds of the whole command, the least of three, as other tests may run beside it."""
+    """CPU seconds of the whole command, on a machine that parses 10,000 of the configs in 0.35 s; tests run beside it."""
     kinds = [
         write_run(tmp_path / "kinds" / str(i), losses=(3.0, 2.0 + i / 10), optim__learning_rate=(i + 1) / 1000)
         for i in range(10)
@@ -196,12 +197,16 @@ def test_ten_thousand_runs_are_listed_filtered_and_sorted_within_two_seconds(tmp
             os.link(kind / name, folder / name)
     command = [sys.executable, "tools/runs.py", "list", str(tmp_path / "runs"), "--sort=best"]
     command += ["--where=best.loss<2.55", "--where=optim.learning_rate>0.0015", "--where=state=done"]
-    seconds = []
+    text, seconds, parsing = (kinds[0] / "config.json").read_bytes(), [], []
     for _ in range(3):
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=IN_ROOT, check=True)
         after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - began
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        print(f"{seconds[-1]:.2f} s of CPU, {wall:.2f} s by the clock")
+        start = time.process_time()
+        for _ in range(10_000):
+            json.loads(text)
+        parsing.append(time.process_time() - start)
+        print(f"{seconds[-1]:.2f} s of CPU, {wall:.2f} s by the clock; parsing {parsing[-1]:.2f} s")
     assert len(done.stdout.splitlines()) == 1 + 5 * 1000 and "5,000 of 10,000 runs" in done.stderr
-    assert min(seconds) < 2
+    assert min(seconds) < 2 * max(1, min(parsing) / 0.35)

@@ -26,7 +26,7 @@ COLUMNS: dict[str, dict[str, tuple[type, ...]]] = {
     "samples.jsonl": {"step": (int,), "name": (str,), "text": (str,)},
 }
 MAX_LINE = 2**24  # bytes
-_DEEPEST = 50  # levels of nested objects and lists in a document
+_DEEPEST = 20  # levels of nested objects and lists in a document
 MAX_STEP = 2**31  # steps are int32
 
 _MARK = b'"crc32": "'

@@ -54,20 +54,16 @@ def look(folder: Path, names: Collection[str] | None = None) -> RunState:
     return RunState("interrupted")
 
 
-def begin(folder: Path) -> None:
-    """Removes what an earlier start has left, as the run goes on: its failure, and figures that are not final any more.
-
-    Raises:
-      RunFileError: they cannot be removed.
-    """
-    for name in (FAILURE, SUMMARY):
-        with files.access(folder / name, "removing"):
-            (folder / name).unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def recorded_failure(folder: Path, check_lease: Callable[[], None]) -> Iterator[None]:
-    """Writes failure.json if its block ends with an error; not if the run was stopped, or the folder is another's."""
+    """Removes the failure.json of an earlier start, and writes one if its block ends with an error; not if the run was
+    stopped, or the folder is another's.
+
+    Raises:
+      RunFileError: the earlier one cannot be removed.
+    """
+    with files.access(folder / FAILURE, "removing"):
+        (folder / FAILURE).unlink(missing_ok=True)
     try:
         yield
     except (preemption.Preempted, lease.Lost):

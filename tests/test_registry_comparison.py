@@ -1,0 +1,105 @@
+"""lm/registry/comparison.py: the curves of runs on one page."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+
+from lm.config.schema import ConfigError
+from lm.evaluation import flops
+from lm.registry import comparison
+from lm.tracking import files, report
+from tests import tool_modules
+from tests.registry_runs import config_of, write_run
+
+
+def read(folder, axis="step"):
+    return comparison.read(folder, axis, 1000)[0]
+
+
+def lines_of(folder, axis):
+    """(split, metric) -> points of the only line of its panel."""
+    run = read(folder, axis)
+    panels = comparison.panels_of([run], axis, (), ["#000000"])
+    drawn = report.draw_panels(panels)
+    return {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in drawn.axes}
+
+
+def test_curves_are_over_steps_tokens_flops_or_seconds(tmp_path):
+    run = write_run(tmp_path / "run", losses=(3.0, 2.5, 2.0))
+    cfg = config_of()
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    a_token = flops.train_flops_per_token(cfg.model, cfg.data.seq_len, cfg.model.vocab_size)
+    for axis, scale in {"step": 1, "tokens": tokens, "flops": tokens * a_token, "seconds": 0.5}.items():
+        lines = lines_of(run, axis)
+        assert lines["eval: Loss"] == [[0, 3], [10 * scale, 2.5], [20 * scale, 2]]
+        assert lines["train: Loss"] == [[10 * scale, 3], [20 * scale, 2.5]]
+
+
+def test_the_page_needs_no_other_file_escapes_text_and_names_what_differs(tmp_path, capsys):
+    one = write_run(tmp_path / "a<b", losses=(3.0, 2.0), optim__learning_rate=0.5)
+    two = write_run(tmp_path / "two", losses=(3.0, 1.0), is_done=False)
+    tool_modules.call("runs", "compare", one, two, f"--out={tmp_path / 'page.html'}")
+    page = (tmp_path / "page.html").read_text()
+    assert "src=" not in page and 'href="http' not in page and "url(http" not in page
+    assert "a&lt;b" in page and "a<b" not in page
+    header, *rows = re.findall(r"<tr.*?(?=<tr|</table>)", page.partition("<table>")[2])
+    names = re.findall(r"<th>([^<]*)", header)
+    assert "optim.learning_rate" in names and "seed" not in names
+    cells = [dict(zip(names, re.findall(r"<td>(?:<i [^>]*></i>)?([^<]*)", row), strict=True)) for row in rows]
+    assert [cell["optim.learning_rate"] for cell in cells][0] == "0.5"
+    assert [(cell["state"], cell["best.loss"]) for cell in cells] == [("done", "2"), ("interrupted", "1")]
+    for number in (0, 1):  # the row and the lines of a run find each other
+        assert f"data-run={number}>" in page and f'<g id="run{number}.0">' in page
+
+
+def test_metrics_that_are_named_are_drawn_and_others_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    panels = comparison.panels_of([read(run)], "step", ["accuracy"], ["#000000"])
+    assert [panel.about.title for panel in panels] == ["eval: Accuracy"]
+    with pytest.raises(ConfigError, match=r"no run has 'acc'; there are accuracy, grad_norm, loss, nll"):
+        comparison.write([run], tmp_path / "page.html", wanted=["acc"])
+
+
+def test_a_run_that_cannot_be_compared_is_one_line_and_the_others_are_drawn(tmp_path, capsys):
+    good = write_run(tmp_path / "good")
+    torn = write_run(tmp_path / "torn")
+    with (torn / "metrics.jsonl").open("a") as file:
+        file.write("{no json}\n")
+    resized = write_run(tmp_path / "resized", summary={"tokens": 12345})
+    bare = write_run(tmp_path / "bare")
+    (bare / "config.json").unlink()
+    with pytest.raises(SystemExit, match="1"):
+        arguments = [good, torn, resized, bare, f"--out={tmp_path / 'page.html'}", "--x=tokens"]
+        tool_modules.call("runs", "compare", *arguments)
+    out, err = capsys.readouterr()
+    assert "page.html: 1 runs" in out
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    for error, what in zip(
+        errors, ("metrics.jsonl:6: expected a JSON object", "its batch size has changed", "no config.json"), strict=True
+    ):
+        assert what in error
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_of_a_thousand_rows_are_compared_within_ten_seconds(tmp_path):
+    """CPU seconds, as other tests may run beside it."""
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        folder = write_run(tmp_path / "runs" / f"run{number}", optim__learning_rate=(number + 1) / 1000)
+        rows = []
+        for step in range(1, 1001):
+            split = "eval" if step % 20 == 0 else "train"
+            figures = {"loss": 3 - step / 1000 + rng.normal() / 10, "grad_norm": 1.0, "learning_rate": 1e-3}
+            rows.append(files.sealed({"step": step, "split": split, "seconds": step / 10, **figures}))
+        (folder / "metrics.jsonl").write_bytes(b"".join(rows))
+    start = time.process_time()
+    shown, wrong = comparison.write(sorted((tmp_path / "runs").iterdir()), tmp_path / "page.html")
+    seconds = time.process_time() - start
+    size = (tmp_path / "page.html").stat().st_size
+    print(json.dumps({"seconds": seconds, "bytes": size}))
+    assert len(shown) == 200 and not wrong and size < 10e6
+    assert seconds < 10
