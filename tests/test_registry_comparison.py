@@ -49,7 +49,7 @@ def test_the_page_needs_no_other_file_escapes_text_and_names_what_differs(tmp_pa
     names = re.findall(r"<th>([^<]*)", header)
     assert "optim.learning_rate" in names and "seed" not in names
     cells = [dict(zip(names, re.findall(r"<td>(?:<i [^>]*></i>)?([^<]*)", row), strict=True)) for row in rows]
-    assert [cell["optim.learning_rate"] for cell in cells][0] == "0.5"
+    assert cells[0]["optim.learning_rate"] == "0.5"
     assert [(cell["state"], cell["best.loss"]) for cell in cells] == [("done", "2"), ("interrupted", "1")]
     for number in (0, 1):  # the row and the lines of a run find each other
         assert f"data-run={number}>" in page and f'<g id="run{number}.0">' in page

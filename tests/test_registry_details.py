@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_and_a_damaged_file_are_named_and_the_rest_is_shown
     (run / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text("{")
     (run / "summary.json").write_text("[]")
     out, err = shown(capsys, "show", run, status=1)
-    assert ["4", "20.4"][0] in [line[0] for line in section(out, "Checkpoints")] and "is damaged" in out
+    assert "4" in [line[0] for line in section(out, "Checkpoints")] and "is damaged" in out
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "summary.json is damaged: expected a JSON object" in line and section(out, "Config")
 
@@ -93,7 +93,9 @@ def test_differences_are_the_keys_that_differ_and_all_figures_side_by_side(tmp_p
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     write_run(tmp_path / "one")
-    with pytest.raises(SystemExit, match="expected the folder of a run, with config.json or metrics.jsonl; there are 1"):
+    with pytest.raises(
+        SystemExit, match=r"expected the folder of a run, with config\.json or metrics\.jsonl; there are 1"
+    ):
         tool_modules.call("runs", "show", tmp_path)
     with pytest.raises(SystemExit, match="expected two runs or more"):
         tool_modules.call("runs", "diff", tmp_path / "one")

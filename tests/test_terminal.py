@@ -78,3 +78,11 @@ def test_nothing_is_printed_but_by_lm_terminal(path):
             if name in ("sys.exit", "SystemExit") and of_text:
                 found.append(f"line {node.lineno}: {name} of a text; use lm.terminal.stop")
     assert found == []
+
+
+def test_a_table_is_aligned_and_its_cells_cannot_break_it():
+    rows = [("a\nb", 1), ("日本", 20), ("e\u0301\x1b[2J", 300)]
+    assert terminal.table(("name", "n"), rows, right=[1]).split("\n") == [
+        *("name        n", "a\\nb        1", "日本       20", "e\u0301\\x1b[2J  300")
+    ]
+    assert terminal.table((), []) == ""

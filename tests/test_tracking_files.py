@@ -253,3 +253,30 @@ def test_intact_rows_of_another_file_are_refused_by_number(tmp_path, name, other
         list(files.read_rows(path))
     with pytest.raises(RunFileError, match=rf"{name}:{number}: expected"):
         files.rewind(path, 100)
+
+
+def test_evaluations_are_read_alone_and_the_last_row_of_all(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_evaluations(path) == ([], {})
+    rows = [
+        {"step": step, "split": split, "seconds": 1.0, "loss": 2.0}
+        for step in range(300)
+        for split in (("train", "eval") if step % 10 == 0 else ("train",))
+    ]
+    path.write_bytes(b"".join(files.sealed(row) for row in rows))
+    expected = [row for row in rows if row["split"] == "eval"]
+    for block in (2**24, 1000, 150):  # lines are cut by the ends of blocks
+        monkeypatch.setattr(files, "MAX_LINE", block)
+        assert files.read_evaluations(path) == (expected, rows[-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 300, "split": "eval", "seco')
+    assert files.read_evaluations(path) == (expected, rows[-1])
+    path.write_bytes(whole + files.sealed({**rows[-1], "split": "eval"})[:-1])  # only its newline is missing
+    assert files.read_evaluations(path) == ([*expected, {**rows[-1], "split": "eval"}], {**rows[-1], "split": "eval"})
+    path.write_bytes(whole.replace(b'{"step": 20, "split": "eval"', b'{"step": 21, "split": "eval"'))
+    with pytest.raises(RunFileError, match=r"metrics\.jsonl:24: expected .*its checksum does not match"):
+        files.read_evaluations(path)
+    path.write_bytes(whole + b"x" * 2000)
+    monkeypatch.setattr(files, "MAX_LINE", 1000)
+    with pytest.raises(RunFileError, match="a line of 1,000 bytes or more"):
+        files.read_evaluations(path)

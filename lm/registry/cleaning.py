@@ -146,8 +146,9 @@ def _remove(removal: Removal) -> int:
             for i, path in enumerate(removal.paths):
                 check()
                 renamed[i] = _rename(path, REMOVED if path == removal.run else checkpoint.EXPIRED)
-    size = sum(listing.size_of(str(path)) for path in renamed)
-    for path in renamed:
+    distinct = list(dict.fromkeys(renamed))  # one may have taken the name of what a killed deletion had left
+    size = sum(listing.size_of(str(path)) for path in distinct)
+    for path in distinct:
         shutil.rmtree(path)
     return size
 

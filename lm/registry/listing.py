@@ -30,7 +30,8 @@ REMOVED = ".deleted-by-clean"  # ends the name of a run that is being deleted
 OF_A_RUN = {"config.json", "metrics.jsonl", run_state.RECORD}  # a folder with one of these is a run
 _WRITTEN = {*OF_A_RUN, run_state.SUMMARY, run_state.FAILURE}  # by which the age of a run is told
 _SECTIONS = {"model", "train", "data"}  # of the config of a run, also of older versions; others write config.json too
-_THREADS, _BATCH = 8, 50  # network file systems answer several at once; folders a thread takes at a time
+_PROBED, _SLOW_SECONDS = 50, 1e-3  # a file system where these folders take longer each is read by several threads
+_THREADS = 32
 _CONDITION = re.compile(r"\s*([\w.@/-]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -101,18 +102,17 @@ def find(root: Path, keys: Collection[str] = ()) -> Found:
     without: list[str] = []
     top = str(root)
     level = [top]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        while level:
-            looked = _in_batches(pool, lambda path: _look(path, top, keys), level)
-            level = []
-            for found in looked:
-                notes += found.notes
-                level += found.folders
-                if found.entry:
-                    entries.append(found.entry)
-                    has_runs |= _above(found.path, top)
-                elif not found.is_noted:
-                    without.append(found.path)
+    while level:
+        looked = _map(lambda path: _look(path, top, keys), level)
+        level = []
+        for found in looked:
+            notes += found.notes
+            level += found.folders
+            if found.entry:
+                entries.append(found.entry)
+                has_runs |= _above(found.path, top)
+            elif not found.is_noted:
+                without.append(found.path)
     # Of a tree without any run its uppermost folder is named.
     for path in sorted(without):
         if path not in has_runs and (path == top or os.path.dirname(path) in has_runs):
@@ -243,7 +243,7 @@ def read_config(folder: Path) -> dict[str, Any]:
       RunFileError: it is damaged.
       ConfigError: it is of an older version, and cannot be understood.
     """
-    content = files.read_document(folder / "config.json")
+    content = files.read_document(f"{folder}/config.json")
     if not (content.keys() >= _SECTIONS and older.is_older(content)):
         return content
     from lm.tasks import build_saved_config  # imports JAX
@@ -275,10 +275,10 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
     """The value at 'a.b' in nested dicts; None = there is none."""
     value: Any = tree
     for part in key.split("."):
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             return None
         value = value.get(part)
-    return None if isinstance(value, Mapping) else value
+    return None if isinstance(value, dict) else value
 
 
 def size_of(path: str) -> int:
@@ -294,16 +294,23 @@ def size_of(path: str) -> int:
     return total
 
 
-def _in_batches(pool: ThreadPoolExecutor, apply: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`apply` of each item, in their order."""
-    batches = [items[i : i + _BATCH] for i in range(0, len(items), _BATCH)]
-    return list(itertools.chain.from_iterable(pool.map(lambda batch: [apply(item) for item in batch], batches)))
+def _map(apply: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`apply` of each item, in their order; by several threads where the file system, such as NFS, takes its time.
+
+    Elsewhere threads would only wait for each other, as Python runs one at a time.
+    """
+    began = time.perf_counter()
+    out = [apply(item) for item in items[:_PROBED]]
+    rest = items[_PROBED:]
+    if not rest or time.perf_counter() - began < _PROBED * _SLOW_SECONDS:
+        return out + [apply(item) for item in rest]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return out + list(pool.map(apply, rest))
 
 
 def sizes(entries: Sequence[Entry]) -> dict[Path, int]:
     """Folder -> bytes of each run."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = _in_batches(pool, lambda entry: size_of(str(entry.folder)), entries)
+    found = _map(lambda entry: size_of(str(entry.folder)), entries)
     return {entry.folder: size for entry, size in zip(entries, found, strict=True)}
 
 

@@ -26,7 +26,6 @@ COLUMNS: dict[str, dict[str, tuple[type, ...]]] = {
     "samples.jsonl": {"step": (int,), "name": (str,), "text": (str,)},
 }
 MAX_LINE = 2**24  # bytes
-_DEEPEST = 20  # levels of nested objects and lists in a document
 MAX_STEP = 2**31  # steps are int32
 
 _MARK = b'"crc32": "'
@@ -108,7 +107,7 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
     write_atomic(path, sealed(content, indent=2))
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: Path | str) -> dict[str, Any]:
     """The JSON object in a file, without its checksum; {} if there is no file.
 
     Raises:
@@ -121,12 +120,9 @@ def read_document(path: Path) -> dict[str, Any]:
         except FileNotFoundError:
             return {}
     content = _parse(text)
-    brackets = text.count(b"{") + text.count(b"[")  # as deep as that at most, which is told faster
-    is_deep = brackets > _DEEPEST and _is_deeper(content, _DEEPEST)
-    if not isinstance(content, dict) or _intact(text) is False or is_deep:
-        found = (
-            "its checksum does not match" if _intact(text) is False else f"expected a JSON object, found {text[:40]!r}"
-        )
+    is_intact = _intact(text)
+    if not isinstance(content, dict) or is_intact is False or (is_intact is None and _is_deeper(content, 20)):
+        found = "its checksum does not match" if is_intact is False else f"expected a JSON object, found {text[:40]!r}"
         raise RunFileError(f"{path} is damaged: {found}")
     content.pop("crc32", None)
     return content
@@ -210,9 +206,8 @@ def read_evaluations(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
       RunFileError: one of these rows is damaged; names file and line.
     """
     evaluations: list[dict[str, Any]] = []
-    last = (0, b"")
+    last, number, rest = (0, b""), 0, b""
     with access(path, "reading"), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        number, rest = 0, b""
         while block := file.read(MAX_LINE):
             lines = (rest + block).split(b"\n")
             rest = lines.pop()

@@ -43,11 +43,11 @@ def look(folder: Path, names: Collection[str] | None = None) -> RunState:
     try:
         if holder == "alive":
             return RunState("running")
-        if has(SUMMARY) and (summary := files.read_document(folder / SUMMARY)):
+        if has(SUMMARY) and (summary := files.read_document(f"{folder}/{SUMMARY}")):
             return RunState("done", summary=summary)
         if holder:
             return RunState("running")
-        if has(FAILURE) and (failure := files.read_document(folder / FAILURE)):
+        if has(FAILURE) and (failure := files.read_document(f"{folder}/{FAILURE}")):
             return RunState("failed", str(failure.get("error")))
     except RunFileError as error:
         return RunState("damaged", str(error))
