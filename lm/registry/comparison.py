@@ -48,7 +48,7 @@ class Compared:
     """A run of the page.
 
     Attributes:
-      config: key -> value; {} = not known.
+      settings: key of the config -> value; {} = not known.
       figures: flat, see `lm.registry.listing.Entry`.
       drawn: its curves.
       scale: what a step stands for on the axis.
@@ -56,7 +56,7 @@ class Compared:
     """
 
     entry: Entry
-    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
     figures: Mapping[str, Any]
     drawn: Curves
     scale: float
@@ -108,11 +108,11 @@ def read(folder: Path, axis: str, points: int) -> tuple[Compared, list[str]]:
     """
     entry, wrong = details.open_run(folder)
     content = listing.read_config(folder)
-    config: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     scale, loss_unit = 1.0, ""
     if content:
         cfg = build_saved_config(content)
-        config = details.config_of(entry)
+        settings = details.config_of(entry)
         loss_unit = base.loss_unit(task_of(cfg), cfg, "")
         if axis in ("tokens", "flops"):
             scale = float(cfg.data.batch_size * cfg.data.seq_len)
@@ -125,8 +125,8 @@ def read(folder: Path, axis: str, points: int) -> tuple[Compared, list[str]]:
         raise ConfigError(f"{folder}: left out: it has no config.json, which tells its {axis}")
     figures = dict(flatten(listing.figures_of(entry)))
     steps, tokens = figures.get("steps"), figures.get("tokens")
-    if axis in ("tokens", "flops") and config and isinstance(steps, int) and isinstance(tokens, int):
-        a_step = config["data.batch_size"] * config["data.seq_len"]
+    if axis in ("tokens", "flops") and settings and isinstance(steps, int) and isinstance(tokens, int):
+        a_step = settings["data.batch_size"] * settings["data.seq_len"]
         if tokens != steps * a_step:
             raise ConfigError(
                 f"{folder}: left out: {tokens:,} tokens in {steps:,} steps are not {a_step:,} a step: its batch size "
@@ -134,7 +134,7 @@ def read(folder: Path, axis: str, points: int) -> tuple[Compared, list[str]]:
             )
     column = "seconds" if axis == "seconds" else "step"
     drawn = curves.gather(files.read_rows(folder / "metrics.jsonl"), column, points)
-    return Compared(entry, config, figures, drawn, scale, loss_unit), wrong
+    return Compared(entry, settings, figures, drawn, scale, loss_unit), wrong
 
 
 def page(runs: Sequence[Compared], axis: str, wanted: Sequence[str] = ()) -> str:
@@ -192,8 +192,8 @@ def panels_of(runs: Sequence[Compared], axis: str, wanted: Sequence[str], colors
 def _table(runs: Sequence[Compared], colors: Sequence[str]) -> str:
     """A row for each run: its figures, and the keys of the config in which they differ."""
     absent = object()
-    keys = dict.fromkeys(itertools.chain.from_iterable(run.config for run in runs))
-    differ = [key for key in keys if len({repr(run.config.get(key, absent)) for run in runs}) > 1]
+    keys = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
+    differ = [key for key in keys if len({repr(run.settings.get(key, absent)) for run in runs}) > 1]
     shown = dict.fromkeys(key for run in runs for key in run.figures if details.is_result(key))
     values = listing.Values([run.entry for run in runs])
     columns = ("arm", "state", "best")
@@ -201,7 +201,7 @@ def _table(runs: Sequence[Compared], colors: Sequence[str]) -> str:
     rows = []
     for i, (run, color) in enumerate(zip(runs, colors, strict=True)):
         cells = [listing.cell(run.entry, key, values) for key in columns]
-        cells += [str(run.config.get(key, "")) for key in differ]
+        cells += [str(run.settings.get(key, "")) for key in differ]
         cells += [details.number(run.figures.get(key)) for key in shown]
         name = f"<td><i style='background:{color}'></i>{i + 1} {html.escape(str(run.entry.folder))}"
         rows.append(f"<tr data-run={i}>{name}" + "".join(f"<td>{html.escape(cell)}" for cell in cells))

@@ -61,16 +61,16 @@ def show(folder: Path) -> tuple[str, list[str]]:
     parts = ["\n".join(f"{key + ':':8}{terminal.one_line(cell)}" for key, cell in cells if cell)]
     if entry.why:
         parts.append(f"{entry.state}: {entry.why}")
-    config: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     figures: Mapping[str, Any] = {}
     with _noted(wrong):
-        config = config_of(entry)
-        usual = definition.defaults(str(config["task.name"])) if config else {}
-        changed = [(key, value, usual.get(key)) for key, value in config.items() if value != usual.get(key)]
+        settings = config_of(entry)
+        usual = definition.defaults(str(settings["task.name"])) if settings else {}
+        changed = [(key, value, usual.get(key)) for key, value in settings.items() if value != usual.get(key)]
         parts.append(_titled("Config", terminal.table(("key", "value", "default"), changed)))
     with _noted(wrong):
         figures = listing.figures_of(entry)
-    parts.append(_titled("Data", _data(config, figures)))
+    parts.append(_titled("Data", _data(settings, figures)))
     with _noted(wrong):
         parts.append(_titled("Metrics", _metrics(figures)))
     with _noted(wrong):
@@ -95,10 +95,10 @@ def _titled(title: str, text: str) -> str:
     return f"{title}\n{text}" if text else ""
 
 
-def _data(config: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def _data(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Where the records come from, and how many were used."""
     names = ("data.format", "data.path", "data.mixture", "data.eval_path", "data.seq_len", "data.batch_size")
-    rows = [(key, config[key]) for key in (*names, "init_from", "tokenizer.path") if config.get(key)]
+    rows = [(key, settings[key]) for key in (*names, "init_from", "tokenizer.path") if settings.get(key)]
     rows += [(key, f"{figures[key]:,}") for key in ("tokens",) if isinstance(figures.get(key), int)]
     rows += [(f"sources.{key}", value) for key, value in flatten(_part(figures, "sources"))]
     return terminal.table(("", ""), rows).lstrip("\n") if rows else ""
@@ -192,10 +192,10 @@ def diff(folders: Sequence[Path]) -> tuple[str, list[str]]:
             configs[-1] = config_of(entry)
         with _noted(wrong):
             figures[-1] = dict(flatten(listing.figures_of(entry)))
-    keys = dict.fromkeys(key for config in configs for key in config)
+    keys = dict.fromkeys(key for settings in configs for key in settings)
     absent = object()
-    differ = [key for key in keys if len({repr(config.get(key, absent)) for config in configs}) > 1]
-    rows = [[key, *(str(config.get(key, "")) for config in configs)] for key in differ]
+    differ = [key for key in keys if len({repr(settings.get(key, absent)) for settings in configs}) > 1]
+    rows = [[key, *(str(settings.get(key, "")) for settings in configs)] for key in differ]
     parts = [terminal.table(["config", *names], rows) if rows else "the configs are the same"]
     shown = dict.fromkeys(key for each in figures for key in each if is_result(key))
     rows = [[key, *(number(each.get(key)) for each in figures)] for key in shown]

@@ -7,7 +7,6 @@ small files are read, of others the evaluations in metrics.jsonl too. Links are 
 import contextlib
 import dataclasses
 import fnmatch
-import itertools
 import math
 import os
 import re
@@ -220,18 +219,18 @@ def _of_type(kind: type[T], value: Any) -> T | None:
     return value if type(value) is kind else None
 
 
-def _value(config: Mapping[str, Any], figures: Mapping[str, Any], key: str) -> Any:
+def _value(saved: Mapping[str, Any], figures: Mapping[str, Any], key: str) -> Any:
     """The value of a key of the config or of the figures; None = the run has none."""
-    for tree in (config, figures):
+    for tree in (saved, figures):
         if (value := value_at(tree, key)) is not None:
             return value
     section, _, name = key.partition(".")
-    if not name or not isinstance(config.get(section), Mapping) or key in dict(flatten(config)):
+    if not name or not isinstance(saved.get(section), Mapping) or key in dict(flatten(saved)):
         return None
     from lm.tasks import build_saved_config  # a key that is newer than the run has a default; imports JAX
 
     try:
-        return value_at(schema.to_dict(build_saved_config(config)), key)
+        return value_at(schema.to_dict(build_saved_config(saved)), key)
     except (ConfigError, AttributeError, KeyError, TypeError, ValueError):
         return None
 
