@@ -68,6 +68,7 @@ setup(
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
         "hf": HF,
+        "search": ["optuna>=5.0"],  # sampler='tpe' of a study's SEARCH
         "peer": ["peft>=0.21", "torch>=2.13", "transformers>=5.24"],  # lm/benchmark/transformers_gpt2.py; tests
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
         "beam": ["apache-beam>=2.77"],

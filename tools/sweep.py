@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -45,6 +46,9 @@ def sweep(folder: Path, environment: dict[str, str]) -> None:
 
     study = study_lib.load(folder)
     root = Path(_RUNS.value or f"runs/{study.name}").absolute()
+    if study.search:
+        search(study, root, environment)
+        return
     trials = sweep_lib.select(study, _ONLY.value)
     outcomes, remarks = runs.find(study, root)
     todo = sweep_lib.to_run(trials, outcomes, _RETRY.value)
@@ -62,14 +66,11 @@ def sweep(folder: Path, environment: dict[str, str]) -> None:
     say(f"{len(trials)} trials in {root}, {len(todo)} to run{total}; {pace.in_words(todo)}")
     if _DRY.value:
         return
-    # The runs of an arm differ only in their seed, and share what is compiled.
-    cache = str(root / "compilation_cache")
-    usual = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     ended = sweep_lib.run_all(
         study,
         trials,
         root,
-        environment=usual | environment,
+        environment=_sharing_compiled(root) | environment,
         retry_failed=_RETRY.value,
         say=say,
         at_once=_AT_ONCE.value,
@@ -84,6 +85,40 @@ def sweep(folder: Path, environment: dict[str, str]) -> None:
             f"error: {len(bad)} of {len(trials)} trials are not done, {failed} of them by an error; see log.txt of each"
         )
     say(f"all {len(trials)} trials are done")
+
+
+def _sharing_compiled(root: Path) -> dict[str, str]:
+    """The environment in which runs share what is compiled, as those do that differ only in their seed."""
+    cache = str(root / "compilation_cache")
+    return {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+
+
+def search(study: Any, root: Path, environment: dict[str, str]) -> None:
+    """Draws and runs the trials of a search, then prints them all, the best first."""
+    from lm.evaluation import metrics
+    from lm.study import runs, searching
+    from lm.study import sweep as sweep_lib
+
+    if _ONLY.value or _RETRY.value:
+        stop("error: --only and --retry_failed select trials that are given; this study draws its own (SEARCH)")
+    if not _DRY.value:
+        environment = _sharing_compiled(root) | environment
+        study = searching.run(study, root, lambda trial, folder: sweep_lib.run_one(trial, folder, environment), say)
+    study = searching.with_known(study, root)
+    outcomes, remarks = runs.find(study, root)
+    for remark in remarks:
+        say(f"note: {remark}", file=sys.stderr)
+    name = study.search.metric.rpartition(".")[2]
+    results = list(zip(study.trials, searching.seen_of(study, outcomes), strict=True))
+    results.sort(key=lambda pair: -float("inf") if pair[1].value is None else metrics.gain(name, pair[1].value))
+    for trial, seen in reversed(results):
+        value = outcomes[trial.hash].state if seen.value is None else f"{study.search.metric} {seen.value:.5g}"
+        say(f"{trial.hash}  {value}  {trial.arm}  {outcomes[trial.hash].why}".rstrip())
+    count = {state: sum(seen.state == state for _, seen in results) for state in ("done", "failed", "running")}
+    listed = ", ".join(f"{number} {state}" for state, number in count.items() if number)
+    say(f"{len(results)} of {study.search.trials} trials in {root}{': ' if listed else ''}{listed}")
+    if not _DRY.value and not count["done"]:
+        stop("error: no trial has a result; see log.txt of each")
 
 
 if __name__ == "__main__":

@@ -2,3 +2,4 @@
 
 from lm.study.axes import Override, arms, chain, over, product, sample, seeds, when, zip
 from lm.study.definition import Claim, Study, Table, Trial, better, load
+from lm.study.search import Search, choice, integer, log_uniform, uniform

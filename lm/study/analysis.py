@@ -17,6 +17,7 @@ from lm.evaluation import metrics
 from lm.study import runs
 from lm.study.definition import Claim, Study, Table
 from lm.study.runs import Outcome
+from lm.study.searching import with_known
 from lm.study.statistics import ALPHA, Difference, Mean, detectable, difference, holm, mean_over_seeds
 from lm.tracking import files
 from lm.tracking.files import RunFileError
@@ -126,6 +127,7 @@ Values = Callable[[str, str], tuple[dict[int, float], dict[int, str]]]  # arm, m
 
 def analyse(study: Study, root: Path) -> Analysis:
     """Reads the runs of a study, and computes its tables and claims. What is damaged is left out, and named."""
+    study = with_known(study, root)
     outcomes, remarks = runs.find(study, root)
     evaluations = {}
     for key, outcome in outcomes.items():

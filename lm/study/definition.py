@@ -22,6 +22,7 @@ from lm.config import Config, flatten, schema
 from lm.config.schema import ConfigError
 from lm.evaluation import metrics
 from lm.study.axes import Override
+from lm.study.search import Search, check
 from lm.tasks import build_config, default_config
 
 _NOT_CONFIG = ("arm", "recipe")  # keys of an override
@@ -97,8 +98,10 @@ class Study:
     Attributes:
       name: of its folder.
       about: its docstring.
-      trials: in their order; no two of an arm have one config.
+      trials: in their order; no two of an arm have one config. Those of a search are found by `lm.study.searching`.
       tables, claims: what to report.
+      recipe: as --config takes it.
+      search: from which trials are drawn; None = they are given.
     """
 
     name: str
@@ -106,6 +109,8 @@ class Study:
     trials: tuple[Trial, ...]
     tables: tuple[Table, ...]
     claims: tuple[Claim, ...]
+    recipe: str = ""
+    search: Search | None = None
 
     @property
     def arms(self) -> list[str]:
@@ -131,12 +136,21 @@ def load(folder: Path) -> Study:
     if not path.is_file():
         raise ConfigError(f"{folder}: expected the folder of a study, with a file study.py")
     module = _module(path)
-    for name in ("RECIPE", "trials"):
+    search: Search | None = getattr(module, "SEARCH", None)
+    for name in ("RECIPE", *([] if search else ["trials"])):
         if not hasattr(module, name):
-            raise ConfigError(f"{path} has no {name}; a study has RECIPE and trials(), and may have TABLES and CLAIMS")
-    trials = make_trials(module.RECIPE, module.trials())
+            what = "a study has RECIPE and trials() or SEARCH, and may have TABLES and CLAIMS"
+            raise ConfigError(f"{path} has no {name}; {what}")
+    if search and hasattr(module, "trials"):
+        raise ConfigError(f"{path} has both SEARCH and trials(); keep one of them")
     tables, claims = tuple(getattr(module, "TABLES", ())), tuple(getattr(module, "CLAIMS", ()))
-    study = Study(folder.resolve().name, (module.__doc__ or "").strip(), trials, tables, claims)
+    if search:
+        for override in check(search):
+            make_trials(module.RECIPE, [override])
+        tables = tables or (Table(search.metric),)
+    trials = () if search else make_trials(module.RECIPE, module.trials())
+    about = (module.__doc__ or "").strip()
+    study = Study(folder.resolve().name, about, trials, tables, claims, module.RECIPE, search)
     named = {f"TABLES[{i}]": [*t.arms, *_baselines(t)] for i, t in enumerate(tables)}
     named |= {f"CLAIMS[{i}]": [claim.first, claim.second] for i, claim in enumerate(claims)}
     measured = {f"TABLES[{i}]": t.metric for i, t in enumerate(tables) if t.baseline}
