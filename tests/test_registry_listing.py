@@ -84,6 +84,12 @@ def test_several_conditions_hold_together_and_a_run_without_a_value_fulfils_none
     assert listed(runs, "versions.jax!=0") == ["good", "study/run9"]  # those that are not done have no summary
 
 
+def test_the_best_of_each_metric_is_first_whether_more_or_less_of_it_is_better(runs):
+    write_run(runs / "sure", losses=(3.0, 1.25), checkpoint__best_metric="accuracy")
+    assert listed(runs, sort="best")[:3] == ["sure", "study/run9", "good"]
+    assert listed(runs, sort="-best") == ["study/run10", "good", "study/run9", "sure", "study/failed"]
+
+
 @pytest.mark.parametrize(
     ("key", "names"),
     [
@@ -199,7 +205,7 @@ def test_a_url_and_a_folder_that_is_not_there_are_refused(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_ten_thousand_runs_are_listed_filtered_and_sorted_within_two_seconds(tmp_path):
-    """CPU seconds of the whole command, on a machine that parses 10,000 of the configs in 0.25 s."""
+    """CPU seconds of the whole command; on a slower or busier machine, nine times those of parsing the configs alone."""
     kinds = [
         write_run(tmp_path / "kinds" / str(i), losses=(3.0, 2.0 + i / 10), optim__learning_rate=(i + 1) / 1000)
         for i in range(10)
@@ -226,4 +232,4 @@ def test_ten_thousand_runs_are_listed_filtered_and_sorted_within_two_seconds(tmp
         parsing.append(time.process_time() - start)
         print(f"{seconds[-1]:.2f} s of CPU, {wall:.2f} s by the clock; parsing {parsing[-1]:.2f} s")
     assert len(done.stdout.splitlines()) == 1 + 5 * 1000 and "5,000 of 10,000 runs" in done.stderr
-    assert min(seconds) < 2 * max(1, min(parsing) / 0.25)
+    assert min(seconds) < max(2, 9 * min(parsing))

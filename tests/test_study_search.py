@@ -192,7 +192,8 @@ def test_the_tool_runs_a_search_and_lists_the_best_first(tmp_path, capsys, monke
     monkeypatch.setattr(sweep, "run_one", lambda trial, folder, environment: finished(trial, folder))
     (tmp_path / "study.py").write_text(
         f'"""Which rate?"""\nfrom lm.study import Search, log_uniform, uniform\nRECIPE = {RECIPE!r}\n'
-        "SEARCH = Search('nll', 4, {'optim.learning_rate': log_uniform(1e-5, .1), 'model.dropout': uniform(0, .5)}, sampler='random')"
+        "SPACE = {'optim.learning_rate': log_uniform(1e-5, .1), 'model.dropout': uniform(0, .5)}\n"
+        "SEARCH = Search('nll', 4, SPACE, sampler='random')"
     )
     tool_modules.call("sweep", tmp_path, f"--runs={tmp_path / 'runs'}")
     lines = capsys.readouterr().out.splitlines()

@@ -411,7 +411,10 @@ def select(entries: Sequence[Entry], conditions: Iterable[Condition], values: Va
 
 
 def arrange(entries: Sequence[Entry], key: str, values: Values) -> list[Entry]:
-    """Runs sorted by a key, '-KEY' = descending; those without a value last. The best is the least of 'best'."""
+    """Runs sorted by a key, '-KEY' = descending; those without a value last.
+
+    Of 'best' the best is first, and runs that are compared by one metric are together.
+    """
     name, is_descending = key.removeprefix("-"), key.startswith("-")
     values.check(name)
     ranked: list[tuple[Any, Entry]] = []
@@ -422,9 +425,9 @@ def arrange(entries: Sequence[Entry], key: str, values: Values) -> list[Entry]:
             without.append(entry)
         elif isinstance(value, int | float):
             gain = metrics.gain(entry.best_metric, value) if name == "best" else -value
-            ranked.append(((0, -gain, []), entry))
+            ranked.append(((0, entry.best_metric if name == "best" else "", -gain, []), entry))
         else:
-            ranked.append(((1, 0.0, natural(str(value)[:200])), entry))
+            ranked.append(((1, "", 0.0, natural(str(value)[:200])), entry))
     ranked.sort(key=lambda pair: pair[0], reverse=is_descending)
     return [entry for _, entry in ranked] + without
 

@@ -144,11 +144,16 @@ def _optuna() -> Any:
     return optuna
 
 
+def random_draw(search: Search, number: int) -> dict[str, Any]:
+    """The values of the random draw of a number: a key's depend on the seed, the number and the key alone."""
+    rngs = {key: np.random.default_rng([search.seed, number, zlib.crc32(key.encode())]) for key in search.space}
+    return {key: values.draw(rngs[key]) for key, values in search.space.items()}
+
+
 def suggest(search: Search, seen: Sequence[Seen]) -> dict[str, Any]:
     """The values of the next trial: a function of the search and of what was seen, in its order."""
     if search.sampler == "random":
-        rngs = {key: np.random.default_rng([search.seed, len(seen), zlib.crc32(key.encode())]) for key in search.space}
-        return {key: values.draw(rngs[key]) for key, values in search.space.items()}
+        return random_draw(search, len(seen))
     optuna = _optuna()
     less = metrics.about(search.metric.rpartition(".")[2]).less_is_better
     # Running trials count as bad ones (constant liar), so that workers do not draw the same values at once.

@@ -13,12 +13,13 @@ from lm.config.schema import ConfigError
 from lm.study import runs
 from lm.study.axes import Override
 from lm.study.definition import Study, Trial, make_trials
-from lm.study.search import Choice, Search, Seen, suggest
+from lm.study.search import Choice, Search, Seen, random_draw, suggest
 from lm.tracking import files
 from lm.tracking.files import RunFileError
 
 _DRAWING = ".search"  # the folder, beside the runs, whose lease a worker holds while it draws a trial
 _WAIT_SECONDS = 0.2
+_ATTEMPTS = 1000  # to draw a trial that was not tried before
 
 
 def with_known(study: Study, root: Path) -> Study:
@@ -115,16 +116,17 @@ def _drawn(study: Study, outcomes: Mapping[str, runs.Outcome]) -> Trial:
     search = study.search
     assert search is not None
     seen, known = seen_of(study, outcomes), {trial.hash for trial in study.trials}
-    for attempt in range(1000):
-        if attempt == 0:
-            params = suggest(search, seen)
-        else:
-            filler = [Seen({}, "failed")] * (len(seen) + 1000 * attempt)
-            params = suggest(dataclasses.replace(search, sampler="random"), filler)
+    tried = [each.params for each in seen]
+    for attempt in range(_ATTEMPTS):
+        params = random_draw(search, len(seen) + 1000 * attempt) if attempt else suggest(search, seen)
+        if params in tried:
+            continue
         (trial,) = make_trials(study.recipe, [{**search.fixed, **params}])
         if trial.hash not in known:
             return dataclasses.replace(trial, arm=", ".join(f"{key}={value}" for key, value in params.items()))
-    raise ConfigError(f"SEARCH: {len(known)} trials, and 1,000 more draws gave no new one: the space has no value left")
+    raise ConfigError(
+        f"SEARCH: {len(known)} trials, and {_ATTEMPTS} more draws gave no new one: the space has no value left"
+    )
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ COLUMNS: dict[str, dict[str, tuple[type, ...]]] = {
     "samples.jsonl": {"step": (int,), "name": (str,), "text": (str,)},
 }
 MAX_LINE = 2**24  # bytes
+_NESTED = frozenset((dict, list))
 MAX_STEP = 2**31  # steps are int32
 
 _MARK = b'"crc32": "'
@@ -272,12 +273,12 @@ def _parse(text: bytes) -> Any:
 
 def _is_deeper(value: Any, levels: int) -> bool:
     """Whether dicts and lists are nested in more than so many levels."""
-    level = [value] if isinstance(value, dict | list) else []
+    level = [value] if type(value) in _NESTED else []
     for _ in range(levels):
         if not level:
             return False
-        inner = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [item for items in inner for item in items if type(item) in (dict, list)]
+        inner = (item.values() if type(item) is dict else item for item in level)
+        level = [item for items in inner for item in items if type(item) in _NESTED]
     return bool(level)
 
 
