@@ -205,7 +205,7 @@ def test_a_url_and_a_folder_that_is_not_there_are_refused(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_ten_thousand_runs_are_listed_filtered_and_sorted_within_two_seconds(tmp_path):
-    """CPU seconds of the whole command; on a slower or busier machine, nine times those of parsing the configs alone."""
+    """CPU seconds of the whole command; on a slow or busy machine, nine times those of parsing the configs alone."""
     kinds = [
         write_run(tmp_path / "kinds" / str(i), losses=(3.0, 2.0 + i / 10), optim__learning_rate=(i + 1) / 1000)
         for i in range(10)

@@ -155,7 +155,9 @@ def test_arms_may_have_recipes_of_their_own():
 def test_the_studies_that_are_written_for_it_load(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    example, search = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(study_lib.load(write(tmp_path / "example", example)).trials) == 10
+    drawn = search.replace("    fixed=", '    sampler="random",\n    fixed=')  # Optuna need not be there
+    assert study_lib.load(write(tmp_path / "search", drawn)).search.trials == 30
     quick = study_lib.load(ROOT / "experiments" / "quick")
     assert quick.arms == ["gelu", "swiglu"] and len(quick.runs) == 10
