@@ -1,12 +1,19 @@
 """Checks across sections of a config: values that are valid each, but contradict each other."""
 
+import dataclasses
 import importlib.util
 import re
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from lm import eval_sets, input_pipeline, param_paths, program
 from lm.config import Config, GenerateConfig, LossConfig, schema
 from lm.config.schema import ConfigError
 from lm.data import augment
-from lm.tasks import columns_of_batch, task_of
+from lm.data.readers import registry
+from lm.tasks import TASKS, Task, columns_of_batch, task_of
 
 
 def fit(cfg: Config) -> None:
@@ -70,3 +77,66 @@ def fit(cfg: Config) -> None:
             f"'generate.stop' is set, but the texts of task.name={name} are found by beam search, which does not read "
             "it; set it to ()"
         )
+
+
+def has_valid_set(cfg: Config) -> None:
+    """Raises ConfigError if there is nothing to choose a checkpoint by."""
+    held_out = all(map(registry.holds_out, input_pipeline.by_source(cfg.data).values()))
+    if not held_out and eval_sets.VALID not in dict(cfg.eval.sets):
+        raise ConfigError(registry.NOTHING_HELD_OUT)
+
+
+def sets_fit(cfg: Config, abstract_params: Any, tokenizer: Any) -> None:
+    """Refuses a set of `eval.sets` whose own task this run's model cannot be evaluated on.
+
+    Args:
+      cfg: resolved.
+      abstract_params: shapes and dtypes of all parameters of the run.
+      tokenizer: of the run; None where it has yet to be trained, or the run reads no text.
+
+    Raises:
+      ConfigError: names the key, and the tasks that fit.
+    """
+    there = {path: leaf.shape for path, leaf in param_paths.flatten(abstract_params).items()}
+    for name, one in cfg.eval.sets:
+        own = eval_sets.config_of(cfg, name)
+        if not one.task.name:
+            continue
+        key, task = f"'eval.sets.{name}.task", task_of(own)
+        if lack := _lacks(cfg, task) or _lacks_parameters(own, there):
+            fits = [other.name for other in TASKS.values() if not _lacks(cfg, other) and _has_no_head(cfg, other)]
+            headless = ", ".join(fits) or "none without a head"
+            raise ConfigError(
+                f"{key}.name' is {task.name}, which {lack}; expected {cfg.task.name} with the head that is trained, or "
+                f"a task without a head: {headless}"
+            )
+        try:
+            fit(own)
+            if tokenizer:
+                task.check_tokenizer(own, tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"{key}': {error}") from None
+
+
+def _lacks(cfg: Config, task: Task) -> str:
+    """What a run lacks for being evaluated on another task, whatever its options; '' = nothing."""
+    own = task_of(cfg)
+    if cfg.model.kind not in task.models:
+        return f"does not support model.kind={cfg.model.kind}"
+    if (task.texts is None) != (own.texts is None) or task.vocabulary is not own.vocabulary:
+        return f"reads other data than task.name={own.name}: their tokenizers differ"
+    if task.needs_start and not own.needs_start:
+        return "compares with the parameters at the start of a run, which this run does not keep"
+    return ""
+
+
+def _has_no_head(cfg: Config, task: Task) -> bool:
+    return task.head(dataclasses.replace(cfg, task=task.options(name=task.name))) is None
+
+
+def _lacks_parameters(own: Config, there: dict[str, Any]) -> str:
+    """Which parameters a set's task needs and the run does not have; '' = none."""
+    model = program.make_model(own, jnp.float32)
+    needed = param_paths.flatten(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
+    missing = [f"{path} {leaf.shape}" for path, leaf in needed.items() if there.get(path) != leaf.shape]
+    return f"needs parameters that this run's model does not have ({', '.join(missing)})" if missing else ""

@@ -1,19 +1,21 @@
 """Evaluation during a run: validation of the current parameters, samples, and the test of the chosen checkpoint."""
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from lm import checkpoint, program
+from lm import checkpoint, eval_sets, program
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError
 from lm.config import Config
 from lm.data.loader import REPLAY
 from lm.decoding import sampling
+from lm.eval_sets import TEST, VALID
 from lm.evaluation import evaluate, metrics
 from lm.parallel import sharding
 from lm.run import Run
@@ -24,27 +26,45 @@ from lm.types import Outputs, Params, TrainState
 
 
 class Evaluator:
-    """Evaluates a run on its held-out rows and logs the metrics. Its evaluation step is compiled once, when it is made.
+    """Evaluates a run on its held-out rows and logs the metrics. Its evaluation steps, one for each task that it
+    evaluates, are compiled once, when it is made.
 
     Where the run keeps an average of its parameters, the average is evaluated.
     """
 
     def __init__(self, run: Run, tracker: Tracker):
-        rows = program.eval_batch_size(run.cfg)
-        batch = program.abstract_batch(run.cfg, run.mesh, rows)
-        state = run.program.abstract_state
-        self._eval_step = run.program.eval_step.lower(state.params, batch, start=state.start).compile()
-        self._place = run_lib.placer(run.mesh, rows)
         self._run, self._tracker = run, tracker
+        self._place = run_lib.placer(run.mesh, program.eval_batch_size(run.cfg))
+        named = eval_sets.to_read(run.cfg)
+        self._configs = {VALID: run.cfg, TEST: run.cfg} | {name: eval_sets.config_of(run.cfg, name) for name in named}
+        self._steps = {run.cfg.task: self._compiled(run.cfg, run.program.eval_step)}
+        for cfg in self._configs.values():
+            if cfg.task not in self._steps:
+                model = program.make_model(cfg, program.compute_dtype(cfg.model.dtype, run.mesh))
+                step = program.make_eval_step(cfg, run.mesh, model, run.plan.tokenizer)
+                self._steps[cfg.task] = self._compiled(cfg, step)
+
+    def _compiled(self, cfg: Config, eval_step: Any) -> Any:
+        batch = program.abstract_batch(cfg, self._run.mesh, program.eval_batch_size(cfg))
+        state = self._run.program.abstract_state
+        return eval_step.lower(state.params, batch, start=state.start).compile()
 
     def validate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Metrics of the validation rows after `step` steps. Logs them, and a sample for each of `generate.prompts`."""
-        tracker, cfg = self._tracker, self._run.cfg
+        """Metrics of all sets after `step` steps, by their names of `eval_sets.named`.
+
+        Logs them, and a sample for each of `generate.prompts`.
+        """
+        tracker, values = self._tracker, dict[str, float]()
         with tracker.bucket("eval"):
             params = eval_params(state)
-            values = self._evaluate(params, state.start, "valid")
+            for name in eval_sets.to_evaluate(self._run.cfg):
+                began = time.perf_counter()
+                of_set = self._evaluate(params, state.start, name)
+                values |= eval_sets.named(name, of_set)
+                title, seconds = "validation" if name == VALID else name, time.perf_counter() - began
+                shown = with_units(of_set, self._configs[name])
+                tracker.note(f"[step {step:,}] {title}: {shown} · {seconds:.1f} s")
             tracker.log(step, "eval", values)
-            tracker.note(f"[step {step:,}] validation: {with_units(values, cfg)}")
             for prompt, text in samples(self._run, params, step).items():
                 tracker.text(step, prompt, text)
         return values
@@ -58,54 +78,52 @@ class Evaluator:
           workdir: the run's folder, whose checkpoints are all written.
         """
         run, tracker = self._run, self._tracker
-        if not any(source.test for source in run.data.sources.values()):
+        if not run.data.rows_of(TEST):
             return {}
         with tracker.bucket("eval"):
             step, state = best_state(run, workdir, step, state, tracker.note)
-            values = self._evaluate(eval_params(state), state.start, "test")
+            values = self._evaluate(eval_params(state), state.start, TEST)
             tracker.log(step, "test", values)
             tracker.note(f"test, with the checkpoint of step {step:,}: {with_units(values, run.cfg)}")
         return {"step": step, **values}
 
-    def _evaluate(self, params: Params, start: Params | None, part: Literal["valid", "test"]) -> dict[str, float]:
+    def _evaluate(self, params: Params, start: Params | None, of_set: str) -> dict[str, float]:
         """Metrics over the rows of the run's own sources together and, where sources have names, of each by its name.
 
         The rows of `data.replay` are a source by themselves and do not count among the run's own.
         """
-        run, eval_step = self._run, functools.partial(self._eval_step, start=start)
+        run, cfg = self._run, self._configs[of_set]
+        eval_step = functools.partial(self._steps[cfg.task], start=start)
         own_sums: metrics.Sums = {}
         own_outputs: list[Outputs] = []
         own_meta: list[Any] = []
         by_source: dict[str, float] = {}
-        for name, source in run.data.sources.items():
-            rows = getattr(source, part)
-            if rows is None:
-                continue
+        for name, rows in run.data.rows_of(of_set).items():
             row_ids, batches = run_lib.eval_rows(run, rows)
             sums, outputs = evaluate.evaluate(eval_step, params, self._place, batches, len(row_ids))
-            meta = [rows.meta[i] for i in row_ids] if task_of(run.cfg).scores else []
+            meta = [rows.meta[i] for i in row_ids] if task_of(cfg).scores else []
             if name:
-                by_source |= {f"{name}_{key}": value for key, value in values_of(run, sums, outputs, meta).items()}
+                by_source |= {f"{name}_{key}": value for key, value in values_of(cfg, sums, outputs, meta).items()}
             if name != REPLAY:
                 own_sums = metrics.add(own_sums, sums)
                 own_outputs.append(outputs)
                 own_meta += meta
         joined = {key: np.concatenate([outputs[key] for outputs in own_outputs]) for key in own_outputs[0]}
-        return values_of(run, own_sums, joined, own_meta) | by_source
+        return values_of(cfg, own_sums, joined, own_meta) | by_source
 
 
-def values_of(run: Run, sums: metrics.Sums, outputs: Outputs, meta: list[Any]) -> dict[str, float]:
+def values_of(cfg: Config, sums: metrics.Sums, outputs: Outputs, meta: list[Any]) -> dict[str, float]:
     """Metric -> value: the sums divided by their weights, and the task's scores of the outputs.
 
     Args:
-      run: whose task it is.
+      cfg: of the run, or of the set.
       sums: metric -> (sum, weight).
       outputs: name -> [R, ...], the model's outputs of each row.
       meta: [R], what scoring needs to know of each row.
     """
-    task = task_of(run.cfg)
+    task = task_of(cfg)
     values = metrics.finalize(sums, task.has_perplexity)
-    return values | task.scores(outputs, meta, run.cfg) if task.scores else values
+    return values | task.scores(outputs, meta, cfg) if task.scores else values
 
 
 def best_state(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lm import eval_sets
 from lm.config import Config, DataConfig, schema
 from lm.config.schema import NEVER, ConfigError
 from lm.data import augment, loader, packing, sampler, shards
@@ -99,8 +100,10 @@ def build(
     *found: Found,
     replayed: Found | None = None,
     begun: Mapping[str, Any] | None = None,
+    sets: Mapping[str, eval_sets.Found] | None = None,
 ) -> Data:
-    """Turns all splits of each source (and `replayed`, if `data.replay` is set) into examples and packs them into rows.
+    """Turns all splits of each source (and `replayed`, if `data.replay` is set) and all sets of `eval.sets` into
+    examples and packs them into rows.
 
     Args:
       cfg: config of the run.
@@ -109,6 +112,7 @@ def build(
       replayed: training data of the run that `init_from` names.
       begun: what a checkpoint of this run says of it (`Saved.info`), if the run has begun: its curriculum keeps its
         length in examples, whatever the batch size is now.
+      sets: from `eval_sets.load`, if `eval.sets` has any.
 
     Raises:
       DataError: a split has nothing to train on or evaluate; the message gives the counts.
@@ -116,23 +120,33 @@ def build(
     """
     if (replayed is None) != (cfg.data.replay == 0):
         raise ValueError(f"data.replay is {cfg.data.replay}; pass `replayed` if and only if it is above 0")
+    sets = sets or {}
+    if [*sets] != (names := eval_sets.to_read(cfg)):
+        raise ValueError(f"eval.sets has {names} to read, but `sets` has {[*sets]}; pass what `eval_sets.load` returns")
     made: dict[str, Source] = {}
     report: dict[str, dict[str, float]] = {}
     content: list[Any] = []
     for name, one in zip(by_source(cfg.data), found, strict=True):
-        made[name], counts, checksums = _source(one, cfg, tokenizer)
+        made[name], counts, checksums = _source(one, cfg, tokenizer, eval_sets.VALID not in sets)
         prefix = f"{name}_" if name else ""
         report |= {f"{prefix}{half}": values for half, values in counts.items()}
         content.append([one.fingerprint, checksums])
     if replayed:
         plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, replay=0.0, curriculum=NEVER))
+        has_valid = isinstance(replayed, Prepared) or bool(replayed.valid)  # its run may have held nothing out
         try:
-            made[REPLAY], counts, checksums = _source(replayed, plain, tokenizer)
+            made[REPLAY], counts, checksums = _source(replayed, plain, tokenizer, has_valid)
         except DataError as error:
             raise DataError(f"'data.replay': {error}") from None
         report |= {f"{REPLAY}_{half}": values for half, values in counts.items()}
         content.append([replayed.fingerprint, checksums])
-    return with_fingerprint(Data(made, _stages(cfg.data), "", report, content=tuple(content)), cfg, tokenizer, begun)
+    own_rows: dict[str, Part] = {}
+    for name, (records, _) in sets.items():
+        own_rows[name], report[f"eval.sets.{name}"] = _named_set(name, records, cfg, tokenizer, found)
+    prints = {name: one.fingerprint for name, one in sets.items()}
+    about_sets: dict[str, Any] = {"sets": own_rows, "set_fingerprints": prints}
+    data = Data(made, _stages(cfg.data), "", report, content=tuple(content), **about_sets)
+    return with_fingerprint(data, cfg, tokenizer, begun)
 
 
 def with_fingerprint(
@@ -150,11 +164,13 @@ def with_fingerprint(
     options = {key: value for key, value in schema.to_dict(cfg.task).items() if key not in unread}
     settings |= {"task": options, "synonyms": augment.read_synonyms(cfg.data.synonyms)}
     settings |= {"easy_first": data.easy_first}
-    parts = [data.content, _hash_of(tokenizer), settings]
+    valid = data.set_fingerprints.get(eval_sets.VALID)  # the other sets decide nothing
+    parts = [[*data.content, *([valid] if valid else [])], _hash_of(tokenizer), settings]
     about: dict[str, str | int] = {"tokenizer": _sha256(parts[1])[:12], "settings": _sha256(settings)[:12]}
     for (name, source), each in zip(data.sources.items(), data.content, strict=True):
         prefix = f"{name}: " if name else ""
         about |= {f"{prefix}content": _sha256(each)[:12], f"{prefix}training rows": len(source.train)}
+    about |= {"eval.sets.valid": valid[:12]} if valid else {}
     return data._replace(fingerprint=_sha256(parts), about=about)
 
 
@@ -185,23 +201,49 @@ def _easy_first(cfg: Config, data: Data, begun: Mapping[str, Any] | None) -> int
 
 
 def _source(
-    found: Found, cfg: Config, tokenizer: Tokenizer | None
+    found: Found, cfg: Config, tokenizer: Tokenizer | None, has_valid: bool
 ) -> tuple[Source, dict[str, dict[str, float]], dict[str, int]]:
-    """(source, its part of the report, checksums of its training rows for the fingerprint)."""
+    """(source, its part of the report, checksums of its training rows for the fingerprint).
+
+    `has_valid`: whether records are held out of it for the set `valid`.
+    """
     if isinstance(found, Prepared):
-        parts = {name: _prepared(found, name, cfg, tokenizer) for name in ("train", "valid")}
+        parts = {name: _prepared(found, name, cfg, tokenizer) for name in ("train", *["valid"] * has_valid)}
         checksums: dict[str, int] = {}
     else:
         task = task_of(cfg)
         train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
         parts = {"train": (train, counts)}
-        held_out = {"valid": found.valid} | ({"test": found.test} if found.test else {})
+        held_out = ({"valid": found.valid} if has_valid else {}) | ({"test": found.test} if found.test else {})
         more = task.held_out(found.train, cfg) if task.held_out else {}
         for name, records in held_out.items():
             part, _, counts = _packed([record | more for record in records], name, cfg, tokenizer)
             parts[name] = part, counts
     report = {name: counts for name, (_, counts) in parts.items()}
-    return Source(**{name: part for name, (part, _) in parts.items()}), report, checksums
+    rows = {name: part for name, (part, _) in parts.items()}
+    return Source(rows["train"], rows.get("valid"), rows.get("test")), report, checksums
+
+
+def _named_set(
+    name: str, records: Sequence[Record], cfg: Config, tokenizer: Tokenizer | None, found: Sequence[Found]
+) -> tuple[Part, dict[str, float]]:
+    """Rows of a set of `eval.sets`, made as held-out rows are, and counts for the report.
+
+    Raises:
+      ConfigError: prompts of the set's task have shots, but the training records are not of this task.
+    """
+    own = eval_sets.config_of(cfg, name)
+    task, more = task_of(own), {}
+    if task.held_out and own.task.shots:
+        train = [record for source in found if isinstance(source, Split) for record in source.train]
+        if task.name != cfg.task.name or not train:
+            raise ConfigError(
+                f"'eval.sets.{name}.task.shots' is {own.task.shots}, but the training data has no records of "
+                f"task.name={task.name} to take them from: set it to 0"
+            )
+        more = task.held_out(train, own)
+    part, _, counts = _packed([record | more for record in records], f"eval.sets.{name}", own, tokenizer)
+    return part, counts
 
 
 def make_examples(
@@ -278,7 +320,7 @@ def _packed(
         report["bytes"] = int(target_bytes(tokenizer, tokenizer.token_bytes(), *pairs).sum())
     if not report.get("targets", report["rows"]):
         found = ", ".join(f"{key} {value:,}" for key, value in counts.items()) or "no documents"
-        keys = "data.path" if name == "train" else "data.eval_path, data.eval_fraction"
+        keys = {"train": "data.path", "valid": "data.eval_path, data.eval_fraction"}.get(name, f"{name}.path")
         raise DataError(
             f"the {name} data has no target: no token or row has a loss weight above 0 ({found}); "
             f"check {keys}, task.name, data.overlong and data.seq_len ({cfg.data.seq_len})"

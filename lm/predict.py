@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lm import checkpoint, input_pipeline, losses, param_paths, program, step
+from lm import checkpoint, checks, eval_sets, input_pipeline, losses, param_paths, program, step
 from lm import run as run_lib
 from lm.config import Config, DataConfig, MeshConfig, schema
 from lm.config.schema import ConfigError
@@ -35,7 +35,7 @@ from lm.evaluation import evaluate, metrics
 from lm.files import write_atomic
 from lm.parallel import mesh as mesh_lib
 from lm.parallel import sharding
-from lm.tasks import TASKS, base, build_config, columns_of_batch, sentence_embeddings, task_of
+from lm.tasks import TASKS, base, columns_of_batch, sentence_embeddings, task_of
 from lm.tracking.files import finite
 from lm.types import Batch, ModelFns, Outputs, Params
 
@@ -236,6 +236,33 @@ def load(name: str, *, batch_size: int = 0, devices: Sequence[Any] | None = None
     return LoadedModel(
         whole, fingerprint, cfg, model, params, start, tokenizer, -(-rows // mesh.size) * mesh.size, mesh
     )
+
+
+def on_set(loaded: LoadedModel, cfg: Config, name: str) -> tuple[LoadedModel, DataConfig]:
+    """The model as it is evaluated on a named set, with the set's task if it has one, and the data of the set.
+
+    Args:
+      loaded: the model.
+      cfg: of the run whose `eval.sets` has the set; of this model's run, or of one that it is compared with.
+      name: of the set; `valid` is also `data.eval_path`.
+
+    Raises:
+      ConfigError: there is no such set, or its task does not fit the model.
+    """
+    data = eval_sets.config_of(cfg, name).data
+    read = {key: getattr(data, key) for key in ("path", "format", "rename", "separator", "encoding")}
+    one = dataclasses.replace(eval_sets.of_files(cfg)[name], split=data.eval_path, **read)
+    sections: dict[str, Any] = {
+        "data": dataclasses.replace(loaded.config.data, eval_path=""),
+        "eval": dataclasses.replace(loaded.config.eval, sets=((name, one),)),
+    }
+    whole = dataclasses.replace(loaded.config, **sections)
+    checks.sets_fit(whole, loaded.params, loaded.tokenizer)
+    own = eval_sets.config_of(whole, name)
+    if not one.task.name:
+        return loaded, own.data
+    model = program.make_model(own, program.compute_dtype(own.model.dtype, loaded.mesh))
+    return dataclasses.replace(loaded, config=own, model=model), own.data
 
 
 def _start(saved: checkpoint.Saved, params: Params) -> Params:
@@ -501,33 +528,6 @@ def _transformed(loaded: LoadedModel, rows: Row, stored: Columns, at: int, place
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def data_at(cfg: Config, path: str, **changes: Any) -> DataConfig:
-    """`config.data` of a run for reading another file: its format and names of fields, unless `changes` has others.
-
-    Args:
-      cfg: of the run.
-      path: what is read.
-      **changes: 'format', and other keys of `data`. The run's `rename`, `separator` and `encoding` are of its own
-        format.
-
-    Raises:
-      ConfigError: the run's format is not one of files of records, and `changes` names none; an unknown format.
-    """
-    values = schema.to_dict(cfg.data) | {"max_records": 0, "max_bad_records": 0, "eval_path": "", "replay": 0.0}
-    if changes.get("format", cfg.data.format) != cfg.data.format:
-        values |= {"rename": (), "separator": "", "encoding": DataConfig.encoding}
-    whole = schema.to_dict(cfg) | {"data": values | {"mixture": (), "path": path} | changes}
-    data = build_config(whole).data
-    if data.format not in (*registry.FORMATS, "interactions"):
-        raise ConfigError(
-            f"the run's 'data.format' is {data.format}, in which no file can be given; set --format to one of "
-            f"{', '.join(registry.FORMATS)}"
-        )
-    if data.eval_path and data.format != "tfds":
-        raise ConfigError(f"--split={data.eval_path} is of --format=tfds; with {data.format}, --path names the file")
-    return data
-
-
 def write_predictions(
     loaded: LoadedModel, data: DataConfig, out: Path, *, beams: int = 4, note: Callable[[str], None] = lambda _: None
 ) -> Counter[str]:
@@ -538,7 +538,7 @@ def write_predictions(
 
     Args:
       loaded: the model.
-      data: from `data_at`.
+      data: from `eval_sets.data_at`.
       out: the file.
       beams: of translations.
       note: called with messages for the console.

@@ -127,7 +127,6 @@ def make(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, step.Metrics]:
         return step_with({}, state, batch)
 
-    eval_step = functools.partial(step.eval_step, loss_fn=loss_fn, needs_start=needs_start)
     use_ema = cfg.optim.ema_decay > 0
     init_state = functools.partial(step.init_state, optimizer=optimizer, use_ema=use_ema, anchored=anchored)
     shardings = _state_shardings(optimizer, mesh, abstract_params, logical_axes, anchored, use_ema)
@@ -144,8 +143,15 @@ def make(
         init_state=init_state,
         step_with=step_with,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-        eval_step=jax.jit(eval_step, out_shardings=everywhere),
+        eval_step=make_eval_step(cfg, mesh, model, tokenizer),
     )
+
+
+def make_eval_step(cfg: Config, mesh: Mesh, model: ModelFns, tokenizer: Any) -> Any:
+    """(params, batch, start) -> (metrics, outputs), jitted, of the task of `cfg`; the model has that task's head."""
+    loss_fn, needs_start = task_of(cfg).loss(model.apply, cfg, tokenizer), task_of(cfg).needs_start
+    eval_step = functools.partial(step.eval_step, loss_fn=loss_fn, needs_start=needs_start)
+    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
 
 def make_model(cfg: Config, dtype: Any) -> ModelFns:

@@ -5,7 +5,7 @@ The only place where config becomes objects: which task, model, optimizer and me
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import checkpoint, checks, compilation_cache, config, input_pipeline, lease, param_paths, replay
+from lm import checkpoint, checks, compilation_cache, config, eval_sets, input_pipeline, lease, param_paths, replay
 from lm import program as program_lib
 from lm.checkpoint import CheckpointError, hf, init_from, resume
 from lm.config import Config, DataConfig, MeshConfig, schema
@@ -113,6 +113,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     init = init_from.choose(cfg.init_from, cfg.model) if cfg.init_from and not own else None
     cfg = _published_shape(cfg, own, init)
     checks.fit(cfg)
+    checks.has_valid_set(cfg)
     overlong: Any = task_of(cfg).overlong[0] if cfg.data.overlong == "auto" else cfg.data.overlong
     data = dataclasses.replace(cfg.data, overlong=overlong)
     found = _find_tokenizer(cfg, workdir if own else None, init) if task_of(cfg).texts else None
@@ -127,6 +128,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     model = program_lib.make_model(cfg, jnp.float32)
     abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     adapters.check(cfg.adapter, param_paths.flatten(abstract))
+    checks.sets_fit(cfg, abstract, found)
     selection = trainable.resolve(cfg.optim, abstract, total_steps=1)  # its length waits for the data's size
     anchored = _anchored(cfg, abstract)
     logical_axes = param_paths.flatten(model.logical_axes())
@@ -236,11 +238,17 @@ def prepare(
     """
     cfg, task = planned.cfg, task_of(planned.cfg)
     program_lib.check_mesh(cfg, mesh, planned.abstract_params, planned.logical_axes)
+    found_twice = eval_sets.find(cfg, input_pipeline.by_source(cfg.data).values())
     found = input_pipeline.load(cfg.data, task.wanted(cfg)) if like is None else []
+    sets = eval_sets.load(cfg, note) if like is None else {}
+    for line in found_twice:
+        note(line)
     for source in found:
         note(source.report)
         if isinstance(source, registry.Split):
             base.check_fields(task, [*source.train, *source.valid], TASKS)
+            for line in registry.overlap(source.train, {name: one.records for name, one in sets.items()}):
+                note(line)
     planned = planned._replace(tokenizer=like.plan.tokenizer if like else tokenizer_for(planned, found, note))
     tokenizer = planned.tokenizer
     if tokenizer:
@@ -248,12 +256,13 @@ def prepare(
         if change := tokenizer.changes_text:
             note(f"the tokenizer changes text, of which it counts the bytes in bits_per_byte: {change}")
     prompts = {prompt: sampling.encode_prompt(prompt, tokenizer, cfg) for prompt in cfg.generate.prompts if tokenizer}
+    checks.sets_fit(cfg, planned.abstract_params, tokenizer)  # a tokenizer that was trained just now
     if like:
         data = input_pipeline.with_fingerprint(like.data, cfg, tokenizer, begun)
     else:
         replayed = replay.load(planned.replay, cfg, note)
-        data = input_pipeline.build(cfg, tokenizer, *found, replayed=replayed, begun=begun)
-    _check_same_data(data.fingerprint)
+        data = input_pipeline.build(cfg, tokenizer, *found, replayed=replayed, begun=begun, sets=sets)
+    _check_same_data([data.fingerprint, *data.set_fingerprints.values()])
     if data.easy_first:
         note(f"curriculum: short rows first, in the first {data.easy_first:,} examples")
     for name, counts in data.report.items():
@@ -274,7 +283,7 @@ def prepare(
     _check_stages(cfg, data, program.total_steps * cfg.data.batch_size)
     batch = program_lib.abstract_batch(cfg, mesh, program_lib.eval_batch_size(cfg))
     measured, _ = jax.eval_shape(program.eval_step, planned.abstract_params, batch)
-    _check_best_metric(cfg, [*measured], task.score_names(cfg))
+    _check_best_metric(cfg, data.rows_of(eval_sets.VALID), [*measured], task.score_names(cfg))
     size = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "epoch_examples": data.epoch_examples}
     return Run(
         plan=planned,
@@ -289,13 +298,13 @@ def prepare(
     )
 
 
-def _check_same_data(fingerprint: str) -> None:
+def _check_same_data(fingerprints: Sequence[str]) -> None:
     """With several processes: raises ConfigError on all of them unless all have packed the same rows."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
-    mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+    mine = np.frombuffer(bytes.fromhex("".join(fingerprints)), np.uint8)
     everyones = np.asarray(multihost_utils.process_allgather(mine))
     if different := [i for i, theirs in enumerate(everyones) if not np.array_equal(theirs, everyones[0])]:
         raise ConfigError(
@@ -315,21 +324,22 @@ def _check_stages(cfg: Config, data: loader.Data, total_examples: int) -> None:
             )
 
 
-def _check_best_metric(cfg: Config, measured: Sequence[str], scores: Sequence[str]) -> None:
-    """Raises ConfigError where no evaluation will report `checkpoint.best_metric`.
+def _check_best_metric(cfg: Config, sources: Iterable[str], measured: Sequence[str], scores: Sequence[str]) -> None:
+    """Raises ConfigError where no evaluation of the set `valid` will report `checkpoint.best_metric`.
 
     Args:
       cfg: resolved.
+      sources: of the rows of that set.
       measured: metrics of the evaluation step.
       scores: metrics of the task's scores.
     """
     known = [*metrics.finalize(dict.fromkeys(measured, (1.0, 1.0)), task_of(cfg).has_perplexity), *scores]
-    prefixes = [*input_pipeline.by_source(cfg.data), *([loader.REPLAY] if cfg.data.replay else [])]
-    known = sorted({f"{prefix}_{name}" if prefix else name for prefix in ("", *prefixes) for name in known})
+    known = sorted({f"{prefix}_{name}" if prefix else name for prefix in ("", *sources) for name in known})
     if cfg.checkpoint.best_metric not in known:
         wanted = cfg.checkpoint.best_metric
+        only = " of the set 'valid', which alone decides" if "/" in wanted else ""
         hint = schema.nearest(wanted, known)
-        raise ConfigError(f"'checkpoint.best_metric': no metric '{wanted}'{hint}; there are {', '.join(known)}")
+        raise ConfigError(f"'checkpoint.best_metric': no metric '{wanted}'{only}{hint}; there are {', '.join(known)}")
 
 
 def tokenizer_for(

@@ -80,7 +80,7 @@ def evaluate(
 
     Args:
       loaded: the model.
-      data: from `predict.data_at`.
+      data: from `eval_sets.data_at`, or `predict.on_set`.
       resamples: of the bootstrap.
       seed: of the bootstrap.
       beams: of translations.

@@ -332,7 +332,8 @@ def test_replayed_rows_decide_the_fingerprint_and_are_counted():
     assert len(prints) == 3
     data = replay_data()
     assert data.report["replay_train"]["documents"] == 23 and data.report["replay_valid"]["documents"] == 5
-    assert list(data.held_out) == ["", "replay_"] and len(data.held_out["replay_"]) == 5
+    valid = data.rows_of("valid")
+    assert list(valid) == ["", "replay"] and len(valid["replay"]) == 5
     with pytest.raises(ValueError, match=r"data\.replay is 0\.3"):
         input_pipeline.build(make_config(replay=0.3), TOK, own)
     empty = registry.Split(records(["", ""]), records([""]), "", "")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import lm
-from lm import predict, scoring
+from lm import eval_sets, predict, scoring
 from lm.config import Config, DataConfig, schema
 from lm.config.schema import ConfigError
 from lm.data.readers import registry
@@ -43,7 +43,7 @@ def run_of(tmp_path_factory):
 def new_records(task: str, folder: Path, cfg, to_predict: bool = True) -> list:
     path = used_runs.KINDS[task].write(folder / "new", 1, COUNT)
     wanted = predict.wanted_to_predict(cfg) if to_predict else TASKS[task].wanted(cfg)
-    return list(registry.stream(predict.data_at(cfg, str(path)), wanted))
+    return list(registry.stream(eval_sets.data_at(cfg, str(path)), wanted))
 
 
 def close(one, other):
@@ -218,7 +218,7 @@ def test_files_of_an_archive_that_are_no_records_are_noted(tmp_path):
 def test_what_is_left_out_is_noted_where_records_are_predicted(classifier, tmp_path):
     path = used_runs.KINDS["classification"].write(tmp_path / "new", 1, 3)
     path.write_text(path.read_text() + "no JSON\n")
-    data, notes = predict.data_at(classifier.config, str(path), max_bad_records=1), []
+    data, notes = eval_sets.data_at(classifier.config, str(path), max_bad_records=1), []
     counts = predict.write_predictions(classifier, data, tmp_path / "out.jsonl", note=notes.append)
     assert counts["records"] == 3 and sum(note.startswith("skipped 1 bad records:") for note in notes) == 1
 
@@ -241,7 +241,7 @@ class Stopped(Exception):
 def written(classifier, tmp_path):
     """(data, predictions of it in one go)."""
     path = used_runs.KINDS["classification"].write(tmp_path / "new", 1, 2 * COUNT)
-    data = predict.data_at(classifier.config, str(path))
+    data = eval_sets.data_at(classifier.config, str(path))
     predict.write_predictions(classifier, data, tmp_path / "whole.jsonl")
     return data, (tmp_path / "whole.jsonl").read_bytes()
 
@@ -451,14 +451,14 @@ def test_translations_are_predicted_with_the_options_of_decoding(run_of, tmp_pat
     with pytest.raises(ConfigError, match="'beams' is 0: predictions are searched for"):
         loaded.predict([{"text": sources[0]}], beams=0)
     stopping = dataclasses.replace(loaded, config=sampling.changed(loaded.config, {"stop": ("a",)}))
-    data = predict.data_at(loaded.config, str(path))
+    data = eval_sets.data_at(loaded.config, str(path))
     with pytest.raises(ConfigError, match=r"'generate\.stop' is not read by beam search"):
         predict.write_predictions(stopping, data, tmp_path / "never.jsonl")
     with pytest.raises(ConfigError, match=r"'generate\.stop' is not read by beam search"):
         scoring.evaluate(stopping, data)
     assert not list(tmp_path.glob("never*"))
     part = tmp_path / "other.jsonl.part"
-    data = predict.data_at(loaded.config, str(path))
+    data = eval_sets.data_at(loaded.config, str(path))
     about = {"model": loaded.name, "checkpoint": loaded.fingerprint, "beams": 4, "data": schema.to_dict(data)}
     part.write_text("")
     part.with_name(f"{part.name}.json").write_text(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lm
-from lm import predict, scoring
+from lm import eval_sets, scoring
 from lm.config.schema import ConfigError
 from tests import tool_modules, used_runs
 from tests.test_evaluation_scores import f1_score, normalize_answer
@@ -29,7 +29,7 @@ def scored(tmp_path_factory):
             run = used_runs.make(task, folder)
             loaded = moved(lm.load(str(run), batch_size=8, devices=jax.devices()[:1]))
             path = used_runs.KINDS[task].write(folder / "new", 1, COUNT)
-            data = predict.data_at(loaded.config, str(path))
+            data = eval_sets.data_at(loaded.config, str(path))
             made[task] = loaded, data, scoring.evaluate(loaded, data, resamples=20)
         return made[task]
 
@@ -44,7 +44,7 @@ def test_scores_are_those_that_training_reported(task, tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     reported = [line for line in lines if line["split"] == "eval"][-1]
     loaded = lm.load(str(run), devices=jax.devices()[:1])
-    found = scoring.evaluate(loaded, predict.data_at(loaded.config, str(held_out)), resamples=2)
+    found = scoring.evaluate(loaded, eval_sets.data_at(loaded.config, str(held_out)), resamples=2)
     for name, value in found.values.items():
         assert value == pytest.approx(reported[name], rel=1e-5, abs=1e-6), name
     assert {"loss", "nll", "accuracy"} <= found.values.keys()
@@ -71,7 +71,7 @@ def test_an_example_is_shown_with_its_own_prediction_also_where_places_are_share
     loaded, _, first = scored("classification")
     path = tmp_path / "one_line.json"  # all records of it stand in line 1
     path.write_text(json.dumps([one["record"] for one in first.predictions]))
-    found = scoring.evaluate(loaded, predict.data_at(loaded.config, str(path), format="jsonl"), resamples=2)
+    found = scoring.evaluate(loaded, eval_sets.data_at(loaded.config, str(path), format="jsonl"), resamples=2)
     assert len({one["source"] for one in found.predictions}) == 1
     said = {one["identity"]: one["prediction"] for one in found.predictions}
     monkeypatch.setattr(scoring, "_WORST", COUNT)
@@ -110,7 +110,7 @@ def test_figures_of_span_questions_equal_the_squad_script_on_the_predictions(sco
         asked.append({"context": record["context"], "qas": qas})
     path = tmp_path / "questions.json"
     path.write_text(json.dumps({"data": [{"paragraphs": asked}]}))
-    found = scoring.evaluate(loaded, predict.data_at(loaded.config, str(path)), resamples=20)
+    found = scoring.evaluate(loaded, eval_sets.data_at(loaded.config, str(path)), resamples=20)
     pairs = [(one["prediction"], [a["text"] for a in one["record"]["answers"]]) for one in found.predictions]
     exact = np.mean([max(normalize_answer(said) == normalize_answer(text) for text in texts) for said, texts in pairs])
     overlap = np.mean([max(f1_score(said, text) for text in texts) for said, texts in pairs])
@@ -122,7 +122,7 @@ def test_a_run_that_draws_other_records_beside_each_one_is_not_scored(tmp_path):
     loaded = lm.load(str(used_runs.make("masked_lm_pairs", tmp_path)), devices=jax.devices()[:1])
     path = used_runs.KINDS["masked_lm_pairs"].write(tmp_path / "new", 1, COUNT)
     with pytest.raises(ConfigError, match="draws a random other record"):
-        scoring.evaluate(loaded, predict.data_at(loaded.config, str(path)), resamples=2)
+        scoring.evaluate(loaded, eval_sets.data_at(loaded.config, str(path)), resamples=2)
 
 
 def test_bad_records_that_are_left_out_are_noted(scored, tmp_path):
@@ -130,7 +130,7 @@ def test_bad_records_that_are_left_out_are_noted(scored, tmp_path):
     path = used_runs.KINDS["classification"].write(tmp_path / "new", 1, 4)
     path.write_text("no JSON\n" + path.read_text())
     notes = []
-    data = predict.data_at(loaded.config, str(path), max_bad_records=1)
+    data = eval_sets.data_at(loaded.config, str(path), max_bad_records=1)
     assert len(scoring.evaluate(loaded, data, resamples=2, note=notes.append).records) == 4
     assert any(note.startswith("skipped 1 bad records:") for note in notes)
 
@@ -149,7 +149,7 @@ def test_translations_are_compared_with_their_own_references_where_a_pair_is_dro
     long = " ".join(text for text, _ in pairs * 20)
     for number, name in enumerate(("new.en", "new.de")):
         (tmp_path / name).write_text("".join(pair[number] + "\n" for pair in [(long, long), *pairs]))
-    data = predict.data_at(loaded.config, f"{tmp_path}/new.{{en,de}}")
+    data = eval_sets.data_at(loaded.config, f"{tmp_path}/new.{{en,de}}")
     cfg = dataclasses.replace(loaded.config, data=dataclasses.replace(loaded.config.data, overlong="drop"))
     found = scoring.evaluate(dataclasses.replace(loaded, config=cfg), data, resamples=2)
     assert len(found.records) == len(pairs) and len(found.predictions) == len(pairs) + 1

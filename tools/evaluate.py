@@ -1,6 +1,7 @@
 """Scores a trained run on a test set: the task's metrics with intervals, tables of classes, the worst examples.
 
     python tools/evaluate.py --run=runs/sst2@best --path=test.tsv [--compare=runs/other@best]
+    python tools/evaluate.py --run=runs/sst2@best --set=test
 
 The scores are computed as in training. Prints a report, and writes scores.json, scores.txt and predictions.jsonl.
 docs/use.md explains each figure.
@@ -8,6 +9,7 @@ docs/use.md explains each figure.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -16,6 +18,7 @@ from lm.terminal import say, stop
 
 _RUN = flags.DEFINE_string("run", None, "The run's folder; RUN@best or RUN@STEP for another checkpoint.")
 _PATH = flags.DEFINE_string("path", None, "The test set: a file, a folder or a glob; with --format=tfds, a data set.")
+_SET = flags.DEFINE_string("set", "", "Instead of --path: a set of the run's eval.sets, such as test.")
 _OUT = flags.DEFINE_string("out", "", "Folder for the results; '' = evaluations/NAME@STEP in the run's folder.")
 _COMPARE = flags.DEFINE_string("compare", "", "Another run, scored on the same records: a paired comparison.")
 _FORMAT = flags.DEFINE_string("format", "", "Format of the records, see docs/formats.md; '' = that of the run's data.")
@@ -30,30 +33,36 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
 def main(argv: list[str]) -> None:
     """Scores --run and, if it is given, --compare."""
     command_line.arguments(argv)
-    if not (_RUN.value and _PATH.value):
-        stop("error: --run=RUN and --path=FILE are needed; --help explains them")
-    with command_line.one_line_errors():
-        evaluate(_RUN.value, _PATH.value)
-
-
-def evaluate(run: str, path: str) -> None:
-    """Prints and writes the scores."""
-    from lm import predict, scoring
-
+    if not _RUN.value or bool(_PATH.value) == bool(_SET.value):
+        stop("error: --run=RUN and either --path=FILE or --set=NAME are needed; --help explains them")
     changes = command_line.data_changes(_FORMAT.value, _RENAME.value, _SPLIT.value)
-    models = [predict.load(name, batch_size=_BATCH_SIZE.value) for name in (run, _COMPARE.value) if name]
-    out = Path(_OUT.value) if _OUT.value else default_folder(models[0].name, path)
+    if _SET.value and changes:
+        stop("error: --format, --rename and --split are of --path; a set of the run's eval.sets has its own")
+    with command_line.one_line_errors():
+        evaluate(_RUN.value, _PATH.value or "", _SET.value, changes)
+
+
+def evaluate(run: str, path: str, name: str, changes: dict[str, Any]) -> None:
+    """Prints and writes the scores on a file or, where `name` is given, on that set of the run."""
+    from lm import eval_sets, predict, scoring
+
+    loaded = [predict.load(each, batch_size=_BATCH_SIZE.value) for each in (run, _COMPARE.value) if each]
+    if name:
+        scored = [predict.on_set(model, loaded[0].config, name) for model in loaded]
+    else:
+        scored = [(model, eval_sets.data_at(model.config, path, **changes)) for model in loaded]
+    out = Path(_OUT.value) if _OUT.value else default_folder(loaded[0].name, name or path)
     scoring.check_folder(out)
     found = [
         scoring.evaluate(
             model,
-            predict.data_at(model.config, path, **changes),
+            data,
             resamples=_RESAMPLES.value,
             seed=_SEED.value,
             beams=_BEAMS.value,
             note=lambda text: say(text, file=sys.stderr),
         )
-        for model in models
+        for model, data in scored
     ]
     comparison = scoring.compare(*found) if len(found) == 2 else None
     scoring.write(found[0], out, comparison)
@@ -62,7 +71,7 @@ def evaluate(run: str, path: str) -> None:
 
 
 def default_folder(model: str, path: str) -> Path:
-    """RUN/evaluations/NAME@STEP for the model RUN@STEP; NAME is of the file, and of the split of a data set."""
+    """RUN/evaluations/NAME@STEP for the model RUN@STEP; NAME is of the set, or of the file and the split."""
     folder, _, step = model.rpartition("@")
     name = Path(path.rstrip("/")).name.replace("{", "").replace("}", "").replace("*", "all")
     return Path(folder) / "evaluations" / f"{'-'.join(filter(None, (name, _SPLIT.value)))}@{step}"

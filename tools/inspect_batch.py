@@ -1,6 +1,6 @@
 """Prints a batch of any recipe: tokens, loss weights, roles, labels, tags, answers, images.
 
-python tools/inspect_batch.py --config=configs/NAME.py [--config.a.b=v] [--split=valid] [--rows=4] [--html=FILE]
+python tools/inspect_batch.py --config=configs/NAME.py [--config.a.b=v] [--split=NAME] [--rows=4] [--html=FILE]
 """
 
 import base64
@@ -19,7 +19,7 @@ from lm.terminal import say, stop
 _CONFIG = command_line.define_recipe()
 _ROWS = flags.DEFINE_integer("rows", 4, "Number of rows.", lower_bound=1)
 _EXAMPLE = flags.DEFINE_integer("example", 0, "First example, by the index that error messages name.", lower_bound=0)
-_SPLIT = flags.DEFINE_enum("split", "train", ["train", "valid"], "Split of the data.")
+_SPLIT = flags.DEFINE_string("split", "train", "train, valid, or another set of eval.sets.")
 _HTML = flags.DEFINE_string("html", "", "Also write the batch as a web page to this file.")
 
 ROLE_COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "": "default"}
@@ -77,12 +77,18 @@ def main(argv: list[str]) -> None:
     """Prints the batch, and writes it as a web page if --html asks for one."""
     if len(argv) > 1 or _CONFIG.value is None:
         stop("error: --config=configs/NAME.py is needed, and all options are --flag=value; --help explains them")
+    from lm import eval_sets
     from lm.tasks import build_config, task_of
 
     with command_line.one_line_errors():
         cfg = build_config(_CONFIG.value)
+        if _SPLIT.value not in (names := ["train", *eval_sets.to_evaluate(cfg)]):
+            stop(f"error: --split={_SPLIT.value}: expected one of {', '.join(names)}")
         tokenizer, data = load(cfg)
-        rows = list(read(batch_from(cfg, data, _SPLIT.value, _EXAMPLE.value, _ROWS.value), tokenizer, cfg))
+        batch = batch_from(cfg, data, _SPLIT.value, _EXAMPLE.value, _ROWS.value)
+        if _SPLIT.value in data.sets:  # it may have a task of its own
+            cfg = eval_sets.config_of(cfg, _SPLIT.value)
+        rows = list(read(batch, tokenizer, cfg))
     report = "\n".join(
         f"{name}: " + ", ".join(f"{key} {round(value, 4):,}" for key, value in counts.items())
         for name, counts in data.report.items()
@@ -97,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 def load(cfg: Any) -> tuple[Any, Any]:
     """(tokenizer, packed data) of a new run of this config."""
-    from lm import input_pipeline, replay
+    from lm import eval_sets, input_pipeline, replay
     from lm import run as run_lib
     from lm.tasks import task_of
 
@@ -105,7 +111,8 @@ def load(cfg: Any) -> tuple[Any, Any]:
     cfg = planned.cfg  # with what init_from's run decides
     found = input_pipeline.load(cfg.data, task_of(cfg).wanted(cfg))
     words = run_lib.tokenizer_for(planned, found)
-    return words, input_pipeline.build(cfg, words, *found, replayed=replay.load(planned.replay, cfg))
+    replayed, sets = replay.load(planned.replay, cfg), eval_sets.load(cfg)
+    return words, input_pipeline.build(cfg, words, *found, replayed=replayed, sets=sets)
 
 
 def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict[str, Any]:
@@ -120,12 +127,13 @@ def batch_from(cfg: Any, data: Any, split: str, example: int, rows: int) -> dict
             data, start_example=example, seed=cfg.seed, threads=0, **single
         )
     else:
+        part = next(iter(data.rows_of(split).values()))
         limits = {"max_tokens": cfg.eval.max_tokens, "seq_len": cfg.data.seq_len}
-        evaluation = loader.eval_batches(data.valid, **limits, **single)
+        evaluation = loader.eval_batches(part, **limits, **single)
         stream = itertools.islice(evaluation, example, None)
     found = list(itertools.islice(stream, rows))
     if not found:
-        stop(f"error: --example={example}: an evaluation has only {len(data.valid)} examples; name a smaller index")
+        stop(f"error: --example={example}: an evaluation has only {len(part)} examples; name a smaller index")
     return {key: np.concatenate([row[key] for row in found]) for key in found[0]}
 
 

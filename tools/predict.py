@@ -40,8 +40,8 @@ def predict(run: str, path: str, out: Path) -> None:
     """Writes the predictions, and says what was cut or has none."""
     import dataclasses
 
+    from lm import eval_sets, tasks
     from lm import predict as predict_lib
-    from lm import tasks
     from lm.config.schema import ConfigError
     from lm.decoding import sampling
 
@@ -51,7 +51,7 @@ def predict(run: str, path: str, out: Path) -> None:
         name = loaded.config.task.name
         raise ConfigError(f"--{next(iter(generate))} is of translations, but this is a run of task.name={name}")
     loaded = dataclasses.replace(loaded, config=sampling.changed(loaded.config, generate))
-    data = predict_lib.data_at(loaded.config, path, **changes)
+    data = eval_sets.data_at(loaded.config, path, **changes)
     note = lambda text: say(text, file=sys.stderr)  # noqa: E731
     counts = predict_lib.write_predictions(loaded, data, out, beams=_BEAMS.value, note=note)
     others = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count and name != "records")

@@ -35,7 +35,7 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
     """(`panels` of held-out images that are evenly spaced in the split, heading of the picture)."""
     import jax
 
-    from lm import input_pipeline
+    from lm import eval_sets, input_pipeline
     from lm import run as run_lib
     from lm.data import loader
     from lm.tasks import task_of
@@ -43,9 +43,9 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
     saved, (cfg, model, params, _) = run_lib.load_checkpoint(run)
     check(cfg)
     own = dataclasses.replace(cfg.data, replay=0.0)  # only the run's own images
-    data = input_pipeline.build(
-        dataclasses.replace(cfg, data=own), None, *input_pipeline.load(own, task_of(cfg).wanted(cfg))
-    )
+    cfg = dataclasses.replace(cfg, data=own)
+    found = input_pipeline.load(own, task_of(cfg).wanted(cfg))
+    data = input_pipeline.build(cfg, None, *found, sets=eval_sets.load(cfg))
     rows = min(rows, len(data.valid))
     batch = next(
         loader.eval_batches(data.valid, batch_size=rows, local_rows=np.arange(rows), max_tokens=rows, seq_len=1)

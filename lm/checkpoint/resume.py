@@ -13,7 +13,8 @@ from lm.evaluation.early_stopping import EarlyStopping
 
 # Rows of a step. May change where every length is in steps, as the schedules then stay the same.
 _ELASTIC = ("data.batch_size", "train.micro_batches")
-_DATA = ("data", "seed")
+_VALID = "eval.sets.valid"  # its rows decide which checkpoint is the best one
+_DATA = ("data", "seed", _VALID)
 _CHANGES: tuple[Literal["scores", "data"], ...] = ("scores", "data")
 
 
@@ -49,6 +50,7 @@ def data_info(data: Data, example: int, consumed: Mapping[str, Mapping[str, floa
         "easy_first": data.easy_first,
         "fingerprint": data.fingerprint,
         "about": data.about,
+        "sets": data.set_fingerprints,
     }
 
 
@@ -59,7 +61,8 @@ def refuse_changes(
 
     Mesh and batch size may change: no example is lost or repeated. The batch size only where every length is given in
     steps, because schedules count steps. With `accept_data`, `data.*`, the task's keys about data, and the seed may
-    change too, but not the curriculum: another length would run it a second time, or skip rows.
+    change too, but not the curriculum: another length would run it a second time, or skip rows. Of `eval.sets` all but
+    `valid` may change, as they decide nothing.
     """
     by_batch = sorted(key for cfg in (old, new) for key in _lengths_by_batch(cfg))
     scoring, about_data = ([f"task.{name}" for name in schema.fields_that_change(new.task, what)] for what in _CHANGES)
@@ -67,6 +70,7 @@ def refuse_changes(
     free = (*config.RESUMABLE, *scoring, *(() if by_batch else _ELASTIC), *(data if accept_data else ()))
     differs = config.diff(old, new)
     is_fixed = {key: key.startswith("data.curriculum_") for key in differs}
+    is_fixed |= {key: True for key in differs if _is_among(key, (_VALID,)) and not accept_data}
     changed = {key: values for key, values in differs.items() if is_fixed[key] or not _is_among(key, free)}
     if not changed:
         for key, (before, now) in differs.items():
@@ -75,7 +79,7 @@ def refuse_changes(
     hints = []
     if by_batch and changed.keys() & {*_ELASTIC}:
         hints.append(f"the batch size may change only if all lengths are in steps, but '{by_batch[0]}' is set; ")
-    if any(is_fixed.values()):
+    if any(key.startswith("data.curriculum_") for key in changed):
         hints.append("the curriculum of a run that has begun cannot change, or rows would be repeated or skipped; ")
     elif all(_is_among(key, data) for key in changed):
         hints.append("to continue with other data or another seed pass --accept_changed_data; otherwise ")
@@ -115,9 +119,12 @@ def _lengths_by_batch(cfg: Config) -> list[str]:
 def check_data(saved: Saved, data: Data, accept: bool, say: Callable[[str], None]) -> None:
     """Raises CheckpointError, listing the differences, if the data is not what the checkpoint was trained on.
 
-    With `accept` the differences are reported only.
+    With `accept` the differences are reported only, and so are those of the sets of `eval.sets` that decide nothing.
     """
     was = saved.info["data"]
+    for name, print_ in data.set_fingerprints.items():
+        if was.get("sets", {}).get(name, print_) != print_:
+            say(f"eval.sets.{name} has other records than at step {saved.step:,}, or in another order")
     if was["fingerprint"] == data.fingerprint:
         return
     old: Mapping[str, Any] = was.get("about", {})

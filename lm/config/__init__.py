@@ -9,6 +9,7 @@ from lm.config.sections import (
     DataConfig,
     EarlyStoppingConfig,
     EvalConfig,
+    EvalSetConfig,
     GenerateConfig,
     LossConfig,
     MeshConfig,

@@ -66,19 +66,41 @@ def build_section(cls: type, source: Mapping[str, Any], prefix: str) -> Any:
         if key not in known:
             hint = nearest(key, known) or f"; known here: {', '.join(known)}"
             raise ConfigError(f"unknown config key '{prefix}{key}'{hint}")
-    values = {}
+    values: dict[str, Any] = {}
     for name, hint in hints.items():
         if hint is Duration:
             values[name] = _duration(name, source, prefix)
         elif name in source:
             value = source[name]
             if dataclasses.is_dataclass(hint):
-                if not isinstance(value, Mapping):
-                    raise ConfigError(f"'{prefix}{name}' is a section of keys; expected a dict, got {value!r}")
-                values[name] = build_section(typing.cast(type, hint), value, f"{prefix}{name}.")
+                values[name] = build_section(
+                    typing.cast(type, hint), _section(value, prefix + name), f"{prefix}{name}."
+                )
+            elif of := named_sections(hint):
+                given = _section(value, prefix + name)
+                values[name] = tuple(
+                    (key, build_section(of, _section(given[key], f"{prefix}{name}.{key}"), f"{prefix}{name}.{key}."))
+                    for key in sorted(given)
+                )
             else:
                 values[name] = _convert(value, hint, prefix + name)
     return cls(**values)
+
+
+def named_sections(hint: Any) -> type | None:
+    """The dataclass C of the hint `tuple[tuple[str, C], ...]`, sections by name; None for any other hint.
+
+    A config spells them as a dict, name -> section; as a tuple sorted by name they are frozen and have a hash.
+    """
+    pair = get_args(hint)[0] if get_origin(hint) is tuple and get_args(hint)[1:] == (Ellipsis,) else None
+    of = get_args(pair)[1:] if get_origin(pair) is tuple else ()
+    return of[0] if len(of) == 1 and dataclasses.is_dataclass(of[0]) else None  # type: ignore[return-value]
+
+
+def _section(value: Any, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"'{key}' is a section of keys; expected a dict, got {value!r}")
+    return value
 
 
 def _duration(name: str, source: Mapping[str, Any], prefix: str) -> Duration:
@@ -137,10 +159,13 @@ def fields_that_change(options: Any, what: Literal["scores", "data"]) -> list[st
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested dict of a config dataclass; a duration becomes its four keys."""
     out: dict[str, Any] = {}
+    hints = _hints_of(typing.cast(type, type(config)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, Duration):
             out |= dict(zip(spelled(field.name), dataclasses.astuple(value), strict=True))
+        elif named_sections(hints[field.name]):
+            out[field.name] = {name: to_dict(section) for name, section in value}
         else:
             out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
     return out

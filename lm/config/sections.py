@@ -7,6 +7,7 @@ key and suggests the nearest known name.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -58,10 +59,11 @@ class DataConfig:
     # Instead of `path`: (share of the run at which the entry takes effect, path, weight). The entries with the largest
     # share that the run has passed are in effect: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
     mixture: tuple[tuple[float, str, float], ...] = ()
-    # '' = the validation split of a folder that has one, else eval_fraction of the texts, contexts, ... of `path` (see
-    # docs/formats.md); tfds: a split such as test or train[:1%].
+    # The set `valid` of eval.sets, if it is not there. '' = the validation split of a folder that has one, else
+    # eval_fraction of the texts, contexts, ... of `path` (see docs/formats.md); tfds: a split such as test or
+    # train[:1%].
     eval_path: str = ""
-    eval_fraction: float = 0.02
+    eval_fraction: float = 0.02  # becomes 0 if eval.sets has a set `valid`: nothing of `path` is held out then
     encoding: str = "utf-8"  # of text files; a Python codec
     max_expansion: int = 1000  # a .gz or .zst file that unpacks to more than this many times its size is refused
     separator: str = ""  # text only: splits one file into documents; '' = one document a file
@@ -395,13 +397,74 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalSetConfig:
+    """A named set of records to evaluate on, see `lm.eval_sets`."""
+
+    path: str = ""  # as data.path; tfds: the name of a data set
+    split: str = ""  # tfds only: a split such as test
+    # '' = that of data, with its rename, separator and encoding, unless they are set here
+    format: Literal[
+        Literal["", "text", "jsonl", "table", "conll", "squad", "parallel"],
+        Literal["images", "interactions", "tfds", "array_record", "parquet", "arrow"],
+    ] = ""
+    rename: tuple[tuple[str, str], ...] = ()  # as data.rename
+    separator: str = ""  # as data.separator
+    encoding: str = ""  # as data.encoding
+    task: Any = TaskConfig(name="")  # a task's name and options; '' = the run's task, with its options
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on held-out data."""
+
+    # Name -> set. `valid` decides which checkpoint is the best one, and early stopping; without it, what `data` holds
+    # out does. `test` is read by tools/evaluate.py --set=test alone. Others are evaluated together with `valid`, and
+    # decide nothing.
+    sets: tuple[tuple[str, EvalSetConfig], ...] = ()
 
     every: Duration = NEVER  # none = only at the start and the end
     at_start: bool = True
     batch_size: int = 0  # 0 = data.batch_size
-    max_tokens: int = 0  # evaluate on at most this many positions; 0 = all held-out rows
+    max_tokens: int = 0  # evaluate on at most this many positions of each set; 0 = all held-out rows
+
+
+def _check_sets(config: "Config") -> None:
+    """Raises ConfigError for a set of `eval.sets` that cannot be read, whatever its files hold."""
+    data, reserved = config.data, ("train",)
+    for name, one in config.eval.sets:
+        key = f"eval.sets.{name}"
+        own_format = one.format or data.format
+        is_named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None and name not in reserved
+        _refuse(
+            {
+                f"'{key}': expected a name of letters, digits, _ and -, which begins with a letter or digit and is not "
+                f"{' or '.join(reserved)}": is_named,
+                f"'{key}.path' is empty: a set needs a file, folder or glob": bool(one.path),
+                f"'{key}.format' is '', but data.format={data.format} names no file of records: set it, such as "
+                "jsonl": own_format not in ("builtin_text", "builtin_instructions", "prepared"),
+                f"'{key}.split' is {one.split!r}, but format {own_format} has no splits; 'path' names the file": (
+                    not one.split or own_format == "tfds"
+                ),
+                f"'{key}.split' is empty: data sets of TFDS have splits, such as test": (
+                    bool(one.split) or own_format != "tfds"
+                ),
+            }
+        )
+        if one.encoding:
+            schema.check_encoding(one.encoding, f"{key}.encoding")
+    valid = dict(config.eval.sets).get("valid")
+    if valid:
+        _refuse(
+            {
+                f"'data.eval_path' ({data.eval_path!r}) and 'eval.sets.valid' are both set: they are two spellings of "
+                "one set; remove one": not data.eval_path,
+                f"'eval.sets.valid.task.name' is {valid.task.name!r}, but this set decides checkpoints, by the run's "
+                "task: leave it '', or give the set another name": not valid.task.name,
+                "'eval.sets.valid': interactions validate on each user's second-last item; give the set another name": (
+                    data.format != "interactions"
+                ),
+            }
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -503,22 +566,46 @@ def build(source: Mapping[str, Any], options: Options) -> Config:
         source = source.to_dict() if hasattr(source, "to_dict") else source
     except OSError as error:  # ml_collections reports only here that it could not load the recipe
         raise ConfigError(f"no recipe to load: {str(error).strip().splitlines()[-1].strip()}") from None
-    task = source.get("task", {})
-    if not isinstance(task, Mapping):
-        raise ConfigError(f"'task' is a section of keys, one of them 'task.name'; got {task!r}")
-    name = task.get("name", Config.task.name)
-    if name not in options:
-        now = older.task_name(str(name))
-        hint = f" (it is called {now} now)" if now else schema.nearest(str(name), options)
-        raise ConfigError(f"'task.name' must be one of {', '.join(options)}; got {name!r}{hint}")
-    section = schema.build_section(options[name], {"name": name, **task}, "task.")
-    rest = {key: value for key, value in source.items() if key != "task"}
+    section = _build_task(source.get("task", {}), options, "task", Config.task.name)
+    rest, tasks_of_sets = _without_tasks(source)
     for key, _ in flatten(rest):
         if now := older.successor(key):
             raise ConfigError(f"unknown config key '{key}': set {now} instead")
     config = dataclasses.replace(schema.build_section(Config, rest, ""), task=section)
+    if config.eval.sets:
+        tasks = {name: _build_task(task, options, f"eval.sets.{name}.task") for name, task in tasks_of_sets.items()}
+        sets = tuple((name, dataclasses.replace(one, task=tasks.get(name, one.task))) for name, one in config.eval.sets)
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=sets))
+        if "valid" in dict(sets):  # then nothing of `data.path` is held out
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_fraction=0.0))
     check(config)
     return config
+
+
+def _build_task(task: Any, options: Options, key: str, usual: str = "") -> Any:
+    """The options of the task that the section `key` names; where it names none, of the task `usual` ('' = no task)."""
+    if not isinstance(task, Mapping):
+        raise ConfigError(f"'{key}' is a section of keys, one of them '{key}.name'; got {task!r}")
+    name = task.get("name", usual)
+    if name == usual == "" and not task.keys() - {"name"}:
+        return TaskConfig(name="")
+    if name not in options:
+        now = older.task_name(str(name))
+        hint = f" (it is called {now} now)" if now else schema.nearest(str(name), options)
+        raise ConfigError(f"'{key}.name' must be one of {', '.join(options)}; got {name!r}{hint}")
+    return schema.build_section(options[name], {"name": name, **task}, f"{key}.")
+
+
+def _without_tasks(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The source without `task` and the tasks of `eval.sets`; name of a set -> its section `task`, if it has one."""
+    rest = {key: value for key, value in source.items() if key != "task"}
+    section = rest.get("eval", {})
+    sets = section.get("sets", {}) if isinstance(section, Mapping) else {}
+    if not isinstance(sets, Mapping) or not all(isinstance(one, Mapping) for one in sets.values()):
+        return rest, {}  # refused where the section is built
+    tasks = {name: one["task"] for name, one in sets.items() if "task" in one}
+    plain = {name: {key: value for key, value in one.items() if key != "task"} for name, one in sets.items()}
+    return rest | ({"eval": {**section, "sets": plain}} if sets else {}), tasks
 
 
 def to_json(config: Config) -> str:
@@ -550,7 +637,7 @@ def check(config: Config) -> None:
     """Raises ConfigError for values that are invalid whatever the data."""
     for key, value in flatten(to_dict(config)):
         numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
-        if not numbers or key.startswith("task.") or key in ("mesh.data", "seed"):
+        if not numbers or key.startswith(("task.", "eval.sets.")) or key in ("mesh.data", "seed"):
             continue
         least = 1 if key in _AT_LEAST_ONE else 0
         if min(numbers) < least:
@@ -561,6 +648,7 @@ def check(config: Config) -> None:
     check_model(config.model)
     _check_optim(config.optim)
     _check_generate(config.generate)
+    _check_sets(config)
     _check_together(config)
 
 

@@ -62,10 +62,11 @@ def in_memory(rows: Rows) -> tuple[int, Callable[[np.ndarray], Rows]]:
 
 
 class Source(NamedTuple):
-    """A source of examples: rows to train on, to choose a checkpoint by, and to test the chosen one with."""
+    """A source of examples: rows to train on and, where records are held out of it, those to choose a checkpoint by and
+    to test the chosen one with."""
 
     train: Part
-    valid: Part
+    valid: Part | None
     test: Part | None = None
 
 
@@ -84,6 +85,8 @@ class Data(NamedTuple):
       easy_first: length of the curriculum (short rows first) of the first source, in examples; 0 = no curriculum.
       about: what went into the fingerprint, in a form that shows what changed.
       content: of each source, fingerprints of its records and of its packed training rows.
+      sets: name -> rows of the sets of `eval.sets` that the run evaluates.
+      set_fingerprints: name -> sha256 (hex) of the records of each of them.
     """
 
     sources: dict[str, Source]
@@ -93,6 +96,8 @@ class Data(NamedTuple):
     easy_first: int = 0
     about: Mapping[str, str | int] = {}
     content: tuple[Any, ...] = ()
+    sets: Mapping[str, Part] = {}
+    set_fingerprints: Mapping[str, str] = {}
 
     @property
     def train(self) -> Part:
@@ -101,8 +106,8 @@ class Data(NamedTuple):
 
     @property
     def valid(self) -> Part:
-        """Held-out rows of the first source."""
-        return next(iter(self.sources.values())).valid
+        """The rows of the set 'valid', of several sources those of the first one."""
+        return next(iter(self.rows_of("valid").values()))
 
     @property
     def epoch_examples(self) -> int:
@@ -112,10 +117,15 @@ class Data(NamedTuple):
         own = {name: weight / total for name, weight in weights.items() if weight and name != REPLAY}
         return max(math.ceil(len(self.sources[name].train) / share) for name, share in own.items())
 
-    @property
-    def held_out(self) -> dict[str, Part]:
-        """The parts that an evaluation measures: prefix of the metrics' names -> held-out rows."""
-        return {f"{name}_" if name else "": source.valid for name, source in self.sources.items()}
+    def rows_of(self, name: str) -> dict[str, Part]:
+        """The rows of an evaluation set: '' = of a file of its own, or the source out of which they are held -> rows.
+
+        Args:
+          name: 'valid', another set of `eval.sets`, or 'test' = the rows that the sources hold out for a test.
+        """
+        own = {"": self.sets[name]} if name in self.sets else {}
+        held = {key: {"valid": source.valid, "test": source.test}.get(name) for key, source in self.sources.items()}
+        return own | {key: part for key, part in held.items() if part is not None}
 
     def mixture(self, total_examples: int) -> sampler.Mixture:
         """The mixture of a run of `total_examples`; 0 = the first stage without end."""

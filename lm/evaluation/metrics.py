@@ -79,14 +79,19 @@ METRICS = {
 
 
 def about(name: str, loss_unit: Callable[[str], str] = lambda prefix: "") -> About:
-    """Describes a metric. 'NAME_loss', the loss of the source or task NAME, is described as 'loss' with a prefix.
+    """Describes a metric. 'NAME_loss', the loss of the source or task NAME, and 'SET/loss', that of a set of
+    `eval.sets`, are described as 'loss' with a prefix.
 
     A metric that is not in `METRICS` has its name as title, and larger values are better.
 
     Args:
       name: as an evaluation reports it.
-      loss_unit: NAME, or '' -> unit of that loss, see `lm.tasks.base.loss_unit`.
+      loss_unit: '', NAME, 'SET/' or 'SET/NAME' -> unit of that loss, see `lm.tasks.base.loss_unit`.
     """
+    of_set, slash, own_name = name.rpartition("/")
+    if slash:
+        found = about(own_name, lambda prefix: loss_unit(f"{of_set}/{prefix}"))
+        return found._replace(title=f"{of_set}: {found.title}")
     words = name.split("_")
     own = _known_part(words)
     if own is None:
@@ -99,7 +104,7 @@ def about(name: str, loss_unit: Callable[[str], str] = lambda prefix: "") -> Abo
 
 def is_known(name: str) -> bool:
     """Whether a metric, perhaps of a source or task, is in `METRICS`."""
-    return _known_part(name.split("_")) is not None
+    return _known_part(name.rpartition("/")[2].split("_")) is not None
 
 
 def _known_part(words: list[str]) -> int | None:

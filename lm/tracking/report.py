@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 
 import lm
-from lm import param_paths
+from lm import eval_sets, param_paths
 from lm.config import Config, schema
 from lm.config.schema import ConfigError
 from lm.evaluation import metrics
 from lm.optim.trainable import Selection, trained_part
-from lm.tasks import base, build_saved_config, task_of
+from lm.tasks import build_saved_config
 from lm.tracking import curves, files
 from lm.tracking.curves import Curve, Curves
 from lm.tracking.files import RunFileError, finite
@@ -203,7 +203,7 @@ def _config(resolved: dict[str, Any]) -> Config | None:
 
 def _loss_unit(cfg: Config | None) -> Callable[[str], str]:
     """The unit of a loss of the run, by the name of the part whose loss it is; '' where the config is not known."""
-    return functools.partial(base.loss_unit, task_of(cfg), cfg) if cfg else lambda prefix: ""
+    return functools.partial(eval_sets.loss_unit, cfg) if cfg else lambda prefix: ""
 
 
 class Line(NamedTuple):

@@ -17,6 +17,7 @@ from lm.data.readers import paths as files
 from lm.data.readers.text import Opening, read_jsonl, read_text
 from lm.data.record import NOTHING, DataError, Fault, NotRead, Record, Wanted
 
+_AND_HELD_OUT = ", 'validation' is held out"
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
 
 # What is read on its own: a file, or two files line by line. Picklable, and identified by its `str`.
@@ -70,13 +71,19 @@ class Split:
     test: list[Record] = dataclasses.field(default_factory=list)
 
 
+NOTHING_HELD_OUT = (
+    "nothing is held out: set 'data.eval_path', an 'data.eval_fraction' above 0, or a set 'valid' of 'eval.sets'"
+)
+
+
 def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> Split:
     """Reads the records that `data.*` names.
 
     The held-out records are those of `data.eval_path`; without it, those of the folder's validation split; without
     one, the groups of records (see `lm.data.splits`) with the smallest hashes, whatever the order of the files. The
-    built-in formats and interactions have splits of their own. `data.max_records` keeps the training records with the
-    smallest hashes, so that a smaller number gives a subset.
+    built-in formats and interactions have splits of their own. If `data.eval_fraction` is 0 and there is no
+    `data.eval_path`, none is held out of files. `data.max_records` keeps the training records with the smallest hashes,
+    so that a smaller number gives a subset.
 
     Raises:
       DataError: a file cannot be read; there are more bad records than `data.max_bad_records` (see
@@ -85,7 +92,7 @@ def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> Split:
     """
     split = _OWN_SPLIT[cfg.format](cfg) if cfg.format in _OWN_SPLIT else _read_all(cfg, wanted)
     for name, records in (("train", split.train), ("valid", split.valid)):
-        if not records:
+        if not records and (name == "train" or holds_out(cfg)):
             raise DataError(f"data.format={cfg.format}: no {name} record; expected at least one\n{split.report}")
     if 0 < cfg.max_records < len(split.train):
         split.report += f"\ntrain cut to data.max_records={cfg.max_records:,} of {len(split.train):,} records"
@@ -103,9 +110,24 @@ def find(cfg: DataConfig) -> Units:
       ConfigError: a key is set that this format does not read, or nothing is held out.
     """
     _check(cfg)
-    if not cfg.eval_path and not cfg.eval_fraction:
-        raise ConfigError("nothing is held out: set 'data.eval_path' or an 'data.eval_fraction' above 0")
+    if not holds_out(cfg):
+        raise ConfigError(NOTHING_HELD_OUT)
     return FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
+
+
+def holds_out(cfg: DataConfig) -> bool:
+    """Whether records are held out of the training data, or are in files of `data.eval_path`."""
+    return cfg.format not in FORMATS or bool(cfg.eval_path or cfg.eval_fraction)
+
+
+def units(cfg: DataConfig) -> list[Unit]:
+    """The units that `stream` reads, none of which is opened. Raises as `stream`."""
+    return _interaction_files(cfg) if cfg.format == "interactions" else _all_readings(cfg, NOTHING)[0]
+
+
+def trained_on(cfg: DataConfig) -> list[Unit]:
+    """The units of files that `load` trains on; none for formats of other kinds."""
+    return FORMATS[cfg.format].find(cfg.path, cfg.eval_path).train if cfg.format in FORMATS else []
 
 
 def read(unit: Unit, cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Record | Fault | NotRead]:
@@ -199,7 +221,7 @@ def _named(
             names = ", ".join(map(repr, held_out))
             raise DataError(f"data.eval_path '{eval_path}': holds the splits {names}; name one by its folder or a glob")
         units = _train_and_validation(path, found, held_out.popitem()[1] if eval_path else [])
-        if both := sorted(set(map(_real, units.train)) & set(map(_real, units.valid))):
+        if both := sorted(set(map(real, units.train)) & set(map(real, units.valid))):
             hint = "narrow data.path, by a glob perhaps"
             raise DataError(f"{both[0]}: named by both data.path and data.eval_path; {hint}")
         return units
@@ -207,7 +229,7 @@ def _named(
     return find_both
 
 
-def _real(unit: Unit) -> str:
+def real(unit: Unit) -> str:
     """The resolved path of a unit: 'd/b', './d/../d/b' and a link to it are the same unit."""
     return str(unit) if "://" in str(unit) else os.path.realpath(unit) if isinstance(unit, epath.Path) else str(unit)
 
@@ -221,10 +243,7 @@ def _train_and_validation(path: str, found: dict[str, list[Unit]], held_out: lis
         names = ", ".join(map(repr, sorted(found)))
         raise DataError(f"data path '{path}': holds {names} and no 'train'; name one by its folder or a glob")
     valid = held_out or found.get(files.VALIDATION, [])
-    notes = [
-        f"{path} holds several splits: 'train' is trained on"
-        + ", 'validation' is held out" * (not held_out and bool(valid))
-    ]
+    notes = [f"{path} holds several splits: 'train' is trained on" + _AND_HELD_OUT * (not held_out and bool(valid))]
     read = {str(unit) for unit in (*found[files.TRAIN], *valid)}
     if rest := [f"'{name}'" for name in sorted(found) if not read & set(map(str, found[name]))]:
         notes.append(f"not read: {', '.join(rest)} (data.eval_path names another split to evaluate on)")
@@ -358,7 +377,11 @@ def _check(cfg: DataConfig) -> None:
 
 
 def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
-    units, faults, not_read = find(cfg), list[Fault](), list[NotRead]()
+    _check(cfg)
+    units, faults, not_read = FORMATS[cfg.format].find(cfg.path, cfg.eval_path), list[Fault](), list[NotRead]()
+    if not holds_out(cfg):
+        notes = tuple(note.replace(_AND_HELD_OUT, ", 'validation' is not read") for note in units.notes)
+        units = Units(units.train, [], notes)
     parts = (units.train, units.valid)
     train, valid = (
         list(_good_records((read(unit, cfg, wanted) for unit in part), cfg, faults, not_read)) for part in parts
@@ -370,26 +393,34 @@ def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
     if faults:
         report.append(_describe(faults))
     if units.valid:
-        report += _overlap(train, valid)
-    else:
+        report += overlap(train, {"": valid})
+    elif holds_out(cfg):
         train, valid = splits.hold_out(train, cfg.eval_fraction)
         report.append(splits.describe_groups(train, valid))
     report.append(f"{len(train):,} train and {len(valid):,} valid records")
     return Split(train, valid, "", "\n".join(report))
 
 
-def _overlap(train: list[Record], valid: list[Record]) -> list[str]:
-    """Warnings about held-out records that are also in the training data, as a whole or by their text, context, ..."""
+def overlap(train: list[Record], held_out: Mapping[str, list[Record]]) -> list[str]:
+    """Warnings about held-out records that are also in the training data, as a whole or by their text, context, ...
 
-    def shared(key: Callable[[Record], bytes]) -> list[Record]:
-        seen = set(map(key, train))
-        return [record for record in valid if key(record) in seen]
-
-    whole, grouped = shared(splits.digest), shared(splits.group)
-    told = [f"warning: {len(whole):,} of {len(valid):,} held-out records are trained on as well"] if whole else []
-    if len(grouped) > len(whole):
-        kinds = ", ".join(sorted(set(map(splits.grouping, grouped))))
-        told.append(f"warning: {len(grouped):,} of {len(valid):,} held-out records share their {kinds} with training")
+    Args:
+      train: the training records.
+      held_out: name of a set, '' = the held-out records of `data` -> its records.
+    """
+    if not held_out:
+        return []
+    digests, groups = (set(map(key, train)) for key in (splits.digest, splits.group))
+    told = []
+    for name, records in held_out.items():
+        what = f"{len(records):,} records of eval.sets.{name}" if name else f"{len(records):,} held-out records"
+        whole = [record for record in records if splits.digest(record) in digests]
+        grouped = [record for record in records if splits.group(record) in groups]
+        if whole:
+            told.append(f"warning: {len(whole):,} of {what} are trained on as well")
+        if len(grouped) > len(whole):
+            kinds = ", ".join(sorted(set(map(splits.grouping, grouped))))
+            told.append(f"warning: {len(grouped):,} of {what} share their {kinds} with training")
     return told
 
 
