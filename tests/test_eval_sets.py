@@ -1,18 +1,28 @@
 """lm/eval_sets.py: named sets in a run, which of them decides, what is never read, and what is refused."""
 
-import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
+from unittest import mock
 
+import jax
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from lm import eval_sets, train
-from lm.config import EvalSetConfig
+from lm import checkpoint, config, eval_sets, input_pipeline, train
+from lm import run as run_lib
+from lm.checkpoint import CheckpointError, resume
+from lm.config import MeshConfig
 from lm.config.schema import ConfigError
-from lm.data.readers import registry
-from lm.tasks import task_config
+from lm.data.record import DataError
+from lm.evaluation import metrics
+from lm.evaluator import Evaluator
+from lm.parallel import mesh as mesh_lib
+from lm.tasks import build_config, build_saved_config, task_config
 from lm.tracking import report
-from tests import toys, used_runs
+from tests import tool_modules, toys, used_runs
 
 LM, CLASSES = used_runs.KINDS["causal_lm"], used_runs.KINDS["classification"]
 LINES = {"format": "text", "separator": "\n"}
@@ -31,6 +41,10 @@ def files(tmp_path_factory) -> dict[str, Path]:
 def plain(monkeypatch):
     toys.use_one_device(monkeypatch)
     monkeypatch.setattr(report, "write_report", lambda workdir: workdir / "report.html")
+
+
+def one_device():
+    return mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def recipe(files, sets=None, **changes):
@@ -69,4 +83,308 @@ def test_the_scores_of_a_set_are_those_of_a_run_that_has_its_file_as_eval_path(f
         assert {"loss", "perplexity", "bits_per_byte"} <= of_set(rows[0], name).keys()
     assert {"loss", "nll", "accuracy", "f1", "matthews"} == of_set(rows[0], "labelled").keys()
     assert rows[2]["second/loss"] not in (rows[2]["loss"], rows[2]["third/loss"], rows[0]["second/loss"])
-    assert summary["second/loss"] == rows[2]["second/loss"] and summary["before"]["labelled/f1"] == rows[0]["labelled/f1"]
+    assert summary["second/loss"] == rows[2]["second/loss"]
+    assert summary["before"]["labelled/f1"] == rows[0]["labelled/f1"]
+
+
+def test_a_classifier_has_the_perplexity_of_texts_and_a_language_model_started_from_it_the_same(files, tmp_path):
+    """The body of a model with a head is evaluated on a task without one: an independent run has the same figures."""
+    sets = {
+        name: text(files, number) | LINES | {"task": {"name": "causal_lm"}} for number, name in ((1, "a"), (2, "b"))
+    }
+    as_classes = {"task__name": "classification", "task__labels": ("neg", "pos"), "model__pool": "last"}
+    as_classes |= {"data__packing": "pad", "data__format": "jsonl", "data__separator": "", "optim__ema_decay": 0.0}
+    classifier = recipe(files | {"train": files["labelled"]}, sets, **as_classes)
+    train.train(classifier, tmp_path / "classifier")
+    (*_, last) = evaluations(tmp_path / "classifier")
+    assert {"accuracy", "f1"} <= of_set(last, "valid").keys()
+    for number, name in ((1, "a"), (2, "b")):
+        model = {"init_from": str(tmp_path / "classifier"), "optim__ema_decay": 0.0, "data__packing": "pad"}
+        path = {"data__eval_path": str(files[f"text{number}"])}
+        train.train(recipe(files, **model | path | {"train__total_steps": 1}), tmp_path / name)
+        assert of_set(last, name) == of_set(evaluations(tmp_path / name)[0], "valid")
+
+
+@pytest.fixture(scope="module")
+def tested(files, tmp_path_factory):
+    """A run with the sets `test`, whose file is no text in any encoding, and `labelled`, of another task."""
+    broken = tmp_path_factory.mktemp("test") / "test.txt"
+    broken.write_bytes(b"\xff\xfe\xff")
+    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
+    with pytest.MonkeyPatch.context() as patch:
+        toys.use_one_device(patch)
+        names, is_on = [], [True]  # a hook cannot be removed
+        sys.addaudithook(lambda event, args: names.append(str(args[0])) if is_on and event == "open" else None)
+        sets = {"test": {"path": str(broken)}, "labelled": labelled, "valid": text(files, 1)}
+        workdir = tmp_path_factory.mktemp("runs") / "run"
+        train.train(recipe(files, sets), workdir)
+        is_on.clear()
+    return workdir, broken, names
+
+
+def test_training_does_not_open_the_test_set(files, tested):
+    workdir, broken, names = tested
+    assert str(files["text1"]) in names and str(files["train"]) in names, "the hook sees what is opened"
+    assert str(broken) not in names
+    assert not [key for row in evaluations(workdir) for key in row if key.startswith("test/")]
+
+
+def test_a_test_set_that_is_missing_is_an_error_before_the_training_data_is_read(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(input_pipeline, "load", lambda *_: pytest.fail("data was read"))
+    cfg = recipe(files, {"test": {"path": str(tmp_path / "no.txt")}})
+    with pytest.raises(DataError, match=r"'eval\.sets\.test': data path '.*no\.txt': no such file or folder"):
+        train.train(cfg, tmp_path / "run")
+
+
+def test_the_tool_scores_a_named_set_as_it_scores_its_file(files, tested, tmp_path):
+    workdir, broken, _ = tested
+    for out, arguments in (
+        ("path", [f"--path={files['text1']}"]),
+        ("set", ["--set=valid"]),
+        ("own task", ["--set=labelled", f"--compare={workdir}@2"]),
+    ):
+        folder = f"--out={tmp_path / out}"
+        tool_modules.call("evaluate", f"--run={workdir}", *arguments, folder, "--resamples=2")
+    found = {out: json.loads((tmp_path / out / "scores.json").read_text()) for out in ("path", "set", "own task")}
+    assert found["set"]["metrics"] == found["path"]["metrics"] and found["set"]["task"] == "causal_lm"
+    assert found["own task"]["task"] == "prompting"
+    last = of_set(evaluations(workdir)[-1], "labelled")
+    values = {name: one["value"] for name, one in found["own task"]["metrics"].items()}
+    assert {name: values[name] for name in last} == pytest.approx(last, rel=1e-5)
+    with pytest.raises(SystemExit) as stopped:
+        tool_modules.call("evaluate", f"--run={workdir}", "--set=test")
+    assert f"{broken}" in str(stopped.value), "the tool does read it"
+
+
+def test_valid_alone_decides_the_best_checkpoint_and_when_to_stop(files, tmp_path, monkeypatch):
+    losses = {"valid": iter([4.0, 3.0, 3.5, 3.6, 1.0]), "second": iter([1.0, 9.0, 3.0, 2.0, 1.0])}
+    monkeypatch.setattr(Evaluator, "_evaluate", lambda self, params, start, name: {"loss": next(losses[name])})
+    early = {"train__early_stopping__patience": 2, "train__total_steps": 10}
+    cfg = recipe(files, {"second": text(files, 2)}, **early)
+    summary = train.train(cfg, tmp_path / "run")
+    assert checkpoint.choose(f"{tmp_path / 'run'}@best").step == 2
+    assert summary["steps"] == 6, "the evaluations of steps 4 and 6 did not improve `valid`"
+    assert (summary["loss"], summary["second/loss"]) == (3.0, 9.0), "those of the best checkpoint"
+
+
+def test_a_resumed_run_has_the_same_rows(files, tmp_path, monkeypatch):
+    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
+    sets = {"valid": text(files, 1), "second": text(files, 2), "labelled": labelled}
+    cfg = recipe(files, sets, checkpoint__every_steps=2)
+    whole = train.train(cfg, tmp_path / "whole")
+    add = train.StepLog.add
+
+    def fail(self, step, *rest):
+        if step == 4:
+            raise KeyboardInterrupt
+        add(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StepLog, "add", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cfg, tmp_path / "broken")
+    summary = train.train(cfg, tmp_path / "broken")
+    assert evaluations(tmp_path / "broken") == evaluations(tmp_path / "whole")
+    names = [name for name in whole if "/" in name]
+    assert names and [summary[name] for name in names] == [whole[name] for name in names]
+
+
+def test_a_resumed_run_may_change_all_sets_but_valid(files, tmp_path, capsys):
+    old, second = recipe(files, {"valid": text(files, 1)}), text(files, 2)
+    said = []
+    resume.refuse_changes(old, recipe(files, {"valid": text(files, 1), "second": second}), tmp_path, say=said.append)
+    assert f"changed since the last start: eval.sets.second.path None -> {second['path']!r}" in said
+    for other in ({"valid": text(files, 3)}, {}, {"valid": text(files, 1) | LINES | {"separator": "."}}):
+        with pytest.raises(ConfigError, match=r"(?s)eval\.sets\.valid\..*pass --accept_changed_data"):
+            resume.refuse_changes(old, recipe(files, other), tmp_path)
+        resume.refuse_changes(old, recipe(files, other), tmp_path, accept_data=True)
+
+
+def test_other_records_of_valid_are_refused_and_those_of_another_set_reported(files, tmp_path, capsys):
+    paths = {name: tmp_path / f"{name}.txt" for name in ("valid", "second")}
+    for name, path in paths.items():
+        path.write_text(files["text1" if name == "valid" else "text2"].read_text())
+    sets = {name: {"path": str(path)} for name, path in paths.items()}
+    train.train(recipe(files, sets, checkpoint__every_steps=2), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    paths["second"].write_text(files["text3"].read_text())
+    train.train(recipe(files, sets), tmp_path / "run")
+    assert "eval.sets.second has other records than at step 4" in capsys.readouterr().out
+    paths["valid"].write_text(files["text3"].read_text())
+    with pytest.raises(CheckpointError, match=r"(?s)trained on other data.*\n  eval\.sets\.valid: \w+ -> \w+"):
+        train.train(recipe(files, sets), tmp_path / "run")
+
+
+def test_a_mixture_has_one_valid_set_and_trains_on_all_records(files, tmp_path):
+    mixture = ((0.0, str(files["train"]), 1.0), (0.0, str(files["labelled"]), 1.0))
+    source = recipe(files, {"valid": text(files, 1)}, data__path="", data__mixture=mixture)
+    run = run_lib.prepare(run_lib.plan(source, None), one_device(), lambda _: None)
+    assert list(run.data.rows_of("valid")) == [""] and "records_valid" not in run.data.report
+    assert run.data.report["documents_train"]["documents"] == 40
+    summary = train.train(source, tmp_path / "run")
+    assert "loss" in summary and not [name for name in summary if name.startswith(("documents_", "records_"))]
+
+
+def test_a_run_replays_all_data_of_a_run_that_held_nothing_out(files, tmp_path):
+    train.train(recipe(files, {"valid": text(files, 1)}), tmp_path / "first")
+    again = {"init_from": str(tmp_path / "first"), "data__replay": 0.5, "train__total_steps": 1}
+    source = recipe(files | {"train": files["text2"]}, **again)
+    run = run_lib.prepare(run_lib.plan(source, None), one_device(), lambda _: None)
+    assert run.data.report["replay_train"]["documents"] == 40 and list(run.data.rows_of("valid")) == [""]
+
+
+def test_what_is_named_twice_or_trained_on_is_said(files, tmp_path):
+    link = tmp_path / "link.txt"
+    link.symlink_to(files["text2"])
+    sets = {"a": text(files, 2), "b": {"path": str(link)}, "test": {"path": str(files["train"])}}
+    sets["c"] = {"path": str(files["train"])}
+    notes = []
+    run_lib.prepare(run_lib.plan(recipe(files, sets), None), one_device(), notes.append)
+    said = "\n".join(notes)
+    assert f"warning: {files['text2']} is in eval.sets.a and in eval.sets.b" in said
+    assert f"warning: {files['train']} is in eval.sets.c and in eval.sets.test and in the training data" in said
+    assert re.search(r"warning: 3\d of 40 records of eval\.sets\.c are trained on as well", said)
+    assert "records of eval.sets.a are" not in said
+
+
+REFUSED = {
+    "a name": ({"a b": {"path": "x"}}, {}, r"'eval\.sets\.a b': expected a name of letters, digits"),
+    "train": ({"train": {"path": "x"}}, {}, r"'eval\.sets\.train': expected a name .* not train"),
+    "no path": ({"a": {}}, {}, r"'eval\.sets\.a\.path' is empty"),
+    "no section": ({"a": "x"}, {}, r"'eval\.sets\.a' is a section of keys; expected a dict, got 'x'"),
+    "an unknown key": ({"a": {"pth": "x"}}, {}, r"unknown config key 'eval\.sets\.a\.pth' \(did you mean 'path'\?\)"),
+    "an unknown format": ({"a": {"path": "x", "format": "txt"}}, {}, r"'eval\.sets\.a\.format' must be one of .*'txt'"),
+    "no format": ({"a": {"path": "x"}}, {"data__format": "builtin_text"}, r"'eval\.sets\.a\.format' is ''.*set it"),
+    "a split": ({"a": {"path": "x", "split": "test"}}, {}, r"'eval\.sets\.a\.split' is 'test', but format text has no"),
+    "no split": ({"a": {"path": "x", "format": "tfds"}}, {}, r"'eval\.sets\.a\.split' is empty"),
+    "an encoding": ({"a": {"path": "x", "encoding": "utf8x"}}, {}, r"'eval\.sets\.a\.encoding' is 'utf8x'"),
+    "an unknown task": (
+        {"a": {"path": "x", "task": {"name": "chats"}}},
+        {},
+        r"'eval\.sets\.a\.task\.name' must be one of .*\(did you mean 'chat'\?\)",
+    ),
+    "options without a task": ({"a": {"path": "x", "task": {"shots": 1}}}, {}, r"'eval\.sets\.a\.task\.name' must be"),
+    "an option": (
+        {"a": {"path": "x", "task": {"name": "prompting", "shot": 1}}},
+        {},
+        r"unknown config key 'eval\.sets\.a\.task\.shot' \(did you mean 'shots'\?\)",
+    ),
+    "valid with a task": (
+        {"valid": {"path": "x", "task": {"name": "chat"}}},
+        {},
+        r"'eval\.sets\.valid\.task\.name' is",
+    ),
+    "valid twice": (
+        {"valid": {"path": "x"}},
+        {"data__eval_path": "y"},
+        r"'data\.eval_path' \('y'\) and 'eval\.sets\.val",
+    ),
+    "valid of interactions": (
+        {"valid": {"path": "x"}},
+        {"data__format": "interactions", "data__separator": ""},
+        r"'eval\.sets\.valid': interactions validate on",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_set_that_cannot_be_read_is_refused(what, files):
+    sets, changes, message = REFUSED[what]
+    with pytest.raises(ConfigError, match=message):
+        recipe(files, sets, **changes)
+
+
+def one(files, name: str, **options):
+    return {"a": {"path": str(files["labelled"]), "format": "jsonl", "task": {"name": name, **options}}}
+
+
+UNFIT = {
+    "a head": (
+        ("classification", {"labels": ("neg", "pos")}),
+        r"'eval\.sets\.a\.task\.name' is classification, which needs parameters that this run's model does not have "
+        r"\(head/classifier/bias.*\); expected causal_lm with .* or a task without a head: causal_lm, .*prompting",
+    ),
+    "another kind of model": (
+        ("translation", {}),
+        r"'eval\.sets\.a\.task\.name' is translation, which does not support",
+    ),
+    "items": (("next_item", {}), r"'eval\.sets\.a\.task\.name' is next_item, which reads other data than"),
+    "the start": (("preferences", {}), r"'eval\.sets\.a\.task\.name' is preferences, which compares with the param"),
+    "options": (("prompting", {"labels": ("neg", "pos")}), r"'eval\.sets\.a\.task': 'task\.templates' is empty"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_task_that_does_not_fit_the_model_is_refused_before_data_is_read(what, files):
+    (name, options), message = UNFIT[what]
+    with pytest.raises(ConfigError, match=message):
+        run_lib.plan(recipe(files, one(files, name, **options)), None)
+
+
+def test_shots_need_training_records_of_the_task(files):
+    cfg = recipe(files, one(files, **TASK | {"shots": 1}))
+    with pytest.raises(
+        ConfigError, match=r"'eval\.sets\.a\.task\.shots' is 1, but the training data has no records of"
+    ):
+        run_lib.prepare(run_lib.plan(cfg, None), one_device(), lambda _: None)
+
+
+def test_nothing_held_out_and_a_metric_of_another_set_are_refused(files):
+    second = {"second": text(files, 2)}
+    with pytest.raises(ConfigError, match=r"nothing is held out: .* or a set 'valid' of 'eval\.sets'"):
+        run_lib.plan(recipe(files, second, data__eval_fraction=0.0), None)
+    cfg = recipe(files, second, checkpoint__best_metric="second/loss")
+    with pytest.raises(ConfigError, match=r"no metric 'second/loss' of the set 'valid', which alone decides"):
+        run_lib.prepare(run_lib.plan(cfg, None), one_device(), lambda _: None)
+
+
+def test_a_set_is_read_in_the_format_of_the_data_unless_it_names_one(files):
+    sets = {"a": text(files, 1), "b": text(files, 2) | {"format": "text"}, "c": text(files, 3) | {"separator": "."}}
+    cfg = recipe(files, sets | {"d": {"path": "x", "format": "jsonl", "rename": (("a", "text"),)}})
+    read = {name: eval_sets.config_of(cfg, name).data for name in "abcd"}
+    assert [read[name].separator for name in "abcd"] == ["\n", "", ".", ""]
+    assert (read["d"].format, read["d"].rename, read["d"].encoding) == ("jsonl", (("a", "text"),), "utf-8")
+    assert {data.seq_len for data in read.values()} == {cfg.data.seq_len}
+    with pytest.raises(ConfigError, match=r"no set 'e' in 'eval\.sets'.*; there are: a, b, c, d"):
+        eval_sets.config_of(cfg, "e")
+    own = eval_sets.config_of(recipe(files, data__eval_path=str(files["text1"])), "valid")
+    assert own.data.path == str(files["text1"])
+    with pytest.raises(ConfigError, match=r"what the run holds out of 'data\.path' is not a file that can be named"):
+        eval_sets.config_of(recipe(files), "valid")
+
+
+def test_a_saved_config_and_the_command_line_have_the_sets(files, tmp_path):
+    sets = {"a": text(files, 1), "b": {"path": "x", "format": "jsonl", "task": TASK}, "test": {"path": "y"}}
+    cfg = recipe(files, sets)
+    assert build_saved_config(json.loads(config.to_json(cfg))) == cfg and hash(cfg)
+    written = tmp_path / "recipe.py"
+    written.write_text(
+        "from lm.tasks import default_config\n\n\ndef get_config():\n    c = default_config()\n"
+        "    c.eval.sets = {'a': {'path': 'x', 'format': 'text'}}\n    c.train.total_steps = 1\n    return c\n"
+    )
+
+    def given(*arguments):
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, flag_values=values)
+        argv = ["lm.main", f"--config={written}", *arguments]
+        with mock.patch.object(sys, "argv", argv):
+            values(argv)
+        return build_config(values.config).eval.sets
+
+    ((name, found),) = given("--config.eval.sets.a.path=z")
+    assert (name, found.path, found.format) == ("a", "z", "text")
+    whole = dict(
+        given("--config.eval.sets={'b': {'path': 'z', 'format': 'jsonl'}, 'test': {'path': 'y', 'format': 'text'}}")
+    )
+    assert {name: one.path for name, one in whole.items()} == {"b": "z", "test": "y"}
+
+
+def test_metrics_of_a_set_have_the_units_of_its_task(files):
+    cfg = recipe(files, {"a": text(files, 1), "b": one(files, **TASK)["a"]})
+    found = {
+        name: metrics.about(name, lambda prefix: eval_sets.loss_unit(cfg, prefix)) for name in ("a/loss", "b/loss")
+    }
+    assert [about.unit for about in found.values()] == ["nats per token", "nats per example"]
+    assert found["a/loss"].title == "a: Loss" and found["a/loss"].less_is_better
+    assert metrics.gain("a/loss", 2.0) == -2.0 and metrics.is_known("a/web_f1") and not metrics.is_known("a/x")
+    assert metrics.about("a/web_loss", lambda prefix: prefix) == metrics.About("a: web: Loss", "a/web", True)
