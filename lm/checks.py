@@ -83,7 +83,9 @@ def has_valid_set(cfg: Config) -> None:
     """Raises ConfigError if there is nothing to choose a checkpoint by."""
     held_out = all(map(registry.holds_out, input_pipeline.by_source(cfg.data).values()))
     if not held_out and eval_sets.VALID not in dict(cfg.eval.sets):
-        raise ConfigError(registry.NOTHING_HELD_OUT)
+        raise ConfigError(
+            "nothing is held out: set 'data.eval_path', 'data.eval_fraction' above 0, or a set 'valid' of 'eval.sets'"
+        )
 
 
 def sets_fit(cfg: Config, abstract_params: Any, tokenizer: Any) -> None:

@@ -47,7 +47,7 @@ FILES: dict[str, Callable[[str], str]] = {
     **{f"imdb/imdb_{part}.jsonl.gz": _lines for part in ("train", "test")},
     **{f"gsm8k/{part}.jsonl": _lines for part in ("train", "test")},
     **{f"{name}/{part}.tsv": _lines for name in ("sst2", "cola", "rte") for part in ("train", "dev")},
-    **{f"stsb/stsb-en-{part}.csv": _lines for part in ("train", "dev")},
+    **{f"stsb/stsb-en-{part}.csv": _lines for part in ("train", "dev", "test")},
     **{f"multi30k/{part}.{side}.gz": _lines for part in ("train", "val", "test_2016_flickr") for side in ("en", "de")},
     **{f"bc5cdr/{part}.tsv": _blocks for part in ("train", "devel")},
     "ud_ewt/en_ewt-ud-train_from_source_docs.conllu.gz": _blocks,

@@ -138,7 +138,7 @@ def run_of(abstract, fingerprint: str = "f"):
     optimizer = SimpleNamespace(selection=SimpleNamespace(trained={"a": True}))
     return SimpleNamespace(
         program=SimpleNamespace(abstract_state=abstract, optimizer=optimizer),
-        data=SimpleNamespace(fingerprint=fingerprint, about={}),
+        data=SimpleNamespace(fingerprint=fingerprint, about={}, set_fingerprints={}),
     )
 
 

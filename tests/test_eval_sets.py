@@ -14,14 +14,17 @@ from ml_collections import config_flags
 from lm import checkpoint, config, eval_sets, input_pipeline, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, resume
+from lm.checkpoint.hf import card
 from lm.config import MeshConfig
 from lm.config.schema import ConfigError
+from lm.corpus import pipeline, workers
 from lm.data.record import DataError
 from lm.evaluation import metrics
 from lm.evaluator import Evaluator
 from lm.parallel import mesh as mesh_lib
 from lm.tasks import build_config, build_saved_config, task_config
 from lm.tracking import report
+from lm.tracking.tracker import Tracker
 from tests import tool_modules, toys, used_runs
 
 LM, CLASSES = used_runs.KINDS["causal_lm"], used_runs.KINDS["classification"]
@@ -62,6 +65,12 @@ def evaluations(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "crc32")} for row in rows if row["split"] == "eval"]
 
 
+def losses(workdir: Path) -> list[float]:
+    """The training losses of a run."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == "train"]
+
+
 def of_set(row: dict, name: str) -> dict:
     """The metrics of a set by their own names."""
     if name == "valid":
@@ -80,6 +89,8 @@ def test_the_scores_of_a_set_are_those_of_a_run_that_has_its_file_as_eval_path(f
         train.train(recipe(files, data__eval_path=str(files[f"text{number}"])), tmp_path / name)
         alone = evaluations(tmp_path / name)
         assert [of_set(row, name) for row in rows] == [of_set(row, "valid") for row in alone]
+        if name == "valid":
+            assert losses(tmp_path / "sets") == losses(tmp_path / name)
         assert {"loss", "perplexity", "bits_per_byte"} <= of_set(rows[0], name).keys()
     assert {"loss", "nll", "accuracy", "f1", "matthews"} == of_set(rows[0], "labelled").keys()
     assert rows[2]["second/loss"] not in (rows[2]["loss"], rows[2]["third/loss"], rows[0]["second/loss"])
@@ -388,3 +399,56 @@ def test_metrics_of_a_set_have_the_units_of_its_task(files):
     assert found["a/loss"].title == "a: Loss" and found["a/loss"].less_is_better
     assert metrics.gain("a/loss", 2.0) == -2.0 and metrics.is_known("a/web_f1") and not metrics.is_known("a/x")
     assert metrics.about("a/web_loss", lambda prefix: prefix) == metrics.About("a: web: Loss", "a/web", True)
+
+
+def test_prepared_data_of_a_recipe_with_a_valid_set_holds_nothing_out(files, tmp_path):
+    source = recipe(files, {"valid": text(files, 1)})
+    index = pipeline.run(pipeline.plan(source, tmp_path / "data"), workers.in_process, lambda *_: None)
+    assert index["statistics"]["kept"]["valid"]["documents"] == 0
+    assert "Held out: nothing." in (tmp_path / "data" / "README.md").read_text()
+    prepared = {"data__format": "prepared", "data__separator": "", "data__path": str(tmp_path / "data")}
+    valid = {"valid": text(files, 1) | LINES}
+    run = run_lib.prepare(run_lib.plan(recipe(files, valid, **prepared), None), one_device(), lambda _: None)
+    assert run.data.report["train"]["documents"] == index["statistics"]["kept"]["train"]["documents"] > 30
+    assert run.data.report["eval.sets.valid"]["documents"] == 12 and len(run.data.valid) > 0
+    with pytest.raises(ConfigError, match=r"'eval\.sets\.a\.format' is '', but data\.format=prepared names no file"):
+        recipe(files, valid | {"a": text(files, 2)}, **prepared)
+
+
+def test_a_valid_set_takes_the_place_of_a_folders_validation_split(files, tmp_path):
+    for name, number in (("train", 2), ("dev", 3)):
+        (tmp_path / f"{name}.txt").write_text(files[f"text{number}"].read_text())
+    notes = []
+    for sets, held_out in (({}, "is held out"), ({"valid": text(files, 1)}, "is not read")):
+        planned = run_lib.plan(recipe({"train": tmp_path}, sets), None)
+        run = run_lib.prepare(planned, one_device(), notes.append)
+        assert f"'train' is trained on, 'validation' {held_out}" in "\n".join(notes)
+        assert run.data.report["train"]["documents"] == 12
+        notes.clear()
+
+
+@pytest.fixture(scope="module")
+def eight_devices():
+    return mesh_lib.make_mesh(MeshConfig(fsdp=4, data=2), jax.devices())  # before `plain` replaces the function
+
+
+def test_devices_change_no_score_of_a_set(files, eight_devices, tmp_path):
+    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
+    source = recipe(files, {"valid": text(files, 1), "labelled": labelled})
+    found = []
+    assert eight_devices.size == 8
+    for mesh in (one_device(), eight_devices):
+        run = run_lib.prepare(run_lib.plan(source, None), mesh, lambda _: None)
+        with jax.set_mesh(mesh):
+            state, _, _ = train.restore(run, [], lambda _: None)
+            with Tracker(tmp_path / str(mesh.size), 1, 0, True, source.monitor) as tracker:
+                found.append(Evaluator(run, tracker).validate(state, 0))
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and "labelled/loss" in found[0]
+
+
+def test_a_model_card_has_no_private_path_of_a_set(files):
+    cfg = recipe(files, {"a": text(files, 1), "test": {"path": "relative/test.txt"}})
+    about = {"model_type": "gpt2", "head": None, "parameters": 1, "base": "", "is_adapter": False, "step": 2}
+    page = card.card("name", cfg, metrics={"loss": 1.0, "a/loss": 2.0}, summary={}, **about)
+    assert "eval.sets.a.path = 'documents.txt'" in page and "eval.sets.test.path = 'relative/test.txt'" in page
+    assert str(files["text1"]) not in page and "| a/loss | 2 |" in page

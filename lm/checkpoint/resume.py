@@ -122,8 +122,8 @@ def check_data(saved: Saved, data: Data, accept: bool, say: Callable[[str], None
     With `accept` the differences are reported only, and so are those of the sets of `eval.sets` that decide nothing.
     """
     was = saved.info["data"]
-    for name, print_ in data.set_fingerprints.items():
-        if was.get("sets", {}).get(name, print_) != print_:
+    for name, now in data.set_fingerprints.items():
+        if was.get("sets", {}).get(name, now) != now:
             say(f"eval.sets.{name} has other records than at step {saved.step:,}, or in another order")
     if was["fingerprint"] == data.fingerprint:
         return

@@ -35,10 +35,12 @@ def text(index: Mapping[str, Any]) -> str:
             f"{kept['tokens'] / kept['rows'] / length:.1%}",
         )
         for part, kept in statistics["kept"].items()
+        if kept["rows"]
     ]
     bad = ", ".join(f"{kind} {count:,}" for kind, count in statistics["faults"].items()) or "none"
     near = f"similarity of at least {how['near']}" if how["near"] else "not removed"
-    held = "data.eval_path" if data["eval_path"] else f"a share of {data['eval_fraction']}, by the hash of the content"
+    share = f"a share of {data['eval_fraction']}, by the hash of the content" if data["eval_fraction"] else "nothing"
+    held = "data.eval_path" if data["eval_path"] else share
     sections = [
         "# Prepared data",
         f"Rows of {length} tokens for `task.name={settings['task']['name']}`, `data.packing={settings['packing']}`.",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm import lease
+from lm import checks, lease
 from lm.config import Config, older, schema
 from lm.config.schema import ConfigError
 from lm.corpus import artifacts, data_card, shard_writer, stages
@@ -100,6 +100,7 @@ def plan(
             "'init_from' is set, whose tokenizer must be used: set tokenizer.path=RUN/tokenizer.model, or RUN/tokenizer"
         )
     given_tokenizer = tokenizer.load(cfg.tokenizer.path) if cfg.tokenizer.path else None
+    checks.has_valid_set(cfg)
     units = registry.find(cfg.data)
     evaluation_files = [file for path in evaluation for file in paths.find_files(path, ("",))]
     block_bytes = max(1, shard_bytes // 2)
@@ -289,7 +290,7 @@ def _finish(planned: Plan, faults: list[Fault]) -> None:
     for name, info in zip(names, infos, strict=True):
         parts[name.partition("-")[0]] += [info["entry"]] if info["entry"] else []
     statistics = _statistics(job, infos, parts, faults)
-    if empty := [part for part in PARTS if not parts[part]]:
+    if empty := [part for part in stages.parts_with_documents(job) if not parts[part]]:
         raise DataError(f"no {empty[0]} document is left: all are duplicates of others; give more data")
     with (job.folder / "removed.jsonl.tmp").open("wb") as file:
         for fault in faults:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.corpus import artifacts, stages
-from lm.corpus.stages import CONTAMINATED, EXACT, NEAR, PARTS, Job
+from lm.corpus.stages import CONTAMINATED, EXACT, NEAR, Job
 from lm.data import packing, shards, tokenizer
 from lm.data.example import Example
 from lm.data.record import DataError
@@ -39,7 +39,7 @@ class Documents(NamedTuple):
 def shard_names(job: Job) -> list[str]:
     """Names of all shards, each of about `shard_bytes` of text. Raises DataError if a part has no document."""
     names = []
-    for part in PARTS:
+    for part in stages.parts_with_documents(job):
         size = _bytes_of_part(job, part)
         if not size:
             raise DataError(_nothing_left(job, part))

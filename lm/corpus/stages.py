@@ -85,6 +85,11 @@ def blocks_of_part(job: Job, part: str) -> list[tuple[int, str]]:
     return [(number, name) for number, name in numbered if is_held[name] == (part == "valid")]
 
 
+def parts_with_documents(job: Job) -> tuple[str, ...]:
+    """The parts that must have documents: both, unless nothing is held out: the runs have a set `valid` then."""
+    return PARTS if registry.holds_out(job.cfg.data) else ("train",)
+
+
 def keys_of_part(job: Job, part: str) -> tuple[int, int]:
     """The range [low, high) of the keys of a part's documents, in its blocks."""
     if job.held_groups:

@@ -102,7 +102,7 @@ def _pipeline(cfg: Config, head: Head | None) -> str:
 def _public(key: str, value: Any) -> Any:
     """The value of a key of the config, with the last name instead of each absolute path, which says more of a machine
     than of a model."""
-    if key not in _PATHS:
+    if key not in _PATHS and not (key.startswith("eval.sets.") and key.endswith(".path")):
         return value
     if isinstance(value, tuple):
         return tuple(_public(key, each) for each in value)

@@ -71,11 +71,6 @@ class Split:
     test: list[Record] = dataclasses.field(default_factory=list)
 
 
-NOTHING_HELD_OUT = (
-    "nothing is held out: set 'data.eval_path', an 'data.eval_fraction' above 0, or a set 'valid' of 'eval.sets'"
-)
-
-
 def load(cfg: DataConfig, wanted: Wanted = NOTHING) -> Split:
     """Reads the records that `data.*` names.
 
@@ -107,12 +102,14 @@ def find(cfg: DataConfig) -> Units:
 
     Raises:
       DataError: a path matches nothing, or both paths match the same unit.
-      ConfigError: a key is set that this format does not read, or nothing is held out.
+      ConfigError: a key is set that this format does not read.
     """
     _check(cfg)
-    if not holds_out(cfg):
-        raise ConfigError(NOTHING_HELD_OUT)
-    return FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
+    units = FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
+    if holds_out(cfg):
+        return units
+    notes = (note.replace(_AND_HELD_OUT, ", 'validation' is not read") for note in units.notes)
+    return Units(units.train, [], tuple(notes))
 
 
 def holds_out(cfg: DataConfig) -> bool:
@@ -377,11 +374,7 @@ def _check(cfg: DataConfig) -> None:
 
 
 def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
-    _check(cfg)
-    units, faults, not_read = FORMATS[cfg.format].find(cfg.path, cfg.eval_path), list[Fault](), list[NotRead]()
-    if not holds_out(cfg):
-        notes = tuple(note.replace(_AND_HELD_OUT, ", 'validation' is not read") for note in units.notes)
-        units = Units(units.train, [], notes)
+    units, faults, not_read = find(cfg), list[Fault](), list[NotRead]()
     parts = (units.train, units.valid)
     train, valid = (
         list(_good_records((read(unit, cfg, wanted) for unit in part), cfg, faults, not_read)) for part in parts
