@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import eval_sets, input_pipeline, param_paths, program
+from lm import eval_sets, param_paths, program
 from lm.config import Config, GenerateConfig, LossConfig, schema
 from lm.config.schema import ConfigError
 from lm.data import augment
-from lm.data.readers import registry
 from lm.tasks import TASKS, Task, columns_of_batch, task_of
 
 
@@ -76,15 +75,6 @@ def fit(cfg: Config) -> None:
         raise ConfigError(
             f"'generate.stop' is set, but the texts of task.name={name} are found by beam search, which does not read "
             "it; set it to ()"
-        )
-
-
-def has_valid_set(cfg: Config) -> None:
-    """Raises ConfigError if there is nothing to choose a checkpoint by."""
-    held_out = all(map(registry.holds_out, input_pipeline.by_source(cfg.data).values()))
-    if not held_out and eval_sets.VALID not in dict(cfg.eval.sets):
-        raise ConfigError(
-            "nothing is held out: set 'data.eval_path', 'data.eval_fraction' above 0, or a set 'valid' of 'eval.sets'"
         )
 
 

@@ -63,6 +63,9 @@ def parse(argv: list[str]) -> list[str]:
             given = arg.removeprefix("--config.").partition("=")[0]
             if arg.startswith("--config.") and (now := older.successor(given)):
                 stop(f"error: unknown config key in {arg}: set {now} instead")
+            if given.startswith("eval.sets."):
+                whole = "--config.eval.sets=\"{'NAME': {'path': ...}}\""
+                stop(f"error: {arg}: the recipe gives no such set or key; {whole} gives all sets at once")
         key = message.lstrip("'").split("'")[0]
         flag = next((f" in {arg}" for arg in argv if arg.startswith("--config.") and key in arg), "")
         stop(f"error: unknown config key{flag}: {message}")

@@ -104,6 +104,7 @@ def data_at(cfg: Config, path: str, **changes: Any) -> DataConfig:
       ConfigError: the run's format is not one of files of records, and `changes` names none; an unknown format.
     """
     values = schema.to_dict(cfg.data) | {"max_records": 0, "max_bad_records": 0, "eval_path": "", "replay": 0.0}
+    values["eval_fraction"] = cfg.data.eval_fraction or DataConfig.eval_fraction  # of no effect, but 0 is refused
     if changes.get("format", cfg.data.format) != cfg.data.format:
         values |= {"rename": (), "separator": "", "encoding": DataConfig.encoding}
     whole = schema.to_dict(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, sets=())))

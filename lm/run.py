@@ -113,7 +113,6 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     init = init_from.choose(cfg.init_from, cfg.model) if cfg.init_from and not own else None
     cfg = _published_shape(cfg, own, init)
     checks.fit(cfg)
-    checks.has_valid_set(cfg)
     overlong: Any = task_of(cfg).overlong[0] if cfg.data.overlong == "auto" else cfg.data.overlong
     data = dataclasses.replace(cfg.data, overlong=overlong)
     found = _find_tokenizer(cfg, workdir if own else None, init) if task_of(cfg).texts else None

@@ -15,9 +15,10 @@ from lm import checkpoint, config, eval_sets, input_pipeline, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, resume
 from lm.checkpoint.hf import card
-from lm.config import MeshConfig
+from lm.config import MeshConfig, schema
 from lm.config.schema import ConfigError
 from lm.corpus import pipeline, workers
+from lm.data.readers import registry
 from lm.data.record import DataError
 from lm.evaluation import metrics
 from lm.evaluator import Evaluator
@@ -25,7 +26,7 @@ from lm.parallel import mesh as mesh_lib
 from lm.tasks import build_config, build_saved_config, task_config
 from lm.tracking import report
 from lm.tracking.tracker import Tracker
-from tests import tool_modules, toys, used_runs
+from tests import small_sets, tool_modules, toys, used_runs
 
 LM, CLASSES = used_runs.KINDS["causal_lm"], used_runs.KINDS["classification"]
 LINES = {"format": "text", "separator": "\n"}
@@ -343,7 +344,7 @@ def test_shots_need_training_records_of_the_task(files):
 def test_nothing_held_out_and_a_metric_of_another_set_are_refused(files):
     second = {"second": text(files, 2)}
     with pytest.raises(ConfigError, match=r"nothing is held out: .* or a set 'valid' of 'eval\.sets'"):
-        run_lib.plan(recipe(files, second, data__eval_fraction=0.0), None)
+        recipe(files, second, data__eval_fraction=0.0)
     cfg = recipe(files, second, checkpoint__best_metric="second/loss")
     with pytest.raises(ConfigError, match=r"no metric 'second/loss' of the set 'valid', which alone decides"):
         run_lib.prepare(run_lib.plan(cfg, None), one_device(), lambda _: None)
@@ -452,3 +453,35 @@ def test_a_model_card_has_no_private_path_of_a_set(files):
     page = card.card("name", cfg, metrics={"loss": 1.0, "a/loss": 2.0}, summary={}, **about)
     assert "eval.sets.a.path = 'documents.txt'" in page and "eval.sets.test.path = 'relative/test.txt'" in page
     assert str(files["text1"]) not in page and "| a/loss | 2 |" in page
+
+
+def test_a_set_of_tfds_names_its_split_in_either_spelling(files, tfds_dir):
+    import tensorflow_datasets
+
+    rows = {part: [{"text": f"a {part} of number {i}"} for i in range(6)] for part in ("train", "test", "dev")}
+    small_sets.write_tfds(tfds_dir, "films", {"text": tensorflow_datasets.features.Text()}, rows)
+    sets = {"second": {"path": "films", "format": "tfds", "split": "dev"}}
+    tfds = {"data__format": "tfds", "data__path": "films", "data__eval_path": "test", "data__separator": ""}
+    cfg = recipe(files, sets, **tfds)
+    found = eval_sets.load(cfg)["second"].records
+    assert [record["text"] for record in found] == [row["text"] for row in rows["dev"]]
+    valid = registry.stream(eval_sets.config_of(cfg, "valid").data)
+    assert [record["text"] for record in valid] == [record["text"] for record in registry.load(cfg.data).valid]
+    missing = {"second": {"path": "films", "format": "tfds", "split": "tset"}}
+    with pytest.raises(DataError, match=r"'eval\.sets\.second': TFDS set 'films/.*no split 'tset'"):
+        eval_sets.find(recipe(files, missing, **tfds), [])
+
+
+def test_a_batch_of_a_set_can_be_looked_at(files, tmp_path, capsys):
+    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
+    source = recipe(files, {"labelled": labelled, "test": text(files, 1)})
+    written = tmp_path / "recipe.py"
+    content = "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({})\n"
+    written.write_text(content.format(schema.to_dict(source)))
+    tool_modules.call("inspect_batch", f"--config={written}", "--split=labelled", "--rows=1")
+    said = capsys.readouterr().out
+    assert "eval.sets.labelled: documents 16" in said and re.search("label (neg|pos)", said)
+    with pytest.raises(SystemExit, match="--split=test: expected one of train, valid, labelled"):
+        tool_modules.call("inspect_batch", f"--config={written}", "--split=test")
+    with pytest.raises(SystemExit, match=r"--config\.eval\.sets\.new\.path=x: the recipe gives no such set or key"):
+        tool_modules.call("inspect_batch", f"--config={written}", "--config.eval.sets.new.path=x")

@@ -26,5 +26,6 @@ from lm.config.sections import (
     check,
     check_model,
     diff,
+    holds_out,
     to_json,
 )

@@ -88,6 +88,16 @@ class DataConfig:
     max_records: int = 0  # 0 = all of them
 
 
+# Formats that name no files of records: prepared data and the built-in corpora have held-out parts of their own.
+_NO_FILES = ("builtin_text", "builtin_instructions", "prepared")
+
+
+def holds_out(data: DataConfig) -> bool:
+    """Whether records are held out of the training data, or are in files of `data.eval_path`."""
+    has_parts = data.format in (*_NO_FILES, "interactions")
+    return has_parts or bool(data.eval_path) or data.eval_fraction > 0
+
+
 def _check_data(data: DataConfig) -> None:
     schema.check_encoding(data.encoding, "data.encoding")
     is_builtin, starts = data.format.startswith("builtin"), [start for start, _, _ in data.mixture]
@@ -429,7 +439,7 @@ class EvalConfig:
 
 
 def _check_sets(config: "Config") -> None:
-    """Raises ConfigError for a set of `eval.sets` that cannot be read, whatever its files hold."""
+    """Raises ConfigError for a set of `eval.sets` that cannot be read, whatever its files hold, or no set `valid`."""
     data, reserved = config.data, ("train",)
     for name, one in config.eval.sets:
         key = f"eval.sets.{name}"
@@ -441,7 +451,7 @@ def _check_sets(config: "Config") -> None:
                 f"{' or '.join(reserved)}": is_named,
                 f"'{key}.path' is empty: a set needs a file, folder or glob": bool(one.path),
                 f"'{key}.format' is '', but data.format={data.format} names no file of records: set it, such as "
-                "jsonl": own_format not in ("builtin_text", "builtin_instructions", "prepared"),
+                "jsonl": own_format not in _NO_FILES,
                 f"'{key}.split' is {one.split!r}, but format {own_format} has no splits; 'path' names the file": (
                     not one.split or own_format == "tfds"
                 ),
@@ -453,6 +463,8 @@ def _check_sets(config: "Config") -> None:
         if one.encoding:
             schema.check_encoding(one.encoding, f"{key}.encoding")
     valid = dict(config.eval.sets).get("valid")
+    message = "nothing is held out: set 'data.eval_path', 'data.eval_fraction' above 0, or a set 'valid' of 'eval.sets'"
+    _refuse({message: bool(valid) or holds_out(data)})
     if valid:
         _refuse(
             {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm import checks, lease
+from lm import lease
 from lm.config import Config, older, schema
 from lm.config.schema import ConfigError
 from lm.corpus import artifacts, data_card, shard_writer, stages
@@ -100,7 +100,6 @@ def plan(
             "'init_from' is set, whose tokenizer must be used: set tokenizer.path=RUN/tokenizer.model, or RUN/tokenizer"
         )
     given_tokenizer = tokenizer.load(cfg.tokenizer.path) if cfg.tokenizer.path else None
-    checks.has_valid_set(cfg)
     units = registry.find(cfg.data)
     evaluation_files = [file for path in evaluation for file in paths.find_files(path, ("",))]
     block_bytes = max(1, shard_bytes // 2)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from lm.config import Config
+from lm.config import Config, holds_out
 from lm.corpus import artifacts, decontaminate, dedup, filters, ngrams
 from lm.data import splits
 from lm.data.readers import paths, registry
@@ -87,7 +87,7 @@ def blocks_of_part(job: Job, part: str) -> list[tuple[int, str]]:
 
 def parts_with_documents(job: Job) -> tuple[str, ...]:
     """The parts that must have documents: both, unless nothing is held out: the runs have a set `valid` then."""
-    return PARTS if registry.holds_out(job.cfg.data) else ("train",)
+    return PARTS if holds_out(job.cfg.data) else ("train",)
 
 
 def keys_of_part(job: Job, part: str) -> tuple[int, int]:

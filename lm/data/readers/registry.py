@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm.config import DataConfig
+from lm.config import DataConfig, holds_out
 from lm.config.schema import ConfigError
 from lm.data import labels, splits
 from lm.data.readers import array_record, images, interactions, parquet, python_stdlib, tables, tfds
@@ -110,11 +110,6 @@ def find(cfg: DataConfig) -> Units:
         return units
     notes = (note.replace(_AND_HELD_OUT, ", 'validation' is not read") for note in units.notes)
     return Units(units.train, [], tuple(notes))
-
-
-def holds_out(cfg: DataConfig) -> bool:
-    """Whether records are held out of the training data, or are in files of `data.eval_path`."""
-    return cfg.format not in FORMATS or bool(cfg.eval_path or cfg.eval_fraction)
 
 
 def units(cfg: DataConfig) -> list[Unit]:
