@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -60,6 +61,11 @@ def text(files, number: int) -> dict[str, str]:
     return {"path": str(files[f"text{number}"])}
 
 
+def labelled(files) -> dict[str, Any]:
+    """A set of another task than the run's."""
+    return {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
+
+
 def evaluations(workdir: Path) -> list[dict]:
     """The evaluations of a run, without their times."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -79,19 +85,40 @@ def of_set(row: dict, name: str) -> dict:
     return {key.removeprefix(f"{name}/"): value for key, value in row.items() if key.startswith(f"{name}/")}
 
 
-def test_the_scores_of_a_set_are_those_of_a_run_that_has_its_file_as_eval_path(files, tmp_path):
-    """Three texts and a set of another task in one run; and `valid` in either spelling."""
+class Whole(NamedTuple):
+    """A run with sets of all kinds. The file of `test` is no text; `opened` are the files that Python opened."""
+
+    cfg: config.Config
+    workdir: Path
+    broken: Path
+    opened: list[str]
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    broken = folder / "test.txt"
+    broken.write_bytes(b"\xff\xfe\xff")
     sets = {"valid": text(files, 1), "second": text(files, 2), "third": text(files, 3) | LINES}
-    sets["labelled"] = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
-    summary = train.train(recipe(files, sets), tmp_path / "sets")
-    rows = evaluations(tmp_path / "sets")
+    sets |= {"labelled": labelled(files), "test": {"path": str(broken)}}
+    cfg, names, is_on = recipe(files, sets, checkpoint__every_steps=2), [], [True]  # a hook cannot be removed
+    sys.addaudithook(lambda event, args: names.append(str(args[0])) if is_on and event == "open" else None)
+    with pytest.MonkeyPatch.context() as patch:
+        toys.use_one_device(patch)
+        train.train(cfg, folder / "run")
+        is_on.clear()
+    return Whole(cfg, folder / "run", broken, names)
+
+
+def test_the_scores_of_a_set_are_those_of_a_run_that_has_its_file_as_eval_path(files, whole, tmp_path):
+    """Three texts and a set of another task in one run; and `valid` in either spelling."""
+    rows, summary = evaluations(whole.workdir), json.loads((whole.workdir / "summary.json").read_text())
     assert [row["step"] for row in rows] == [0, 2, 4]
     for number, name in ((1, "valid"), (2, "second"), (3, "third")):
         train.train(recipe(files, data__eval_path=str(files[f"text{number}"])), tmp_path / name)
         alone = evaluations(tmp_path / name)
         assert [of_set(row, name) for row in rows] == [of_set(row, "valid") for row in alone]
-        if name == "valid":
-            assert losses(tmp_path / "sets") == losses(tmp_path / name)
+        assert losses(whole.workdir) == losses(tmp_path / name)
         assert {"loss", "perplexity", "bits_per_byte"} <= of_set(rows[0], name).keys()
     assert {"loss", "nll", "accuracy", "f1", "matthews"} == of_set(rows[0], "labelled").keys()
     assert rows[2]["second/loss"] not in (rows[2]["loss"], rows[2]["third/loss"], rows[0]["second/loss"])
@@ -101,44 +128,23 @@ def test_the_scores_of_a_set_are_those_of_a_run_that_has_its_file_as_eval_path(f
 
 def test_a_classifier_has_the_perplexity_of_texts_and_a_language_model_started_from_it_the_same(files, tmp_path):
     """The body of a model with a head is evaluated on a task without one: an independent run has the same figures."""
-    sets = {
-        name: text(files, number) | LINES | {"task": {"name": "causal_lm"}} for number, name in ((1, "a"), (2, "b"))
-    }
+    sets = {"a": text(files, 1) | LINES | {"task": {"name": "causal_lm"}}}
     as_classes = {"task__name": "classification", "task__labels": ("neg", "pos"), "model__pool": "last"}
     as_classes |= {"data__packing": "pad", "data__format": "jsonl", "data__separator": "", "optim__ema_decay": 0.0}
     classifier = recipe(files | {"train": files["labelled"]}, sets, **as_classes)
     train.train(classifier, tmp_path / "classifier")
     (*_, last) = evaluations(tmp_path / "classifier")
     assert {"accuracy", "f1"} <= of_set(last, "valid").keys()
-    for number, name in ((1, "a"), (2, "b")):
-        model = {"init_from": str(tmp_path / "classifier"), "optim__ema_decay": 0.0, "data__packing": "pad"}
-        path = {"data__eval_path": str(files[f"text{number}"])}
-        train.train(recipe(files, **model | path | {"train__total_steps": 1}), tmp_path / name)
-        assert of_set(last, name) == of_set(evaluations(tmp_path / name)[0], "valid")
+    started = {"init_from": str(tmp_path / "classifier"), "data__eval_path": str(files["text1"])}
+    model = {"optim__ema_decay": 0.0, "data__packing": "pad", "train__total_steps": 1}
+    train.train(recipe(files, **started | model), tmp_path / "model")
+    assert of_set(last, "a") == of_set(evaluations(tmp_path / "model")[0], "valid")
 
 
-@pytest.fixture(scope="module")
-def tested(files, tmp_path_factory):
-    """A run with the sets `test`, whose file is no text in any encoding, and `labelled`, of another task."""
-    broken = tmp_path_factory.mktemp("test") / "test.txt"
-    broken.write_bytes(b"\xff\xfe\xff")
-    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
-    with pytest.MonkeyPatch.context() as patch:
-        toys.use_one_device(patch)
-        names, is_on = [], [True]  # a hook cannot be removed
-        sys.addaudithook(lambda event, args: names.append(str(args[0])) if is_on and event == "open" else None)
-        sets = {"test": {"path": str(broken)}, "labelled": labelled, "valid": text(files, 1)}
-        workdir = tmp_path_factory.mktemp("runs") / "run"
-        train.train(recipe(files, sets), workdir)
-        is_on.clear()
-    return workdir, broken, names
-
-
-def test_training_does_not_open_the_test_set(files, tested):
-    workdir, broken, names = tested
-    assert str(files["text1"]) in names and str(files["train"]) in names, "the hook sees what is opened"
-    assert str(broken) not in names
-    assert not [key for row in evaluations(workdir) for key in row if key.startswith("test/")]
+def test_training_does_not_open_the_test_set(files, whole):
+    assert {str(files["text1"]), str(files["train"])} <= {*whole.opened}, "the hook sees what is opened"
+    assert str(whole.broken) not in whole.opened
+    assert not [key for row in evaluations(whole.workdir) for key in row if key.startswith("test/")]
 
 
 def test_a_test_set_that_is_missing_is_an_error_before_the_training_data_is_read(files, tmp_path, monkeypatch):
@@ -148,8 +154,8 @@ def test_a_test_set_that_is_missing_is_an_error_before_the_training_data_is_read
         train.train(cfg, tmp_path / "run")
 
 
-def test_the_tool_scores_a_named_set_as_it_scores_its_file(files, tested, tmp_path):
-    workdir, broken, _ = tested
+def test_the_tool_scores_a_named_set_as_it_scores_its_file(files, whole, tmp_path):
+    workdir = whole.workdir
     for out, arguments in (
         ("path", [f"--path={files['text1']}"]),
         ("set", ["--set=valid"]),
@@ -165,7 +171,7 @@ def test_the_tool_scores_a_named_set_as_it_scores_its_file(files, tested, tmp_pa
     assert {name: values[name] for name in last} == pytest.approx(last, rel=1e-5)
     with pytest.raises(SystemExit) as stopped:
         tool_modules.call("evaluate", f"--run={workdir}", "--set=test")
-    assert f"{broken}" in str(stopped.value), "the tool does read it"
+    assert str(whole.broken) in str(stopped.value), "the tool does read it"
 
 
 def test_valid_alone_decides_the_best_checkpoint_and_when_to_stop(files, tmp_path, monkeypatch):
@@ -179,11 +185,7 @@ def test_valid_alone_decides_the_best_checkpoint_and_when_to_stop(files, tmp_pat
     assert (summary["loss"], summary["second/loss"]) == (3.0, 9.0), "those of the best checkpoint"
 
 
-def test_a_resumed_run_has_the_same_rows(files, tmp_path, monkeypatch):
-    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
-    sets = {"valid": text(files, 1), "second": text(files, 2), "labelled": labelled}
-    cfg = recipe(files, sets, checkpoint__every_steps=2)
-    whole = train.train(cfg, tmp_path / "whole")
+def test_a_resumed_run_has_the_same_rows(whole, tmp_path, monkeypatch):
     add = train.StepLog.add
 
     def fail(self, step, *rest):
@@ -194,11 +196,12 @@ def test_a_resumed_run_has_the_same_rows(files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train.StepLog, "add", fail)
         with pytest.raises(KeyboardInterrupt):
-            train.train(cfg, tmp_path / "broken")
-    summary = train.train(cfg, tmp_path / "broken")
-    assert evaluations(tmp_path / "broken") == evaluations(tmp_path / "whole")
-    names = [name for name in whole if "/" in name]
-    assert names and [summary[name] for name in names] == [whole[name] for name in names]
+            train.train(whole.cfg, tmp_path / "broken")
+    summary = train.train(whole.cfg, tmp_path / "broken")
+    assert evaluations(tmp_path / "broken") == evaluations(whole.workdir)
+    undisturbed = json.loads((whole.workdir / "summary.json").read_text())
+    names = [name for name in undisturbed if "/" in name]
+    assert len(names) > 10 and [summary[name] for name in names] == [undisturbed[name] for name in names]
 
 
 def test_a_resumed_run_may_change_all_sets_but_valid(files, tmp_path, capsys):
@@ -212,19 +215,26 @@ def test_a_resumed_run_may_change_all_sets_but_valid(files, tmp_path, capsys):
         resume.refuse_changes(old, recipe(files, other), tmp_path, accept_data=True)
 
 
-def test_other_records_of_valid_are_refused_and_those_of_another_set_reported(files, tmp_path, capsys):
+def test_other_records_of_valid_are_refused_and_those_of_another_set_reported(files, tmp_path):
     paths = {name: tmp_path / f"{name}.txt" for name in ("valid", "second")}
-    for name, path in paths.items():
-        path.write_text(files["text1" if name == "valid" else "text2"].read_text())
-    sets = {name: {"path": str(path)} for name, path in paths.items()}
-    train.train(recipe(files, sets, checkpoint__every_steps=2), tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    paths["second"].write_text(files["text3"].read_text())
-    train.train(recipe(files, sets), tmp_path / "run")
-    assert "eval.sets.second has other records than at step 4" in capsys.readouterr().out
-    paths["valid"].write_text(files["text3"].read_text())
+
+    def data(**numbers):
+        for name, number in numbers.items():
+            paths[name].write_text(files[f"text{number}"].read_text())
+        cfg = recipe(files, {name: {"path": str(path)} for name, path in paths.items()})
+        return run_lib.prepare(run_lib.plan(cfg, None), one_device(), lambda _: None).data
+
+    def check(now):
+        resume.check_data(saved, now, False, said.append)
+
+    info = {"data": resume.data_info(data(valid=1, second=2), 9, {}), "config": {}}
+    saved, said = checkpoint.Saved(4, tmp_path / "run" / "checkpoints" / "4", json.loads(json.dumps(info)), {}), []
+    check(data())
+    assert not said
+    check(data(second=3))
+    assert said == ["eval.sets.second has other records than at step 4, or in another order"]
     with pytest.raises(CheckpointError, match=r"(?s)trained on other data.*\n  eval\.sets\.valid: \w+ -> \w+"):
-        train.train(recipe(files, sets), tmp_path / "run")
+        check(data(valid=4))
 
 
 def test_a_mixture_has_one_valid_set_and_trains_on_all_records(files, tmp_path):
@@ -434,8 +444,7 @@ def eight_devices():
 
 
 def test_devices_change_no_score_of_a_set(files, eight_devices, tmp_path):
-    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
-    source = recipe(files, {"valid": text(files, 1), "labelled": labelled})
+    source = recipe(files, {"valid": text(files, 1), "labelled": labelled(files)})
     found = []
     assert eight_devices.size == 8
     for mesh in (one_device(), eight_devices):
@@ -473,8 +482,7 @@ def test_a_set_of_tfds_names_its_split_in_either_spelling(files, tfds_dir):
 
 
 def test_a_batch_of_a_set_can_be_looked_at(files, tmp_path, capsys):
-    labelled = {"path": str(files["labelled"]), "format": "jsonl", "task": TASK}
-    source = recipe(files, {"labelled": labelled, "test": text(files, 1)})
+    source = recipe(files, {"labelled": labelled(files), "test": text(files, 1)})
     written = tmp_path / "recipe.py"
     content = "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({})\n"
     written.write_text(content.format(schema.to_dict(source)))
