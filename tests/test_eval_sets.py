@@ -19,7 +19,7 @@ from lm.checkpoint.hf import card
 from lm.config import MeshConfig, schema
 from lm.config.schema import ConfigError
 from lm.corpus import pipeline, workers
-from lm.data.readers import registry
+from lm.data.readers import python_stdlib, registry
 from lm.data.record import DataError
 from lm.evaluation import metrics
 from lm.evaluator import Evaluator
@@ -493,3 +493,16 @@ def test_a_batch_of_a_set_can_be_looked_at(files, tmp_path, capsys):
         tool_modules.call("inspect_batch", f"--config={written}", "--split=test")
     with pytest.raises(SystemExit, match=r"--config\.eval\.sets\.new\.path=x: the recipe gives no such set or key"):
         tool_modules.call("inspect_batch", f"--config={written}", "--config.eval.sets.new.path=x")
+
+
+def test_a_valid_set_takes_the_place_of_the_held_out_part_of_a_built_in_corpus(files, monkeypatch):
+    parts = {
+        part: [{"text": f"{part} {i} of it", "source": f"{part}:{i}"} for i in range(9)] for part in ("train", "valid")
+    }
+    corpus = python_stdlib.Corpus({"text": parts, "instructions": parts}, "0" * 64, "corpus report")
+    monkeypatch.setattr(python_stdlib, "load", lambda: corpus)
+    builtin = {"data__format": "builtin_text", "data__path": "", "data__separator": ""}
+    source = recipe(files, {"valid": text(files, 1) | LINES}, **builtin)
+    data = run_lib.prepare(run_lib.plan(source, None), one_device(), lambda _: None).data
+    assert data.report["train"]["documents"] == 9 and "valid" not in data.report
+    assert data.report["eval.sets.valid"]["documents"] == 12 and list(data.rows_of("valid")) == [""]
