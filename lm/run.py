@@ -584,7 +584,7 @@ def load_checkpoint(name: str) -> tuple[checkpoint.Saved, tuple[Config, ModelFns
 
     def read(saved: checkpoint.Saved) -> tuple[Config, ModelFns, Any, Any]:
         cfg = build_saved_config(saved.info["config"])
-        compilation_cache.use(cfg.train.compilation_cache)
+        compilation_cache.use("auto")  # what a run says of itself is not where code is read from
         exactly = f"{saved.path.parent.parent}@{saved.step}"
         changes: dict[str, Any] = {"init_from": exactly, "init_rules": ((".*", init_from.KEEP),)}
         planned, model, params = init_model(dataclasses.replace(cfg, **changes))

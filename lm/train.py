@@ -61,13 +61,18 @@ def train(cfg: Config, workdir: str | Path, accept_changed_data: bool = False) -
     """
     workdir = Path(workdir)
     run_lib.check_workdir(workdir)
-    compilation_cache.use(cfg.train.compilation_cache)
     with Interrupt() as interrupt, lease.hold_for_run(workdir) as check_lease:
         return start_or_resume(cfg, workdir, accept_changed_data, check_lease, interrupt, Alone())
 
 
 class Place(Protocol):
-    """Where a run takes its steps: `Alone`, or beside others (`lm.study.group`)."""
+    """Where a run takes its steps: `Alone`, or beside others (`lm.study.group`).
+
+    Attributes:
+      trials_at_once: how many runs share the devices, this one included.
+    """
+
+    trials_at_once: int
 
     def devices(self) -> list[Any]:
         """Those of the run's mesh."""
@@ -92,6 +97,8 @@ class Steps(Protocol):
 
 class Alone:
     """All devices, with data and programs of the run's own."""
+
+    trials_at_once = 1
 
     def devices(self) -> list[Any]:
         return jax.devices()
@@ -127,6 +134,7 @@ def start_or_resume(
     where: Place,
 ) -> dict[str, Any]:
     """As `train`, of a folder that this process owns; `check_lease` is called before each write."""
+    compilation_cache.use(cfg.train.compilation_cache)
     # The config is checked before data is read or a device is touched.
     planned = run_lib.plan(cfg, workdir)
     cfg = planned.cfg
@@ -264,6 +272,8 @@ def loop(
     step = int(state.step)
     values = values or evaluator.validate(state, step)
     summary = summarise(run, state, values, tracker, throughput, stream)
+    if where.trials_at_once > 1:  # its seconds and tokens per second are not those of a run alone
+        summary["trials_at_once"] = where.trials_at_once
     test = evaluator.test(state, step, workdir)
     return summary | ({"test": test} if test else {})
 

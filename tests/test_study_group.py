@@ -186,20 +186,20 @@ def test_a_trial_that_another_process_has_is_left_to_it(recipe, tmp_path):
 
 def test_what_differs_in_more_than_numbers_is_another_group(recipe):
     base = {"optim.learning_rate": 1e-3}
-    same = [{}, {"seed": 5}, {"optim.learning_rate": 1.0}, {"optim.weight_decay": 0.0}, {"optim.b1": 0.5}]
+    same = [{}, {"seed": 5}, {"optim.learning_rate": 1.0}, {"optim.weight_decay": 0.0}, {"optim.eps": 0.5}]
     other = [
         {"model.num_layers": 1},
         {"data.batch_size": 8},
         {"train.total_steps": 13},
         {"model.dropout": 0.2},
         {"optim.ema_decay": 0.5},
+        {"optim.b2": 0.9999},  # of an argument 1 - b2 would be rounded
         {"optim.name": "lion"},
     ]
     keys = [group.key_of(definition.configure(recipe, base | override)) for override in same + other]
     assert len(set(keys[: len(same)])) == 1 and len(set(keys)) == 1 + len(other)
-    adafactor = [{"optim.name": "adafactor", "optim.b1": b1} for b1 in (0.0, 0.9)]  # no momentum, or one
-    assert len({group.key_of(definition.configure(recipe, each)) for each in adafactor}) == 2
-    assert group.key_of(definition.configure(recipe, {"mesh.fsdp": 2})) == ""
+    for alone in ({"mesh.fsdp": 2}, {"monitor.profile.num_steps": 1}):
+        assert group.key_of(definition.configure(recipe, alone)) == ""
 
 
 def test_trials_of_another_group_are_refused(recipe, tmp_path):
@@ -210,13 +210,73 @@ def test_trials_of_another_group_are_refused(recipe, tmp_path):
         together(study_of(recipe), tmp_path, keys=["seed"])
 
 
-def test_a_run_with_another_tokenizer_is_not_trained_beside_the_others():
-    """Steps are compiled with the bytes of each id, so that its metrics would be those of other text."""
-    plans = [SimpleNamespace(tokenizer=SimpleNamespace(hash=letter * 64)) for letter in "ab"]
+def run_of(tokenizer: str, mesh: str = "mesh"):
+    return SimpleNamespace(plan=SimpleNamespace(tokenizer=SimpleNamespace(hash=tokenizer * 64)), mesh=mesh)
+
+
+def test_rows_are_those_of_the_run_s_own_tokenizer(monkeypatch):
+    """Steps are compiled with the bytes of each id: another tokenizer's metrics would be those of other text."""
+    asked = []
+
+    def prepare(planned, mesh, say, begun, like):
+        asked.append(like)
+        return like or run_of(planned.tokenizer.hash[0] if planned.tokenizer else "n")
+
+    monkeypatch.setattr(run_lib, "prepare", prepare)
+    new, old = SimpleNamespace(tokenizer=None), run_of("a").plan
     shared = group.Shared(KEYS)
-    shared._first = {"mesh": SimpleNamespace(plan=plans[0])}
-    with pytest.raises(ConfigError, match=r"tokenizer is bbbb.* beside it aaaa.*--at_once=1"):
-        shared.prepare(plans[1], "mesh", print, None)
+    first = shared.prepare(old, "mesh", print, {"step": 3})  # it has begun, with its own
+    assert shared.prepare(old, "mesh", print, {"step": 5}) is first and asked == [None, first]
+    with pytest.raises(ConfigError, match=r"tokenizer is nnnn.* beside it aaaa.*--at_once=1"):
+        shared.prepare(new, "mesh", print, None)
+    assert asked[-1] is None, "a new run reads the data as it is now"
+    shared = group.Shared(KEYS)
+    first = shared.prepare(new, "mesh", print, None)
+    assert shared.prepare(new, "other device", print, None) is first
+
+
+def test_a_trial_that_another_process_has_ended_meanwhile_is_not_run_again(recipe, tmp_path):
+    study = study_of(recipe)
+    folders = prepared(study, tmp_path)
+    runs.fail(folders[0], "before")
+    trials = group.Trials({folder: folder.name for folder in folders}, print)
+    assert [trials.taken(folder) for folder in folders] == [""] * 4
+    os.utime(folders[0] / runs.FAILURE, (1, 1))
+    files.write_document(folders[1] / "summary.json", {"loss": 1.0})
+    with lease.hold(folders[2]):
+        found = [trials.taken(folder) for folder in folders]
+    assert found == ["failed, by another process", "done, by another process", runs.ELSEWHERE, ""]
+
+
+def test_a_step_that_fails_for_all_ends_the_device_and_fails_no_trial(recipe, tmp_path, monkeypatch):
+    def step(self, run, batch_size):
+        def fail(*_):
+            raise MemoryError("RESOURCE_EXHAUSTED")
+
+        return fail
+
+    monkeypatch.setattr(group.Shared, "step", step)
+    study = study_of(recipe)
+    ended = together(study, tmp_path, at_once=2, stacked=2)
+    assert len(ended) == 2 and all(
+        "interrupted: the step of all trials on this device failed" in how for how in ended.values()
+    )
+    states = [runs.look(tmp_path / trial.hash).state for trial in study.trials]
+    assert states == ["interrupted"] * 4
+
+
+def test_trials_that_do_not_fit_on_a_device_have_a_process_each(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_together", lambda *args: group.DOES_NOT_FIT)
+    alone = []
+    monkeypatch.setattr(sweep, "run_one", lambda trial, *_: alone.append(trial) or "done")
+    study, said = study_of(recipe), []
+    sweep.run_all(study, study.trials, tmp_path, environment={}, retry_failed=False, say=said.append, at_once=0)
+    assert alone == list(study.trials) and group.DOES_NOT_FIT in said
+    small = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000}, platform="tpu")
+    assert group.most_stacked(study.trials[0].config, small) == 0
+    monkeypatch.setattr(jax, "local_devices", lambda: [small])
+    with pytest.raises(group.DoesNotFit):
+        together(study, tmp_path)
 
 
 def test_a_trial_whose_log_cannot_be_written_is_named(recipe, tmp_path):
@@ -245,8 +305,6 @@ def test_every_number_of_every_optimizer_may_be_an_argument(name, recipe):
     values = {
         "optim.learning_rate": 0.02,
         "optim.end_lr_ratio": 0.3,
-        "optim.b1": 0.7,
-        "optim.b2": 0.8,
         "optim.eps": 1e-3,
     }
     values |= {"optim.weight_decay": 0.4, "seed": 7}
@@ -323,3 +381,27 @@ def test_a_sweep_trains_those_that_differ_in_numbers_together_and_the_others_alo
     assert [trial.config.seed for trial in together] == [0, 1, 2] and one is study.trials[3]
     assert folders == [tmp_path / trial.hash for trial in study.trials[:3]]
     assert "the process of these trials was killed by SIGKILL" in said
+
+
+@pytest.mark.slow
+def test_the_tool_trains_trials_together_stops_and_goes_on(recipe, alone, tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.py").write_text(
+        f"from lm.study import product, seeds\nRECIPE = {recipe!r}\n"
+        "def trials():\n    rates = [{'optim.learning_rate': 3e-3}, {'optim.learning_rate': 1e-2}]\n"
+        "    return product([{'arm': 'all'}], rates, seeds(2))\n"
+    )
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), "study", "--runs=runs"]
+    how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
+    while process.poll() is None and not any((tmp_path / "runs").glob("*/checkpoints/4")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode in (143, 1), said
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, check=False, **how)
+    assert done.returncode == 0 and "all 4 trials are done" in done.stdout, done.stdout
+    assert "trials in one process" in said + done.stdout
+    for trial in study_of(recipe).trials:
+        losses = [[row["loss"] for row in rows(each)] for each in (tmp_path / "runs" / trial.hash, alone(trial))]
+        np.testing.assert_allclose(*losses, rtol=1e-5)

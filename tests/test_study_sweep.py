@@ -355,7 +355,6 @@ def trials():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tool_modules.ROOT)
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "study.py").write_text(STUDY)
     handler = signal.getsignal(signal.SIGTERM)

@@ -70,7 +70,7 @@ def sweep(folder: Path, environment: dict[str, str]) -> None:
         study,
         trials,
         root,
-        environment=_sharing_compiled(root) | environment,
+        environment=environment,
         retry_failed=_RETRY.value,
         say=say,
         at_once=_AT_ONCE.value,
@@ -87,12 +87,6 @@ def sweep(folder: Path, environment: dict[str, str]) -> None:
     say(f"all {len(trials)} trials are done")
 
 
-def _sharing_compiled(root: Path) -> dict[str, str]:
-    """The environment in which runs share what is compiled, as those do that differ only in their seed."""
-    cache = str(root / "compilation_cache")
-    return {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-
-
 def search(study: Any, root: Path, environment: dict[str, str]) -> None:
     """Draws and runs the trials of a search, then prints them all, the best first."""
     from lm.evaluation import metrics
@@ -102,7 +96,6 @@ def search(study: Any, root: Path, environment: dict[str, str]) -> None:
     if _ONLY.value or _RETRY.value:
         stop("error: --only and --retry_failed select trials that are given; this study draws its own (SEARCH)")
     if not _DRY.value:
-        environment = _sharing_compiled(root) | environment
         study = searching.run(study, root, lambda trial, folder: sweep_lib.run_one(trial, folder, environment), say)
     study = searching.with_known(study, root)
     outcomes, remarks = runs.find(study, root)

@@ -188,7 +188,6 @@ def main() -> None:
     if unknown := [name for name in wanted if name not in ROWS]:
         sys.exit(f"error: --only: no row '{unknown[0]}'; there are {', '.join(ROWS)}")
     os.chdir(ROOT)  # recipes name runs and data relative to the root
-    use_compilation_cache()
     for row in ROWS:  # runs that are already in folders
         for arm in ROWS[row].arms:
             summaries(row, arm, args.seeds)
@@ -197,13 +196,6 @@ def main() -> None:
             print(f"== row {number} of {len(wanted)}: {needed}", flush=True)
             run_row(needed, args.seeds)
         (HERE / "results.md").write_text(results(args.seeds), encoding="utf-8")
-
-
-def use_compilation_cache() -> None:
-    """Caches compiled programs on disk: the runs of a row differ only in their seed and share one."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(Path("runs").absolute() / "compilation_cache"))
 
 
 def run_row(name: str, seeds: int) -> None:

@@ -44,11 +44,23 @@ from lm.types import TrainState
 
 # Of an accelerator's memory, what trials may take together.
 MEMORY_SHARE = 0.9
+DOES_NOT_FIT, DOES_NOT_FIT_STATUS = "a trial does not fit on one device: each has a process and all devices", 78
+
+
+class DoesNotFit(ConfigError):
+    """One trial needs more memory than a device has."""
+
+
+class DeviceFailed(RuntimeError):
+    """The step of all trials on a device failed, such as for want of memory; none of them is to blame alone."""
 
 
 def key_of(config: Config) -> str:
-    """What trials of one group have in common; '' for a trial that runs alone, as it needs several devices."""
+    """What trials of one group have in common; '' for one that runs alone, as its mesh needs several devices or it uses
+    JAX's profiler, of which a process has one."""
     mesh = config.mesh
+    if config.monitor.profile.num_steps:
+        return ""
     if mesh.data > 1 or any(getattr(mesh, axis) > 1 for axis in ("dcn_data", "fsdp", "expert", "context", "tensor")):
         return ""
     usual = Config()
@@ -74,21 +86,28 @@ class Shared:
     def __init__(self, keys: Sequence[str], stacked: int = 1):
         self.keys, self.stacked = tuple(keys), stacked
         self._lock = threading.Lock()
-        self._first: dict[Mesh, Run] = {}
+        self._prepared: list[tuple[bool, Run]] = []  # (whether it had begun before, run)
         self._compiled: dict[Mesh, Any] = {}
 
     def prepare(self, planned: Plan, mesh: Mesh, say: train.Say, begun: Mapping[str, Any] | None) -> Run:
         """As `lm.run.prepare`; the data is read once. Raises ConfigError for a run with another tokenizer."""
+        is_resumed, hash_of_own = begun is not None, planned.tokenizer.hash if planned.tokenizer else ""
         with self._lock:
-            like = self._first.get(mesh) or next(iter(self._first.values()), None)
-            mine, theirs = planned.tokenizer, like.plan.tokenizer if like else None
-            if mine and theirs and mine.hash != theirs.hash:
-                raise ConfigError(
-                    f"this run's tokenizer is {mine.hash[:12]}, that of the trials beside it {theirs.hash[:12]}: the "
-                    "data has changed since the run began; run it alone, with --at_once=1 and --only"
-                )
+            # A new run must not take the tokenizer that another began with, perhaps on data that has changed since.
+            usable = [
+                run
+                for other_is_resumed, run in self._prepared
+                if is_resumed == other_is_resumed and hash_of_own in ("", _tokenizer_of(run))
+            ]
+            like = next((run for run in usable if run.mesh == mesh), None) or next(iter(usable), None)
             run = run_lib.prepare(planned, mesh, say, begun, like)
-            self._first.setdefault(mesh, run)
+            mine, theirs = _tokenizer_of(run), _tokenizer_of(self._prepared[0][1] if self._prepared else run)
+            if mine != theirs:
+                raise ConfigError(
+                    f"this run's tokenizer is {mine[:12]}, that of the trials beside it {theirs[:12]}: the data has "
+                    "changed since a run began; run it alone, with --at_once=1 and --only"
+                )
+            self._prepared.append((is_resumed, run))
             return run
 
     def step(self, run: Run, batch_size: int) -> Any:
@@ -109,6 +128,10 @@ class Shared:
         return jax.ShapeDtypeStruct((self.stacked, *leaf.shape), leaf.dtype, sharding=where)
 
 
+def _tokenizer_of(run: Run) -> str:
+    return run.plan.tokenizer.hash if run.plan.tokenizer else ""
+
+
 def numbers_of(config: Config, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """Key -> value, int32 or float32 []."""
     return {key: np.asarray(number(config, key), np.int32 if key == "seed" else np.float32) for key in keys}
@@ -117,8 +140,9 @@ def numbers_of(config: Config, keys: Sequence[str]) -> dict[str, np.ndarray]:
 class Lane:
     """A trial's place (`lm.train.Place`): a device, whose stack the trial's state is in, if there is one."""
 
-    def __init__(self, shared: Shared, device: Any, stack: "Stack | None", index: int):
+    def __init__(self, shared: Shared, device: Any, stack: "Stack | None", index: int, trials_at_once: int = 1):
         self._shared, self._device, self._stack, self._index = shared, device, stack, index
+        self.trials_at_once = trials_at_once
 
     def devices(self) -> list[Any]:
         """The one device."""
@@ -215,11 +239,16 @@ class Stack:
     def put(self, index: int, state: TrainState, numbers: Mapping[str, np.ndarray], step: Any) -> None:
         """Puts a trial's state into its place; the given buffers are freed."""
         with self._changed:
+            if self._error:
+                raise DeviceFailed(f"the step of all trials on this device failed: {self._error}") from self._error
             if self._state is None:
                 self._state = jax.tree.map(lambda x: jnp.stack([x] * self._size), state)
-            self._state = _put(self._state, state, index)
             self._numbers[index], self._step = numbers, step
-            jax.block_until_ready(self._state)
+            try:
+                self._state = jax.block_until_ready(_put(self._state, state, index))
+            except Exception as error:  # the state of the others was given away to it
+                self._error = error
+                raise DeviceFailed(f"a trial could not be put beside the others: {error}") from error
         jax.tree.map(lambda x: x.delete(), state)
 
     def take(self, index: int) -> TrainState:
@@ -232,7 +261,7 @@ class Stack:
         """Takes a step together with the other trials; returns the metrics of this one.
 
         Raises:
-          Exception: what the step of all of them raised.
+          DeviceFailed: the step of all of them has failed.
         """
         with self._changed:
             self._batches[index] = batch
@@ -240,7 +269,7 @@ class Stack:
             self._step_if_complete()
             self._changed.wait_for(lambda: self._turn > turn or self._error)
             if self._error:
-                raise RuntimeError(f"the step of all trials on this device failed: {self._error}") from self._error
+                raise DeviceFailed(f"the step of all trials on this device failed: {self._error}") from self._error
             metrics: Metrics = _take(self._metrics, index)
             return metrics
 
@@ -281,6 +310,7 @@ class Trials:
         for folder in names:
             self._left.put(folder)
         self._names, self._total, self._say, self._lock = names, len(names), say, threading.Lock()
+        self._failed = {folder: runs.failure_time(folder) for folder in names}
         self._began = time.monotonic()
         self.ended: dict[Path, str] = {}
 
@@ -290,6 +320,14 @@ class Trials:
             return self._left.get_nowait()
         except queue.Empty:
             return None
+
+    def taken(self, folder: Path) -> str:
+        """How another process has ended a trial since this group began, or that it has it now; '' = neither."""
+        if lease.holder(folder) == "alive":
+            return runs.ELSEWHERE
+        state = runs.look(folder).state
+        is_new = state == "done" or runs.failure_time(folder) != self._failed[folder]
+        return f"{state}, by another process" if state in ("done", "failed") and is_new else ""
 
     def end(self, folder: Path, how: str) -> None:
         """Notes how a trial ended."""
@@ -324,26 +362,33 @@ def run_group(
         raise ValueError(f"these trials differ in more than {', '.join(keys)}; run them one by one")
     devices, wanted = jax.local_devices(), min(at_once or len(folders), len(folders))
     if not stacked and devices[0].platform == "cpu":
-        stacked, devices = 1, devices[:1] * min(wanted, at_once or os.cpu_count() or 1)
+        stacked, devices = 1, devices[:1] * min(wanted, at_once or cores())
     else:
-        stacked = stacked or min(math.ceil(wanted / len(devices)), most_stacked(configs[0], devices[0]))
+        if not (most := most_stacked(configs[0], devices[0])):
+            raise DoesNotFit(DOES_NOT_FIT)
+        stacked = stacked or min(math.ceil(wanted / len(devices)), most)
         devices = devices[: math.ceil(wanted / stacked)]
+    at_once = min(wanted, stacked * len(devices))
     names = {folder: f"{record.arm}, seed {record.config.seed}" for folder, record in records.items()}
     shared, trials = Shared(keys, stacked), Trials(names, say)
-    places = []
+    places: list[Lane] = []
     for device in devices:
         stack = Stack(stacked) if stacked > 1 else None
-        places += [Lane(shared, device, stack, index) for index in range(stacked)]
+        places += [Lane(shared, device, stack, index, at_once) for index in range(min(stacked, at_once - len(places)))]
     say(f"{len(folders)} trials that differ in {', '.join(keys)}: {len(places)} at once")
     interrupt.working("finishing a step of each trial, then saving")
     interrupt.kept = lambda: "each trial resumes from its newest checkpoint"
-    commit = runs.commit_of(Path(__file__).resolve().parents[2])
-    threads = [threading.Thread(target=_work, args=(place, trials, interrupt, commit), daemon=True) for place in places]
+    threads = [threading.Thread(target=_work, args=(place, trials, interrupt), daemon=True) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     return trials.ended
+
+
+def cores() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def most_stacked(config: Config, device: Any) -> int:
@@ -353,20 +398,23 @@ def most_stacked(config: Config, device: Any) -> int:
         return sys.maxsize
     planned = run_lib.plan(config, None)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(planned.abstract_params)]
-    return max(1, int(MEMORY_SHARE * limit / (8 * sum(sizes))))  # parameters, gradient, two moments; activations
+    return int(MEMORY_SHARE * limit / (8 * sum(sizes)))  # parameters, gradient, two moments; activations
 
 
-def _work(place: Lane, trials: Trials, interrupt: Interrupt, commit: str) -> None:
+def _work(place: Lane, trials: Trials, interrupt: Interrupt) -> None:
     """Runs trials in a place until none is left."""
     while folder := trials.next():
-        if interrupt.requested(0):
-            trials.end(folder, "was not started")
-            continue
         try:
-            with (folder / runs.LOG).open("a", encoding="utf-8", errors="replace") as log:
-                terminal.output.set(log)
-                with place.occupied(), jax.default_device(place.devices()[0]):
-                    how = run_trial(folder, place, interrupt, commit)
+            if interrupt.requested(0):
+                how = "was not started"
+            elif not (how := trials.taken(folder)):
+                with (folder / runs.LOG).open("a", encoding="utf-8", errors="replace") as log:
+                    terminal.output.set(log)
+                    with place.occupied(), jax.default_device(place.devices()[0]):
+                        how = run_trial(folder, place, interrupt)
+        except DeviceFailed as error:  # the other places on the device end too, and leave the rest to other devices
+            trials.end(folder, f"interrupted: {error}; the same command resumes it, with a smaller --at_once")
+            return
         except Exception as error:  # its log or its failure.json cannot be written
             how = f"failed: {error}"
         finally:
@@ -374,12 +422,27 @@ def _work(place: Lane, trials: Trials, interrupt: Interrupt, commit: str) -> Non
         trials.end(folder, how)
 
 
-def run_trial(folder: Path, place: Lane, interrupt: Interrupt, commit: str) -> str:
+def run_trial(folder: Path, place: Lane, interrupt: Interrupt) -> str:
     """Runs one trial; what goes wrong with it is recorded in its folder, and does not end the others."""
     try:
-        config = runs.read_record(folder / runs.RECORD).config
         with lease.hold_for_run(folder) as check_lease:
-            train.start_or_resume(config, folder, False, check_lease, _Interrupt(interrupt), place)
+            (folder / runs.FAILURE).unlink(missing_ok=True)
+            config = runs.read_record(folder / runs.RECORD).config
+            try:
+                train.start_or_resume(config, folder, False, check_lease, _Interrupt(interrupt), place)
+            except (Preempted, lease.Lost):
+                raise
+            except DeviceFailed:
+                (folder / runs.FAILURE).unlink(missing_ok=True)  # it is no fault of this trial
+                raise
+            except Exception as error:
+                if type(error).__module__.startswith("lm."):
+                    text = str(error)
+                    terminal.say(f"error: {text}")
+                else:
+                    text = f"{type(error).__name__}: {error}"
+                    terminal.say("".join(traceback.format_exception(error)), end="")
+                return runs.fail(folder, text)
     except Preempted as stopped:
         terminal.say(stopped)
         return runs.STOPPED
@@ -389,14 +452,6 @@ def run_trial(folder: Path, place: Lane, interrupt: Interrupt, commit: str) -> s
     except lease.Lost as lost:
         terminal.say(f"error: {lost}")
         os._exit(lost.exit_status)  # at once: no thread may go on writing; the other trials resume
-    except Exception as error:
-        if type(error).__module__.startswith("lm."):
-            text = str(error)
-            terminal.say(f"error: {text}")
-        else:
-            text = f"{type(error).__name__}: {error}"
-            terminal.say("".join(traceback.format_exception(error)), end="")
-        return runs.fail(folder, text, getattr(error, "exit_status", 1), commit)
     return runs.DONE
 
 
@@ -412,6 +467,8 @@ def main() -> None:
             ended = run_group(folders, given.keys.split(","), given.at_once, terminal.say, interrupt)
         except Stopped as stopped:
             sys.exit(stopped.exit_status)
+        except DoesNotFit:
+            sys.exit(DOES_NOT_FIT_STATUS)
     if runs.STOPPED in ended.values():
         sys.exit(Preempted.exit_status)
 

@@ -33,7 +33,7 @@ _OPEN = (
 _OF_FIGURES = ("eval.", "checkpoint.best_metric", "checkpoint.keep_best", "model.init")
 
 # Parts of the keys of summary.json that differ between two equal runs.
-_ABOUT_SPEED = ("seconds", "tokens_per_second", "input_bound", "mfu", "goodput", "versions")
+_ABOUT_SPEED = ("trials_at_once", "seconds", "tokens_per_second", "input_bound", "mfu", "goodput", "versions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,18 @@ def write_record(folder: Path, trial: Trial, commit: str) -> None:
     files.write_document(path, content)
 
 
-def fail(folder: Path, error: str, status: int, commit: str) -> str:
-    """Writes failure.json; returns how the trial ended, in words. Raises RunFileError."""
-    files.write_document(folder / FAILURE, {"error": error, "status": status, "commit": commit})
+def failure_time(folder: Path) -> int:
+    """When the run in a folder failed, in ns; 0 = it has not."""
+    try:
+        return (folder / FAILURE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def fail(folder: Path, error: str) -> str:
+    """Writes failure.json unless the run has done so; returns how the trial ended, in words. Raises RunFileError."""
+    if not (folder / FAILURE).exists():
+        files.write_document(folder / FAILURE, {"error": error})
     return f"failed: {error}"
 
 

@@ -101,8 +101,9 @@ class Pace:
         """That of the trials that are done."""
         pace = cls()
         for trial in trials:
-            if isinstance(seconds := outcomes[trial.hash].summary.get("seconds"), int | float):
-                pace.add(trial, seconds)
+            summary = outcomes[trial.hash].summary
+            if isinstance(seconds := summary.get("seconds"), int | float):
+                pace.add(trial, seconds / summary.get("trials_at_once", 1))
         return pace
 
     def add(self, trial: Trial, seconds: float) -> None:
@@ -151,14 +152,14 @@ def run_all(
     """
     outcomes, _ = runs.find(study, root)
     todo, pace = to_run(trials, outcomes, retry_failed), Pace.of(trials, outcomes)
-    failures = {trial.hash: _failure_time(outcomes[trial.hash].folder) for trial in todo}
+    failures = {trial.hash: runs.failure_time(outcomes[trial.hash].folder) for trial in todo}
     begun = 0
     for batch in batches(todo, at_once):
         fresh = []
         for trial in batch:
             folder, before = outcomes[trial.hash].folder, outcomes[trial.hash].state
             now = runs.look(folder).state
-            has_changed = now != before or _failure_time(folder) != failures[trial.hash]
+            has_changed = now != before or runs.failure_time(folder) != failures[trial.hash]
             if has_changed and now in ("done", "running", "failed"):
                 begun += 1
                 say(f"[{begun}/{len(todo)}] {trial}: {now}, by another process")
@@ -169,19 +170,26 @@ def run_all(
         folders = [outcomes[trial.hash].folder for trial in fresh]
         began = time.monotonic()
         if len(batch) > 1:
-            begun += len(fresh)
-            say(f"[{begun}/{len(todo)}] {len(fresh)} trials of one process, in {root}")
-            if how := run_together(study, fresh, folders, environment, at_once):
-                say(f"the process of these trials {how}")
-        else:
-            begun += 1
-            verb = "resumes" if (folders[0] / runs.RECORD).exists() else "starts"
-            say(f"[{begun}/{len(todo)}] {fresh[0]}: {verb} in {folders[0]}; {pace.in_words(todo[begun - 1 :])}")
-            how = run_one(fresh[0], folders[0], environment)
-            say(f"[{begun}/{len(todo)}] {fresh[0]}: {how} after {runs.duration(time.monotonic() - began)}")
+            say(f"[{begun + len(fresh)}/{len(todo)}] {len(fresh)} trials in one process, in {root}")
+            how = run_together(study, fresh, folders, environment, at_once)
+            if how != group.DOES_NOT_FIT:
+                begun += len(fresh)
+                if how:
+                    say(f"the process of these trials {how}")
+                for trial, folder in zip(fresh, folders, strict=True):
+                    if runs.look(folder).state == "done":
+                        pace.add(trial, (time.monotonic() - began) / len(fresh))
+                continue
+            say(how)
         for trial, folder in zip(fresh, folders, strict=True):
-            if runs.look(folder).state == "done":
-                pace.add(trial, (time.monotonic() - began) / len(fresh))
+            begun += 1
+            began = time.monotonic()
+            verb = "starts" if outcomes[trial.hash].state == "missing" else "resumes"
+            say(f"[{begun}/{len(todo)}] {trial}: {verb} in {folder}; {pace.in_words(todo[begun - 1 :])}")
+            how = run_one(trial, folder, environment)
+            if how == runs.DONE:
+                pace.add(trial, time.monotonic() - began)
+            say(f"[{begun}/{len(todo)}] {trial}: {how} after {runs.duration(time.monotonic() - began)}")
     outcomes, _ = runs.find(study, root)
     return {trial.hash: outcomes[trial.hash] for trial in trials}
 
@@ -196,14 +204,6 @@ def _of_this_code(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that imports `lm` from where this one does, whatever the current folder is."""
     paths = [str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-
-
-def _failure_time(folder: Path) -> int:
-    """When the run in a folder failed, in ns; 0 = it has not."""
-    try:
-        return (folder / runs.FAILURE).stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
 
 
 def batches(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
@@ -222,8 +222,11 @@ def run_together(
     Raises:
       KeyboardInterrupt, SystemExit: as `run_one`.
     """
+    commit = runs.commit_of(_ROOT)
     for trial, folder in zip(trials, folders, strict=True):
-        _record(trial, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if lease.holder(folder) != "alive":
+            runs.write_record(folder, trial, commit)
     key = group.key_of(trials[0].config)
     keys = group.differing([each.config for each in study.runs.values() if group.key_of(each.config) == key])
     command = [sys.executable, "-m", "lm.study.group", f"--at_once={at_once}", f"--keys={','.join(keys)}"]
@@ -233,7 +236,11 @@ def run_together(
     except BaseException:
         _stop(process)
         raise
-    return "" if process.returncode == 0 else _killed(process.returncode) or f"ended with status {process.returncode}"
+    if process.returncode in (0, *_ELSEWHERE):
+        return ""
+    if process.returncode == group.DOES_NOT_FIT_STATUS:
+        return group.DOES_NOT_FIT
+    return _killed(process.returncode) or f"ended with status {process.returncode}"
 
 
 def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
@@ -248,7 +255,8 @@ def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     if lease.holder(folder) == "alive":
         return runs.ELSEWHERE
-    commit = _record(trial, folder)
+    runs.write_record(folder, trial, runs.commit_of(_ROOT))
+    (folder / runs.FAILURE).unlink(missing_ok=True)
     with (folder / runs.LOG).open("ab") as log:
         before = log.tell()
         process = subprocess.Popen(command(folder), stdout=log, stderr=log, env=_of_this_code(environment))
@@ -263,17 +271,7 @@ def run_one(trial: Trial, folder: Path, environment: Mapping[str, str]) -> str:
         return runs.ELSEWHERE
     if killed := _killed(status):
         return killed
-    return runs.fail(folder, last_error(folder / runs.LOG, before) or f"status {status}", status, commit)
-
-
-def _record(trial: Trial, folder: Path) -> str:
-    """Prepares a folder for a start, unless another process has it; returns the commit of the code."""
-    commit = runs.commit_of(_ROOT)
-    folder.mkdir(parents=True, exist_ok=True)
-    if lease.holder(folder) != "alive":
-        runs.write_record(folder, trial, commit)
-        (folder / runs.FAILURE).unlink(missing_ok=True)
-    return commit
+    return runs.fail(folder, last_error(folder / runs.LOG, before) or f"status {status}")
 
 
 def _killed(status: int) -> str:
