@@ -72,6 +72,7 @@ pathlib.Path.expanduser = expanduser
     assert ran.stdout.strip() == "None" and "not kept: Could not determine home" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_saved_config_does_not_say_where_code_is_read_from(tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(compilation_cache, "use", used.append)

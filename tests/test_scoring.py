@@ -118,6 +118,7 @@ def test_figures_of_span_questions_equal_the_squad_script_on_the_predictions(sco
     assert 0.3 < exact <= overlap
 
 
+@pytest.mark.slow
 def test_a_run_that_draws_other_records_beside_each_one_is_not_scored(tmp_path):
     loaded = lm.load(str(used_runs.make("masked_lm_pairs", tmp_path)), devices=jax.devices()[:1])
     path = used_runs.KINDS["masked_lm_pairs"].write(tmp_path / "new", 1, COUNT)

@@ -109,7 +109,7 @@ def assert_as_alone(there: Path, alone: Path) -> None:
 @pytest.mark.parametrize(
     ("at_once", "stacked"),
     [
-        pytest.param(2, 0, id="threads"),
+        pytest.param(2, 0, id="threads", marks=pytest.mark.slow),
         pytest.param(4, 2, id="two devices", marks=pytest.mark.slow),
         pytest.param(3, 3, id="one waits"),
     ],
@@ -290,9 +290,8 @@ def test_a_trial_whose_log_cannot_be_written_is_named(recipe, tmp_path):
     assert len(ended) == 2 and any("seed 1: failed" in line for line in said)
 
 
-@pytest.mark.parametrize(
-    "name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "adafactor", "muon"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
 def test_every_number_of_every_optimizer_may_be_an_argument(name, recipe):
     """A step with the numbers of another config is that config's step."""
 

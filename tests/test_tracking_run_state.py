@@ -59,6 +59,7 @@ def test_a_failure_is_not_written_into_a_folder_that_is_anothers_now(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_failure_of_a_run_is_gone_when_the_same_command_goes_on(tmp_path, monkeypatch):
     cfg, run = trained_runs.recipe(tmp_path), tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -51,6 +51,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_its_last_step_writes_its_last_rows_once(recipe, whole, tmp_path, monkeypatch):
     """Killed after the last save: before the evaluation of the test rows, the summary, and the report."""
     run = tmp_path / "run"
