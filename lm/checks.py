@@ -79,7 +79,8 @@ def fit(cfg: Config) -> None:
 
 
 def sets_fit(cfg: Config, abstract_params: Any, tokenizer: Any) -> None:
-    """Refuses a set of `eval.sets` whose own task this run's model cannot be evaluated on.
+    """Refuses a set of `eval.sets` whose own task this run's model cannot be evaluated on, or whose prompts need
+    training records that the run does not have.
 
     Args:
       cfg: resolved.
@@ -92,9 +93,15 @@ def sets_fit(cfg: Config, abstract_params: Any, tokenizer: Any) -> None:
     there = {path: leaf.shape for path, leaf in param_paths.flatten(abstract_params).items()}
     for name, one in cfg.eval.sets:
         own = eval_sets.config_of(cfg, name)
+        key, task = f"'eval.sets.{name}.task", task_of(own)
+        if task.held_out and own.task.shots and (task.name != cfg.task.name or cfg.data.format == "prepared"):
+            where = key if one.task.name else "'task"
+            raise ConfigError(
+                f"{where}.shots' is {own.task.shots}, but the training data has no records "
+                f"of task.name={task.name} to take them from for 'eval.sets.{name}': set it to 0"
+            )
         if not one.task.name:
             continue
-        key, task = f"'eval.sets.{name}.task", task_of(own)
         if lack := _lacks(cfg, task) or _lacks_parameters(own, there):
             fits = [other.name for other in TASKS.values() if not _lacks(cfg, other) and _has_no_head(cfg, other)]
             headless = ", ".join(fits) or "none without a head"

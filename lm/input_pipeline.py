@@ -227,20 +227,11 @@ def _source(
 def _named_set(
     name: str, records: Sequence[Record], cfg: Config, tokenizer: Tokenizer | None, found: Sequence[Found]
 ) -> tuple[Part, dict[str, float]]:
-    """Rows of a set of `eval.sets`, made as held-out rows are, and counts for the report.
-
-    Raises:
-      ConfigError: prompts of the set's task have shots, but the training records are not of this task.
-    """
+    """Rows of a set of `eval.sets`, made as held-out rows are, and counts for the report."""
     own = eval_sets.config_of(cfg, name)
     task, more = task_of(own), {}
-    if task.held_out and own.task.shots:
+    if task.held_out:  # the training records are of the same task, see `checks.sets_fit`
         train = [record for source in found if isinstance(source, Split) for record in source.train]
-        if task.name != cfg.task.name or not train:
-            raise ConfigError(
-                f"'eval.sets.{name}.task.shots' is {own.task.shots}, but the training data has no records of "
-                f"task.name={task.name} to take them from: set it to 0"
-            )
         more = task.held_out(train, own)
     part, _, counts = _packed([record | more for record in records], f"eval.sets.{name}", own, tokenizer)
     return part, counts

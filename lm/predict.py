@@ -69,7 +69,8 @@ class LoadedModel:
     Attributes:
       name: 'RUN@STEP'.
       fingerprint: of all arrays of the checkpoint, hexadecimal.
-      config: of the run, resolved.
+      config: of the run, resolved; of a set of another task, see `on_set`.
+      run_config: of the run, resolved.
       model: its functions.
       params: its parameters, on the first device; the moving average if the run keeps one.
       start: the trained parameters as they were at the start of the run, if the task's loss reads them.
@@ -81,6 +82,7 @@ class LoadedModel:
     name: str
     fingerprint: str
     config: Config
+    run_config: Config
     model: ModelFns
     params: Params
     start: Params | None
@@ -205,10 +207,11 @@ class LoadedModel:
     @functools.cached_property
     def shots(self) -> dict[str, Any]:
         """The fields that the task gives to held-out records: some of the run's training records, for prompts."""
-        cfg, task = self.config, task_of(self.config)
+        cfg, task, trained = self.config, task_of(self.config), self.run_config
         if not task.held_out or not cfg.task.shots:
             return {}
-        (found, *others) = input_pipeline.load(cfg.data, task.wanted(cfg))
+        # Those that training has for a set, see `input_pipeline.build`: `cfg.data` may name the set itself.
+        (found, *others) = input_pipeline.load(trained.data, task_of(trained).wanted(trained))
         if others or not isinstance(found, registry.Split):
             raise ConfigError("'task.shots' are drawn from one source of records; this run has another kind of data")
         return task.held_out(found.train, cfg)
@@ -234,7 +237,7 @@ def load(name: str, *, batch_size: int = 0, devices: Sequence[Any] | None = None
     arrays = json.dumps(saved.info["arrays"], sort_keys=True).encode()
     fingerprint = hashlib.sha256(arrays).hexdigest()[:16]
     return LoadedModel(
-        whole, fingerprint, cfg, model, params, start, tokenizer, -(-rows // mesh.size) * mesh.size, mesh
+        whole, fingerprint, cfg, cfg, model, params, start, tokenizer, -(-rows // mesh.size) * mesh.size, mesh
     )
 
 

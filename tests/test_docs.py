@@ -147,7 +147,7 @@ def test_the_python_of_the_readme_runs(monkeypatch, capsys):
     model = registry.MODELS["decoder"](cfg, None, jax.numpy.float32)
     one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     params = model.init(jax.random.key(0))
-    loaded = predict.LoadedModel("runs/tinystories@8", "", cfg, model, params, None, words, 1, one_device)
+    loaded = predict.LoadedModel("runs/tinystories@8", "", cfg, cfg, model, params, None, words, 1, one_device)
     monkeypatch.setattr(predict, "load", lambda name: loaded)
     exec(code, {})
     assert capsys.readouterr().out.strip()

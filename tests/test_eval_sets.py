@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lm import checkpoint, config, eval_sets, input_pipeline, train
+from lm import checkpoint, config, eval_sets, input_pipeline, predict, scoring, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, resume
 from lm.checkpoint.hf import card
@@ -343,12 +343,31 @@ def test_a_task_that_does_not_fit_the_model_is_refused_before_data_is_read(what,
         run_lib.plan(recipe(files, one(files, name, **options)), None)
 
 
-def test_shots_need_training_records_of_the_task(files):
-    cfg = recipe(files, one(files, **TASK | {"shots": 1}))
-    with pytest.raises(
-        ConfigError, match=r"'eval\.sets\.a\.task\.shots' is 1, but the training data has no records of"
-    ):
-        run_lib.prepare(run_lib.plan(cfg, None), one_device(), lambda _: None)
+@pytest.mark.parametrize("name", ["a", "test"])
+def test_shots_need_training_records_of_the_task(files, name):
+    cfg = recipe(files, {name: one(files, **TASK | {"shots": 1})["a"]})
+    message = rf"'eval\.sets\.{name}\.task\.shots' is 1, but the training data has no records of"
+    with pytest.raises(ConfigError, match=message):
+        run_lib.plan(cfg, None)
+
+
+def test_a_named_set_has_shots_of_the_training_data_in_training_and_afterwards(files, tmp_path):
+    """Not of the set itself, whose labels they would tell."""
+    own = {"path": str(files["labelled"]), "format": "jsonl"}
+    other_words = TASK | {"templates": ("{text} It was {label:no|yes}.",), "shots": 3}
+    sets = {"plain": own, "own": own | {"task": other_words}, "test": own | {"task": other_words}}
+    run = used_runs.make("prompting", tmp_path, task__shots=2, data__seq_len=256, eval__sets=sets)
+    loaded = predict.load(str(run), devices=jax.devices()[:1])
+    trained_on = {record["text"] for record in registry.load(loaded.config.data).train}
+    last, found = evaluations(run)[-1], {}
+    for name in sets:
+        model, data = predict.on_set(loaded, loaded.config, name)
+        shots = model.shots["shots"]
+        assert len(shots) == (2 if name == "plain" else 3) and {shot["text"] for shot in shots} <= trained_on
+        found[name] = scoring.evaluate(model, data, resamples=2).values
+    for name in ("plain", "own"):
+        assert {key: found[name][key] for key in of_set(last, name)} == pytest.approx(of_set(last, name), rel=1e-5)
+    assert found["test"] == found["own"] != found["plain"]
 
 
 def test_nothing_held_out_and_a_metric_of_another_set_are_refused(files):
