@@ -170,6 +170,9 @@ def start_or_resume(
             return done
         if is_primary:
             check_lease()
+            if start and not is_over:  # it goes on, so that the figures of an end are no longer its own
+                with files.access(summary_path, "removing"):
+                    summary_path.unlink(missing_ok=True)
             if run.plan.tokenizer:
                 run.plan.tokenizer.save(workdir / run.plan.tokenizer.file)
             files.write_atomic(workdir / "config.json", config.to_json(cfg))

@@ -1,14 +1,18 @@
 """lm/registry/cleaning.py: what is deleted, what stays, and who is asked."""
 
+import contextlib
+import json
 import os
 import shutil
 
 import pytest
 
 from lm import checkpoint, lease, train
-from lm.registry import cleaning, listing
+from lm.registry import cleaning, details, listing
+from lm.tracking import files, run_state
 from tests import tool_modules, toys, trained_runs
 from tests.registry_runs import age, write_run
+from tests.test_checkpoint_store import may_stop_orbax
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +52,21 @@ def test_nothing_is_deleted_before_yes_is_said(run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("keep", "left"), [("best", [2]), ("last", [6]), ("best,last", [2, 6]), ("none", [])], ids=lambda value: str(value)
+    ("keep", "is_done", "left"),
+    [
+        ("best", True, [2, 6]),
+        ("best", False, [2]),
+        ("last", True, [6]),
+        ("best,last", True, [2, 6]),
+        ("none", True, []),
+    ],
+    ids=str,
 )
-def test_the_checkpoints_that_are_kept_can_be_used_and_the_rest_is_freed(run, capsys, keep, left, monkeypatch):
+def test_the_checkpoints_that_are_kept_can_be_used_and_the_rest_is_freed(run, capsys, keep, is_done, left, monkeypatch):
+    """A run that is done keeps its last step, without which it would train again."""
     metrics = {2: 1.0, 4: 2.0, 6: 3.0}
+    if not is_done:
+        (run / "summary.json").unlink()
     listed = checkpoint.list_saved
 
     def with_metrics(folder):
@@ -65,15 +80,19 @@ def test_the_checkpoints_that_are_kept_can_be_used_and_the_rest_is_freed(run, ca
     size = sum(listing.size_of(str(path)) for path in gone)
     clean(run.parent, f"--keep={keep}", "--yes")
     monkeypatch.undo()
-    assert steps(run) == left and (run / "summary.json").exists()
+    assert steps(run) == left and (run / "summary.json").exists() == is_done
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(map(str, left))
-    assert f"freed {listing.in_bytes(size)}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"freed {listing.in_bytes(size)}" in out
+    assert ("step 6 stays: without its last step" in out) == (keep == "best" and is_done)
     assert not [name for name in os.listdir(run) if lease.is_lease(name)]
 
 
-def test_a_run_that_was_cleaned_of_all_but_its_last_checkpoint_is_still_done(run, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_run_that_was_cleaned_of_all_but_one_checkpoint_is_still_done(run, whole, monkeypatch, capsys, keep):
     toys.use_one_device(monkeypatch)
-    clean(run.parent, "--keep=last", "--yes")
+    monkeypatch.setattr(details, "best_step", lambda _: 2)
+    clean(run.parent, f"--keep={keep}", "--yes")
     train.train(trained_runs.recipe(whole.parent), run)
     assert "already done: step 6 of 6" in capsys.readouterr().out
 
@@ -120,8 +139,11 @@ def test_whole_runs_go_by_state_and_age_only(tmp_path, capsys):
         clean(root, "--remove=runs", "--yes")
     with pytest.raises(SystemExit, match="no state 'finished'"):
         clean(root, "--remove=runs", "--state=finished", "--yes")
-    with pytest.raises(SystemExit, match="'soon' is none"):
-        clean(root, "--remove=runs", "--older_than=soon", "--yes")
+    for wrong in ("soon", "30", "0d", "-1d", "1e3", "nand"):
+        with pytest.raises(SystemExit, match=f"--older_than={wrong}: expected a time above 0 with a unit"):
+            clean(root, "--remove=runs", f"--older_than={wrong}", "--yes")
+    with pytest.raises(SystemExit, match="'30' is none; an age has a unit"):
+        clean(root, "--remove=runs", "--where=age>30", "--yes")
     assert len(listing.find(root).entries) == 4
     clean(root, "--remove=runs", "--state=interrupted,failed", "--older_than=45d", "--yes")
     assert [entry.name for entry in listing.find(root).entries] == ["killed", "new", "old"]
@@ -183,3 +205,100 @@ def test_checkpoints_that_cannot_be_read_stay_unless_all_go(run, capsys):
         clean(run.parent, "--keep=best,none", "--yes")
     clean(run.parent, "--keep=none", "--yes")
     assert steps(run) == []
+
+
+@may_stop_orbax
+def test_a_damaged_array_in_a_kept_step_keeps_all_others(run, capsys):
+    """Its metadata is whole: only reading the arrays tells."""
+    (data,) = sorted((run / "checkpoints" / "6" / "state" / "d").iterdir())[:1]
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 255
+    data.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1"):
+            clean(run.parent, "--keep=last", "--yes")
+        assert steps(run) == [2, 4, 6]
+        assert f"Nothing of {run} was deleted" in capsys.readouterr().err
+    clean(run.parent, "--keep=none", "--yes")
+    assert steps(run) == []
+
+
+def test_a_damaged_file_in_a_kept_step_keeps_all_others(run):
+    (run / "checkpoints" / "6" / "tokenizer.model").write_bytes(b"no")
+    with pytest.raises(SystemExit):
+        clean(run.parent, "--keep=last", "--yes")
+    assert steps(run) == [2, 4, 6]
+
+
+FOREIGN = {
+    "a list": ("config.json", "[1, 2]"),
+    "an empty object": ("config.json", "{}"),
+    "another program's config": ("config.json", '{"model": 1, "lr": 2}'),
+    "another program's metrics": ("metrics.jsonl", '{"loss": 1}\n'),
+    "another program's trials": ("trial.json", '{"config": {"lr": 2}}'),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_folder_that_is_not_known_to_be_a_run_stays(what, tmp_path, capsys):
+    folder, (name, content) = tmp_path / "runs" / "mine", FOREIGN[what]
+    write_run(tmp_path / "runs" / "run")
+    folder.mkdir()
+    (folder / name).write_text(content)
+    (folder / "data.bin").write_bytes(b"work")
+    clean(tmp_path / "runs", "--remove=runs", "--where=state=*", "--yes")
+    out = capsys.readouterr()
+    assert sorted(os.listdir(folder)) == sorted([name, "data.bin"]) and not (tmp_path / "runs" / "run").exists()
+    assert "not known to be a run" in out.out or "not that of a run" in out.err
+
+
+def test_a_trial_that_was_killed_before_it_had_a_config_is_known_to_be_a_run(tmp_path):
+    folder = write_run(tmp_path / "runs" / "trial", is_done=False)
+    config = json.loads((folder / "config.json").read_text())
+    files.write_document(folder / "trial.json", {"arm": "a", "config": config})
+    (folder / "config.json").unlink()
+    clean(tmp_path / "runs", "--remove=runs", "--state=interrupted", "--yes")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("inside", ["a run", "a lease"])
+def test_a_run_with_runs_inside_stays(inside, tmp_path, capsys):
+    outer = write_run(tmp_path / "runs" / "outer")
+    inner = outer / "deep" / "inner"
+    inner.mkdir(parents=True)
+    removals = cleaning.plan(listing.find(tmp_path / "runs").entries, tmp_path / "runs", "runs", ())
+    with lease.hold(inner) if inside == "a lease" else contextlib.nullcontext():
+        if inside == "a run":
+            (inner / "metrics.jsonl").write_text("")
+        clean(tmp_path / "runs", "--remove=runs", "--state=done", "--yes")
+        assert f"has runs inside: {inner}" in capsys.readouterr().out
+        freed, wrong = cleaning.carry_out(removals, lambda _: None)  # it began after the plan
+        assert freed == 0 and "has runs inside" in wrong[0] and inner.exists()
+
+
+def test_keep_is_refused_where_whole_runs_go(tmp_path):
+    run = write_run(tmp_path / "runs" / "run")
+    for keep in ("best", "bset"):
+        with pytest.raises(SystemExit, match="--keep names checkpoints that stay, but --remove=runs deletes whole"):
+            clean(run.parent, "--remove=runs", "--state=done", f"--keep={keep}", "--yes")
+    assert run.exists()
+
+
+def test_a_best_that_there_is_not_is_said(run, monkeypatch, capsys):
+    monkeypatch.setattr(details, "best_step", lambda _: None)
+    clean(run.parent, "--keep=best,last", "--yes")
+    assert steps(run) == [6] and "no checkpoint was evaluated: there is no best" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_after_its_end_was_lost_is_not_done(run, whole, monkeypatch):
+    """The figures in its summary are of an end that it has yet to reach again."""
+    toys.use_one_device(monkeypatch)
+    shutil.rmtree(run / "checkpoints" / "6")
+    monkeypatch.setattr(train.StepLog, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(trained_runs.recipe(whole.parent), run)
+    assert run_state.look(run).state == "interrupted"
+    monkeypatch.undo()
+    toys.use_one_device(monkeypatch)
+    assert train.train(trained_runs.recipe(whole.parent), run)["steps"] == 6
+    assert run_state.look(run).state == "done"

@@ -94,6 +94,10 @@ def clean(arguments: list[str]) -> None:
     root, what = Path(_only(arguments, "clean FOLDER")), _REMOVE.value
     if what == "runs" and not (_STATE.value or _OLDER.value or _WHERE.value):
         stop("error: --remove=runs: say which, with --state, --older_than or --where")
+    if what == "runs" and flags.FLAGS["keep"].present:
+        stop("error: --keep names checkpoints that stay, but --remove=runs deletes whole runs; leave one of them out")
+    if _OLDER.value and not (listing.number(_OLDER.value, "age") or 0) > 0:
+        stop(f"error: --older_than={_OLDER.value}: expected a time above 0 with a unit, such as 12h, 30d or 8w")
     older = [f"age>{_OLDER.value}"] if _OLDER.value else []
     for state in _STATE.value:
         listing.condition(f"state={state}")  # refuses one that there is not

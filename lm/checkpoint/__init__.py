@@ -16,5 +16,6 @@ from lm.checkpoint.store import (
     read_file,
     sweep,
     unfinished,
+    verify,
     warn,
 )

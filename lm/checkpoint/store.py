@@ -569,6 +569,31 @@ def load(saved: Saved, abstract: Any) -> Any:
     return state
 
 
+def verify(saved: Saved) -> None:
+    """Reads all arrays and files of a checkpoint into the host's memory, and checks their fingerprints.
+
+    Raises:
+      CheckpointError: as `load` and `read_file`.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    if "unreadable" in saved.info:
+        raise CheckpointError(_damaged(saved) + _ADVICE)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    try:
+        found = ocp.checkpointables_metadata(saved.path).metadata["state"]
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), found)
+    except Exception as error:  # whatever Orbax finds wrong with its own files
+        raise CheckpointError(f"{saved.path} cannot be read: {_reason(error)}{_ADVICE}") from None
+    if absent := sorted(saved.info["arrays"].keys() - named_leaves(abstract).keys()):
+        raise CheckpointError(
+            f"{saved.path} is damaged: '{absent[0]}' is not there as it was saved ({len(absent)} arrays){_ADVICE}"
+        )
+    load(saved, abstract)
+    for name in saved.info.get("files", {}):
+        read_file(saved, name)
+
+
 def _read_arrays(saved: Saved, abstract: Any) -> Any:
     """Reads this process's part of the arrays. Raises CheckpointError, as `load`, but for their fingerprints."""
     from orbax.checkpoint import v1 as ocp

@@ -253,6 +253,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / 'config.json'} cannot be read: {type(error).__name__} {error}") from None
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the config in a folder's config.json or trial.json is surely that of a run."""
+    for name in ("config.json", run_state.RECORD):
+        with contextlib.suppress(RunFileError):
+            content = files.read_document(folder / name)
+            config = content.get("config") if name == run_state.RECORD else content
+            if isinstance(config, dict) and config.keys() >= _SECTIONS:
+                return True
+    return False
+
+
 def figures_so_far(folder: Path, best_metric: str) -> dict[str, Any]:
     """What metrics.jsonl tells of a run that is not done, under the keys of summary.json."""
     evaluations, last = files.read_evaluations(folder / "metrics.jsonl")
@@ -373,12 +384,15 @@ class Condition:
 
 
 def number(text: str, key: str = "") -> float | None:
-    """The number that a text gives; an age may have a unit (s, m, h, d, w), a size too (K, M, G, T); None = it is none.
+    """The number that a text gives; None = it is none. An age has a unit (s, m, h, d, w), a size may have one
+    (K, M, G, T).
 
     Example: '1.5h', 'age' -> 5400.0; '2GB', 'size' -> 2e9.
     """
     factor = 1
-    if key == "age" and (match := re.fullmatch(r"(.*?)\s*([smhdw])", text)):
+    if key == "age":
+        if not (match := re.fullmatch(r"(.*?)\s*([smhdw])", text)):
+            return None
         text, factor = match[1], _SECONDS[match[2]]
     elif key == "size" and (match := re.fullmatch(r"(.*?)\s*([KMGT]?)B?", text, re.IGNORECASE)):
         text, factor = match[1], _BYTES[match[2].upper()]
@@ -395,7 +409,8 @@ def condition(text: str) -> Condition:
         raise ConfigError(f"--where={text}: expected KEY=VALUE, or !=, <, <=, > or >= in the place of =")
     made = Condition(match[1], match[2], match[3])
     if made.operator not in ("=", "!=") and number(made.value, made.key) is None:
-        raise ConfigError(f"--where={text}: '{made.operator}' compares numbers, and '{made.value}' is none")
+        unit = "; an age has a unit, such as 12h or 30d" if made.key == "age" else ""
+        raise ConfigError(f"--where={text}: '{made.operator}' compares numbers, and '{made.value}' is none{unit}")
     if made.key == "state" and made.operator in ("=", "!=") and not fnmatch.filter(STATES, made.value):
         raise ConfigError(f"--where={text}: no state '{made.value}'; there are {', '.join(STATES)}")
     return made
