@@ -127,7 +127,8 @@ def find(cfg: Config, trained_on: Iterable[DataConfig]) -> list[str]:
       trained_on: the data of each of its sources.
 
     Returns:
-      Lines about files that are named twice: by two sets, or by a set and the training data.
+      Lines about files that are named twice: by two sets, or by a set and the data of a source, of which some may be
+      held out.
 
     Raises:
       DataError: a set names no file.
@@ -138,9 +139,11 @@ def find(cfg: Config, trained_on: Iterable[DataConfig]) -> list[str]:
             for unit in registry.units(config_of(cfg, name).data):
                 owners.setdefault(registry.real(unit), []).append(f"eval.sets.{name}")
     for data in trained_on if owners else ():
-        for unit in registry.trained_on(data):
-            if (place := registry.real(unit)) in owners:
-                owners[place].append("the training data")
+        units, held_out = registry.of_files(data), "data.eval_path" if data.eval_path else "what data.path holds out"
+        for name, some in (("the training data", units.train), (held_out, units.valid)):
+            for place in map(registry.real, some):
+                if place in owners:
+                    owners[place].append(name)
     return [f"warning: {place} is in {' and in '.join(names)}" for place, names in owners.items() if len(names) > 1]
 
 

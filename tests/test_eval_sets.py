@@ -269,7 +269,26 @@ def test_what_is_named_twice_or_trained_on_is_said(files, tmp_path):
     assert "records of eval.sets.a are" not in said
 
 
+def test_a_set_that_is_also_held_out_by_the_data_is_said(files, tmp_path):
+    for name, number in (("train", 2), ("dev", 3)):
+        (tmp_path / f"{name}.txt").write_text(files[f"text{number}"].read_text())
+    for trained, held_out, name, changes in (
+        (files["train"], files["text1"], "data.eval_path", {"data__eval_path": str(files["text1"])}),
+        (tmp_path, tmp_path / "dev.txt", "what data.path holds out", {}),
+    ):
+        cfg = recipe(files | {"train": trained}, {"a": {"path": str(held_out)}, "b": text(files, 4)}, **changes)
+        assert eval_sets.find(cfg, [cfg.data]) == [f"warning: {held_out} is in eval.sets.a and in {name}"]
+    both = {"valid": text(files, 1), "a": {"path": str(tmp_path / "dev.txt")}}
+    cfg = recipe(files | {"train": tmp_path}, both)
+    assert eval_sets.find(cfg, [cfg.data]) == [], "the set `valid` has taken its place"
+
+
 REFUSED = {
+    "a test set of interactions": (
+        {"test": {"path": "x"}},
+        {"task__name": "next_item", "data__format": "interactions"},
+        r"'eval\.sets\.test': interactions test on each user's last item, at the end of a run; give the set another",
+    ),
     "a name": ({"a b": {"path": "x"}}, {}, r"'eval\.sets\.a b': expected a name of letters, digits"),
     "train": ({"train": {"path": "x"}}, {}, r"'eval\.sets\.train': expected a name .* not train"),
     "no path": ({"a": {}}, {}, r"'eval\.sets\.a\.path' is empty"),
@@ -449,10 +468,13 @@ def test_a_valid_set_takes_the_place_of_a_folders_validation_split(files, tmp_pa
     for name, number in (("train", 2), ("dev", 3)):
         (tmp_path / f"{name}.txt").write_text(files[f"text{number}"].read_text())
     notes = []
-    for sets, held_out in (({}, "is held out"), ({"valid": text(files, 1)}, "is not read")):
+    for sets, held_out in (
+        ({}, "'train' is trained on, 'validation' is held out"),
+        ({"valid": text(files, 1)}, "not read: 'validation'"),
+    ):
         planned = run_lib.plan(recipe({"train": tmp_path}, sets), None)
         run = run_lib.prepare(planned, one_device(), notes.append)
-        assert f"'train' is trained on, 'validation' {held_out}" in "\n".join(notes)
+        assert held_out in "\n".join(notes) and ("not read" in held_out) == ("valid" in sets)
         assert run.data.report["train"]["documents"] == 12
         notes.clear()
 

@@ -462,6 +462,12 @@ def _check_sets(config: "Config") -> None:
         )
         if one.encoding:
             schema.check_encoding(one.encoding, f"{key}.encoding")
+    _refuse(
+        {
+            "'eval.sets.test': interactions test on each user's last item, at the end of a run; give the set another "
+            "name": data.format != "interactions" or "test" not in dict(config.eval.sets),
+        }
+    )
     valid = dict(config.eval.sets).get("valid")
     message = "nothing is held out: set 'data.eval_path', 'data.eval_fraction' above 0, or a set 'valid' of 'eval.sets'"
     _refuse({message: bool(valid) or holds_out(data)})

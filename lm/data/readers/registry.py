@@ -17,7 +17,6 @@ from lm.data.readers import paths as files
 from lm.data.readers.text import Opening, read_jsonl, read_text
 from lm.data.record import NOTHING, DataError, Fault, NotRead, Record, Wanted
 
-_AND_HELD_OUT = ", 'validation' is held out"
 _SHOWN_EXAMPLES = 3  # places shown of each kind of fault
 
 # What is read on its own: a file, or two files line by line. Picklable, and identified by its `str`.
@@ -28,12 +27,12 @@ class Format(NamedTuple):
     """How the records of a format are found and read.
 
     Attributes:
-      find: (data.path, data.eval_path) -> the units to train on and the held-out ones.
+      find: (data.path, data.eval_path, whether any are held out) -> the units to train on and the held-out ones.
       read: (unit, config, what the task wants) -> iterator over its records and faults, in order.
       reads: which of the config keys `_OPTIONAL` the format reads; the others are refused.
     """
 
-    find: Callable[[str, str], "Units"]
+    find: Callable[[str, str, bool], "Units"]
     read: Callable[[Unit, DataConfig, Wanted], Iterator[Record | Fault | NotRead]]
     reads: tuple[str, ...] = ()
 
@@ -105,11 +104,7 @@ def find(cfg: DataConfig) -> Units:
       ConfigError: a key is set that this format does not read.
     """
     _check(cfg)
-    units = FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
-    if holds_out(cfg):
-        return units
-    notes = (note.replace(_AND_HELD_OUT, ", 'validation' is not read") for note in units.notes)
-    return Units(units.train, [], tuple(notes))
+    return FORMATS[cfg.format].find(cfg.path, cfg.eval_path, holds_out(cfg))
 
 
 def units(cfg: DataConfig) -> list[Unit]:
@@ -117,9 +112,9 @@ def units(cfg: DataConfig) -> list[Unit]:
     return _interaction_files(cfg) if cfg.format == "interactions" else _all_readings(cfg, NOTHING)[0]
 
 
-def trained_on(cfg: DataConfig) -> list[Unit]:
-    """The units of files that `load` trains on; none for formats of other kinds."""
-    return FORMATS[cfg.format].find(cfg.path, cfg.eval_path).train if cfg.format in FORMATS else []
+def of_files(cfg: DataConfig) -> Units:
+    """The units of files that `load` reads, see `find`; none for formats of other kinds."""
+    return find(cfg) if cfg.format in FORMATS else Units([], [])
 
 
 def read(unit: Unit, cfg: DataConfig, wanted: Wanted = NOTHING) -> Iterator[Record | Fault | NotRead]:
@@ -176,7 +171,7 @@ def _all_readings(cfg: DataConfig, wanted: Wanted) -> tuple[list[Unit], Iterable
     if cfg.format == "parallel" and "target" in wanted.may_lack and "{" not in cfg.path:
         one_side: list[Unit] = files.find_files(cfg.path, ("",))
         return one_side, (tables.read_lines(path, _opening(cfg)) for path in one_side)
-    units = FORMATS[cfg.format].find(cfg.path, cfg.eval_path)
+    units = FORMATS[cfg.format].find(cfg.path, cfg.eval_path, True)
     if cfg.format == "tfds" and not cfg.eval_path:
         raise ConfigError(f"data set {cfg.path} of TFDS: name its split, such as test")
     if units.notes and not cfg.eval_path:
@@ -202,17 +197,17 @@ def _rename(cfg: DataConfig) -> dict[str, str]:
 
 def _named(
     *suffixes: str, find_splits: Callable[[str, tuple[str, ...]], dict[str, list[Unit]]] = files.find_splits
-) -> Callable[[str, str], Units]:
+) -> Callable[[str, str, bool], Units]:
     """`Format.find` for files. Of a folder, the files with one of `suffixes` are read; a file named in full, or matched
     by a glob, is read whatever its name is."""
 
-    def find_both(path: str, eval_path: str) -> Units:
+    def find_both(path: str, eval_path: str, holds_out: bool) -> Units:
         found = find_splits(path, suffixes)
         held_out = find_splits(eval_path, suffixes) if eval_path else {}
         if len(held_out) > 1:
             names = ", ".join(map(repr, held_out))
             raise DataError(f"data.eval_path '{eval_path}': holds the splits {names}; name one by its folder or a glob")
-        units = _train_and_validation(path, found, held_out.popitem()[1] if eval_path else [])
+        units = _train_and_validation(path, found, held_out.popitem()[1] if eval_path else [], holds_out)
         if both := sorted(set(map(real, units.train)) & set(map(real, units.valid))):
             hint = "narrow data.path, by a glob perhaps"
             raise DataError(f"{both[0]}: named by both data.path and data.eval_path; {hint}")
@@ -226,19 +221,24 @@ def real(unit: Unit) -> str:
     return str(unit) if "://" in str(unit) else os.path.realpath(unit) if isinstance(unit, epath.Path) else str(unit)
 
 
-def _train_and_validation(path: str, found: dict[str, list[Unit]], held_out: list[Unit]) -> Units:
-    """Chooses the 'train' split of a folder with several splits and, unless `held_out` is given, its 'validation'."""
+def _train_and_validation(path: str, found: dict[str, list[Unit]], held_out: list[Unit], holds_out: bool) -> Units:
+    """Chooses the 'train' split of a folder with several splits and, if units are held out and `held_out` names none,
+    its 'validation'."""
     if len(found) == 1:
         (only,) = found.values()
         return Units(only, held_out)
     if files.TRAIN not in found:
         names = ", ".join(map(repr, sorted(found)))
         raise DataError(f"data path '{path}': holds {names} and no 'train'; name one by its folder or a glob")
-    valid = held_out or found.get(files.VALIDATION, [])
-    notes = [f"{path} holds several splits: 'train' is trained on" + _AND_HELD_OUT * (not held_out and bool(valid))]
+    valid = held_out or (found.get(files.VALIDATION, []) if holds_out else [])
+    also = ", 'validation' is held out" if valid and not held_out else ""
+    notes = [f"{path} holds several splits: 'train' is trained on{also}"]
     read = {str(unit) for unit in (*found[files.TRAIN], *valid)}
     if rest := [f"'{name}'" for name in sorted(found) if not read & set(map(str, found[name]))]:
-        notes.append(f"not read: {', '.join(rest)} (data.eval_path names another split to evaluate on)")
+        hint = (
+            "data.eval_path names another split to evaluate on" if holds_out else "eval.sets has what is evaluated on"
+        )
+        notes.append(f"not read: {', '.join(rest)} ({hint})")
     return Units(found[files.TRAIN], valid, tuple(notes))
 
 
@@ -290,7 +290,7 @@ FORMATS: dict[str, Format] = {
         _named(*images.SUFFIXES),
         lambda path, cfg, wanted: images.read_images(path, wanted.image_shape, cfg.max_expansion),
     ),
-    "tfds": Format(lambda name, split: Units(*tfds.find(name, split)), **_with_fields(tfds.read)),
+    "tfds": Format(lambda name, split, _: Units(*tfds.find(name, split)), **_with_fields(tfds.read)),
     "array_record": Format(_named(".array_record", ".arrayrecord"), **_with_fields(array_record.read_array_record)),
     "parquet": Format(_named(".parquet"), **_with_fields(parquet.read_parquet)),
     "arrow": Format(_named(".arrow", find_splits=parquet.find_arrow), **_with_fields(parquet.read_arrow)),
