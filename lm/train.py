@@ -164,8 +164,9 @@ def start_or_resume(
         say(parameter_table(run.plan, run.program.optimizer.selection, origin))
         is_over = start >= total_steps or position.early_stopping.should_stop(cfg.train)
         if is_over and (done := finished_summary(summary_path, say)):
-            if is_primary and not (workdir / "report.html").exists():  # killed after it had written its summary
-                report.write_report(workdir)
+            if is_primary and not (workdir / "report.html").exists():  # ended after it had written its summary
+                with run_state.recorded_failure(workdir, check_lease):
+                    report.write_report(workdir)
             say(f"already done: step {start:,} of {total_steps:,}; see {summary_path}")
             return done
         if is_primary:
@@ -176,23 +177,22 @@ def start_or_resume(
             if run.plan.tokenizer:
                 run.plan.tokenizer.save(workdir / run.plan.tokenizer.file)
             files.write_atomic(workdir / "config.json", config.to_json(cfg))
-        recorded = run_state.recorded_failure(workdir, check_lease) if is_primary else contextlib.nullcontext()
-        with (
-            recorded,
-            Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over, check_lease) as tracker,
-            Checkpoints(workdir, cfg.checkpoint, saved, start, check_lease) as checkpoints,
-        ):
-            interrupt.kept = lambda: what_is_kept(checkpoints.last_good)
-            summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt, where)
-        if is_primary:
-            summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
-            with tracker.writing():
-                if cfg.train.early_stopping.patience:  # with early stopping the run stands for its best checkpoint
-                    best = {k: value for k, value in evaluations["best"].items() if k in summary and k != "seconds"}
-                    summary |= best
-                    summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}
-                report.write_summary(workdir, summary)
-                say(f"summary: {summary_path}, curves: {report.write_report(workdir)}")
+        with run_state.recorded_failure(workdir, check_lease) if is_primary else contextlib.nullcontext():
+            with (
+                Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over, check_lease) as tracker,
+                Checkpoints(workdir, cfg.checkpoint, saved, start, check_lease) as checkpoints,
+            ):
+                interrupt.kept = lambda: what_is_kept(checkpoints.last_good)
+                summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt, where)
+            if is_primary:
+                summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
+                with tracker.writing():
+                    if cfg.train.early_stopping.patience:  # with early stopping the run stands for its best checkpoint
+                        best = {k: value for k, value in evaluations["best"].items() if k in summary and k != "seconds"}
+                        summary |= best
+                        summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}
+                    report.write_summary(workdir, summary)
+                    say(f"summary: {summary_path}, curves: {report.write_report(workdir)}")
         return summary
 
 

@@ -10,6 +10,7 @@ import pytest
 from lm.config.schema import ConfigError
 from lm.evaluation import flops
 from lm.registry import comparison
+from lm.tasks import task_config
 from lm.tracking import files, report
 from tests import tool_modules
 from tests.registry_runs import config_of, write_run
@@ -53,6 +54,24 @@ def test_the_page_needs_no_other_file_escapes_text_and_names_what_differs(tmp_pa
     assert [(cell["state"], cell["best.loss"]) for cell in cells] == [("done", "2"), ("interrupted", "1")]
     for number in (0, 1):  # the row and the lines of a run find each other
         assert f"data-run={number}>" in page and f'<g id="run{number}.0">' in page
+
+
+def test_the_loss_of_a_set_has_the_unit_of_its_task(tmp_path):
+    one = task_config("prompting", labels=("a", "b"), templates=("{text} {label}",)).to_dict()
+    made = {"format": "jsonl", "path": "x"}
+    sets = {"texts": {**made, "format": "text"}, "classes": {**made, "task": one}}
+    runs = [write_run(tmp_path / "run", eval__sets=sets), write_run(tmp_path / "other")]
+    for run in runs:
+        rows = files.RowFile(run / "metrics.jsonl")
+        for step in (30, 40):
+            rows.append({"step": step, "split": "eval", "seconds": 1.0, "texts/loss": 2.0, "classes/loss": 1.0})
+        rows.close()
+    for shown, unit in ((runs[:1], "nats per example"), (runs, "")):  # the other run does not say what 'classes' is
+        drawn = comparison.panels_of(
+            [read(run) for run in shown], "step", ["texts/loss", "classes/loss"], ["#000"] * len(shown)
+        )
+        units = {panel.about.title: panel.about.unit for panel in drawn}
+        assert units == {"eval: texts: Loss": "nats per token", "eval: classes: Loss": unit}
 
 
 def test_metrics_that_are_named_are_drawn_and_others_refused(tmp_path):

@@ -115,6 +115,15 @@ def test_a_trial_that_fails_or_diverges_counts_and_is_told_as_failed(tmp_path):
     assert [by_hash[name].value is None for name in ran] == [True, True, False, False]
 
 
+def test_a_metric_that_no_run_has_ends_the_search_after_its_first_trial(tmp_path):
+    study, ran = study_of(dataclasses.replace(search_of(), metric="nl")), []
+    with pytest.raises(
+        ConfigError, match=r"is done and has no metric 'nl' \(did you mean 'nll'\?\); there are nll, sec"
+    ):
+        searching.run(study, tmp_path, lambda trial, folder: ran.append(trial) or finished(trial, folder), print)
+    assert len(ran) == 1
+
+
 def test_a_trial_that_is_killed_each_time_does_not_keep_the_search_busy(tmp_path):
     study = study_of(search_of(trials=3))
     ran = []

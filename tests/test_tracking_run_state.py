@@ -69,3 +69,17 @@ def test_the_failure_of_a_run_is_gone_when_the_same_command_goes_on(tmp_path, mo
     assert run_state.look(run)[:2] == ("failed", "loss nan")
     train.train(cfg, run)
     assert run_state.look(run).state == "done" and not (run / run_state.FAILURE).exists()
+
+
+@pytest.mark.parametrize(("name", "state"), [("write_summary", "failed"), ("write_report", "done")])
+def test_a_failure_to_write_the_summary_or_the_report_is_recorded(tmp_path, monkeypatch, name, state):
+    cfg, run = trained_runs.recipe(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.report, name, lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
+        with pytest.raises(MemoryError):
+            train.train(cfg, run)
+    assert files.read_document(run / run_state.FAILURE) == {"error": "MemoryError: no more"}
+    assert run_state.look(run).state == state
+    train.train(cfg, run)
+    assert run_state.look(run).state == "done" and not (run / run_state.FAILURE).exists()
+    assert (run / "report.html").exists()

@@ -1,9 +1,10 @@
 """One page that lays the curves of runs over each other, above a table of their figures; it needs no other file."""
 
 import dataclasses
+import functools
 import html
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from lm.evaluation import flops, metrics
 from lm.registry import details, listing
 from lm.registry.listing import Entry
 from lm.study.report import COLORS
-from lm.tasks import base, build_saved_config, task_of
-from lm.tracking import curves, files
+from lm.tasks import build_saved_config
+from lm.tracking import curves, files, report
 from lm.tracking.curves import Curves
 from lm.tracking.files import RunFileError
 from lm.tracking.report import STYLE, Line, Panel, draw_panels, picture
@@ -52,7 +53,7 @@ class Compared:
       figures: flat, see `lm.registry.listing.Entry`.
       drawn: its curves.
       scale: what a step stands for on the axis.
-      loss_unit: of its loss; '' = not known.
+      loss_unit: what stands before the name of a loss -> its unit, see `eval_sets.loss_unit`; '' = not known.
     """
 
     entry: Entry
@@ -60,7 +61,7 @@ class Compared:
     figures: Mapping[str, Any]
     drawn: Curves
     scale: float
-    loss_unit: str
+    loss_unit: Callable[[str], str]
 
 
 def write(
@@ -109,11 +110,11 @@ def read(folder: Path, axis: str, points: int) -> tuple[Compared, list[str]]:
     entry, wrong = details.open_run(folder)
     content = listing.read_config(folder)
     settings: dict[str, Any] = {}
-    scale, loss_unit = 1.0, ""
+    scale, loss_unit = 1.0, report.loss_unit(None)
     if content:
         cfg = build_saved_config(content)
         settings = details.config_of(entry)
-        loss_unit = base.loss_unit(task_of(cfg), cfg, "")
+        loss_unit = report.loss_unit(cfg)
         if axis in ("tokens", "flops"):
             scale = float(cfg.data.batch_size * cfg.data.seq_len)
         if axis == "flops":
@@ -171,8 +172,6 @@ def panels_of(runs: Sequence[Compared], axis: str, wanted: Sequence[str], colors
         *(("eval", name) for name in (wanted or [*best, "loss"])),
         *(("train", name) for name in (wanted or _TRAINING)),
     ]
-    units = {run.loss_unit for run in runs}
-    loss_unit = units.pop() if len(units) == 1 else ""
     merged = max((curve.rows_per_point for run in runs for curve in run.drawn.of.values()), default=1)
     title = _AXIS_TITLES.get(axis, axis) + (f" · up to {merged:,} rows a point" if merged > 1 else "")
     panels = []
@@ -184,9 +183,17 @@ def panels_of(runs: Sequence[Compared], axis: str, wanted: Sequence[str], colors
                 has_dots = split == "eval" and len(runs) <= 3 * _FEW
                 lines.append(Line(curve, color, label, has_dots, f"run{i}.{number}", run.scale))
         if lines:
-            about = metrics.about(name, lambda prefix: "" if prefix else loss_unit)
+            about = metrics.about(
+                name, functools.partial(_common_unit, [run for run in runs if (split, name) in run.drawn.of])
+            )
             panels.append(Panel(name, about._replace(title=f"{split}: {about.title}"), lines, title))
     return panels
+
+
+def _common_unit(runs: Sequence[Compared], prefix: str) -> str:
+    """The unit of a loss in all runs; '' = they differ, or it is not known."""
+    units = {run.loss_unit(prefix) for run in runs}
+    return units.pop() if len(units) == 1 else ""
 
 
 def _table(runs: Sequence[Compared], colors: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lm import lease
-from lm.config import flatten
+from lm.config import flatten, schema
 from lm.config.schema import ConfigError
 from lm.study import runs
 from lm.study.axes import Override
@@ -55,17 +55,28 @@ def _is_within(search: Search, override: Override) -> bool:
 
 
 def seen_of(study: Study, outcomes: Mapping[str, runs.Outcome]) -> list[Seen]:
-    """What the trials of a search have shown. One that is done without a finite result counts as failed."""
+    """What the trials of a search have shown. One that is done without a finite result counts as failed.
+
+    Raises:
+      ConfigError: one that is done has no such metric.
+    """
     assert study.search is not None
-    seen = []
+    seen, metric = [], study.search.metric
     for trial in study.trials:
         outcome = outcomes[trial.hash]
         params = {key: trial.override[key] for key in study.search.space}
-        value = dict(flatten(outcome.summary)).get(study.search.metric)
+        figures = dict(flatten(outcome.summary))
+        value = figures.get(metric)
         if outcome.state in ("failed", "damaged"):
             seen.append(Seen(params, "failed"))
         elif outcome.state != "done":
             seen.append(Seen(params, "running"))
+        elif metric not in figures and metric not in figures.get("not_finite", ()):
+            known = sorted(key for key, figure in figures.items() if type(figure) in (int, float))
+            raise ConfigError(
+                f"SEARCH: {outcome.folder} is done and has no metric '{metric}'{schema.nearest(metric, known)}; "
+                f"there are {', '.join(known)}"
+            )
         elif isinstance(value, int | float) and math.isfinite(value):
             seen.append(Seen(params, "done", float(value)))
         else:

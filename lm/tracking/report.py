@@ -161,7 +161,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     figures = {key: value for key, value in summary.items() if key not in ("versions", "goodput")}
     goodput, used = (_object(summary, key, workdir / "summary.json") for key in ("goodput", "versions"))
     cfg = _config(resolved)
-    about = functools.partial(metrics.about, loss_unit=_loss_unit(cfg))
+    about = functools.partial(metrics.about, loss_unit=loss_unit(cfg))
     best_metric = cfg.checkpoint.best_metric if cfg else "loss"
     body = [
         f"<h1>{html.escape(workdir.resolve().name)}</h1>",
@@ -201,7 +201,7 @@ def _config(resolved: dict[str, Any]) -> Config | None:
         return None
 
 
-def _loss_unit(cfg: Config | None) -> Callable[[str], str]:
+def loss_unit(cfg: Config | None) -> Callable[[str], str]:
     """The unit of a loss of the run, by the name of the part whose loss it is; '' where the config is not known."""
     return functools.partial(eval_sets.loss_unit, cfg) if cfg else lambda prefix: ""
 
