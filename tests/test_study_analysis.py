@@ -224,6 +224,21 @@ def test_a_run_is_found_when_a_default_becomes_what_the_study_sets(tmp_path, mon
     assert [each.state for each in outcomes.values()] == ["done"] and not remarks
 
 
+def test_a_test_set_can_be_added_to_a_study_that_has_runs(tmp_path):
+    def study_with(*names):
+        recipe, sets = tmp_path / f"{'_'.join(names)}.py", {name: {"path": "x.txt", "format": "text"} for name in names}
+        recipe.write_text(
+            "from configs import quickstart_pretrain\n\n\ndef get_config():\n"
+            f"    c = quickstart_pretrain.get_config()\n    c.eval.sets = {sets}\n    return c\n"
+        )
+        return make_study([{"arm": "a"}], recipe=str(recipe))
+
+    write_run(tmp_path, study_with("wiki").trials[0], {"loss": 1.0})
+    for names, state in ((("wiki", "test"), "done"), (("wiki", "other"), "missing")):
+        outcomes, _ = runs.find(study_with(*names), tmp_path)
+        assert [each.state for each in outcomes.values()] == [state]
+
+
 # --- what is wrong is named, and the rest reported ----------------------------------------------------------------
 
 

@@ -273,14 +273,19 @@ def in_words(override: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in override.items())
 
 
+OF_TEST = "eval.sets.test."  # begins the keys of a set that no run reads
+
+
 def hash_of(config: Config) -> str:
     """Names the run of a config: 16 hex digits of the SHA-256 of its keys and values.
 
     Only keys that differ from their defaults count, so that a key that a later version adds changes no name. A default
-    that a later version changes is seen when the run is read, as its whole config is beside it.
+    that a later version changes is seen when the run is read, as its whole config is beside it. The set `test`, which
+    no run reads, does not count: it can be added to a study that has runs.
     """
     usual = defaults(config.task.name)
     changed = {key: value for key, value in flatten(schema.to_dict(config)) if value != usual.get(key)}
+    changed = {key: value for key, value in changed.items() if not key.startswith(OF_TEST)}
     text = json.dumps({"task": config.task.name, **changed}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lm import config as config_lib
 from lm.config import Config, flatten, schema
 from lm.config.schema import ConfigError
-from lm.study.definition import Study, Trial, hash_of
+from lm.study.definition import OF_TEST, Study, Trial, hash_of
 from lm.tasks import build_saved_config
 from lm.tracking import files, run_state
 from lm.tracking.files import RunFileError
@@ -133,8 +133,8 @@ def find(study: Study, root: Path) -> tuple[dict[str, Outcome], list[str]]:
                 f"{folder} is a run of '{record.arm}', seed {record.config.seed}, with a config that the study no "
                 "longer has; it is left out. Delete it, or bring the trial back"
             )
-        elif changes := config_lib.diff(record.config, trial.config):
-            key, (old, new) = next(iter(changes.items()))
+        elif changes := [each for each in config_lib.diff(record.config, trial.config).items() if _counts(each[0])]:
+            key, (old, new) = changes[0]
             what = f"its config has {key}={old}, the trial {key}={new}: the default has changed since"
             found.setdefault(trial.hash, []).append(
                 Outcome(folder, "damaged", f"{what}; move the folder away, or set the key in the study", {})
@@ -180,7 +180,12 @@ def difference_from(folder: Path, planned: Config) -> str:
 def _is_free(key: str) -> bool:
     """Whether a key changes no figure of a run, such as mesh.data, model.remat or eval.batch_size."""
     may_change = any(key == each or key.startswith(f"{each}.") for each in config_lib.RESUMABLE)
-    return may_change and (key == "eval.batch_size" or not key.startswith(_OF_FIGURES))
+    return may_change and (key == "eval.batch_size" or not key.startswith(_OF_FIGURES) or not _counts(key))
+
+
+def _counts(key: str) -> bool:
+    """Whether a key is of the config by which runs are told apart."""
+    return not key.startswith(OF_TEST)
 
 
 def _one_of(copies: list[Outcome], folder: Path) -> tuple[Outcome, list[str]]:
