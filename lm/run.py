@@ -22,6 +22,7 @@ from lm.config import Config, DataConfig, MeshConfig, schema
 from lm.config.schema import ConfigError
 from lm.data import loader
 from lm.data.readers import registry
+from lm.data.record import Record
 from lm.data.tokenizer import Tokenizer
 from lm.decoding import sampling
 from lm.evaluation import flops, metrics
@@ -242,12 +243,14 @@ def prepare(
     sets = eval_sets.load(cfg, note) if like is None else {}
     for line in found_twice:
         note(line)
-    for source in found:
+    train: dict[str, list[Record]] = {}
+    for name, source in zip(input_pipeline.by_source(cfg.data), found, strict=False):  # `found` is () with `like`
         note(source.report)
         if isinstance(source, registry.Split):
             base.check_fields(task, [*source.train, *source.valid], TASKS)
-            for line in registry.overlap(source.train, {name: one.records for name, one in sets.items()}):
-                note(line)
+            train[name] = source.train
+    for line in registry.overlap(train, {name: one.records for name, one in sets.items()}):
+        note(line)
     planned = planned._replace(tokenizer=like.plan.tokenizer if like else tokenizer_for(planned, found, note))
     tokenizer = planned.tokenizer
     if tokenizer:

@@ -247,6 +247,15 @@ def test_a_mixture_has_one_valid_set_and_trains_on_all_records(files, tmp_path):
     assert "loss" in summary and not [name for name in summary if name.startswith(("documents_", "records_"))]
 
 
+def test_records_of_a_set_that_are_trained_on_are_counted_for_each_source(files):
+    mixture = ((0.0, str(files["train"]), 1.0), (0.0, str(files["text2"].parent), 1.0))
+    source = recipe(files, {"valid": text(files, 2), "b": text(files, 4)}, data__path="", data__mixture=mixture)
+    notes = []
+    run_lib.prepare(run_lib.plan(source, None), one_device(), notes.append)
+    told = [line for line in notes if "trained on as well" in line]
+    assert told == ["warning: 12 of 12 records of eval.sets.valid are trained on as well in 2"]
+
+
 def test_a_run_replays_all_data_of_a_run_that_held_nothing_out(files, tmp_path):
     train.train(recipe(files, {"valid": text(files, 1)}), tmp_path / "first")
     again = {"init_from": str(tmp_path / "first"), "data__replay": 0.5, "train__total_steps": 1}

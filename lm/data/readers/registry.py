@@ -381,7 +381,7 @@ def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
     if faults:
         report.append(_describe(faults))
     if units.valid:
-        report += overlap(train, {"": valid})
+        report += overlap({"": train}, {"": valid})
     elif holds_out(cfg):
         train, valid = splits.hold_out(train, cfg.eval_fraction)
         report.append(splits.describe_groups(train, valid))
@@ -389,26 +389,29 @@ def _read_all(cfg: DataConfig, wanted: Wanted) -> Split:
     return Split(train, valid, "", "\n".join(report))
 
 
-def overlap(train: list[Record], held_out: Mapping[str, list[Record]]) -> list[str]:
+def overlap(train: Mapping[str, list[Record]], held_out: Mapping[str, list[Record]]) -> list[str]:
     """Warnings about held-out records that are also in the training data, as a whole or by their text, context, ...
 
     Args:
-      train: the training records.
+      train: name of a source, '' = the only one -> its training records.
       held_out: name of a set, '' = the held-out records of `data` -> its records.
     """
+    told: list[str] = []
     if not held_out:
-        return []
-    digests, groups = (set(map(key, train)) for key in (splits.digest, splits.group))
-    told = []
-    for name, records in held_out.items():
-        what = f"{len(records):,} records of eval.sets.{name}" if name else f"{len(records):,} held-out records"
-        whole = [record for record in records if splits.digest(record) in digests]
-        grouped = [record for record in records if splits.group(record) in groups]
-        if whole:
-            told.append(f"warning: {len(whole):,} of {what} are trained on as well")
-        if len(grouped) > len(whole):
-            kinds = ", ".join(sorted(set(map(splits.grouping, grouped))))
-            told.append(f"warning: {len(grouped):,} of {what} share their {kinds} with training")
+        return told
+    hashes = {name: [(splits.digest(one), splits.group(one)) for one in some] for name, some in held_out.items()}
+    for source, trained_on in train.items():
+        digests, groups = (set(map(key, trained_on)) for key in (splits.digest, splits.group))
+        place = f" in {source}" if source else ""
+        for name, records in held_out.items():
+            what = f"{len(records):,} records of eval.sets.{name}" if name else f"{len(records):,} held-out records"
+            whole = sum(digest in digests for digest, _ in hashes[name])
+            grouped = [one for one, (_, group) in zip(records, hashes[name], strict=True) if group in groups]
+            if whole:
+                told.append(f"warning: {whole:,} of {what} are trained on as well{place}")
+            if len(grouped) > whole:
+                kinds = ", ".join(sorted(set(map(splits.grouping, grouped))))
+                told.append(f"warning: {len(grouped):,} of {what} share their {kinds} with training{place}")
     return told
 
 
