@@ -118,7 +118,7 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     data = dataclasses.replace(cfg.data, overlong=overlong)
     found = _find_tokenizer(cfg, workdir if own else None, init) if task_of(cfg).texts else None
     if found and isinstance(init, hf.Published):
-        init.check_start(found)
+        init.check_tokenizer(found)
     vocab_size = found.vocab_size if found else cfg.tokenizer.vocab_size + cfg.tokenizer.extra_ids
     if isinstance(init, hf.Published) and vocab_size > cfg.model.vocab_size:  # by `tokenizer.extra_ids`
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))

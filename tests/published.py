@@ -19,7 +19,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # byte-level BPE as GPT-2 and SmolLM2 and as RoBERTa, WordPiece as BERT, SentencePiece as Llama (lossless, dummy prefix)
-# and as T5.
+# and as T5. Beside them `folder` has 'xlm_roberta', Unigram whose tokenizer_config.json says nothing, as the published.
 KINDS = ("byte_bpe", "roberta", "word_piece", "llama", "t5")
 MARKS = ("<|im_end|>", "[MASK]", "</s>", "<pad>", "<unk>", "<0x41>", "<extra_id_0>", "\u2581", "\ufeff", "\r\n", "  ")
 
@@ -50,6 +50,15 @@ def _made(kind: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     pytest.importorskip("tokenizers", reason="needs the extra hf")
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+    if kind == "xlm_roberta":
+        names = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+        pieces = [(name, -8.0) for name in dict.fromkeys(" ".join(PROSE).replace(" ", "\u2581"))]
+        made = Tokenizer(models.Unigram([*names, *pieces, ("\u2581the", -2.0), ("at", -3.0)], unk_id=3))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        made.add_special_tokens([*(name for name, _ in names), AddedToken("<mask>", lstrip=True, special=True)])
+        pair = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> </s> $B </s>", [("<s>", 0), ("</s>", 2)])
+        made.post_processor = pair
+        return {"tokenizer.json": made.to_str().encode()}, {}
     if kind in ("byte_bpe", "roberta"):
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
@@ -21,9 +22,10 @@ from lm import losses, param_paths, train
 from lm import run as run_lib
 from lm.checkpoint import CheckpointError, hf, resume
 from lm.checkpoint.hf import card, export, export_adapter
-from lm.config import AdapterConfig, Duration, ModelConfig
+from lm.config import AdapterConfig, Config, Duration, EvalConfig, EvalSetConfig, ModelConfig, schema
 from lm.config.schema import ConfigError
 from lm.models import transformer
+from lm.tasks import TASKS
 from lm.tracking import report
 from tests import published as published_tokenizers
 from tests import tool_modules, toys
@@ -263,6 +265,21 @@ def test_a_hub_cache_gives_the_name_of_the_base(base, tmp_path, monkeypatch):
         tool_modules.call("hf", "export", run, tmp_path / "three", f"--base={cached}")
     cached.rename(tmp_path / "hub" / "models--gpt2")
     assert export_adapter.base_of("gpt2", False) == "gpt2"
+    shutil.rmtree(tmp_path / "hub")
+    for start in ("gpt2", "owner/name"):
+        assert export_adapter.base_of(start, False) == start, "the cache is gone, the name is not"
+    assert export_adapter.base_of("/home/me/base", False) == export_adapter.base_of("owner/name", True) == ""
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_base_in_a_relative_folder_has_no_name_on_a_hub(has_adapter, base, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base("llama"), "out/base")
+    start = "out/base"
+    if has_adapter:
+        start = str(shutil.copytree(made("llama", "causal_lm")[1], tmp_path / "adapter"))
+        change(tmp_path / "adapter", base_model_name_or_path="out/base")
+    assert export_adapter.base_of(start, has_adapter) == str(tmp_path / "out" / "base")
 
 
 def test_a_run_that_is_more_than_its_base_and_lora_is_no_adapter(base, made, tmp_path):
@@ -352,6 +369,77 @@ def test_a_card_cuts_absolute_paths_and_nothing_else(tmp_path):
     assert "generate.prompts = ('/help me / now', 'hf:a,/b')\n" in text
     assert "init_from = 'hf:smol'\n" in card_of(init_from="hf:/home/me/smol")
     assert 'base_model: "gpt2"\n' in card_of("gpt2") and "base_model" not in card_of("/home/me/gpt2")
+
+
+# Keys that hold text, or tuples with some, but no path.
+TEXTS = {
+    *("init_rules", "data.encoding", "data.separator", "data.rename", "data.augment", "adapter.targets"),
+    *("optim.decay_rules", "optim.lr_rules", "optim.unfreeze_rules", "generate.prompts", "generate.stop"),
+    *("eval.sets.one.split", "eval.sets.one.rename", "eval.sets.one.separator", "eval.sets.one.encoding"),
+    "checkpoint.best_metric",
+}
+OF_TASKS = {"name", "labels", "templates"}
+
+
+def texts_of(section: Any, prefix: str = "") -> set[str]:
+    """Keys of a config's fields whose type lets them hold any text."""
+    out = set()
+    for name, hint in get_type_hints(type(section)).items():
+        value, key = getattr(section, name), f"{prefix}{name}"
+        if key == "eval.sets":
+            out |= texts_of(dict(value)["one"], f"{key}.one.")
+        elif dataclasses.is_dataclass(value):
+            out |= texts_of(value, f"{key}.")
+        elif "str" in re.findall(r"\w+", re.sub(r"Literal\[[^]]*\]", "", str(hint).replace("<class 'str'>", "str"))):
+            out.add(key)
+    return out
+
+
+def with_paths(section: Any, path: str) -> Any:
+    """A section of a config with this path in all fields that hold some."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.metadata.get("is_path"):
+            changes[field.name] = path if isinstance(value, str) else ((0.0, path, 1.0),)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = with_paths(value, path)
+        elif field.name == "sets":
+            changes[field.name] = tuple((name, with_paths(each, path)) for name, each in value)
+    return dataclasses.replace(section, **changes)
+
+
+def test_a_card_has_no_private_path_of_any_key():
+    """Each key that may hold text is known to be a path or none: a new one must be put on either side."""
+    cfg = Config(eval=EvalConfig(sets=(("one", EvalSetConfig()),)))
+    paths = {*schema.path_keys(cfg)}
+    texts = {key for key in texts_of(cfg) if not key.endswith("task.name")}
+    assert texts == TEXTS | paths and not TEXTS & paths
+    for name, task in TASKS.items():
+        assert texts_of(task.options()) <= OF_TASKS, name
+    options: dict[str, Any] = {"metrics": {}, "summary": {}, "is_adapter": False, "head": None}
+    cfg = with_paths(cfg, "/home/me/secret/last")
+    text = card.card("a", cfg, model_type="gpt2", parameters=1, base="", step=2, **options)
+    assert "secret" not in text and all(f"\n{key} = " in text for key in paths)
+
+
+def test_a_card_names_the_evaluation_sets_and_what_is_set_of_them():
+    task = dataclasses.replace(TASKS["classification"].options(), name="classification", labels=("a", "b"))
+    one = EvalSetConfig(path="/home/me/dev.txt", encoding="cp1252")
+    other = EvalSetConfig(path="b.jsonl", format="jsonl", task=task)
+    cfg = Config(eval=EvalConfig(sets=(("one", one), ("other", other))))
+    options: dict[str, Any] = {"metrics": {}, "summary": {}, "is_adapter": False, "head": None}
+    text = card.card("a", cfg, model_type="gpt2", parameters=1, base="", step=2, **options)
+    assert "- `eval.sets.one.path`: `'dev.txt'`\n- `eval.sets.other.path`: `'b.jsonl'`\n" in text
+    shown = [line for line in text.splitlines() if line.startswith("eval.sets.")]
+    assert shown == [
+        "eval.sets.one.path = 'dev.txt'",
+        "eval.sets.one.encoding = 'cp1252'",
+        "eval.sets.other.path = 'b.jsonl'",
+        "eval.sets.other.format = 'jsonl'",
+        "eval.sets.other.task.name = 'classification'",
+        "eval.sets.other.task.labels = ('a', 'b')",
+    ]
 
 
 # Folders that are read ------------------------------------------------------------------------------------------------

@@ -206,6 +206,37 @@ def test_a_head_that_is_not_the_embedding_to_which_it_is_tied_is_refused(rows, c
     )
 
 
+FAMILIES = {"llama": MODEL, "gpt2": dataclasses.replace(toys.GPT2, vocab_size=300, max_len=64)}
+FAMILIES |= {"bert": BERT, "roberta": ROBERTA, "t5": T5}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "may_differ"),
+    [
+        *(("llama", "lm_head.weight", True), ("gpt2", "lm_head.weight", True), ("t5", "lm_head.weight", False)),
+        *(("t5", "encoder.embed_tokens.weight", False), ("bert", "cls.predictions.decoder.weight", False)),
+        ("roberta", "lm_head.decoder.bias", False),
+    ],
+)
+def test_what_is_advised_for_a_tensor_that_differs_from_its_twin_helps(family, name, may_differ, tmp_path):
+    model = dataclasses.replace(FAMILIES[family], tie_embeddings=True)
+    cfg = transformer.resolve(model, vocab_size=model.vocab_size, seq_len=64)
+    export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=cfg.vocab_size)
+    own, path = hf.open_model(tmp_path), hf.families.FAMILIES[family].repeats[name]
+    first = own.table[path].name
+    rewrite(tmp_path, lambda tensors: tensors.update({name: 1 + tensors[first]}))
+    refused = refusal(tmp_path)
+    assert f"tensor '{name}' differs from '{first}'" in refused
+    if may_differ:
+        assert refused.endswith("set its tie_word_embeddings to false")
+        change(tmp_path, "config.json", tie_word_embeddings=False)
+        assert not hf.open_model(tmp_path).model.tie_embeddings
+    else:
+        assert refused.endswith("download the files of one model again")
+        rewrite(tmp_path, lambda tensors: tensors.update({name: tensors[first]}))
+        assert hf.open_model(tmp_path).model == own.model
+
+
 def test_two_sets_of_weights_are_refused(copy):
     save_file({NORM: np.zeros(16, np.float32)}, copy / "model.safetensors")
     assert "has both model.safetensors and model.safetensors.index.json, which does not list it" in refusal(copy)
@@ -808,6 +839,19 @@ def test_a_roberta_with_the_padding_of_another_tokenizer_is_not_exported(tmp_pat
     export.export(tmp_path / "out", cfg, params, vocab_size=210, about={"pad_token_id": 1, "bos_token_id": 0})
 
 
+def test_a_run_whose_tokenizer_pads_with_another_id_than_a_roberta_is_refused_before_it_trains(tmp_path):
+    folder = published_tokenizers.folder("roberta", tmp_path)
+    cfg = transformer.resolve(dataclasses.replace(ROBERTA, vocab_size=400), vocab_size=400, seq_len=64)
+    export.export(folder, cfg, toys.random_params(cfg), vocab_size=400)
+    change(folder, "tokenizer_config.json", pad_token="<s>")
+    start = toys.recipe(tmp_path / "texts", task__name="masked_lm", data__packing="concat", init_from=f"hf:{folder}")
+    start = dataclasses.replace(start, model=ModelConfig(kind="encoder"))
+    with pytest.raises(ConfigError, match=r"row after pad_token_id, 1, but the tokenizer pads with id 0, '<s>'"):
+        run_lib.plan(start, None)
+    change(folder, "tokenizer_config.json", pad_token="<pad>")
+    assert run_lib.plan(start, None).tokenizer.pad_id == 1
+
+
 def test_the_classifiers_of_a_roberta_are_read_and_its_pooler_by_nobody(tmp_path):
     cfg = transformer.resolve(ROBERTA, vocab_size=210, seq_len=64)
     encoder = {name: each for name, each in toys.random_params(cfg).items() if not name.startswith("lm_")}
@@ -837,6 +881,44 @@ def test_the_classifiers_of_a_roberta_are_read_and_its_pooler_by_nobody(tmp_path
     with pytest.raises(ConfigError, match="files of a roberta have no place for this task's head"):
         head = Head("pooled", 2, keeps_unembed=True)  # of next sentences
         export.export(tmp_path / "out", cfg, encoder, vocab_size=210, head=head)
+
+
+def exported_with_tokenizer(kind: str, tmp_path: Path) -> tuple[Path, Any]:
+    """(export of a RoBERTa that was imported, with a tokenizer whose class no file names; the tokenizer)."""
+    folder = published_tokenizers.folder(kind, tmp_path / "in")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    tok = tokenizer.load(folder)
+    model = dataclasses.replace(ROBERTA, unused_positions=tok.pad_id + 1, vocab_size=tok.vocab_size)
+    cfg = transformer.resolve(model, vocab_size=tok.vocab_size, seq_len=64)
+    export.export(folder, cfg, toys.random_params(cfg), vocab_size=tok.vocab_size)
+    tool_modules.call("hf", "import", folder, tmp_path / "run", "--task=masked_lm")
+    tool_modules.call("hf", "export", tmp_path / "run", tmp_path / "out")
+    return tmp_path / "out", tok
+
+
+@pytest.mark.parametrize(("kind", "is_named"), [("xlm_roberta", True), ("roberta", False), ("word_piece", True)])
+def test_an_export_names_the_class_of_a_tokenizer_that_another_class_would_misread(kind, is_named, tmp_path):
+    out, tok = exported_with_tokenizer(kind, tmp_path)
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "in" / "tokenizer.json").read_bytes()
+    said = json.loads((out / "tokenizer_config.json").read_text())
+    assert said.pop("model_max_length") == 512 and bool(said) == is_named
+    if is_named:
+        assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+        own = {"cls_token": tok.bos_id, "sep_token": tok.eos_id, "pad_token": tok.pad_id, "mask_token": tok.mask_id}
+        assert {role: said[role] for role in own} == {role: tok.piece(i) for role, i in own.items()}
+
+
+@pytest.mark.parametrize("kind", ["xlm_roberta", "roberta"])
+def test_transformers_reads_the_ids_of_a_run_from_its_export(kind, tmp_path):
+    """An XLM-RoBERTa is exported as a RoBERTa, whose class reads byte-level BPE, and its own tokenizer is Unigram."""
+    transformers = pytest.importorskip("transformers")
+    out, tok = exported_with_tokenizer(kind, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    for text in (published_tokenizers.PROSE[-1], "The cat  sat, naïve or not"):
+        assert theirs.encode(text) == [tok.bos_id, *tok.encode(text), tok.eos_id]
+    pair = [tok.bos_id, *tok.encode("The cat"), *tok.separator_ids, *tok.encode("sat"), tok.eos_id]
+    assert theirs("The cat", "sat")["input_ids"] == pair
+    assert (theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id) == (tok.bos_id, tok.eos_id, tok.mask_id)
 
 
 # T5 ------------------------------------------------------------------------------------------------------------------
@@ -973,6 +1055,35 @@ def test_a_decoder_that_starts_from_another_id_than_the_tokenizers_is_refused(pu
         run_lib.plan(cfg, None)
     change(copy, "tokenizer_config.json", cls_token="<pad>")
     assert run_lib.plan(cfg, None).tokenizer.bos_id == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "start"),
+    [
+        ({"decoder_start_token_id": 0, "pad_token_id": 1}, {"decoder_start_token_id": 1}, 0),
+        ({"decoder_start_token_id": None, "pad_token_id": 0}, {"decoder_start_token_id": 1}, 1),
+        ({"decoder_start_token_id": None, "pad_token_id": 1}, {"bos_token_id": 0}, 1),
+        ({"decoder_start_token_id": None, "pad_token_id": 1}, None, 1),
+        ({"decoder_start_token_id": None, "pad_token_id": None}, None, 0),
+    ],
+)
+def test_the_start_of_a_decoder_is_compared_wherever_the_files_say_it(
+    config, generation, start, published_t5, tmp_path
+):
+    copy = shutil.copytree(published_t5, tmp_path / "copy")
+    change(copy, "config.json", **config)
+    if generation is not None:
+        (copy / "generation_config.json").write_text(json.dumps(generation))
+    opened = hf.open_model(copy)
+    for role, i in (("<pad>", 0), ("</s>", 1)):
+        change(copy, "tokenizer_config.json", cls_token=role)
+        tok = tokenizer.load(copy)
+        assert tok.bos_id == i
+        if i == start:
+            opened.check_tokenizer(tok)
+            continue
+        with pytest.raises(ConfigError, match=rf"_token_id is {start}, but decoders here start from id {i}, '{role}'"):
+            opened.check_tokenizer(tok)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """tools/bench.py and lm/benchmark: the real training is measured, and the peer computes the same losses."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from lm.benchmark import training as bench
 from lm.benchmark import transformers_gpt2
 from lm.config.schema import ConfigError
+from lm.models import transformer
 from lm.tasks import build_config
 from tests import toys
 
@@ -114,6 +116,12 @@ def test_a_config_that_is_no_gpt2_is_refused_and_its_keys_are_listed(tmp_path, m
     other = toys.recipe(toys.write_texts(tmp_path / "texts"), **GPT2 | changed)
     with pytest.raises(ConfigError, match=r"data\.mask_documents \(False\).*optim\.name.*model\.position"):
         transformers_gpt2.check(other, "cpu")
+    plain = toys.recipe(tmp_path / "texts", **GPT2)
+    model = transformer.resolve(plain.model, vocab_size=300, seq_len=32)
+    for key, value in (("scale_logits", True), ("unused_positions", 2), ("tie_embeddings", False)):
+        other = dataclasses.replace(plain, model=dataclasses.replace(model, **{key: value}))
+        with pytest.raises(ConfigError, match=rf"these keys differ: model\.{key}$"):
+            transformers_gpt2.check(other, "cpu")
     with pytest.raises(ConfigError, match="JAX is on gpu"):
         transformers_gpt2.check(other, "gpu")
 

@@ -151,6 +151,8 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
     about: dict[str, Any] = {}
     if head and (labels := getattr(cfg.task, "labels", ())):
         about = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    opened = hf.open_model(base) if as_adapter else None
+    model_type = (opened.family if opened else families.of_model(model)).model_type
     others: dict[str, bytes] = {}
     if tokenizer:
         ends = tasks.task_of(cfg).ends(tokenizer)
@@ -169,17 +171,16 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
             generation["repetition_penalty"] = generate.repetition_penalty
         if generate.stop:
             generation["stop_strings"] = list(generate.stop)
-        others = {Path(name).name: content for name, content in tokenizer.saved_files.items()}
+        others = export.tokenizer_files(tokenizer, model_type)
     if tokenizer and model.kind != "encoder" and not as_adapter:
         others["generation_config.json"] = f"{json.dumps(generation, indent=2)}\n".encode()
     # Rows after the tokenizer's ids were never trained, unless they came from a published model.
     rows = max(tokenizer.vocab_size if tokenizer else 0, saved.info.get("published_vocab", 0)) or model.vocab_size
-    opened = hf.open_model(base) if as_adapter else None
     has_lora = saved.info.get("published_adapter", False)
     text = card.card(
         out.name,
         cfg,
-        model_type=(opened.family if opened else families.of_model(model)).model_type,
+        model_type=model_type,
         head=head,
         parameters=sum(
             leaf.size * rows // model.vocab_size if path in export.OF_VOCABULARY else leaf.size

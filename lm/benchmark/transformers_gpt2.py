@@ -4,6 +4,7 @@ It has the same batches, weight decay groups and clipping as our training, PyTor
 Face's trainer), and the model's own loss. Nothing is compiled (`torch.compile`), as by default.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,8 +12,15 @@ from typing import Any
 import numpy as np
 
 from lm import config, param_paths
+from lm.checkpoint.hf import families
 from lm.config import Config
 from lm.config.schema import ConfigError
+
+# Keys of `model` that GPT-2 leaves open.
+_SIZES = (
+    *("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
+    *("max_len", "vocab_size", "norm_eps"),
+)
 
 
 def check(cfg: Config, platform: str) -> None:
@@ -37,13 +45,10 @@ def check(cfg: Config, platform: str) -> None:
         "optim.clip_norm": optim.clip_norm > 0,
         "train.micro_batches": cfg.train.micro_batches == 1,
     }
-    same = ("kind", "position", "norm", "mlp", "num_experts", "use_bias", "tie_embeddings", "qk_norm", "logit_softcap")
-    more = (
-        *("attention_softcap", "sliding_window", "scale_embeddings", "query_scale", "norm_position"),
-        *("embed_norm", "lm_transform"),
-    )
+    sizes = dataclasses.replace(plain.model, **{key: getattr(model, key) for key in _SIZES})
+    needs |= dict.fromkeys((f"model.{key}" for key in families.differences(model, sizes)), False)
     for section, names in {
-        "model": (*same, *more, "dropout", "neftune_alpha"),
+        "model": ("dropout", "neftune_alpha"),
         "optim": ("decay_rules", "lr_rules", "unfreeze_rules", "l2_sp", "mixout", "ema_decay"),
         "loss": ("z_loss", "label_smoothing"),
         "adapter": ("kind",),

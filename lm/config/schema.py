@@ -151,6 +151,24 @@ def about_data(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"changes": "data"})
 
 
+def path(default: str | tuple[Any, ...] = "") -> Any:
+    """A field that holds a path, or a tuple in which every text is one: what is published does not show it in full."""
+    return dataclasses.field(default=default, metadata={"is_path": True})
+
+
+def path_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Keys of the fields that were made by `path`, in all sections of a config dataclass."""
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if field.metadata.get("is_path"):
+            yield key
+        elif dataclasses.is_dataclass(value):
+            yield from path_keys(value, f"{key}.")
+        elif named_sections(_hints_of(typing.cast(type, type(config)))[field.name]):
+            for name, section in value:
+                yield from path_keys(section, f"{key}.{name}.")
+
+
 def fields_that_change(options: Any, what: Literal["scores", "data"]) -> list[str]:
     """Names of the fields of a task's options that were made by `scoring_only` ('scores') or `about_data` ('data')."""
     return [field.name for field in dataclasses.fields(options) if field.metadata.get("changes") == what]

@@ -35,12 +35,12 @@ class TokenizerConfig:
 
     # A .model, tokenizer.json, vocab.txt or .gguf file, or a folder with one, such as a published model's; '' = that of
     # init_from's run, or else train one on the training text.
-    path: str = ""
+    path: str = schema.path()
     vocab_size: int = 8192  # number of ids, when training a model
     extra_ids: int = (
         0  # ids after those of the files: the mask, where they have none, then sentinels of span corruption
     )
-    chat_template: str = ""  # a .jinja file that replaces the chat template of a published tokenizer
+    chat_template: str = schema.path()  # a .jinja file that replaces the chat template of a published tokenizer
     train_bytes: int = 10_000_000  # at most this much text is read to train a model
 
 
@@ -55,14 +55,14 @@ class DataConfig:
     # A file, a folder or a glob, local or any URL that etils.epath opens; parallel: DIR/train.{en,de}; tfds: the name
     # of a data set such as wikipedia/20230601.en, whose split 'train' is read; prepared: a folder that
     # tools/prepare_data.py made.
-    path: str = ""
+    path: str = schema.path()
     # Instead of `path`: (share of the run at which the entry takes effect, path, weight). The entries with the largest
     # share that the run has passed are in effect: ((0, "web", 0.7), (0, "books", 0.3), (0.9, "books", 1)).
-    mixture: tuple[tuple[float, str, float], ...] = ()
+    mixture: tuple[tuple[float, str, float], ...] = schema.path(())
     # The set `valid` of eval.sets, if it is not there. '' = the validation split of a folder that has one, else
     # eval_fraction of the texts, contexts, ... of `path` (see docs/formats.md); tfds: a split such as test or
     # train[:1%].
-    eval_path: str = ""
+    eval_path: str = schema.path()
     eval_fraction: float = 0.02  # becomes 0 if eval.sets has a set `valid`: nothing of `path` is held out then
     encoding: str = "utf-8"  # of text files; a Python codec
     max_expansion: int = 1000  # a .gz or .zst file that unpacks to more than this many times its size is refused
@@ -71,7 +71,7 @@ class DataConfig:
     # named by number, from 1.
     rename: tuple[tuple[str, str], ...] = ()
     augment: tuple[tuple[str, float], ...] = ()  # (entry of lm.data.augment, strength) pairs, training only
-    synonyms: str = ""  # a file of lines 'word<TAB>synonym', for the augmentation of that name
+    synonyms: str = schema.path()  # a file of lines 'word<TAB>synonym', for the augmentation of that name
     replay: float = 0.0  # share of the training rows drawn from the data of init_from's run instead
     curriculum: Duration = NEVER  # short rows first, then longer ones too; all rows after this duration
     seq_len: int = 256  # positions in a row; in an encoder-decoder, of the encoder's input
@@ -403,14 +403,14 @@ class TrainConfig:
     total: Duration = NEVER
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     micro_batches: int = 1  # gradients are accumulated over this many parts of the batch: less memory, same result
-    compilation_cache: str = "auto"  # folder that keeps compiled programs; auto: ~/.cache/lm; '' = none
+    compilation_cache: str = schema.path("auto")  # folder that keeps compiled programs; auto: ~/.cache/lm; '' = none
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSetConfig:
     """A named set of records to evaluate on, see `lm.eval_sets`."""
 
-    path: str = ""  # as data.path; tfds: the name of a data set
+    path: str = schema.path()  # as data.path; tfds: the name of a data set
     split: str = ""  # tfds only: a split such as test
     # '' = that of data, with its rename, separator and encoding, unless they are set here
     format: Literal[
@@ -545,7 +545,7 @@ class Config:
 
     seed: int = 0
     # Parameters and tokenizer to start from: RUN, RUN@best or RUN@STEP; hf:FOLDER = a published model; '' = scratch
-    init_from: str = ""
+    init_from: str = schema.path()
     init_rules: tuple[tuple[str, str], ...] = ((r".*", "keep"),)  # 'keep', 'reinit' or another path to read from
     task: Any = TaskConfig()  # the options of the task that task.name selects, see lm.tasks
     tokenizer: TokenizerConfig = TokenizerConfig()

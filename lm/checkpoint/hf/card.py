@@ -8,15 +8,11 @@ from typing import Any
 
 from lm.checkpoint.hf.files import HUB_NAME
 from lm.checkpoint.hf.published import PREFIX, parts
-from lm.config import Config, diff
+from lm.config import Config, EvalConfig, EvalSetConfig, diff, schema
 from lm.types import Head
 
 # Keys of config.data that name what was read.
 _DATA = ("data.format", "data.path", "data.mixture", "data.eval_path")
-_PATHS = (
-    *("init_from", "tokenizer.path", "tokenizer.chat_template"),
-    *("data.path", "data.eval_path", "data.mixture", "data.synonyms"),
-)
 # Figure of summary.json -> how it is called.
 _FIGURES = {
     "steps": "steps",
@@ -66,12 +62,15 @@ def card(
     lines.append(f"{what} of {parameters:,} parameters, {done}.")
     if base:
         lines += ["", f"Base model: `{_last_name(base)}`."]
+    paths = {*schema.path_keys(cfg)}
     read = {key: value for key in _DATA if (value := getattr(cfg.data, key.removeprefix("data.")))}
-    if step and read:
-        lines += ["", "## Data", "", *(f"- `{key}`: `{_public(key, value)!r}`" for key, value in read.items())]
+    read |= {f"eval.sets.{name}.path": one.path for name, one in cfg.eval.sets}
+    if step:
+        shown = {key: _public(value) if key in paths else value for key, value in read.items()}
+        lines += ["", "## Data", "", *(f"- `{key}`: `{value!r}`" for key, value in shown.items())]
     lines += ["", "## Config", "", "Keys that differ from their defaults:", "", "```"]
-    usual = dataclasses.replace(Config(), task=type(cfg.task)())
-    lines += [f"{key} = {_public(key, value)!r}" for key, (_, value) in diff(usual, cfg).items()]
+    shown = {key: _public(value) if key in paths else value for key, (_, value) in diff(_usual(cfg), cfg).items()}
+    lines += [f"{key} = {value!r}" for key, value in shown.items()]
     lines.append("```")
     if metrics:
         before = summary.get("before") or {}
@@ -99,13 +98,18 @@ def _pipeline(cfg: Config, head: Head | None) -> str:
     return heads[head.kind]
 
 
-def _public(key: str, value: Any) -> Any:
-    """The value of a key of the config, with the last name instead of each absolute path, which says more of a machine
+def _usual(cfg: Config) -> Config:
+    """The defaults of the keys that a config has, by its task and its evaluation sets."""
+    tasks = {name: dataclasses.replace(type(one.task)(), name="") for name, one in cfg.eval.sets}
+    sets = tuple((name, EvalSetConfig(task=task)) for name, task in tasks.items())
+    return dataclasses.replace(Config(), task=type(cfg.task)(), eval=EvalConfig(sets=sets))
+
+
+def _public(value: Any) -> Any:
+    """A path, or a tuple that has some, with the last name instead of each absolute path, which says more of a machine
     than of a model."""
-    if key not in _PATHS and not (key.startswith("eval.sets.") and key.endswith(".path")):
-        return value
     if isinstance(value, tuple):
-        return tuple(_public(key, each) for each in value)
+        return tuple(map(_public, value))
     if not isinstance(value, str):
         return value
     if value.startswith(PREFIX):

@@ -18,6 +18,8 @@ from lm.types import Head, Params
 
 # Parameters with a row, or a column, for each id.
 OF_VOCABULARY = ("embed/embedding", "lm_head/kernel", "lm_transform/output_bias")
+# model_type -> kind of vocabulary that its tokenizer's class in `transformers` reads; of the others BPE.
+_VOCABULARIES = {"bert": "WordPiece", "t5": "Unigram"}
 SHARD_BYTES = 5 << 30  # of one file, as `transformers` has it
 
 
@@ -101,6 +103,33 @@ def export(
     for name, content in others.items():
         (folder / name).write_bytes(content)
     (folder / files.CONFIG).write_text(json.dumps(theirs | dict(about), indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_files(tokenizer: Any, model_type: str) -> dict[str, bytes]:
+    """Name -> contents of the files of a run's tokenizer; tokenizer_config.json has the class added where it matters.
+
+    If it names none, `transformers` takes the one of config.json's `model_type`, which builds other ids from a
+    tokenizer.json of another kind: of an XLM-RoBERTa, say, that is exported as a RoBERTa. For those the class is named
+    that reads tokenizer.json as it is, and the special tokens that a class of its own would know.
+
+    Args:
+      tokenizer: of the run, a `lm.data.tokenizer.Tokenizer`.
+      model_type: in the config.json of the export.
+    """
+    out = {Path(name).name: content for name, content in tokenizer.saved_files.items()}
+    config = json.loads(out.get("tokenizer_config.json", b"{}"))
+    if "tokenizer.json" not in out or config.get("tokenizer_class"):
+        return out
+    if json.loads(out["tokenizer.json"])["model"].get("type") == _VOCABULARIES.get(model_type, "BPE"):
+        return out
+    specials = tokenizer.special_tokens()
+    if model_type in ("bert", "roberta"):  # what stands at the start and the end of their rows
+        ends = {"cls_token": tokenizer.bos_id, "sep_token": tokenizer.eos_id}
+        specials = {role: tokenizer.piece(i) for role, i in ends.items()} | specials
+    said = json.loads(out.get("special_tokens_map.json", b"{}"))
+    config = {key: value for key, value in specials.items() if key not in said} | config
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return out | {"tokenizer_config.json": f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()}
 
 
 def _part(leaf: jax.Array, entry: Tensor, layer: int | None, rows: int) -> np.ndarray:

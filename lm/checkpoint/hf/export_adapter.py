@@ -127,11 +127,11 @@ def base_of(start: str, has_lora: bool) -> str:
     place = files.locate(folder)
     if not base and place and (place / CONFIG).is_file():
         base = _named_base(place)
-        if not files.locate(base):
-            return base if files.HUB_NAME.fullmatch(base) else ""
-    elif not base:
-        base = "" if has_lora else folder
-    return base_name(files.locate(base) or Path(base)) if base else ""
+    elif not base and not has_lora:
+        base = folder
+    if place := files.locate(base):
+        return base_name(place)
+    return base if files.HUB_NAME.fullmatch(base) else ""
 
 
 def _named_base(folder: Path) -> str:

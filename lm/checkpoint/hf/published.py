@@ -24,6 +24,7 @@ from lm.data.tokenizer_protocol import Tokenizer
 from lm.models import registry
 
 PREFIX = "hf:"  # of `init_from`
+_GENERATION = "generation_config.json"
 _ROWS = 4096  # of two tensors that are compared at once
 
 
@@ -74,15 +75,31 @@ class Published:
         """The parameters it has, in the form of `lm.checkpoint.Saved`."""
         return {"arrays": {f"params/{path}": {"shape": list(self.shapes[path])} for path in self.table}}
 
-    def check_start(self, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError if the decoder of an encoder-decoder starts from another id than the tokenizer's."""
-        theirs = self.tensors.config
-        start = theirs.get("decoder_start_token_id")
-        if self.model.kind == "encoder_decoder" and start not in (None, tokenizer.bos_id):
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises ConfigError if the model's decoder starts from another id than the tokenizer's, or its padding is one.
+
+        The start of an encoder-decoder's decoder is what config.json says, else generation_config.json, else the
+        padding. A RoBERTa's padding says from which row its positions count.
+        """
+        theirs, where = self.tensors.config, self.tensors.config_path
+        if self.model.kind == "encoder_decoder":
+            start, key = theirs.get("decoder_start_token_id"), "decoder_start_token_id"
+            if start is None and (where.parent / _GENERATION).is_file():
+                start = files.read_json(where.parent, _GENERATION).get(key)
+                where = where.parent / _GENERATION if start is not None else where
+            if start is None:
+                start, key = theirs.get("pad_token_id", 0), "no decoder_start_token_id, so that pad_token_id"
+            if start != tokenizer.bos_id:
+                raise ConfigError(
+                    f"{where}: {key} is {start!r}, but decoders here start from id "
+                    f"{tokenizer.bos_id}, {tokenizer.piece(tokenizer.bos_id)!r}: the tokenizer's cls_token, else its "
+                    "bos_token, else its pad_token; name the token of that id as cls_token in tokenizer_config.json"
+                )
+        if self.model.unused_positions not in (0, tokenizer.pad_id + 1):
             raise ConfigError(
-                f"{self.tensors.config_path}: decoder_start_token_id is {start!r}, but decoders here start from id "
-                f"{tokenizer.bos_id}, {tokenizer.piece(tokenizer.bos_id)!r}: the tokenizer's cls_token, else its "
-                "bos_token, else its pad_token; name the token of that id as cls_token in tokenizer_config.json"
+                f"{where}: positions count from the row after pad_token_id, {self.model.unused_positions - 1}, but the "
+                f"tokenizer pads with id {tokenizer.pad_id}, {tokenizer.piece(tokenizer.pad_id)!r}, so that the run "
+                "could not be exported; name the token of that id as pad_token in tokenizer_config.json"
             )
 
     def report(self) -> str:
@@ -198,7 +215,7 @@ def _check(
     missing, used = _match(tensors, table, shapes, found, family)
     for name, path in family.repeats.items():
         if name in found - used and path in table.keys() - missing:
-            _check_repeated(tensors, name, table[path].name)
+            _check_repeated(tensors, name, table[path].name, family)
             used.add(name)
     _refuse_unexpected(tensors, found - used, family)
     return {path: entry for path, entry in table.items() if path not in missing}, shapes
@@ -261,8 +278,9 @@ def _named(entry: Tensor, family: Family, found: set[str]) -> Tensor:
     return entry._replace(name=name)
 
 
-def _check_repeated(tensors: Tensors, name: str, first: str) -> None:
+def _check_repeated(tensors: Tensors, name: str, first: str, family: Family) -> None:
     """Raises CheckpointError for a tensor that is not that of the name `first`, to which config.json ties it."""
+    may_differ = family.keys.get("tie_word_embeddings") == "tie_embeddings"
     rows, *others = shape = tensors.shapes[first]
 
     def same(start: int) -> bool:
@@ -272,8 +290,8 @@ def _check_repeated(tensors: Tensors, name: str, first: str) -> None:
 
     if tensors.shapes[name] != shape or not all(map(same, range(0, rows, _ROWS))):
         raise CheckpointError(
-            f"{tensors.places[name]} differs from '{first}', to which {tensors.config_path} ties it; set its "
-            "tie_word_embeddings to false"
+            f"{tensors.places[name]} differs from '{first}', to which {tensors.config_path} ties it; "
+            + ("set its tie_word_embeddings to false" if may_differ else "download the files of one model again")
         )
 
 
