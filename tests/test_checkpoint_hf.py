@@ -63,6 +63,7 @@ GENERATING = [name for name in FAMILIES if name not in ENCODERS]
 T5S = [name for name in FAMILIES if name.startswith("t5")]
 CONFIGS |= {
     "bert, tanh GELU": ("bert", BERT | dict(hidden_act="gelu_new")),
+    "bert, one sentence type": ("bert", BERT | dict(type_vocab_size=1)),
     "roberta, another padding id": ("roberta", ROBERTA | dict(pad_token_id=5, type_vocab_size=2)),
     "xlm-roberta": ("xlm-roberta", ROBERTA),
     "t5, a deeper decoder": ("t5", T5 | dict(num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-silu")),

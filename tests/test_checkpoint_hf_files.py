@@ -762,13 +762,22 @@ def test_older_names_and_repeated_tensors_of_bert_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tie_word_embeddings", False), ("type_vocab_size", 3), ("hidden_act", "relu"), ("is_decoder", True)],
+    [("tie_word_embeddings", False), ("hidden_act", "relu"), ("is_decoder", True)],
 )
 def test_a_bert_that_computes_something_else_is_refused(key, value, tmp_path):
     cfg = transformer.resolve(BERT, vocab_size=210, seq_len=64)
     export.export(tmp_path, cfg, toys.random_params(cfg), vocab_size=210)
     change(tmp_path, "config.json", **{key: value})
     assert f"{key} is {value!r}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("types", [1, 2, 3])
+def test_a_bert_has_as_many_sentence_types_as_its_files(types, tmp_path):
+    round_trip(dataclasses.replace(BERT, sentence_types=types), tmp_path, 210)
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert (config["model_type"], config["type_vocab_size"]) == ("bert", types)
+    change(tmp_path / "one", "config.json", type_vocab_size=types + 1)
+    assert f"has shape [{types}, 16]; the sizes in config.json need [{types + 1}, 16]" in refusal(tmp_path / "one")
 
 
 # RoBERTa -------------------------------------------------------------------------------------------------------------

@@ -470,6 +470,34 @@ def test_the_separator_of_pairs_is_that_of_the_template_or_of_the_class(tmp_path
         assert len(tokenizer.load(folder).separator_ids) == count
 
 
+@pytest.mark.parametrize("name", ["RobertaTokenizerFast", "BertTokenizerFast"])
+@pytest.mark.parametrize(("pair", "count"), [("<s> $A </s> </s> $B", 2), ("<s> $A </s> $B", 1), ("<s> $A $B", 0)])
+def test_a_template_that_separates_pairs_decides_whatever_class_is_named(pair, count, name, tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    folder = published.folder("roberta", tmp_path, tokenizer_class=name)
+    spec = Tokenizer.from_str((folder / "tokenizer.json").read_text())
+    spec.post_processor = processors.TemplateProcessing("<s> $A", pair, [("<s>", 0), ("</s>", 2)])
+    (folder / "tokenizer.json").write_text(spec.to_str())
+    by_class = 2 if name.startswith("Roberta") else 1
+    assert tokenizer.load(folder).separator_ids == [2] * (count or by_class)
+
+
+def test_the_template_of_a_bert_has_one_separator_whatever_class_is_named(tmp_path):
+    folder = published.folder("word_piece", tmp_path, tokenizer_class="RobertaTokenizer")
+    assert len(tokenizer.load(folder).separator_ids) == 1
+
+
+def test_the_hash_says_whether_pairs_have_one_separator_or_two(tmp_path):
+    folders = [
+        published.folder("byte_bpe", tmp_path / name, tokenizer_class=name)
+        for name in ("GPT2Tokenizer", "RobertaTokenizer", "MPNetTokenizer")
+    ]
+    one, two, same = map(tokenizer.load, folders)
+    assert one.hash == published.make("byte_bpe").hash != two.hash == same.hash
+    assert (len(one.separator_ids), len(two.separator_ids)) == (1, 2)
+
+
 def test_vocabulary_and_merges_of_a_roberta_alone_have_its_special_tokens(tmp_path):
     folder = published.folder("roberta", tmp_path / "whole")
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -482,6 +510,10 @@ def test_vocabulary_and_merges_of_a_roberta_alone_have_its_special_tokens(tmp_pa
     assert [getattr(tok, name) for name in ids] == [getattr(whole, name) for name in ids]
     assert tok.encode("<s>a <mask>") == whole.encode("<s>a <mask>")
     assert tok.is_control_V.tolist() == whole.is_control_V.tolist() and tok.is_control_V.sum() == 5
+    for name, count in (("BertTokenizerFast", 1), ("RobertaTokenizer", 2)):
+        said = {"tokenizer_class": name, "sep_token": "</s>", "cls_token": "<s>", "mask_token": "<mask>"}
+        (tmp_path / "alone" / "tokenizer_config.json").write_text(json.dumps(said))
+        assert tokenizer.load(tmp_path / "alone").separator_ids == [2] * count
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

@@ -88,6 +88,35 @@ def test_a_task_that_hides_tokens_needs_a_mask():
         TASKS["masked_lm"].check_tokenizer(cfg, published.make("byte_bpe"))
 
 
+@pytest.mark.parametrize(("kind", "least"), [("word_piece", 5), ("roberta", 6)])
+@pytest.mark.parametrize(
+    ("task", "record"),
+    [
+        ("span_qa", {"question": "cat", "context": "cat", "answers": []}),
+        ("masked_lm_pairs", {"text": "a. a."}),
+    ],
+)
+def test_a_row_that_holds_no_token_of_both_texts_is_refused(task, record, kind, least, tmp_path):
+    tok = published.make(kind)
+    message = rf"'data.seq_len' is {least - 1}; task.name={task} expects at least {least} with this tokenizer"
+    cfg = Config(task=toys.task(task), data=DataConfig(seq_len=least - 1))
+    with pytest.raises(ConfigError, match=message):
+        TASKS[task].check_tokenizer(cfg, tok)
+    with pytest.raises(ConfigError, match=message):  # also where rows are made without a plan
+        rows_of(task, record, tok, seq_len=least - 1)
+    TASKS[task].check_tokenizer(dataclasses.replace(cfg, data=DataConfig(seq_len=least)), tok)
+    made, _ = rows_of(task, record, tok, seq_len=least)
+    if task == "span_qa":
+        start = [tok.bos_id, *tok.encode("cat")[:1], *tok.separator_ids]
+        assert all(row["tokens"][: len(start)].tolist() == start for row in made)
+        assert all(len(row["tokens"]) == least for row in made)
+
+
+def test_pairs_of_masked_text_need_a_mask_too():
+    with pytest.raises(ConfigError, match="needs a mask, which the tokenizer's files lack"):
+        TASKS["masked_lm_pairs"].check_tokenizer(Config(task=toys.task("masked_lm_pairs")), published.make("byte_bpe"))
+
+
 def test_span_corruption_takes_the_tokenizers_own_sentinels():
     tok = published.make("t5")
     cfg = Config(

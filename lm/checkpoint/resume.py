@@ -99,8 +99,9 @@ def check_tokenizer(saved: Saved, tokenizer: Any) -> None:
     if was and was != now:
         raise CheckpointError(
             f"{saved.path} was trained with tokenizer {was[:12]}, but the tokenizer in {saved.path.parent.parent} is "
-            f"{now[:12] or 'missing'}: it was changed or damaged since, or it is a published one with added tokens or "
-            "options, which an earlier version left out of the number; put it back, or resume with that version"
+            f"{now[:12] or 'missing'}: it was changed or damaged since, or it is a published one with added tokens, "
+            "options or two separators of a pair, which an earlier version left out of the number; put it back, or "
+            "resume with that version"
         )
 
 

@@ -166,14 +166,16 @@ class Published:
 
     @functools.cached_property
     def separator_ids(self) -> list[int]:
-        """Two of `eos_id` as RoBERTa and its relatives have it, which the template of tokenizer.json, the class of the
-        tokenizer, or a mask beside vocab.json and merges.txt says; else one."""
-        files, kind = dict(self.files), self._said.options.get("tokenizer_class") or ""
+        """One or, as RoBERTa and its relatives have it, two of `eos_id`: as many as the template of tokenizer.json has
+        between the texts of a pair; where it has none, by the tokenizer_class of tokenizer_config.json; where that is
+        absent too, two if there is a mask beside vocab.json and merges.txt, as a RoBERTa's files alone have it."""
+        files, kind = dict(self.files), self._said.options.get("tokenizer_class")
         template = json.loads(files.get("tokenizer.json", b"{}")).get("post_processor") or {}
-        is_double = any(map(_doubles_separator, template.get("processors", [template])))
-        is_double |= bool(_DOUBLE_SEPARATOR.fullmatch(kind)) or (
-            "vocab.json" in files and "mask_token" in self._special
-        )
+        counts = filter(None, map(_separators, template.get("processors", [template])))
+        if count := next(counts, 0):
+            return [self.eos_id] * count
+        guess = "vocab.json" in files and "mask_token" in self._special
+        is_double = _DOUBLE_SEPARATOR.fullmatch(kind) if kind else guess
         return [self.eos_id] * (2 if is_double else 1)
 
     @property
@@ -325,11 +327,13 @@ class Published:
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 (hex) of all that decides the ids: the vocabulary's files, the special and added tokens, and the
-        options of tokenizer_config.json that are read with this vocabulary. The chat template is not part of it."""
+        """sha256 (hex) of all that decides the ids: the vocabulary's files, the special and added tokens, the options
+        of tokenizer_config.json that are read with this vocabulary, and what separates the texts of a pair if that is
+        more than one `eos_id`. The chat template is not part of it."""
         names = [*itertools.chain.from_iterable(_ENGINES)]
         vocabulary = [[name, hashlib.sha256(content).hexdigest()] for name, content in self.files if name in names]
-        decides = [vocabulary, sorted(self._special.items()), *filter(None, [self._engine.beside])]
+        more = [self._engine.beside, self.separator_ids if self.separator_ids != [self.eos_id] else []]
+        decides = [vocabulary, sorted(self._special.items()), *filter(None, more)]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     @property
@@ -586,14 +590,15 @@ def _without_prefix(part: Any) -> Any:
     return kept | none.get(part.get("type", ""), {})
 
 
-def _doubles_separator(part: Mapping[str, Any]) -> bool:
-    """Whether a post_processor of tokenizer.json puts two end tokens between the texts of a pair."""
-    if part.get("type") == "RobertaProcessing":
-        return True
+def _separators(part: Mapping[str, Any]) -> int:
+    """How many end tokens, 1 or 2, a post_processor of tokenizer.json puts between the texts of a pair; 0 = it has
+    nothing between them. Other tokens there count as one."""
+    if part.get("type") in ("RobertaProcessing", "BertProcessing"):
+        return 2 if part["type"] == "RobertaProcessing" else 1
     names = ["" if "Sequence" in each else each["SpecialToken"]["id"] for each in part.get("pair") or []]
     between = names[names.index("") + 1 :] if "" in names else []
     between = between[: between.index("")] if "" in between else []
-    return len(between) == 2 and between[0] == between[1]
+    return 2 if len(between) == 2 and between[0] == between[1] else min(len(between), 1)
 
 
 def _speller(spec: Mapping[str, Any]) -> Any:

@@ -257,6 +257,16 @@ def check_mask_token(cfg: Config) -> None:
         )
 
 
+def holds_pair(cfg: Config, tokenizer: Any) -> None:
+    """For `Task.check_tokenizer`: raises ConfigError if a row does not hold a token of both texts of a pair."""
+    least = 4 + len(tokenizer.separator_ids)  # [CLS] A, the separator, B [SEP]
+    if cfg.data.seq_len < least:
+        raise ConfigError(
+            f"'data.seq_len' is {cfg.data.seq_len}; task.name={cfg.task.name} expects at least {least} with this "
+            f"tokenizer, which puts {len(tokenizer.separator_ids)} ids between the two texts of a row"
+        )
+
+
 def has_mask_token(cfg: Config, tokenizer: Any) -> None:
     """For `Task.check_tokenizer`: raises ConfigError if the tokenizer has no mask."""
     if not tokenizer.has_mask:

@@ -21,6 +21,7 @@ from lm.tasks.base import (
     check_mask_token,
     field_texts,
     has_mask_token,
+    holds_pair,
     sequence_columns,
     shifted_columns,
     whole_row,
@@ -178,7 +179,7 @@ def masked_pair_loss(apply: Apply, cfg: Config, tokenizer: Tokenizer) -> LossFn:
 
 
 def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
-    """Consecutive sentences that fit a row with [CLS] and two [SEP], split where A and B are closest in length.
+    """Consecutive sentences that fit a row with its marks (see `_room`), split where A and B are closest in length.
 
     A sentence ends at . ! ? before white space, or at a new line. The end of one longer than a row is cut (counted as
     sentence_cut); one that fits no row with a neighbour is dropped (dropped_single).
@@ -188,6 +189,7 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
       Columns tokens, A then B; type_ids, 0 in A and 1 in B; document, a hash of the content, so that equal texts are
       one document.
     """
+    holds_pair(cfg, tokenizer)
     room = _room(tokenizer, cfg)
     document = np.array(int.from_bytes(splits.digest(record)[:4]) & 0x7FFFFFFF, np.int32)
     groups: list[list[list[int]]] = [[]]
@@ -214,6 +216,8 @@ def neighbours(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counte
 
 def pair_sentences(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config) -> Row:
     """Makes [CLS] A [SEP] B [SEP] of two segments of a document, corrupted with probability 1/2 as the label says.
+
+    Between A and B is the tokenizer's separator: one [SEP], of a RoBERTa two.
 
     task.pairs=next (BERT's next sentence prediction): a corrupted pair takes its B from another document.
     task.pairs=order (ALBERT, Lan et al. 2020): A and B are swapped. The longer one is cut at its end to fit.
@@ -257,7 +261,7 @@ def masked_pairs(row: Row, rng: np.random.Generator, tokenizer: Any, cfg: Config
 
 
 def _room(tokenizer: Any, cfg: Config) -> int:
-    """Ids of a pair that a row holds beside [CLS], the separator and [SEP]."""
+    """Ids of a pair that a row holds beside [CLS], the tokenizer's separator and [SEP]."""
     return int(cfg.data.seq_len) - 2 - len(tokenizer.separator_ids)
 
 
@@ -283,6 +287,11 @@ def _one_document(rows: Rows, cfg: Config) -> str:
 
 def _columns(cfg: Config) -> Columns:
     return sequence_columns(("tokens",), cfg.data.seq_len)
+
+
+def _check_pair_tokenizer(cfg: Config, tokenizer: Any) -> None:
+    has_mask_token(cfg, tokenizer)
+    holds_pair(cfg, tokenizer)
 
 
 MASKED_LM = Task(
@@ -313,6 +322,7 @@ MASKED_LM_PAIRS = MASKED_LM._replace(
     loss=masked_pair_loss,
     options=MaskedPairsOptions,
     least_len=_LEAST_PAIR,
+    check_tokenizer=_check_pair_tokenizer,
     packing=("pad",),
     transform=masked_pairs,
     batch_columns=_pair_batch_columns,

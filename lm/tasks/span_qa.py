@@ -17,7 +17,7 @@ from lm.data.example import Columns, Example, Rows
 from lm.data.record import DataError, Record
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import scores
-from lm.tasks.base import Predictor, Scorer, Task, field_texts, sequence_columns
+from lm.tasks.base import Predictor, Scorer, Task, field_texts, holds_pair, sequence_columns
 from lm.types import Apply, Batch, Head, LossFn, LossTerms, Outputs, Params
 
 MAX_ANSWER_TOKENS = 30  # as BERT's run_squad.py
@@ -62,6 +62,8 @@ class Answer(NamedTuple):
 def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[str]) -> list[Example]:
     """[CLS] question [SEP] window of the context [SEP], one example a window; type_ids are 1 from the window on.
 
+    After the question is the tokenizer's separator: one [SEP], of a RoBERTa two.
+
     `labels` are the positions of the first and the last token of the first answer, or (0, 0), which is [CLS], in a
     window that does not hold all of it, and in all windows of a question without an answer. A window begins half a
     window after the one before it. Worked, for a question q, a context a b c d with the answer 'b c', seq_len 6:
@@ -73,6 +75,7 @@ def windows(record: Record, tokenizer: Tokenizer, cfg: Config, counts: Counter[s
     than half a window and no window holds it, or the tokenizer removes it: all windows are labelled unanswerable),
     without_answer (unanswerable questions).
     """
+    holds_pair(cfg, tokenizer)
     seq_len = cfg.data.seq_len
     question, separator = tokenizer.encode(record["question"]), tokenizer.separator_ids
     most = (seq_len - 2 - len(separator)) // 2
@@ -299,6 +302,7 @@ SPAN_QA = Task(
     legend="The model learns where the answer begins and ends; its tokens are marked.",
     options=SpanQaOptions,
     least_len=5,
+    check_tokenizer=holds_pair,
     lacks=_lacks,
     head=lambda cfg: Head("token", 2),
     scores=score,

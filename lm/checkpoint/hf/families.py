@@ -732,13 +732,15 @@ _BERT = Family(
         "max_position_embeddings": "max_len",
         "vocab_size": "vocab_size",
         "layer_norm_eps": "norm_eps",
+        "type_vocab_size": "sentence_types",
     },
     defaults={
         **{"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
         **{"max_position_embeddings": 512, "vocab_size": 30522, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+        "type_vocab_size": 2,
     },
     expected={
-        **{"type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": False},
+        **{"position_embedding_type": "absolute", "is_decoder": False},
         **{"add_cross_attention": False, "tie_word_embeddings": True},
     },
     fixed={"kind": "encoder", "norm_position": "post", "embed_norm": True, "lm_transform": True},
@@ -802,16 +804,9 @@ _ROBERTA = _BERT._replace(
     model_type="roberta",
     architecture="RobertaForMaskedLM",
     prefix="roberta.",
-    keys={**_BERT.keys, "type_vocab_size": "sentence_types"},
-    defaults={
-        **_BERT.defaults,
-        **{"vocab_size": 50265, "type_vocab_size": 2, "pad_token_id": 1},
-    },
+    defaults={**_BERT.defaults, "vocab_size": 50265, "pad_token_id": 1},
     # The transform before the output projection has the exact GELU, whatever hidden_act says.
-    expected={
-        **{"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
-        **{"add_cross_attention": False, "tie_word_embeddings": True},
-    },
+    expected={**_BERT.expected, "hidden_act": "gelu"},
     fixed={**_BERT.fixed, "mlp": "gelu_exact"},
     more=_roberta_more,
     more_back=_roberta_back,
