@@ -117,8 +117,8 @@ def tokenizer_files(tokenizer: Any, model_type: str) -> dict[str, bytes]:
       model_type: in the config.json of the export.
     """
     out = {Path(name).name: content for name, content in tokenizer.saved_files.items()}
-    config = json.loads(out.get("tokenizer_config.json", b"{}"))
-    if "tokenizer.json" not in out or config.get("tokenizer_class"):
+    own = json.loads(out.get("tokenizer_config.json", b"{}"))
+    if "tokenizer.json" not in out or own.get("tokenizer_class"):
         return out
     if json.loads(out["tokenizer.json"])["model"].get("type") == _VOCABULARIES.get(model_type, "BPE"):
         return out
@@ -127,9 +127,9 @@ def tokenizer_files(tokenizer: Any, model_type: str) -> dict[str, bytes]:
         ends = {"cls_token": tokenizer.bos_id, "sep_token": tokenizer.eos_id}
         specials = {role: tokenizer.piece(i) for role, i in ends.items()} | specials
     said = json.loads(out.get("special_tokens_map.json", b"{}"))
-    config = {key: value for key, value in specials.items() if key not in said} | config
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return out | {"tokenizer_config.json": f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()}
+    own = {key: value for key, value in specials.items() if key not in said} | own
+    own["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return out | {"tokenizer_config.json": f"{json.dumps(own, indent=2, ensure_ascii=False)}\n".encode()}
 
 
 def _part(leaf: jax.Array, entry: Tensor, layer: int | None, rows: int) -> np.ndarray:
