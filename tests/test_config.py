@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lm import config as config_lib
 from lm.config import Config, schema
 from lm.config.schema import ConfigError, Duration, keys
+from lm.models import transformer
 from lm.tasks import TASKS, build_config, build_saved_config, default_config, task_config
 
 RUNNABLE = {"train": {"total_steps": 10}}
@@ -413,3 +414,20 @@ def test_a_saved_config_may_have_keys_that_its_model_does_not_read_and_a_new_one
         build_config(saved)
     kept = {key: value for key, value in unread.items() if key in ("kind", "position")}
     assert build_saved_config(saved).model == dataclasses.replace(build().model, **kept)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("encoder_decoder", 3), ("mae", 3), ("decoder", 0)])
+def test_the_layers_of_a_decoder_that_are_left_open_are_as_many_as_the_encoders_in_new_and_saved_configs(
+    kind, expected
+):
+    """A run that an earlier version saved with 0 layers resumes: its config is the one that is resolved today."""
+    position = "sincos" if kind == "mae" else "learned"
+    model = {"kind": kind, "position": position, "num_layers": 3}
+    now = transformer.resolve(build(model=model).model, vocab_size=8, seq_len=4)
+    assert now.decoder_layers == expected
+    saved = json.loads(json.dumps(schema.to_dict(build(model=model))))
+    for before in ({"decoder_layers": 0}, {"decoder_layers": None}):
+        saved["model"] = {key: value for key, value in (saved["model"] | before).items() if value is not None}
+        assert build_saved_config(saved).model.decoder_layers == expected
+    saved["model"]["decoder_layers"] = 2 if expected else 0
+    assert build_saved_config(saved).model.decoder_layers == (2 if expected else 0)

@@ -74,6 +74,12 @@ def is_older(source: Mapping[str, Any]) -> bool:
     return "task" not in source
 
 
+def _count_decoder_layers(saved: dict[str, Any]) -> None:
+    """Sets the number of layers of a decoder in a saved section `model`, which earlier versions left open as 0."""
+    if saved.get("kind") in ("encoder_decoder", "mae") and "num_layers" in saved:
+        saved["decoder_layers"] = saved.get("decoder_layers") or saved["num_layers"]
+
+
 def _drop_unread(saved: dict[str, Any]) -> None:
     """Drops keys of a saved section `model` that the model never read; they are refused today."""
     is_rope = saved.get("position", "learned") == "rope"
@@ -100,6 +106,7 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
     for (section, key), value in _BEFORE.items():
         out.setdefault(section, {}).setdefault(key, value)
     _drop_unread(out["model"])
+    _count_decoder_layers(out["model"])
     if not is_older(source):
         return out
     for (section, key), places in _PAIRS.items():

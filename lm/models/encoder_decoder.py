@@ -39,7 +39,7 @@ def encoder_decoder(cfg: ModelConfig, dtype: Any, adapter: AdapterConfig) -> Mod
 
 
 def _decoder_config(cfg: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(cfg, num_layers=cfg.decoder_layers or cfg.num_layers)
+    return dataclasses.replace(cfg, num_layers=cfg.decoder_layers)
 
 
 class EncoderDecoder(nn.Module):

@@ -486,8 +486,10 @@ def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:
     head_dim = cfg.head_dim or cfg.embed_dim // cfg.num_heads
     if cfg.position == "rope" and head_dim % 2:
         raise ConfigError(f"'model.head_dim' must be even for rope, got {head_dim}")
+    decoder_layers = cfg.decoder_layers or cfg.num_layers * (cfg.kind in ("encoder_decoder", "mae"))
     return dataclasses.replace(
         cfg,
+        decoder_layers=decoder_layers,
         vocab_size=cfg.vocab_size or math.ceil(vocab_size / 128) * 128,
         max_len=cfg.max_len or seq_len,
         num_kv_heads=cfg.num_kv_heads or cfg.num_heads,

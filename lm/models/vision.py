@@ -162,7 +162,7 @@ def decoder_config(cfg: ModelConfig) -> ModelConfig:
         raise ConfigError(f"'model.decoder_dim' ({width}) must be a multiple of 'model.num_heads' ({cfg.num_heads})")
     return dataclasses.replace(
         cfg,
-        num_layers=cfg.decoder_layers or cfg.num_layers,
+        num_layers=cfg.decoder_layers,
         embed_dim=width,
         head_dim=width // cfg.num_heads,
         mlp_dim=cfg.mlp_dim * width // cfg.embed_dim,

@@ -186,14 +186,8 @@ def of_model(model: ModelConfig) -> Family:
 
 def differences(model: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Key -> (value in `model`, value in `other`), of the keys that say what a model computes."""
-    mine, theirs = (dict(schema.flatten(schema.to_dict(_with_decoder_layers(each)))) for each in (model, other))
+    mine, theirs = (dict(schema.flatten(schema.to_dict(each))) for each in (model, other))
     return {key: (mine[key], theirs[key]) for key in mine if key not in FREE and mine[key] != theirs[key]}
-
-
-def _with_decoder_layers(model: ModelConfig) -> ModelConfig:
-    """The model with the number of its decoder's layers, which 0 leaves open."""
-    is_open = model.kind == "encoder_decoder" and not model.decoder_layers
-    return dataclasses.replace(model, decoder_layers=model.num_layers) if is_open else model
 
 
 def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
@@ -853,15 +847,12 @@ def _t5_more(theirs: Json, model: ModelConfig) -> Json:
         )
     is_scaled = theirs["scale_decoder_outputs"]
     is_scaled = theirs["tie_word_embeddings"] is not False if is_scaled is None else is_scaled
-    return {
-        **{"mlp": _T5_MLP[gated, activation][0], "tie_embeddings": is_scaled, "scale_logits": is_scaled},
-        "decoder_layers": model.decoder_layers or model.num_layers,
-    }
+    return {"mlp": _T5_MLP[gated, activation][0], "tie_embeddings": is_scaled, "scale_logits": is_scaled}
 
 
 def _t5_back(model: ModelConfig) -> Json:
     return {
-        "num_decoder_layers": model.decoder_layers or model.num_layers,
+        "num_decoder_layers": model.decoder_layers or None,
         "feed_forward_proj": dict(_T5_MLP.values()).get(model.mlp),
         "tie_word_embeddings": model.scale_logits,
     }
