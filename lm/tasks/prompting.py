@@ -101,6 +101,8 @@ def shots(train: Sequence[Record], cfg: Config) -> dict[str, Any]:
 
     Takes the records with the smallest hashes, from each label in turn, so that counts per label differ by at most one.
     """
+    if not cfg.task.shots:  # training records of another task may have no label
+        return {}
     by_label: dict[str, list[Record]] = {label: [] for label in cfg.task.labels}
     for record in sorted(train, key=_digest):
         by_label.setdefault(record["label"], []).append(record)
