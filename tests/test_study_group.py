@@ -161,15 +161,14 @@ class StopsAfter(Interrupt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stacked", [0, 2])
-def test_trials_that_were_stopped_go_on_where_they_were(stacked, recipe, alone, tmp_path):
+def test_trials_that_were_stopped_go_on_where_they_were(recipe, alone, tmp_path):
     study = study_of(recipe)
-    ended = together(study, tmp_path, at_once=2, stacked=stacked, interrupt=StopsAfter())
+    ended = together(study, tmp_path, at_once=2, stacked=2, interrupt=StopsAfter())
     assert sorted(ended.values()) == ["was not started", "was not started", runs.STOPPED, runs.STOPPED]
     steps = [checkpoint.list_saved(tmp_path / trial.hash) for trial in study.trials]
     assert sorted(saved[-1].step if saved else 0 for saved in steps)[:2] == [0, 0]
     assert 6 <= max(saved[-1].step for saved in steps if saved) < STEPS
-    assert set(together(study, tmp_path, at_once=2, stacked=stacked).values()) == {runs.DONE}
+    assert set(together(study, tmp_path, at_once=2, stacked=2).values()) == {runs.DONE}
     for trial in study.trials:
         mine, wanted = rows(tmp_path / trial.hash), rows(alone(trial))
         assert [row["step"] for row in mine] == [row["step"] for row in wanted]
@@ -330,12 +329,12 @@ def test_every_number_of_every_optimizer_may_be_an_argument(name, recipe):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_ends_as_if_it_had_not(recipe, alone, tmp_path):
-    """kill -9 of the process of four trials at ten moments, most of them in training."""
+    """kill -9 of the process of four trials at six moments, most of them in training."""
     study = study_of(recipe)
     folders = prepared(study, tmp_path)
     command = [sys.executable, "-m", "lm.study.group", "--at_once=2", f"--keys={','.join(KEYS)}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-    moments, died = np.random.default_rng(0).uniform(0.0, 4.0, 10), 0
+    moments, died = np.random.default_rng(0).uniform(0.0, 4.0, 6), 0
 
     def start():
         process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
@@ -357,7 +356,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_if_it_had_not(recipe, al
             moment -= 0.01
         process.send_signal(signal.SIGKILL)
         died += process.wait() == -signal.SIGKILL
-    assert died >= 5 and start().wait() == 0
+    assert died >= 3 and start().wait() == 0
     for trial in study.trials:
         mine, wanted = rows(tmp_path / trial.hash), rows(alone(trial))
         assert [row["step"] for row in mine] == [row["step"] for row in wanted]
