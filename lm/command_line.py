@@ -85,6 +85,11 @@ def _is_no_traceback_of_orbax(record: std_logging.LogRecord) -> bool:
     return not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
 
 
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is one of our own, whose message says what is wrong: a traceback of it would not help."""
+    return type(error).__module__.startswith("lm.")
+
+
 def arguments(argv: list[str], *names: str) -> list[str]:
     """The positional arguments of a command. Example: ('translate.py', 'runs/a'), 'RUN' -> ['runs/a'].
 
@@ -109,7 +114,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:
-        if not type(error).__module__.startswith("lm."):
+        if not is_expected(error):
             raise
         stop(f"error: {error}")
 

@@ -152,7 +152,7 @@ def build(
 def with_fingerprint(
     data: Data, cfg: Config, tokenizer: Tokenizer | None, begun: Mapping[str, Any] | None = None
 ) -> Data:
-    """Data of a run whose rows were made for this config, or for one that differs in `lm.program.numbers_of` alone.
+    """Data of a run whose rows were made for this config, or for one that differs in `lm.program.NUMBERS` alone.
 
     Args:
       data: its `easy_first`, `fingerprint` and `about` are not read.

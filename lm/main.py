@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
                 os._exit(_LOST_HOST_STATUS)  # at exit JAX would wait for that process
             end_soon(status, _EXIT_SECONDS)
         is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-        if not (is_disk or type(error).__module__.startswith("lm.")):
+        if not (is_disk or command_line.is_expected(error)):
             raise
         say(error if isinstance(error, preemption.Preempted) else f"error: {error}", file=sys.stderr)
         if isinstance(error, lease.Lost):

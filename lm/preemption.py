@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 UNWIND_SECONDS = 3.0  # for which an interrupted start may clean up before it is ended
 
@@ -22,6 +22,22 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, exit_status: int):
         super().__init__()
         self.exit_status = exit_status
+
+
+class StopRequest(Protocol):
+    """What a run asks and tells of a request to stop: `Interrupt`, or a part of a group's (`lm.study.group`).
+
+    Attributes:
+      kept: returns what is true if the process ends now, for the user.
+    """
+
+    kept: Callable[[], str]
+
+    def working(self, doing: str) -> None:
+        """From now on the run can stop by itself; `doing` says what it does first, such as 'finishing step 3'."""
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after step `step`."""
 
 
 class Interrupt:

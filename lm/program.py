@@ -21,6 +21,11 @@ from lm.parallel import sharding
 from lm.tasks import columns_of_batch, task_of
 from lm.types import LENGTH_KEYS, Batch, ModelFns, Params, TrainState
 
+# Keys of the config that are no more than numbers in a training step, and read by nothing else that is compiled. Runs
+# that differ in these alone can share one compiled step, which takes their values as arguments. `b1` and `b2` are none
+# of them: 1 - b2 of an argument is rounded in float32, for 0.9999 by 2e-4 of its value.
+NUMBERS = ("seed", "optim.learning_rate", "optim.end_lr_ratio", "optim.eps", "optim.weight_decay")
+
 
 class Program(NamedTuple):
     """The functions of a run and the layout of its state.
@@ -33,7 +38,7 @@ class Program(NamedTuple):
       abstract_state: shapes, dtypes and shardings of the state.
       init_state: params -> the state before the first step.
       step_with: (numbers, state, batch) -> (state, metrics), not jitted: a training step with other values, also traced
-        ones, of some keys of `numbers_of`.
+        ones, of some keys of `NUMBERS`.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch, start) -> (metrics, outputs), jitted; start as in `TrainState`.
     """
@@ -49,18 +54,8 @@ class Program(NamedTuple):
     eval_step: Any
 
 
-def numbers_of(cfg: Config) -> tuple[str, ...]:
-    """Keys of the config that are no more than numbers in a training step, and read by nothing else that is compiled.
-
-    Runs that differ in these alone can share one compiled step, which takes their values as arguments. `b1` and `b2`
-    are none of them: 1 - b2 of an argument is rounded in float32, for 0.9999 by 2e-4 of its value.
-    """
-    names = ("learning_rate", "end_lr_ratio", "eps", "weight_decay")
-    return ("seed", *(f"optim.{name}" for name in names))
-
-
 def with_numbers(cfg: Config, numbers: Mapping[str, Any]) -> Config:
-    """The config with other values, which may be traced, of keys of `numbers_of`."""
+    """The config with other values, which may be traced, of some keys of `NUMBERS`."""
     optim_values = {key.removeprefix("optim."): value for key, value in numbers.items() if key != "seed"}
     return dataclasses.replace(
         cfg, seed=numbers.get("seed", cfg.seed), optim=dataclasses.replace(cfg.optim, **optim_values)

@@ -228,7 +228,7 @@ def prepare(
       mesh: the devices.
       note: called with messages for the console.
       begun: what the newest checkpoint of this run says of it (`Saved.info`), if there is one.
-      like: a run with the same tokenizer whose config differs in `lm.program.numbers_of` alone: its rows are taken and,
+      like: a run with the same tokenizer whose config differs in `lm.program.NUMBERS` alone: its rows are taken and,
         on the same mesh, its compiled evaluation.
 
     Raises:

@@ -27,7 +27,7 @@ from lm.evaluator import Evaluator
 from lm.optim import mup, trainable
 from lm.optim.trainable import Selection
 from lm.parallel import mesh as mesh_lib
-from lm.preemption import Interrupt, Preempted
+from lm.preemption import Interrupt, Preempted, StopRequest
 from lm.run import Plan, Run, Stream
 from lm.step import Metrics
 from lm.tasks import build_config, build_saved_config, task_of
@@ -130,7 +130,7 @@ def start_or_resume(
     workdir: Path,
     accept_changed_data: bool,
     check_lease: Callable[[], None],
-    interrupt: Interrupt,
+    interrupt: StopRequest,
     where: Place,
 ) -> dict[str, Any]:
     """As `train`, of a folder that this process owns; `check_lease` is called before each write."""
@@ -203,7 +203,7 @@ def loop(
     position: resume.Position,
     tracker: Tracker,
     checkpoints: Checkpoints,
-    interrupt: Interrupt,
+    interrupt: StopRequest,
     where: Place,
 ) -> dict[str, Any]:
     """Trains from `state` to the last step, evaluating and saving on the way. Returns the summary.

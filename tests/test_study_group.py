@@ -307,7 +307,7 @@ def test_every_number_of_every_optimizer_may_be_an_argument(name, recipe):
     }
     values |= {"optim.weight_decay": 0.4, "seed": 7}
     run = ready()
-    values = {key: values[key] for key in program.numbers_of(run.cfg)}
+    values = {key: values[key] for key in program.NUMBERS}
     other = ready(**values)
     batch = next(batches := run_lib.train_batches(run))
     batches.close()
@@ -317,7 +317,7 @@ def test_every_number_of_every_optimizer_may_be_an_argument(name, recipe):
         state = jax.jit(run.program.init_state)(params)
         step = jax.jit(run.program.step_with)
         for _ in range(2):
-            mine, _ = step(group.numbers_of(other.cfg, list(values)), state, place(batch))
+            mine, _ = step(group.values_of(other.cfg, list(values)), state, place(batch))
             unchanged, _ = step({}, state, place(batch))
             state, _ = jax.jit(other.program.step_with)({}, state, place(batch))
     found, wanted, left = (param_paths.flatten(each.params) for each in (mine, state, unchanged))

@@ -24,7 +24,7 @@ SAID: list[str] = []
 
 def run_all(study, root, trials=None, retry_failed=False):
     SAID.clear()
-    how = {"environment": os.environ, "retry_failed": retry_failed, "say": SAID.append}
+    how = {"environment": os.environ, "retry_failed": retry_failed, "say": SAID.append, "at_once": 1}
     return sweep.run_all(study, trials or sweep.select(study, []), root, **how)
 
 

@@ -4,7 +4,7 @@
 
 Each trial is an ordinary run in its folder, with its own data order, evaluations, metrics, checkpoints and lease, as if
 it had run alone: the loop of `lm.train` runs in a thread of its own. What is shared is the start of the process, the
-packed rows, and what is compiled, which takes the keys of `lm.program.numbers_of` as arguments.
+packed rows, and what is compiled, which takes the keys of `lm.program.NUMBERS` as arguments.
 
 On accelerators the states of the trials on a device are stacked, and a step of all of them is one program: `jax.vmap`
 of the step. No trial spans devices, so none waits for another device. On CPUs, where a stacked step is no faster, the
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lm import lease, program, terminal, train
+from lm import command_line, lease, program, terminal, train
 from lm import run as run_lib
 from lm.config import Config, ConfigError
-from lm.preemption import Interrupt, Preempted, Stopped
+from lm.preemption import Interrupt, Preempted, Stopped, StopRequest
 from lm.run import Plan, Run
 from lm.step import Metrics
 from lm.study import runs
 from lm.study.definition import hash_of
+from lm.tracking import run_state
 from lm.types import TrainState
 
 # Of an accelerator's memory, what trials may take together.
@@ -64,12 +65,12 @@ def key_of(config: Config) -> str:
     if mesh.data > 1 or any(getattr(mesh, axis) > 1 for axis in ("dcn_data", "fsdp", "expert", "context", "tensor")):
         return ""
     usual = Config()
-    numbers = {key: number(usual, key) for key in program.numbers_of(config)}
+    numbers = {key: number(usual, key) for key in program.NUMBERS}
     return hash_of(program.with_numbers(config, numbers))
 
 
 def number(config: Config, key: str) -> float:
-    """The value of a key of `lm.program.numbers_of`."""
+    """The value of a key of `lm.program.NUMBERS`."""
     section, _, name = key.rpartition(".")
     value: float = getattr(getattr(config, section) if section else config, name)
     return value
@@ -115,7 +116,7 @@ class Shared:
         with self._lock:
             if run.mesh not in self._compiled:
                 shapes = program.abstract_batch(run.cfg, run.mesh, batch_size)
-                arguments = (numbers_of(run.cfg, self.keys), run.program.abstract_state, shapes)
+                arguments = (values_of(run.cfg, self.keys), run.program.abstract_state, shapes)
                 step = run.program.step_with
                 if self.stacked > 1:
                     step, arguments = jax.vmap(step), jax.tree.map(self._stacked, arguments)
@@ -132,12 +133,12 @@ def _tokenizer_of(run: Run) -> str:
     return run.plan.tokenizer.hash if run.plan.tokenizer else ""
 
 
-def numbers_of(config: Config, keys: Sequence[str]) -> dict[str, np.ndarray]:
+def values_of(config: Config, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """Key -> value, int32 or float32 []."""
     return {key: np.asarray(number(config, key), np.int32 if key == "seed" else np.float32) for key in keys}
 
 
-class Lane:
+class SharedPlace:
     """A trial's place (`lm.train.Place`): a device, whose stack the trial's state is in, if there is one."""
 
     def __init__(self, shared: Shared, device: Any, stack: "Stack | None", index: int, trials_at_once: int = 1):
@@ -154,7 +155,7 @@ class Lane:
 
     def stepper(self, run: Run, state: TrainState, batch_size: int) -> train.Steps:
         """What takes the trial's steps."""
-        step, numbers = self._shared.step(run, batch_size), numbers_of(run.cfg, self._shared.keys)
+        step, numbers = self._shared.step(run, batch_size), values_of(run.cfg, self._shared.keys)
         if self._stack is None:
             return OwnStepper(run, state, batch_size, step, numbers)
         self._stack.put(self._index, state, numbers, step)
@@ -289,12 +290,16 @@ class Stack:
         self._changed.notify_all()
 
 
-class _Interrupt(Interrupt):
-    """The group's interrupt as one trial sees it: what it says of its own state is not the whole group's."""
+class OfOneTrial:
+    """A request to stop the group, as one trial sees it: what the trial says of its own state is not the group's."""
 
-    def __init__(self, whole: Interrupt):
-        super().__init__()
+    kept: Callable[[], str]
+
+    def __init__(self, whole: StopRequest):
         self._whole = whole
+
+    def working(self, doing: str) -> None:
+        """Says nothing: the group's answer to a signal names no step of one trial."""
 
     def requested(self, step: int) -> bool:
         """As of the whole group."""
@@ -339,12 +344,12 @@ class Trials:
 
 
 def differing(configs: Sequence[Config]) -> list[str]:
-    """The keys of `lm.program.numbers_of` in which the configs of a group differ."""
-    return [key for key in program.numbers_of(configs[0]) if len({number(config, key) for config in configs}) > 1]
+    """The keys of `lm.program.NUMBERS` in which the configs of a group differ."""
+    return [key for key in program.NUMBERS if len({number(config, key) for config in configs}) > 1]
 
 
 def run_group(
-    folders: Sequence[Path], keys: Sequence[str], at_once: int, say: train.Say, interrupt: Interrupt, stacked: int = 0
+    folders: Sequence[Path], keys: Sequence[str], at_once: int, say: train.Say, interrupt: StopRequest, stacked: int = 0
 ) -> dict[Path, str]:
     """Runs the recorded trials of one group to their ends; returns how each ended, in words.
 
@@ -371,10 +376,11 @@ def run_group(
     at_once = min(wanted, stacked * len(devices))
     names = {folder: f"{record.arm}, seed {record.config.seed}" for folder, record in records.items()}
     shared, trials = Shared(keys, stacked), Trials(names, say)
-    places: list[Lane] = []
+    places: list[SharedPlace] = []
     for device in devices:
         stack = Stack(stacked) if stacked > 1 else None
-        places += [Lane(shared, device, stack, index, at_once) for index in range(min(stacked, at_once - len(places)))]
+        here = range(min(stacked, at_once - len(places)))
+        places += [SharedPlace(shared, device, stack, index, at_once) for index in here]
     say(f"{len(folders)} trials that differ in {', '.join(keys)}: {len(places)} at once")
     interrupt.working("finishing a step of each trial, then saving")
     interrupt.kept = lambda: "each trial resumes from its newest checkpoint"
@@ -401,7 +407,7 @@ def most_stacked(config: Config, device: Any) -> int:
     return int(MEMORY_SHARE * limit / (8 * sum(sizes)))  # parameters, gradient, two moments; activations
 
 
-def _work(place: Lane, trials: Trials, interrupt: Interrupt) -> None:
+def _work(place: SharedPlace, trials: Trials, interrupt: StopRequest) -> None:
     """Runs trials in a place until none is left."""
     while folder := trials.next():
         try:
@@ -422,27 +428,25 @@ def _work(place: Lane, trials: Trials, interrupt: Interrupt) -> None:
         trials.end(folder, how)
 
 
-def run_trial(folder: Path, place: Lane, interrupt: Interrupt) -> str:
+def run_trial(folder: Path, place: SharedPlace, interrupt: StopRequest) -> str:
     """Runs one trial; what goes wrong with it is recorded in its folder, and does not end the others."""
     try:
         with lease.hold_for_run(folder) as check_lease:
             (folder / runs.FAILURE).unlink(missing_ok=True)
             config = runs.read_record(folder / runs.RECORD).config
             try:
-                train.start_or_resume(config, folder, False, check_lease, _Interrupt(interrupt), place)
+                train.start_or_resume(config, folder, False, check_lease, OfOneTrial(interrupt), place)
             except (Preempted, lease.Lost):
                 raise
             except DeviceFailed:
                 (folder / runs.FAILURE).unlink(missing_ok=True)  # it is no fault of this trial
                 raise
             except Exception as error:
-                if type(error).__module__.startswith("lm."):
-                    text = str(error)
-                    terminal.say(f"error: {text}")
+                if command_line.is_expected(error):
+                    terminal.say(f"error: {error}")
                 else:
-                    text = f"{type(error).__name__}: {error}"
                     terminal.say("".join(traceback.format_exception(error)), end="")
-                return runs.fail(folder, text)
+                return runs.fail(folder, run_state.in_words(error))
     except Preempted as stopped:
         terminal.say(stopped)
         return runs.STOPPED

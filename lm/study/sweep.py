@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import lease, preemption, run
+from lm import command_line, lease, preemption, run
 from lm.config import Config
 from lm.config.schema import ConfigError
 from lm.evaluation import flops
@@ -83,7 +83,7 @@ def plan(trials: Iterable[Trial]) -> dict[str, float | None]:
             try:
                 known[key] = train_flops(trial.config)
             except (ValueError, RuntimeError) as error:
-                if not type(error).__module__.startswith("lm."):
+                if not command_line.is_expected(error):
                     raise
                 raise ConfigError(f"{trial}: {error}") from None
         out[trial.hash] = known[key]
@@ -133,7 +133,7 @@ def run_all(
     environment: Mapping[str, str],
     retry_failed: bool,
     say: Say,
-    at_once: int = 1,
+    at_once: int,
 ) -> dict[str, Outcome]:
     """Runs those of `trials` that are not done.
 

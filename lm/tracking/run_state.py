@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lm import lease, preemption
+from lm import command_line, lease, preemption
 from lm.tracking import files
 from lm.tracking.files import RunFileError
 
@@ -54,6 +54,11 @@ def look(folder: Path, names: Collection[str] | None = None) -> RunState:
     return RunState("interrupted")
 
 
+def in_words(error: Exception) -> str:
+    """The error on one line."""
+    return str(error) if command_line.is_expected(error) else f"{type(error).__name__}: {error}"
+
+
 @contextlib.contextmanager
 def recorded_failure(folder: Path, check_lease: Callable[[], None]) -> Iterator[None]:
     """Removes the failure.json of an earlier start, and writes one if its block ends with an error; not if the run was
@@ -69,9 +74,7 @@ def recorded_failure(folder: Path, check_lease: Callable[[], None]) -> Iterator[
     except (preemption.Preempted, lease.Lost):
         raise
     except Exception as error:
-        is_ours = type(error).__module__.startswith("lm.")
-        text = str(error) if is_ours else f"{type(error).__name__}: {error}"
         with contextlib.suppress(RunFileError, lease.Lost):  # such as a full disk, which is the error itself
             check_lease()
-            files.write_document(folder / FAILURE, {"error": text[:_LONGEST]})
+            files.write_document(folder / FAILURE, {"error": in_words(error)[:_LONGEST]})
         raise
