@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -915,6 +916,13 @@ def test_an_export_names_the_class_of_a_tokenizer_that_another_class_would_misre
         assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
         own = {"cls_token": tok.bos_id, "sep_token": tok.eos_id, "pad_token": tok.pad_id, "mask_token": tok.mask_id}
         assert {role: said[role] for role in own} == {role: tok.piece(i) for role, i in own.items()}
+
+
+def test_an_older_bpe_that_does_not_name_its_kind_keeps_the_class_of_its_family():
+    content = json.dumps({"model": {"vocab": {"a": 0}, "merges": []}}).encode()
+    files = {"t/tokenizer.json": content, "t/tokenizer_config.json": b'{"model_max_length": 1024}'}
+    made = export.tokenizer_files(SimpleNamespace(saved_files=files), "gpt2")
+    assert made == {"tokenizer.json": content, "tokenizer_config.json": b'{"model_max_length": 1024}'}
 
 
 @pytest.mark.parametrize("kind", ["xlm_roberta", "roberta"])

@@ -422,10 +422,11 @@ def test_the_layers_of_a_decoder_that_are_left_open_are_as_many_as_the_encoders_
 ):
     """A run that an earlier version saved with 0 layers resumes: its config is the one that is resolved today."""
     position = "sincos" if kind == "mae" else "learned"
-    model = {"kind": kind, "position": position, "num_layers": 3}
-    now = transformer.resolve(build(model=model).model, vocab_size=8, seq_len=4)
+    planned = build(model={"kind": kind, "position": position, "num_layers": 3})
+    now = transformer.resolve(planned.model, vocab_size=8, seq_len=planned.data.seq_len)
     assert now.decoder_layers == expected
-    saved = json.loads(json.dumps(schema.to_dict(build(model=model))))
+    assert build_saved_config(json.loads(json.dumps(schema.to_dict(planned)))) == planned, "that of a trial"
+    saved = json.loads(json.dumps(schema.to_dict(dataclasses.replace(planned, model=now))))
     for before in ({"decoder_layers": 0}, {"decoder_layers": None}):
         saved["model"] = {key: value for key, value in (saved["model"] | before).items() if value is not None}
         assert build_saved_config(saved).model.decoder_layers == expected

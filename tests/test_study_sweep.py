@@ -1,5 +1,6 @@
 """A sweep runs what is not done, resumes what was killed, lists what failed, and goes on."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from concurrent import futures
 import pytest
 
 from lm import lease, train
-from lm.config import ConfigError
+from lm.config import ConfigError, schema
+from lm.models import transformer
 from lm.study import product, recorded, runs, seeds, sweep
 from lm.tasks import build_config
 from lm.tracking import files
@@ -188,7 +190,7 @@ SWEEPS = """
     study, ended = make_study(seeds(12)), {}
     for _ in range(30):
         if not ended or any(each.state != "done" for each in ended.values()):
-            how = {"environment": os.environ, "retry_failed": False, "say": print}
+            how = {"environment": os.environ, "retry_failed": False, "say": print, "at_once": 1}
             ended = sweep.run_all(study, sweep.select(study, []), Path(sys.argv[1]), **how)
 """
 
@@ -331,6 +333,17 @@ def test_a_killed_run_resumes_to_the_figures_of_an_undisturbed_one(tmp_path, sma
     assert ended[trial.hash].summary["loss"] == pytest.approx(undisturbed["loss"], rel=1e-6)
     steps = [row["step"] for row in files.read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
     assert steps == list(range(1, 13))
+
+
+def test_a_trial_may_leave_the_layers_of_its_decoder_open(tmp_path):
+    (trial,) = make_study(
+        [{"task.name": "span_corruption", "model.kind": "encoder_decoder", "tokenizer.extra_ids": 8}]
+    ).trials
+    runs.write_record(tmp_path, trial, "abc123")
+    assert trial.config.model.decoder_layers == 0 and runs.read_record(tmp_path / "trial.json").config == trial.config
+    ran = dataclasses.replace(trial.config, model=transformer.resolve(trial.config.model, vocab_size=2056, seq_len=256))
+    files.write_document(tmp_path / "config.json", schema.to_dict(ran))
+    assert ran.model.decoder_layers and runs.difference_from(tmp_path, trial.config) == ""
 
 
 def test_the_recorded_recipe_is_the_config_of_the_trial(tmp_path):

@@ -75,8 +75,12 @@ def is_older(source: Mapping[str, Any]) -> bool:
 
 
 def _count_decoder_layers(saved: dict[str, Any]) -> None:
-    """Sets the number of layers of a decoder in a saved section `model`, which earlier versions left open as 0."""
-    if saved.get("kind") in ("encoder_decoder", "mae") and "num_layers" in saved:
+    """Sets the number of layers of a decoder in the `model` of a run, which earlier versions left open as 0.
+
+    A config that was only planned, such as that of a trial, leaves other sizes open too, and stays as it is.
+    """
+    is_resolved = all(map(saved.get, ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_len")))
+    if saved.get("kind") in ("encoder_decoder", "mae") and is_resolved:
         saved["decoder_layers"] = saved.get("decoder_layers") or saved["num_layers"]
 
 
