@@ -117,7 +117,8 @@ def check(search: Search) -> list[Override]:
     """Trials at the ends of the space, for their configs to be checked.
 
     Raises:
-      ConfigError: the metric, a key, a choice, the sampler or the number of trials is wrong, or Optuna is needed and missing.
+      ConfigError: the metric, a key, a choice, the sampler or the number of trials is wrong, or Optuna is needed and
+        missing.
     """
     if not metrics.is_known(search.metric.rpartition(".")[2]):
         raise ConfigError(f"SEARCH: whether more or less of '{search.metric}' is better is not known")
