@@ -34,9 +34,12 @@ def runs(tmp_path):
 
 def listed(root, *conditions, sort="name"):
     made = [listing.condition(text) for text in conditions]
-    entries, notes = listing.find(root, {each.key for each in made} | {sort.removeprefix("-")} - set(listing.COLUMNS))
+    keys = {each.key for each in made} | {sort.removeprefix("-")}
+    entries, notes = listing.find(root, keys - set(listing.COLUMNS))
     assert notes == []
     values = listing.Values(entries)
+    for key in keys:
+        values.check(key)
     return [entry.name for entry in listing.arrange(listing.select(entries, made, values), sort, values)]
 
 
@@ -117,6 +120,18 @@ def test_runs_are_sorted_by_any_key_and_those_without_a_value_are_last(runs, key
 def test_a_wrong_condition_is_refused_with_what_there_is(runs, condition, message):
     with pytest.raises(ConfigError, match=message):
         listed(runs, condition)
+
+
+@pytest.mark.parametrize("flag", ["--columns=name,versions.jax", "--sort=versions.jax", "--where=versions.jax!=1"])
+def test_a_key_that_only_other_runs_have_is_empty_and_one_that_none_has_is_refused(runs, capsys, flag):
+    """Whichever flag names it: runs that are not done have no summary."""
+    tool_modules.call("runs", "list", runs, "--where=state=interrupted", flag)
+    out, err = capsys.readouterr()
+    is_condition = flag.startswith("--where")
+    assert f"{0 if is_condition else 1} of 4 runs" in err and ("study/run10" in out) != is_condition
+    for state in ("interrupted", "running"):  # of the latter there is none
+        with pytest.raises(SystemExit, match=r"no run has 'versions.jaxx' \(did you mean 'versions.jax'\?\)"):
+            tool_modules.call("runs", "list", runs, f"--where=state={state}", flag.replace("jax", "jaxx"))
 
 
 def test_a_key_that_is_newer_than_a_run_has_its_default(runs):
