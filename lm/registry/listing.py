@@ -227,9 +227,13 @@ def _value(saved: Mapping[str, Any], figures: Mapping[str, Any], key: str) -> An
     section, _, name = key.partition(".")
     if not name or not isinstance(saved.get(section), Mapping) or key in dict(flatten(saved)):
         return None
-    from lm.tasks import build_saved_config  # a key that is newer than the run has a default; imports JAX
+    from lm.study import definition  # a key that is newer than the run has a default; imports JAX
+    from lm.tasks import build_saved_config
 
     try:
+        is_key = key in definition.defaults(str(value_at(saved, "task.name")))
+        if not is_key and not key.startswith("eval.sets."):  # the names of sets are the run's own
+            return None
         return value_at(schema.to_dict(build_saved_config(saved)), key)
     except (ConfigError, AttributeError, KeyError, TypeError, ValueError):
         return None
