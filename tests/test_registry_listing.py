@@ -81,6 +81,14 @@ def test_conditions_compare_columns_keys_of_the_config_and_figures(runs, conditi
     assert listed(runs, condition) == names
 
 
+def test_a_run_that_is_not_done_has_the_first_and_the_best_evaluation_under_the_keys_of_a_summary(runs):
+    assert listed(runs, "before.loss=3") == ["good", "study/failed", "study/run9", "study/run10"]
+    assert listed(runs, "best.step=10") == ["good", "study/run10"]
+    figures = listing.figures_of(listing.find(runs / "study" / "run10").entries[0])
+    seconds = {"before": 0.0, "best": 5.0}
+    assert {name: figures[name]["seconds"] for name in seconds} == seconds and "split" not in figures["before"]
+
+
 def test_several_conditions_hold_together_and_a_run_without_a_value_fulfils_none(runs):
     assert listed(runs, "state=done", "best.loss<1.6") == ["good"]
     assert listed(runs, "versions.jax!=0") == ["good", "study/run9"]  # those that are not done have no summary

@@ -272,10 +272,7 @@ def figures_so_far(folder: Path, best_metric: str) -> dict[str, Any]:
     """What metrics.jsonl tells of a run that is not done, under the keys of summary.json."""
     evaluations, last = files.read_evaluations(folder / "metrics.jsonl")
     figures = {key: value for key, value in (evaluations or [{}])[-1].items() if key not in ("step", "split")}
-    rated = [row for row in evaluations if row["step"] and row.get(best_metric) is not None]
-    if rated:
-        best = max(rated, key=lambda row: metrics.gain(best_metric, row[best_metric]))
-        figures["best"] = {key: value for key, value in best.items() if key != "split"}
+    figures |= files.first_and_best(evaluations, best_metric)
     return figures | ({"steps": last["step"], "seconds": last["seconds"]} if last else {})
 
 
