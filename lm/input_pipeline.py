@@ -211,11 +211,10 @@ def _source(
         parts = {name: _prepared(found, name, cfg, tokenizer) for name in ("train", *["valid"] * has_valid)}
         checksums: dict[str, int] = {}
     else:
-        task = task_of(cfg)
         train, checksums, counts = _packed(found.train, "train", cfg, tokenizer)
         parts = {"train": (train, counts)}
         held_out = ({"valid": found.valid} if has_valid else {}) | ({"test": found.test} if found.test else {})
-        more = task.held_out(found.train, cfg) if task.held_out else {}
+        more = fields_of_held_out([found], cfg)
         for name, records in held_out.items():
             part, _, counts = _packed([record | more for record in records], name, cfg, tokenizer)
             parts[name] = part, counts
@@ -224,15 +223,30 @@ def _source(
     return Source(rows["train"], rows.get("valid"), rows.get("test")), report, checksums
 
 
+def fields_of_held_out(found: Sequence[Found], cfg: Config) -> dict[str, Any]:
+    """The fields that the task gives to held-out records, such as few-shot examples, from the training records of
+    sources together.
+
+    Raises:
+      ConfigError: `task.shots` is set, and there is no training record, as in prepared rows.
+    """
+    task = task_of(cfg)
+    if not task.held_out:
+        return {}
+    train = [record for source in found if isinstance(source, Split) for record in source.train]
+    if cfg.task.shots and not train:
+        raise ConfigError(
+            f"'task.shots' is {cfg.task.shots}, but the training data has no records to take them from; set it to 0"
+        )
+    return task.held_out(train, cfg)
+
+
 def _named_set(
     name: str, records: Sequence[Record], cfg: Config, tokenizer: Tokenizer | None, found: Sequence[Found]
 ) -> tuple[Part, dict[str, float]]:
     """Rows of a set of `eval.sets`, made as held-out rows are, and counts for the report."""
     own = eval_sets.config_of(cfg, name)
-    task, more = task_of(own), {}
-    if task.held_out:  # the training records are of the same task, see `checks.sets_fit`
-        train = [record for source in found if isinstance(source, Split) for record in source.train]
-        more = task.held_out(train, own)
+    more = fields_of_held_out(found, own)  # the training records are of the same task, see `checks.sets_fit`
     part, _, counts = _packed([record | more for record in records], f"eval.sets.{name}", own, tokenizer)
     return part, counts
 

@@ -211,10 +211,8 @@ class LoadedModel:
         if not task.held_out or not cfg.task.shots:
             return {}
         # Those that training has for a set, see `input_pipeline.build`: `cfg.data` may name the set itself.
-        (found, *others) = input_pipeline.load(trained.data, task_of(trained).wanted(trained))
-        if others or not isinstance(found, registry.Split):
-            raise ConfigError("'task.shots' are drawn from one source of records; this run has another kind of data")
-        return task.held_out(found.train, cfg)
+        found = input_pipeline.load(trained.data, task_of(trained).wanted(trained))
+        return input_pipeline.fields_of_held_out(found, cfg)
 
 
 def load(name: str, *, batch_size: int = 0, devices: Sequence[Any] | None = None) -> LoadedModel:

@@ -185,7 +185,9 @@ def start_or_resume(
                 interrupt.kept = lambda: what_is_kept(checkpoints.last_good)
                 summary = loop(run, workdir, state, position, tracker, checkpoints, interrupt, where)
             if is_primary:
-                summary |= (evaluations := first_and_best(workdir, cfg.checkpoint.best_metric))
+                # Of metrics.jsonl, which has the evaluations before the run was resumed too.
+                rows = (row for row in files.read_rows(workdir / "metrics.jsonl") if row["split"] == "eval")
+                summary |= (evaluations := files.first_and_best(rows, cfg.checkpoint.best_metric))
                 with tracker.writing():
                     if cfg.train.early_stopping.patience:  # with early stopping the run stands for its best checkpoint
                         best = {k: value for k, value in evaluations["best"].items() if k in summary and k != "seconds"}
@@ -462,25 +464,6 @@ def finished_summary(path: Path, say: Say) -> dict[str, Any]:
     except RunFileError as error:
         say(f"{error}; evaluating again to write it")
         return {}
-
-
-def first_and_best(workdir: Path, metric: str) -> dict[str, Any]:
-    """'before' -> the evaluation at step 0, 'best' -> the best of the later ones by `metric`; {} where there is none.
-
-    Read from metrics.jsonl, so that they include the evaluations before the run was resumed.
-    """
-    before: dict[str, Any] = {}
-    best: dict[str, Any] = {}
-    for row in files.read_rows(workdir / "metrics.jsonl"):
-        if row.pop("split") != "eval":
-            continue
-        if row["step"] == 0:
-            before = before or row
-        elif row.get(metric) is not None and (
-            not best or metrics.gain(metric, row[metric]) > metrics.gain(metric, best[metric])
-        ):
-            best = row
-    return {"before": before, "best": best}
 
 
 def parameter_table(planned: Plan, selection: Selection, origin: dict[str, str]) -> str:

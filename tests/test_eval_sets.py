@@ -379,14 +379,31 @@ def test_shots_need_training_records_of_the_task(files, name):
         run_lib.plan(cfg, None)
 
 
-def test_a_named_set_has_shots_of_the_training_data_in_training_and_afterwards(files, tmp_path):
-    """Not of the set itself, whose labels they would tell."""
+def test_shots_without_a_training_record_are_refused_and_without_shots_none_is_needed(files):
+    def cfg(shots):
+        options = {f"task__{key}": value for key, value in TASK.items() if key not in ("name", "shots")}
+        return recipe(files, task__name="prompting", task__shots=shots, data__packing="pad", **options)
+
+    with pytest.raises(ConfigError, match=r"'task\.shots' is 1, but the training data has no records to take"):
+        input_pipeline.fields_of_held_out([], cfg(1))
+    assert input_pipeline.fields_of_held_out([], cfg(0)) == {}
+
+
+@pytest.mark.parametrize("is_mixture", [False, True], ids=["one source", "mixture"])
+def test_a_named_set_has_shots_of_the_training_data_in_training_and_afterwards(files, tmp_path, is_mixture):
+    """Of all its sources, and not of the set itself, whose labels they would tell."""
+    changes = {}
+    if is_mixture:
+        paths = [used_runs.KINDS["prompting"].write(tmp_path / name, seed, 16) for seed, name in enumerate("ab", 1)]
+        paths = [path.rename(tmp_path / f"{path.parent.name}.jsonl") for path in paths]
+        changes = {"data__path": "", "data__mixture": tuple((0.0, str(path), 0.5) for path in paths)}
     own = {"path": str(files["labelled"]), "format": "jsonl"}
     other_words = TASK | {"templates": ("{text} It was {label:no|yes}.",), "shots": 3}
     sets = {"plain": own, "own": own | {"task": other_words}, "test": own | {"task": other_words}}
-    run = used_runs.make("prompting", tmp_path, task__shots=2, data__seq_len=256, eval__sets=sets)
+    run = used_runs.make("prompting", tmp_path, task__shots=2, data__seq_len=256, eval__sets=sets, **changes)
     loaded = predict.load(str(run), devices=jax.devices()[:1])
-    trained_on = {record["text"] for record in registry.load(loaded.config.data).train}
+    sources = input_pipeline.by_source(loaded.config.data).values()
+    trained_on = {record["text"] for source in sources for record in registry.load(source).train}
     last, found = evaluations(run)[-1], {}
     for name in sets:
         model, data = predict.on_set(loaded, loaded.config, name)

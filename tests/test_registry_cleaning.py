@@ -97,6 +97,15 @@ def test_a_run_that_was_cleaned_of_all_but_one_checkpoint_is_still_done(run, who
     assert "already done: step 6 of 6" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_damaged_run_keeps_its_last_step_as_it_may_be_done(run, monkeypatch, capsys, name):
+    monkeypatch.setattr(details, "best_step", lambda _: 2)
+    (run / name).write_bytes(b"\xff\x00")
+    assert [entry.state for entry in listing.find(run.parent).entries] == ["damaged"]
+    clean(run.parent, "--keep=best", "--yes")
+    assert steps(run) == [2, 6] and "step 6 stays: without its last step" in capsys.readouterr().out
+
+
 def test_what_somebody_owns_stays(run, capsys):
     with lease.hold(run):
         clean(run.parent, "--keep=none", "--yes")

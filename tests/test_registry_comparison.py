@@ -90,17 +90,31 @@ def test_a_run_that_cannot_be_compared_is_one_line_and_the_others_are_drawn(tmp_
     resized = write_run(tmp_path / "resized", summary={"tokens": 12345})
     bare = write_run(tmp_path / "bare")
     (bare / "config.json").unlink()
+    unread = write_run(tmp_path / "unread")
+    (unread / "config.json").write_text('{"model": 1, "train": {}, "data": {}, "task": {"name": "causal_lm"}}')
     with pytest.raises(SystemExit, match="1"):
-        arguments = [good, torn, resized, bare, f"--out={tmp_path / 'page.html'}", "--x=tokens"]
+        arguments = [good, torn, resized, bare, unread, f"--out={tmp_path / 'page.html'}", "--x=tokens"]
         tool_modules.call("runs", "compare", *arguments)
     out, err = capsys.readouterr()
     assert "page.html: 1 runs" in out
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
-    for error, what in zip(
-        errors, ("metrics.jsonl:6: expected a JSON object", "its batch size has changed", "no config.json"), strict=True
-    ):
+    expected = (
+        *("metrics.jsonl:6: expected a JSON object", "its batch size has changed", "no config.json"),
+        f"{unread}: its config cannot be read: ",
+    )
+    for error, what in zip(errors, expected, strict=True):
         assert what in error
+
+
+def test_a_trial_that_has_no_config_yet_is_compared_by_the_one_that_it_was_given(tmp_path):
+    run = write_run(tmp_path / "run", optim__learning_rate=0.5)
+    whole = {axis: read(run, axis) for axis in ("step", "tokens", "flops")}
+    files.write_document(run / "trial.json", {"arm": "", "config": json.loads((run / "config.json").read_text())})
+    (run / "config.json").unlink()
+    for axis, expected in whole.items():
+        found = read(run, axis)
+        assert (found.settings, found.scale) == (expected.settings, expected.scale)
+    assert found.settings["optim.learning_rate"] == 0.5 and found.loss_unit("") == whole["step"].loss_unit("") != ""
 
 
 @pytest.mark.slow

@@ -80,6 +80,22 @@ def test_a_search_runs_as_many_trials_as_it_wants_and_a_second_start_runs_none(t
     assert len(analysed.tables[0].rows) == 5 and not analysed.errors
 
 
+def test_fixed_values_that_json_spells_otherwise_are_known_again_when_the_trials_are_read(tmp_path):
+    """A tuple is a list there."""
+    fixed = {"optim.lr_rules": ((".*", 1.0),), "generate.stop": ("END",)}
+    study, ran = study_of(search_of(trials=3, fixed=fixed)), []
+
+    def run_one(trial, folder):
+        ran.append(trial.hash)
+        assert len(ran) <= 3, "the search does not end"
+        return finished(trial, folder)
+
+    found = searching.run(study, tmp_path, run_one, lambda _: None)
+    assert len(set(ran)) == 3 and {trial.hash for trial in found.trials} == set(ran)
+    assert all(fixed.items() <= trial.override.items() for trial in found.trials)
+    assert drawn(study_of(search_of(fixed=fixed | {"generate.stop": ("END", "STOP")})), tmp_path) == []
+
+
 def test_a_search_that_was_killed_resumes_its_trial_and_draws_what_it_would_have_drawn(tmp_path):
     study = study_of(search_of(trials=6))
     searching.run(study, tmp_path / "whole", finished, lambda _: None)
@@ -186,10 +202,19 @@ def test_trials_of_another_space_are_left_out(tmp_path):
         ("SEARCH = Search('nll', 3, {'seed': integer(0, 2)}, sampler='grid')", "expected 'random' or 'tpe'"),
         ("SEARCH = Search('nll', 3, {'seed': integer(2, 2)}, sampler='random')", "the lesser first"),
         ("SEARCH = Search('nll', 3, {'seed': integer(0, 2)}, sampler='random')\ntrials = list", "keep one of them"),
+        *(
+            (f"SEARCH = Search('nll', 3, {{'generate.stop': choice({values})}}, sampler='random')", message)
+            for values, message in (
+                ("('a',), ('b', 'c')", r"'generate\.stop' has a choice \('a',\); expected a bool, a"),
+                ("'a', None", r"'generate\.stop' has a choice None; expected a bool"),
+                ("1.0, float('inf')", r"'generate\.stop' has a choice inf; expected .* a finite number"),
+                ("", r"'generate\.stop' has no choice"),
+            )
+        ),
     ],
 )
 def test_a_search_with_a_mistake_is_refused_before_anything_runs(tmp_path, text, message):
-    head = f"from lm.study import Search, integer, uniform\nRECIPE = {RECIPE!r}\n"
+    head = f"from lm.study import Search, choice, integer, uniform\nRECIPE = {RECIPE!r}\n"
     (tmp_path / "study.py").write_text(head + text)
     with pytest.raises(ConfigError, match=message):
         study_lib.load(tmp_path)

@@ -145,12 +145,19 @@ def _only(arguments: list[str], usage: str, default: str = "") -> str:
 
 
 def _selected(root: Path, keys: Iterable[str] = (), more: Iterable[str] = ()) -> Any:
-    """The runs below a folder that --where and `more` select, and their `Values`; says on stderr what is wrong."""
+    """The runs below a folder that --where and `more` select, and their `Values`; says on stderr what is wrong.
+
+    Raises:
+      ConfigError: no run below the folder, selected or not, has one of the keys or that of a condition.
+    """
     from lm.registry import listing
 
     conditions = [listing.condition(text) for text in (*_WHERE.value, *more)]
-    entries, notes = listing.find(root, {each.key for each in conditions}.union(keys).difference(listing.COLUMNS))
+    wanted = {each.key: None for each in conditions} | dict.fromkeys(keys)
+    entries, notes = listing.find(root, wanted.keys() - listing.COLUMNS)
     values = listing.Values(entries)
+    for key in wanted:
+        values.check(key)
     selected = listing.select(entries, conditions, values)
     for note in notes:
         say(f"note: {note}", file=sys.stderr)

@@ -104,8 +104,8 @@ def _why_it_stays(folder: Path) -> str:
 
 
 def _checkpoints(entry: Entry, keep: Collection[str]) -> Removal:
-    """The checkpoints of a run that are not kept. One that is done keeps its last step, without which the same command
-    would train again, unless all go."""
+    """The checkpoints of a run that are not kept. One that is done, or damaged and perhaps done, keeps its last step,
+    without which the same command would train again, unless all go."""
     folder, notes = entry.folder, list[str]()
     root = folder / "checkpoints"
     if root.is_symlink():
@@ -124,9 +124,9 @@ def _checkpoints(entry: Entry, keep: Collection[str]) -> Removal:
     if saved and "none" not in keep and not kept:
         why = notes[0] if readable else "none of its checkpoints can be read"
         return Removal(folder, why=f"{why}; --keep=none deletes all")
-    if entry.state == "done" and "none" not in keep and not kept >= {*readable[-1:]}:
+    if entry.state in ("done", "damaged") and "none" not in keep and not kept >= {*readable[-1:]}:
         kept.add(readable[-1])
-        notes.append(f"step {readable[-1]} stays: without its last step a run that is done would train again")
+        notes.append(f"step {readable[-1]} stays: without its last step a run that may be done would train again")
     stays = [each for each in saved if "unreadable" in each.info and "none" not in keep]
     kept |= {each.step for each in stays}
     paths = [*(root / str(each.step) for each in saved if each.step not in kept), *checkpoint.unfinished(folder)]

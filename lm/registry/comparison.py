@@ -14,7 +14,6 @@ from lm.evaluation import flops, metrics
 from lm.registry import details, listing
 from lm.registry.listing import Entry
 from lm.study.report import COLORS
-from lm.tasks import build_saved_config
 from lm.tracking import curves, files, report
 from lm.tracking.curves import Curves
 from lm.tracking.files import RunFileError
@@ -108,34 +107,27 @@ def read(folder: Path, axis: str, points: int) -> tuple[Compared, list[str]]:
       ConfigError, RunFileError: there is no run, its metrics are damaged, or it has no such axis.
     """
     entry, wrong = details.open_run(folder)
-    content = listing.read_config(folder)
-    settings: dict[str, Any] = {}
-    scale, loss_unit = 1.0, report.loss_unit(None)
-    if content:
-        cfg = build_saved_config(content)
-        settings = details.config_of(entry)
-        loss_unit = report.loss_unit(cfg)
-        if axis in ("tokens", "flops"):
-            scale = float(cfg.data.batch_size * cfg.data.seq_len)
+    cfg = details.saved_config(entry)
+    figures = dict(flatten(listing.figures_of(entry)))
+    scale = 1.0
+    if axis in ("tokens", "flops"):
+        if cfg is None:
+            raise ConfigError(f"{folder}: left out: it has no config.json or trial.json, which tells its {axis}")
+        a_step, steps, tokens = cfg.data.batch_size * cfg.data.seq_len, figures.get("steps"), figures.get("tokens")
+        if isinstance(steps, int) and isinstance(tokens, int) and tokens != steps * a_step:
+            raise ConfigError(
+                f"{folder}: left out: {tokens:,} tokens in {steps:,} steps are not {a_step:,} a step: its batch size "
+                "has changed on the way; compare by step or seconds"
+            )
+        scale = float(a_step)
         if axis == "flops":
             a_token = flops.train_flops_per_token(cfg.model, cfg.data.seq_len, cfg.model.vocab_size)
             if a_token is None:
                 raise ConfigError(f"{folder}: left out: the FLOPs of this kind of model are not known")
             scale *= a_token
-    elif axis in ("tokens", "flops"):
-        raise ConfigError(f"{folder}: left out: it has no config.json, which tells its {axis}")
-    figures = dict(flatten(listing.figures_of(entry)))
-    steps, tokens = figures.get("steps"), figures.get("tokens")
-    if axis in ("tokens", "flops") and settings and isinstance(steps, int) and isinstance(tokens, int):
-        a_step = settings["data.batch_size"] * settings["data.seq_len"]
-        if tokens != steps * a_step:
-            raise ConfigError(
-                f"{folder}: left out: {tokens:,} tokens in {steps:,} steps are not {a_step:,} a step: its batch size "
-                "has changed on the way; compare by step or seconds"
-            )
     column = "seconds" if axis == "seconds" else "step"
     drawn = curves.gather(files.read_rows(folder / "metrics.jsonl"), column, points)
-    return Compared(entry, settings, figures, drawn, scale, loss_unit), wrong
+    return Compared(entry, details.settings_of(cfg), figures, drawn, scale, report.loss_unit(cfg)), wrong
 
 
 def page(runs: Sequence[Compared], axis: str, wanted: Sequence[str] = ()) -> str:

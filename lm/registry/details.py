@@ -8,7 +8,7 @@ from typing import Any
 
 from lm import checkpoint, terminal
 from lm.checkpoint import CheckpointError
-from lm.config import flatten, schema
+from lm.config import Config, flatten, schema
 from lm.config.schema import ConfigError
 from lm.evaluation import metrics
 from lm.registry import listing
@@ -31,8 +31,8 @@ def open_run(folder: Path) -> tuple[Entry, list[str]]:
     return found.entries[0], found.notes
 
 
-def config_of(entry: Entry) -> dict[str, Any]:
-    """Key of the config -> value, all of them, also those that are newer than the run; {} = it has no config.
+def saved_config(entry: Entry) -> Config | None:
+    """The config of a run: of config.json, or else the one that its trial was given; None = it has none.
 
     Raises:
       ConfigError, RunFileError: it cannot be read.
@@ -41,9 +41,14 @@ def config_of(entry: Entry) -> dict[str, Any]:
     if not content:
         content = files.read_document(entry.folder / run_state.RECORD).get("config", {})
     try:
-        return dict(flatten(schema.to_dict(build_saved_config(content)))) if content else {}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{entry.folder}: its config cannot be read: {type(error).__name__} {error}") from None
+        return build_saved_config(content) if content else None
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{entry.folder}: its config cannot be read: {run_state.in_words(error)}") from None
+
+
+def settings_of(config: Config | None) -> dict[str, Any]:
+    """Key of a config -> value, all of them, also those that are newer than its run; {} = there is no config."""
+    return dict(flatten(schema.to_dict(config))) if config else {}
 
 
 def show(folder: Path) -> tuple[str, list[str]]:
@@ -64,7 +69,7 @@ def show(folder: Path) -> tuple[str, list[str]]:
     settings: dict[str, Any] = {}
     figures: Mapping[str, Any] = {}
     with _noted(wrong):
-        settings = config_of(entry)
+        settings = settings_of(saved_config(entry))
         usual = definition.defaults(str(settings["task.name"])) if settings else {}
         changed = [(key, value, usual.get(key)) for key, value in settings.items() if value != usual.get(key)]
         parts.append(_titled("Config", terminal.table(("key", "value", "default"), changed)))
@@ -189,7 +194,7 @@ def diff(folders: Sequence[Path]) -> tuple[str, list[str]]:
         configs.append(dict[str, Any]())
         figures.append(dict[str, Any]())
         with _noted(wrong):
-            configs[-1] = config_of(entry)
+            configs[-1] = settings_of(saved_config(entry))
         with _noted(wrong):
             figures[-1] = dict(flatten(listing.figures_of(entry)))
     keys = dict.fromkeys(key for settings in configs for key in settings)

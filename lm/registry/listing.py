@@ -227,9 +227,13 @@ def _value(saved: Mapping[str, Any], figures: Mapping[str, Any], key: str) -> An
     section, _, name = key.partition(".")
     if not name or not isinstance(saved.get(section), Mapping) or key in dict(flatten(saved)):
         return None
-    from lm.tasks import build_saved_config  # a key that is newer than the run has a default; imports JAX
+    from lm.study import definition  # a key that is newer than the run has a default; imports JAX
+    from lm.tasks import build_saved_config
 
     try:
+        is_key = key in definition.defaults(str(value_at(saved, "task.name")))
+        if not is_key and not key.startswith("eval.sets."):  # the names of sets are the run's own
+            return None
         return value_at(schema.to_dict(build_saved_config(saved)), key)
     except (ConfigError, AttributeError, KeyError, TypeError, ValueError):
         return None
@@ -268,10 +272,7 @@ def figures_so_far(folder: Path, best_metric: str) -> dict[str, Any]:
     """What metrics.jsonl tells of a run that is not done, under the keys of summary.json."""
     evaluations, last = files.read_evaluations(folder / "metrics.jsonl")
     figures = {key: value for key, value in (evaluations or [{}])[-1].items() if key not in ("step", "split")}
-    rated = [row for row in evaluations if row["step"] and row.get(best_metric) is not None]
-    if rated:
-        best = max(rated, key=lambda row: metrics.gain(best_metric, row[best_metric]))
-        figures["best"] = {key: value for key, value in best.items() if key != "split"}
+    figures |= files.first_and_best(evaluations, best_metric)
     return figures | ({"steps": last["step"], "seconds": last["seconds"]} if last else {})
 
 
@@ -417,10 +418,9 @@ def condition(text: str) -> Condition:
 
 
 def select(entries: Sequence[Entry], conditions: Iterable[Condition], values: Values) -> list[Entry]:
-    """The runs that fulfil all conditions. Raises ConfigError where no run at all has the key of one."""
+    """The runs that fulfil all conditions."""
     out = list(entries)
     for each in conditions:
-        values.check(each.key)
         out = [entry for entry in out if each.holds(values.of(entry, each.key))]
     return out
 
@@ -431,7 +431,6 @@ def arrange(entries: Sequence[Entry], key: str, values: Values) -> list[Entry]:
     Of 'best' the best is first, and runs that are compared by one metric are together.
     """
     name, is_descending = key.removeprefix("-"), key.startswith("-")
-    values.check(name)
     ranked: list[tuple[Any, Entry]] = []
     without = []
     for entry in entries:
@@ -458,8 +457,6 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 
 def table(entries: Sequence[Entry], columns: Sequence[str], values: Values) -> str:
     """The table of runs."""
-    for key in columns:
-        values.check(key)
     rows = [[cell(entry, key, values) for key in columns] for entry in entries]
     right = [i for i, key in enumerate(columns) if key not in ("name", "arm", "task", "state")]
     return terminal.table(columns, rows, right)

@@ -117,7 +117,8 @@ def check(search: Search) -> list[Override]:
     """Trials at the ends of the space, for their configs to be checked.
 
     Raises:
-      ConfigError: the metric, a key, the sampler or the number of trials is wrong, or Optuna is needed and missing.
+      ConfigError: the metric, a key, a choice, the sampler or the number of trials is wrong, or Optuna is needed and
+        missing.
     """
     if not metrics.is_known(search.metric.rpartition(".")[2]):
         raise ConfigError(f"SEARCH: whether more or less of '{search.metric}' is better is not known")
@@ -125,12 +126,24 @@ def check(search: Search) -> list[Override]:
         raise ConfigError("SEARCH: expected trials of at least 1, and a space with a key")
     if twice := sorted(search.space.keys() & search.fixed.keys()):
         raise ConfigError(f"SEARCH: '{twice[0]}' is in its space and fixed; keep it in one of them")
+    for key, values in search.space.items():
+        if isinstance(values, Choice):
+            _check_choice(key, values)
     if search.sampler == "tpe":
         _optuna()
     elif search.sampler != "random":
         raise ConfigError(f"SEARCH: sampler {search.sampler!r}; expected 'random' or 'tpe'")
     first = {key: values.ends()[0] for key, values in search.space.items()}
     return [{**search.fixed, **first, key: value} for key, values in search.space.items() for value in values.ends()]
+
+
+def _check_choice(key: str, given: Choice) -> None:
+    """Raises ConfigError unless JSON gives the values back as they are: drawn trials are read from it."""
+    if not given.values:
+        raise ConfigError(f"SEARCH: '{key}' has no choice; expected one value or more")
+    for value in given.values:
+        if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ConfigError(f"SEARCH: '{key}' has a choice {value!r}; expected a bool, a finite number or a string")
 
 
 def _optuna() -> Any:

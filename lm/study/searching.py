@@ -34,14 +34,16 @@ def with_known(study: Study, root: Path) -> Study:
         except RunFileError:
             continue  # `runs.find` names it
         if isinstance(override, dict) and override.keys() == keys and _is_within(study.search, override):
-            overrides.setdefault(repr(sorted(override.items())), override)
+            known = {**override, **study.search.fixed}  # JSON has turned tuples into lists
+            overrides.setdefault(repr(sorted(known.items())), known)
     trials = make_trials(study.recipe, overrides.values()) if overrides else ()
     return dataclasses.replace(study, trials=trials)
 
 
 def _is_within(search: Search, override: Override) -> bool:
-    """Whether a trial is of this search, and not of one whose space or fixed keys were changed since."""
-    if any(override[key] != value for key, value in search.fixed.items()):
+    """Whether a trial, read from its JSON, is of this search, and not of one whose space or fixed keys were changed
+    since."""
+    if any(override[key] != files.finite(value) for key, value in search.fixed.items()):
         return False
     for key, values in search.space.items():
         value = override[key]

@@ -14,11 +14,12 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm import files
+from lm.evaluation import metrics
 
 # File of rows -> the types of the keys that each row has. Rows of metrics.jsonl have metrics beside them.
 COLUMNS: dict[str, dict[str, tuple[type, ...]]] = {
@@ -227,6 +228,25 @@ def read_evaluations(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for row in (*evaluations, final or {}):
         row.pop("crc32", None)
     return evaluations, final or {}
+
+
+def first_and_best(evaluations: Iterable[Mapping[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
+    """'before' -> the evaluation at step 0, 'best' -> the best of the later ones by `metric`; {} where there is none.
+
+    Args:
+      evaluations: rows of metrics.jsonl, in their order; of equals the first counts.
+    """
+    before: dict[str, Any] = {}
+    best: dict[str, Any] = {}
+    for row in evaluations:
+        figures = {key: value for key, value in row.items() if key != "split"}
+        if row["step"] == 0:
+            before = before or figures
+        elif row.get(metric) is not None and (
+            not best or metrics.gain(metric, row[metric]) > metrics.gain(metric, best[metric])
+        ):
+            best = figures
+    return {"before": before, "best": best}
 
 
 def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
