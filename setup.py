@@ -69,6 +69,8 @@ setup(
         "parquet": PARQUET,  # and Arrow files
         "hf": HF,
         "search": ["optuna>=5.0"],  # sampler='tpe' of a study's SEARCH
+        "wandb": ["wandb>=0.31"],  # a tracker, as the next
+        "mlflow": ["mlflow-skinny>=3.17", "alembic>=1.20", "sqlalchemy>=2.1"],  # the latter two: its SQLite file
         "peer": ["peft>=0.21", "torch>=2.13", "transformers>=5.24"],  # lm/benchmark/transformers_gpt2.py; tests
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
         "beam": ["apache-beam>=2.77"],

@@ -30,9 +30,10 @@ from lm.parallel import mesh as mesh_lib
 from lm.preemption import Interrupt, Preempted, StopRequest
 from lm.run import Plan, Run, Stream
 from lm.step import Metrics
-from lm.tasks import build_config, build_saved_config, task_of
-from lm.tracking import files, report, run_state, saved_step
+from lm.tasks import build_config, build_saved_config, default_config, task_of
+from lm.tracking import environment, files, relay, report, run_state, saved_step
 from lm.tracking.files import RunFileError
+from lm.tracking.service import RunFacts
 from lm.tracking.throughput import Throughput
 from lm.tracking.tracker import Tracker
 from lm.types import TrainState
@@ -136,6 +137,7 @@ def start_or_resume(
     """As `train`, of a folder that this process owns; `check_lease` is called before each write."""
     compilation_cache.use(cfg.train.compilation_cache)
     # The config is checked before data is read or a device is touched.
+    relay.check_installed(cfg.monitor.trackers)
     planned = run_lib.plan(cfg, workdir)
     cfg = planned.cfg
 
@@ -177,9 +179,16 @@ def start_or_resume(
             if run.plan.tokenizer:
                 run.plan.tokenizer.save(workdir / run.plan.tokenizer.file)
             files.write_atomic(workdir / "config.json", config.to_json(cfg))
-        with run_state.recorded_failure(workdir, check_lease) if is_primary else contextlib.nullcontext():
+            started = environment.record(workdir, start, say)
+        else:
+            started = {}
+        names, told = cfg.monitor.trackers if is_primary else (), facts(cfg, workdir, start, started)
+        with (
+            relay.opened(names, told, say) as others,
+            run_state.recorded_failure(workdir, check_lease) if is_primary else contextlib.nullcontext(),
+        ):
             with (
-                Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over, check_lease) as tracker,
+                Tracker(workdir, total_steps, start, is_primary, cfg.monitor, is_over, check_lease, others) as tracker,
                 Checkpoints(workdir, cfg.checkpoint, saved, start, check_lease) as checkpoints,
             ):
                 interrupt.kept = lambda: what_is_kept(checkpoints.last_good)
@@ -195,7 +204,25 @@ def start_or_resume(
                         summary |= {"answer_loss": summary["nll"]} if "answer_loss" in summary else {}
                     report.write_summary(workdir, summary)
                     say(f"summary: {summary_path}, curves: {report.write_report(workdir)}")
+                others.figures = {
+                    key: float(value) for key, value in schema.flatten(summary) if isinstance(value, int | float)
+                }
         return summary
+
+
+def facts(cfg: Config, workdir: Path, start_step: int, started: Mapping[str, Any]) -> RunFacts:
+    """What the trackers of a run are told at its start; `started` is from `lm.tracking.environment.record`."""
+    values = dict(schema.flatten(schema.to_dict(cfg)))
+    usual = dict(schema.flatten(default_config(cfg.task.name).to_dict()))
+    return RunFacts(
+        workdir=workdir,
+        name=cfg.monitor.run_name or workdir.resolve().name,
+        project=cfg.monitor.project,
+        start_step=start_step,
+        config=values,
+        changed={key: value for key, value in values.items() if value != usual.get(key)},
+        environment=started,
+    )
 
 
 def loop(

@@ -101,24 +101,16 @@ def test_an_incomplete_last_line_is_repaired(tmp_path, capsys, tail, steps):
     assert "metrics.jsonl: repaired an incomplete last line" in capsys.readouterr().err
 
 
-def test_tensorboard_has_scalars_and_text(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
+def test_the_trackers_get_the_same_rows_and_samples(tmp_path):
+    calls = []
 
-    with start(tmp_path, start_step=5) as run:
-        run.log(10, "eval", {"loss": 2.5})
+    class Others:
+        scalars = text = lambda self, *args: calls.append(args)
+
+    with Tracker(tmp_path, 100, 5, True, MonitorConfig(), trackers=Others()) as run:
+        run.log(10, "eval", {"loss": np.float32(2.5)})
         run.text(10, "prompt", "# not a title")
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, values, purged_from = path.read_bytes(), {}, None
-    while data:  # records of TFRecord framing: length uint64, crc uint32, message, crc uint32
-        size = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + size])
-        if event.HasField("session_log"):  # TensorBoard forgets events of this and later steps in older files
-            purged_from = event.step
-        values |= {value.tag: (event.step, value) for value in event.summary.value}
-        data = data[16 + size :]
-    assert purged_from == 6
-    assert values["eval/loss"][0] == 10 and values["eval/loss"][1].simple_value == 2.5
-    assert values["prompt/text_summary"][1].tensor.string_val == [b"    # not a title"]
+    assert calls == [(10, {"eval/loss": 2.5}), (10, "prompt", "# not a title")]
 
 
 def test_rows_of_the_last_step_are_written_once_when_nothing_is_left_to_train(tmp_path):
@@ -149,18 +141,14 @@ def test_the_newest_complete_checkpoint_is_recorded(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("fills", ["metrics", "tensorboard"])
-def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_row(small_disk, fills):
-    """Every file of the run may be the one that no longer fits; a row that was logged without an error is there."""
+def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_row(small_disk):
+    """A row that was logged without an error is there."""
     run, filler, logged = small_disk / "run", small_disk / "filler", 0
     with pytest.raises(RunFileError) as error, start(run) as writing:
         writing.saved(1)
-        room = 100 * 1024 if fills == "tensorboard" else 12 * 1024  # events wait in a buffer of 8 KiB
+        room = 12 * 1024
         filler.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - room))
         for step in range(1, 10_000):
-            if fills == "tensorboard":
-                with writing.writing():
-                    writing._tensorboard.text(step, "text", "x" * 1000)
             writing.log(step, "train", {"loss": 1 / 3})
             logged = step
     message = str(error.value)

@@ -536,6 +536,10 @@ class MonitorConfig:
     """What is logged while training."""
 
     log_every_steps: int = 10
+    # What else gets the metrics and samples; wandb and mlflow are extras, see docs/runs.md
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    project: str = "lm"  # W&B project, MLflow experiment
+    run_name: str = ""  # for W&B and MLflow; '' = the name of the run's folder
     profile: ProfileConfig = ProfileConfig()
 
 

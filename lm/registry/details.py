@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lm.registry import listing
 from lm.registry.listing import Entry
 from lm.study import definition
 from lm.tasks import build_saved_config
-from lm.tracking import files, run_state
+from lm.tracking import environment, files, run_state
 from lm.tracking.files import RunFileError
 
 _LOG_LINES = 12
@@ -158,12 +159,30 @@ def best_step(folder: Path) -> int | None:
 
 
 def _versions(entry: Entry, figures: Mapping[str, Any]) -> str:
-    """The commits at which the trial of a study was started, and the versions of what it used."""
+    """How a run was last started and at which commit; the commits of a trial's starts; the versions of what it used."""
+    started = files.read_document(entry.folder / environment.ENVIRONMENT)
     record = files.read_document(entry.folder / run_state.RECORD)
     commits = record.get("commits")
     lines = [f"commit {', '.join(map(str, commits))}"] if isinstance(commits, list) and any(commits) else []
+    lines += _started(started)
     used = ", ".join(f"{name} {version}" for name, version in _part(figures, "versions").items())
     return "\n".join([*lines, *([used] if used else [])])
+
+
+def _started(started: Mapping[str, Any]) -> list[str]:
+    """Lines of what environment.json says of a run's last start."""
+    if not started:
+        return []
+    git, command, earlier = _part(started, "git"), started.get("command"), started.get("earlier")
+    lines = [f"started {started.get('began')} on {started.get('host')}"]
+    if isinstance(earlier, list) and earlier:
+        lines[0] += f", {len(earlier):,} earlier starts"
+    if git:
+        changes = f" with changes, see {environment.DIFF}" if git.get("dirty") else ""
+        lines.append(f"commit {git.get('commit')} of {git.get('repository')}{changes}")
+    if isinstance(command, list):
+        lines.append(f"command {shlex.join(map(str, command))}")
+    return [terminal.one_line(line) for line in lines]
 
 
 def _log(path: Path) -> str:

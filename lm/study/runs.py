@@ -6,7 +6,6 @@ ended with an error, `failure.json`.
 """
 
 import dataclasses
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from lm.config import Config, flatten, schema
 from lm.config.schema import ConfigError
 from lm.study.definition import OF_TEST, Study, Trial, hash_of
 from lm.tasks import build_saved_config
-from lm.tracking import files, run_state
+from lm.tracking import environment, files, run_state
 from lm.tracking.files import RunFileError
 
 FAILURE, LOG, RECORD = run_state.FAILURE, run_state.LOG, run_state.RECORD
@@ -228,10 +227,5 @@ def duration(seconds: float) -> str:
 
 def commit_of(folder: Path) -> str:
     """The git commit of a folder, with '+' where files differ from it; '' where there is none."""
-    git = ["git", "-C", str(folder)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    code = environment.code_in(folder)
+    return code.commit[:12] + "+" * code.dirty if code else ""

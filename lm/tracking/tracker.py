@@ -1,4 +1,4 @@
-"""Tracking of a running run: progress, metrics.jsonl, samples.jsonl, TensorBoard, profiles, and where the time goes.
+"""Tracking of a running run: progress, metrics.jsonl, samples.jsonl, profiles, and where the time goes.
 
 Every process makes a `Tracker` and calls it in the same way; only the one with `enabled` (process 0) writes or prints.
 """
@@ -17,7 +17,7 @@ from lm.config import MonitorConfig
 from lm.terminal import visible
 from lm.tracking import files, saved_step
 from lm.tracking.files import RunFileError
-from lm.tracking.tensorboard import EventFile
+from lm.tracking.relay import Trackers
 
 BUCKETS = ("compile", "input", "step", "eval", "checkpoint")
 PLAIN_LINE_SECONDS = 10.0  # at least so long between two progress lines where the console is a file or a pipe
@@ -44,6 +44,7 @@ class Tracker:
         config: MonitorConfig,
         is_over: bool = False,
         check_lease: Callable[[], None] = lambda: None,
+        trackers: Trackers | None = None,
     ) -> None:
         """Opens the files.
 
@@ -55,6 +56,7 @@ class Tracker:
           config: what to profile.
           is_over: whether no step is left, so that the evaluation after `start_step` is done again.
           check_lease: called before each write; raises `lm.lease.Lost` if the folder is another's now.
+          trackers: what else gets the rows and samples; None = nothing.
 
         Raises:
           ValueError: `workdir` is a URL; rows are appended to files, which object stores do not support.
@@ -65,6 +67,7 @@ class Tracker:
         self._workdir, self._total_steps, self._start_step = Path(workdir), total_steps, start_step
         self._enabled, self._config, self._profiling, self._is_over = enabled, config, False, is_over
         self._saved_step, self._check_lease = start_step or None, check_lease
+        self._trackers = trackers or Trackers()
         self._seconds = dict.fromkeys((*BUCKETS, "other"), 0.0)
         self._buckets = ["other"]  # the open ones, innermost last; time outside all buckets counts as 'other'
         self._began = self._mark = _now()
@@ -87,7 +90,7 @@ class Tracker:
                 raise  # else the error that ended the `with` block is the one to show
 
     def log(self, step: int, split: Literal["train", "eval", "test"], metrics: Mapping[str, float]) -> None:
-        """Appends a row to metrics.jsonl and scalars to TensorBoard.
+        """Appends a row to metrics.jsonl and hands it to the trackers.
 
         Args:
           step: steps done.
@@ -105,16 +108,16 @@ class Tracker:
         row = {"step": step, "split": split, "seconds": round(self.seconds(), 3), **values}
         with self.writing():
             self._metrics_file.append(row)
-            self._tensorboard.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+            self._trackers.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Writes a sample to the console, samples.jsonl and TensorBoard; nothing in `text` is interpreted as markup."""
+        """Writes a sample to the console, samples.jsonl and trackers; nothing in `text` is interpreted as markup."""
         if not self._enabled:
             return
-        indented = "\n".join("    " + line for line in text.splitlines())  # verbatim in Markdown
+        indented = "\n".join("    " + line for line in text.splitlines())
         with self.writing():
             self._samples_file.append({"step": step, "name": name, "text": text})
-            self._tensorboard.text(step, name, indented)
+            self._trackers.text(step, name, text)
         self.note(f"[step {step:,}] {name}\n{indented}")
 
     def saved(self, step: int | None) -> None:
@@ -246,9 +249,6 @@ class Tracker:
         self._closing.callback(self._metrics_file.close)
         if self._start_step:
             saved_step.record(self._workdir, self._start_step)
-        # Hides the events of steps that will be computed again.
-        self._tensorboard = EventFile(self._workdir / "tensorboard", self._start_step + 1 if self._start_step else 0)
-        self._closing.callback(self._tensorboard.close)
         self._bar = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar, self._task = self._start_bar()
