@@ -373,6 +373,7 @@ def _sample(
     state: _State | None,
 ) -> _State:
     """The state after `until` new ids, or when all rows have ended; from `state`, or from the prompt if it is None."""
+    params = model.for_decoding(params)
     rows, prompt_len = prompt["tokens"].shape
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     length_B = prompt["segment_ids"].sum(axis=1)
