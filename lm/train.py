@@ -452,6 +452,7 @@ def summarise(
         "devices": run.mesh.devices.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": tracker.goodput(),
+        "records": run.data.report,
         **speed,
         **({"sources": run_lib.consumed(run, stream, step)} if len(run.data.sources) > 1 else {}),
     }

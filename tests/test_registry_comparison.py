@@ -11,7 +11,7 @@ from lm.config.schema import ConfigError
 from lm.evaluation import flops
 from lm.registry import comparison
 from lm.tasks import task_config
-from lm.tracking import files, report
+from lm.tracking import files, plots
 from tests import tool_modules
 from tests.registry_runs import config_of, write_run
 
@@ -24,8 +24,8 @@ def lines_of(folder, axis):
     """(split, metric) -> points of the only line of its panel."""
     run = read(folder, axis)
     panels = comparison.panels_of([run], axis, (), ["#000000"])
-    drawn = report.draw_panels(panels)
-    return {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in drawn.axes}
+    drawn = [figure.axes[0] for figure in plots.draw_panels(panels)]
+    return {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in drawn}
 
 
 def test_curves_are_over_steps_tokens_flops_or_seconds(tmp_path):
