@@ -320,6 +320,18 @@ def test_damaged_scores_are_one_line(run, changes):
         report.write_report(run)
 
 
+def test_the_confusion_matrix_of_the_last_validation_is_shown(run):
+    tables = {"": {"labels": ["a<b", "c"], "confusion": [[3, 1], [0, 2]]}}
+    report.write_summary(run, {"steps": 20, "confusion": {"step": 20, "tables": tables}})
+    page = report.write_report(run).read_text()
+    assert "Classes at the validation of step 20" in page and "<tr><th>a&lt;b<td" in page
+    assert "<td>confusion" not in page  # not among the figures again
+    tables[""]["labels"].append("d")
+    report.write_summary(run, {"confusion": {"step": 20, "tables": tables}})
+    with pytest.raises(files.RunFileError, match=r"summary.json is damaged: 'confusion'"):
+        report.write_report(run)
+
+
 def test_a_picture_of_reconstructions_in_the_folder_is_in_the_page(run):
     picture = b"\x89PNG\r\n\x1a\n123"
     (run / "reconstructions.png").write_bytes(picture)

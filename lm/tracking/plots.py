@@ -13,6 +13,7 @@ from lm.tracking.curves import Curve
 _WIDTH, _HEIGHT, _LEGEND_ROW = 4.4, 2.5, 0.19  # inches
 _LEFT, _RIGHT, _BELOW, _ABOVE = 0.62, 0.12, 0.48, 0.58  # inches around the axes
 _CLIPPED_BELOW = 0.2  # of the range of a panel, see `_without_starts`
+_WIDE_LABEL = 20  # characters; two longer ones do not fit beside each other
 _STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
 _FROM_ZERO = ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal")
 _GREY, _WARMUP = "#5b6577", "#f9f3e6"
@@ -77,8 +78,9 @@ def _draw(given: Panel, limits: tuple[float, float], warmup: float) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 
-    labels = sum(bool(line.label) for line in given.lines)
-    more = _LEGEND_ROW * max(0, (labels + 1) // 2 - 1)
+    labels = [line.label for line in given.lines if line.label]
+    columns = 2 if max(map(len, labels), default=0) <= _WIDE_LABEL else 1
+    more = _LEGEND_ROW * max(0, -(-len(labels) // columns) - 1)
     width, height = _WIDTH, _HEIGHT + more
     figure = Figure(figsize=(width, height))
     inside = (width - _LEFT - _RIGHT, height - _BELOW - _ABOVE - more)
@@ -117,7 +119,7 @@ def _draw(given: Panel, limits: tuple[float, float], warmup: float) -> Any:
     if labels:
         # The last values, above the panel, where no curve crosses them.
         above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.2}
-        panel.legend(ncols=2, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)
+        panel.legend(ncols=columns, fontsize=8.5, frameon=False, labelcolor="linecolor", handlelength=1.4, **above)
     panel.set_xlabel(given.axis, fontsize=8.5, color=_GREY)
     panel.tick_params(which="both", labelsize=8.5, colors=_GREY, length=0)
     panel.grid(axis="y", color="#e6e9ef", lw=0.8)

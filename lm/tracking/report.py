@@ -42,7 +42,7 @@ BASELINE = "popularity_"  # begins the metrics of a baseline, which is drawn in 
 RECONSTRUCTIONS = "reconstructions.png"  # of tools/show_reconstructions.py
 SAMPLE_STEPS = 100  # the report shows the samples of so many steps
 MOST_TILES = 6  # of metrics; all are among the figures
-WIDEST = 12  # classes of a confusion matrix that is shown
+WIDEST = 12  # classes of a confusion matrix that is kept in the summary and shown
 WORST = 5  # examples shown of a test set
 COLORS = {"train": "#3b6fb6", "eval": "#d9772b"}
 BUCKET_COLORS = {
@@ -188,6 +188,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         _tiles(metric_order(drawn, cfg, hidden), stages, about),
         _sizes(summary, about),
         _reconstructions(workdir / RECONSTRUCTIONS),
+        _validation_confusion(_object(summary, "confusion", workdir / "summary.json"), workdir / "summary.json"),
         *map(_test_set, sorted(workdir.glob("evaluations/*/scores.json"))),
         "<h2>Curves</h2>",
         _curves(drawn, cfg, hidden, about),
@@ -430,6 +431,19 @@ def _test_set(path: Path) -> str:
     return "".join(parts)
 
 
+def _validation_confusion(found: Mapping[str, Any], path: Path) -> str:
+    """The confusion matrix of the last validation, of a task that has classes. Raises RunFileError if it is damaged."""
+    if not found:
+        return ""
+    try:
+        title = f"<h2>Classes at the validation of step {found['step']:,}</h2>"
+        return title + "".join(
+            _confusion(name, one["labels"], one["confusion"]) for name, one in found["tables"].items()
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunFileError(f"{path} is damaged: 'confusion': {type(error).__name__}: {error}") from None
+
+
 def _confusion(name: str, labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """A table of right classes (rows) by predicted ones; each cell is as dark as its share of the row."""
     title = html.escape(f"Confusion matrix {name}".strip())
@@ -510,7 +524,7 @@ def _origin(
 
 def _is_shown(key: str) -> bool:
     """Whether another part of the page shows this figure."""
-    return key.partition(".")[0] in ("versions", "goodput", "records", "sources")
+    return key.partition(".")[0] in ("versions", "goodput", "records", "sources", "confusion")
 
 
 def _config_tables(cfg: Config | None, resolved: Mapping[str, Any]) -> str:
