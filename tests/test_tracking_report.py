@@ -197,6 +197,14 @@ def test_panels_begin_with_the_scores_of_the_task_and_leave_out_what_says_nothin
     assert lines == {"train 3": "-", "eval 3": "-", "most popular 3": "--"}
 
 
+def test_a_metric_with_any_name_is_shown_as_it_is(tmp_path):
+    with tracker.Tracker(tmp_path, 5, 0, True, MonitorConfig()) as m:
+        m.log(5, "eval", {"a<script>$x$_loss": 3.0})
+    page = report.write_report(tmp_path).read_text()
+    assert "<script" not in page and "<h3>a&lt;script&gt;$x$: Loss" in page
+    assert ">a&lt;script&gt;$x$: Loss</text>" in page
+
+
 def test_all_panels_have_the_same_steps_and_show_the_warmup():
     drawn = curves.gather(
         {"step": step, "split": split, "seconds": 1.0, name: 1.0}
