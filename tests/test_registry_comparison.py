@@ -82,7 +82,7 @@ def test_long_names_of_runs_stand_below_each_other_in_the_legend():
         assert figure.axes[0].get_legend()._ncols == columns
         figure.draw_without_rendering()
         box = figure.axes[0].get_legend().get_window_extent()
-        assert 0 < box.x0 and box.y1 < figure.bbox.y1 - 10 and box.x1 <= figure.bbox.x1
+        assert box.x0 > 0 and box.y1 < figure.bbox.y1 - 10 and box.x1 <= figure.bbox.x1
 
 
 def test_the_loss_of_a_set_has_the_unit_of_its_task(tmp_path):

@@ -166,19 +166,17 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
       RunFileError: one of the files is damaged, or the page cannot be written.
     """
     workdir = Path(workdir)
-    drawn = curves.gather(files.read_rows(workdir / "metrics.jsonl"))
-    samples = _samples(files.read_rows(workdir / "samples.jsonl"))
     summary, resolved = (files.read_document(workdir / name) for name in ("summary.json", "config.json"))
     goodput, used = (_object(summary, key, workdir / "summary.json") for key in ("goodput", "versions"))
     cfg, wrong = _config(resolved)
     about = functools.partial(metrics.about, loss_unit=loss_unit(cfg))
     best_metric = cfg.checkpoint.best_metric if cfg else "loss"
-    hidden = second_names(drawn, best_metric)
     stages: dict[str, Mapping[str, Any]] = {}
     stages |= {key: _object(summary, key, workdir / "summary.json") for key in ("before", "best") if key in summary}
-    if not stages:  # it is running
-        rows = (row for row in files.read_rows(workdir / "metrics.jsonl") if row["split"] == "eval")
-        stages |= files.first_and_best(rows, best_metric)
+    rows = files.read_rows(workdir / "metrics.jsonl")
+    drawn = curves.gather(rows if stages else _noting_the_best(rows, best_metric, stages))
+    hidden = second_names(drawn, best_metric)
+    samples = _samples(files.read_rows(workdir / "samples.jsonl"))
     stages["last"] = drawn.last_eval
     title = html.escape(workdir.resolve().name)
     body = [
@@ -205,6 +203,16 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     path = workdir / "report.html"
     files.write_atomic(path, page(workdir.resolve().name, body))
     return path
+
+
+def _noting_the_best(
+    rows: Iterable[dict[str, Any]], metric: str, stages: dict[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows, unchanged; `stages` becomes the `files.first_and_best` of those so far, for a run that is not over."""
+    for row in rows:
+        if row["split"] == "eval":
+            stages |= files.first_and_best([*filter(None, stages.values()), row], metric)
+        yield row
 
 
 def page(title: str, body: Iterable[str], style: str = "", script: str = "") -> str:
