@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import functools
+import html
 import json
 import math
 import re
@@ -263,6 +264,15 @@ def test_a_config_that_cannot_be_read_is_told_and_shown_as_it_is(run):
     (run / "config.json").write_text('{"model": {"wings": 2}}')
     page = report.write_report(run).read_text()
     assert "config.json cannot be read: unknown config key" in page and "<td>model.wings<td>2" in page
+
+
+def test_numbers_beyond_floats_in_files_without_checksum_are_no_traceback(run):
+    (run / "summary.json").write_text(json.dumps({"steps": 10**400, "goodput": {"step": 10**400, "eval": 1.0}}))
+    saved = json.loads((run / "config.json").read_text())
+    saved["optim"]["learning_rate"] = 10**400
+    (run / "config.json").write_text(json.dumps(saved))
+    page = report.write_report(run).read_text()
+    assert "'optim.learning_rate' must be float, got int" in html.unescape(page) and "eval <b>100.0%</b>" in page
 
 
 def test_data_counts_and_commit_are_shown(run):

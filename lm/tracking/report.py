@@ -473,9 +473,9 @@ def _confusion(name: str, labels: Sequence[str], counts: Sequence[Sequence[int]]
 
 
 def _goodput_bar(goodput: Mapping[str, float]) -> str:
-    goodput = {name: goodput[name] for name in BUCKET_COLORS if isinstance(goodput.get(name), int | float)}
+    goodput = {name: float(goodput[name]) for name in BUCKET_COLORS if _is_finite(goodput.get(name))}
     total = sum(goodput.values())
-    if not total:
+    if not 0 < total <= sys.float_info.max:
         return "<p class=none>Not recorded.</p>"
     order = sorted(goodput, key=lambda name: -goodput[name])
     bar = "".join(
@@ -567,8 +567,13 @@ def _table(items: Iterator[tuple[str, Any]], about: Callable[[str], metrics.Abou
     return f"<div class=card><table>{rows}</table></div>" if rows else "<p class=none>Not written yet.</p>"
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can be."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def _number(value: Any) -> str:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+    if not _is_finite(value):
         return html.escape(visible(json.dumps(value, ensure_ascii=False)))
     if isinstance(value, int) or (abs(value) >= 10_000 and value == round(value)):
         return f"{value:,.0f}"
