@@ -235,6 +235,28 @@ def test_labels_and_embeddings_are_those_of_the_run(classifier, labels):
     assert np.allclose(np.frombuffer(base64.b64decode(coded), "<f4"), wanted[0], atol=1e-6)
 
 
+def test_a_connection_serves_one_request_after_another(texts):
+    connection = http.client.HTTPConnection(urlsplit(texts.url).netloc, timeout=120)
+    connection.connect()
+    first, said = connection.sock, []
+    for more in ({}, {"stream": True}, {"n": 2}, {}):
+        body = json.dumps({"prompt": "the model"} | GREEDY | more)
+        connection.request("POST", TEXTS, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        said.append(response.read().decode())
+        assert connection.sock is first
+    assert json.loads(said[0])["choices"] == json.loads(said[3])["choices"] and said[1].endswith("data: [DONE]\n\n")
+    connection.close()
+
+
+def test_the_example_is_of_the_first_endpoint_that_is_served(chats, labels, texts):
+    for server, path in ((chats, CHATS), (texts, TEXTS), (labels, VECTORS)):
+        command = serving.example(server, True)
+        asked = json.loads(command.rsplit("-d ", 1)[1].strip("'"))
+        assert f" {server.url}{path} " in command and "Bearer $LM_API_KEY" in command
+        assert stream(server, path, asked)[1] if "stream" in asked else ask(server, path, asked)
+
+
 def test_the_model_is_listed(texts):
     (one,) = ask(texts, "/v1/models", method="GET")["data"]
     assert one["id"] == texts.model == "run@3"
@@ -427,6 +449,8 @@ def test_an_open_address_needs_a_key(writer):
         serving.check_options(serving.Options(host=host, api_key="sesame"))
     for host in ("127.0.0.1", "localhost", "::1"):
         serving.check_options(serving.Options(host=host))
+    with pytest.raises(ConfigError, match="ASCII"):
+        serving.check_options(serving.Options(api_key="s\u00e9same"))
 
 
 def test_a_port_that_is_taken_is_an_error(writer):

@@ -313,8 +313,8 @@ def served(loaded: LoadedModel) -> dict[str, str]:
     is_chat = task.prompt is not None and task.prompt is chat.CHAT.prompt
     no_chat = f"task.name={task.name} does not train on conversations"
     return {
-        "/v1/completions": reason(sampling.check_kind),
         "/v1/chat/completions": reason(sampling.check_kind) or ("" if is_chat else no_chat),
+        "/v1/completions": reason(sampling.check_kind),
         "/v1/embeddings": "images cannot be sent" if reads_images else reason(predict.check_embeds),
         "/v1/labels": "" if has_labels else f"task.name={task.name} predicts no labels of texts",
     }

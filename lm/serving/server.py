@@ -60,6 +60,8 @@ def check_options(options: Options) -> None:
         raise ConfigError(
             f"--host={options.host} can be reached by others: set a key, by LM_API_KEY or --api_key, or use 127.0.0.1"
         )
+    if not options.api_key.isascii():
+        raise ConfigError("the key has other characters than ASCII, which headers of HTTP do not carry")
     if not 0 <= options.port < 1 << 16 or options.most_waiting < 1:
         raise ConfigError(
             f"expected a port from 0 to 65535 and at least 1 that may wait, got {options.port} and "
@@ -107,13 +109,12 @@ def serving(loaded: LoadedModel, options: Options) -> Iterator[Server]:
         raise ConfigError(f"nothing of this run can be served: {reasons}")
     with _listening(options) as listener:
         host, port = listener.getsockname()[:2]
-        worker = work.Worker(loaded, most_waiting=options.most_waiting)
         model = Path(loaded.name).name
-        app = _app(loaded, worker, options, endpoints, model)
-        # One worker, no headers of proxies, and no log: errors of requests are told to their clients.
+        # No log: errors of requests are told to their clients.
         settings: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
         settings |= {"lifespan": "off", "proxy_headers": False, "ws": "none", "timeout_graceful_shutdown": 5}
-        server = uvicorn.Server(uvicorn.Config(app, **settings))
+        worker = work.Worker(loaded, most_waiting=options.most_waiting)
+        server = uvicorn.Server(uvicorn.Config(_app(loaded, worker, options, endpoints, model), **settings))
         thread = threading.Thread(target=server.run, args=([listener],), name="http")
         thread.start()
         try:
