@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import lm
-from lm import command_line, serving
+from lm import command_line, predict, serving
 from lm.config.schema import ConfigError
 from lm.decoding import sampling
 from lm.serving import work
@@ -203,7 +203,8 @@ def test_ids_are_a_prompt_as_they_are(writer, texts):
     ids = sampling.encode_prompt("the model", writer.tokenizer, writer.config)
     by_ids = ask(texts, TEXTS, {"prompt": ids} | GREEDY)["choices"][0]["text"]
     assert by_ids == ask(texts, TEXTS, {"prompt": "the model"} | GREEDY)["choices"][0]["text"]
-    assert ask(texts, TEXTS, {"prompt": [ids, ids[:2]]} | GREEDY)["choices"][0]["text"] == by_ids
+    both = ask(texts, TEXTS, {"prompt": [ids, ids[:2]]} | GREEDY)["choices"]
+    assert both[0]["text"] == by_ids != both[1]["text"] and [one["index"] for one in both] == [0, 1]
 
 
 def test_a_chat_is_written_as_in_training(chatter, chats):
@@ -414,6 +415,23 @@ def test_bad_inputs_are_refused_and_spoil_no_other(labels, path, given, message)
         for one in bad:
             status, _, said = one.result()
             assert status == 400 and message in said
+
+
+def test_of_records_that_are_computed_together_only_the_bad_one_is_refused(classifier):
+    """One that has the fields of another task is found to be bad where it is computed."""
+    worker, told = work.Worker(classifier, most_waiting=8), [[], [], []]
+    try:
+        records = predict.given_records(classifier, ["alpha", {"messages": [USER]}, "beta"])
+        pairs = zip(records, told, strict=True)
+        worker.submit([work.Job(work.Label(), record, tell.append) for record, tell in pairs])
+        until(lambda: all(told))
+    finally:
+        worker.close()
+    (good,), (bad,), (other,) = told
+    assert bad.status == 400 and "messages" in str(bad)
+    assert [good["prediction"], other["prediction"]] == [
+        one["prediction"] for one in classifier.predict(["alpha", "beta"])
+    ]
 
 
 def test_an_endpoint_that_the_task_cannot_serve_says_what_it_can(texts, labels, chats):
