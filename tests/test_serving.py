@@ -385,6 +385,16 @@ def test_a_bad_conversation_is_refused(chats, messages, message):
     assert status == 400 and message in said
 
 
+def test_the_name_of_an_id_that_ends_a_text_is_a_stop_without_effect(chatter, chats):
+    """lm-evaluation-harness sends such names."""
+    names = [chatter.tokenizer.piece(i) for i in sampling.stop_ids(chatter.tokenizer, chatter.config)]
+    assert "<|end|>" in names
+    body = {"messages": [USER]} | GREEDY
+    without = ask(chats, CHATS, body | {"stop": "e"})["choices"]
+    assert ask(chats, CHATS, body | {"stop": ["e", *names]})["choices"] == without
+    assert "a control symbol" in refused(chats, CHATS, body | {"stop": "<|user|>"})[2]
+
+
 def test_what_harms_nothing_is_accepted_and_the_rest_is_named(chats):
     more = {"user": "me", "n": 1, "logit_bias": None, "frequency_penalty": 0.0, "tools": [], "tool_choice": "auto"}
     assert ask(chats, CHATS, {"messages": [USER]} | GREEDY | more)

@@ -198,7 +198,7 @@ def _texts(
                 raise Refused(400, f"'{name}' is {_shown(value)}; expected less", "invalid_value", name)
             changes[key] = kind(value)
     if "stop" in given:
-        changes["stop"] = _stops(given["stop"])
+        changes["stop"] = _stops(given["stop"], loaded)
     try:
         cfg = sampling.changed(loaded.config, changes)
         room = sampling.prompt_room(cfg)
@@ -236,12 +236,14 @@ def _texts(
     )
 
 
-def _stops(value: Any) -> tuple[str, ...]:
+def _stops(value: Any, loaded: LoadedModel) -> tuple[str, ...]:
+    """Without the names of the ids that end a text by themselves, such as '<|im_end|>', which some clients send."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(one, str) for one in stops):
         message = f"'stop' is {_shown(value)}; expected a string, or a list of at most {_MOST_STOPS}"
         raise Refused(400, message, "wrong_type", "stop")
-    return tuple(stops)
+    ends = {loaded.tokenizer.piece(i) for i in sampling.stop_ids(loaded.tokenizer, loaded.config)}
+    return tuple(one for one in stops if one not in ends)
 
 
 def _clean(text: str, param: str) -> str:
