@@ -24,6 +24,7 @@ def version() -> str:
 
 
 HF = ["gguf>=0.19", "jinja2>=3.1", "safetensors>=0.8", "tokenizers>=0.23"]  # published models
+SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # tools/serve.py
 PARQUET = ["pyarrow>=25.0,<26"]  # apache-beam needs < 26
 
 setup(
@@ -68,6 +69,7 @@ setup(
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
         "hf": HF,
+        "serve": SERVE,
         "search": ["optuna>=5.0"],  # sampler='tpe' of a study's SEARCH
         "peer": ["peft>=0.21", "torch>=2.13", "transformers>=5.24"],  # lm/benchmark/transformers_gpt2.py; tests
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.
@@ -77,6 +79,7 @@ setup(
             *SCORES,
             *PARQUET,
             *HF,
+            *SERVE,
             "hypothesis>=6.170",
             "import-linter>=2.17",
             "mypy>=2.4.1,<2.5",
