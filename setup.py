@@ -70,6 +70,7 @@ setup(
         "parquet": PARQUET,  # and Arrow files
         "hf": HF,
         "serve": SERVE,
+        "harness": ["lm_eval>=0.4.13"],  # tools/harness.py
         "search": ["optuna>=5.0"],  # sampler='tpe' of a study's SEARCH
         "peer": ["peft>=0.21", "torch>=2.13", "transformers>=5.24"],  # lm/benchmark/transformers_gpt2.py; tests
         # Not part of `test`: it holds pillow and protobuf below the newest, which the tests are run with.

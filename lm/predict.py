@@ -158,7 +158,7 @@ class LoadedModel:
         sampling.check_options(cfg, changes, beams=beams, samples=samples, alpha=alpha)
         prompts = [sampling.encode_prompt(text, self.tokenizer, cfg) for text in texts]
         loaded = dataclasses.replace(self, config=cfg)
-        made = _generated(loaded, prompts, count=samples or 1, log_probs=log_probs, seed=seed, beams=beams, alpha=alpha)
+        made = continued(loaded, prompts, count=samples or 1, log_probs=log_probs, seed=seed, beams=beams, alpha=alpha)
         found = [each if log_probs else [one.text for one in each] for each in made]
         return found if samples else [each[0] for each in found]
 
@@ -329,7 +329,7 @@ def predictions(
         check_search(loaded, beams)
         for some in _groups(loaded, records, base.unread(task)):
             sources = [_source(record["text"], loaded) for record in some]
-            translated = _generated(loaded, [ids for ids, _ in sources], beams=beams, alpha=alpha)
+            translated = continued(loaded, [ids for ids, _ in sources], beams=beams, alpha=alpha)
             for record, (best,), (_, counts) in zip(some, translated, sources, strict=True):
                 kept: dict[str, Any] = {"counts": counts} if counts else {}
                 yield {"number": first} | asked(record) | {"prediction": best.text} | kept
@@ -754,7 +754,7 @@ def _source(text: str, loaded: LoadedModel) -> tuple[list[int], dict[str, int]]:
     return [*ids[: cfg.model.max_len - 1], loaded.tokenizer.eos_id], {"source_cut": 1}
 
 
-def _generated(
+def continued(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
