@@ -24,6 +24,7 @@ def version() -> str:
 
 
 HF = ["gguf>=0.19", "jinja2>=3.1", "safetensors>=0.8", "tokenizers>=0.23"]  # published models
+SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # tools/serve.py
 PARQUET = ["pyarrow>=25.0,<26"]  # apache-beam needs < 26
 
 setup(
@@ -68,6 +69,8 @@ setup(
         "scores": SCORES,
         "parquet": PARQUET,  # and Arrow files
         "hf": HF,
+        "serve": SERVE,
+        "harness": ["lm_eval>=0.4.13"],  # tools/harness.py
         "search": ["optuna>=5.0"],  # sampler='tpe' of a study's SEARCH
         "wandb": ["wandb>=0.31"],  # a tracker, as the next
         "mlflow": ["mlflow-skinny>=3.17", "alembic>=1.20", "sqlalchemy>=2.1"],  # the latter two: its SQLite file
@@ -79,6 +82,7 @@ setup(
             *SCORES,
             *PARQUET,
             *HF,
+            *SERVE,
             "hypothesis>=6.170",
             "import-linter>=2.17",
             "mypy>=2.4.1,<2.5",

@@ -16,11 +16,12 @@ from lm.config import Config
 from lm.data.loader import REPLAY
 from lm.decoding import sampling
 from lm.eval_sets import TEST, VALID
-from lm.evaluation import evaluate, metrics
+from lm.evaluation import evaluate, metrics, uncertainty
 from lm.parallel import sharding
 from lm.run import Run
 from lm.step import eval_params
-from lm.tasks import base, task_of
+from lm.tasks import base, multitask, task_of
+from lm.tracking import report
 from lm.tracking.tracker import Tracker
 from lm.types import Outputs, Params, TrainState
 
@@ -30,10 +31,15 @@ class Evaluator:
     evaluates, are compiled once, when it is made.
 
     Where the run keeps an average of its parameters, the average is evaluated.
+
+    Attributes:
+      confusion: task of a mixture, or '' -> 'labels' of its classes and 'confusion', their confusion matrix, of the
+        latest validation; of tasks with few enough classes for the report.
     """
 
     def __init__(self, run: Run, tracker: Tracker):
         self._run, self._tracker = run, tracker
+        self.confusion: dict[str, dict[str, Any]] = {}
         self._place = run_lib.placer(run.mesh, program.eval_batch_size(run.cfg))
         named = eval_sets.to_read(run.cfg)
         self._configs = {VALID: run.cfg, TEST: run.cfg} | {name: eval_sets.config_of(run.cfg, name) for name in named}
@@ -109,6 +115,15 @@ class Evaluator:
                 own_outputs.append(outputs)
                 own_meta += meta
         joined = {key: np.concatenate([outputs[key] for outputs in own_outputs]) for key in own_outputs[0]}
+        if of_set == VALID:
+            self.confusion = {
+                name: {
+                    "labels": list(names),
+                    "confusion": uncertainty.class_table(labels, predicted, names)["confusion"],
+                }
+                for name, (labels, predicted, names) in classes(cfg, joined).items()
+                if len(names) <= report.WIDEST
+            }
         return values_of(cfg, own_sums, joined, own_meta) | by_source
 
 
@@ -124,6 +139,21 @@ def values_of(cfg: Config, sums: metrics.Sums, outputs: Outputs, meta: list[Any]
     task = task_of(cfg)
     values = metrics.finalize(sums, task.has_perplexity)
     return values | task.scores(outputs, meta, cfg) if task.scores else values
+
+
+def classes(cfg: Config, outputs: Outputs) -> dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
+    """Name of a task ('' = the run's own) -> right classes, predicted classes and their names, of rows or words."""
+    if not {"label", "prediction"} <= set(outputs) or not hasattr(cfg.task, "labels"):
+        return {}
+    labels, said = outputs["label"], outputs["prediction"]
+    if "part" in outputs:
+        return {
+            part.name: (labels[outputs["part"] == i], said[outputs["part"] == i], part.classes)
+            for i, part in enumerate(multitask.parts(cfg.task.labels))
+            if part.classes
+        }
+    is_label = labels >= 0
+    return {"": (labels[is_label], said[is_label], cfg.task.labels)}
 
 
 def best_state(

@@ -158,7 +158,7 @@ class LoadedModel:
         sampling.check_options(cfg, changes, beams=beams, samples=samples, alpha=alpha)
         prompts = [sampling.encode_prompt(text, self.tokenizer, cfg) for text in texts]
         loaded = dataclasses.replace(self, config=cfg)
-        made = _generated(loaded, prompts, count=samples or 1, log_probs=log_probs, seed=seed, beams=beams, alpha=alpha)
+        made = continued(loaded, prompts, count=samples or 1, log_probs=log_probs, seed=seed, beams=beams, alpha=alpha)
         found = [each if log_probs else [one.text for one in each] for each in made]
         return found if samples else [each[0] for each in found]
 
@@ -190,8 +190,7 @@ class LoadedModel:
         Raises:
           ConfigError: the model is not a decoder, an encoder or a ViT of text or images.
         """
-        computed = _computed(self, given_records(self, texts), "embed")
-        found = [outputs["embedding"][0] for _, _, outputs, _ in computed]
+        found = [each.embedding for each in embeddings(self, given_records(self, texts))]
         return np.stack(found) if found else np.zeros((0, self.config.model.embed_dim), np.float32)
 
     @functools.cached_property
@@ -330,7 +329,7 @@ def predictions(
         check_search(loaded, beams)
         for some in _groups(loaded, records, base.unread(task)):
             sources = [_source(record["text"], loaded) for record in some]
-            translated = _generated(loaded, [ids for ids, _ in sources], beams=beams, alpha=alpha)
+            translated = continued(loaded, [ids for ids, _ in sources], beams=beams, alpha=alpha)
             for record, (best,), (_, counts) in zip(some, translated, sources, strict=True):
                 kept: dict[str, Any] = {"counts": counts} if counts else {}
                 yield {"number": first} | asked(record) | {"prediction": best.text} | kept
@@ -401,6 +400,28 @@ def is_sum(name: str) -> bool:
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
+
+
+class Embedded(NamedTuple):
+    """The embedding of a record, float32 [D], how many ids it was computed from, and what was cut, as counts.
+
+    Of an image, the ids are 0.
+    """
+
+    embedding: np.ndarray
+    ids: int
+    counts: Counter[str]
+
+
+def embeddings(loaded: LoadedModel, records: Iterable[Record]) -> Iterator[Embedded]:
+    """Yields the embedding of each record. Raises as `LoadedModel.embed` does."""
+    for _, (example,), outputs, counts in _computed(loaded, records, "embed"):
+        yield Embedded(outputs["embedding"][0], len(example.columns.get("tokens", ())), counts)
+
+
+def check_embeds(cfg: Config) -> None:
+    """Raises ConfigError if a model of this config has no embeddings."""
+    _rows_to_embed(cfg)
 
 
 class _Rows(NamedTuple):
@@ -733,7 +754,7 @@ def _source(text: str, loaded: LoadedModel) -> tuple[list[int], dict[str, int]]:
     return [*ids[: cfg.model.max_len - 1], loaded.tokenizer.eos_id], {"source_cut": 1}
 
 
-def _generated(
+def continued(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
@@ -763,8 +784,7 @@ def _generated(
         return _chunks(made, count)
 
     def finished(one: sampling.Generated) -> Generated:
-        text = sampling.text_of(one.ids, tokenizer, cfg)
-        return Generated(" ".join(text.split()) if task_of(cfg).answers_with_text else text, *one)
+        return Generated(on_one_line(sampling.text_of(one.ids, tokenizer, cfg), cfg), *one)
 
     padded = [-(-len(prompt) // sampling.PROMPT_STEP) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: padded[i])
@@ -774,6 +794,11 @@ def _generated(
             for i, made in zip(chosen, of(chosen), strict=True):
                 texts[i] = [finished(one) for one in made]
     return texts
+
+
+def on_one_line(text: str, cfg: Config) -> str:
+    """A generated text; of a task that answers with text, such as a translation, on one line."""
+    return " ".join(text.split()) if task_of(cfg).answers_with_text else text
 
 
 def _groups(loaded: LoadedModel, records: Iterable[Record], may_lack: tuple[str, ...]) -> Iterator[list[Record]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lm import input_pipeline, predict
+from lm import evaluator, input_pipeline, predict
 from lm.config import Config, DataConfig
 from lm.config.schema import ConfigError
 from lm.data import splits
@@ -22,7 +22,7 @@ from lm.data.record import DataError, Record
 from lm.evaluation import metrics, scores, uncertainty
 from lm.files import write_atomic
 from lm.predict import LoadedModel
-from lm.tasks import base, multitask, task_of
+from lm.tasks import base, task_of
 from lm.tasks.base import Scorer
 from lm.tracking.files import access, finite
 from lm.types import Outputs
@@ -127,7 +127,7 @@ def evaluate(
     if not task.couples_rows:
         draws = input_pipeline.progress(range(resamples), "resampling", resamples)
         samples = uncertainty.resampled(scorer, len(kept), draws, seed)
-    classes = _classes(cfg, joined)
+    classes = evaluator.classes(cfg, joined)
     tables = {
         name: {"labels": list(names)} | uncertainty.class_table(labels, predicted, names)
         for name, (labels, predicted, names) in classes.items()
@@ -203,21 +203,6 @@ def _of_rows(cfg: Config, outputs: Outputs, meta: list[Any]) -> Scorer:
     score = task_of(cfg).scores
     assert score is not None
     return lambda chosen: score({name: x[chosen] for name, x in outputs.items()}, [meta[i] for i in chosen], cfg)
-
-
-def _classes(cfg: Config, outputs: Outputs) -> dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
-    """Name of a task ('' = the run's own) -> right classes, predicted classes and their names, of rows or words."""
-    if not {"label", "prediction"} <= set(outputs) or not hasattr(cfg.task, "labels"):
-        return {}
-    labels, said = outputs["label"], outputs["prediction"]
-    if "part" in outputs:
-        return {
-            part.name: (labels[outputs["part"] == i], said[outputs["part"] == i], part.classes)
-            for i, part in enumerate(multitask.parts(cfg.task.labels))
-            if part.classes
-        }
-    is_label = labels >= 0
-    return {"": (labels[is_label], said[is_label], cfg.task.labels)}
 
 
 # Reports --------------------------------------------------------------------------------------------------------------

@@ -306,6 +306,8 @@ def loop(
     summary = summarise(run, state, values, tracker, throughput, stream)
     if where.trials_at_once > 1:  # its seconds and tokens per second are not those of a run alone
         summary["trials_at_once"] = where.trials_at_once
+    if evaluator.confusion:
+        summary["confusion"] = {"step": step, "tables": evaluator.confusion}
     test = evaluator.test(state, step, workdir)
     return summary | ({"test": test} if test else {})
 
@@ -479,6 +481,7 @@ def summarise(
         "devices": run.mesh.devices.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "goodput": tracker.goodput(),
+        "records": run.data.report,
         **speed,
         **({"sources": run_lib.consumed(run, stream, step)} if len(run.data.sources) > 1 else {}),
     }

@@ -135,6 +135,10 @@ def _no_cache(rows: int, length: int) -> Any:
     raise NotImplementedError("this model does not generate: it has no cache")
 
 
+def _identity(params: Params) -> Params:
+    return params
+
+
 class ModelFns(NamedTuple):
     """A model as pure functions; code outside `lm/models` does not depend on how it is implemented.
 
@@ -143,13 +147,16 @@ class ModelFns(NamedTuple):
       apply: (params, batch, *, rng=None, cache=None) -> ModelOutput. `rng` turns dropout on.
       logical_axes: () -> tree like params; each leaf a tuple with one logical axis name (or None) a dimension.
       init_cache: (rows, length) -> an empty key/value cache for `apply`, in models that generate. Its leaves, and those
-        of the cache that `apply` returns, are [N, B, ...], [B, S] or [].
+        of the cache that `apply` returns, are [B, ...] or [].
+      for_decoding: params -> the same for `apply`, as a program that calls it for one position after another reads them
+        fastest.
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., ModelOutput]
     logical_axes: Callable[[], Any]
     init_cache: Callable[[int, int], Any] = _no_cache
+    for_decoding: Callable[[Params], Params] = _identity
 
 
 Apply = Callable[..., ModelOutput]  # `ModelFns.apply`

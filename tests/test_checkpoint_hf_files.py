@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1120,3 +1124,68 @@ def test_a_t5_is_trained_further_with_its_own_sentinels_and_exported(published_t
     before, after = (param_paths.flatten(params_of(folder)) for folder in (published_t5, tmp_path / "out"))
     assert before.keys() == after.keys() and hf.open_model(tmp_path / "out").model.vocab_size == 280
     assert all(np.any(before[path] != after[path]) for path in before), "every parameter is trained"
+
+
+LOADS = """
+    import json, re, sys, threading, time
+    from pathlib import Path
+    import jax
+    import jax.numpy as jnp
+    from lm.checkpoint import hf
+    from lm.config import Config, MeshConfig
+    from lm.models import registry
+    from lm.parallel import mesh as mesh_lib
+    from lm.parallel import sharding
+
+    published = hf.open_model(sys.argv[1])
+    model = registry.MODELS[published.model.kind](Config(model=published.model), None, jnp.float32)
+    mesh = mesh_lib.make_mesh(MeshConfig(fsdp=8))
+    shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    place = lambda axes: jax.sharding.NamedSharding(mesh, sharding.spec(axes))
+    where = jax.tree.map(place, model.logical_axes(), is_leaf=lambda x: isinstance(x, tuple))
+    abstract = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, where)
+
+    def used():  # without the pages of mapped files, which the kernel takes back when it needs them
+        return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before, peak, is_loaded = used(), 0, False
+    def watch():
+        global peak
+        while not is_loaded:
+            peak = max(peak, used())
+            time.sleep(0.001)
+    watching = threading.Thread(target=watch)
+    watching.start()
+    params = jax.block_until_ready(hf.load(published, {"params": abstract}))
+    is_loaded = True
+    watching.join()
+    leaves = jax.tree.leaves(params)
+    assert any(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in leaves)
+    print(json.dumps({"more": peak - before, "own": sum(leaf.nbytes for leaf in leaves)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux counts it")
+def test_shards_are_read_onto_eight_devices_in_little_more_memory_than_their_own(tmp_path):
+    """The sizes of a Llama of 1.1B, each a quarter of it, in four files."""
+    sizes = {"embed_dim": 512, "num_heads": 8, "num_kv_heads": 1, "head_dim": 64, "mlp_dim": 1408}
+    cfg = dataclasses.replace(MODEL, **sizes, num_layers=22, vocab_size=8000, tie_embeddings=False)
+    cfg = transformer.resolve(cfg, vocab_size=8000, seq_len=64)
+    export.export(tmp_path / "big", cfg, toys.random_params(cfg), vocab_size=8000, shard_bytes=72_000_000)
+    shards = [file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors")]
+    assert len(shards) == 4
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(tool_modules.ROOT),
+    }
+    command = [sys.executable, "-c", textwrap.dedent(LOADS), str(tmp_path / "big")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["own"] == sum(shards) - sum(_header_bytes(file) for file in (tmp_path / "big").glob("*.safetensors"))
+    assert found["own"] < found["more"] < found["own"] + 1.3 * max(shards)
+
+
+def _header_bytes(file: Path) -> int:
+    return 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]

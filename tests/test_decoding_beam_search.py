@@ -41,12 +41,12 @@ def history():
 
     def apply(params, batch, *, rng=None, cache=None):
         x_BxLxD = embedding[batch["tokens"], batch["positions"]] * (batch["segment_ids"] > 0)[..., None]
-        before_1xBxD = cache["sum"] if cache else jnp.zeros((1, *x_BxLxD[:, 0].shape))
-        hidden_BxLxD = jnp.tanh(before_1xBxD[0][:, None] + jnp.cumsum(x_BxLxD, axis=1))
-        return ModelOutput(hidden_BxLxD, unembed_DxV, {"sum": before_1xBxD + x_BxLxD.sum(axis=1)[None]})
+        before_BxD = cache["sum"] if cache else jnp.zeros_like(x_BxLxD[:, 0])
+        hidden_BxLxD = jnp.tanh(before_BxD[:, None] + jnp.cumsum(x_BxLxD, axis=1))
+        return ModelOutput(hidden_BxLxD, unembed_DxV, {"sum": before_BxD + x_BxLxD.sum(axis=1)})
 
     cfg = dataclasses.replace(toys.GPT2, max_len=MAX_LEN)
-    return cfg, ModelFns(None, apply, None, lambda rows, length: {"sum": jnp.zeros((1, rows, 16))}), {}
+    return cfg, ModelFns(None, apply, None, lambda rows, length: {"sum": jnp.zeros((rows, 16))}), {}
 
 
 def model_of(kind: str):

@@ -370,6 +370,33 @@ def test_sampling_applies_the_models_logit_softcap():
     assert len({row[0] for row in made}) > 1
 
 
+def test_texts_in_steps_grow_to_those_of_one_step_each_by_its_own_key():
+    cfg, model, params = model_of("llama")
+    whole = Config(model=cfg, generate=GenerateConfig(max_new_tokens=NEW), task=toys.task("causal_lm"))
+    want = sample("llama", PROMPTS, temperature=0.8)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
+    for order in ([0, 1, 2], [2, 0], [1]):
+        prompts, options = [PROMPTS[i] for i in order], {"every": 2, "rows_multiple": 4, "cache_len": 16}
+        steps = list(sampling.sample_in_steps(model, params, prompts, keys[np.array(order)], whole, NEVER, **options))
+        assert [len(one.made.ids) for step in steps for one in step[:1]] == [2, 4, NEW]
+        assert not any(one.is_ended for one in steps[-1])
+        for i, *grown in zip(order, *steps, strict=True):
+            assert all(want[i].ids[: len(one.made.ids)] == one.made.ids for one in grown)
+            assert len(grown[-1].made.ids) == NEW
+
+
+def test_texts_of_other_lengths_share_a_compilation_if_their_caches_are_alike():
+    cfg, model, params = model_of("llama")
+    keys, compiled = jax.random.split(jax.random.key(0), 1), []
+    for most, cache_len in ((3, 4), (4, 4), (4, 5)):
+        whole = Config(model=cfg, generate=GenerateConfig(max_new_tokens=most), task=toys.task("causal_lm"))
+        options = {"every": 2, "cache_len": cache_len}
+        *_, ((made, _),) = sampling.sample_in_steps(model, params, PROMPTS[:1], keys, whole, NEVER, **options)
+        assert len(made.ids) == most
+        compiled.append(sampling._sample._cache_size())
+    assert compiled[0] == compiled[1] < compiled[2]
+
+
 def test_padding_rows_for_the_mesh_changes_nothing():
     sampled = make("llama", PROMPTS, temperature=1.0)
     assert make("llama", PROMPTS[:2], temperature=1.0, rows_multiple=3) == sampled[:2]

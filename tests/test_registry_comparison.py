@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lm.config.schema import ConfigError
-from lm.evaluation import flops
+from lm.evaluation import flops, metrics
 from lm.registry import comparison
 from lm.tasks import task_config
-from lm.tracking import files, report
+from lm.tracking import curves, files, plots
 from tests import tool_modules
 from tests.registry_runs import config_of, write_run
 
@@ -24,8 +24,8 @@ def lines_of(folder, axis):
     """(split, metric) -> points of the only line of its panel."""
     run = read(folder, axis)
     panels = comparison.panels_of([run], axis, (), ["#000000"])
-    drawn = report.draw_panels(panels)
-    return {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in drawn.axes}
+    drawn = [figure.axes[0] for figure in plots.draw_panels(panels)]
+    return {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in drawn}
 
 
 def test_curves_are_over_steps_tokens_flops_or_seconds(tmp_path):
@@ -54,6 +54,35 @@ def test_the_page_needs_no_other_file_escapes_text_and_names_what_differs(tmp_pa
     assert [(cell["state"], cell["best.loss"]) for cell in cells] == [("done", "2"), ("interrupted", "1")]
     for number in (0, 1):  # the row and the lines of a run find each other
         assert f"data-run={number}>" in page and f'<g id="run{number}.0">' in page
+
+
+def test_the_report_of_several_runs_is_the_page_that_compares_them(tmp_path, capsys):
+    one, two = (write_run(tmp_path / name, losses=(3.0, last)) for name, last in (("one", 2.0), ("two", 1.0)))
+    tool_modules.call("report", one, two, f"--out={tmp_path}")
+    assert "runs.html: 2 runs" in capsys.readouterr().out
+    written = (tmp_path / "runs.html").read_text()
+    assert written == comparison.page([read(one), read(two)], "step")
+    assert "<meta name=viewport" in written
+    with pytest.raises(SystemExit):
+        tool_modules.call("report", one, tmp_path / "nothing", f"--out={tmp_path}")
+    out, err = capsys.readouterr()
+    assert "runs.html: 1 runs" in out and f"{tmp_path / 'nothing'}: expected a run" in err
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "study.py").write_text("")
+    with pytest.raises(SystemExit, match="is a study: give it alone"):
+        tool_modules.call("report", one, tmp_path / "nothing", f"--out={tmp_path}")
+
+
+def test_long_names_of_runs_stand_below_each_other_in_the_legend():
+    curve = curves.Curve()
+    curve.extend(np.arange(3.0), np.arange(3.0))
+    for label, columns in (("short", 2), ("a" * 28, 1)):
+        lines = [plots.Line(curve, "#000", label)] * 4
+        (figure,) = plots.draw_panels([plots.Panel("loss", metrics.about("loss"), lines)])
+        assert figure.axes[0].get_legend()._ncols == columns
+        figure.draw_without_rendering()
+        box = figure.axes[0].get_legend().get_window_extent()
+        assert box.x0 > 0 and box.y1 < figure.bbox.y1 - 10 and box.x1 <= figure.bbox.x1
 
 
 def test_the_loss_of_a_set_has_the_unit_of_its_task(tmp_path):

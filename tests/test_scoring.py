@@ -11,6 +11,7 @@ import pytest
 import lm
 from lm import eval_sets, scoring
 from lm.config.schema import ConfigError
+from lm.tracking import files
 from tests import tool_modules, used_runs
 from tests.test_evaluation_scores import f1_score, normalize_answer
 from tests.test_predict import close, moved
@@ -48,6 +49,12 @@ def test_scores_are_those_that_training_reported(task, tmp_path):
     for name, value in found.values.items():
         assert value == pytest.approx(reported[name], rel=1e-5, abs=1e-6), name
     assert {"loss", "nll", "accuracy"} <= found.values.keys()
+    summary = files.read_document(run / "summary.json")
+    assert summary["records"]["valid"]["documents"] == COUNT
+    tables = {name: {key: one[key] for key in ("labels", "confusion")} for name, one in found.tables.items()}
+    assert ("confusion" in summary) == bool(tables)
+    if tables:
+        assert summary["confusion"] == {"step": reported["step"], "tables": tables}
 
 
 def test_figures_of_a_classifier_equal_scikit_learn_on_its_predictions(scored):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm.benchmark import generation, transformers_gpt2
 from lm.benchmark import training as bench
-from lm.benchmark import transformers_gpt2
 from lm.config.schema import ConfigError
 from lm.models import transformer
 from lm.tasks import build_config
@@ -102,6 +102,42 @@ def test_a_peer_with_another_learning_rate_is_not_timed(cfg, tmp_path, peer_ther
     monkeypatch.setattr(transformers_gpt2, "make", slower)
     with pytest.raises(bench.Disagree):
         bench.measure(cfg, rounds=1, seconds=0.01, peer=True)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A config whose learned positions suffice for the ids that --generate decodes, of which there are few."""
+    monkeypatch.setattr(generation, "PROMPT", 6)
+    monkeypatch.setattr(generation, "NEW", 4)
+    monkeypatch.setattr(generation, "ROWS", (1, 3))
+
+
+def test_generating_is_measured(cfg, short, capsys):
+    found = generation.measure(cfg, rounds=2)
+    assert all(found["rows"][rows]["own"]["tokens_per_second"] > 0 for rows in (1, 3)) and "peer" not in found
+    generation.show(json.loads(json.dumps(found)))
+    assert f"{found['parameters']:,}" in capsys.readouterr().out
+
+
+def test_a_peer_generates_the_same_ids_and_others_are_not_timed(cfg, short, peer_there, monkeypatch):
+    found = generation.measure(cfg, rounds=1, peer=True)
+    assert found["rows"][3]["ratio"]["median"] > 0
+    generation.show(found)
+    make = transformers_gpt2.generator
+
+    def wrong(*given):
+        generate = make(*given)
+        return lambda prompts: [generate(prompts)[0] for _ in prompts]
+
+    monkeypatch.setattr(transformers_gpt2, "generator", wrong)
+    with pytest.raises(bench.Disagree, match="does not generate the same ids for 2 of 3 prompts"):
+        generation.measure(cfg, rounds=1, peer=True)
+
+
+def test_a_model_that_is_no_decoder_is_not_measured_generating(tmp_path):
+    other = toys.recipe(toys.write_texts(tmp_path / "texts"), task__name="prefix_lm", model__kind="prefix_decoder")
+    with pytest.raises(ConfigError, match=r"--generate measures a decoder, and 'model\.kind' is prefix_decoder"):
+        generation.measure(other, rounds=1)
 
 
 def test_a_missing_peer_is_an_error_that_names_the_extra(cfg, monkeypatch):

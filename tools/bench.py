@@ -3,11 +3,14 @@
     python tools/bench.py --config=configs/bench/cpu_gpt2.py [--peer=transformers] [--rounds=10] [--seconds=5] \
         [--json=FILE]
     python tools/bench.py --input [--megabytes=100,1000] [--seconds=5] [--json=FILE]
+    python tools/bench.py --config=configs/bench/cpu_gpt2.py --generate [--peer=transformers] [--rounds=10] \
+        [--json=FILE]
     python tools/bench.py --checkpoint [--megabytes=500] [--rounds=10] [--json=FILE]
 
 What is timed is the project's own training: its data, batches and compiled step, and the metrics that a run fetches
 after each step; evaluation and checkpoints are left out. The peer (pip install -e '.[peer]') starts from the same
 weights and reads the same batches. The two alternate round by round, and nothing is timed unless their losses agree.
+--generate decodes 128 ids greedily after 64, for 1 and for 16 prompts, and the peer has to give the same ids.
 --input is the input pipeline. --checkpoint saves and loads a state, and alternates with Orbax alone.
 """
 
@@ -31,11 +34,14 @@ _PEER = flags.DEFINE_enum(
 _ACTIVATION = flags.DEFINE_string(
     "peer_activation", "gelu_new", "GELU of the peer: gelu_new (GPT-2's) or gelu_pytorch_tanh."
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of training or of checkpoints.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of training, generating or of checkpoints.", lower_bound=1)
 _SECONDS = flags.DEFINE_float(
     "seconds", 5.0, "Approximate length of a round; with --input, of each measurement.", lower_bound=0.0
 )
 _INPUT = flags.DEFINE_bool("input", False, "Measure only the input pipeline.")
+_GENERATE = flags.DEFINE_bool(
+    "generate", False, "Measure generating text with the model of --config, not its training."
+)
 _CHECKPOINT = flags.DEFINE_bool("checkpoint", False, "Measure only saving and loading checkpoints.")
 _MEGABYTES = flags.DEFINE_list(
     "megabytes", None, "With --input: sizes of the prepared data (100,1000). With --checkpoint: of the state (500)."
@@ -50,6 +56,8 @@ def main(argv: list[str]) -> None:
             "error: one of --config=configs/NAME.py, --input and --checkpoint, and all options are --flag=value; see "
             "--help"
         )
+    if _GENERATE.value and _CONFIG.value is None:
+        stop("error: --generate needs --config=configs/NAME.py")
     command_line.check_output("json", _JSON.value)
     given = _MEGABYTES.value or (["500"] if _CHECKPOINT.value else ["100", "1000"])
     if not all(re.fullmatch(r"[1-9]\d*", size) for size in given) or (_CHECKPOINT.value and len(given) > 1):
@@ -72,14 +80,15 @@ def main(argv: list[str]) -> None:
 
             cfg = build_config(_CONFIG.value)
             xla_flags.set_libtpu(cfg.model.embed_dim)
-            figures = training.measure(
-                cfg,
-                _ROUNDS.value,
-                _SECONDS.value,
-                peer=bool(_PEER.value),
-                activation=_ACTIVATION.value,
-            )
-            training.show(figures)
+            peer, activation = bool(_PEER.value), _ACTIVATION.value
+            if _GENERATE.value:
+                from lm.benchmark import generation
+
+                figures = generation.measure(cfg, _ROUNDS.value, peer=peer, activation=activation)
+                generation.show(figures)
+            else:
+                figures = training.measure(cfg, _ROUNDS.value, _SECONDS.value, peer=peer, activation=activation)
+                training.show(figures)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -192,7 +192,7 @@ def agree(own: float, peer: float, tolerance: float) -> dict[str, float]:
     return {"own": own, "peer": peer}
 
 
-def timed(advance: Callable[[int], float], steps: int) -> Round:
+def timed(advance: Callable[[int], object], steps: int) -> Round:
     """Times one round."""
     wall, cpu, faults = time.perf_counter(), time.process_time(), page_faults()
     advance(steps)

@@ -6,7 +6,7 @@ Face's trainer), and the model's own loss. Nothing is compiled (`torch.compile`)
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,29 @@ def training(
         return loss
 
     return advance
+
+
+def generator(
+    model: Any, new: int, stop_ids: Sequence[int], excluded: Sequence[int]
+) -> Callable[[Any], list[list[int]]]:
+    """Greedy decoding: prompts of equal length -> `new` ids after each, none of them a stop id or `excluded`."""
+    import torch
+
+    model.eval()
+    never = [*stop_ids, *excluded]
+    settings = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "suppress_tokens": never}
+
+    def generate(prompts: Any) -> list[list[int]]:
+        tokens = torch.tensor(prompts)
+        mask = torch.ones_like(tokens)
+        with torch.no_grad():
+            out = model.generate(
+                tokens, attention_mask=mask, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], **settings
+            )
+        new_ids: list[list[int]] = out[:, tokens.shape[1] :].tolist()
+        return new_ids
+
+    return generate
 
 
 def held_out_loss(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> float:

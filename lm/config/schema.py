@@ -10,6 +10,7 @@ import encodings
 import functools
 import math
 import pkgutil
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from encodings import aliases
@@ -132,7 +133,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if len(value) != len(args):
             raise ConfigError(f"'{key}' must have {len(args)} items, got {value!r}")
         return tuple(_convert(item, arg, f"{key}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"'{key}' must be {hint.__name__}, got {type(value).__name__} {value!r}")

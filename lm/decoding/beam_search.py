@@ -94,6 +94,7 @@ def _search(
     allowed_V: jax.Array,
 ) -> "Hypotheses":
     """The `count` best hypotheses of each row; ids [B, N, T] are padded with a stop id."""
+    params = model.for_decoding(params)
     vocab_size, max_new = allowed_V.shape[0], cfg.max_new_tokens
     rows, prompt_len = prompt["tokens"].shape
     length_B = prompt["segment_ids"].sum(axis=1)
@@ -206,5 +207,5 @@ def _penalty(length: jax.Array | int, alpha: jax.Array) -> jax.Array:
 
 
 def _take_rows(cache: Any, rows: jax.Array) -> Any:
-    """Gathers rows of a cache; see `lm.types.ModelFns.init_cache` for the row axis of each leaf."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=1 if x.ndim > 2 else 0) if x.ndim else x, cache)
+    """Gathers rows of a cache."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0) if x.ndim else x, cache)

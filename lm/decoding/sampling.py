@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,13 @@ class Generated(NamedTuple):
 
     ids: list[int]
     log_probs: list[float]
+
+
+class SoFar(NamedTuple):
+    """New ids of one prompt up to some step, and whether a stop id or string has ended them."""
+
+    made: Generated
+    is_ended: bool
 
 
 class Prompting(NamedTuple):
@@ -183,27 +190,61 @@ def sample(
       ValueError: an empty prompt.
       ConfigError: a prompt that leaves no room in the learned positions; a stop string that is a control symbol.
     """
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
+    options: dict[str, Any] = {"rows_multiple": rows_multiple, "log_probs": log_probs}
+    every = _STOP_STEP if cfg.generate.stop else cfg.generate.max_new_tokens
+    *_, made = sample_in_steps(model, params, prompts, row_keys, cfg, tokenizer, every=every, **options)
+    return [each.made for each in made]
+
+
+def sample_in_steps(
+    model: ModelFns,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    row_keys: jax.Array,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    *,
+    every: int,
+    rows_multiple: int = 1,
+    log_probs: bool = False,
+    cache_len: int = 0,
+) -> Iterator[list[SoFar]]:
+    """As `sample`, and yields what there is each time the texts have grown by `every` ids, and at the end.
+
+    Args:
+      model, params, prompts, cfg, tokenizer, rows_multiple, log_probs: as for `sample`.
+      row_keys: random keys [N]; the samples of a row are a function of its own.
+      every: number of ids.
+      cache_len: new ids that the cache has room for; 0 = `cfg.generate.max_new_tokens`, the least. Prompts with another
+        `max_new_tokens` and the same `cache_len` share a compilation.
+
+    Raises:
+      ValueError, ConfigError: as `sample`, at the first step.
+    """
     prompt = prompt_batch(prompts, cfg, tokenizer, rows_multiple)
     stops, allowed_V = stop_ids(tokenizer, cfg), allowed_ids(tokenizer, cfg)
     _check_stop_strings(tokenizer, cfg)
-    options = dataclasses.replace(cfg.generate, prompts=(), stop=())  # those that the compiled function reads
-    sizes = (model, options, cfg.model.logit_softcap, stops, log_probs)
     max_new = cfg.generate.max_new_tokens
-    is_ended_B = np.zeros(len(prompt["tokens"]), bool)
-    lengths, seen = [0] * len(prompts), 0
+    # Those that the compiled function reads.
+    options = dataclasses.replace(cfg.generate, prompts=(), stop=(), max_new_tokens=max(cache_len, max_new))
+    sizes = (model, options, cfg.model.logit_softcap, stops, log_probs)
+    count, rows = len(prompts), len(prompt["tokens"])
+    keys_B = row_keys[jnp.minimum(jnp.arange(rows), count - 1)]
+    is_ended_B = np.arange(rows) >= count  # rows that pad the batch
+    lengths, seen = [0] * count, 0
     state: _State | None = None
-    for until in [*range(_STOP_STEP, max_new, _STOP_STEP), max_new] if cfg.generate.stop else [max_new]:
-        state = _sample(*sizes, params, prompt, key, allowed_V, np.int32(until), is_ended_B, state)
+    for until in [*range(every, max_new, every), max_new]:
+        state = _sample(*sizes, params, prompt, keys_B, allowed_V, np.int32(until), is_ended_B, state)
         ids_BxT = np.array(jax.device_get(state.ids_BxT))
-        for row in np.flatnonzero(~is_ended_B[: len(prompts)]):
+        log_probs_BxT = np.asarray(jax.device_get(state.log_probs_BxT))[:, : max_new if log_probs else 0]
+        for row in np.flatnonzero(~is_ended_B[:count]):
             lengths[row], is_ended_B[row] = _end(ids_BxT[row, :until].tolist(), seen, stops, tokenizer, cfg)
-        if is_ended_B[: len(prompts)].all():
-            break
+        each_row = zip(ids_BxT, log_probs_BxT, lengths, is_ended_B, strict=False)
+        yield [SoFar(Generated(ids_T[:n].tolist(), log_T[:n].tolist()), bool(end)) for ids_T, log_T, n, end in each_row]
+        if is_ended_B.all():
+            return
         seen = until
-    assert state is not None
-    log_probs_BxT = np.asarray(jax.device_get(state.log_probs_BxT))[:, : max_new if log_probs else 0]
-    rows = zip(ids_BxT, log_probs_BxT, lengths, strict=False)  # without those that pad the batch
-    return [Generated(ids_T[:n].tolist(), log_probs_T[:n].tolist()) for ids_T, log_probs_T, n in rows]
 
 
 def _end(ids: list[int], seen: int, stops: tuple[int, ...], tokenizer: Tokenizer, cfg: Config) -> tuple[int, bool]:
@@ -366,15 +407,15 @@ def _sample(
     log_probs: bool,
     params: Params,
     prompt: Batch,
-    key: jax.Array,
+    keys_B: jax.Array,
     allowed_V: jax.Array,
     until: jax.Array,
     is_ended_B: jax.Array,
     state: _State | None,
 ) -> _State:
     """The state after `until` new ids, or when all rows have ended; from `state`, or from the prompt if it is None."""
+    params = model.for_decoding(params)
     rows, prompt_len = prompt["tokens"].shape
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     length_B = prompt["segment_ids"].sum(axis=1)
     size = allowed_V.shape[0]
 

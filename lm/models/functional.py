@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.models import moe
 from lm.models.attention import Mask
+from lm.parallel import sharding
 from lm.types import Batch, ModelFns, ModelOutput, Params
 
 
@@ -31,7 +33,7 @@ def model_fns(module: Any, batch: Mapping[str, Any], cached: ModelConfig | None 
         keys_B = None
         if rng is not None:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["example_index"])
-        out, sown = module.apply({"params": params}, batch, keys_B, cache, mutable=[moe.ROUTING])
+        out, sown = module.apply({"params": _stacked(params)}, batch, keys_B, cache, mutable=[moe.ROUTING])
         routing_of_stacks = jax.tree.leaves(sown)  # [N, 2, B] of each stack
         if routing_of_stacks:
             out = out._replace(routing_2xB=jnp.concatenate(routing_of_stacks).mean(axis=0))
@@ -42,14 +44,40 @@ def model_fns(module: Any, batch: Mapping[str, Any], cached: ModelConfig | None 
         return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.P))
 
     fns = ModelFns(lambda key: nn.unbox(boxed_init(key)), apply, logical_axes)
-    return fns._replace(init_cache=functools.partial(init_cache, cached, module.dtype)) if cached else fns
+    if cached is None:
+        return fns
+    return fns._replace(init_cache=functools.partial(init_cache, cached, module.dtype), for_decoding=for_decoding)
+
+
+def for_decoding(params: Params) -> Params:
+    """Parameters for a program that decodes: see `lm.types.ModelFns`.
+
+    On CPU XLA copies a layer's kernels out of the stacked ones wherever they are used, which is three times the memory
+    traffic of a new id. There the decoder's layers become a list, one copy for the program. Accelerators read the
+    stacked ones in place.
+    """
+    if sharding.platform() != "cpu":
+        return params
+    stacked = params["decoder"]["layers"]
+    number = jax.tree.leaves(stacked)[0].shape[0]
+    layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(number)]
+    # Without the barrier XLA joins what was cut here with `_stacked`, and is back at the stacked ones.
+    return {**params, "decoder": {**params["decoder"], "layers": jax.lax.optimization_barrier(layers)}}
+
+
+def _stacked(params: Params) -> Params:
+    """The parameters that `for_decoding` was given; where layers are unrolled, XLA reads those of the list."""
+    layers = params.get("decoder", {}).get("layers")
+    if not isinstance(layers, list):
+        return params
+    return {**params, "decoder": {**params["decoder"], "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}}
 
 
 def init_cache(cfg: ModelConfig, dtype: Any, rows: int, length: int) -> Any:
     """An empty cache for `cfg.num_layers` layers: see `lm.types.ModelFns`."""
-    shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
+    shape = (rows, cfg.num_kv_heads, length, cfg.head_dim)  # as the products of attention read it
     return {
-        "layers": (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+        "layers": tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(cfg.num_layers)),
         "segment_ids": jnp.zeros((rows, length), jnp.int32),
         "index": jnp.zeros((), jnp.int32),
     }

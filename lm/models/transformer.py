@@ -17,6 +17,7 @@ Shape letters: see `lm.types`.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -184,7 +185,9 @@ class Stack(nn.Module):
             bias = layers.RelativeBias(cfg.num_heads, not mask.causal, name="relative_bias")
             sizes = (mask.query_segments_BxL.shape[1], mask.key_segments_BxS.shape[1])
             mask = dataclasses.replace(mask, bias_HxLxS=bias(*sizes, 0 if mask.offset is None else mask.offset))
-        unroll = cfg.unroll or cfg.num_layers
+        # One new position: no layer's weights, keys and values are copied out of those of all layers, nor back.
+        is_decoding = cache_kv is not None and x_BxLxD.shape[1] == 1
+        unroll = cfg.num_layers if is_decoding else cfg.unroll or cfg.num_layers
         block: Any = Block
         if cfg.remat != "none" or sharding.is_distributed_trace():
             # Within a scan XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
@@ -198,9 +201,12 @@ class Stack(nn.Module):
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BxLxD, cache_kv = scanned(cfg, self.dtype, self.adapter, name="layers")(
-            x_BxLxD, mask, positions_BxL, keys_B, memory, jnp.arange(cfg.num_layers), cache_kv
+        stacked_kv = None if cache_kv is None else jax.tree.map(lambda *layers: jnp.stack(layers), *cache_kv)
+        x_BxLxD, stacked_kv = scanned(cfg, self.dtype, self.adapter, name="layers")(
+            x_BxLxD, mask, positions_BxL, keys_B, memory, jnp.arange(cfg.num_layers), stacked_kv
         )
+        if cache_kv is not None:
+            cache_kv = tuple(jax.tree.map(operator.itemgetter(i), stacked_kv) for i in range(cfg.num_layers))
         if cfg.norm_position != "post":
             x_BxLxD = layers.Norm(cfg.norm, cfg.norm_eps, cfg.use_bias, name="final_norm")(x_BxLxD)
         return sharding.gather_positions(x_BxLxD), cache_kv
@@ -302,11 +308,14 @@ class Attention(nn.Module):
         key_BxSxKxE = _project_heads(self, "key", cfg.num_kv_heads, x_BxLxD, keys_B, rotate)
         value_BxSxKxE = _project_heads(self, "value", cfg.num_kv_heads, x_BxLxD, keys_B)
         if cache_kv is not None:
-            start: Any = (0, mask.offset, 0, 0)
-            key_BxSxKxE, value_BxSxKxE = cache_kv = tuple(
-                jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
-                for cached, new in zip(cache_kv, (key_BxSxKxE, value_BxSxKxE), strict=True)
+            start: Any = (0, 0, mask.offset, 0)
+            cache_kv = tuple(
+                jax.lax.dynamic_update_slice(
+                    cached_BxKxSxE, new_BxLxKxE.swapaxes(1, 2).astype(cached_BxKxSxE.dtype), start
+                )
+                for cached_BxKxSxE, new_BxLxKxE in zip(cache_kv, (key_BxSxKxE, value_BxSxKxE), strict=True)
             )
+            key_BxSxKxE, value_BxSxKxE = (cached_BxKxSxE.swapaxes(1, 2) for cached_BxKxSxE in cache_kv)
         attend_to = functools.partial(attend, query_BxLxHxE, key_BxSxKxE, value_BxSxKxE, softcap=cfg.attention_softcap)
         if is_global is None:
             y_BxLxHxE = attend_to(mask)

@@ -17,7 +17,7 @@ from lm.study.report import COLORS
 from lm.tracking import curves, files, report
 from lm.tracking.curves import Curves
 from lm.tracking.files import RunFileError
-from lm.tracking.report import STYLE, Line, Panel, draw_panels, picture
+from lm.tracking.plots import Line, Panel, draw_panels, picture
 
 _AXIS_TITLES = {"tokens": "tokens (positions of batches)", "flops": "model FLOPs", "seconds": "seconds since the start"}
 _TRAINING = ("loss", "grad_norm", "learning_rate", "tokens_per_second")  # panels of training unless others are named
@@ -139,11 +139,9 @@ def page(runs: Sequence[Compared], axis: str, wanted: Sequence[str] = ()) -> str
         "Point at a line or a row to find its run.</p>",
     ]
     panels = panels_of(runs, axis, wanted, colors)
-    body.append(picture(draw_panels(panels)) if panels else "<p class=none>No rows in metrics.jsonl yet.</p>")
+    body.append(picture(*draw_panels(panels)) if panels else "<p class=none>No rows in metrics.jsonl yet.</p>")
     body += ["<h2>Figures, and the keys in which the configs differ</h2>", _table(runs, colors)]
-    head = f"<meta charset=utf-8><title>{len(runs)} runs</title><style>{STYLE}{_STYLE}</style>"
-    script = f"<script>{_SCRIPT}</script>"
-    return f"<!doctype html><html lang=en>{head}<main>{''.join(body)}</main>{script}</html>\n"
+    return report.page(f"{len(runs):,} runs", body, _STYLE, _SCRIPT)
 
 
 def palette(number: int) -> list[str]:

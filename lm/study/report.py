@@ -16,7 +16,8 @@ from lm.study.definition import in_words
 from lm.study.runs import Outcome
 from lm.study.statistics import LEVEL, POWER, mean_over_seeds
 from lm.tracking import files
-from lm.tracking.report import STYLE, picture
+from lm.tracking import report as run_report
+from lm.tracking.plots import picture
 
 COLUMNS = ("arm", "seeds", "mean ± sd", "95 % interval", "against", "difference", "95 % interval", "p", "detectable")
 COLORS = ("#3b6fb6", "#d9772b", "#3f9c6c", "#8067b7", "#d0a02c", "#b8405e", "#4aa3a3", "#7a6a58")
@@ -292,8 +293,7 @@ def page(analysis: Analysis) -> str:
     if analysis.remarks:
         body += ["<h2>Notes</h2>", *(f"<p>{html.escape(remark)}</p>" for remark in analysis.remarks)]
     body.append(f"<p class=sub>{html.escape('; '.join(provenance(analysis)))}</p>")
-    head = f"<meta charset=utf-8><title>{html.escape(study.name)}</title><style>{STYLE}{_PAGE_STYLE}</style>"
-    return f"<!doctype html><html lang=en>{head}<main>{''.join(body)}</main></html>\n"
+    return run_report.page(study.name, body, _PAGE_STYLE)
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[str]) -> str:

@@ -120,8 +120,8 @@ def tokenizer_files(tokenizer: Any, model_type: str) -> dict[str, bytes]:
     own = json.loads(out.get("tokenizer_config.json", b"{}"))
     if "tokenizer.json" not in out or own.get("tokenizer_class"):
         return out
-    model = json.loads(out["tokenizer.json"])["model"]
-    kind = model.get("type") or ("BPE" if "merges" in model else "")  # older files of BPE do not name it
+    own_model = json.loads(out["tokenizer.json"])["model"]
+    kind = own_model.get("type") or ("BPE" if "merges" in own_model else "")  # older files of BPE do not name it
     if kind == _VOCABULARIES.get(model_type, "BPE"):
         return out
     specials = tokenizer.special_tokens()
