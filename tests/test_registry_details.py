@@ -50,7 +50,10 @@ def test_a_run_is_shown_with_its_config_data_metrics_checkpoints_and_versions(wh
     assert [line[0] for line in checkpoints[1:]] == ["2", "4", "6"]
     best = str(summary["best"]["step"])
     assert [line[0] for line in checkpoints if any(word.startswith("best") for word in line)] == [best]
-    assert "latest" in checkpoints[-1] and section(out, "Versions")[0][0] == "python"
+    versions = section(out, "Versions")
+    started = files.read_document(whole / "environment.json")
+    assert versions[0] == ["started", started["began"], "on", started["host"]]
+    assert "latest" in checkpoints[-1] and versions[-1][0] == "python"
 
 
 def test_a_damaged_checkpoint_and_a_damaged_file_are_named_and_the_rest_is_shown(whole, tmp_path, capsys):

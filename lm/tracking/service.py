@@ -1,7 +1,7 @@
 """What a run tells the trackers that `monitor.trackers` names (TensorBoard, W&B, MLflow): one interface for all.
 
 An opener, `open_service(facts)`, starts a tracker or goes on with what an earlier start of the run has begun, and
-returns a `Service`. All of this is called in a thread of the tracker's own (`lm.tracking.relay`): it may wait and raise.
+returns a `Service`. All of this is called in a thread of the tracker (`lm.tracking.relay`): it may wait and raise.
 """
 
 from collections.abc import Callable, Mapping
