@@ -240,10 +240,12 @@ def test_a_start_that_flattens_all_the_rest_is_cut_off_and_its_value_is_told():
         panel = panels(drawn)["Loss"]
         return panel.get_ylim(), [text.get_text() for text in panel.texts if "starts" in text.get_text()]
 
-    (low, high), remark = limits([60.0, 2.2, 2.1, 2.0])
+    (low, high), remark = limits([60.0, *6 * [2.2], 2.1, 2.0])
     assert 1.9 < low < 2.0 and 2.2 < high < 2.4 and remark == ["↑ starts at 60"]
-    (low, high), remark = limits([0.01, 2.0, 2.1, 2.2])
+    (low, high), remark = limits([0.01, *6 * [2.0], 2.1, 2.2])
     assert low > 1.9 and remark == ["↓ starts at 0.01"]
+    (low, high), remark = limits([60.0, 2.2, 2.1, 2.0])  # of so few points the start is much of what there is to see
+    assert low < 2.0 and high > 60 and not remark
     (low, high), remark = limits([3.0, 2.0, 1.0])
     assert high > 3 and not remark
     (low, high), remark = limits([60.0, 2.0, 2.0, 2.0])  # all the rest is the same: there is no scale for it

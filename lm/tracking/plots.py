@@ -13,6 +13,7 @@ from lm.tracking.curves import Curve
 _WIDTH, _HEIGHT, _LEGEND_ROW = 4.4, 2.5, 0.19  # inches
 _LEFT, _RIGHT, _BELOW, _ABOVE = 0.62, 0.12, 0.48, 0.58  # inches around the axes
 _CLIPPED_BELOW = 0.2  # of the range of a panel, see `_without_starts`
+_FEWEST = 8  # points behind the starts; with fewer, the starts are half of what there is to see
 _WIDE_LABEL = 20  # characters; two longer ones do not fit beside each other
 _STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
 _FROM_ZERO = ("tokens_per_second", "tokens_per_second_a_device", "mfu", "mfu_causal")
@@ -138,7 +139,7 @@ def _without_starts(lines: Sequence[Line]) -> tuple[float, float, str] | None:
     means = [line.curve.points()[1] for line in lines]
     starts = np.array([each[0] for each in means])
     rest = np.concatenate([each[1:] for each in means])
-    if rest.size < 3:
+    if rest.size < _FEWEST:
         return None
     low, high = float(rest.min()), float(rest.max())
     all_of_it = max(high, starts.max()) - min(low, starts.min())
