@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm import input_pipeline, losses, predict
@@ -26,10 +25,12 @@ from lm.types import Batch, Params
 
 _LENGTHS = 64  # rows are padded to multiples of it, so that few programs are compiled
 _NEW = 256  # ids of a text whose task names no number, as in the harness
+_NEW_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is set counts
+_SETTINGS = ("until", *_NEW_NAMES, "do_sample", "temperature", "top_p", "top_k")
 
 
 class Scored(NamedTuple):
-    """log P of a continuation given its context, in nats, and whether each id of it is the most likely one."""
+    """log P of a continuation given its context, in nats; whether each id of it is the most likely one, or tied."""
 
     log_prob: float
     is_greedy: bool
@@ -66,10 +67,15 @@ def score(
       counts: 'context_cut' is increased.
 
     Raises:
-      ConfigError: a continuation is longer than the model's positions.
+      ConfigError: a continuation has no ids, or more than the model has positions.
     """
     most, rows = loaded.config.model.max_len, loaded.batch_size
     for number, (_, continuation) in enumerate(pairs):
+        if not continuation:
+            raise ConfigError(
+                f"continuation {number} has no ids of its own: the tokenizer joins it with the end of its context, or "
+                "it is empty; separate them by the task's 'target_delimiter', which is a space by default"
+            )
         if len(continuation) > most:
             raise ConfigError(f"continuation {number} has {len(continuation)} ids; the model has {most} positions")
     whole = [([*context, *continuation], len(continuation)) for context, continuation in pairs]
@@ -104,18 +110,19 @@ def _batch(some: Sequence[tuple[Sequence[int], int]], rows: int, length: int) ->
 
 def _step(loaded: LoadedModel) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """(log P of the targets, whether all are the most likely ids) of each row: float32 [B], bool [B]."""
-    size, softcap = loaded.tokenizer.vocab_size, loaded.config.model.logit_softcap
+    cfg, size = loaded.config, loaded.tokenizer.vocab_size
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         out = loaded.model.apply(params, batch)
-        logits_BxLxV = losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, vocab_size=size, softcap=softcap)
-        logits_BxLxV = logits_BxLxV[..., :size].astype(jnp.float32)
-        targets_BxL, is_scored_BxL = batch["targets"], batch["loss_weights"] > 0
-        log_probs_BxLxV = jax.nn.log_softmax(logits_BxLxV)
-        log_probs_BxL = jnp.take_along_axis(log_probs_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
-        is_best_BxL = jnp.argmax(logits_BxLxV, axis=-1) == targets_BxL
-        log_probs_B = jnp.where(is_scored_BxL, log_probs_BxL, 0.0).sum(axis=1)
-        is_greedy_B = (is_best_BxL | ~is_scored_BxL).all(axis=1)
+
+        def one(hidden_LxD: jax.Array, targets_L: jax.Array, weights_L: jax.Array) -> tuple[jax.Array, jax.Array]:
+            options = {"vocab_size": size, "softcap": cfg.model.logit_softcap, "chunk_len": cfg.loss.chunk_len}
+            row = (hidden_LxD[None], out.unembed_DxV, targets_L[None], weights_L[None])
+            terms = losses.token_cross_entropy(*row, **options)
+            correct, weight = terms.metrics["accuracy"]
+            return -terms.sum, correct == weight
+
+        log_probs_B, is_greedy_B = jax.vmap(one)(out.pre_logits_BxLxD, batch["targets"], batch["loss_weights"])
         # Replicated: every process reads all of them.
         return sharding.constrain(log_probs_B, None), sharding.constrain(is_greedy_B, None)
 
@@ -130,21 +137,24 @@ def continuations(
     Args:
       loaded: a decoder.
       contexts: ids, at least one each. What leaves no room for the new ids is cut from the start, and counted.
-      settings: of the harness: 'until', 'max_gen_toks', 'do_sample', 'temperature', 'top_p', 'top_k'.
+      settings: of the harness: 'until', 'max_gen_toks' or another of its names, 'do_sample', 'temperature', 'top_p',
+        'top_k'; None stands for the default.
       counts: 'context_cut' is increased.
 
     Raises:
       ConfigError: an unknown setting, or more new ids than the model has positions.
     """
-    known = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
-    if unknown := sorted(settings.keys() - set(known)):
-        raise ConfigError(f"unknown setting of generation '{unknown[0]}'; expected some of {', '.join(known)}")
-    tokenizer, new = loaded.tokenizer, int(settings.get("max_gen_toks", _NEW))
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if settings.get("num_beams") == 1:  # no beam search
+        del settings["num_beams"]
+    if unknown := sorted(settings.keys() - set(_SETTINGS)):
+        raise ConfigError(f"unknown setting of generation '{unknown[0]}'; expected some of {', '.join(_SETTINGS)}")
+    tokenizer, new = loaded.tokenizer, int(next((settings[name] for name in _NEW_NAMES if name in settings), _NEW))
     until = settings.get("until") or ()
     # A control symbol is in no text, and those that end a text end it anyway.
     controls = {tokenizer.piece(int(i)) for i in np.flatnonzero(tokenizer.is_control_V)}
     stop = tuple(one for one in ([until] if isinstance(until, str) else until) if one and one not in controls)
-    is_drawn = settings.get("do_sample", float(settings.get("temperature") or 0.0) > 0)
+    is_drawn = settings.get("do_sample", float(settings.get("temperature", 0.0)) > 0)
     changes = {
         "max_new_tokens": new,
         "min_new_tokens": 0,

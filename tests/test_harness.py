@@ -5,13 +5,14 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import lm
-from lm import harness, train
+from lm import harness, program, train
 from lm.checkpoint.hf import export
 from lm.config.schema import ConfigError
 from lm.models import transformer
@@ -111,6 +112,39 @@ def test_a_continuation_is_what_the_run_generates(loaded):
     long = [tok.bos_id, *tok.encode("x y " * room)]
     cut = harness.continuations(loaded, [long, long[-room:]], {"until": "e", "max_gen_toks": 5}, counts)
     assert cut[0] == cut[1] and counts["context_cut"] == 1
+
+
+def test_a_continuation_that_the_tokenizer_joins_with_its_context_is_refused_and_not_certain(loaded):
+    pairs = [([1], [5]), ([1, 7], [])]
+    with pytest.raises(ConfigError, match="continuation 1 has no ids of its own: the tokenizer joins it with the end"):
+        next(harness.score(loaded, pairs, Counter()))
+
+
+def test_scoring_holds_the_logits_of_a_chunk_and_not_of_whole_rows(loaded):
+    rows, length, size = 8, 32, 2**15
+    sections = {
+        "model": dataclasses.replace(loaded.config.model, vocab_size=size),
+        "loss": dataclasses.replace(loaded.config.loss, chunk_len=2),
+    }
+    cfg = dataclasses.replace(loaded.config, **sections)
+    model = program.make_model(cfg, program.compute_dtype("float32", loaded.mesh))
+    wide = dataclasses.replace(loaded, config=cfg, model=model, tokenizer=SimpleNamespace(vocab_size=size))
+    batch = harness._batch([([1] * (length + 1), 5)], rows, length)
+    with jax.set_mesh(loaded.mesh):
+        compiled = jax.jit(harness._step(wide)).lower(toys.random_params(cfg.model), batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * length * size * 4
+
+
+def test_settings_have_the_names_that_tasks_of_the_harness_use(loaded):
+    tok = loaded.tokenizer
+    contexts = [[tok.bos_id, *tok.encode(text)] for text in TEXTS]
+    expected = harness.continuations(loaded, contexts, {"max_gen_toks": 5}, Counter())
+    assert any(expected)
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        settings = {name: 5, "num_beams": 1, "do_sample": False, "temperature": None}
+        assert harness.continuations(loaded, contexts, settings, Counter()) == expected
+    both = {"max_new_tokens": 9, "max_gen_toks": 5}
+    assert harness.continuations(loaded, contexts, both, Counter()) == expected
 
 
 def test_settings_that_are_not_known_or_leave_no_room_are_refused(loaded):
