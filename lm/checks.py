@@ -60,9 +60,10 @@ def fit(cfg: Config) -> None:
     if task.couples_rows and cfg.train.micro_batches > 1:
         raise ConfigError(f"'train.micro_batches' must be 1: task.name={name} compares all rows of a batch")
     head = task.head(cfg)
-    if head and head.kind != "token" and cfg.model.pool == "first" and cfg.model.kind in ("decoder", "prefix_decoder"):
+    if head and head.kind != "token" and _sees_itself(cfg):
         raise ConfigError(
-            f"'model.pool' is first, but the first position of a {cfg.model.kind} sees only itself; use last or mean"
+            f"'model.pool' is {cfg.model.pool}, but the first position of a {cfg.model.kind} sees only itself; use "
+            "last or mean"
         )
     if cfg.model.dtype in ("int8", "fp8") and importlib.util.find_spec("qwix") is None:
         raise ConfigError(f"'model.dtype' is {cfg.model.dtype}, which needs qwix: pip install -e '.[quantization]'")
@@ -115,6 +116,11 @@ def sets_fit(cfg: Config, abstract_params: Any, tokenizer: Any) -> None:
                 task.check_tokenizer(own, tokenizer)
         except ConfigError as error:
             raise ConfigError(f"{key}': {error}") from None
+
+
+def _sees_itself(cfg: Config) -> bool:
+    """Whether a head reads the first position, which sees no other."""
+    return cfg.model.pool in ("first", "cls") and cfg.model.kind in ("decoder", "prefix_decoder")
 
 
 def _lacks(cfg: Config, task: Task) -> str:

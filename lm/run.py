@@ -36,6 +36,8 @@ from lm.program import Program
 from lm.tasks import TASKS, base, build_saved_config, columns_of_batch, task_of
 from lm.types import Batch, ModelFns
 
+_POSITIONS = ("embed/positions", "decoder_positions")  # tables that model.position=fixed does not train
+
 
 class Plan(NamedTuple):
     """What is known of a run, and has been checked, before data is read or a device is touched.
@@ -130,6 +132,13 @@ def plan(cfg: Config, workdir: Path | None) -> Plan:
     adapters.check(cfg.adapter, param_paths.flatten(abstract))
     checks.sets_fit(cfg, abstract, found)
     selection = trainable.resolve(cfg.optim, abstract, total_steps=1)  # its length waits for the data's size
+    if cfg.model.position == "fixed" and (
+        moved := [path for path in _POSITIONS if any(selection.decayed.get(path, ()))]
+    ):
+        raise ConfigError(
+            f"'optim.decay_rules' let '{moved[0]}' decay, which does not learn with model.position=fixed; add the rule "
+            f"('{moved[0]}', False) before the others"
+        )
     anchored = _anchored(cfg, abstract)
     logical_axes = param_paths.flatten(model.logical_axes())
     words = init_from.NO_TABLES
@@ -178,7 +187,7 @@ def _published_shape(cfg: Config, own: Sequence[checkpoint.Saved], init: init_fr
     if not cfg.init_from.startswith(hf.PREFIX):
         return cfg
     if isinstance(init, hf.Published):
-        model, adapter, where = init.model, init.adapter, cfg.init_from
+        model, adapter, where, task = init.model, init.adapter, cfg.init_from, init.task
     else:
         readable = [saved for saved in own if "unreadable" not in saved.info]
         if not readable:
@@ -187,10 +196,11 @@ def _published_shape(cfg: Config, own: Sequence[checkpoint.Saved], init: init_fr
         saved = build_saved_config(there.info["config"])
         where = str(there.path)
         model = hf.adopt(cfg.model, saved.model, where)
+        task = {key: getattr(saved.task, key) for key in ("image_shape", "target") if hasattr(saved.task, key)}
         adapter = saved.adapter if _published(own, init)[1] else None
     if adapter:
         cfg = dataclasses.replace(cfg, adapter=hf.adopt_adapter(cfg.adapter, adapter, where))
-    cfg = dataclasses.replace(cfg, model=model)
+    cfg = dataclasses.replace(cfg, model=model, task=hf.adopt_task(cfg.task, task, where))
     config.check(cfg)
     return cfg
 

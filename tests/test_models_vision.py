@@ -29,7 +29,8 @@ IMAGE_TASKS = {"mae": "masked_autoencoding", "vit": "contrastive_images"}
 @functools.cache
 def make(kind, head=None, **options):
     """A small model's config, functions, and parameters whose zeros and ones are perturbed."""
-    sizes = dict(num_layers=2, embed_dim=16, num_heads=4, mlp_dim=32, decoder_layers=1, decoder_dim=8) | options
+    sizes = dict(position="sincos", num_layers=2, embed_dim=16, num_heads=4, mlp_dim=32) | options
+    sizes = dict(decoder_layers=1, decoder_dim=8) | sizes
     model = transformer.resolve(ModelConfig(kind=kind, patch_size=P, **sizes), vocab_size=1, seq_len=1)
     cfg = Config(model=model, task=toys.task(IMAGE_TASKS[kind], image_shape=SHAPE))
     fns = {"vit": vision.vit, "mae": vision.mae}[kind](cfg, head, jnp.float32)
@@ -262,7 +263,7 @@ def test_error_on_the_reconstruction_image_is_the_loss():
     masked = np.array([[0, 3], [1, 2]], np.int32)
     patches = vision.patchify(images.astype(np.float64), 4)
     target = (patches - patches.mean(-1, keepdims=True)) / patches.std(-1, keepdims=True)
-    error = functools.partial(show_reconstructions.loss, images_BxHxWxC=images, masked_BxM=masked, size=4)
+    error = functools.partial(show_reconstructions.loss, images_BxHxWxC=images, masked_BxM=masked, cfg=make("mae")[0])
     assert error(target.astype(np.float32)) == pytest.approx(0, abs=1e-5)
     assert error(np.zeros_like(target)) == pytest.approx(1, abs=1e-4)
     assert error((target / 2).astype(np.float32)) == pytest.approx(0.25, abs=1e-4)

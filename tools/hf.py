@@ -2,6 +2,7 @@
 
     python tools/hf.py import FOLDER OUT [--tokenizer=FILE]  OUT = a run folder that tools/chat.py and init_from read
     python tools/hf.py import FOLDER OUT --task=contrastive_pairs --pool=mean    a sentence encoder, such as MiniLM
+    python tools/hf.py import FOLDER OUT --task=image_classification --pool=cls  a ViT, or the encoder of a ViT-MAE
     python tools/hf.py import ADAPTER OUT [--base=FOLDER]    LoRA of the library peft, on the model it belongs to
     python tools/hf.py export RUN OUT [--dtype=bfloat16]     OUT = config.json, generation_config.json, safetensors
     python tools/hf.py export RUN OUT --adapter              OUT = LoRA alone, for the library peft
@@ -23,7 +24,7 @@ from lm.terminal import say, stop
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "import: the tokenizer, a file or folder; '' = that of FOLDER.")
 _TASK = flags.DEFINE_string("task", "causal_lm", "import: task.name of the run.")
-_POOL = flags.DEFINE_enum("pool", "first", ["first", "mean", "last"], "import: model.pool of the run.")
+_POOL = flags.DEFINE_enum("pool", "first", ["first", "mean", "last", "cls"], "import: model.pool of the run.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.")
 _ADAPTER = flags.DEFINE_bool("adapter", False, "export: LoRA and the head alone, as the library peft reads them.")
 _BASE = flags.DEFINE_string("base", "", "an adapter's published model, if RUN or FOLDER names none, or it was moved.")
@@ -35,7 +36,13 @@ MAX_ERROR, MAX_KL = 1e-5, 1e-9
 # Tasks whose heads have a place in the files of some family.
 _WITH_HEADS = (
     *("classification", "tagging", "masked_lm_pairs"),
-    *("contrastive_sentences", "contrastive_pairs", "contrastive_triples"),
+    *(
+        "contrastive_sentences",
+        "contrastive_pairs",
+        "contrastive_triples",
+        "contrastive_images",
+        "image_classification",
+    ),
 )
 
 
@@ -85,13 +92,20 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     source.model.pool = pool
     source.data.packing = tasks.TASKS[task].packing[0]
     published = hf.open_model(folder)
-    fitting = [name for name, each in tasks.TASKS.items() if published.model.kind in each.models]
+    kinds = {"vit", "mae"} if published.model.kind == "mae" else {published.model.kind}  # its encoder is a ViT
+    fitting = [name for name, each in tasks.TASKS.items() if kinds & {*each.models}]
     if task not in fitting:
         raise ConfigError(
             f"{folder} has model.kind={published.model.kind}; --task is {task}, expected {', '.join(fitting)}"
         )
-    for name in ("seq_len", "target_len"):
-        source.data[name] = min(source.data[name], published.model.max_len)
+    if published.task:
+        source.model.kind = next(kind for kind in tasks.TASKS[task].models if kind in kinds)
+        source.task.image_shape = published.task["image_shape"]
+        if hasattr(source.task, "labels"):
+            source.task.labels = _labels(published)
+    else:
+        for name in ("seq_len", "target_len"):
+            source.data[name] = min(source.data[name], published.model.max_len)
     source.train.total_steps = 1
     if published.adapter:
         source.optim.lr_rules = ((".*/lora_.*|head/.*", 1.0), (".*", 0.0))
@@ -106,6 +120,14 @@ def import_model(folder: str, out: Path, tokenizer: str, task: str, pool: str) -
     info = about | {key: getattr(planned, key) for key in ("published_vocab", "published_adapter")}
     size = run_lib.write_checkpoint(out, planned.cfg, params, planned.tokenizer, 0, info)
     say(f"{out}: {size / 2**20:,.1f} MiB of parameters")
+
+
+def _labels(published: Any) -> tuple[str, ...]:
+    """The labels of a classifier, as config.json names them; two where the folder has no classifier."""
+    classifier = "head/classifier/bias"
+    count = published.shapes[classifier][0] if classifier in published.table else 2
+    named = {int(key): str(name) for key, name in (published.tensors.config.get("id2label") or {}).items()}
+    return tuple(named.get(number, f"LABEL_{number}") for number in range(count))
 
 
 def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> None:
@@ -149,11 +171,16 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
         params = {name: part for name, part in params.items() if name != "head"}
         say("the projection head, which is for training only, is left out")
     about: dict[str, Any] = {}
+    others: dict[str, bytes] = {}
+    if model.kind in families.IMAGE_MODELS:
+        model, params = _with_stored_positions(model, params, cfg.task.image_shape)
+        about = families.images_back(cfg.task)
+        pixels = families.pixels_back(model, cfg.task.image_shape)
+        others[families.PREPROCESSOR] = f"{json.dumps(pixels, indent=2)}\n".encode()
     if head and (labels := getattr(cfg.task, "labels", ())):
-        about = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        about |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     opened = hf.open_model(base) if as_adapter else None
     model_type = (opened.family if opened else families.of_model(model)).model_type
-    others: dict[str, bytes] = {}
     if tokenizer:
         ends = tasks.task_of(cfg).ends(tokenizer)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -200,7 +227,25 @@ def export_run(run: str, out: Path, dtype: str, as_adapter: bool, base: str) -> 
         say(f"{out}: LoRA of rank {cfg.adapter.rank} on {base}, {dtype}")
         return
     export.export(out, model, params, vocab_size=rows, about=about, **options)
-    say(f"{out}: {rows:,} of {model.vocab_size:,} rows of vocabulary, {dtype}")
+    kept = "" if model.kind in families.IMAGE_MODELS else f"{rows:,} of {model.vocab_size:,} rows of vocabulary, "
+    say(f"{out}: {kept}{dtype}")
+
+
+def _with_stored_positions(model: Any, params: Any, shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """A model of images with tables instead of the positions that `model.position=sincos` computes."""
+    import dataclasses
+
+    from lm import param_paths
+    from lm.models import vision
+
+    if model.position != "sincos":
+        return model, params
+    grid = (shape[0] // model.patch_size, shape[1] // model.patch_size)
+    tables = {"embed/positions": vision.position_table(*grid, model.embed_dim)}
+    if model.kind == "mae":
+        tables["decoder_positions"] = vision.position_table(*grid, model.decoder_dim)
+    stored = param_paths.unflatten(param_paths.flatten(params) | tables)
+    return dataclasses.replace(model, position="fixed" if model.kind == "mae" else "learned"), stored
 
 
 class Comparison(NamedTuple):
@@ -228,6 +273,9 @@ def verify(folder: Path, text: str, positions: int) -> None:
     from lm.checkpoint import CheckpointError
 
     pair = load_both(folder)
+    if pair.task:
+        verify_images(pair)
+        return
     batches = random_batches(pair.vocab_size, min(positions, pair.model.max_len))
     if ids := _real_text(pair.path, text, min(positions, pair.model.max_len)):
         batches["real text"] = (ids, [[1] * len(ids[0])])
@@ -260,6 +308,8 @@ class Pair(NamedTuple):
       params: its parameters here.
       predicts: whether the files have what predicts ids; a BERT without it is compared by its hidden states alone.
       vocab_size: its ids.
+      task: of a model of images, `lm.checkpoint.hf.Published.task`.
+      head: of a ViT that classifies.
     """
 
     path: Path
@@ -268,26 +318,35 @@ class Pair(NamedTuple):
     params: Any
     predicts: bool
     vocab_size: int
+    task: Any = None
+    head: Any = None
 
 
 def load_both(folder: Path) -> Pair:
     """Reads a folder here and with `transformers`."""
+    import dataclasses
+
     import jax
     import jax.numpy as jnp
 
     from lm import param_paths
     from lm.checkpoint import CheckpointError, hf
+    from lm.types import Head
 
     published = hf.open_model(folder)
     if published.adapter:
         raise CheckpointError(f"{folder} is an adapter; verify compares whole models, such as {published.base_path}")
-    model = published.model
+    model, head = published.model, None
+    if model.kind == "vit" and (classifier := "head/classifier/bias") in published.table:
+        model, head = dataclasses.replace(model, pool="cls"), Head("pooled", published.shapes[classifier][0])
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(model_fns(model).init, jax.random.key(0))
+    shapes = jax.eval_shape(hf.functions(model, published.task, head).init, jax.random.key(0))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
     there, flat = published.info["arrays"], param_paths.flatten(abstract)
     absent = {path: jnp.zeros(leaf.shape) for path, leaf in flat.items() if f"params/{path}" not in there}
-    if wrong := [path for path in absent if not path.startswith("lm_")]:
+    # What predicts ids, or pixels.
+    unneeded = ("decoder", "mask_token", "pixels/") if model.kind == "mae" else ("lm_",)
+    if wrong := [path for path in absent if not path.startswith(unneeded)]:
         raise CheckpointError(f"{published.path} has no tensor for '{wrong[0]}'")
     wanted = param_paths.unflatten({path: leaf for path, leaf in flat.items() if path not in absent})
     read = hf.load(published, {"params": wanted})["params"]
@@ -299,19 +358,90 @@ def load_both(folder: Path) -> Pair:
         stop("error: verify needs torch and transformers: pip install -e '.[hf,peer]'")
     where, more = place(published.path)
     kinds = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+    kinds |= {"vit": "AutoModelForImageClassification" if head else "AutoModel", "mae": "AutoModelForPreTraining"}
     auto = getattr(transformers, "AutoModel" if absent else kinds.get(model.kind, "AutoModelForCausalLM"))
     theirs = auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager", **more)
-    return Pair(published.path, theirs.eval(), model, params, not absent, model.vocab_size)
+    predicts = not absent and (model.kind != "vit" or head is not None)
+    return Pair(published.path, theirs.eval(), model, params, predicts, model.vocab_size, published.task, head)
 
 
-def model_fns(model: Any) -> Any:
-    """The functions of a model without a head, float32."""
+def verify_images(pair: Pair, images: int = 4) -> None:
+    """As `verify`, of a model of images on random pixels; of ViT-MAE with the same hidden patches, and the loss.
+
+    Raises:
+      CheckpointError: they differ by more than MAX_ERROR.
+    """
+    from lm.checkpoint import CheckpointError
+
+    found = compare_images(pair, images)
+    say(f"random images of {pair.task['image_shape']}, error relative to the largest value:")
+    for name, error in found.items():
+        say(f"  {name:<16}{error:>10.1e}")
+    if not max(found.values()) <= MAX_ERROR:
+        raise CheckpointError(
+            f"{pair.path} computes something else here than in transformers: more than {MAX_ERROR} of the largest value"
+        )
+    say(f"equal: within {MAX_ERROR}")
+
+
+def compare_images(pair: Pair, images: int) -> dict[str, float]:
+    """What is compared -> error relative to the largest value: hidden states after each layer and the last norm, and if
+    there is what predicts them, logits, the reconstruction of all patches and the loss."""
+    import dataclasses
+
+    import jax
     import jax.numpy as jnp
+    import numpy as np
+    import torch
 
-    from lm.config import Config
-    from lm.models import registry
+    from lm import losses, param_paths
+    from lm.checkpoint import hf
+    from lm.models import layers, vision
 
-    return registry.MODELS[model.kind](Config(model=model), None, jnp.float32)
+    model, shape = pair.model, pair.task["image_shape"]
+    rng = np.random.default_rng(0)
+    pixels_BxHxWxC = rng.integers(0, 256, (images, *shape)).astype(np.uint8)
+    batch: dict[str, Any] = {"images": pixels_BxHxWxC}
+    values = (pixels_BxHxWxC.astype(np.float64) / 255 - model.pixel_mean) / model.pixel_deviation
+    given: dict[str, Any] = {"pixel_values": torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32))}
+    if model.kind == "mae":
+        noise = rng.random((images, shape[0] * shape[1] // model.patch_size**2), np.float32)
+        order_BxT, seen = (
+            noise.argsort(axis=1).astype(np.int32),
+            int(noise.shape[1] * (1 - pair.theirs.config.mask_ratio)),
+        )
+        batch |= {"visible_patches": order_BxT[:, :seen], "masked_patches": order_BxT[:, seen:]}
+        given["noise"] = torch.from_numpy(noise)
+    with torch.no_grad():
+        theirs = pair.theirs(**given, output_hidden_states=True)
+    out = jax.jit(hf.functions(model, pair.task, pair.head).apply)(pair.params, batch)
+
+    def error(mine: Any, their: Any) -> float:
+        mine, their = np.asarray(mine, np.float64), np.asarray(their, np.float64)
+        return float(np.abs(mine - their).max() / np.abs(their).max())
+
+    norm = layers.Norm(model.norm, model.norm_eps, model.use_bias)
+    of_norm = {"params": pair.params["encoder"]["final_norm"]}
+    errors = {}
+    for count in range(1, model.num_layers + 1):
+
+        def first(path: str, leaf: Any, count: int = count) -> Any:
+            return leaf[:count] if path.startswith("encoder/layers/") else leaf
+
+        mine = out.hidden_BxLxD
+        if count < model.num_layers:
+            shorter = hf.functions(dataclasses.replace(model, num_layers=count), pair.task, pair.head)
+            mine = jax.jit(shorter.apply)(param_paths.map_with_path(first, pair.params), batch).hidden_BxLxD
+        their = jnp.asarray(theirs.hidden_states[count].numpy())
+        errors[f"after layer {count}"] = error(mine, norm.apply(of_norm, their))
+    if pair.predicts:
+        errors["logits" if model.kind == "vit" else "reconstruction"] = error(out.head, theirs.logits)
+    if pair.predicts and model.kind == "mae":
+        patches = vision.patchify(vision.normalise(pixels_BxHxWxC, model), model.patch_size)
+        ones = jnp.ones(images)
+        terms = losses.patch_mse(out.head, patches, batch["masked_patches"], ones, target=pair.task["target"])
+        errors["loss"] = error(terms.sum / terms.weight, theirs.loss)
+    return errors
 
 
 def place(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -372,12 +502,13 @@ def compare(pair: Pair, name: str, tokens: Any, mask: Any) -> Comparison:
     import numpy as np
 
     from lm import losses
+    from lm.checkpoint import hf
 
     batch, model = batch_of(pair.model, tokens, mask), pair.model
 
     @jax.jit
     def apply(params: Any, batch: Any) -> Any:
-        out = model_fns(model).apply(params, batch)
+        out = hf.functions(model, pair.task).apply(params, batch)
         size = {"vocab_size": pair.vocab_size, "softcap": model.logit_softcap}
         return losses.logits(out.pre_logits_BxLxD, out.unembed_DxV, **size), out.hidden_BxLxD
 
@@ -408,6 +539,7 @@ def layer_errors(pair: Pair, tokens: Any, mask: Any) -> list[float]:
     import numpy as np
 
     from lm import param_paths
+    from lm.checkpoint import hf
     from lm.models import layers
 
     batch, model, params = batch_of(pair.model, tokens, mask), pair.model, pair.params
@@ -423,7 +555,7 @@ def layer_errors(pair: Pair, tokens: Any, mask: Any) -> list[float]:
         def first(path: str, leaf: Any, count: int = count) -> Any:
             return leaf[:count] if path.startswith(f"{stack}/layers/") else leaf
 
-        shorter = model_fns(dataclasses.replace(model, **{key: count}))
+        shorter = hf.functions(dataclasses.replace(model, **{key: count}), pair.task)
         mine = np.asarray(jax.jit(shorter.apply)(param_paths.map_with_path(first, params), batch).hidden_BxLxD)[real]
         their = theirs[count].numpy()
         if count < most and model.norm_position != "post":  # transformers normalises the last ones only

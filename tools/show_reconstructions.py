@@ -52,34 +52,39 @@ def reconstruct(run: str, rows: int) -> tuple[dict[str, np.ndarray], str]:
     )
     prediction_BxTxC = np.asarray(jax.jit(model.apply)(params, batch).head)
     images, masked, size = batch["images"], batch["masked_patches"], cfg.model.patch_size
-    error, of_zero = (loss(x, images, masked, size) for x in (prediction_BxTxC, np.zeros_like(prediction_BxTxC)))
+    target = cfg.task.target
+    error, of_zero = (loss(x, images, masked, cfg) for x in (prediction_BxTxC, np.zeros_like(prediction_BxTxC)))
     about = f"{run.partition('@')[0]}, step {saved.step:,}, {rows} held-out images"
     errors = f"squared error per hidden patch: model {error:.4f}, zero prediction {of_zero:.4f}"
-    return panels(images, prediction_BxTxC, masked, size), f"{about}\n{errors}"
+    return panels(
+        images, prediction_BxTxC, masked, size, cfg.model if target == "pixels" else None
+    ), f"{about}\n{errors}"
 
 
-def loss(prediction_BxTxC: np.ndarray, images_BxHxWxC: np.ndarray, masked_BxM: np.ndarray, size: int) -> float:
+def loss(prediction_BxTxC: np.ndarray, images_BxHxWxC: np.ndarray, masked_BxM: np.ndarray, cfg: Any) -> float:
     """The training loss of a prediction."""
     import jax.numpy as jnp
 
     from lm import losses
     from lm.models import vision
 
-    patches_BxTxC = vision.patchify(vision.normalise(images_BxHxWxC), size)
+    patches_BxTxC = vision.patchify(vision.normalise(images_BxHxWxC, cfg.model), cfg.model.patch_size)
     ones_B = jnp.ones(len(images_BxHxWxC))
-    terms = losses.patch_mse(jnp.asarray(prediction_BxTxC), jnp.asarray(patches_BxTxC), jnp.asarray(masked_BxM), ones_B)
+    prediction, patches, masked = map(jnp.asarray, (prediction_BxTxC, patches_BxTxC, masked_BxM))
+    terms = losses.patch_mse(prediction, patches, masked, ones_B, target=cfg.task.target)
     return float(terms.sum / terms.weight)
 
 
 def panels(
-    images_BxHxWxC: np.ndarray, prediction_BxTxC: np.ndarray, masked_BxM: np.ndarray, size: int
+    images_BxHxWxC: np.ndarray, prediction_BxTxC: np.ndarray, masked_BxM: np.ndarray, size: int, of_pixels: Any = None
 ) -> dict[str, np.ndarray]:
     """Title -> images, uint8 [B, H, W, C]: the columns of the picture.
 
     The model predicts patches normalised by their own mean and standard deviation, and does not predict these two. They
     are estimated from the visible patches, one pair for all hidden patches of an image: the mean of their pixels and
     the root mean square of their standard deviations. The prediction of zero is drawn in the same way, so that the
-    difference between the last two columns is what the model contributes.
+    difference between the last two columns is what the model contributes. A model whose config `of_pixels` has
+    task.target=pixels predicts the patches themselves.
     """
     from lm.models import vision
 
@@ -95,10 +100,15 @@ def panels(
         images: np.ndarray = vision.unpatchify(pixels_BxTxC, images_BxHxWxC.shape[1:], size)
         return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
+    model_BxTxC = mean_Bx1x1 + deviation_Bx1x1 * prediction_BxTxC
+    if of_pixels:  # a patch is rows, columns, channels: channels are last, as `normalise` has them
+        rows = [np.resize(row, images_BxHxWxC.shape[-1]) for row in (of_pixels.pixel_deviation, of_pixels.pixel_mean)]
+        deviation_C, mean_C = (255.0 * np.tile(row, size**2) for row in rows)
+        model_BxTxC = prediction_BxTxC * deviation_C + mean_C
     return {
         "original": images_BxHxWxC,
         "seen": draw_hidden(np.float32(127)),
-        "model": draw_hidden(mean_Bx1x1 + deviation_Bx1x1 * prediction_BxTxC),
+        "model": draw_hidden(model_BxTxC),
         "zero prediction": draw_hidden(mean_Bx1x1 + 0 * prediction_BxTxC),
     }
 

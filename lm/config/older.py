@@ -74,14 +74,18 @@ def is_older(source: Mapping[str, Any]) -> bool:
     return "task" not in source
 
 
-def _count_decoder_layers(saved: dict[str, Any]) -> None:
-    """Sets the number of layers of a decoder in the `model` of a run, which earlier versions left open as 0.
+def _size_decoder(saved: dict[str, Any]) -> None:
+    """Sets the sizes of a decoder in the `model` of a run, which earlier versions left open as 0 or did not have.
 
     A config that was only planned, such as that of a trial, leaves other sizes open too, and stays as it is.
     """
     is_resolved = all(map(saved.get, ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_len")))
     if saved.get("kind") in ("encoder_decoder", "mae") and is_resolved:
         saved["decoder_layers"] = saved.get("decoder_layers") or saved["num_layers"]
+    if saved.get("kind") == "mae" and is_resolved:
+        width = saved["decoder_dim"] = saved.get("decoder_dim") or saved["embed_dim"]
+        saved["decoder_heads"] = saved.get("decoder_heads") or saved["num_heads"]
+        saved["decoder_mlp_dim"] = saved.get("decoder_mlp_dim") or saved["mlp_dim"] * width // saved["embed_dim"]
 
 
 def _drop_unread(saved: dict[str, Any]) -> None:
@@ -110,7 +114,7 @@ def upgrade(source: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> 
     for (section, key), value in _BEFORE.items():
         out.setdefault(section, {}).setdefault(key, value)
     _drop_unread(out["model"])
-    _count_decoder_layers(out["model"])
+    _size_decoder(out["model"])
     if not is_older(source):
         return out
     for (section, key), places in _PAIRS.items():

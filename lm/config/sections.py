@@ -173,6 +173,8 @@ class ModelConfig:
     num_layers: int = 4  # in an encoder-decoder, of the encoder
     decoder_layers: int = 0  # encoder_decoder and mae; 0 = num_layers
     decoder_dim: int = 0  # mae only: width of its decoder; 0 = embed_dim
+    decoder_heads: int = 0  # mae only; 0 = num_heads
+    decoder_mlp_dim: int = 0  # mae only; 0 = mlp_dim * decoder_dim / embed_dim
     embed_dim: int = 256
     num_heads: int = 4
     num_kv_heads: int = 0  # 0 = num_heads
@@ -183,8 +185,12 @@ class ModelConfig:
     unused_positions: int = 0  # more rows of that table, before that of position 0, which are not read (RoBERTa)
     sentence_types: int = 2  # rows of an encoder's sentence embedding; 1 = all sentences have the same (RoBERTa)
     patch_size: int = 4  # vit and mae: side of the square patches of an image, in pixels
-    # Llama: rope. relative = T5's bias; sincos = fixed sines of row and column, for vit and mae.
-    position: Literal["learned", "rope", "relative", "sincos"] = "learned"
+    # vit and mae: a pixel from 0 to 1 becomes (pixel - mean) / deviation; one value for all channels, or one for each.
+    pixel_mean: tuple[float, ...] = (0.5,)
+    pixel_deviation: tuple[float, ...] = (0.5,)
+    # Llama: rope. relative = T5's bias. Of vit and mae: sincos = sines of row and column, computed; fixed = a table of
+    # them, which is stored and not trained (ViT-MAE); learned = a table with a row for [CLS] and each patch (ViT).
+    position: Literal["learned", "rope", "relative", "sincos", "fixed"] = "learned"
     rope_theta: float = 10_000.0
     rope_local_theta: float = 0.0  # in the layers with a window, without rope_scaling (Gemma 3); 0 = as in the others
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
@@ -216,7 +222,9 @@ class ModelConfig:
     attention_softcap: float = 0.0  # the same, on attention scores
     sliding_window: int = 0  # 0 = off; else a position attends to itself and the window - 1 before it
     global_every: int = 0  # every n-th layer has no window, the last of each n; 0 = all layers have it
-    pool: Literal["first", "mean", "last"] = "first"  # input of a head on a row: [CLS], the mean, the last token
+    # Input of a head on a row: [CLS], the mean, the last token; cls = the first without a pooler before the classifier
+    # (ViT).
+    pool: Literal["first", "mean", "last", "cls"] = "first"
     dropout: float = 0.0
     neftune_alpha: float = 0.0  # uniform noise on the embeddings while training (NEFTune); 0 = off
     dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # of compute, see lm.program.compute_dtype
@@ -234,7 +242,19 @@ def check_model(model: ModelConfig) -> None:
             f"'model.embed_dim' ({model.embed_dim}) must be a multiple of 'model.num_heads' ({model.num_heads}), or "
             "set 'model.head_dim'": bool(model.head_dim) or model.embed_dim % model.num_heads == 0,
             f"'model.position' is {model.position}, but 'model.kind' {model.kind} needs "
-            f"{'sincos' if is_vision else 'another'}": is_vision == (model.position == "sincos"),
+            f"{'sincos, fixed or learned' if is_vision else 'another'}": (
+                model.position == "learned" or is_vision == (model.position in ("sincos", "fixed"))
+            ),
+            f"'model.pixel_mean' is {model.pixel_mean}, 'model.pixel_deviation' {model.pixel_deviation}; expected one "
+            "value or one for each channel in both, and deviations above 0": (
+                len(model.pixel_mean) == len(model.pixel_deviation) and min(model.pixel_deviation, default=0) > 0
+            ),
+            f"'model.pixel_mean' and 'pixel_deviation' are for images; 'model.kind' {model.kind} reads text": (
+                is_vision or (model.pixel_mean, model.pixel_deviation) == ((0.5,), (0.5,))
+            ),
+            f"'model.decoder_heads' and 'model.decoder_mlp_dim' are for mae; 'model.kind' {model.kind} needs 0": (
+                model.kind == "mae" or not (model.decoder_heads or model.decoder_mlp_dim)
+            ),
             f"'model.num_experts' is for models of text; 'model.kind' {model.kind} needs it to be 0": (
                 not is_vision or not model.num_experts
             ),
@@ -683,7 +703,10 @@ def _check_together(config: Config) -> None:
             f"'data.batch_size' ({data.batch_size}) must be a multiple of 'train.micro_batches' "
             f"({train.micro_batches})": data.batch_size % train.micro_batches == 0,
             f"'model.max_len' ({model.max_len}) is shorter than 'data.seq_len' ({data.seq_len}) or 'data.target_len'": (
-                model.position != "learned" or not model.max_len or model.max_len >= max(data.seq_len, data.target_len)
+                model.position != "learned"
+                or model.kind in ("vit", "mae")
+                or not model.max_len
+                or model.max_len >= max(data.seq_len, data.target_len)
             ),
             "'data.replay' draws from the data of the run in 'init_from', but 'init_from' is empty": (
                 not data.replay or bool(config.init_from)

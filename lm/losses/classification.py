@@ -92,7 +92,13 @@ def symmetric_divergence(logits_BxC: Array, other_BxC: Array, weights_B: Array) 
 
 
 def patch_mse(
-    prediction_BxTxC: Array, patches_BxTxC: Array, masked_BxM: Array, weights_B: Array, *, eps: float = 1e-6
+    prediction_BxTxC: Array,
+    patches_BxTxC: Array,
+    masked_BxM: Array,
+    weights_B: Array,
+    *,
+    target: str = "normalised",
+    eps: float = 1e-6,
 ) -> LossTerms:
     """Mean squared error of masked patches, with normalised target patches (MAE, He et al. 2021, section 4).
 
@@ -103,6 +109,8 @@ def patch_mse(
       patches_BxTxC: the image's patches of C values; no gradient flows to them.
       masked_BxM: int32 indices of the masked patches.
       weights_B: 0 = a row that does not count.
+      target: 'normalised', 'normalised_unbiased' = by the unbiased variance, as He et al.'s code and ViT-MAE have it,
+        or 'pixels' = the patches as they are.
       eps: added to the variance; a patch of one colour has target 0.
 
     Returns:
@@ -110,8 +118,12 @@ def patch_mse(
     """
     weights_B = lax.stop_gradient(weights_B.astype(jnp.float32))
     target_BxMxC = jnp.take_along_axis(patches_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
-    target_BxMxC -= target_BxMxC.mean(axis=-1, keepdims=True)
-    target_BxMxC *= lax.rsqrt(jnp.square(target_BxMxC).mean(axis=-1, keepdims=True) + eps)
+    if target != "pixels":
+        target_BxMxC -= target_BxMxC.mean(axis=-1, keepdims=True)
+        variance_BxMx1 = jnp.square(target_BxMxC).mean(axis=-1, keepdims=True)
+        if target == "normalised_unbiased":
+            variance_BxMx1 *= target_BxMxC.shape[-1] / (target_BxMxC.shape[-1] - 1)
+        target_BxMxC *= lax.rsqrt(variance_BxMx1 + eps)
     error_BxMxC = jnp.take_along_axis(prediction_BxTxC.astype(jnp.float32), masked_BxM[..., None], axis=1)
     error_BxMxC -= lax.stop_gradient(target_BxMxC)
     error_BxMxC = jnp.where((weights_B != 0)[:, None, None], error_BxMxC, 0)

@@ -53,10 +53,10 @@ def pool(hidden_BxLxD: jax.Array, segments_BxL: jax.Array, how: str) -> jax.Arra
     Args:
       hidden_BxLxD: float32.
       segments_BxL: int32, one segment in each row.
-      how: 'first' position, 'mean' over real positions, or 'last' real position.
+      how: 'first' position, also called 'cls', 'mean' over real positions, or 'last' real position.
     """
     is_real_BxL = segments_BxL > 0
-    if how == "first":
+    if how in ("first", "cls"):
         return hidden_BxLxD[:, 0]
     if how == "mean":
         count_B = jnp.maximum(is_real_BxL.sum(axis=1), 1).astype(jnp.float32)

@@ -496,6 +496,15 @@ def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:
     if cfg.position == "rope" and head_dim % 2:
         raise ConfigError(f"'model.head_dim' must be even for rope, got {head_dim}")
     decoder_layers = cfg.decoder_layers or cfg.num_layers * (cfg.kind in ("encoder_decoder", "mae"))
+    mlp_dim = cfg.mlp_dim or 4 * cfg.embed_dim
+    if cfg.kind == "mae":
+        width = cfg.decoder_dim or cfg.embed_dim
+        cfg = dataclasses.replace(
+            cfg,
+            decoder_dim=width,
+            decoder_heads=cfg.decoder_heads or cfg.num_heads,
+            decoder_mlp_dim=cfg.decoder_mlp_dim or mlp_dim * width // cfg.embed_dim,
+        )
     return dataclasses.replace(
         cfg,
         decoder_layers=decoder_layers,
@@ -503,5 +512,5 @@ def resolve(cfg: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelConfig:
         max_len=cfg.max_len or seq_len,
         num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
         head_dim=head_dim,
-        mlp_dim=cfg.mlp_dim or 4 * cfg.embed_dim,
+        mlp_dim=mlp_dim,
     )

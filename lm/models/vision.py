@@ -1,9 +1,10 @@
 """Models of images: the Vision Transformer (Dosovitskiy et al. 2020) and the masked autoencoder (He et al. 2021).
 
 Both are the blocks of the text encoder over patches. They share the parameters 'embed/...' and 'encoder/...', so that a
-ViT can be initialised from an autoencoder, without its 'decoder/...', 'decoder_embed/...', 'mask_token' and
-'pixels/...'. Position embeddings are fixed 2-D sines and cosines, as in He et al. 2021: they need not be learned, which
-helps with little data, and fit any image size.
+ViT can be initialised from an autoencoder, without its 'decoder/...', 'decoder_embed/...', 'decoder_positions',
+'mask_token' and 'pixels/...'. Position embeddings are fixed 2-D sines and cosines, as in He et al. 2021: they need not
+be learned, which helps with little data, and fit any image size. Or they are tables 'embed/positions' and
+'decoder_positions' for one size, as published models have them (model.position=learned and fixed).
 
 Shape letters: see `lm.types`; here T = patches of an image, M = visible patches, N = masked patches, C = channels, or
 values of a patch. L = 1 + M, with [CLS] before the patches.
@@ -52,9 +53,14 @@ def mae(cfg: Config, head: Head | None, dtype: Any) -> ModelFns:
     return functional.model_fns(Mae(cfg.model, dtype, cfg.adapter), batch)
 
 
-def normalise(images: Any) -> Any:
-    """Pixels 0 to 255 -> float32 in [-1, 1]."""
-    return images.astype(np.float32) / 127.5 - 1.0
+def normalise(images: Any, cfg: ModelConfig) -> Any:
+    """Pixels 0 to 255 -> float32 (pixel / 255 - mean) / deviation, by default in [-1, 1]; channels are last."""
+    mean, deviation = np.asarray(cfg.pixel_mean), np.asarray(cfg.pixel_deviation)
+
+    def row(values: np.ndarray) -> np.ndarray:
+        return values.astype(np.float32).reshape((1,) * (images.ndim - 1) + values.shape)
+
+    return images.astype(np.float32) / row(255.0 * deviation) - row(mean / deviation)
 
 
 def patchify(images_BxHxWxC: Any, size: int) -> Any:
@@ -93,6 +99,22 @@ def positions(rows: int, columns: int, width: int) -> np.ndarray:
     place_2xT = np.indices((rows, columns)).reshape(2, -1)
     angle_2xTxQ = place_2xT[:, :, None] * frequency_Q[None, None, :]
     return np.concatenate([f(angle_Q) for angle_Q in angle_2xTxQ for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def position_table(rows: int, columns: int, width: int) -> np.ndarray:
+    """What `model.position` fixed begins as, float32 [1 + rows * columns, width]: 0 for [CLS], then `positions`."""
+    return np.pad(positions(rows, columns, width), ((1, 0), (0, 0)))
+
+
+def _stored_positions(
+    module: nn.Module, name: str, cfg: ModelConfig, dtype: Any, grid: tuple[int, int], width: int, axis: str
+) -> jax.Array:
+    """The table of positions [1 + T, width] of `module`, for learned and fixed `model.position`."""
+    is_fixed = cfg.position == "fixed"
+    init = (lambda key, shape, dtype: jnp.asarray(position_table(*grid, width), dtype)) if is_fixed else SMALL
+    table_LxE = layers.weight(module, name, init, (1 + grid[0] * grid[1], width), ("position", axis))
+    table_LxE = jax.lax.stop_gradient(table_LxE) if is_fixed else table_LxE
+    return sharding.gather(table_LxE.astype(dtype), "position", axis)
 
 
 class Vit(nn.Module):
@@ -141,9 +163,12 @@ class Mae(nn.Module):
         shuffled_BxTxE = jnp.concatenate([x_BxLxE[:, 1:], masked_BxNxE], axis=1)
         x_BxTxE = jnp.take_along_axis(shuffled_BxTxE, order_BxT[..., None], axis=1)
         H, W, C = images_BxHxWxC.shape[1:]
-        table_TxE = positions(H // cfg.patch_size, W // cfg.patch_size, small.embed_dim)
-        x_BxTxE += jnp.asarray(table_TxE, self.dtype)[None]
+        grid, width = (H // cfg.patch_size, W // cfg.patch_size), small.embed_dim
+        if cfg.position == "sincos":
+            x_BxTxE += jnp.asarray(positions(*grid, width), self.dtype)[None]
         x_BxLxE = jnp.concatenate([x_BxLxE[:, :1], x_BxTxE], axis=1)
+        if cfg.position != "sincos":
+            x_BxLxE += _stored_positions(self, "decoder_positions", cfg, self.dtype, grid, width, "decoder_embed")[None]
         decoder = Stack(small, self.dtype, name="decoder")
         out_BxLxE = _stack(decoder, x_BxLxE, layers.fold(keys_B, cfg.num_layers + 1))
         axes, size = ("decoder_embed", "pixels"), cfg.patch_size**2 * C
@@ -152,20 +177,23 @@ class Mae(nn.Module):
 
 
 def decoder_config(cfg: ModelConfig) -> ModelConfig:
-    """The config of the autoencoder's decoder: that of the encoder with another depth and width.
+    """The config of the autoencoder's decoder: that of the encoder with another depth, width and number of heads.
 
     Raises:
       ConfigError: the heads do not divide its width.
     """
-    width = cfg.decoder_dim or cfg.embed_dim
-    if width % cfg.num_heads:
-        raise ConfigError(f"'model.decoder_dim' ({width}) must be a multiple of 'model.num_heads' ({cfg.num_heads})")
+    width, heads = cfg.decoder_dim or cfg.embed_dim, cfg.decoder_heads or cfg.num_heads
+    if width % heads:
+        key = "decoder_heads" if heads != cfg.num_heads else "num_heads"
+        raise ConfigError(f"'model.decoder_dim' ({width}) must be a multiple of 'model.{key}' ({heads})")
     return dataclasses.replace(
         cfg,
         num_layers=cfg.decoder_layers,
         embed_dim=width,
-        head_dim=width // cfg.num_heads,
-        mlp_dim=cfg.mlp_dim * width // cfg.embed_dim,
+        num_heads=heads,
+        num_kv_heads=max(1, cfg.num_kv_heads * heads // cfg.num_heads),
+        head_dim=width // heads,
+        mlp_dim=cfg.decoder_mlp_dim or cfg.mlp_dim * width // cfg.embed_dim,
     )
 
 
@@ -179,8 +207,14 @@ class PatchEmbed(nn.Module):
     def __call__(self, images_BxHxWxC: jax.Array, visible_BxM: jax.Array | None) -> jax.Array:
         cfg, size = self.cfg, self.cfg.patch_size
         B, H, W, _ = images_BxHxWxC.shape
-        patches_BxMxC = patchify(normalise(images_BxHxWxC), size).astype(self.dtype)
-        place_BxMxD = jnp.asarray(positions(H // size, W // size, cfg.embed_dim), self.dtype)[None]
+        patches_BxMxC = patchify(normalise(images_BxHxWxC, cfg), size).astype(self.dtype)
+        grid, width = (H // size, W // size), cfg.embed_dim
+        place_of_cls_D = None
+        if cfg.position == "sincos":
+            place_BxMxD = jnp.asarray(positions(*grid, width), self.dtype)[None]
+        else:
+            table_LxD = _stored_positions(self, "positions", cfg, self.dtype, grid, width, "embed")
+            place_of_cls_D, place_BxMxD = table_LxD[0], table_LxD[None, 1:]
         if visible_BxM is not None:
             patches_BxMxC = jnp.take_along_axis(patches_BxMxC, visible_BxM[..., None], axis=1)
             place_BxMxD = place_BxMxD[0, visible_BxM]
@@ -190,6 +224,7 @@ class PatchEmbed(nn.Module):
         x_BxMxD += jnp.broadcast_to(place_BxMxD, x_BxMxD.shape)
         cls_D = layers.weight(self, "cls", SMALL, (cfg.embed_dim,), ("embed",))
         cls_D = sharding.gather(cls_D.astype(self.dtype), "embed")
+        cls_D = cls_D if place_of_cls_D is None else cls_D + place_of_cls_D
         return jnp.concatenate([jnp.broadcast_to(cls_D[None, None], (B, 1, cfg.embed_dim)), x_BxMxD], axis=1)
 
 

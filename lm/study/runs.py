@@ -25,7 +25,8 @@ State = run_state.State | Literal["missing"]
 
 # Keys that a trial may leave open, as 0 or 'auto', and that its run fills in.
 _OPEN = (
-    *(f"model.{key}" for key in ("vocab_size", "max_len", "num_kv_heads", "head_dim", "mlp_dim", "decoder_layers")),
+    *(f"model.{key}" for key in ("vocab_size", "max_len", "num_kv_heads", "head_dim", "mlp_dim")),
+    *(f"model.decoder_{key}" for key in ("layers", "dim", "heads", "mlp_dim")),
     "data.overlong",
 )
 # Keys that a run may be resumed with and that change its figures.

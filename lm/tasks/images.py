@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -51,6 +51,9 @@ class MaskedAutoencodingOptions:
     name: str = "masked_autoencoding"
     image_shape: tuple[int, int, int] = schema.about_data((32, 32, 3))
     mask_rate: float = 0.75  # share of an image's patches that are hidden
+    # What is predicted: the pixels of a patch, normalised to mean 0 and variance 1, the same by the unbiased variance
+    # (ViT-MAE's norm_pix_loss), or as the model reads them.
+    target: Literal["normalised", "normalised_unbiased", "pixels"] = "normalised"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +139,9 @@ def reconstruction_loss(apply: Apply, cfg: Config, tokenizer: Any) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array | None) -> LossTerms:
         prediction_BxTxC = apply(params, batch, rng=rng).head
-        patches_BxTxC = vision.patchify(vision.normalise(batch["images"]), cfg.model.patch_size)
-        return losses.patch_mse(prediction_BxTxC, patches_BxTxC, batch["masked_patches"], batch["row_weights"])
+        patches_BxTxC = vision.patchify(vision.normalise(batch["images"], cfg.model), cfg.model.patch_size)
+        masked_BxM, weights_B = batch["masked_patches"], batch["row_weights"]
+        return losses.patch_mse(prediction_BxTxC, patches_BxTxC, masked_BxM, weights_B, target=cfg.task.target)
 
     return loss_fn
 
@@ -149,6 +153,11 @@ def _check_shape(cfg: Config) -> None:
     if any(size % patch for size in shape[:2]):
         raise ConfigError(
             f"'task.image_shape' {shape} must be multiples of 'model.patch_size' ({patch}) in height and width"
+        )
+    if len(cfg.model.pixel_mean) not in (1, shape[2]):
+        raise ConfigError(
+            f"'model.pixel_mean' has {len(cfg.model.pixel_mean)} values, but 'task.image_shape' {shape} has {shape[2]} "
+            "channels: give one for each, or one for all"
         )
 
 

@@ -5,5 +5,5 @@ folder, which is not trusted.
 """
 
 from lm.checkpoint.hf.adapter import adopt as adopt_adapter
-from lm.checkpoint.hf.families import FAMILIES, adopt
-from lm.checkpoint.hf.published import PREFIX, Published, load, open_model
+from lm.checkpoint.hf.families import FAMILIES, adopt, adopt_task
+from lm.checkpoint.hf.published import PREFIX, Published, functions, load, open_model

@@ -90,10 +90,12 @@ def card(
 def _pipeline(cfg: Config, head: Head | None) -> str:
     """A hub's name of what the model is for; '' = it has none."""
     if head is None:
-        kinds = {"encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
+        kinds = {"encoder": "fill-mask", "encoder_decoder": "text2text-generation", "mae": "image-feature-extraction"}
         return kinds.get(cfg.model.kind, "text-generation")
     if head.keeps_unembed:
         return ""
+    if cfg.model.kind == "vit":
+        return "image-classification" if head.kind == "pooled" else "image-feature-extraction"
     heads = {"pooled": "text-classification", "token": "token-classification", "projection": "sentence-similarity"}
     return heads[head.kind]
 

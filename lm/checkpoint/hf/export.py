@@ -69,7 +69,9 @@ def export(
         )
     if missing := sorted(table.keys() - flat.keys()):
         raise CheckpointError(f"no parameter '{missing[0]}', which a {family.model_type} has")
-    theirs = families.config_of(family, model) | {"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}
+    theirs = families.config_of(family, model) | {"dtype": np.dtype(dtype).name}
+    if "vocab_size" in family.keys:
+        theirs["vocab_size"] = vocab_size
     theirs["architectures"] = [architecture]
     for key, value in about.items():
         if theirs.get(key, value) not in (value, None):
@@ -137,7 +139,7 @@ def tokenizer_files(tokenizer: Any, model_type: str) -> dict[str, bytes]:
 def _part(leaf: jax.Array, entry: Tensor, layer: int | None, rows: int) -> np.ndarray:
     """The values that a parameter, or a layer of it, gives to a tensor; of the vocabulary's tables the first `rows`."""
     value = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
-    value = value.T if entry.transposed else value
+    value = entry.to_file(value)
     return value[:rows] if entry.path in OF_VOCABULARY else value
 
 

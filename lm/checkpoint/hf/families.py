@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lm.checkpoint.store import CheckpointError
 from lm.config import ModelConfig, RopeScalingConfig, check_model, schema
 from lm.config.schema import ConfigError
@@ -21,7 +23,9 @@ Json = dict[str, Any]
 
 # Keys of `model` that training chooses and no folder says.
 FREE = ("init", "dropout", "neftune_alpha", "pool", "dtype", "remat", "unroll")
-_SIZES = ("num_layers", "embed_dim", "num_heads", "vocab_size", "max_len")
+_SIZES = ("num_layers", "embed_dim", "num_heads", "vocab_size", "max_len", "patch_size")
+IMAGE_MODELS = ("vit", "mae")  # of model.kind
+_OF_TEXT = ("vocab_size", "max_len")  # keys of `model` that models of images do not read
 # Keys of config.json that may be null, which means off, or the usual size.
 _OPTIONAL = (
     *("num_key_value_heads", "head_dim", "n_inner", "num_decoder_layers"),
@@ -46,6 +50,9 @@ class Tensor(NamedTuple):
       part: which part of one of the tensor's axes the parameter is, from 0.
       parts: number of those, of equal size.
       axis: the axis of the tensor that has the parts.
+      leading: number of axes of size 1 that the tensor has before those of the parameter.
+      patch: side of the patches, where the tensor is the kernel [out, channels, patch, patch] of a convolution over
+        them and the parameter [patch * patch * channels, out]; 0 = it is none.
     """
 
     path: str
@@ -54,23 +61,45 @@ class Tensor(NamedTuple):
     part: int = 0
     parts: int = 1
     axis: int = -1
+    leading: int = 0
+    patch: int = 0
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor for a parameter (of one layer) of this shape."""
+        if self.patch:
+            return (shape[1], shape[0] // self.patch**2, self.patch, self.patch)
         sizes = list(shape[::-1] if self.transposed else shape)
         if self.parts > 1:
             sizes[self.axis] *= self.parts
-        return tuple(sizes)
+        return (1,) * self.leading + tuple(sizes)
 
     def file_index(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """Slices of the tensor that hold these slices (of one layer) of a parameter of this shape."""
+        """Slices of the tensor that hold these slices (of one layer) of a parameter of this shape.
+
+        Of a convolution's kernel they hold all rows, of which `from_file` takes those of the index.
+        """
+        if self.patch:
+            return (index[1], *(slice(0, size) for size in self.file_shape(shape)[1:]))
         ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
         found = [slice(start, stop) for start, stop, _ in ranges]
         if self.transposed:
             found, shape = found[::-1], shape[::-1]
         offset, own = self.part * shape[self.axis], found[self.axis]
         found[self.axis] = slice(own.start + offset, own.stop + offset)
-        return tuple(found)
+        return (slice(0, 1),) * self.leading + tuple(found)
+
+    def from_file(self, values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        """The slices of the parameter (of one layer), of the values that `file_index` names."""
+        if self.patch:
+            return values.transpose(2, 3, 1, 0).reshape(-1, len(values))[index[0]]
+        values = values.reshape(values.shape[self.leading :])
+        return values.T if self.transposed else values
+
+    def to_file(self, value: np.ndarray) -> np.ndarray:
+        """The tensor, or its part, of a parameter (of one layer)."""
+        if self.patch:
+            return value.T.reshape(-1, self.patch, self.patch, len(value) // self.patch**2).transpose(0, 3, 1, 2)
+        return (value.T if self.transposed else value)[(None,) * self.leading]
 
 
 class Family(NamedTuple):
@@ -173,6 +202,7 @@ def of_model(model: ModelConfig) -> Family:
     for family in FAMILIES.values():
         try:
             back = model_of(family, config_of(family, model), Path("config.json"))
+            back = dataclasses.replace(back, **{key: getattr(model, key) for key in PIXELS})  # are in another file
         except CheckpointError as error:
             reasons.append(f"  {family.model_type}: {error}")
             continue
@@ -187,7 +217,8 @@ def of_model(model: ModelConfig) -> Family:
 def differences(model: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Key -> (value in `model`, value in `other`), of the keys that say what a model computes."""
     mine, theirs = (dict(schema.flatten(schema.to_dict(each))) for each in (model, other))
-    return {key: (mine[key], theirs[key]) for key in mine if key not in FREE and mine[key] != theirs[key]}
+    unread = (*FREE, *(_OF_TEXT if other.kind in IMAGE_MODELS else ()))
+    return {key: (mine[key], theirs[key]) for key in mine if key not in unread and mine[key] != theirs[key]}
 
 
 def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
@@ -204,6 +235,12 @@ def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
     usual, mine = (dict(schema.flatten(schema.to_dict(each))) for each in (ModelConfig(), model))
     conflicts = {key: pair for key, pair in differences(model, there).items() if mine[key] != usual[key]}
     changes = {key: getattr(model, key) for key in FREE}
+    if (model.kind, there.kind) == ("vit", "mae"):  # its encoder, whose positions learn from now on
+        without: Any = dict.fromkeys(_OF_DECODER, 0)
+        there = dataclasses.replace(there, kind="vit", position="learned", **without)
+        conflicts = {key: pair for key, pair in differences(model, there).items() if mine[key] != usual[key]}
+    if there.kind in IMAGE_MODELS:
+        changes |= {key: getattr(model, key) for key in _OF_TEXT}
     if model.vocab_size > there.vocab_size:
         conflicts.pop("vocab_size", None)
         changes["vocab_size"] = model.vocab_size
@@ -212,6 +249,24 @@ def adopt(model: ModelConfig, there: ModelConfig, where: Any) -> ModelConfig:
         changes["kind"] = model.kind
     refuse_conflicts("model", conflicts, where)
     return dataclasses.replace(there, **changes)
+
+
+def adopt_task(task: Any, there: Mapping[str, Any], where: Any) -> Any:
+    """The options of a run's task with those that the published model says, as far as the task has them.
+
+    Args:
+      task: of a config that starts from `where`. An option with its default takes the value from there.
+      there: option -> value.
+      where: its place, for messages.
+
+    Raises:
+      ConfigError: an option is set to something else.
+    """
+    usual = type(task)()
+    pairs = {key: (getattr(task, key), value) for key, value in there.items() if hasattr(task, key)}
+    conflicts = {key: pair for key, pair in pairs.items() if pair[0] not in (pair[1], getattr(usual, key))}
+    refuse_conflicts("task", conflicts, where)
+    return dataclasses.replace(task, **{key: value for key, (_, value) in pairs.items()})
 
 
 def refuse_conflicts(section: str, conflicts: Mapping[str, tuple[Any, Any]], where: Any) -> None:
@@ -920,6 +975,215 @@ _T5 = Family(
     },
 )
 
+# ViT and ViT-MAE -----------------------------------------------------------------------------------------------------
+
+PREPROCESSOR = "preprocessor_config.json"
+PIXELS = ("pixel_mean", "pixel_deviation")  # keys of `model` that this file says, and not config.json
+_OF_DECODER = ("decoder_layers", "decoder_dim", "decoder_heads", "decoder_mlp_dim")
+_RESCALE = 1 / 255
+
+
+def images_of(theirs: Json, model: ModelConfig, path: Path) -> Json:
+    """Options of an image task by a config.json: `image_shape`, and of ViT-MAE `target`.
+
+    Args:
+      theirs: the contents of config.json.
+      model: of `model_of`.
+      path: its path, for messages.
+
+    Raises:
+      CheckpointError: an image is of no size that the patches divide.
+    """
+    family, size = FAMILIES[theirs["model_type"]], theirs.get("image_size", 224)
+    shape = (*(size if isinstance(size, list) and len(size) == 2 else [size] * 2), theirs.get("num_channels", 3))
+    whole = all(isinstance(each, int) for each in shape)
+    if not whole or shape[2] not in (1, 3) or any(each < 1 or each % model.patch_size for each in shape[:2]):
+        raise CheckpointError(
+            f"{path}: image_size is {size!r}, num_channels {shape[2]!r}; expected multiples of patch_size "
+            f"({model.patch_size}), and 1 channel or 3"
+        )
+    if family.model_type == "vit":
+        return {"image_shape": shape}
+    return {"image_shape": shape, "target": "normalised_unbiased" if theirs.get("norm_pix_loss") else "pixels"}
+
+
+def images_back(task: Any) -> Json:
+    """The inverse of `images_of`: keys of config.json by the options of an image task.
+
+    Raises:
+      ConfigError: the task's target is none of ViT-MAE.
+    """
+    *size, channels = task.image_shape
+    out: Json = {"image_size": size[0] if size[0] == size[1] else size, "num_channels": channels}
+    if hasattr(task, "target"):
+        if task.target == "normalised":
+            raise ConfigError(
+                "task.target is normalised, by the biased variance, which config.json of a vit_mae cannot say; set "
+                "task.target=normalised_unbiased, which is nearly the same, or pixels"
+            )
+        out |= {"norm_pix_loss": task.target == "normalised_unbiased", "mask_ratio": task.mask_rate}
+    return out
+
+
+def pixels_of(processor: Json, path: Path) -> Json:
+    """`model.pixel_mean` and `model.pixel_deviation` of a preprocessor_config.json.
+
+    Raises:
+      CheckpointError: pixels are computed in another way.
+    """
+    if (
+        processor.get("do_rescale", True) is not True
+        or abs(processor.get("rescale_factor", _RESCALE) - _RESCALE) > 1e-9
+    ):
+        raise CheckpointError(
+            f"{path}: do_rescale is {processor.get('do_rescale', True)!r}, rescale_factor "
+            f"{processor.get('rescale_factor', _RESCALE)!r}; supported are pixels divided by 255"
+        )
+    mean, deviation = processor.get("image_mean", 0.5), processor.get("image_std", 0.5)
+    if processor.get("do_normalize", True) is not True:
+        mean, deviation = 0.0, 1.0
+    try:
+        rows = [tuple(map(float, each if isinstance(each, list) else [each])) for each in (mean, deviation)]
+    except (TypeError, ValueError):
+        rows = [(), ()]
+    if len(rows[0]) == 1 or len(rows[1]) == 1:
+        rows = [row * max(map(len, rows)) if len(row) == 1 else row for row in rows]
+    if len(rows[0]) not in (1, 3) or len(rows[0]) != len(rows[1]) or not all(x > 0 for x in rows[1]):
+        raise CheckpointError(
+            f"{path}: image_mean is {mean!r}, image_std {deviation!r}; expected a number for each channel, above 0 in "
+            "image_std"
+        )
+    if all(len(set(row)) == 1 for row in rows):
+        rows = [row[:1] for row in rows]
+    return dict(zip(PIXELS, rows, strict=True))
+
+
+def pixels_back(model: ModelConfig, shape: tuple[int, int, int]) -> Json:
+    """The preprocessor_config.json of a model of images of this shape; the inverse of `pixels_of`."""
+    height, width, channels = shape
+    mean, deviation = (
+        list(row) * (channels if len(row) == 1 else 1) for row in (model.pixel_mean, model.pixel_deviation)
+    )
+    return {
+        **{"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}},
+        **{"do_resize": True, "resample": 2, "do_rescale": True, "rescale_factor": _RESCALE},
+        **{"do_normalize": True, "image_mean": mean, "image_std": deviation},
+    }
+
+
+def _vit_blocks(block: str, layer: str) -> list[Tensor]:
+    linear = {f"attention/{name}": f"attention.attention.{name}" for name in ("query", "key", "value")}
+    linear |= {"attention/out": "attention.output.dense", "mlp/up": "intermediate.dense", "mlp/down": "output.dense"}
+    norms = {"attention_norm": "layernorm_before", "mlp_norm": "layernorm_after"}
+    out = [tensor for path, name in linear.items() for tensor in _dense(f"{block}/{path}", f"{layer}.{name}")]
+    return out + [tensor for path, name in norms.items() for tensor in _norm(f"{block}/{path}", f"{layer}.{name}")]
+
+
+def _vit_tensors(model: ModelConfig) -> list[Tensor]:
+    patches = "vit.embeddings.patch_embeddings.projection"
+    return [
+        Tensor("embed/cls", "vit.embeddings.cls_token", leading=2),
+        Tensor("embed/positions", "vit.embeddings.position_embeddings", leading=1),
+        Tensor("embed/patches/kernel", f"{patches}.weight", patch=model.patch_size),
+        Tensor("embed/patches/bias", f"{patches}.bias"),
+        *_vit_blocks("encoder/layers", "vit.encoder.layer.{}"),
+        *_norm("encoder/final_norm", "vit.layernorm"),
+    ]
+
+
+def _mae_tensors(model: ModelConfig) -> list[Tensor]:
+    return [
+        *_vit_tensors(model),
+        *_dense("decoder_embed", "decoder.decoder_embed"),
+        Tensor("mask_token", "decoder.mask_token", leading=2),
+        Tensor("decoder_positions", "decoder.decoder_pos_embed", leading=1),
+        *_vit_blocks("decoder/layers", "decoder.decoder_layers.{}"),
+        *_norm("decoder/final_norm", "decoder.decoder_norm"),
+        *_dense("pixels", "decoder.decoder_pred"),
+    ]
+
+
+_VIT_CLASSIFIER = _dense("head/classifier", "classifier")
+
+
+def _vit_heads(head: Head, model: ModelConfig) -> tuple[str, list[Tensor]] | None:
+    if head.kind == "projection":  # for training only
+        return "ViTModel", []
+    return ("ViTForImageClassification", _VIT_CLASSIFIER) if model.pool == "cls" else None
+
+
+def _vit_more(theirs: Json, model: ModelConfig) -> Json:
+    if theirs["pooler_output_size"] not in (None, model.embed_dim):
+        raise ConfigError(f"pooler_output_size is {theirs['pooler_output_size']!r}; supported is hidden_size")
+    return _bert_more(theirs, model)
+
+
+def _mae_more(theirs: Json, model: ModelConfig) -> Json:
+    sizes = {key: theirs[key] for key in _MAE_DECODER}
+    if min(sizes.values()) < 1:
+        raise ConfigError(f"the decoder has the sizes {sizes}; expected each to be at least 1")
+    width, heads = model.decoder_dim, model.decoder_heads
+    if width % heads:
+        raise ConfigError(f"decoder_hidden_size ({width}) is no multiple of decoder_num_attention_heads ({heads})")
+    return _bert_more(theirs, model)
+
+
+def _vit_back(model: ModelConfig) -> Json:
+    return {"hidden_act": _bert_back(model)["hidden_act"]}
+
+
+_VIT = Family(
+    model_type="vit",
+    architecture="ViTModel",
+    prefix="vit.",
+    keys={
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "embed_dim",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "mlp_dim",
+        "layer_norm_eps": "norm_eps",
+        "patch_size": "patch_size",
+    },
+    defaults={
+        **{"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        **{"layer_norm_eps": 1e-12, "patch_size": 16, "hidden_act": "gelu", "image_size": 224, "num_channels": 3},
+        **{"pooler_output_size": None, "encoder_stride": 16},  # the last of a decoder that is refused
+    },
+    expected={"qkv_bias": True, "pooler_act": "tanh"},
+    fixed={"kind": "vit", "position": "learned"},
+    more=_vit_more,
+    more_back=_vit_back,
+    tensors=_vit_tensors,
+    ignored=r"(vit\.)?embeddings\.mask_token",  # which is for pre-training that is not supported
+    heads=_vit_heads,
+    optional=(*_dense("head/pooler", "vit.pooler.dense"), *_VIT_CLASSIFIER),
+)
+_MAE_DECODER = {
+    "decoder_num_hidden_layers": "decoder_layers",
+    "decoder_hidden_size": "decoder_dim",
+    "decoder_num_attention_heads": "decoder_heads",
+    "decoder_intermediate_size": "decoder_mlp_dim",
+}
+_VIT_MAE = _VIT._replace(
+    model_type="vit_mae",
+    architecture="ViTMAEForPreTraining",
+    keys={**_VIT.keys, **_MAE_DECODER},
+    defaults={
+        **{key: value for key, value in _VIT.defaults.items() if key not in ("pooler_output_size", "encoder_stride")},
+        **{"decoder_num_hidden_layers": 8, "decoder_hidden_size": 512, "decoder_num_attention_heads": 16},
+        **{"decoder_intermediate_size": 2048, "norm_pix_loss": False},
+    },
+    expected={"qkv_bias": True},
+    fixed={"kind": "mae", "position": "fixed"},
+    more=_mae_more,
+    tensors=_mae_tensors,
+    ignored=r"(?!)",
+    older={"decoder.decoder_layers.": "decoder.decoder_encoder.layer."},  # which transformers 5 writes
+    heads=lambda head, model: None,
+    optional=(),
+)
+
 # By model_type; export takes the first that fits.
-_ALL = (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT, _ROBERTA, _XLM_ROBERTA, _T5)
+_TEXT = (_GPT2, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _BERT, _ROBERTA, _XLM_ROBERTA, _T5)
+_ALL = (*_TEXT, _VIT, _VIT_MAE)
 FAMILIES = {family.model_type: family for family in _ALL}

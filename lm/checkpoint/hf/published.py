@@ -19,13 +19,22 @@ from lm.checkpoint.hf.files import Tensors
 from lm.checkpoint.store import CheckpointError, fingerprints, named_leaves
 from lm.config import AdapterConfig, Config, ModelConfig
 from lm.config.schema import ConfigError
+from lm.config.sections import TaskConfig
 from lm.data import published_tokenizer
 from lm.data.tokenizer_protocol import Tokenizer
 from lm.models import registry
+from lm.types import Head, ModelFns
 
 PREFIX = "hf:"  # of `init_from`
 _GENERATION = "generation_config.json"
 _ROWS = 4096  # of two tensors that are compared at once
+
+
+@dataclasses.dataclass(frozen=True)
+class _ImageTask(TaskConfig):
+    """What a model of images reads of a task."""
+
+    image_shape: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,8 @@ class Published:
       adapter: LoRA that is added to it, by a folder of `peft`; None = none.
       base_path: the published model without it.
       fingerprints: parameter -> the fingerprint that the base must have, as far as the adapter's folder says.
+      task: option -> value, of a task on images; {} for a model of text.
+      says_pixels: whether the folder says how pixels are normalised.
     """
 
     tensors: Tensors
@@ -54,6 +65,8 @@ class Published:
     adapter: AdapterConfig | None
     base_path: Path
     fingerprints: dict[str, int]
+    task: dict[str, Any] = dataclasses.field(default_factory=dict)
+    says_pixels: bool = False
 
     @property
     def path(self) -> Path:
@@ -107,6 +120,13 @@ class Published:
         usual = families.differences(self.model, ModelConfig())
         taken = ", ".join(f"{key}={mine!r}" for key, (mine, _) in usual.items())
         lines = [f"  model.* from {self.tensors.config_path}, a {self.family.model_type}: {taken}; others: defaults"]
+        if self.task:
+            lines.append("  task.* from it: " + ", ".join(f"{key}={value!r}" for key, value in self.task.items()))
+            rows = ", ".join(f"model.{key}={getattr(self.model, key)!r}" for key in families.PIXELS)
+            where = (
+                f"from {self.base_path / families.PREPROCESSOR}, which may resize images: here they must have the size"
+            )
+            lines.append(f"  {rows} {where if self.says_pixels else f'as in the config: no {families.PREPROCESSOR}'}")
         if self.adapter:
             own = f"rank {self.adapter.rank}, alpha {self.adapter.alpha:g}, on {self.adapter.targets}"
             lines.append(f"  adapter.* from {self.path / adapter_lib.CONFIG}: LoRA of {own}")
@@ -148,13 +168,28 @@ def _open_whole(path: Path, model: ModelConfig | None) -> Published:
     where = tensors.config_path
     family = families.of_config(tensors.config, where)
     there = families.model_of(family, tensors.config, where)
+    task, pixels = {}, {}
+    if there.kind in families.IMAGE_MODELS:
+        task = families.images_of(tensors.config, there, where)
+        if (where.parent / families.PREPROCESSOR).is_file():
+            found = files.read_json(where.parent, families.PREPROCESSOR)
+            pixels = families.pixels_of(found, where.parent / families.PREPROCESSOR)
+        elif model:
+            pixels = {key: getattr(model, key) for key in families.PIXELS}
+        if (count := len(pixels.get("pixel_mean", (0,)))) not in (1, channels := task["image_shape"][2]):
+            raise CheckpointError(
+                f"{where}: num_channels is {channels}, but pixels are normalised by {count} values, of "
+                f"{families.PREPROCESSOR} or model.pixel_mean; expected one for each channel"
+            )
+    there = dataclasses.replace(there, **pixels)
     try:
-        shapes = _parameters(there)
+        shapes = _parameters(there, task)
     except (TypeError, ValueError, ArithmeticError) as error:  # sizes that fit no array
         raise CheckpointError(f"{where}: {error}") from None
     table, shapes = _check(tensors, family, there, shapes)
     wanted = there if model is None else families.adopt(model, there, tensors.path)
-    return Published(tensors, family, wanted, there.vocab_size, table, shapes, None, tensors.path, {})
+    says = (where.parent / families.PREPROCESSOR).is_file()
+    return Published(tensors, family, wanted, there.vocab_size, table, shapes, None, tensors.path, {}, task, says)
 
 
 def _with_adapter(base: Published, adapter: adapter_lib.Adapter) -> Published:
@@ -183,9 +218,15 @@ def _with_adapter(base: Published, adapter: adapter_lib.Adapter) -> Published:
     )
 
 
-def _parameters(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def functions(model: ModelConfig, task: dict[str, Any], head: Head | None = None) -> ModelFns:
+    """The functions of a model, float32; `task`: `Published.task`."""
+    own = _ImageTask(image_shape=task["image_shape"]) if task else TaskConfig()
+    return registry.MODELS[model.kind](Config(model=model, task=own), head, jnp.float32)
+
+
+def _parameters(model: ModelConfig, task: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Parameter -> shape."""
-    fns = registry.MODELS[model.kind](Config(model=model), None, jnp.float32)
+    fns = functions(model, task)
     abstract = jax.eval_shape(fns.init, jax.eval_shape(lambda: jax.random.key(0)))
     return {path: leaf.shape for path, leaf in param_paths.flatten(abstract).items()}
 
@@ -343,5 +384,4 @@ def _fill(
     published: Published, entry: Tensor, name: str, index: tuple[slice, ...], shape: tuple[int, ...], out: np.ndarray
 ) -> None:
     """Reads slices of one tensor into `out`."""
-    values = published.tensors.read(name, entry.file_index(index, shape))
-    out[...] = values.T if entry.transposed else values
+    out[...] = entry.from_file(published.tensors.read(name, entry.file_index(index, shape)), index)
