@@ -432,3 +432,16 @@ def test_the_layers_of_a_decoder_that_are_left_open_are_as_many_as_the_encoders_
         assert build_saved_config(saved).model.decoder_layers == expected
     saved["model"]["decoder_layers"] = 2 if expected else 0
     assert build_saved_config(saved).model.decoder_layers == (2 if expected else 0)
+
+
+def test_the_sizes_of_a_decoder_that_earlier_versions_did_not_save_are_those_that_are_resolved_today():
+    planned = build(model={"kind": "mae", "position": "sincos", "embed_dim": 64, "mlp_dim": 96, "decoder_dim": 32})
+    now = transformer.resolve(planned.model, vocab_size=8, seq_len=planned.data.seq_len)
+    assert (now.decoder_dim, now.decoder_heads, now.decoder_mlp_dim) == (32, 4, 48)
+    saved = json.loads(json.dumps(schema.to_dict(dataclasses.replace(planned, model=now))))
+    for key in ("decoder_heads", "decoder_mlp_dim", "pixel_mean", "pixel_deviation"):
+        del saved["model"][key]
+    del saved["model"]["max_len"]  # a trial's config, which leaves sizes open, stays as it is
+    assert build_saved_config(saved).model.decoder_heads == 0
+    saved["model"]["max_len"] = now.max_len
+    assert build_saved_config(saved).model == now
