@@ -376,7 +376,7 @@ TEXTS = {
     *("init_rules", "data.encoding", "data.separator", "data.rename", "data.augment", "adapter.targets"),
     *("optim.decay_rules", "optim.lr_rules", "optim.unfreeze_rules", "generate.prompts", "generate.stop"),
     *("eval.sets.one.split", "eval.sets.one.rename", "eval.sets.one.separator", "eval.sets.one.encoding"),
-    "checkpoint.best_metric",
+    *("checkpoint.best_metric", "monitor.project", "monitor.run_name"),
 }
 OF_TASKS = {"name", "labels", "templates"}
 
