@@ -25,7 +25,7 @@ def open_service(facts: RunFacts) -> Service:
     known = files.read_document(facts.workdir / KNOWN) or {"id": uuid.uuid4().hex[:12], "step": -1}
     sent_before = known["step"]
     files.write_document(facts.workdir / KNOWN, known)
-    settings = wandb.Settings(  # no console, code, git remote or statistics of the machine; it records the name of the host
+    settings = wandb.Settings(  # no console, code, git remote, statistics of the machine; the host is recorded
         console="off",
         silent=True,
         disable_git=True,
