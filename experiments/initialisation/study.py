@@ -273,6 +273,7 @@ def fingerprint(name: str, size: tuple[int, int]) -> str:
     from lm.config import schema
 
     usual = dict(schema.flatten(default_config().to_dict()))
+    usual["task.target"] = "normalised"  # an option that a task has gained since the first trials
     given = schema.flatten(FAMILIES[name].recipe(*size).to_dict())
     values = {
         key: value for key, value in given if value != usual.get(key) and "path" not in key and key != "model.init"

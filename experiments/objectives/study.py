@@ -288,7 +288,9 @@ def fingerprint(name: str, arm: Arm, seed: int) -> str:
     from lm import tasks
     from lm.config import schema
 
-    usual = dict(schema.flatten(tasks.default_config().to_dict())) | {"model.init": "fan_in"}  # of the first rows
+    # The default of the first rows, and that of an option which a task has gained since.
+    before = {"model.init": "fan_in", "task.target": "normalised"}
+    usual = dict(schema.flatten(tasks.default_config().to_dict())) | before
     recipe = recipe_of(name, arm, seed)
     given = schema.flatten(recipe.to_dict())
     values: dict[str, Any] = {key: value for key, value in given if value != usual.get(key) and "path" not in key}
