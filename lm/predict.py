@@ -289,7 +289,8 @@ def given_records(loaded: LoadedModel, records: Iterable[Mapping[str, Any] | str
         record = {"text": given} if isinstance(given, str) else dict(given)
         place = {"source": record.pop("source", f"record {number}")}
         try:
-            if "items" not in record and not isinstance(record.get("image"), np.ndarray):
+            has_items = "items" in wanted.fields and "items" in record  # which no reader makes of one record
+            if not has_items and not isinstance(record.get("image"), np.ndarray):
                 record = fields.normalise(record, {}, wanted)
         except BadRecord as error:
             raise DataError(f"{place['source']}: {error.args[0]}: {error.args[1]}") from None

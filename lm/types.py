@@ -149,7 +149,7 @@ class ModelFns(NamedTuple):
       init_cache: (rows, length) -> an empty key/value cache for `apply`, in models that generate. Its leaves, and those
         of the cache that `apply` returns, are [B, ...] or [].
       for_decoding: params -> the same for `apply`, as a program that calls it for one position after another reads them
-        fastest.
+        fastest; called outside of the program, with arrays.
     """
 
     init: Callable[[jax.Array], Params]

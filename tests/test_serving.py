@@ -24,11 +24,8 @@ import lm
 from lm import command_line, predict, serving
 from lm.config.schema import ConfigError
 from lm.decoding import sampling
-from lm.serving import work
+from lm.serving import openai, work
 from tests import tool_modules, used_runs
-
-pytest.importorskip("starlette", reason="needs the extra 'serve'")
-pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -194,9 +191,15 @@ def test_an_answer_says_why_it_ends_and_what_it_used(writer, texts):
     text_ids = sampling.without_stop_id(wanted.token_ids, writer.tokenizer, writer.config)
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(wanted.log_probs[: len(text_ids)], abs=1e-5)
     assert choice["finish_reason"] == ("length" if len(text_ids) == 12 else "stop")
-    stop = choice["text"][3]
+    stop = next(letter for letter in choice["text"] if letter != choice["text"][0])
     cut = ask(texts, TEXTS, body | {"stop": stop})["choices"][0]
     assert (cut["text"], cut["finish_reason"]) == (choice["text"].partition(stop)[0], "stop")
+    told, whole = cut["logprobs"], choice["logprobs"]
+    assert (
+        told["text_offset"] == [each for each in whole["text_offset"] if each < len(cut["text"])]
+        and told["text_offset"]
+    )
+    assert told["token_logprobs"] == pytest.approx(whole["token_logprobs"][: len(told["text_offset"])], abs=1e-5)
 
 
 def test_ids_are_a_prompt_as_they_are(writer, texts):
@@ -323,8 +326,8 @@ BAD = [
     (b'{"prompt": "a", "temperature": 1e999}', 400, "invalid_json", ""),
     ([], 400, "invalid_json", "expected a JSON object"),
     ({"prompt": "a " * 500_000}, 413, "request_too_large", "more than 524,288 bytes"),
-    ({"prompt": "alpha " * 5000}, 400, "context_length_exceeded", "expected a prompt of at most"),
-    ({"prompt": "a", "max_tokens": 64}, 400, "context_length_exceeded", "at most 0 ids"),
+    ({"prompt": "alpha " * 5000}, 400, "context_length_exceeded", "expected a shorter prompt, or fewer"),
+    ({"prompt": "a", "max_tokens": 64}, 400, "context_length_exceeded", "64 new ones need more than the 64 positions"),
     ({}, 400, "wrong_type", "'prompt' is null"),
     ({"prompt": []}, 400, "wrong_type", "'prompt' is []"),
     ({"prompt": ["a", 1]}, 400, "wrong_type", "'prompt' is"),
@@ -377,7 +380,7 @@ def test_a_bad_request_is_refused_and_the_server_lives(texts, body, status, code
         ([{"role": "user", "content": 5}], "'messages[0].content' is int 5"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "expected text"),
         ([{"role": "user", "content": "x", "name": "me"}], "unknown key 'messages[0].name'"),
-        ([USER | {"content": "alpha " * 500}], "expected a prompt of at most"),
+        ([USER | {"content": "alpha " * 500}], "expected a shorter prompt, or fewer"),
     ],
 )
 def test_a_bad_conversation_is_refused(chats, messages, message):
@@ -411,6 +414,8 @@ def test_what_harms_nothing_is_accepted_and_the_rest_is_named(chats):
         (LABELS, [""], "'text' is str ''"),
         (LABELS, [{"txt": "a"}], "expected 'text'"),
         (LABELS, [{"text": "a", "other": 1}], "'input[0].other' is not read"),
+        (LABELS, [{"text": "a", "instruction": "b"}], "'input[0].instruction' is not read"),
+        (LABELS, [{"text": 5, "items": ["a"]}], "'input[0].items' is not read"),
         (LABELS, [{"image": "/etc/passwd"}], "what is no text"),
         (LABELS, [{"words": ["a"]}], "found 'words'; expected 'text'"),
         (VECTORS, {"text": "a"}, "'input' is"),
@@ -442,6 +447,40 @@ def test_of_records_that_are_computed_together_only_the_bad_one_is_refused(class
     assert [good["prediction"], other["prediction"]] == [
         one["prediction"] for one in classifier.predict(["alpha", "beta"])
     ]
+
+
+def test_of_a_batch_that_fails_each_is_computed_alone_unless_a_part_of_it_was_sent(classifier, monkeypatch, capsys):
+    compute, batches = work.Label.compute, []
+
+    def fail_together(self, loaded, jobs, is_closed):
+        batches.append(len(jobs))
+        if len(jobs) > 1:
+            jobs[1].add("a part")
+            raise RuntimeError("broken")
+        compute(self, loaded, jobs, is_closed)
+
+    monkeypatch.setattr(work.Label, "compute", fail_together)
+    worker, told = work.Worker(classifier, most_waiting=8), [[], [], []]
+    try:
+        records = predict.given_records(classifier, ["alpha", "beta", "gamma"])
+        worker.submit([work.Job(work.Label(), one, said.append) for one, said in zip(records, told, strict=True)])
+        until(lambda: told[0] and told[2] and len(told[1]) == 2)
+    finally:
+        worker.close()
+    assert batches == [3, 1, 1] and [list(map(type, each)) for each in (told[0], told[2])] == [[dict], [dict]]
+    assert told[1][0] == work.Piece("a part") and told[1][1].status == 500 and "broken" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_gives_no_more_ids_than_it_was_trained_on(writer):
+    """Its prompt takes no positions of what it writes, and relative positions end nowhere."""
+    model = dataclasses.replace(writer.config.model, kind="encoder_decoder", position="relative")
+    other = dataclasses.replace(writer, config=dataclasses.replace(writer.config, model=model))
+    long, short = other.config.data.seq_len, {"wants_log_probs": False}
+    assert openai._texts({"max_tokens": long - 1}, [[5] * long], other, "prompt", **short).prompt_ids == long
+    for most, prompt in ((long, [5]), (10**6, [5]), (1, [5] * (long + 1))):
+        with pytest.raises(work.Refused, match=f"more than the {long} positions") as error:
+            openai._texts({"max_tokens": most}, [prompt], other, "prompt", **short)
+        assert error.value.code == "context_length_exceeded"
 
 
 def test_an_endpoint_that_the_task_cannot_serve_says_what_it_can(texts, labels, chats):
@@ -501,8 +540,19 @@ def held(monkeypatch):
         assert go.wait(60)
         compute(self, loaded, jobs, is_closed)
 
+    def noted(name: str, calls: list) -> None:
+        given = getattr(work.Worker, name)
+
+        def call(self, jobs):
+            given(self, jobs)
+            calls.append(jobs)
+
+        monkeypatch.setattr(work.Worker, name, call)
+
+    noted("submit", submitted := [])
+    noted("cancel", cancelled := [])
     monkeypatch.setattr(work.Generate, "compute", held_compute)
-    yield go, begun
+    yield go, begun, submitted, cancelled
     go.set()
 
 
@@ -514,12 +564,12 @@ def until(condition) -> None:
 
 
 def test_when_too_many_wait_others_are_told_to_come_again(writer, held):
-    go, begun = held
+    go, begun, submitted, _ = held
     with served(writer, most_waiting=3) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
         first = pool.submit(ask, server, TEXTS, {"prompt": "a"} | GREEDY)
         until(lambda: begun)
         waiting = pool.submit(ask, server, TEXTS, {"prompt": ["a", "b", "the"]} | GREEDY)
-        time.sleep(0.5)
+        until(lambda: len(submitted) == 2)
         response = send(server, TEXTS, {"prompt": "model", "max_tokens": 1})
         status, retry, said = response.status, response.getheader("retry-after"), json.loads(response.read())
         assert (status, retry, said["error"]["code"]) == (503, "1", "queue_full")
@@ -530,17 +580,18 @@ def test_when_too_many_wait_others_are_told_to_come_again(writer, held):
 
 
 def test_what_nobody_waits_for_any_more_is_not_computed(writer, held):
-    go, begun = held
+    go, begun, submitted, cancelled = held
     with served(writer) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
         first = pool.submit(ask, server, TEXTS, {"prompt": "a"} | GREEDY)
         until(lambda: begun)
         netloc = urlsplit(server.url).netloc
         leaving = http.client.HTTPConnection(netloc, timeout=60)
         leaving.request("POST", TEXTS, json.dumps({"prompt": "gone"} | GREEDY), {"Content-Type": "application/json"})
-        time.sleep(0.5)
+        until(lambda: len(submitted) == 2)
         leaving.close()
+        until(lambda: cancelled)
         staying = pool.submit(ask, server, TEXTS, {"prompt": "the"} | GREEDY)
-        time.sleep(0.5)
+        until(lambda: len(submitted) == 3)
         go.set()
         assert first.result() and staying.result()
     gone = sampling.encode_prompt("gone", writer.tokenizer, writer.config)
@@ -592,14 +643,13 @@ def test_a_stream_that_fails_ends_with_the_error_and_without_done(texts, monkeyp
 
 
 def test_a_server_that_stops_tells_those_who_wait(writer, held):
-    go, begun = held
+    go, begun, submitted, _ = held
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         with served(writer) as server:
             waiting = [
                 pool.submit(refused, server, TEXTS, {"prompt": "a"} | GREEDY | more) for more in ({}, {"stop": "x"})
             ]
-            until(lambda: begun)
-            time.sleep(0.5)
+            until(lambda: begun and len(submitted) == 2)
             threading.Timer(0.5, go.set).start()
         assert [one.result()[:2] for one in waiting] == [(503, "stopping")] * 2
 

@@ -60,6 +60,7 @@ def search(
     prompt = sampling.prompt_batch(prompts, cfg, tokenizer, rows_multiple)
     stops, allowed_V = sampling.stop_ids(tokenizer, cfg), sampling.allowed_ids(tokenizer, cfg)
     sizes = (dataclasses.replace(cfg.generate, prompts=()), cfg.model.logit_softcap, stops, beams, count)
+    params = model.for_decoding(params)
     found = jax.device_get(_search(model, *sizes, jnp.float32(alpha), params, prompt, allowed_V))
     return [
         [
@@ -94,7 +95,6 @@ def _search(
     allowed_V: jax.Array,
 ) -> "Hypotheses":
     """The `count` best hypotheses of each row; ids [B, N, T] are padded with a stop id."""
-    params = model.for_decoding(params)
     vocab_size, max_new = allowed_V.shape[0], cfg.max_new_tokens
     rows, prompt_len = prompt["tokens"].shape
     length_B = prompt["segment_ids"].sum(axis=1)

@@ -230,14 +230,15 @@ def sample_in_steps(
     options = dataclasses.replace(cfg.generate, prompts=(), stop=(), max_new_tokens=max(cache_len, max_new))
     sizes = (model, options, cfg.model.logit_softcap, stops, log_probs)
     count, rows = len(prompts), len(prompt["tokens"])
-    keys_B = row_keys[jnp.minimum(jnp.arange(rows), count - 1)]
+    keys_Bx2 = np.asarray(jax.random.key_data(row_keys))[np.minimum(np.arange(rows), count - 1)]
     is_ended_B = np.arange(rows) >= count  # rows that pad the batch
     lengths, seen = [0] * count, 0
+    params = model.for_decoding(params)
     state: _State | None = None
     for until in [*range(every, max_new, every), max_new]:
-        state = _sample(*sizes, params, prompt, keys_B, allowed_V, np.int32(until), is_ended_B, state)
+        state = _sample(*sizes, params, prompt, keys_Bx2, allowed_V, np.int32(until), is_ended_B, state)
         ids_BxT = np.array(jax.device_get(state.ids_BxT))
-        log_probs_BxT = np.asarray(jax.device_get(state.log_probs_BxT))[:, : max_new if log_probs else 0]
+        log_probs_BxT = np.array(jax.device_get(state.log_probs_BxT))[:, :max_new] if log_probs else np.zeros((rows, 0))
         for row in np.flatnonzero(~is_ended_B[:count]):
             lengths[row], is_ended_B[row] = _end(ids_BxT[row, :until].tolist(), seen, stops, tokenizer, cfg)
         each_row = zip(ids_BxT, log_probs_BxT, lengths, is_ended_B, strict=False)
@@ -407,15 +408,15 @@ def _sample(
     log_probs: bool,
     params: Params,
     prompt: Batch,
-    keys_B: jax.Array,
+    keys_Bx2: jax.Array,
     allowed_V: jax.Array,
     until: jax.Array,
     is_ended_B: jax.Array,
     state: _State | None,
 ) -> _State:
     """The state after `until` new ids, or when all rows have ended; from `state`, or from the prompt if it is None."""
-    params = model.for_decoding(params)
     rows, prompt_len = prompt["tokens"].shape
+    keys_B = jax.random.wrap_key_data(keys_Bx2)
     length_B = prompt["segment_ids"].sum(axis=1)
     size = allowed_V.shape[0]
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.models import moe
 from lm.models.attention import Mask
-from lm.parallel import sharding
 from lm.types import Batch, ModelFns, ModelOutput, Params
 
 
@@ -53,16 +52,19 @@ def for_decoding(params: Params) -> Params:
     """Parameters for a program that decodes: see `lm.types.ModelFns`.
 
     On CPU XLA copies a layer's kernels out of the stacked ones wherever they are used, which is three times the memory
-    traffic of a new id. There the decoder's layers become a list, one copy for the program. Accelerators read the
-    stacked ones in place.
+    traffic of a new id. There the decoder's layers become a list, one copy for all ids. Accelerators read the stacked
+    ones in place.
     """
-    if sharding.platform() != "cpu":
-        return params
     stacked = params["decoder"]["layers"]
+    if {device.platform for device in jax.tree.leaves(stacked)[0].devices()} != {"cpu"}:
+        return params
+    return {**params, "decoder": {**params["decoder"], "layers": _unstacked(stacked)}}
+
+
+@jax.jit
+def _unstacked(stacked: Any) -> list[Any]:
     number = jax.tree.leaves(stacked)[0].shape[0]
-    layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(number)]
-    # Without the barrier XLA joins what was cut here with `_stacked`, and is back at the stacked ones.
-    return {**params, "decoder": {**params["decoder"], "layers": jax.lax.optimization_barrier(layers)}}
+    return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(number)]
 
 
 def _stacked(params: Params) -> Params:

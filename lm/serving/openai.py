@@ -201,15 +201,15 @@ def _texts(
         changes["stop"] = _stops(given["stop"], loaded)
     try:
         cfg = sampling.changed(loaded.config, changes)
-        room = sampling.prompt_room(cfg)
     except ConfigError as error:
         raise Refused(400, str(error), "invalid_value") from None
+    positions, most = sampling.PROMPTING[cfg.model.kind].positions, cfg.generate.max_new_tokens
     for ids in prompts:
-        if len(ids) > room:
+        if positions(len(ids), most) > cfg.data.seq_len:
             raise Refused(
                 400,
-                f"a prompt of {len(ids)} ids and {cfg.generate.max_new_tokens} new ones are more than the "
-                f"{cfg.data.seq_len} positions that this run was trained on; expected a prompt of at most {room} ids",
+                f"a prompt of {len(ids)} ids and {most} new ones need more than the {cfg.data.seq_len} positions that "
+                "this run was trained on; expected a shorter prompt, or fewer 'max_tokens'",
                 "context_length_exceeded",
                 param,
             )
@@ -287,14 +287,19 @@ def _is_list_of(value: Any, kind: Any) -> bool:
 def _records(given: Any, loaded: LoadedModel) -> list[Record]:
     """Raises Refused or DataError."""
     whole = [one if isinstance(one, dict) else {"text": one} for one in (given if isinstance(given, list) else [given])]
+    has_items = "items" in task_of(loaded.config).fields
     for i, one in enumerate(whole):
         if "image" in one or not _is_list_of(one.get("items", [""]), str):
             raise Refused(
                 400, f"'input[{i}]' has what is no text; expected texts, 'items' a list of them", param="input"
             )
+        if not has_items and "items" in one:
+            raise Refused(400, f"'input[{i}].items' is not read", "unknown_parameter", "input")
     records = list(predict.given_records(loaded, whole))
-    for i, (one, record) in enumerate(zip(whole, records, strict=True)):
-        if unread := [name for name in one if name not in record]:
+    wanted = predict.wanted_to_predict(loaded.config)
+    for i, one in enumerate(whole):
+        read = {"items", "user"} if "items" in one else fields.names_read(one, wanted)
+        if unread := [name for name in one if name not in read]:
             raise Refused(400, f"'input[{i}].{unread[0]}' is not read", "unknown_parameter", "input")
     return records
 
@@ -333,7 +338,7 @@ def usage(prompt_ids: int, made: Sequence[work.Text]) -> dict[str, int]:
 
 def choice(index: int, text: work.Text, is_chat: bool, loaded: LoadedModel, kind: work.Generate) -> dict[str, Any]:
     """A whole text as one of the choices of an answer."""
-    log_probs = _log_probs(text.made, is_chat, loaded) if kind.log_probs else None
+    log_probs = _log_probs(text.made, is_chat, loaded.tokenizer, kind.cfg) if kind.log_probs else None
     said: dict[str, Any] = {"text": text.made.text}
     if is_chat:
         said = {"message": {"role": "assistant", "content": text.made.text, "refusal": None}}
@@ -352,16 +357,19 @@ def _finish_reason(text: work.Text) -> str:
     return "stop" if text.is_ended else "length"
 
 
-def _log_probs(made: predict.Generated, is_chat: bool, loaded: LoadedModel) -> dict[str, Any]:
-    """Those of the ids of the text, without a stop id."""
-    tokenizer = loaded.tokenizer
-    ids = list(sampling.without_stop_id(made.token_ids, tokenizer, loaded.config))
+def _log_probs(made: predict.Generated, is_chat: bool, tokenizer: Any, cfg: Config) -> dict[str, Any]:
+    """Those of the ids of the text: without a stop id and those behind a cut; an id that was cut in two counts."""
+    ids = list(sampling.without_stop_id(made.token_ids, tokenizer, cfg))
+    offsets = [len(tokenizer.decode(ids[:n])) for n in range(len(ids))]
+    end = len(sampling.text_of(ids, tokenizer, cfg))
+    if end < len(tokenizer.decode(ids)):  # a stop string was found
+        offsets = [offset for offset in offsets if offset < end]
+        ids = ids[: len(offsets)]
     names = [tokenizer.piece(i).replace("\u2581", " ") for i in ids]
     values = made.log_probs[: len(ids)]
     if is_chat:
         each = zip(names, values, strict=True)
         return {"content": [{"token": n, "logprob": v, "bytes": None, "top_logprobs": []} for n, v in each]}
-    offsets = [len(tokenizer.decode(ids[:n])) for n in range(len(ids))]
     return {"tokens": names, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
 
 

@@ -68,6 +68,7 @@ class Job:
       given: a `Prompt` or a record, as the kind says.
       tell: called by the thread that computes.
       is_gone: whether nobody waits for it any more.
+      has_piece: whether it was told a part of its text.
       is_done: whether it was told what it has become.
     """
 
@@ -75,7 +76,12 @@ class Job:
     given: Any
     tell: Callable[[Event], None]
     is_gone: bool = False
+    has_piece: bool = False
     is_done: bool = False
+
+    def add(self, text: str) -> None:
+        self.has_piece = True
+        self.tell(Piece(text))
 
     def finish(self, event: Event) -> None:
         self.is_done = True
@@ -144,13 +150,12 @@ class Worker:
         try:
             jobs[0].kind.compute(self._loaded, jobs, lambda: self._is_closed)
         except Exception as error:
-            if len(jobs) > 1 and command_line.is_expected(error):  # one of them may be the cause: each is tried alone
-                for job in jobs:
-                    if not job.is_done:
-                        self._compute([job])
-                return
             for job in jobs:
-                if not job.is_done:
+                if (
+                    len(jobs) > 1 and not job.has_piece and not job.is_done
+                ):  # another may be the cause: it is tried alone
+                    self._compute([job])
+                elif not job.is_done:
                     job.finish(as_refusal(error))
             return
         for job in jobs:
@@ -226,7 +231,7 @@ class Generate:
                         job.finish(Refused(500, "the text changed after a part was sent; ask without 'stream'"))
                         continue
                     if len(settled) > len(sent[i]):
-                        job.tell(Piece(settled[len(sent[i]) :]))
+                        job.add(settled[len(sent[i]) :])
                         sent[i] = settled
                 if is_whole:
                     job.finish(Text(predict.Generated(whole_text(so_far.ids, tokenizer, cfg), *so_far), is_ended))

@@ -61,6 +61,11 @@ def normalise(value: Any, rename: Mapping[str, str], wanted: Wanted = NOTHING) -
     return record
 
 
+def names_read(value: Mapping[str, Any], wanted: Wanted = NOTHING) -> set[str]:
+    """The names that `normalise` reads of an object, in the form that it takes it for. Raises BadRecord."""
+    return {*_OPTIONAL, *_form(value, wanted)}
+
+
 def columns(names: Sequence[str], rename: Mapping[str, str], wanted: Wanted = NOTHING) -> list[str]:
     """The columns of a table that `normalise` reads. Raises BadRecord if they make no record."""
     _form(_renamed(dict.fromkeys(names), rename, wanted), wanted)
