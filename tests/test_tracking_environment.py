@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lm.registry import details
+from lm.study import runs
 from lm.tracking import environment, files
 
 
@@ -37,7 +38,7 @@ def code(repository, monkeypatch):
 
 def test_a_diff_has_the_changes_of_tracked_files_alone(repository):
     clean = environment.code_in(repository)
-    assert len(clean.commit) == 40 and not clean.dirty and clean.diff == b""
+    assert len(clean.commit) == 40 and clean.dirty is False and clean.diff is None
     (repository / "secret.txt").write_text("password")
     assert not environment.code_in(repository).dirty, "a file that git does not track is no change"
     (repository / "code.py").write_text("a = 2\n")
@@ -62,7 +63,7 @@ def test_a_long_diff_is_cut_between_lines_and_says_so(code, tmp_path, monkeypatc
     assert len(said) == 1 and f"has only the first {len(diff):,} bytes" in said[0]
 
 
-def test_nothing_that_a_repository_configures_is_executed(repository, tmp_path):
+def test_of_what_a_repository_configures_only_filters_are_executed(repository, tmp_path):
     program = tmp_path / "program.sh"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
     program.chmod(0o755)
@@ -72,6 +73,41 @@ def test_nothing_that_a_repository_configures_is_executed(repository, tmp_path):
     (repository / "code.py").write_text("a = 2\n")
     assert b"+a = 2" in environment.code_in(repository).diff
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_diff_can_be_applied_whatever_prefix_is_configured(repository):
+    git(repository, "config", "diff.noprefix", "true")
+    (repository / "code.py").write_text("a = 2\n")
+    diff = environment.code_in(repository).diff
+    git(repository, "checkout", "-q", "code.py")
+    subprocess.run(["git", "apply", "-"], cwd=repository, input=diff, check=True)
+    assert (repository / "code.py").read_text() == "a = 2\n"
+
+
+@pytest.mark.parametrize("fails", ["status", "diff"])
+def test_where_git_fails_the_code_is_not_said_to_be_clean(fails, code, tmp_path, monkeypatch):
+    run, said = tmp_path / "run", []
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    (code / "code.py").write_text("a = 2\n")
+    if fails == "status":
+        (code / ".git" / "index").write_bytes(b"damaged")
+    else:
+        git_ = environment._git
+        monkeypatch.setattr(
+            environment, "_git", lambda *given, **more: None if "diff" in given else git_(*given, **more)
+        )
+    found = environment.code_in(code)
+    assert found.dirty is (None if fails == "status" else True) and found.diff is None
+    assert runs.commit_of(code) == found.commit[:12] + ("?" if fails == "status" else "+")
+    environment.record(run, 0, said.append)
+    assert len(said) == 1 and said[0].startswith(
+        f"git does not say how the code differs from commit {found.commit[:12]}"
+    )
+    assert (
+        not (run / "diff.patch").exists() and "diff_is_cut" not in files.read_document(run / "environment.json")["git"]
+    )
+    assert "with changes that git failed to tell" in details.show(run)[0]
 
 
 def test_no_repository_no_commit_and_no_git_are_no_errors(tmp_path, repository, monkeypatch):
@@ -105,24 +141,26 @@ def test_a_start_is_recorded_beside_the_earlier_ones(code, tmp_path, monkeypatch
     assert "is damaged" in said[0] and files.read_document(run / "environment.json")["earlier"] == []
 
 
-def test_neither_the_users_name_nor_the_environment_is_recorded(tmp_path, monkeypatch):
+def test_neither_the_home_folder_nor_the_environment_is_recorded(tmp_path, monkeypatch):
     home = tmp_path / "home" / "somebody"
     home.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("A_KEY", "secret-value")
-    monkeypatch.setattr("sys.orig_argv", ["python", f"{home}/train.py", f"--config={home}/c.py"])
+    monkeypatch.setattr("sys.orig_argv", ["python", f"{home}/train.py", f"--config={home}/c.py", f"{home}2/d.py"])
     monkeypatch.chdir(home)
     described = environment.describe()
-    assert described["command"] == ["python", "~/train.py", "--config=~/c.py"] and described["folder"] == "~"
-    text = json.dumps(described)
-    assert "somebody" not in text and "secret-value" not in text
+    assert (
+        described["command"] == ["python", "~/train.py", "--config=~/c.py", f"{home}2/d.py"]
+        and described["folder"] == "~"
+    )
+    assert "secret-value" not in json.dumps(described)
 
 
 def test_show_says_how_a_run_was_started(code, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.jsonl").touch()
     (code / "code.py").write_text("a = 2\n")
+    (run / "metrics.jsonl").touch()
     environment.record(run, 0, print)
     environment.record(run, 5, print)
     text, wrong = details.show(run)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import struct
 import threading
 import time
@@ -14,6 +15,7 @@ from lm import lease, train
 from lm.config.schema import ConfigError
 from lm.tasks import build_config
 from lm.tracking import relay
+from lm.tracking import wandb as wandb_tracker
 from lm.tracking.service import RunFacts, Service
 from tests import toys
 
@@ -307,8 +309,27 @@ def test_mlflow_has_one_run_with_each_value_once(tmp_path, unset):
     assert run.info.status == "FINISHED" and run.info.run_name == "name" and run.data.metrics["final/loss"] == 0.25
     assert run.data.params["optim.learning_rate"] == "0.5" and run.data.params["task.metrics"] == "('a', 'b')"
     artifacts = tmp_path / "mlflow" / "artifacts" / run.info.run_id / "artifacts"
-    assert (artifacts / "samples" / "00000004" / "the_prompt.txt").read_text() == "text 4"
+    (sample,) = (artifacts / "samples" / "00000004").iterdir()
+    assert sample.name.startswith("the_prompt-") and sample.read_text() == "the prompt\n\ntext 4"
     assert json.loads((artifacts / "environment.json").read_text()) == FACTS.environment
+
+
+def test_mlflow_keeps_samples_whose_prompts_look_alike_and_refuses_a_folder_that_was_moved(tmp_path, unset):
+    for package in relay.NEEDED["mlflow"]:
+        pytest.importorskip(package)
+    run, said = tmp_path / "run", []
+    run.mkdir()
+    with relay.opened(("mlflow",), facts(run), said.append) as trackers:
+        for name in ("你好", "Привет", "a" * 100, "a" * 101):
+            trackers.text(1, name, "text")
+    assert len([*run.glob("mlflow/artifacts/*/artifacts/samples/00000001/*")]) == 4 and not said
+    before = sorted(run.rglob("*"))
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    with relay.opened(("mlflow",), facts(copy, 1), said.append) as trackers:
+        trackers.text(2, "name", "text")
+    assert "delete it and" in said[0] and str(copy) in said[0] and "1 of 1 rows and texts were not recorded" in said[1]
+    assert sorted(run.rglob("*")) == before
 
 
 def wandb_records(path):
@@ -336,7 +357,7 @@ def test_wandb_is_offline_in_the_runs_folder_with_each_step_once(tmp_path, unset
     monkeypatch.chdir(home)
     said = []
     two_starts("wandb", run, said)
-    assert said == [] and list(home.rglob("*")) == []
+    assert said == [] and list(home.rglob("*")) == [] and not (run / "wandb" / "cache").exists()
     starts, ids = [], set()
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         rows = []
@@ -350,3 +371,26 @@ def test_wandb_is_offline_in_the_runs_folder_with_each_step_once(tmp_path, unset
         starts.append(rows)
     assert starts == [[(0, 0.0), (1, 1.0), (2, 2.0)], [(3, 13.0), (4, 14.0)]]
     assert ids == {json.loads((run / "wandb.json").read_text())["id"]}
+
+
+def test_the_last_step_of_a_killed_start_is_sent_to_wandb_again_and_a_new_beginning_is_another_run(
+    tmp_path, unset, monkeypatch
+):
+    if not hasattr(pytest.importorskip("wandb"), "init"):
+        pytest.skip("wandb is a folder, not the package")
+    killed = wandb_tracker.open_service(facts(tmp_path))
+    for step in (1, 2):
+        killed.scalars(step, {"train/loss": 1.0})
+    kept = (tmp_path / "wandb.json").read_bytes()
+    known = json.loads(kept)
+    assert known["step"] == 1, "W&B completes step 2 when it gets a later one"
+    killed.finish({}, "done")  # W&B takes an id once in a process
+    (tmp_path / "wandb.json").write_bytes(kept)
+    resumed = wandb_tracker.open_service(facts(tmp_path, 1))
+    resumed.scalars(2, {"train/loss": 2.0})
+    resumed.finish({}, "interrupted")
+    found = json.loads((tmp_path / "wandb.json").read_text())
+    assert (found["id"], found["step"]) == (known["id"], 2)
+    anew = wandb_tracker.open_service(facts(tmp_path, 0))
+    assert json.loads((tmp_path / "wandb.json").read_text())["id"] != known["id"]
+    anew.finish({}, "done")

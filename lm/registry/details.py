@@ -178,7 +178,8 @@ def _started(started: Mapping[str, Any]) -> list[str]:
     if isinstance(earlier, list) and earlier:
         lines[0] += f", {len(earlier):,} earlier starts"
     if git:
-        changes = f" with changes, see {environment.DIFF}" if git.get("dirty") else ""
+        changes = "" if git.get("dirty") is False else " with changes that git failed to tell"
+        changes = f" with changes, see {environment.DIFF}" if "diff_is_cut" in git else changes
         lines.append(f"commit {git.get('commit')} of {git.get('repository')}{changes}")
     if isinstance(command, list):
         lines.append(f"command {shlex.join(map(str, command))}")

@@ -198,12 +198,13 @@ def _one_of(copies: list[Outcome], folder: Path) -> tuple[Outcome, list[str]]:
     done = [each for each in copies if each.state == "done"]
     for other in done[1:]:
         first_figures, other_figures = (results(each.summary) for each in (done[0], other))
-        differ = [key for key in first_figures | other_figures if first_figures.get(key) != other_figures.get(key)]
+        # Of what both have: another version of the code may write more or fewer keys.
+        differ = [key for key in first_figures.keys() & other_figures if first_figures[key] != other_figures[key]]
         if differ:
-            key = differ[0]
+            key = min(differ)
             why = (
-                f"two runs of one config differ: {key} is {first_figures.get(key)} in {done[0].folder} and "
-                f"{other_figures.get(key)} in {other.folder}; find out why, and delete the wrong one"
+                f"two runs of one config differ: {key} is {first_figures[key]} in {done[0].folder} and "
+                f"{other_figures[key]} in {other.folder}; find out why, and delete the wrong one"
             )
             return Outcome(done[0].folder, "damaged", why), []
     chosen = (done or sorted(copies, key=lambda each: each.folder != folder))[0]
@@ -227,6 +228,7 @@ def duration(seconds: float) -> str:
 
 
 def commit_of(folder: Path) -> str:
-    """The git commit of a folder, with '+' where files differ from it; '' where there is none."""
+    """The git commit of a folder, with '+' where files differ from it, '?' where git fails to say; '' where there is
+    none."""
     code = environment.code_in(folder)
-    return code.commit[:12] + "+" * code.dirty if code else ""
+    return code.commit[:12] + {True: "+", False: "", None: "?"}[code.dirty] if code else ""

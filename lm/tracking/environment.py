@@ -1,12 +1,14 @@
 """environment.json and diff.patch: with what code, on what host and with which packages a run was started.
 
-No user name, no environment variables and no contents of files that git does not track are recorded.
+No environment variables and no contents of files that git does not track are recorded. The command line and paths are,
+as they are but for the home folder: names of users and secrets in them are too.
 """
 
 import datetime
 import functools
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -27,8 +29,11 @@ DIFF_BYTES = 2**20  # that are kept of a diff
 EARLIER_STARTS = 100  # that are kept
 _GIT_SECONDS = 20.0  # for one git command, after which it counts as failed
 
-# Nothing that a repository configures is executed, and nothing is written.
+# Of what a repository configures, its filters (such as Git LFS's) are executed, without which git does not know which
+# files have changed; its hooks, monitor, pager and diff programs are not. Nothing is written.
 _GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.pager=cat")
+_DIFF = ("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=dirty")
+_PREFIXES = ("--src-prefix=a/", "--dst-prefix=b/")  # whatever is configured, so that `git apply` takes it
 
 
 class Code(NamedTuple):
@@ -37,45 +42,46 @@ class Code(NamedTuple):
     Attributes:
       repository: its folder.
       commit: that is checked out, 40 hex digits.
-      dirty: whether files that git tracks differ from it.
-      diff: how, as a patch, without the contents of binary files; at most DIFF_BYTES, whole lines.
+      dirty: whether files that git tracks differ from it; None = git failed to say.
+      diff: how, as a patch, without the contents of binary files; at most DIFF_BYTES, whole lines; None = nothing
+        differs, or git failed.
       diff_is_cut: whether that is not all of it.
     """
 
     repository: str
     commit: str
-    dirty: bool
-    diff: bytes
+    dirty: bool | None
+    diff: bytes | None
     diff_is_cut: bool
 
 
 def code_in(folder: Path) -> Code | None:
     """The state of the git repository that a folder is in; None where there is none, or no git."""
-    root = _git(folder, "rev-parse", "--show-toplevel").strip().decode(errors="replace")
-    commit = _git(folder, "rev-parse", "--verify", "HEAD").strip().decode()
+    root, commit = (_git(folder, "rev-parse", *what) for what in (("--show-toplevel",), ("--verify", "HEAD")))
     if not root or not commit:
         return None
-    dirty = bool(_git(Path(root), "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty").strip())
-    command = ("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=dirty")
-    diff = _git(Path(root), *command, most=DIFF_BYTES + 1) if dirty else b""
-    is_cut = len(diff) > DIFF_BYTES
-    if is_cut:
+    top = root.strip().decode(errors="replace")
+    status = _git(Path(top), "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
+    dirty = None if status is None else bool(status.strip())
+    diff = _git(Path(top), *_DIFF, *_PREFIXES, most=DIFF_BYTES + 1) if dirty else None
+    is_cut = diff is not None and len(diff) > DIFF_BYTES
+    if diff is not None and is_cut:
         diff = diff[: diff[:DIFF_BYTES].rfind(b"\n") + 1]
-    return Code(root, commit, dirty, diff, is_cut)
+    return Code(top, commit.strip().decode(), dirty, diff, is_cut)
 
 
 @functools.cache
 def running_code() -> Code | None:
     """The code of this process, as it was when first asked: of the repository that `lm` is in, else of the working
     directory's."""
-    return code_in(Path(lm.__file__).parent) or code_in(Path.cwd())
+    return code_in(Path(lm.__file__).parent) or code_in(Path("."))
 
 
 def describe() -> dict[str, Any]:
     """What environment.json says of this start: host, devices, command, code, versions; paths begin with ~ for home."""
     code = running_code()
     git = {"repository": _without_home(code.repository), "commit": code.commit, "dirty": code.dirty} if code else {}
-    if code and code.dirty:
+    if code and code.diff is not None:
         git |= {"diff_is_cut": code.diff_is_cut}
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -88,7 +94,7 @@ def describe() -> dict[str, Any]:
             "processes": jax.process_count(),
         },
         "command": [_without_home(argument) for argument in sys.orig_argv],
-        "folder": _without_home(os.getcwd()),
+        "folder": _without_home(_working_folder()),
         "git": git,
         "python": platform.python_version(),
         "packages": _packages(),
@@ -101,7 +107,7 @@ def record(workdir: Path, start_step: int, say: Callable[[str], None]) -> dict[s
     Args:
       workdir: the run's folder.
       start_step: steps done before it.
-      say: told of a diff that was cut, and of a file that was damaged.
+      say: told of a diff that was cut or is missing, and of a file that was damaged.
 
     Returns:
       `describe()`, with 'start_step'.
@@ -112,7 +118,9 @@ def record(workdir: Path, start_step: int, say: Callable[[str], None]) -> dict[s
     now, code = {"start_step": start_step, **describe()}, running_code()
     with files.access(workdir / DIFF, "removing"):
         (workdir / DIFF).unlink(missing_ok=True)
-    if code and code.dirty:
+    if code and code.dirty is not False and code.diff is None:
+        say(f"git does not say how the code differs from commit {code.commit[:12]}: there is no {workdir / DIFF}")
+    if code and code.diff is not None:
         if code.diff_is_cut:
             since = f"the changes since commit {code.commit[:12]}"
             say(f"{workdir / DIFF} has only the first {len(code.diff):,} bytes of {since}")
@@ -142,11 +150,18 @@ def _packages() -> dict[str, str]:
 
 def _without_home(text: str) -> str:
     home = os.path.expanduser("~")
-    return text.replace(home, "~") if len(home) > 1 else text
+    return re.sub(re.escape(home) + r"(?=/|$)", "~", text) if len(home) > 1 else text
 
 
-def _git(folder: Path, *arguments: str, most: int = 2**20) -> bytes:
-    """Up to `most` bytes of what a git command prints; b'' if it fails, takes too long, or there is no git."""
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return ""
+
+
+def _git(folder: Path, *arguments: str, most: int = 2**20) -> bytes | None:
+    """Up to `most` bytes of what a git command prints; None if it fails, takes too long, or there is no git."""
     try:
         process = subprocess.Popen(
             [*_GIT, "-C", str(folder), *arguments],
@@ -155,7 +170,7 @@ def _git(folder: Path, *arguments: str, most: int = 2**20) -> bytes:
             stderr=subprocess.DEVNULL,
         )
     except OSError:
-        return b""
+        return None
     watch = threading.Timer(_GIT_SECONDS, process.kill)
     watch.daemon = True
     watch.start()
@@ -167,4 +182,4 @@ def _git(folder: Path, *arguments: str, most: int = 2**20) -> bytes:
         else:
             process.kill()
     watch.cancel()
-    return printed if process.returncode == 0 or not is_all else b""
+    return printed if process.returncode == 0 or not is_all else None

@@ -1,5 +1,6 @@
 """MLflow as a tracker of a run: a SQLite file in the run's folder, unless MLFLOW_TRACKING_URI names another store."""
 
+import hashlib
 import logging
 import os
 import re
@@ -7,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from lm.tracking import files
+from lm.tracking.files import RunFileError
 from lm.tracking.service import RunFacts, Service, Status
 
 KNOWN = "mlflow.json"
@@ -18,7 +20,11 @@ def open_service(facts: RunFacts) -> Service:
     """Starts an MLflow run, or goes on with that of the run's earlier starts, whose id is in `workdir`/mlflow.json.
 
     MLflow cannot take values back: a metric of a step at which the store has a value is not written again. What the
-    config was at the first start are its parameters, which it does not let change.
+    config was at the first start are its parameters, which it does not let change. A run that begins anew, as before
+    its first checkpoint, is another run of MLflow.
+
+    Raises:
+      RunFileError: the run's folder was moved or copied since; MLflow would write its texts to the old place.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -32,9 +38,12 @@ def open_service(facts: RunFacts) -> Service:
         with files.access(folder, "writing to"):
             folder.mkdir(exist_ok=True)
     client = MlflowClient(tracking_uri=store or f"sqlite:///{folder}/mlflow.db")
-    known = files.read_document(facts.workdir / KNOWN)
+    known = files.read_document(facts.workdir / KNOWN) if facts.start_step else {}
     run_id, last = known.get("run_id"), dict[str, int]()
     if run_id:
+        there = client.get_run(run_id).info.artifact_uri
+        if not store and not there.removeprefix("file://").startswith(f"{folder}/"):
+            raise RunFileError(f"{folder} keeps texts at {there}: delete it and {facts.workdir / KNOWN} to begin anew")
         client.update_run(run_id, status="RUNNING")
         for key in client.get_run(run_id).data.metrics:
             last[key] = max(metric.step for metric in client.get_metric_history(run_id, key))
@@ -55,7 +64,10 @@ def open_service(facts: RunFacts) -> Service:
         client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in new.items()])
 
     def text(step: int, name: str, text: str) -> None:
-        client.log_text(run_id, text, f"samples/{step:08}/{re.sub(r'[^-.A-Za-z0-9]+', '_', name)[:80]}.txt")
+        # Of another alphabet, or longer, names may look alike.
+        unlike = hashlib.sha256(name.encode()).hexdigest()[:8]
+        path = f"samples/{step:08}/{re.sub(r'[^-.A-Za-z0-9]+', '_', name)[:60]}-{unlike}.txt"
+        client.log_text(run_id, f"{name}\n\n{text}", path)
 
     def finish(figures: Mapping[str, float], status: Status) -> None:
         scalars(int(figures.get("steps", 0)), {f"final/{name}": value for name, value in figures.items()})

@@ -163,7 +163,8 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
       Its path.
 
     Raises:
-      RunFileError: one of the files is damaged, or the page cannot be written.
+      RunFileError: one of the first four is damaged, or the page cannot be written. What is wrong with another is said
+        on the page.
     """
     workdir = Path(workdir)
     summary, resolved = (files.read_document(workdir / name) for name in ("summary.json", "config.json"))
@@ -185,16 +186,19 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         f"<p class=none>{html.escape(wrong)}</p>" if wrong else "",
         _tiles(metric_order(drawn, cfg, hidden), stages, about),
         _sizes(summary, about),
-        _reconstructions(workdir / RECONSTRUCTIONS),
+        _shown_or_why_not(lambda: _reconstructions(workdir / RECONSTRUCTIONS)),
         _validation_confusion(_object(summary, "confusion", workdir / "summary.json"), workdir / "summary.json"),
-        *map(_test_set, sorted(workdir.glob("evaluations/*/scores.json"))),
+        *(
+            _shown_or_why_not(functools.partial(_test_set, path))
+            for path in sorted(workdir.glob("evaluations/*/scores.json"))
+        ),
         "<h2>Curves</h2>",
         _curves(drawn, cfg, hidden, about),
         samples,
         "<h2>Where the time went</h2>",
         _goodput_bar(goodput),
         "<h2>Data, code, figures and config</h2>",
-        _folded("Data and code", _table(_origin(workdir, cfg, summary, used))),
+        _folded("Data and code", _shown_or_why_not(lambda: _table(_origin(workdir, cfg, summary, used)))),
         _folded(
             "Figures", _table(((key, value) for key, value in schema.flatten(summary) if not _is_shown(key)), about)
         ),
@@ -203,6 +207,14 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     path = workdir / "report.html"
     files.write_atomic(path, page(workdir.resolve().name, body))
     return path
+
+
+def _shown_or_why_not(part: Callable[[], str]) -> str:
+    """A part of the page; if the files that it is made from are damaged, that."""
+    try:
+        return part()
+    except RunFileError as error:
+        return f"<p class=none>{html.escape(str(error))}</p>"
 
 
 def _noting_the_best(
